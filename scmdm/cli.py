@@ -1,0 +1,300 @@
+"""The command line. Each command reads its configuration, calls one function and prints what came out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from scmdm.errors import UserError
+
+_EPILOG = """\
+A run is one YAML file and key=value overrides:
+
+  scmdm prepare configs/data/qm9.yaml                     QM9 -> tokenized shards in data/qm9
+  scmdm train   configs/qm9/base.yaml                     pretrain a vanilla masked diffusion model
+  scmdm adapt   configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm
+  scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
+  scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
+  scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
+  scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
+
+`scmdm COMMAND --help` lists every key with its default. A run that was interrupted goes on when the same command is
+given again. Mistakes end with one line on standard error and exit status 1.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends its help with the keys of the command's configuration, which it imports only when help is asked for."""
+
+    schema: Callable[[], type] | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.schema is None:
+            return text
+        from scmdm.config.help import describe_keys
+
+        return f"{text}\nkeys, in the YAML file or as key=value:\n{describe_keys(self.schema())}\n"
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"scmdm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("scmdm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="scmdm",
+        description="Masked diffusion models and their self-conditioning adaptation (SCMDM, arXiv 2604.26985).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_training(commands)
+    _add_model_commands(commands)
+    _add_report(commands)
+    _add_checkpoint(commands)
+    return parser
+
+
+def _add(
+    commands: _Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    schema: Callable[[], type] | None = None,
+) -> _Parser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.schema = schema
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, as in optimizer.lr=3e-4")
+
+
+def _prepare_schema() -> type:
+    from scmdm.config.prepare import PrepareConfig
+
+    return PrepareConfig
+
+
+def _run_schema() -> type:
+    from scmdm.config.schema import RunConfig
+
+    return RunConfig
+
+
+def _sample_schema() -> type:
+    from scmdm.config.sampling import SampleConfig
+
+    return SampleConfig
+
+
+def _evaluate_schema() -> type:
+    from scmdm.config.sampling import EvaluateConfig
+
+    return EvaluateConfig
+
+
+def _study_schema() -> type:
+    from scmdm.config.study import StudyConfig
+
+    return StudyConfig
+
+
+def _add_prepare(commands: _Commands) -> None:
+    summary = "Turn a corpus into tokenized, hashed, sharded data with a manifest; or check such a directory."
+    parser = _add(commands, "prepare", _prepare, summary, _prepare_schema)
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check a prepared data set against its manifest")
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file, such as configs/data/qm9.yaml")
+    _overrides(parser)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    if options.verify is not None:
+        from scmdm.data.manifest import Manifest, verify_dataset
+
+        manifest = Manifest.read(options.verify)
+        problems = verify_dataset(options.verify, hashes=True)
+        for problem in problems:
+            print(problem)
+        if problems:
+            raise UserError(f"{options.verify} has {len(problems)} problem(s); prepare it again with overwrite=true")
+        counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
+        print(f"{options.verify} is whole: {counts} sequences of {manifest.length} tokens")
+        return
+    if options.config is None:
+        raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")
+    from scmdm.config.load import load_config
+    from scmdm.data.prepare import prepare
+
+    prepare(load_config(_prepare_schema(), options.config, options.overrides))
+
+
+def _add_training(commands: _Commands) -> None:
+    for name, run, summary in (
+        ("train", _train, "Pretrain a masked diffusion model (resumes by itself)."),
+        ("adapt", _adapt, "Post-train a model with self-conditioning, from base=RUN|CHECKPOINT|EXPORT (resumes by itself)."),
+    ):
+        parser = _add(commands, name, run, summary, _run_schema)
+        parser.add_argument("config", type=Path, help="YAML file, such as configs/qm9/base.yaml")
+        _overrides(parser)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.training.trainer import run_training
+
+    config = load_config(_run_schema(), options.config, options.overrides)
+    if config.base is not None:
+        raise UserError(f"base={config.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
+    run_training(config, None)
+
+
+def _adapt(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.sampling import load
+    from scmdm.training.trainer import run_training
+
+    config = load_config(_run_schema(), options.config, options.overrides)
+    if config.base is None:
+        raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
+    run_training(config, load(config.base, device="cpu"))
+
+
+def _add_model_commands(commands: _Commands) -> None:
+    for name, run, summary, schema in (
+        ("sample", _sample, "Draw samples from a model, with a prompt or an infill template if you like.", _sample_schema),
+        ("evaluate", _evaluate, "NELBO and sample quality of a model (molecules or text).", _evaluate_schema),
+    ):
+        parser = _add(commands, name, run, summary, schema)
+        parser.add_argument("model", help="run directory, checkpoint or exported model")
+        parser.add_argument("--config", type=Path, help="YAML file with the keys below")
+        _overrides(parser)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.sampling import run_sampling
+
+    config = load_config(_sample_schema(), options.config, options.overrides)
+    generated = run_sampling(options.model, config)
+    if config.out is None:
+        for text in generated.texts:
+            print(text)
+    place = f" -> {config.out}" if config.out else ""
+    note = f"{config.num} samples, {generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s{place}"
+    print(note, file=sys.stderr)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.evaluation.evaluate import run_evaluation
+
+    run_evaluation(options.model, load_config(_evaluate_schema(), options.config, options.overrides))
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = _add(commands, "report", _report, "Write a self-contained HTML report of a run or a study.")
+    parser.add_argument("directory", type=Path, help="run or study directory")
+    parser.add_argument("--out", type=Path, help="HTML file (default: report.html in the directory)")
+    parser = _add(commands, "study", _study, "Adapt one base in several arms, sample, compare, report.", _study_schema)
+    parser.add_argument("config", type=Path, help="YAML file, such as configs/qm9/quickstart.yaml")
+    _overrides(parser)
+    parser = _add(commands, "doctor", _doctor, "Say what this machine can run: GPUs, attention, packages, disk.")
+    parser.add_argument("directory", type=Path, nargs="?", default=Path(), help="where runs will go (for free disk)")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from scmdm.evaluation.report import print_summary, run_report, study_report
+
+    directory = options.directory
+    out = options.out or directory / "report.html"
+    if (directory / "study.json").exists():
+        print_summary(study_report(directory, out))
+    elif (directory / "metrics.jsonl").exists():
+        run_report(directory, out)
+    else:
+        raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
+    print(f"wrote {out}")
+
+
+def _study(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.study import run_study
+
+    run_study(load_config(_study_schema(), options.config, options.overrides))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from scmdm.environment import examine
+
+    findings = examine(options.directory)
+    console = Console()
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    for finding in findings:
+        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<16}", end="")
+        console.print(finding.text, markup=False, highlight=False)
+    problems = [finding.subject for finding in findings if finding.level == "problem"]
+    if problems:
+        raise UserError(f"problems with {', '.join(problems)}: see above")
+
+
+def _add_checkpoint(commands: _Commands) -> None:
+    parser = commands.add_parser("checkpoint", help="List, verify or export checkpoints.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = _add(actions, "list", _checkpoint_list, "List a run's checkpoints and whether they verify.")
+    listing.add_argument("run_directory", type=Path)
+    verify = _add(actions, "verify", _checkpoint_verify, "Check every byte of a checkpoint or an export.")
+    verify.add_argument("checkpoint", type=Path)
+    export = _add(actions, "export", _checkpoint_export, "Write model, tokenizer and manifest into a new directory.")
+    export.add_argument("model", type=Path, help="run directory or checkpoint")
+    export.add_argument("out", type=Path, help="directory to make")
+
+
+def _checkpoint_list(options: argparse.Namespace) -> None:
+    from scmdm.training.checkpoint import list_checkpoints, verify_checkpoint
+
+    found = list_checkpoints(options.run_directory / "checkpoints")
+    if not found:
+        raise UserError(f"{options.run_directory} has no checkpoints; give a run directory that has trained")
+    for path in found:
+        problems = verify_checkpoint(path)
+        print(path.name, "ok" if not problems else "; ".join(problems))
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> None:
+    from scmdm.training.checkpoint import verify_checkpoint
+
+    problems = verify_checkpoint(options.checkpoint)
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")
+    print(f"{options.checkpoint} is whole")
+
+
+def _checkpoint_export(options: argparse.Namespace) -> None:
+    from scmdm.training.checkpoint import export_model
+
+    print(f"wrote {export_model(options.model, options.out)}")

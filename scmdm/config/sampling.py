@@ -1,0 +1,114 @@
+"""The configurations of `scmdm sample` and `scmdm evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scmdm.diffusion.sampler import SamplerSettings
+from scmdm.errors import UserError
+
+
+@dataclass
+class SamplerConfig:
+    kind: str = "ancestral"  # ancestral | first_hitting
+    steps: int = 32  # ancestral: denoiser evaluations
+    temperature: float = 1.0  # 0: most probable token
+    top_p: float = 1.0  # nucleus
+    gumbel: str = "float64"  # float64 | float32 (the truncated draw of older code)
+    carry: str = "auto"  # auto (when the model is self-conditioned) | on | off
+
+    def settings(self, self_conditioned: bool) -> SamplerSettings:
+        """The pure sampler's settings for a model; UserError when the model cannot carry an estimate."""
+        if self.carry == "on" and not self_conditioned:
+            raise UserError("sampler.carry=on, but the model is not self-conditioned; adapt it, or use sampler.carry=auto")
+        carry = self_conditioned and self.carry != "off"
+        return SamplerSettings(self.kind, self.steps, self.temperature, self.top_p, self.gumbel, carry)
+
+    def validate(self) -> None:
+        allowed = {
+            "kind": ("ancestral", "first_hitting"),
+            "gumbel": ("float64", "float32"),
+            "carry": ("auto", "on", "off"),
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise UserError(f"sampler.{name}={value!r} is not possible; it must be one of {', '.join(choices)}")
+        for name, ok, wanted in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not ok:
+                raise UserError(f"sampler.{name}={getattr(self, name)!r} is not possible; it must be {wanted}")
+
+
+@dataclass
+class SampleConfig:
+    """What to sample."""
+
+    num: int = 16
+    length: int | None = None  # null: as the training data
+    batch_size: int = 1024
+    seed: int = 0
+    prompt: str | None = None  # text that every sample starts with
+    infill: str | None = None  # whole text, with [MASK] for each token to fill in
+    out: str | None = None  # JSON lines file; null: print
+    weights: str = "ema"  # ema | raw
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        if self.prompt is not None and self.infill is not None:
+            raise UserError("prompt and infill are both set; give one of them")
+        for name in ("num", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is not possible; it must be at least 1")
+        _check_place(self.weights, self.device, self.precision)
+        self.sampler.validate()
+
+
+@dataclass
+class EvaluateConfig:
+    """What to measure, and how."""
+
+    data: str | None = None  # data set; null: the one the model was trained on, if it is still there
+    domain: str = "auto"  # auto (by tokenizer) | molecules | text
+    split: str = "test"  # split for the NELBO and the reference properties
+    nelbo_samples: int = 2048  # sequences for the NELBO; 0: skip
+    nelbo_draws: int = 4  # times per sequence
+    t_min: float = 1e-4  # smallest time of the NELBO
+    num: int = 1024  # samples; 0: skip sampling
+    seeds: list[int] = field(default_factory=lambda: [0])
+    batch_size: int = 1024
+    fcd: bool = False  # molecules: Frechet ChemNet distance
+    scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
+    out: str | None = None  # JSON file; null: beside the model, in evaluations/
+    weights: str = "ema"
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        if self.domain not in ("auto", "molecules", "text"):
+            raise UserError(f"domain={self.domain!r} is not possible; it must be one of auto, molecules, text")
+        for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} is not possible; it must be at least {least}")
+        if not 0 < self.t_min < 0.5:
+            raise UserError(f"t_min={self.t_min} is not possible; it must be between 0 and 0.5")
+        _check_place(self.weights, self.device, self.precision)
+        self.sampler.validate()
+
+
+def _check_place(weights: str, device: str, precision: str) -> None:
+    for name, value, choices in (
+        ("weights", weights, ("ema", "raw")),
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("precision", precision, ("auto", "float32", "bfloat16")),
+    ):
+        if value not in choices:
+            raise UserError(f"{name}={value!r} is not possible; it must be one of {', '.join(choices)}")

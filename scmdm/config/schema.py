@@ -1,0 +1,206 @@
+"""The configuration of a run: every key that `scmdm train` and `scmdm adapt` know, with its default.
+
+Comments behind a key are what `--help` shows for it. `validate` refuses combinations that cannot work, before any work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from scmdm.errors import UserError
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "engine": ("single",),
+    "model.attention": ("auto", "sdpa", "flash"),
+    "model.conditioner": ("projection", "norm", "mlp"),
+    "model.head_precision": ("float32", "compute"),
+    "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
+    "self_conditioning.estimate_from": ("same_state", "noisier_state"),
+    "schedule.kind": ("constant", "cosine", "linear"),
+    "wandb.mode": ("disabled", "offline", "online"),
+}
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING  # data set written by `scmdm prepare`
+    train_split: str = "train"
+    validation_split: str = "validation"
+    num_canonical_nodes: int = 1  # fixes the sample order whatever the number of machines
+    num_workers: int = 0  # loader processes per rank
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of the denoiser. An adaptation takes it from its base; then only the last five may be set."""
+
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    condition_width: int = 32  # of the time condition
+    mlp_ratio: int = 4
+    time_conditioning: bool = False  # let the network see the noise level
+    self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
+    conditioner: str = "projection"  # projection | norm | mlp
+    dropout: float = 0.0
+    attention: str = "auto"  # auto | sdpa | flash
+    head_chunk: int = 2048  # masked positions that the output head takes at once
+    head_precision: str = "compute"  # float32 | compute (that of `precision`)
+
+
+@dataclass
+class DiffusionConfig:
+    schedule: str = "log_linear"  # log_linear | cosine | polynomial
+    eps: float = 0.0  # log_linear: alpha_t = 1 - (1 - eps) t; 1e-3 is MDLM's
+    power: float = 2.0  # polynomial: alpha_t = 1 - t^power
+    t_min: float = 1e-3  # smallest training time: bounds the loss weight
+
+
+@dataclass
+class SelfConditioningConfig:
+    rate: float = 0.0  # probability that pass 2 is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM
+    estimate_from: str = "same_state"  # same_state | noisier_state
+    passes: int = 1  # no-grad passes that make the estimate
+    estimate_dropout: bool = True  # dropout in the no-grad passes, as in pass 2
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 3e-4
+    conditioner_lr: float | None = None  # own peak rate of the conditioner; null: the same as lr
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices; never on norms, biases, embeddings
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass
+class ScheduleConfig:
+    kind: str = "constant"  # constant | cosine | linear, after the warm-up
+    warmup_steps: int = 0
+    final_ratio: float = 0.0  # last rate over peak rate (cosine, linear)
+
+
+@dataclass
+class EmaConfig:
+    decay: float = 0.9999  # 0: no averaging
+    warmup: bool = True  # decay_k = min(decay, (1 + k) / (10 + k)), k counted from the start of this run
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING  # optimizer steps
+    global_batch_size: int = 64  # sequences per optimizer step, over all ranks
+    micro_batch_size: int = 64  # sequences at once on a rank
+    log_every: int = 10
+    validate_every: int = 500  # 0: never
+    validation_samples: int = 1024  # first samples of the validation split
+    checkpoint_every: int = 500
+    keep_last: int = 2  # checkpoints kept
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "scmdm"
+    name: str | None = None  # null: the run directory's name
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    run_dir: str = MISSING  # where checkpoints, metrics and logs go
+    base: str | None = None  # adapt: run, checkpoint or exported model to start from
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 where the hardware has it
+    engine: str = "single"
+    threads: int = 0  # CPU threads; 0: all cores
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    self_conditioning: SelfConditioningConfig = field(default_factory=SelfConditioningConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for a value or a combination that cannot work."""
+        for key, choices in CHOICES.items():
+            _require(_get(self, key) in choices, key, _get(self, key), f"one of {', '.join(choices)}")
+        for key, low, high in _RANGES:
+            value = _get(self, key)
+            _require(low <= value <= high, key, value, f"between {low} and {high}")
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        model, train = self.model, self.train
+        even = model.width % (2 * model.heads) == 0
+        _require(even, "model.width", model.width, f"a multiple of 2 x model.heads = {2 * model.heads} (rotary pairs)")
+        divides = train.global_batch_size % train.micro_batch_size == 0
+        _require(
+            divides,
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            f"a divisor of train.global_batch_size = {train.global_batch_size}",
+        )
+        warmup, steps = self.schedule.warmup_steps, train.steps
+        _require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
+        flash_ok = not (model.attention == "flash" and self.device == "cpu")
+        _require(flash_ok, "model.attention", "flash", "auto or sdpa when device=cpu: flash-attn needs a GPU")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("seed", 0, 2**62),
+    ("threads", 0, 1024),
+    ("data.num_canonical_nodes", 1, 65536),
+    ("data.num_workers", 0, 1024),
+    ("model.width", 2, 65536),
+    ("model.layers", 1, 1024),
+    ("model.heads", 1, 1024),
+    ("model.condition_width", 1, 65536),
+    ("model.mlp_ratio", 1, 64),
+    ("model.dropout", 0, 0.99),
+    ("model.head_chunk", 1, 2**31),
+    ("diffusion.eps", 0, 0.5),
+    ("diffusion.power", 0.1, 16),
+    ("diffusion.t_min", 1e-9, 0.5),
+    ("self_conditioning.rate", 0, 1),
+    ("self_conditioning.passes", 1, 64),
+    ("optimizer.lr", 0, 10),
+    ("optimizer.beta1", 0, 0.99999),
+    ("optimizer.beta2", 0, 0.9999999),
+    ("optimizer.eps", 0, 1),
+    ("optimizer.weight_decay", 0, 10),
+    ("optimizer.clip", 0, 1e9),
+    ("schedule.warmup_steps", 0, 2**31),
+    ("schedule.final_ratio", 0, 1),
+    ("ema.decay", 0, 0.9999999),
+    ("train.steps", 1, 2**40),
+    ("train.global_batch_size", 1, 2**30),
+    ("train.micro_batch_size", 1, 2**30),
+    ("train.log_every", 1, 2**31),
+    ("train.validate_every", 0, 2**31),
+    ("train.validation_samples", 1, 2**31),
+    ("train.checkpoint_every", 1, 2**31),
+    ("train.keep_last", 1, 2**31),
+)
+
+
+def _get(config: object, dotted: str) -> object:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value!r} is not possible; it must be {allowed}")

@@ -1,0 +1,82 @@
+"""Monte Carlo estimate of the NELBO on held-out sequences.
+
+Legend: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.objective import Denoiser, self_conditioned_nelbo
+from scmdm.diffusion.process import noise_batch, stratified_times
+from scmdm.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Nelbo:
+    """Nats per valid token; exp of it bounds the perplexity from above."""
+
+    mean: float
+    stderr: float  # over sequences; times are stratified, so it errs on the large side
+    tokens: int
+    sequences: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+
+@torch.no_grad()
+def estimate_nelbo(
+    denoiser: Denoiser,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    schedule: Schedule,
+    *,
+    mask_id: int,
+    seed: int,
+    t_min: float,
+    draws: int = 1,
+    condition: bool = False,
+    passes: int = 1,
+) -> Nelbo:
+    """Mean NELBO over `(tokens (B, L), valid (B, L), ids (B,))` batches, with `draws` times per sequence.
+
+    `condition` gives every sequence the estimate of `passes` no-grad passes, at twice the evaluations: still a bound
+    on the likelihood, because the estimate is a function of `z_t`. The same seed gives the same times and masks, so
+    two models, or both modes of one, are compared on the same noise.
+    """
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    for tokens_BL, valid_BL, ids_B in batches:
+        shares = torch.zeros(len(tokens_BL), dtype=torch.float64, device=tokens_BL.device)
+        for draw in range(draws):
+            noised = noise_batch(
+                tokens_BL,
+                valid_BL,
+                stratified_times(seed, draw, ids_B, t_min),
+                ids_B,
+                schedule=schedule,
+                mask_id=mask_id,
+                seed=seed,
+                step=draw,
+                rate=1.0 if condition else 0.0,
+                noisier_state=False,
+            )
+            output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
+            shares += output.weighted_nll_B / draws
+        sums.append(shares.cpu())
+        counts.append(valid_BL.sum(1).double().cpu())
+    return _ratio(torch.cat(sums), torch.cat(counts))
+
+
+def _ratio(sums: Tensor, counts: Tensor) -> Nelbo:
+    """Mean per token and its standard error (delta method for a ratio of sums)."""
+    n, mean = len(sums), float(sums.sum() / counts.sum())
+    residual = sums - mean * counts
+    stderr = float(residual.square().sum().sqrt() / counts.sum()) if n > 1 else float("nan")
+    return Nelbo(mean, stderr, int(counts.sum()), n)

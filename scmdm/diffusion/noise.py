@@ -1,0 +1,76 @@
+"""Keyed random numbers: a draw depends on what it belongs to, never on which process, device or order asked for it.
+
+Philox4x32-10 (Salmon et al., SC 2011) in torch integer arithmetic: the same bits on CPU and GPU, and on 1 or 512 ranks.
+
+Legend: B samples, N draws per sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four 32-bit words (in int64 tensors) for each 4 x 32-bit counter under one 64-bit key.
+
+    The int64 products wrap modulo 2^64, which leaves the bits of the unsigned product; the mask undoes the
+    sign extension of the shift.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, high1 = (product0 >> 32) & _MASK, (product1 >> 32) & _MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _MASK, high0 ^ c3 ^ k1, product0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _key(seed: int, purpose: str) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def keyed_words(seed: int, purpose: str, step: int, ids_B: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """Four tensors (B, blocks) of 32-bit words for samples `ids_B` (int64, any non-negative value) at `step`."""
+    assert ids_B.dtype == torch.int64 and ids_B.ndim == 1
+    block = torch.arange(blocks, device=ids_B.device)[None, :]
+    low, high = (ids_B & _MASK)[:, None], ((ids_B >> 32) & _MASK)[:, None]
+    counter = torch.broadcast_tensors(block, torch.full_like(block, step & _MASK), low, high)
+    return philox_4x32((counter[0], counter[1], counter[2], counter[3]), _key(seed, purpose))
+
+
+def keyed_uniform(seed: int, purpose: str, step: int, ids_B: Tensor, n: int) -> Tensor:
+    """Uniforms (B, n), float64 with 52 random bits, strictly inside (0, 1)."""
+    w0, w1, w2, w3 = keyed_words(seed, purpose, step, ids_B, (n + 1) // 2)
+    pairs = torch.stack([(w0 << 21) | (w1 >> 11), (w2 << 21) | (w3 >> 11)], dim=-1).flatten(1)[:, :n]
+    # 53 bits and the half step that keeps 0 and 1 out need 54 bits of mantissa, so the lowest bit is given up.
+    return ((pairs >> 1).double() + 0.5) * 2.0**-52
+
+
+def keyed_permutation(seed: int, purpose: str, step: int, ids_N: Tensor) -> Tensor:
+    """Rank (N,) of each id in a keyed random order of the ids; depends on the set of ids, not on their order.
+
+    Equal ids (a sample drawn twice into one batch) are ranked by their place.
+    """
+    w0, w1, _, _ = keyed_words(seed, purpose, step, ids_N, 1)
+    keys = (w0[:, 0] << 31) | (w1[:, 0] >> 1)
+    by_id = torch.argsort(ids_N, stable=True)
+    order = by_id[torch.argsort(keys[by_id], stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return rank
+
+
+def keyed_int(seed: int, purpose: str, step: int) -> int:
+    """One 63-bit integer, to seed a library's own generator (dropout) for a step."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

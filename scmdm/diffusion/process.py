@@ -1,0 +1,91 @@
+"""The forward (absorbing) process and the draws that drive it.
+
+Legend: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.noise import keyed_permutation, keyed_uniform
+from scmdm.diffusion.schedule import Schedule
+
+
+def stratified_times(seed: int, step: int, ids_N: Tensor, t_min: float) -> Tensor:
+    """Times (N,) float64, `t_i = t_min + (1 - t_min) ((u + rank_i / N) mod 1)`, for ALL samples of a global batch.
+
+    One `u` per step; the ranks are a keyed permutation of the sample ids, so that a sample's time does not depend on
+    how the batch is split over ranks and micro-batches. Each `t_i` is uniform on [t_min, 1]; together they cover it
+    evenly, which lowers the variance of the loss (antithetic times, MDLM section 3.5; VDM appendix I).
+    """
+    u = keyed_uniform(seed, "time", step, torch.zeros(1, dtype=torch.int64, device=ids_N.device), 1)[0, 0]
+    rank = keyed_permutation(seed, "time-order", step, ids_N)
+    return t_min + (1 - t_min) * ((u + rank.double() / len(ids_N)) % 1.0)
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A micro-batch as the objective sees it; rows belong together."""
+
+    x: Tensor  # (B, L) int64, clean tokens
+    z: Tensor  # (B, L) int64, noised tokens at `t`
+    t: Tensor  # (B,) float64
+    valid: Tensor  # (B, L) bool: counts in the likelihood
+    z_estimate: Tensor  # (B, L) int64, the state that pass 1 sees; masks are a superset of those of `z`
+    t_estimate: Tensor  # (B,) float64, its time
+    conditioned: Tensor  # (B,) bool: pass 2 sees the estimate
+
+
+def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
+    """`z_t ~ q(z_t | x)`: the maskable tokens whose uniform is below `1 - alpha_t` become `mask_id`.
+
+    With the same uniforms a larger time masks a superset.
+    """
+    masked = (u_BL < (1 - alpha_B)[:, None]) & maskable_BL
+    return x_BL.masked_fill(masked, mask_id)
+
+
+def noise_batch(
+    x_BL: Tensor,
+    valid_BL: Tensor,
+    t_B: Tensor,
+    ids_B: Tensor,
+    *,
+    schedule: Schedule,
+    mask_id: int,
+    seed: int,
+    step: int,
+    rate: float,
+    noisier_state: bool,
+) -> NoisedBatch:
+    """Noise a micro-batch with draws keyed on (seed, step, sample id).
+
+    `rate` is the probability that a sample's second pass is conditioned. With `noisier_state` the estimate is made
+    from an earlier sampler state: a time drawn uniformly between t and 1, with the same uniforms, hence more masks.
+    Tokens that are not valid (ignored padding) are never masked.
+    """
+    u_BL = keyed_uniform(seed, "mask", step, ids_B, x_BL.shape[1])
+    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), valid_BL, mask_id)
+    z_estimate, t_estimate = z_BL, t_B
+    if noisier_state:
+        v_B = keyed_uniform(seed, "estimate-time", step, ids_B, 1)[:, 0]
+        t_estimate = t_B + (1 - t_B) * v_B
+        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
+    coin_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
+    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B)
+
+
+def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:
+    """Bool (B, L): masked positions whose uniform says that they are unmasked in this step (never the others)."""
+    return (z_BL == mask_id) & (u_BL < probability_B[:, None])
+
+
+def first_hitting_position(z_BL: Tensor, u_B: Tensor, mask_id: int) -> Tensor:
+    """Bool (B, L): for each row one masked position, uniformly chosen by `u_B`; none in a row without masks."""
+    masked = z_BL == mask_id
+    count_B = masked.sum(1)
+    chosen_B = torch.minimum((u_B * count_B).long(), (count_B - 1).clamp(min=0))
+    return masked & ((masked.cumsum(1) - 1) == chosen_B[:, None])

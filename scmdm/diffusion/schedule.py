@@ -1,0 +1,96 @@
+"""Noise schedules of the absorbing process: `alpha_t` is the probability that a token is still clean at time t.
+
+Legend: any shape in, the same shape out; times in float64 or float32, t in [0, 1], alpha_0 = 1, alpha_1 = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """A decreasing, differentiable `alpha_t` on [0, 1] with its derivative and inverse."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Probability that a token is clean at time t."""
+        ...
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """Derivative of `alpha` by t (negative)."""
+        ...
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        """The time at which `alpha_t` has this value."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogLinear:
+    """`alpha_t = 1 - (1 - eps) t`. `eps = 1e-3` is MDLM's constant; `eps = 0` masks everything at t = 1."""
+
+    eps: float = 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - (1 - self.eps) * t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, -(1 - self.eps))
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        return (1 - alpha) / (1 - self.eps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """`alpha_t = 1 - cos(pi/2 (1 - t))` (MaskGIT's masking rate, arXiv 2202.04200)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - torch.cos(math.pi / 2 * (1 - t))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        return 1 - torch.acos((1 - alpha).clamp(0, 1)) * (2 / math.pi)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """`alpha_t = 1 - t^power` (MD4, arXiv 2406.04329); `power = 1` is log-linear."""
+
+    power: float = 2.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t**self.power
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self.power * t ** (self.power - 1)
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        return (1 - alpha).clamp(0, 1) ** (1 / self.power)
+
+
+def make_schedule(kind: str, *, eps: float = 0.0, power: float = 2.0) -> Schedule:
+    """The schedule named `kind`: "log_linear" (uses `eps`), "cosine" or "polynomial" (uses `power`)."""
+    if kind == "log_linear":
+        return LogLinear(eps)
+    if kind == "polynomial":
+        return Polynomial(power)
+    assert kind == "cosine", kind
+    return Cosine()
+
+
+def loss_weight(schedule: Schedule, t: Tensor) -> Tensor:
+    """`w(t) = -alpha'_t / (1 - alpha_t)`, the NELBO's weight of a masked token (MDLM eq. 10); 1/t for log-linear."""
+    return -schedule.d_alpha(t) / (1 - schedule.alpha(t))
+
+
+def unmask_probability(schedule: Schedule, t: Tensor, t_next: Tensor) -> Tensor:
+    """`(alpha_s - alpha_t) / (1 - alpha_t)`: a token masked at t is clean at `t_next = s < t` with this probability."""
+    alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
+    return ((alpha_s - alpha_t) / (1 - alpha_t)).clamp(0, 1)

@@ -1,0 +1,108 @@
+"""What a run ran on: versions, machine, git revision; and what this machine can run (`scmdm doctor`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scmdm.model.attention import flash_unusable_because
+from scmdm.parallel.engine import resolve_device, resolve_precision
+
+PACKAGES = ("scmdm", "torch", "mosaicml-streaming", "numpy", "omegaconf", "safetensors", "sentencepiece", "rdkit", "fcd")
+OPTIONAL = {
+    "flash-attn": "faster attention on GPUs",
+    "deepspeed": "ZeRO sharding",
+    "wandb": "experiment tracking",
+    "transformers": "generative perplexity under a scorer",
+    "fcd": "Frechet ChemNet distance",
+    "qm9pack": "the QM9 molecules",
+}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision(directory: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds `directory` and whether it has changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain"))}
+
+
+def describe_environment() -> dict[str, Any]:
+    """JSON-able description, stored as `environment.json` in every run directory."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "git": git_revision(Path(__file__).parent),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "cpu": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `scmdm doctor`; `level` is "ok", "note" or "problem"."""
+
+    level: str
+    subject: str
+    text: str
+
+
+def examine(directory: Path) -> list[Finding]:
+    """What this machine can run; disk space is that of `directory`."""
+    return [*_examine_compute(), *_examine_packages(), *_examine_disk(directory)]
+
+
+def _examine_compute() -> Iterator[Finding]:
+    device = resolve_device("auto")
+    dtype = resolve_precision("auto", device)
+    yield Finding("ok", "python", f"{platform.python_version()}, torch {torch.__version__}")
+    yield Finding("ok", "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if device.type == "cpu":
+        yield Finding("note", "gpu", "none: training runs on the CPU; the quickstart is made for that")
+    yield Finding("ok", "precision", f"precision=auto means {str(dtype).removeprefix('torch.')} on {device.type}")
+    reason = flash_unusable_because(device.type, dtype)
+    yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's own kernels ({reason})")
+
+
+def _examine_packages() -> Iterator[Finding]:
+    for name, purpose in OPTIONAL.items():
+        version = installed_version(name)
+        yield Finding("ok", name, version) if version else Finding("note", name, f"not installed ({purpose})")
+
+
+def _examine_disk(directory: Path) -> Iterator[Finding]:
+    for subject, path, least in (("disk", directory, 2.0), ("shared memory", Path("/dev/shm"), 0.25)):
+        if not path.exists():
+            continue
+        free = shutil.disk_usage(path).free / 2**30
+        level = "ok" if free >= least else "problem"
+        yield Finding(level, subject, f"{free:.1f} GiB free" + ("" if level == "ok" else f"; {least} GiB is the least"))

@@ -1,0 +1,9 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: a key, a file, a combination.
+
+    The message is one line that names the key or file, what was found, what was expected and what to do.
+    The command line prints it without a traceback and exits with status 1.
+    """

@@ -1,0 +1,79 @@
+"""Writing that is complete or absent: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scmdm.errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a directory's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old content or the new one.
+
+    Raises UserError when the directory cannot be written or the disk is full; `path` is then untouched.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode())
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `final` when the block succeeds and vanishes when it fails.
+
+    `final` must not exist. Every file is flushed to the disk before the rename, so that after a power cut `final` is
+    complete or absent. An OSError in the block (a full or read-only disk) becomes a UserError naming `final`.
+    """
+    temporary: Path | None = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            fsync_path(path)
+        fsync_path(temporary)
+        os.rename(temporary, final)
+        fsync_path(final.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}; free space or choose another place") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)

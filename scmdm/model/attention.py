@@ -1,0 +1,67 @@
+"""Bidirectional attention behind one function, whatever computes it.
+
+Legend: B batch, L length, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scmdm.errors import UserError
+
+# On CPU in bfloat16 torch's fused kernel takes 15 x as long in its backward as three plain products (L = 32) and loses
+# up to about this length; benchmarks/attention.py prints the ratios.
+_CPU_MATMUL_LENGTH = 256
+
+
+@functools.cache
+def flash_unusable_because(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why flash-attn cannot run for this device and dtype, or None when it can. Importing is not enough to know."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "flash-attn needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn needs bfloat16 or float16, not {dtype}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"flash-attn needs compute capability 8.0 or newer, not {torch.cuda.get_device_capability()}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn does not import here ({error})"
+    return None
+
+
+def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raise UserError when `backend` is asked for by name and cannot run."""
+    reason = flash_unusable_because(device_type, dtype) if backend == "flash" else None
+    if reason is not None:
+        raise UserError(f"model.attention=flash cannot run: {reason}; use model.attention=auto or sdpa")
+
+
+def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int) -> str:
+    """What "auto" means for this input: "flash" where it runs, "matmul" for short CPU sequences, else "sdpa"."""
+    if backend != "auto":
+        return backend
+    if device_type == "cpu":
+        return "matmul" if length <= _CPU_MATMUL_LENGTH else "sdpa"
+    return "sdpa" if flash_unusable_because(device_type, dtype) else "flash"
+
+
+def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str) -> Tensor:
+    """Softmax attention without a causal mask, (B, L, H, K) each, scaled by 1/sqrt(K). Returns (B, L, H, K)."""
+    chosen = choose_backend(backend, q_BLHK.device.type, q_BLHK.dtype, q_BLHK.shape[1])
+    if chosen == "flash":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q_BLHK, k_BLHK, v_BLHK, causal=False)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    if chosen == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    probabilities_BHLL = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (probabilities_BHLL @ v).transpose(1, 2)

@@ -1,0 +1,87 @@
+"""The output head on masked positions only, in chunks: a B x L x V tensor never exists.
+
+Legend: N masked positions, D width, V vocabulary (with the mask), C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def subs_bias(bias_V: Tensor, mask_id: int) -> Tensor:
+    """The bias with minus infinity at the mask: SUBS' zero masking probability (MDLM section 3.2.3)."""
+    return bias_V.float().index_fill(0, torch.tensor([mask_id], device=bias_V.device), float("-inf"))
+
+
+def subs_logits(h_CD: Tensor, weight_VD: Tensor, subs_bias_V: Tensor) -> Tensor:
+    """Logits (C, V) in float32; the product runs in the dtype of `h_CD`."""
+    return F.linear(h_CD, weight_VD.to(h_CD.dtype)).float() + subs_bias_V
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """Forward makes the gradients chunk by chunk, so that neither logits nor probabilities are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, x_N: Tensor, w_N: Tensor, mask_id: int, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        need_gradient = any(ctx.needs_input_grad)
+        bias = subs_bias(bias_V, mask_id)
+        nll_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        d_h = torch.empty_like(h_ND) if need_gradient else None
+        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_gradient else None
+        d_bias = torch.zeros_like(bias) if need_gradient else None
+        for start in range(0, len(h_ND), chunk):
+            rows = slice(start, start + chunk)
+            h_CD, x_C1 = h_ND[rows], x_N[rows, None]
+            logits_CV = subs_logits(h_CD, weight_VD, bias)
+            lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+            nll_N[rows] = (lse_C1 - logits_CV.gather(1, x_C1)).squeeze(1)
+            if d_h is None or d_weight is None or d_bias is None:
+                continue
+            d_logits = (logits_CV - lse_C1).exp().mul_(w_N[rows, None])
+            d_logits.scatter_add_(1, x_C1, -w_N[rows, None])
+            d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(h_CD.dtype)
+            d_h[rows] = d_logits @ weight_VD.to(h_CD.dtype)
+            d_weight += (d_logits.T @ h_CD).float()
+        if d_h is not None and d_weight is not None and d_bias is not None:
+            ctx.save_for_backward(d_h, d_weight.to(weight_VD.dtype), d_bias.to(bias_V.dtype))
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N.double() * w_N).sum().float(), nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, _d_nll: Tensor) -> tuple[Tensor | None, ...]:
+        d_h, d_weight, d_bias = ctx.saved_tensors
+        return d_h * d_total, d_weight * d_total, d_bias * d_total, None, None, None, None
+
+
+def weighted_nll_sum(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, x_N: Tensor, w_N: Tensor, *, mask_id: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`sum_n w_n * -log softmax(W h_n + b)[x_n]` (float32 scalar) and the unweighted values (N,) without gradient.
+
+    `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`.
+    """
+    with torch.autocast(h_ND.device.type, enabled=False):
+        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk)  # type: ignore[no-untyped-call]
+    return total, nll_N
+
+
+def expected_embedding(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, *, mask_id: int, chunk: int
+) -> Tensor:
+    """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding."""
+    with torch.autocast(h_ND.device.type, enabled=False):
+        bias = subs_bias(bias_V, mask_id)
+        embedding = embedding_VD.to(h_ND.dtype)
+        parts = [
+            subs_logits(h_CD, weight_VD, bias).softmax(1).to(h_CD.dtype) @ embedding for h_CD in h_ND.split(chunk)
+        ]
+        return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])

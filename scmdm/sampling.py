@@ -1,0 +1,140 @@
+"""Drawing text, molecules, ... from a model on disk: templates, batches, decoding.
+
+Legend: B batch, L length, N samples.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scmdm.config.sampling import SampleConfig, SamplerConfig
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
+from scmdm.diffusion.sampler import sample
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text
+from scmdm.model.weights import LoadedModel, read_model
+from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
+from scmdm.training.checkpoint import find_model
+
+MASK_WORD = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples in order, with what they cost."""
+
+    tokens: Tensor  # (N, L) int64, on the CPU
+    texts: list[str]
+    evaluations: int  # denoiser evaluations per sample
+    seconds: float
+
+
+def load(path: str | Path, *, weights: str = "ema", device: str = "auto") -> LoadedModel:
+    """Load a model for sampling from a run directory, a checkpoint or an export, in eval mode on `device`.
+
+    Raises UserError when there is none, or when its files are missing, damaged or do not fit together.
+    """
+    loaded = read_model(find_model(Path(path)), weights=weights)
+    loaded.model.to(resolve_device(device))
+    return loaded
+
+
+def template_tokens(tokenizer: Tokenizer, length: int, prompt: str | None, infill: str | None) -> Tensor:
+    """One row (L,) with the given tokens in place and the mask id elsewhere."""
+    row = torch.full((length,), tokenizer.mask_id)
+    if infill is not None:
+        pieces = infill.split(MASK_WORD)
+        given = [tokenizer.bos_id, *_encode(tokenizer, pieces[0], "infill")]
+        for piece in pieces[1:]:
+            given += [tokenizer.mask_id, *_encode(tokenizer, piece, "infill")]
+        row[:] = tokenizer.pad_id
+        given.append(tokenizer.eos_id)
+    elif prompt is not None:
+        given = [tokenizer.bos_id, *_encode(tokenizer, prompt, "prompt")]
+    else:
+        return row
+    if len(given) > length:
+        key = "prompt" if infill is None else "infill"
+        raise UserError(f"{key} has {len(given)} tokens with its marks, the model's length is {length}; shorten it or set length")
+    row[: len(given)] = torch.tensor(given)
+    return row
+
+
+def _encode(tokenizer: Tokenizer, text: str, key: str) -> list[int]:
+    try:
+        return tokenizer.encode(text) if text else []
+    except UnknownSymbol as error:
+        raise UserError(f"{key}={text!r}: {error}; the model's vocabulary does not have it") from error
+
+
+def generate(
+    loaded: LoadedModel,
+    sampler: SamplerConfig,
+    *,
+    num: int,
+    seed: int,
+    batch_size: int = 1024,
+    template_L: Tensor | None = None,
+    precision: str = "auto",
+    on_batch: Callable[[int], None] | None = None,
+) -> Generated:
+    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`."""
+    spec, model = loaded.spec, loaded.model
+    device = next(model.parameters()).device
+    settings = sampler.settings(spec.model.self_conditioned)
+    template = torch.full((spec.length,), spec.mask_id) if template_L is None else template_L
+    started, parts, evaluations = time.perf_counter(), [], 0
+    for ids in torch.arange(num).split(batch_size):
+        with compute_context(device, resolve_precision(precision, device)):
+            drawn = sample(
+                model,
+                template.to(device).expand(len(ids), -1),
+                ids.to(device),
+                schedule=spec.schedule,
+                settings=settings,
+                mask_id=spec.mask_id,
+                seed=seed,
+            )
+        parts.append(drawn.tokens.cpu())
+        evaluations = max(evaluations, drawn.evaluations)
+        if on_batch is not None:
+            on_batch(len(ids))
+    tokens = torch.cat(parts)
+    texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
+    return Generated(tokens, texts, evaluations, time.perf_counter() - started)
+
+
+def run_sampling(path: str, config: SampleConfig) -> Generated:
+    """`scmdm sample`: draw, then write JSON lines to `config.out` if set."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loaded = load(path, weights=config.weights, device=config.device)
+    length = config.length or loaded.spec.length
+    template = template_tokens(loaded.tokenizer, length, config.prompt, config.infill)
+    generated = generate(
+        loaded,
+        config.sampler,
+        num=config.num,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        template_L=template,
+        precision=config.precision,
+    )
+    if config.out is not None:
+        write_samples(Path(config.out), generated)
+    return generated
+
+
+def write_samples(path: Path, generated: Generated) -> None:
+    """One JSON object a line: `text`, `tokens`, `evaluations`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(generated.texts, generated.tokens.tolist(), strict=True)
+    lines = [json.dumps({"text": t, "tokens": k, "evaluations": generated.evaluations}) + "\n" for t, k in rows]
+    atomic_write_text(path, "".join(lines))

@@ -1,0 +1,176 @@
+"""Checkpoints that are complete or absent, verified by hash, with the newest good one found by itself.
+
+A checkpoint is a model directory (`scmdm.model.weights`) plus the optimizer and `state.json`; `checkpoint.json`, written
+last, lists every file with size and SHA-256. It is made under a temporary name, flushed and renamed; then the pointer
+`latest` moves; then old checkpoints go.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scmdm.data.manifest import Manifest
+from scmdm.errors import UserError
+from scmdm.files import atomic_directory, atomic_write_bytes, atomic_write_text, sha256_file
+from scmdm.model.weights import EMA_FILE, MODEL_FILE, WEIGHTS_FILE, ModelSpec, read_weights, write_model_files, write_weights
+from scmdm.parallel.engine import Engine
+from scmdm.training.ema import Ema
+
+SEAL, STATE_FILE, OPTIMIZER_FILE, POINTER = "checkpoint.json", "state.json", "optimizer.pt", "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass
+class TrainState:
+    """What a run must remember besides tensors, to go on as if it had never stopped."""
+
+    step: int = 0
+    tokens: int = 0  # valid tokens trained on
+    seconds: float = 0.0  # spent training, over all restarts
+    evaluations: int = 0  # denoiser evaluations times sequences
+    loss_sum: float = 0.0  # of the steps since the last logged one
+    loss_count: int = 0
+    ema_updates: int = 0
+    loader: dict[str, Any] | None = None
+    data_fingerprint: str = ""
+    wandb_id: str | None = None
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints in `directory`, oldest first; temporary ones are not among them."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: Engine,
+    ema: Ema | None,
+    state: TrainState,
+    spec: ModelSpec,
+    manifest: Manifest,
+    tokenizer_file: Path,
+    config_yaml: str,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint, move the pointer, remove those beyond the last `keep_last`.
+
+    Raises UserError when the disk is full or not writable; everything saved before is then untouched.
+    """
+    final = directory / checkpoint_name(state.step)
+    if final.exists():
+        shutil.rmtree(final)
+    with atomic_directory(final) as temporary:
+        write_model_files(temporary, spec, manifest, tokenizer_file)
+        write_weights(temporary / WEIGHTS_FILE, engine.parameters())
+        if ema is not None:
+            write_weights(temporary / EMA_FILE, ema.average)
+        buffer = io.BytesIO()
+        torch.save(engine.optimizer.state_dict(), buffer)
+        atomic_write_bytes(temporary / OPTIMIZER_FILE, buffer.getvalue())
+        atomic_write_text(temporary / STATE_FILE, json.dumps(vars(state), indent=2) + "\n")
+        atomic_write_text(temporary / "config.yaml", config_yaml)
+        seal(temporary)
+    atomic_write_text(directory / POINTER, final.name + "\n")
+    _retire(directory, keep_last)
+    return final
+
+
+def seal(directory: Path) -> None:
+    """Write the list of all files with their sizes and hashes."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(directory.iterdir())}
+    atomic_write_text(directory / SEAL, json.dumps({"files": files}, indent=2) + "\n")
+
+
+def _retire(directory: Path, keep_last: int) -> None:
+    for path in list_checkpoints(directory)[:-keep_last]:
+        doomed = path.with_name(f".{path.name}.removed")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """Problems of a checkpoint or export, each naming the file; empty when it is whole."""
+    try:
+        files = json.loads((path / SEAL).read_text())["files"]
+    except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        return [f"{path / SEAL} is missing or damaged ({type(error).__name__})"]
+    return [problem for name, expected in files.items() if (problem := _verify_file(path / name, expected))]
+
+
+def _verify_file(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    if sha256_file(path) != expected["sha256"]:
+        return f"{path} does not match its SHA-256"
+    return None
+
+
+def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies (None if there is none), and what was wrong with the newer ones."""
+    skipped: list[str] = []
+    for path in reversed(list_checkpoints(directory)):
+        problems = verify_checkpoint(path)
+        if not problems:
+            return path, skipped
+        skipped.append(f"skipped {path.name}: {'; '.join(problems)}")
+    return None, skipped
+
+
+def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
+    """Restore weights, optimizer and EMA in place, and return the state. The checkpoint must have been verified."""
+    engine.load_parameters({name: value.to(engine.device) for name, value in read_weights(path / WEIGHTS_FILE).items()})
+    optimizer_state = torch.load(path / OPTIMIZER_FILE, map_location=engine.device, weights_only=True)
+    engine.optimizer.load_state_dict(optimizer_state)
+    state = TrainState(**json.loads((path / STATE_FILE).read_text()))
+    if ema is not None:
+        ema.load(read_weights(path / EMA_FILE), state.ema_updates)
+    return state
+
+
+def find_model(path: Path) -> Path:
+    """The model directory that the user means by `path`: itself, or the newest good checkpoint of a run."""
+    if (path / MODEL_FILE).is_file():
+        problems = verify_checkpoint(path)
+        if problems:
+            raise UserError(f"{problems[0]}; use another checkpoint (see `scmdm checkpoint list RUN`)")
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
+    checkpoint, skipped = newest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        reason = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"{path} holds no checkpoint that verifies{reason}; give a run directory, a checkpoint or an export")
+    return checkpoint
+
+
+def export_model(path: Path, out: Path) -> Path:
+    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint, into a new directory `out`."""
+    source = find_model(path)
+    if out.exists():
+        raise UserError(f"{out} exists; export into a new directory, or remove it first")
+    manifest = Manifest.read(source)
+    weights = source / (EMA_FILE if (source / EMA_FILE).exists() else WEIGHTS_FILE)
+    with atomic_directory(out) as temporary:
+        for name in (MODEL_FILE, "manifest.json", manifest.tokenizer.file):
+            shutil.copyfile(source / name, temporary / name)
+        shutil.copyfile(weights, temporary / WEIGHTS_FILE)
+        seal(temporary)
+    return out

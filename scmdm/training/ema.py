@@ -1,0 +1,55 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from scmdm.config.schema import EmaConfig
+from scmdm.parallel.engine import Engine
+
+
+class Ema:
+    """`average = decay * average + (1 - decay) * weights` after every optimizer step.
+
+    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights at
+    k = 0: an adaptation that kept the base's counter would average mostly base weights.
+    """
+
+    def __init__(self, engine: Engine, config: EmaConfig) -> None:
+        self.config = config
+        self.updates = 0
+        self.average = {name: value.clone() for name, value in engine.parameters().items()}
+
+    def decay(self) -> float:
+        """The decay of the next update."""
+        if not self.config.warmup:
+            return self.config.decay
+        return min(self.config.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, engine: Engine) -> None:
+        """Take the current weights into the average."""
+        current = engine.parameters()
+        torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
+        self.updates += 1
+
+    def load(self, average: dict[str, Tensor], updates: int) -> None:
+        """Continue from a checkpoint."""
+        assert average.keys() == self.average.keys()
+        for name, value in average.items():
+            self.average[name].copy_(value)
+        self.updates = updates
+
+    @contextmanager
+    def applied(self, engine: Engine) -> Iterator[None]:
+        """Run a block with the averaged weights in the model."""
+        current = {name: value.clone() for name, value in engine.parameters().items()}
+        engine.load_parameters(self.average)
+        try:
+            yield
+        finally:
+            engine.load_parameters(current)

@@ -1,0 +1,137 @@
+"""Where a run's numbers go: `metrics.jsonl` (always), wandb (on request), a progress bar or plain lines, `train.log`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scmdm.config.schema import WandbConfig
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text
+
+METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
+logger = logging.getLogger("scmdm")
+
+
+class MetricsFile:
+    """Append-only JSON lines. Opening it for a resume drops what lies beyond the checkpoint's step, so that a step
+    appears once however often the run was interrupted."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file: IO[str] = open(path, "a", buffering=1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Tracker(Protocol):
+    """The part of a wandb run that is used."""
+
+    id: str
+
+    def log(self, data: dict[str, Any], step: int | None = None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], run_id: str | None) -> Tracker | None:
+    """Start, or with `run_id` continue, a wandb run; None when disabled. Offline needs no account."""
+    if config.mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled") from error
+    return wandb.init(
+        project=config.project,
+        name=config.name or run_dir.name,
+        dir=run_dir,
+        mode="offline" if config.mode == "offline" else "online",
+        id=run_id,
+        resume="allow" if run_id else None,
+        config=run_config,
+    )
+
+
+@contextmanager
+def log_to(run_dir: Path) -> Iterator[Console]:
+    """Send the `scmdm` logger to `train.log`, plain, and to the terminal or, without one, to standard output."""
+    console = Console()
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / LOG_FILE)]
+    if console.is_terminal:
+        handlers.append(RichHandler(console=console, show_path=False, markup=False))
+    else:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        if not isinstance(handler, RichHandler):
+            handler.setFormatter(plain)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield console
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class StepDisplay:
+    """A bar with loss, tokens/s and time left on a terminal; without one the log lines alone speak."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        hidden = not console.is_terminal or "SCMDM_NO_PROGRESS" in os.environ
+        self._progress = Progress(*columns, console=console, disable=hidden)
+        self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", rate="-")
+
+    def __enter__(self) -> StepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, loss: float, tokens_per_s: float) -> None:
+        self._progress.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{tokens_per_s:,.0f} tokens/s")
+
+
+def format_duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

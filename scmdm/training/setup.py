@@ -1,0 +1,123 @@
+"""From a configuration, a data set and perhaps a base model to an engine that can be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.data.manifest import Manifest
+from scmdm.diffusion.noise import keyed_int
+from scmdm.errors import UserError
+from scmdm.model.weights import LoadedModel, ModelSpec, load_weights
+from scmdm.parallel.engine import Engine, SingleEngine
+from scmdm.training.optimizer import make_optimizer
+
+_ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision")
+_MAY_CHANGE_ON_RESUME = (
+    "run_dir",
+    "base",
+    "threads",
+    "device",
+    "engine",
+    "data.path",
+    "data.num_workers",
+    "model.attention",
+    "model.head_chunk",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.log_every",
+    "train.validate_every",
+    "train.validation_samples",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "wandb.mode",
+    "wandb.project",
+    "wandb.name",
+)
+
+
+def resolve_config(config: RunConfig, base: LoadedModel | None) -> RunConfig:
+    """Fill in what follows from the rest: the conditioner from the rate, an adaptation's architecture from its base.
+
+    Raises UserError when the configuration asks for another architecture or process than the base's.
+    """
+    conditioned = config.self_conditioning.rate > 0
+    if config.model.self_conditioned and not conditioned:
+        raise UserError("model.self_conditioned=true with self_conditioning.rate=0: set the rate alone, above 0")
+    if base is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
+    if base.spec.model.self_conditioned and not conditioned:
+        raise UserError(f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0")
+    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[1:]
+    _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
+    _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
+    own = {name: getattr(config.model, name) for name in keep}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(base.spec.model, **own, self_conditioned=conditioned),
+        diffusion=dataclasses.replace(base.spec.diffusion, t_min=config.diffusion.t_min),
+    )
+
+
+def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allowed: tuple[str, ...]) -> None:
+    """A key may have its default or the base's value: anything else is a wish that an adaptation cannot fulfil."""
+    for field in dataclasses.fields(ours):
+        value, expected = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in allowed and value not in (expected, getattr(default, field.name)):
+            raise UserError(f"{section}.{field.name}={value!r}, but the base has {expected!r}; leave the key out to adapt it")
+
+
+def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) -> ModelSpec:
+    """What to build; UserError when the base speaks another vocabulary than the data set."""
+    if base is not None and base.spec.vocab_size != manifest.vocab_size:
+        raise UserError(
+            f"base={base.path} has {base.spec.vocab_size} tokens, data.path={config.data.path} has {manifest.vocab_size}; "
+            "prepare the data with the base's tokenizer, or take another base"
+        )
+    if base is not None and base.manifest.tokenizer.sha256 != manifest.tokenizer.sha256:
+        raise UserError(
+            f"data.path={config.data.path} was prepared with another tokenizer than base={base.path} was trained with; "
+            "prepare the data with the base's tokenizer, or take another base"
+        )
+    return ModelSpec(config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length)
+
+
+def build_engine(
+    config: RunConfig, spec: ModelSpec, base: LoadedModel | None, device: torch.device, dtype: torch.dtype
+) -> Engine:
+    """Model (fresh, or with the base's weights), optimizer and engine."""
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_int(config.seed, "init", 0))
+        model = spec.build()
+    if base is not None:
+        weights = {name: value.detach() for name, value in base.model.named_parameters()}
+        load_weights(model, weights, str(base.path), new_conditioner=True)
+    model.to(device)
+    return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+
+
+def check_same_run(config: RunConfig, checkpoint: Path) -> None:
+    """Refuse to resume with settings that would make it another run; names the first key."""
+    before = _flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    now = _flatten(dataclasses.asdict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in _MAY_CHANGE_ON_RESUME and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}={now.get(key)!r}, but run_dir={config.run_dir} was started with {before.get(key)!r}; "
+                "give the old value to resume it, or another run_dir to start a new run"
+            )
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

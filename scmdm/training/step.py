@@ -1,0 +1,102 @@
+"""One optimizer step: noise, two passes, accumulation, update.
+
+Legend: B this rank's sequences of the step, L length, N sequences of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.config.schema import RunConfig
+from scmdm.diffusion.noise import keyed_int
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
+from scmdm.diffusion.schedule import Schedule
+from scmdm.errors import UserError
+from scmdm.parallel.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per valid token over the global batch
+    grad_norm: float
+    tokens: int  # valid tokens of the global batch
+    evaluations: int  # denoiser evaluations times sequences, over the global batch
+
+
+def train_step(
+    engine: Engine, config: RunConfig, schedule: Schedule, mask_id: int, tokens_BL: Tensor, valid_BL: Tensor, ids_B: Tensor, step: int
+) -> StepResult:
+    """Run one step on this rank's share of the global batch and update the weights.
+
+    The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
+    neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
+    finite; the weights are then untouched.
+    """
+    tokens = engine.sum(valid_BL.sum())
+    t_B = _local_times(engine, config, ids_B, step)
+    torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
+    size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
+    for start in range(0, len(tokens_BL), size):
+        rows = slice(start, start + size)
+        batch = _noise(config, schedule, mask_id, tokens_BL[rows], valid_BL[rows], t_B[rows], ids_B[rows], step)
+        with engine.compute():
+            output = self_conditioned_nelbo(
+                engine.model,
+                batch,
+                schedule,
+                condition=config.self_conditioning.rate > 0,
+                passes=config.self_conditioning.passes,
+                estimate_dropout=config.self_conditioning.estimate_dropout,
+            )
+        engine.backward(output.loss / tokens, last=start + size >= len(tokens_BL))
+        total += output.loss.detach()
+        passes = output.passes
+    loss = float(engine.sum(total) / tokens)
+    grad_norm = engine.clip_grad_norm(config.optimizer.clip)
+    _require_finite(loss, grad_norm, step, ids_B)
+    engine.step()
+    return StepResult(loss, grad_norm, int(tokens), passes * len(ids_B) * engine.world_size)
+
+
+def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
+    """This rank's part (B,) of the times, which are stratified over the global batch."""
+    t_N = stratified_times(config.seed, step, engine.all_gather(ids_B), config.diffusion.t_min)
+    return t_N[engine.rank * len(ids_B) :][: len(ids_B)]
+
+
+def _noise(
+    config: RunConfig,
+    schedule: Schedule,
+    mask_id: int,
+    tokens_BL: Tensor,
+    valid_BL: Tensor,
+    t_B: Tensor,
+    ids_B: Tensor,
+    step: int,
+) -> NoisedBatch:
+    return noise_batch(
+        tokens_BL,
+        valid_BL,
+        t_B,
+        ids_B,
+        schedule=schedule,
+        mask_id=mask_id,
+        seed=config.seed,
+        step=step,
+        rate=config.self_conditioning.rate,
+        noisier_state=config.self_conditioning.estimate_from == "noisier_state",
+    )
+
+
+def _require_finite(loss: float, grad_norm: float, step: int, ids_B: Tensor) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise UserError(
+        f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite (samples {ids_B[:4].tolist()}...); "
+        "nothing was updated; lower optimizer.lr, set optimizer.clip, or try precision=float32, and start again to resume"
+    )

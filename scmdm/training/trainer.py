@@ -1,0 +1,266 @@
+"""`train` and `adapt`: one loop that orchestrates data, step, averaging, validation, checkpoints and logging."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from scmdm.config.load import to_yaml
+from scmdm.config.schema import RunConfig
+from scmdm.data.loader import build_loader
+from scmdm.data.manifest import Manifest
+from scmdm.environment import describe_environment
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text
+from scmdm.model.dit import count_parameters
+from scmdm.model.weights import LoadedModel, ModelSpec
+from scmdm.parallel.engine import Engine, check_hardware
+from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from scmdm.training.ema import Ema
+from scmdm.training.metrics import MetricsFile, StepDisplay, Tracker, format_duration, log_to, logger, start_wandb
+from scmdm.training.optimizer import lr_factor, set_lr
+from scmdm.training.setup import build_engine, build_spec, check_same_run, resolve_config
+from scmdm.training.step import StepResult, train_step
+from scmdm.training.validation import to_device, validation_nelbo
+
+REQUEUE_EXIT = 85  # stopped by a signal after saving: start the same command again to go on
+
+
+class StopRequest:
+    """Remembers that SIGTERM, SIGUSR1 or Ctrl-C came; the loop acts at the end of the step."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@dataclass
+class Run:
+    """Everything that the loop holds."""
+
+    config: RunConfig
+    directory: Path
+    manifest: Manifest
+    spec: ModelSpec
+    engine: Engine
+    ema: Ema | None
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def data(self) -> Path:
+        return Path(self.config.data.path)
+
+
+def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
+    """Train to `config.train.steps`, from scratch or from `base`, resuming by itself; returns the run directory.
+
+    Raises UserError for mistakes and SystemExit(REQUEUE_EXIT) after a signal, with a checkpoint saved.
+    """
+    device, dtype = check_hardware(config)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    directory = _open_run_directory(Path(config.run_dir))
+    manifest = Manifest.read(Path(config.data.path))
+    config = resolve_config(config, base)
+    spec = build_spec(config, manifest, base)
+    engine = build_engine(config, spec, base, device, dtype)
+    run = Run(config, directory, manifest, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
+    with log_to(directory) as console:
+        _resume(run)
+        if run.state.step >= config.train.steps:
+            logger.info("%s is already at step %d of %d", directory, run.state.step, config.train.steps)
+            return directory
+        _describe(run, base)
+        tracker = start_wandb(config.wandb, directory, asdict(config), run.state.wandb_id)
+        run.state.wandb_id = tracker.id if tracker else None
+        metrics = MetricsFile(directory / "metrics.jsonl", run.state.step)
+        try:
+            with StepDisplay(console, config.train.steps, run.state.step) as display:
+                _loop(run, metrics, tracker, display, StopRequest())
+        finally:
+            metrics.close()
+            if tracker is not None:
+                tracker.finish()
+    return directory
+
+
+def _loop(run: Run, metrics: MetricsFile, tracker: Tracker | None, display: StepDisplay, stop: StopRequest) -> None:
+    config, state, train = run.config, run.state, run.config.train
+    batches = _batches(run)
+    window_start, window_tokens = time.perf_counter(), 0
+    while state.step < train.steps:
+        started = time.perf_counter()
+        lr = set_lr(run.engine.optimizer, lr_factor(state.step, train.steps, config.schedule))
+        tokens, valid, ids = next(batches)
+        run.engine.model.train()
+        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, tokens, valid, ids, state.step)
+        if run.ema is not None:
+            run.ema.update(run.engine)
+        _account(state, result, time.perf_counter() - started)
+        window_tokens += result.tokens
+        display.advance(result.loss, result.tokens / (time.perf_counter() - started))
+        last = state.step == train.steps
+        if state.step % train.log_every == 0 or last:
+            speed = window_tokens / (time.perf_counter() - window_start)
+            _log_step(run, metrics, tracker, result, lr, speed)
+            window_start, window_tokens = time.perf_counter(), 0
+        if train.validate_every and (state.step % train.validate_every == 0 or last):
+            _log_validation(run, metrics, tracker)
+            window_start, window_tokens = time.perf_counter(), 0
+        if state.step % train.checkpoint_every == 0 or last or stop.signal is not None:
+            _save(run)
+        if stop.signal is not None and not last:
+            logger.info("stopped by %s at step %d; the same command goes on", signal.Signals(stop.signal).name, state.step)
+            raise SystemExit(REQUEUE_EXIT)
+
+
+def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share of each global batch, for ever, epoch after epoch; keeps the loader's position in the state."""
+    config = run.config
+    loader = build_loader(
+        run.data,
+        config.data.train_split,
+        batch_size=config.train.global_batch_size // run.engine.world_size,
+        shuffle=True,
+        seed=config.seed,
+        num_canonical_nodes=config.data.num_canonical_nodes,
+        num_workers=config.data.num_workers,
+        drop_last=True,
+    )
+    if run.state.loader is not None:
+        loader.load_state_dict(run.state.loader)
+    while True:
+        for batch in loader:
+            run.state.loader = loader.state_dict()
+            yield to_device(batch, run.manifest, run.engine.device)
+
+
+def _account(state: TrainState, result: StepResult, seconds: float) -> None:
+    state.step += 1
+    state.tokens += result.tokens
+    state.evaluations += result.evaluations
+    state.seconds += seconds
+    state.loss_sum += result.loss
+    state.loss_count += 1
+
+
+def _log_step(
+    run: Run, metrics: MetricsFile, tracker: Tracker | None, result: StepResult, lr: float, speed: float
+) -> None:
+    state, steps = run.state, run.config.train.steps
+    loss = state.loss_sum / state.loss_count
+    state.loss_sum, state.loss_count = 0.0, 0
+    row = {
+        "kind": "train",
+        "step": state.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": state.tokens,
+        "evaluations": state.evaluations,
+        "tokens_per_s": speed,
+        "seconds": state.seconds,
+    }
+    metrics.write(row)
+    if tracker is not None:
+        tracker.log({f"train/{k}": v for k, v in row.items() if k not in ("kind", "step")}, step=state.step)
+    left = format_duration((steps - state.step) * result.tokens / speed)
+    logger.info("step %d/%d loss %.4f lr %.2e %.0f tokens/s left %s", state.step, steps, loss, lr, speed, left)
+
+
+def _log_validation(run: Run, metrics: MetricsFile, tracker: Tracker | None) -> None:
+    with run.ema.applied(run.engine) if run.ema is not None else contextlib.nullcontext():
+        null = validation_nelbo(run.engine, run.config, run.spec, run.manifest, condition=False)
+        conditioned = None
+        if run.spec.model.self_conditioned:
+            conditioned = validation_nelbo(run.engine, run.config, run.spec, run.manifest, condition=True)
+    row = {
+        "kind": "validation",
+        "step": run.state.step,
+        "nelbo_null": null.mean,
+        "stderr_null": null.stderr,
+        "nelbo_conditioned": conditioned.mean if conditioned else None,
+        "stderr_conditioned": conditioned.stderr if conditioned else None,
+        "weights": "ema" if run.ema is not None else "raw",
+        "tokens": run.state.tokens,
+    }
+    metrics.write(row)
+    if tracker is not None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+        tracker.log({f"validation/{k}": v for k, v in numbers.items()}, step=run.state.step)
+    text = f"conditioned {conditioned.mean:.4f}" if conditioned else "vanilla"
+    logger.info("step %d validation NELBO null %.4f +- %.4f %s", run.state.step, null.mean, null.stderr, text)
+
+
+def _save(run: Run) -> None:
+    run.state.ema_updates = run.ema.updates if run.ema is not None else 0
+    run.spec.step, run.spec.tokens = run.state.step, run.state.tokens
+    save_checkpoint(
+        run.checkpoints,
+        run.engine,
+        run.ema,
+        run.state,
+        run.spec,
+        run.manifest,
+        run.data / run.manifest.tokenizer.file,
+        to_yaml(run.config),
+        run.config.train.keep_last,
+    )
+    logger.info("saved %s", run.checkpoints / f"step_{run.state.step:08d}")
+
+
+def _resume(run: Run) -> None:
+    """Continue from the newest checkpoint that verifies, if there is one, and refuse to continue another run."""
+    path, skipped = newest_checkpoint(run.checkpoints)
+    for line in skipped:
+        logger.warning("%s", line)
+    fingerprint = run.manifest.fingerprint()
+    if path is not None:
+        check_same_run(run.config, path)
+        run.state = load_checkpoint(path, run.engine, run.ema)
+        if run.state.data_fingerprint != fingerprint:
+            raise UserError(
+                f"data.path={run.config.data.path} is not the data set that {run.directory} was trained on; "
+                "give that one back, or choose another run_dir"
+            )
+        logger.info("resuming from %s", path)
+    run.state.data_fingerprint = fingerprint
+    atomic_write_text(run.directory / "config.yaml", to_yaml(run.config))
+    atomic_write_text(run.directory / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def _describe(run: Run, base: LoadedModel | None) -> None:
+    config, info = run.config, run.manifest.splits[run.config.data.train_split]
+    origin = f"adapting {base.path} (step {base.spec.step})" if base else "training from scratch"
+    epochs = config.train.steps * config.train.global_batch_size / info.samples
+    logger.info("%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate)
+    logger.info("%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs)
+
+
+def _open_run_directory(path: Path) -> Path:
+    """Create the run directory and prove that it can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={path} cannot be made ({error.strerror}); choose a place that you may write to") from error
+    atomic_write_text(path / ".writable", "")
+    (path / ".writable").unlink()
+    return path

@@ -1,0 +1,62 @@
+"""Held-out NELBO of a model that is being trained or evaluated.
+
+Legend: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scmdm.config.schema import RunConfig
+from scmdm.data.loader import build_loader
+from scmdm.data.manifest import Manifest
+from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.model.weights import ModelSpec
+from scmdm.parallel.engine import Engine
+
+_BATCH = 256
+
+
+def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, valid positions (all of them, or without padding) and sample ids of a loader's batch."""
+    tokens = batch["tokens"].to(device, non_blocking=True)
+    valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
+    return tokens, valid, batch["index"].to(device, non_blocking=True)
+
+
+def validation_batches(
+    root: Path, split: str, manifest: Manifest, device: torch.device, samples: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The first `samples` sequences of a split, in order."""
+    size = min(_BATCH, samples, manifest.splits[split].samples)
+    left = samples
+    for batch in build_loader(root, split, batch_size=size, shuffle=False, seed=0, drop_last=False):
+        rows = {name: value[:left] for name, value in batch.items()}
+        yield to_device(rows, manifest, device)
+        left -= len(rows["index"])
+        if left <= 0:
+            return
+
+
+def validation_nelbo(
+    engine: Engine, config: RunConfig, spec: ModelSpec, manifest: Manifest, *, condition: bool
+) -> Nelbo:
+    """NELBO of the engine's present weights on the validation split, always with the same times and masks."""
+    data, samples = config.data, config.train.validation_samples
+    batches = validation_batches(Path(data.path), data.validation_split, manifest, engine.device, samples)
+    engine.model.eval()
+    with engine.compute():
+        return estimate_nelbo(
+            engine.model,
+            batches,
+            spec.schedule,
+            mask_id=spec.mask_id,
+            seed=0,
+            t_min=config.diffusion.t_min,
+            condition=condition,
+            passes=config.self_conditioning.passes,
+        )

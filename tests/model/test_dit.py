@@ -1,0 +1,166 @@
+"""The denoiser: equality with the base at the start of an adaptation, attention backends, names."""
+
+import pytest
+import torch
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import noise_batch
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.errors import UserError
+from scmdm.model.attention import attend, check_backend, choose_backend
+from scmdm.model.conditioner import CONDITIONERS
+from scmdm.model.dit import DiT
+from scmdm.model.weights import from_mdlm, load_weights, to_mdlm
+
+MASK, VOCAB = 12, 13
+
+
+def build(conditioned, **overrides):
+    config = ModelConfig(width=32, layers=2, heads=4, condition_width=8, self_conditioned=conditioned, **overrides)
+    return DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+
+
+def trained_base(**overrides):
+    """A vanilla model whose every parameter is away from its initial value."""
+    model = build(False, **overrides)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return model
+
+
+def adapted(base, kind, **overrides):
+    model = build(True, conditioner=kind, **overrides)
+    load_weights(model, dict(base.named_parameters()), "base", new_conditioner=True)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_adapted_model_equals_its_base_bitwise(kind, dtype):
+    base = trained_base()
+    model = adapted(base, kind)
+    z = torch.randint(0, VOCAB, (8, 16))
+    t = torch.rand(8).double()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        expected = base.hidden(z, t, None)
+        assert torch.equal(model.hidden(z, t, None), expected)
+        for scale in (0.0, 1.0, 100.0):
+            assert torch.equal(model.hidden(z, t, scale * torch.randn(8, 16, 32)), expected)
+    torch.testing.assert_close(model.logits(expected[0]), base.logits(expected[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_conditioner_learns_from_the_first_step(kind):
+    model = adapted(trained_base(), kind)
+    x = torch.randint(0, MASK, (16, 16))
+    batch = noise_batch(
+        x,
+        torch.ones_like(x).bool(),
+        torch.linspace(0.1, 1, 16).double(),
+        torch.arange(16),
+        schedule=LogLinear(),
+        mask_id=MASK,
+        seed=0,
+        step=0,
+        rate=1.0,
+        noisier_state=False,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
+    gradients = {n: float(p.grad.abs().sum()) for n, p in model.conditioner.named_parameters()}
+    assert max(gradients.values()) > 0
+    optimizer.step()
+    optimizer.zero_grad()
+    estimate = torch.randn(2, 16, 32)
+    assert not torch.equal(model.hidden(x[:2], batch.t[:2], estimate), model.hidden(x[:2], batch.t[:2], None))
+    # From the second step on every factor has a gradient: exactly one started at zero.
+    self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in model.conditioner.parameters())
+
+
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_the_null_estimate_adds_exactly_nothing(kind):
+    model = adapted(trained_base(), kind)
+    with torch.no_grad():
+        for parameter in model.conditioner.parameters():
+            parameter.normal_()
+    z, t = torch.randint(0, VOCAB, (4, 16)), torch.rand(4).double()
+    assert torch.equal(model.hidden(z, t, torch.zeros(4, 16, 32)), model.hidden(z, t, None))
+
+
+@pytest.mark.parametrize("length", [8, 300])
+def test_attention_backends_agree(length):
+    q, k, v = (torch.randn(2, length, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    torch.testing.assert_close(attend(q, k, v, "matmul"), attend(q, k, v, "sdpa"), rtol=1e-5, atol=1e-5)
+    assert choose_backend("auto", "cpu", torch.float32, length) == ("matmul" if length == 8 else "sdpa")
+
+
+def test_flash_attention_is_refused_where_it_cannot_run():
+    with pytest.raises(UserError, match=r"model\.attention=flash cannot run: .*CUDA"):
+        check_backend("flash", "cpu", torch.bfloat16)
+
+
+def test_attention_is_bidirectional_and_knows_positions():
+    model = trained_base()
+    z, t = torch.randint(0, VOCAB, (1, 16)), torch.ones(1).double()
+    later = z.clone()
+    later[0, 15] = (later[0, 15] + 1) % VOCAB
+    assert not torch.equal(model.hidden(z, t, None)[0, 0], model.hidden(later, t, None)[0, 0])
+    twice = torch.full((1, 16), 3)
+    twice[0, 5] = 4
+    hidden = model.hidden(twice, t, None)[0]
+    assert not torch.allclose(hidden[0], hidden[1], atol=1e-4)
+
+
+def test_time_conditioning_is_a_setting():
+    z = torch.randint(0, VOCAB, (2, 16))
+    early, late = torch.full((2,), 0.9).double(), torch.full((2,), 0.1).double()
+    blind, seeing = trained_base(), trained_base(time_conditioning=True)
+    assert torch.equal(blind.hidden(z, early, None), blind.hidden(z, late, None))
+    assert not torch.equal(seeing.hidden(z, early, None), seeing.hidden(z, late, None))
+    assert torch.isfinite(seeing.hidden(z, torch.ones(2).double(), None)).all(), "alpha_1 = 0 has a finite noise level"
+
+
+def test_names_map_one_to_one_onto_mdlm():
+    """The names of a published 12-layer checkpoint, as its model card lists them, for two layers."""
+    block = "norm1.weight attn_qkv.weight attn_out.weight norm2.weight mlp.0.weight mlp.0.bias mlp.2.weight mlp.2.bias"
+    names = ["vocab_embed.embedding", "rotary_emb.inv_freq"]
+    names += [f"sigma_map.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    for layer in range(2):
+        names += [f"blocks.{layer}.{n}" for n in block.split()]
+        names += [f"blocks.{layer}.adaLN_modulation.{kind}" for kind in ("weight", "bias")]
+    names += ["output_layer.norm_final.weight"]
+    names += [f"output_layer.{n}.{kind}" for n in ("linear", "adaLN_modulation") for kind in ("weight", "bias")]
+    base = trained_base()
+    weights = {name: p.detach() for name, p in base.named_parameters()}
+    published = to_mdlm(weights, head_width=8)
+    assert set(published) == {f"backbone.{name}" for name in names}
+    assert torch.equal(published["backbone.rotary_emb.inv_freq"], base.rotary_emb.inv_freq)
+    again = build(False)
+    load_weights(again, from_mdlm(published), "published")
+    assert all(torch.equal(p, weights[n]) for n, p in again.named_parameters())
+
+
+def test_rotary_is_the_half_split_rotation():
+    """Against complex multiplication: pair (k, k + K/2) at position l turns by l * 10000^(-2k/K)."""
+    model = trained_base()
+    cos, sin = model.rotary_emb(5)
+    from scmdm.model.dit import rotate
+
+    x = torch.randn(1, 5, 1, 8)
+    angle = torch.outer(torch.arange(5).float(), 10_000 ** (-torch.arange(0, 8, 2).float() / 8))
+    turned = torch.complex(x[0, :, 0, :4], x[0, :, 0, 4:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(rotate(x, cos, sin)[0, :, 0], torch.cat([turned.real, turned.imag], -1))
+
+
+def test_wrong_weights_are_named():
+    base = trained_base()
+    weights = dict(base.named_parameters())
+    with pytest.raises(UserError, match=r"lacks blocks\.0\.norm1\.weight"):
+        load_weights(build(False), {n: w for n, w in weights.items() if n != "blocks.0.norm1.weight"}, "file")
+    with pytest.raises(UserError, match=r"has extra"):
+        load_weights(build(False), {**weights, "extra": torch.zeros(1)}, "file")
+    with pytest.raises(UserError, match=r"vocab_embed\.embedding has shape \(2, 2\)"):
+        load_weights(build(False), {**weights, "vocab_embed.embedding": torch.zeros(2, 2)}, "file")

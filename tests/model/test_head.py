@@ -1,0 +1,97 @@
+"""The masked-only chunked head against the dense head, and that nothing of size B x L x V exists in a step."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import noise_batch
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.model.dit import DiT
+from scmdm.model.head import expected_embedding, weighted_nll_sum
+
+N, D, V, MASK = 37, 8, 23, 11
+
+
+@pytest.fixture
+def problem():
+    g = torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(*s, generator=g, requires_grad=True) for s in ((N, D), (V, D), (V,)))
+    x = torch.randint(0, V - 1, (N,), generator=g)
+    return h, weight, bias, x + (x >= MASK), torch.rand(N, generator=g) * 5, torch.randn(V, D, generator=g)
+
+
+def dense_logits(h, weight, bias):
+    blocked = torch.zeros(V).index_fill(0, torch.tensor([MASK]), -math.inf)
+    return h @ weight.T + bias + blocked
+
+
+@pytest.mark.parametrize("chunk", [1, 5, N, 1000])
+def test_loss_and_gradients_equal_the_dense_head(problem, chunk):
+    h, weight, bias, x, w, _ = problem
+    total, nll = weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK, chunk=chunk)
+    dense = torch.nn.functional.cross_entropy(dense_logits(h, weight, bias), x, reduction="none")
+    torch.testing.assert_close(nll, dense.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, (dense * w).sum(), rtol=1e-5, atol=1e-5)
+    assert not nll.requires_grad
+    ours = torch.autograd.grad(3 * total, (h, weight, bias))
+    theirs = torch.autograd.grad(3 * (dense * w).sum(), (h, weight, bias))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert ours[2][MASK] == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 5, N, 1000])
+def test_expected_embedding_equals_the_dense_one(problem, chunk):
+    h, weight, bias, _, _, embedding = problem
+    ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk)
+    torch.testing.assert_close(ours, dense_logits(h, weight, bias).softmax(1) @ embedding, rtol=1e-5, atol=1e-5)
+
+
+def test_no_masked_position_at_all(problem):
+    h, weight, bias, x, w, embedding = problem
+    total, nll = weighted_nll_sum(h[:0], weight, bias, x[:0], w[:0], mask_id=MASK, chunk=4)
+    total.backward()
+    assert total == 0 and nll.shape == (0,) and weight.grad.abs().sum() == 0
+    assert expected_embedding(h[:0], weight, bias, embedding, mask_id=MASK, chunk=4).shape == (0, D)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest result of any operation, the autograd engine's included."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize(("chunk", "small"), [(64, True), (4096, False)])
+def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
+    """All positions masked (the worst case); with one huge chunk the tensor appears, so the probe can see it."""
+    batch_size, length, vocab = 16, 32, 1000
+    config = ModelConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
+    model = DiT(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear())
+    x = torch.randint(0, vocab - 1, (batch_size, length))
+    batch = noise_batch(
+        x,
+        torch.ones_like(x).bool(),
+        torch.ones(batch_size).double(),
+        torch.arange(batch_size),
+        schedule=LogLinear(),
+        mask_id=vocab - 1,
+        seed=0,
+        step=0,
+        rate=1.0,
+        noisier_state=False,
+    )
+    with LargestTensor() as largest:
+        self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
+    assert (largest.numel < batch_size * length * vocab / 4) == small
