@@ -1,0 +1,170 @@
+"""Quality of generated molecules: validity, uniqueness, novelty, property distributions, FCD.
+
+The protocol of QM9 in kuleshov-group/discrete-diffusion-guidance is 1024 samples at T = 32. Papers divide uniqueness and
+novelty by different numbers, so both are given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rdkit import Chem, rdBase
+from rdkit.Chem import QED, Crippen, Descriptors, Draw, rdMolDescriptors
+from scipy.stats import wasserstein_distance
+
+from scmdm.files import atomic_write_bytes
+
+PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
+    "QED": QED.qed,
+    "logP": Crippen.MolLogP,
+    "molecular weight": Descriptors.MolWt,
+    "TPSA": rdMolDescriptors.CalcTPSA,
+    "heavy atoms": lambda molecule: float(molecule.GetNumHeavyAtoms()),
+    "rings": lambda molecule: float(rdMolDescriptors.CalcNumRings(molecule)),
+}
+_FCD_LEAST = 50  # the Frechet distance of fewer molecules says nothing
+
+
+@dataclass(frozen=True)
+class MoleculeMetrics:
+    """Counts and ratios over `num_samples` strings."""
+
+    num_samples: int
+    num_valid: int
+    num_unique: int  # distinct canonical forms among the valid
+    num_novel: int  # of those, not in the training set
+    property_distance: float | None  # mean over properties of the normalised Wasserstein distances
+    property_distances: dict[str, float] = field(default_factory=dict)
+    fcd: float | None = None
+    invalid_reasons: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, the ratios too; a ratio of nothing is 0."""
+        return {
+            **asdict(self),
+            "validity": self.num_valid / self.num_samples,
+            "uniqueness_of_valid": _ratio(self.num_unique, self.num_valid),
+            "uniqueness_of_samples": self.num_unique / self.num_samples,
+            "novelty_of_unique": _ratio(self.num_novel, self.num_unique),
+            "novelty_of_samples": self.num_novel / self.num_samples,
+        }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with; make it once for many evaluations."""
+
+    train: frozenset[str]  # canonical
+    properties: dict[str, np.ndarray]
+    fcd_statistics: tuple[np.ndarray, np.ndarray] | None
+
+    @classmethod
+    def make(cls, train: Sequence[str], held_out: Sequence[str], *, fcd: bool) -> Reference:
+        """`train` and `held_out` are canonical SMILES; the properties and the FCD are those of `held_out`."""
+        return cls(frozenset(train), properties(held_out), _fcd_statistics(held_out) if fcd else None)
+
+
+def canonical(smiles: str) -> str | None:
+    """RDKit's canonical SMILES, or None for what is empty or not a valid molecule."""
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    return Chem.MolToSmiles(molecule) if molecule is not None else None
+
+
+def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeMetrics:
+    """All metrics of generated SMILES. Valid: RDKit parses and sanitises it and it is not empty."""
+    forms = [canonical(text) for text in smiles]
+    valid = [form for form in forms if form is not None]
+    distances = {}
+    if valid:
+        found = properties(valid)
+        distances = {name: normalised_distance(found[name], ref) for name, ref in reference.properties.items()}
+    return MoleculeMetrics(
+        num_samples=len(smiles),
+        num_valid=len(valid),
+        num_unique=len(set(valid)),
+        num_novel=len(set(valid) - reference.train),
+        property_distance=float(np.mean(list(distances.values()))) if distances else None,
+        property_distances=distances,
+        fcd=_fcd(valid, reference.fcd_statistics),
+        invalid_reasons=invalid_reasons([text for text, form in zip(smiles, forms, strict=True) if form is None]),
+    )
+
+
+def properties(smiles: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each property of each molecule, (N,) float64."""
+    molecules = [Chem.MolFromSmiles(text) for text in smiles]
+    return {name: np.array([compute(m) for m in molecules]) for name, compute in PROPERTIES.items()}
+
+
+def normalised_distance(sample: np.ndarray, reference: np.ndarray) -> float:
+    """1-Wasserstein distance in units of the reference's standard deviation."""
+    return float(wasserstein_distance(sample, reference) / reference.std())
+
+
+def invalid_reasons(smiles: Sequence[str]) -> dict[str, int]:
+    """Why strings are not molecules, most frequent first."""
+    counts: Counter[str] = Counter()
+    with rdBase.BlockLogs():
+        for text in smiles:
+            counts[_reason(text)] += 1
+    return dict(counts.most_common())
+
+
+def _reason(text: str) -> str:
+    if not text:
+        return "empty"
+    molecule = Chem.MolFromSmiles(text, sanitize=False)
+    if molecule is None:
+        return "syntax"
+    problems = Chem.DetectChemistryProblems(molecule)
+    return {"AtomValenceException": "valence", "KekulizeException": "aromaticity"}.get(
+        problems[0].GetType() if problems else "", "other"
+    )
+
+
+def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and covariance of ChemNet's activations; None without the package `fcd`, which ships the network."""
+    if importlib.util.find_spec("fcd") is None:
+        return None
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from fcd import get_predictions, load_ref_model
+
+        activations = get_predictions(load_ref_model(), list(smiles))
+    return activations.mean(0), np.cov(activations.T)
+
+
+def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> float | None:
+    """Frechet ChemNet distance (Preuer et al. 2018); biased upwards for few samples, so compare equal numbers."""
+    if statistics is None or len(valid) < _FCD_LEAST:
+        return None
+    from fcd import calculate_frechet_distance
+
+    found = _fcd_statistics(valid)
+    assert found is not None
+    return float(calculate_frechet_distance(*found, *statistics))
+
+
+def draw_grid(smiles: Sequence[str], path: Path, *, columns: int = 8, rows: int = 3, cell: int = 180) -> int:
+    """Draw the first valid distinct molecules as a PNG; returns how many were drawn."""
+    forms = list(dict.fromkeys(form for text in smiles if (form := canonical(text)) is not None))[: columns * rows]
+    molecules = [Chem.MolFromSmiles(form) for form in forms]
+    image = Draw.MolsToGridImage(molecules or [Chem.MolFromSmiles("")], molsPerRow=columns, subImgSize=(cell, cell))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    atomic_write_bytes(path, buffer.getvalue())
+    return len(molecules)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,55 @@
+"""Means with intervals, and differences with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with a two-sided 95 % interval; `half_width` is nan for a single value."""
+
+    mean: float
+    half_width: float
+    values: int
+
+    def text(self, digits: int = 1, scale: float = 1.0) -> str:
+        """Such as `60.3 ± 0.8`."""
+        if math.isnan(self.half_width):
+            return f"{self.mean * scale:.{digits}f}"
+        return f"{self.mean * scale:.{digits}f} ± {self.half_width * scale:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a minus mean of b, Welch's 95 % interval and two-sided p value."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's t interval of the mean."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Interval(mean, float("nan"), n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean, half, n)
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
+    """Welch's comparison; None when a side has fewer than two values or neither varies."""
+    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return None
+    result = stats.ttest_ind(a, b, equal_var=False)
+    interval = result.confidence_interval(LEVEL)
+    return Difference(float(np.mean(a) - np.mean(b)), float(interval.low), float(interval.high), float(result.pvalue))

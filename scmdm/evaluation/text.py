@@ -1,0 +1,107 @@
+"""Quality of generated text: entropy, distinct n-grams, generative perplexity under a scorer that is always named.
+
+Legend: N texts, L length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scmdm.errors import UserError
+from scmdm.evaluation.ngram import NgramModel
+
+NGRAM_ORDER = 5
+NGRAM_LABEL = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on held-out text (not a neural scorer)"
+_SCORER_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class TextMetrics:
+    """`perplexity` is per unit of `scorer`; never read it without `entropy`, which collapses when text repeats itself."""
+
+    num_samples: int
+    entropy: float  # nats
+    distinct_2: float
+    perplexity: float
+    scorer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def unigram_entropy(ids_NL: np.ndarray, pad_id: int) -> float:
+    """Mean over sequences of the entropy (nats) of the token frequencies in the sequence, padding left out."""
+    entropies = []
+    for row_L in ids_NL:
+        _, counts = np.unique(row_L[row_L != pad_id], return_counts=True)
+        p = counts / counts.sum()
+        entropies.append(float(-(p * np.log(p)).sum()))
+    return float(np.mean(entropies))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Distinct word n-grams over all word n-grams of all texts; 0 when there is none."""
+    grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def evaluate_text(
+    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, *, held_out: Sequence[str], scorer: Path | None, device: str
+) -> TextMetrics:
+    """All metrics; the scorer is the causal model in directory `scorer`, else an n-gram model fitted on `held_out`."""
+    if scorer is not None:
+        perplexity, label = generative_perplexity(texts, scorer, device=device), f"{scorer.name} (transformers)"
+    else:
+        perplexity, label = NgramModel.fit(held_out, order=NGRAM_ORDER).perplexity(texts), NGRAM_LABEL
+    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), distinct_n(texts, 2), perplexity, label)
+
+
+def generative_perplexity(
+    texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = _SCORER_LENGTH
+) -> float:
+    """Perplexity per scorer token: decode, retokenise, truncate to `max_length`, token-weighted mean (MDLM's protocol).
+
+    Raises UserError when `scorer` is not a local `transformers` causal model with its tokenizer.
+    """
+    model, tokenizer = _load_scorer(scorer)
+    model.to(device).eval()
+    nll, count = 0.0, 0
+    encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    # Sorted by length, so that a batch holds little padding.
+    rows = sorted((ids for ids in encoded if len(ids) >= 2), key=len)
+    for start in range(0, len(rows), batch_size):
+        batch_nll, batch_count = _score(model, rows[start : start + batch_size], device)
+        nll, count = nll + batch_nll, count + batch_count
+    return math.exp(nll / count) if count else float("nan")
+
+
+def _load_scorer(scorer: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (scorer / "config.json").is_file():
+        raise UserError(f"scorer={scorer} is not a transformers model directory (no config.json); give a local directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(scorer, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"scorer={scorer} is not a causal language model with its tokenizer: {reason}") from error
+
+
+@torch.no_grad()
+def _score(model: Any, rows: Sequence[Sequence[int]], device: str) -> tuple[float, int]:
+    longest = max(map(len, rows))
+    ids_NL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    present_NL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    logits: Tensor = model(input_ids=ids_NL, attention_mask=present_NL).logits.float()
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, ids_NL[:, 1:, None]).squeeze(2)
+    counted = present_NL[:, 1:]
+    return float(-(log_p * counted).sum()), int(counted.sum())
