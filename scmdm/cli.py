@@ -154,7 +154,11 @@ def _prepare(options: argparse.Namespace) -> None:
 def _add_training(commands: _Commands) -> None:
     for name, run, summary in (
         ("train", _train, "Pretrain a masked diffusion model (resumes by itself)."),
-        ("adapt", _adapt, "Post-train a model with self-conditioning, from base=RUN|CHECKPOINT|EXPORT (resumes by itself)."),
+        (
+            "adapt",
+            _adapt,
+            "Post-train a model with self-conditioning, from base=RUN|CHECKPOINT|EXPORT (resumes by itself).",
+        ),
     ):
         parser = _add(commands, name, run, summary, _run_schema)
         parser.add_argument("config", type=Path, help="YAML file, such as configs/qm9/base.yaml")
@@ -184,7 +188,12 @@ def _adapt(options: argparse.Namespace) -> None:
 
 def _add_model_commands(commands: _Commands) -> None:
     for name, run, summary, schema in (
-        ("sample", _sample, "Draw samples from a model, with a prompt or an infill template if you like.", _sample_schema),
+        (
+            "sample",
+            _sample,
+            "Draw samples from a model, with a prompt or an infill template if you like.",
+            _sample_schema,
+        ),
         ("evaluate", _evaluate, "NELBO and sample quality of a model (molecules or text).", _evaluate_schema),
     ):
         parser = _add(commands, name, run, summary, schema)

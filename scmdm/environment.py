@@ -18,7 +18,17 @@ import torch
 from scmdm.model.attention import flash_unusable_because
 from scmdm.parallel.engine import resolve_device, resolve_precision
 
-PACKAGES = ("scmdm", "torch", "mosaicml-streaming", "numpy", "omegaconf", "safetensors", "sentencepiece", "rdkit", "fcd")
+PACKAGES = (
+    "scmdm",
+    "torch",
+    "mosaicml-streaming",
+    "numpy",
+    "omegaconf",
+    "safetensors",
+    "sentencepiece",
+    "rdkit",
+    "fcd",
+)
 OPTIONAL = {
     "flash-attn": "faster attention on GPUs",
     "deepspeed": "ZeRO sharding",

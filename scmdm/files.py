@@ -46,7 +46,9 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -73,7 +75,9 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         os.rename(temporary, final)
         fsync_path(final.parent)
     except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(
+            f"cannot write {final}: {error.strerror or error}; free space or choose another place"
+        ) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

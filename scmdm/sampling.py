@@ -62,7 +62,9 @@ def template_tokens(tokenizer: Tokenizer, length: int, prompt: str | None, infil
         return row
     if len(given) > length:
         key = "prompt" if infill is None else "infill"
-        raise UserError(f"{key} has {len(given)} tokens with its marks, the model's length is {length}; shorten it or set length")
+        raise UserError(
+            f"{key} has {len(given)} tokens with its marks, the model's length is {length}; shorten it or set length"
+        )
     row[: len(given)] = torch.tensor(given)
     return row
 

@@ -90,7 +90,11 @@ def _reject_unknown(config: DictConfig, content: dict[str, Any], where: str, pre
         if key not in names:
             raise UserError(_unknown_key_message(config, str(key), value, where, prefix))
         child = config._get_node(key)
-        if isinstance(value, dict) and isinstance(child, DictConfig) and not child._is_none():
+        if (
+            isinstance(value, dict)
+            and isinstance(child, DictConfig)
+            and dataclasses.is_dataclass(OmegaConf.get_type(child))
+        ):
             _reject_unknown(child, value, where, f"{prefix}{key}.")
 
 
@@ -115,7 +119,9 @@ def _to_object(config: DictConfig) -> object:
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", "?")
-        raise UserError(f"key `{key}` is not set; give it in the YAML file or as {key}=... on the command line") from error
+        raise UserError(
+            f"key `{key}` is not set; give it in the YAML file or as {key}=... on the command line"
+        ) from error
     except ConfigKeyError as error:
         raise UserError(str(error).splitlines()[0]) from error
 

@@ -20,7 +20,9 @@ class SamplerConfig:
     def settings(self, self_conditioned: bool) -> SamplerSettings:
         """The pure sampler's settings for a model; UserError when the model cannot carry an estimate."""
         if self.carry == "on" and not self_conditioned:
-            raise UserError("sampler.carry=on, but the model is not self-conditioned; adapt it, or use sampler.carry=auto")
+            raise UserError(
+                "sampler.carry=on, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
+            )
         carry = self_conditioned and self.carry != "off"
         return SamplerSettings(self.kind, self.steps, self.temperature, self.top_p, self.gumbel, carry)
 

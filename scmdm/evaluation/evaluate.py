@@ -27,7 +27,13 @@ from scmdm.sampling import Generated, generate, load
 from scmdm.training.validation import validation_batches
 
 _SHOWN = {
-    "molecules": ("validity", "uniqueness_of_valid", "uniqueness_of_samples", "novelty_of_unique", "novelty_of_samples"),
+    "molecules": (
+        "validity",
+        "uniqueness_of_valid",
+        "uniqueness_of_samples",
+        "novelty_of_unique",
+        "novelty_of_samples",
+    ),
     "text": ("entropy", "distinct_2", "perplexity"),
 }
 
@@ -40,7 +46,9 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     root = _data_root(loaded, config)
     manifest = check_dataset(root)
     if manifest.tokenizer.sha256 != loaded.manifest.tokenizer.sha256:
-        raise UserError(f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for")
+        raise UserError(
+            f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for"
+        )
     domain = config.domain if config.domain != "auto" else _domain(manifest)
     result: dict[str, Any] = {"model": str(path), "step": loaded.spec.step, "domain": domain, "config": asdict(config)}
     if config.nelbo_samples:

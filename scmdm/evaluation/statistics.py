@@ -29,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a minus mean of b, Welch's 95 % interval and two-sided p value."""
+    """Mean of a minus b, its 95 % interval (Student's t) and two-sided p value."""
 
     mean: float
     low: float
@@ -46,10 +46,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, half, n)
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """Welch's comparison; None when a side has fewer than two values or neither varies."""
-    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
+    """Comparison of a and b that were measured in pairs (here: on the same sampling noise); None when no spread is known."""
+    gaps = [a - b for a, b in pairs]
+    if len(gaps) < 2 or np.ptp(gaps) == 0:
         return None
-    result = stats.ttest_ind(a, b, equal_var=False)
+    result = stats.ttest_1samp(gaps, 0.0)
     interval = result.confidence_interval(LEVEL)
-    return Difference(float(np.mean(a) - np.mean(b)), float(interval.low), float(interval.high), float(result.pvalue))
+    return Difference(float(np.mean(gaps)), float(interval.low), float(interval.high), float(result.pvalue))

@@ -87,7 +87,9 @@ def _load_scorer(scorer: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (scorer / "config.json").is_file():
-        raise UserError(f"scorer={scorer} is not a transformers model directory (no config.json); give a local directory")
+        raise UserError(
+            f"scorer={scorer} is not a transformers model directory (no config.json); give a local directory"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(scorer, local_files_only=True)
         return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer

@@ -81,7 +81,5 @@ def expected_embedding(
     with torch.autocast(h_ND.device.type, enabled=False):
         bias = subs_bias(bias_V, mask_id)
         embedding = embedding_VD.to(h_ND.dtype)
-        parts = [
-            subs_logits(h_CD, weight_VD, bias).softmax(1).to(h_CD.dtype) @ embedding for h_CD in h_ND.split(chunk)
-        ]
+        parts = [subs_logits(h_CD, weight_VD, bias).softmax(1).to(h_CD.dtype) @ embedding for h_CD in h_ND.split(chunk)]
         return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])

@@ -87,7 +87,9 @@ def read_spec(directory: Path) -> ModelSpec:
         model, diffusion = ModelConfig(**content.pop("model")), DiffusionConfig(**content.pop("diffusion"))
         return ModelSpec(model=model, diffusion=diffusion, **content)
     except FileNotFoundError as error:
-        raise UserError(f"{directory} is not a model: it has no {MODEL_FILE}; give a run, checkpoint or export") from error
+        raise UserError(
+            f"{directory} is not a model: it has no {MODEL_FILE}; give a run, checkpoint or export"
+        ) from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint, or export the model again") from error
 
@@ -133,7 +135,9 @@ def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_con
     wrong = [n for n in weights if n in expected and weights[n].shape != expected[n].shape]
     if wrong:
         found, wanted = tuple(weights[wrong[0]].shape), tuple(expected[wrong[0]].shape)
-        raise UserError(f"{origin}: {wrong[0]} has shape {found}, the model wants {wanted}; it is of another architecture")
+        raise UserError(
+            f"{origin}: {wrong[0]} has shape {found}, the model wants {wanted}; it is of another architecture"
+        )
     if absent or unknown:
         problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model does not"
         raise UserError(f"{origin} {problem}; it is of another architecture")

@@ -21,7 +21,15 @@ import torch
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory, atomic_write_bytes, atomic_write_text, sha256_file
-from scmdm.model.weights import EMA_FILE, MODEL_FILE, WEIGHTS_FILE, ModelSpec, read_weights, write_model_files, write_weights
+from scmdm.model.weights import (
+    EMA_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    ModelSpec,
+    read_weights,
+    write_model_files,
+    write_weights,
+)
 from scmdm.parallel.engine import Engine
 from scmdm.training.ema import Ema
 
@@ -42,6 +50,7 @@ class TrainState:
     ema_updates: int = 0
     loader: dict[str, Any] | None = None
     data_fingerprint: str = ""
+    base_sha256: str | None = None  # of the weights that an adaptation started from
     wandb_id: str | None = None
 
 
@@ -157,7 +166,9 @@ def find_model(path: Path) -> Path:
     checkpoint, skipped = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         reason = f" ({skipped[0]})" if skipped else ""
-        raise UserError(f"{path} holds no checkpoint that verifies{reason}; give a run directory, a checkpoint or an export")
+        raise UserError(
+            f"{path} holds no checkpoint that verifies{reason}; give a run directory, a checkpoint or an export"
+        )
     return checkpoint
 
 
@@ -174,3 +185,8 @@ def export_model(path: Path, out: Path) -> Path:
         shutil.copyfile(weights, temporary / WEIGHTS_FILE)
         seal(temporary)
     return out
+
+
+def sha256_of_model(path: Path) -> str:
+    """Hash of the weights that `read_model` would load, to recognise a model."""
+    return sha256_file(path / (EMA_FILE if (path / EMA_FILE).exists() else WEIGHTS_FILE))

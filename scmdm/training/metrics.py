@@ -69,7 +69,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
     try:
         import wandb
     except ImportError as error:
-        raise UserError("wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled") from error
+        raise UserError(
+            "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
+        ) from error
     return wandb.init(
         project=config.project,
         name=config.name or run_dir.name,

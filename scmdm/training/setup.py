@@ -52,7 +52,9 @@ def resolve_config(config: RunConfig, base: LoadedModel | None) -> RunConfig:
     if base is None:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
     if base.spec.model.self_conditioned and not conditioned:
-        raise UserError(f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0")
+        raise UserError(
+            f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0"
+        )
     keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[1:]
     _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
     _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
@@ -69,7 +71,9 @@ def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allo
     for field in dataclasses.fields(ours):
         value, expected = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name not in allowed and value not in (expected, getattr(default, field.name)):
-            raise UserError(f"{section}.{field.name}={value!r}, but the base has {expected!r}; leave the key out to adapt it")
+            raise UserError(
+                f"{section}.{field.name}={value!r}, but the base has {expected!r}; leave the key out to adapt it"
+            )
 
 
 def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) -> ModelSpec:

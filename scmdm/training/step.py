@@ -29,7 +29,14 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, config: RunConfig, schedule: Schedule, mask_id: int, tokens_BL: Tensor, valid_BL: Tensor, ids_B: Tensor, step: int
+    engine: Engine,
+    config: RunConfig,
+    schedule: Schedule,
+    mask_id: int,
+    tokens_BL: Tensor,
+    valid_BL: Tensor,
+    ids_B: Tensor,
+    step: int,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 

@@ -24,7 +24,13 @@ from scmdm.files import atomic_write_text
 from scmdm.model.dit import count_parameters
 from scmdm.model.weights import LoadedModel, ModelSpec
 from scmdm.parallel.engine import Engine, check_hardware
-from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from scmdm.training.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    sha256_of_model,
+)
 from scmdm.training.ema import Ema
 from scmdm.training.metrics import MetricsFile, StepDisplay, Tracker, format_duration, log_to, logger, start_wandb
 from scmdm.training.optimizer import lr_factor, set_lr
@@ -40,8 +46,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> StopRequest:
+        self._before = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -84,7 +96,7 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
     engine = build_engine(config, spec, base, device, dtype)
     run = Run(config, directory, manifest, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
     with log_to(directory) as console:
-        _resume(run)
+        _resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= config.train.steps:
             logger.info("%s is already at step %d of %d", directory, run.state.step, config.train.steps)
             return directory
@@ -93,8 +105,8 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
         run.state.wandb_id = tracker.id if tracker else None
         metrics = MetricsFile(directory / "metrics.jsonl", run.state.step)
         try:
-            with StepDisplay(console, config.train.steps, run.state.step) as display:
-                _loop(run, metrics, tracker, display, StopRequest())
+            with StepDisplay(console, config.train.steps, run.state.step) as display, StopRequest() as stop:
+                _loop(run, metrics, tracker, display, stop)
         finally:
             metrics.close()
             if tracker is not None:
@@ -128,7 +140,9 @@ def _loop(run: Run, metrics: MetricsFile, tracker: Tracker | None, display: Step
         if state.step % train.checkpoint_every == 0 or last or stop.signal is not None:
             _save(run)
         if stop.signal is not None and not last:
-            logger.info("stopped by %s at step %d; the same command goes on", signal.Signals(stop.signal).name, state.step)
+            logger.info(
+                "stopped by %s at step %d; the same command goes on", signal.Signals(stop.signal).name, state.step
+            )
             raise SystemExit(REQUEUE_EXIT)
 
 
@@ -227,7 +241,7 @@ def _save(run: Run) -> None:
     logger.info("saved %s", run.checkpoints / f"step_{run.state.step:08d}")
 
 
-def _resume(run: Run) -> None:
+def _resume(run: Run, base_sha256: str | None) -> None:
     """Continue from the newest checkpoint that verifies, if there is one, and refuse to continue another run."""
     path, skipped = newest_checkpoint(run.checkpoints)
     for line in skipped:
@@ -241,8 +255,13 @@ def _resume(run: Run) -> None:
                 f"data.path={run.config.data.path} is not the data set that {run.directory} was trained on; "
                 "give that one back, or choose another run_dir"
             )
+        if run.state.base_sha256 != base_sha256:
+            raise UserError(
+                f"base={run.config.base} is not the model that {run.directory} was adapted from; "
+                "give that one back, or choose another run_dir"
+            )
         logger.info("resuming from %s", path)
-    run.state.data_fingerprint = fingerprint
+    run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
     atomic_write_text(run.directory / "config.yaml", to_yaml(run.config))
     atomic_write_text(run.directory / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
 
@@ -251,8 +270,12 @@ def _describe(run: Run, base: LoadedModel | None) -> None:
     config, info = run.config, run.manifest.splits[run.config.data.train_split]
     origin = f"adapting {base.path} (step {base.spec.step})" if base else "training from scratch"
     epochs = config.train.steps * config.train.global_batch_size / info.samples
-    logger.info("%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate)
-    logger.info("%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs)
+    logger.info(
+        "%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate
+    )
+    logger.info(
+        "%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs
+    )
 
 
 def _open_run_directory(path: Path) -> Path:
@@ -260,7 +283,9 @@ def _open_run_directory(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir={path} cannot be made ({error.strerror}); choose a place that you may write to") from error
+        raise UserError(
+            f"run_dir={path} cannot be made ({error.strerror}); choose a place that you may write to"
+        ) from error
     atomic_write_text(path / ".writable", "")
     (path / ".writable").unlink()
     return path

@@ -35,11 +35,15 @@ def small_model(rate=1.0, **overrides):
     model = DiT(config, vocab_size=10, mask_id=9, schedule=LogLinear())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     return model
 
 
-@pytest.mark.parametrize("schedule", [LogLinear(), make_schedule("cosine"), make_schedule("polynomial", power=2)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [LogLinear(), make_schedule("cosine"), make_schedule("polynomial", power=2)], ids=str
+)
 def test_nelbo_of_the_oracle_is_the_entropy(schedule):
     """With exact conditionals the NELBO is tight for any schedule: its mean over data is the entropy of the joint."""
     oracle = Oracle()

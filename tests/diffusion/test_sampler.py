@@ -53,7 +53,9 @@ def _step_outcomes(oracle, state, p):
     return outcomes
 
 
-@pytest.mark.parametrize("schedule", [LogLinear(), make_schedule("cosine"), make_schedule("polynomial", power=2)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [LogLinear(), make_schedule("cosine"), make_schedule("polynomial", power=2)], ids=str
+)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_ancestral_matches_enumeration(steps, schedule):
     oracle = Oracle()

@@ -44,7 +44,16 @@ def test_forward_process_masks_at_the_right_rate(schedule):
     ids, x = torch.arange(4000), torch.zeros(4000, 10, dtype=torch.int64)
     t_B = torch.full((4000,), 0.3, dtype=torch.float64)
     batch = noise_batch(
-        x, torch.ones_like(x).bool(), t_B, ids, schedule=schedule, mask_id=9, seed=1, step=0, rate=0.25, noisier_state=True
+        x,
+        torch.ones_like(x).bool(),
+        t_B,
+        ids,
+        schedule=schedule,
+        mask_id=9,
+        seed=1,
+        step=0,
+        rate=0.25,
+        noisier_state=True,
     )
     rate = float(1 - schedule.alpha(torch.tensor(0.3)))
     assert stats.binomtest(int((batch.z == 9).sum()), 40000, rate).pvalue > 1e-3
@@ -57,7 +66,16 @@ def test_invalid_tokens_are_never_masked():
     x = torch.arange(32).reshape(1, 32) % 5
     valid = x != 0
     batch = noise_batch(
-        x, valid, torch.ones(1).double(), torch.arange(1), schedule=LogLinear(), mask_id=9, seed=0, step=0, rate=1, noisier_state=False
+        x,
+        valid,
+        torch.ones(1).double(),
+        torch.arange(1),
+        schedule=LogLinear(),
+        mask_id=9,
+        seed=0,
+        step=0,
+        rate=1,
+        noisier_state=False,
     )
     assert torch.equal(batch.z == 9, valid)
 

@@ -1,0 +1,37 @@
+# `make quickstart` and `make test` need nothing but Python >= 3.11: they make .venv themselves.
+VENV ?= .venv
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+QUICKSTART := $(VENV)/bin/scmdm study configs/qm9/quickstart.yaml $(if $(FROM_SCRATCH),from_scratch=true out=quickstart-from-scratch) $(ARGS)
+
+.PHONY: install quickstart test test-all lint format bench
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# FROM_SCRATCH=1 trains the base first (about an hour more); ARGS='key=value ...' changes the study.
+quickstart: $(STAMP)
+	$(QUICKSTART)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(STAMP)
+	$(VENV)/bin/python -m benchmarks

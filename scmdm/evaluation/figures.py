@@ -1,0 +1,160 @@
+"""Figures of a run and of a study, as PNG files. The same arm has the same colour and marker everywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from scmdm.evaluation.statistics import Interval
+from scmdm.files import atomic_write_bytes
+
+# Okabe and Ito's palette: tells apart for all common kinds of colour blindness.
+COLOURS = ("#555555", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE = {
+    "figure.dpi": 110,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 12,
+    "legend.frameon": False,
+}
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity against T: intervals by arm and T."""
+
+    title: str
+    values: Mapping[str, Mapping[int, Interval]]
+    better: str  # "higher" or "lower"
+    scale: float = 1.0
+
+
+def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
+    """Quality against the number of denoiser evaluations, error bars 95 % over seeds."""
+    with plt.rc_context(_STYLE):
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.7 * rows), squeeze=False)
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            _draw_panel(ax, panel)
+        for ax in list(axes.flat)[len(panels) :]:
+            ax.axis("off")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
+        figure.tight_layout(rect=(0, 0.07 if rows > 1 else 0.1, 1, 1))
+        return _save(figure, path)
+
+
+def _draw_panel(ax: Axes, panel: Panel) -> None:
+    arms = list(panel.values)
+    ticks = sorted({steps for by_steps in panel.values.values() for steps in by_steps})
+    for index, arm in enumerate(arms):
+        steps = sorted(panel.values[arm])
+        # A few per cent apart, so that error bars of different arms do not hide each other.
+        x = np.array(steps) * 1.035 ** (index - (len(arms) - 1) / 2)
+        found = [panel.values[arm][t] for t in steps]
+        y = [interval.mean * panel.scale for interval in found]
+        error = [0.0 if np.isnan(i.half_width) else i.half_width * panel.scale for i in found]
+        ax.errorbar(
+            x,
+            y,
+            yerr=error,
+            label=arm,
+            color=COLOURS[index % 7],
+            marker=MARKERS[index % 7],
+            capsize=3,
+            markersize=5,
+            lw=1.6,
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([str(tick) for tick in ticks])
+    ax.set_xlabel("denoiser evaluations (T)")
+    ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
+
+
+def loss_figure(
+    train: Mapping[str, Sequence[Row]], validation: Mapping[str, Sequence[Row]], path: Path, *, order: Sequence[str]
+) -> Path:
+    """Training loss (faint raw, solid smoothed) and validation NELBO (dashed null, solid conditioned) against tokens."""
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+        for index, arm in enumerate(order):
+            colour = COLOURS[index % 7]
+            _draw_training(left, train.get(arm, []), arm, colour)
+            _draw_validation(right, validation.get(arm, []), arm, colour, MARKERS[index % 7])
+        left.set(title="training loss", xlabel="tokens (million)", ylabel="nats per token")
+        right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
+        for ax in (left, right):
+            if ax.get_legend_handles_labels()[1]:
+                ax.legend(fontsize=9)
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _draw_training(ax: Axes, rows: Sequence[Row], label: str, colour: str) -> None:
+    if not rows:
+        return
+    x = np.array([row["tokens"] for row in rows]) / 1e6
+    y = np.array([row["loss"] for row in rows])
+    ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+    ax.plot(x, smooth(y), color=colour, lw=1.8, label=label)
+    if len(y) > 20:
+        ax.set_ylim(*np.quantile(y, [0, 0.98]) + np.array([-0.02, 0.02]) * np.ptp(y))
+
+
+def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, marker: str) -> None:
+    for key, style, suffix in (("nelbo_null", "--", "null"), ("nelbo_conditioned", "-", "conditioned")):
+        points = [(row["tokens"] / 1e6, row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=4, label=f"{label}, {suffix}")
+
+
+def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
+    """Centred moving mean over a fraction of the values, shorter at the ends."""
+    half = max(1, int(len(values) * fraction / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def progress_figure(rows: Sequence[Row], path: Path) -> Path:
+    """Learning rate, gradient norm and speed of one run."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+        for ax, (key, title) in zip(
+            axes,
+            (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens per second")),
+            strict=True,
+        ):
+            ax.plot([row["step"] for row in rows], [row[key] for row in rows], color=COLOURS[6], lw=1.2)
+            ax.set(title=title, xlabel="step")
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    atomic_write_bytes(path, buffer.getvalue())
+    return path

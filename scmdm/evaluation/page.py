@@ -1,0 +1,62 @@
+"""Building blocks of a self-contained HTML page: everything inline, no script, light and dark."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+_CSS = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--line) }
+tr.first td { border-top: 2px solid var(--line) }
+img { max-width: 100%; background: white; border-radius: 6px; padding: 4px; box-sizing: border-box }
+.note { color: GrayText; font-size: .9rem } pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole document."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def heading(text: str) -> str:
+    return f"<h2>{escape(text)}</h2>"
+
+
+def paragraph(text: str, *, note: bool = False) -> str:
+    return f'<p class="note">{escape(text)}</p>' if note else f"<p>{escape(text)}</p>"
+
+
+def bullets(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool = False) -> str:
+    """A table; with `group` a line is drawn above every row whose first cell differs from the one before."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body, before = [], None
+    for row in rows:
+        mark = ' class="first"' if group and row[0] != before else ""
+        before = row[0]
+        body.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def picture(path: Path, caption: str) -> str:
+    """A PNG, embedded."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"><figcaption class="note">{escape(caption)}</figcaption></figure>'
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"

@@ -1,0 +1,330 @@
+"""`scmdm report`: one self-contained HTML file, and its PNGs beside it, for a run or a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scmdm.errors import UserError
+from scmdm.evaluation.figures import Panel, loss_figure, progress_figure, quality_figure
+from scmdm.evaluation.molecules import draw_grid
+from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, preformatted, table
+from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
+from scmdm.files import atomic_write_text
+from scmdm.training.metrics import format_duration, read_metrics
+
+Json = Mapping[str, Any]
+# Metric, title, better, scale to what is shown, digits.
+METRICS: tuple[tuple[str, str, str, float, int], ...] = (
+    ("validity", "valid, % of samples", "higher", 100, 1),
+    ("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1),
+    ("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1),
+    ("novelty_of_unique", "novel, % of unique", "higher", 100, 1),
+    ("fcd", "Fréchet ChemNet distance", "lower", 1, 2),
+    ("property_distance", "property distance, std", "lower", 1, 3),
+)
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """The study's table and its conclusions, as text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    cost_header: list[str]
+    cost_rows: list[list[str]]
+    statements: list[str]
+
+
+def study_report(directory: Path, out: Path) -> StudySummary:
+    """Write `out` and the figures beside it from `study.json`; returns what is to be printed."""
+    study = _read_json(directory / "study.json")
+    labels = {arm["name"]: arm["label"] for arm in study["arms"]}
+    samples = [row for row in study["evaluations"] if row["kind"] == "samples"]
+    values = {metric: _intervals(samples, labels, metric) for metric, *_ in METRICS}
+    shown = [m for m in METRICS if any(values[m[0]].values())]
+    header, rows = _quality_table(values, shown, labels, samples)
+    cost_header, cost_rows = _cost_table(study["arms"], samples)
+    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, _statements(samples, labels))
+    figures = out.parent
+    panels = [Panel(title, values[metric], better, scale) for metric, title, better, scale, _ in shown]
+    quality = quality_figure(panels, figures / "quality.png")
+    curves = _study_curves(directory, study["arms"], figures / "losses.png")
+    parts = [
+        paragraph(_protocol(samples)),
+        heading("What came out"),
+        bullets(summary.statements),
+        picture(quality, "Quality against denoiser evaluations; bars are 95 % intervals over seeds."),
+        table(header, rows, group=True),
+        heading("Cost"),
+        table(cost_header, cost_rows),
+        paragraph(
+            "A conditioned step makes two denoiser evaluations, the first without gradients; sampling makes none more.",
+            note=True,
+        ),
+        heading("Losses"),
+        picture(
+            curves, "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
+        ),
+        heading("Molecules"),
+        *_grids(directory, study["arms"], samples, figures),
+        heading("How it was made"),
+        preformatted(study["config"]),
+        preformatted(json.dumps(study["environment"], indent=2)),
+    ]
+    atomic_write_text(out, page(study["title"], parts))
+    return summary
+
+
+def print_summary(summary: StudySummary) -> None:
+    """The tables and statements on the terminal."""
+    console = Console()
+    width = None if console.is_terminal else 160
+    console = Console(width=width)
+    for title, header, rows in (
+        (summary.title, summary.header, summary.rows),
+        ("Cost", summary.cost_header, summary.cost_rows),
+    ):
+        shown = Table(title=title)
+        for index, name in enumerate(header):
+            shown.add_column(name, justify="left" if index == 0 else "right")
+        before = None
+        for row in rows:
+            if before not in (None, row[0]) and title != "Cost":
+                shown.add_section()
+            before = row[0]
+            shown.add_row(*row)
+        console.print(shown)
+    for statement in summary.statements:
+        console.print(f"- {statement}", highlight=False)
+
+
+def _intervals(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Interval]]:
+    found: dict[str, dict[int, Interval]] = {}
+    for arm, label in labels.items():
+        by_steps: dict[int, Interval] = {}
+        for steps in sorted({row["steps"] for row in samples if row["arm"] == arm}):
+            numbers = _values(samples, arm, steps, metric)
+            if numbers:
+                by_steps[steps] = mean_interval(numbers)
+        if by_steps:
+            found[label] = by_steps
+    return found
+
+
+def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[float]:
+    rows = [row["metrics"].get(metric) for row in samples if row["arm"] == arm and row["steps"] == steps]
+    return [float(value) for value in rows if value is not None]
+
+
+def _quality_table(
+    values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+    shown: Sequence[tuple[str, str, str, float, int]],
+    labels: Mapping[str, str],
+    samples: Sequence[Json],
+) -> tuple[list[str], list[list[str]]]:
+    header = ["T", "model", "evaluations", "valid of N", *(title for _, title, *_ in shown)]
+    rows = []
+    for steps in sorted({row["steps"] for row in samples}):
+        for arm, label in labels.items():
+            own = [row for row in samples if row["arm"] == arm and row["steps"] == steps]
+            if not own:
+                continue
+            cells = [
+                values[metric][label][steps].text(digits, scale) if steps in values[metric].get(label, {}) else "-"
+                for metric, _, _, scale, digits in shown
+            ]
+            valid = mean_interval([row["metrics"]["num_valid"] for row in own]).text(0)
+            rows.append([str(steps), label, str(own[0]["evaluations"]), f"{valid} of {own[0]['num']}", *cells])
+    return header, rows
+
+
+def _cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "model",
+        "tokens trained on",
+        "denoiser evaluations per sequence",
+        "training time",
+        "time per token / vanilla",
+        "sampling, ms per sample and evaluation",
+        "NELBO null",
+        "NELBO conditioned",
+    ]
+    vanilla = next((_seconds_per_token(arm) for arm in arms if arm["rate"] == 0 and arm["cost"]), None)
+    rows = []
+    for arm in arms:
+        own = [row for row in samples if row["arm"] == arm["name"]]
+        speed = mean_interval([1e3 * row["seconds"] / row["num"] / row["evaluations"] for row in own]).text(3)
+        rows.append(
+            [arm["label"], *_training_cost(arm, vanilla), speed, *(_nelbo(arm, m) for m in ("null", "conditioned"))]
+        )
+    return header, rows
+
+
+def _training_cost(arm: Json, vanilla: float | None) -> list[str]:
+    if not arm["cost"]:
+        return ["(given)", "-", "-", "-"]
+    first = arm["cost"][0]
+    relative = f"{_seconds_per_token(arm) / vanilla:.2f}" if vanilla and arm["name"] != "base" else "-"
+    return [
+        f"{first['tokens']:,}",
+        f"{first['evaluations'] / first['sequences']:.0f}",
+        format_duration(first["seconds"]),
+        relative,
+    ]
+
+
+def _seconds_per_token(arm: Json) -> float:
+    return sum(cost["seconds"] for cost in arm["cost"]) / sum(cost["tokens"] for cost in arm["cost"])
+
+
+def _nelbo(arm: Json, mode: str) -> str:
+    values = [entry[mode] for entry in arm["nelbo"] if mode in entry]
+    return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
+
+
+def _statements(samples: Sequence[Json], labels: Mapping[str, str]) -> list[str]:
+    """Validity of the last arm (the fullest self-conditioning) against every other, at each T, worded from the numbers."""
+    arms = list(labels)
+    lines = []
+    for other in arms[:-1]:
+        for steps in sorted({row["steps"] for row in samples}):
+            pairs = _pairs(samples, arms[-1], other, steps)
+            if pairs:
+                lines.append(f"T = {steps}: {labels[arms[-1]]} against {labels[other]}: {_wording(pairs)}")
+    return lines
+
+
+def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int) -> list[tuple[float, float]]:
+    """Validity of two arms on the same sampling noise (and adaptation seed, which the base does not have)."""
+    own, other = ([row for row in samples if row["arm"] == arm and row["steps"] == steps] for arm in (ours, theirs))
+    return [
+        (a["metrics"]["validity"], b["metrics"]["validity"])
+        for a in own
+        for b in other
+        if a["sampling_seed"] == b["sampling_seed"]
+        and (theirs == "base" or a["adaptation_seed"] == b["adaptation_seed"])
+    ]
+
+
+def _wording(pairs: Sequence[tuple[float, float]]) -> str:
+    ours, theirs = (100 * sum(side) / len(side) for side in zip(*pairs, strict=True))
+    means = f"{ours:.1f} % valid against {theirs:.1f} %"
+    compared = paired_difference(pairs)
+    if compared is None:
+        return f"{means} (no interval from {len(pairs)} pair(s))"
+    return f"{_verdict(compared)}: {means}, {_interval_text(compared)}"
+
+
+def _verdict(compared: Difference) -> str:
+    if compared.low <= 0 <= compared.high:
+        return "no difference seen"
+    return "better" if compared.mean > 0 else "worse"
+
+
+def _interval_text(compared: Difference) -> str:
+    low, high = 100 * compared.low, 100 * compared.high
+    return f"difference {100 * compared.mean:+.1f} points, paired 95 % interval [{low:+.1f}, {high:+.1f}], p = {compared.p_value:.2g}"
+
+
+def _protocol(samples: Sequence[Json]) -> str:
+    seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
+    adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
+    return (
+        f"{samples[0]['num']} samples per model, T and seed; {draws} sampling seed(s) and {adaptations} adaptation seed(s). All arms start "
+        "from the same base, see the same number of tokens, and sample with the same number of denoiser evaluations. Intervals are over seeds, "
+        "so with one adaptation seed they do not cover the randomness of training."
+    )
+
+
+def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> Path:
+    train: dict[str, list[dict[str, Any]]] = {}
+    validation: dict[str, list[dict[str, Any]]] = {}
+    adapted = [arm for arm in arms if arm["name"] != "base"]
+    for arm in adapted:
+        rows = read_metrics(directory / arm["runs"][0] / "metrics.jsonl")
+        train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
+        validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
+    # The base has the first colour everywhere, with or without curves.
+    return loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+
+
+def _grids(directory: Path, arms: Sequence[Json], samples: Sequence[Json], out: Path) -> list[str]:
+    parts = []
+    steps = _grid_steps(samples)
+    for arm in arms:
+        own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
+        if own:
+            texts = _texts(directory / own[0]["samples_file"])
+            path = out / f"molecules_{arm['name']}.png"
+            drawn = draw_grid(texts, path)
+            parts.append(
+                picture(path, f"{arm['label']}, T = {steps}: the first {drawn} valid molecules of seed 0, not chosen.")
+            )
+    return parts
+
+
+def _grid_steps(samples: Sequence[Json]) -> int:
+    """32, the published protocol, or the nearest below the largest."""
+    steps = sorted({row["steps"] for row in samples})
+    return 32 if 32 in steps else steps[-1]
+
+
+def _texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def run_report(directory: Path, out: Path) -> Path:
+    """Write `out` for one run, finished or not: curves, evaluations, configuration."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    train = [row for row in rows if row["kind"] == "train"]
+    validation = [row for row in rows if row["kind"] == "validation"]
+    if not train:
+        raise UserError(f"{directory} has no training step in metrics.jsonl yet; wait for train.log_every steps")
+    name = directory.resolve().name
+    last = train[-1]
+    figures = out.parent
+    losses = loss_figure({name: train}, {name: validation}, figures / "losses.png", order=[name])
+    progress = progress_figure(train, figures / "progress.png")
+    parts = [
+        paragraph(
+            f"Step {last['step']:,}, {last['tokens']:,} tokens, {format_duration(last['seconds'])} of training, loss {last['loss']:.4f}."
+        ),
+        picture(losses, "Training loss and validation NELBO."),
+        picture(progress, "Learning rate, gradient norm and speed."),
+        *_run_evaluations(directory),
+        heading("Configuration"),
+        preformatted((directory / "config.yaml").read_text()),
+        preformatted((directory / "environment.json").read_text()),
+    ]
+    atomic_write_text(out, page(f"Run {name}", parts))
+    return out
+
+
+def _run_evaluations(directory: Path) -> list[str]:
+    parts = []
+    for path in sorted((directory / "evaluations").glob("*.json")):
+        result = _read_json(path)
+        rows = [
+            [f"NELBO {mode}", f"{v['mean']:.4f} ± {v['stderr']:.4f}"] for mode, v in result.get("nelbo", {}).items()
+        ]
+        numbers = [entry["metrics"] for entry in result.get("samples", [])]
+        names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
+        rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in names]
+        parts += [heading(f"Evaluation {path.stem} (step {result['step']:,})"), table(["measure", "value"], rows)]
+    return parts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run the study or the evaluation again") from error
