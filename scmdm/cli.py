@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from scmdm.errors import UserError
+
+if TYPE_CHECKING:
+    from scmdm.config.sampling import SampleConfig
+    from scmdm.config.schema import RunConfig
 
 _EPILOG = """\
 A run is one YAML file and key=value overrides:
@@ -169,7 +173,7 @@ def _train(options: argparse.Namespace) -> None:
     from scmdm.config.load import load_config
     from scmdm.training.trainer import run_training
 
-    config = load_config(_run_schema(), options.config, options.overrides)
+    config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
     if config.base is not None:
         raise UserError(f"base={config.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
     run_training(config, None)
@@ -180,7 +184,7 @@ def _adapt(options: argparse.Namespace) -> None:
     from scmdm.sampling import load
     from scmdm.training.trainer import run_training
 
-    config = load_config(_run_schema(), options.config, options.overrides)
+    config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
     if config.base is None:
         raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
     run_training(config, load(config.base, device="cpu"))
@@ -206,7 +210,7 @@ def _sample(options: argparse.Namespace) -> None:
     from scmdm.config.load import load_config
     from scmdm.sampling import run_sampling
 
-    config = load_config(_sample_schema(), options.config, options.overrides)
+    config: SampleConfig = load_config(_sample_schema(), options.config, options.overrides)
     generated = run_sampling(options.model, config)
     if config.out is None:
         for text in generated.texts:

@@ -6,6 +6,7 @@ Comments behind a key are what `--help` shows for it. `validate` refuses combina
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -137,7 +138,7 @@ class RunConfig:
         for key, choices in CHOICES.items():
             _require(_get(self, key) in choices, key, _get(self, key), f"one of {', '.join(choices)}")
         for key, low, high in _RANGES:
-            value = _get(self, key)
+            value: Any = _get(self, key)
             _require(low <= value <= high, key, value, f"between {low} and {high}")
         self._validate_combinations()
 

@@ -41,7 +41,8 @@ def _key(seed: int, purpose: str) -> tuple[int, int]:
 
 def keyed_words(seed: int, purpose: str, step: int, ids_B: Tensor, blocks: int) -> tuple[Tensor, ...]:
     """Four tensors (B, blocks) of 32-bit words for samples `ids_B` (int64, any non-negative value) at `step`."""
-    assert ids_B.dtype == torch.int64 and ids_B.ndim == 1
+    assert ids_B.dtype == torch.int64
+    assert ids_B.ndim == 1
     block = torch.arange(blocks, device=ids_B.device)[None, :]
     low, high = (ids_B & _MASK)[:, None], ((ids_B >> 32) & _MASK)[:, None]
     counter = torch.broadcast_tensors(block, torch.full_like(block, step & _MASK), low, high)

@@ -47,7 +47,7 @@ def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
 
 
 def clean_state_estimate(denoiser: Denoiser, batch: NoisedBatch, *, passes: int, dropout: bool) -> Tensor:
-    """The estimate (B, L, D) after `passes` no-grad passes, the first with null conditioning, each on the last one's."""
+    """The estimate (B, L, D) after `passes` no-grad passes: the first sees null, each further one the last one's."""
     estimate = None
     with torch.no_grad():
         for _ in range(passes):

@@ -1,7 +1,7 @@
 """Samplers of the reverse process, each with or without the carried clean-state estimate.
 
-The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. Carrying it
-costs no denoiser evaluation. What is revealed is decided before the tokens are drawn, from keyed noise, so a sample does
+The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. To carry it
+costs no denoiser evaluation. What is revealed is decided before the tokens are drawn, from keyed noise: a sample does
 not depend on the batch it is drawn in, and logits are needed only where something is revealed or estimated.
 
 Legend: B batch, L length, D width, V vocabulary with the mask, N selected positions.

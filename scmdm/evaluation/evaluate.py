@@ -64,7 +64,7 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict[str, Nelbo]:
-    """NELBO without an estimate ("null") and, for a self-conditioned model, with one ("conditioned"), on the same noise."""
+    """NELBO without an estimate ("null") and, for a self-conditioned model, with one ("conditioned"): same noise."""
     device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
     manifest.split(config.split, root)

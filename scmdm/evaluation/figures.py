@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,7 +24,7 @@ from scmdm.files import atomic_write_bytes
 # Okabe and Ito's palette: tells apart for all common kinds of colour blindness.
 COLOURS = ("#555555", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 11,
     "axes.spines.top": False,
@@ -94,7 +95,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
 def loss_figure(
     train: Mapping[str, Sequence[Row]], validation: Mapping[str, Sequence[Row]], path: Path, *, order: Sequence[str]
 ) -> Path:
-    """Training loss (faint raw, solid smoothed) and validation NELBO (dashed null, solid conditioned) against tokens."""
+    """Training loss (faint raw, solid smooth) and validation NELBO (dashed null, solid conditioned) against tokens."""
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
         for index, arm in enumerate(order):

@@ -1,7 +1,7 @@
 """Quality of generated molecules: validity, uniqueness, novelty, property distributions, FCD.
 
-The protocol of QM9 in kuleshov-group/discrete-diffusion-guidance is 1024 samples at T = 32. Papers divide uniqueness and
-novelty by different numbers, so both are given.
+The protocol of QM9 in kuleshov-group/discrete-diffusion-guidance is 1024 samples at T = 32. Papers divide uniqueness
+and novelty by different numbers, so both are given.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from scmdm.files import atomic_write_bytes
 
 PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
     "QED": QED.qed,
-    "logP": Crippen.MolLogP,
-    "molecular weight": Descriptors.MolWt,
+    "logP": Crippen.MolLogP,  # type: ignore[attr-defined]
+    "molecular weight": Descriptors.MolWt,  # type: ignore[attr-defined]
     "TPSA": rdMolDescriptors.CalcTPSA,
     "heavy atoms": lambda molecule: float(molecule.GetNumHeavyAtoms()),
     "rings": lambda molecule: float(rdMolDescriptors.CalcNumRings(molecule)),

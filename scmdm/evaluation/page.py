@@ -11,12 +11,14 @@ _CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--line) }
 tr.first td { border-top: 2px solid var(--line) }
 img { max-width: 100%; background: white; border-radius: 6px; padding: 4px; box-sizing: border-box }
-.note { color: GrayText; font-size: .9rem } pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem }
+.note { color: GrayText; font-size: .9rem }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem }
 """
 
 
@@ -55,7 +57,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool =
 def picture(path: Path, caption: str) -> str:
     """A PNG, embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"><figcaption class="note">{escape(caption)}</figcaption></figure>'
+    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    return f'<figure>{image}<figcaption class="note">{escape(caption)}</figcaption></figure>'
 
 
 def preformatted(text: str) -> str:

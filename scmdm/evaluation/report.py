@@ -191,7 +191,7 @@ def _nelbo(arm: Json, mode: str) -> str:
 
 
 def _statements(samples: Sequence[Json], labels: Mapping[str, str]) -> list[str]:
-    """Validity of the last arm (the fullest self-conditioning) against every other, at each T, worded from the numbers."""
+    """Validity of the last arm (fullest self-conditioning) against every other, at each T, worded from the numbers."""
     arms = list(labels)
     lines = []
     for other in arms[:-1]:
@@ -231,16 +231,18 @@ def _verdict(compared: Difference) -> str:
 
 def _interval_text(compared: Difference) -> str:
     low, high = 100 * compared.low, 100 * compared.high
-    return f"difference {100 * compared.mean:+.1f} points, paired 95 % interval [{low:+.1f}, {high:+.1f}], p = {compared.p_value:.2g}"
+    interval = f"paired 95 % interval [{low:+.1f}, {high:+.1f}], p = {compared.p_value:.2g}"
+    return f"difference {100 * compared.mean:+.1f} points, {interval}"
 
 
 def _protocol(samples: Sequence[Json]) -> str:
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
-        f"{samples[0]['num']} samples per model, T and seed; {draws} sampling seed(s) and {adaptations} adaptation seed(s). All arms start "
-        "from the same base, see the same number of tokens, and sample with the same number of denoiser evaluations. Intervals are over seeds, "
-        "so with one adaptation seed they do not cover the randomness of training."
+        f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
+        "All arms start from the same base, see the same number of tokens, and sample with the same number of denoiser "
+        "evaluations and the same noise. Intervals are over seeds: with one adaptation seed they do not cover the "
+        "randomness of training."
     )
 
 
@@ -295,7 +297,8 @@ def run_report(directory: Path, out: Path) -> Path:
     progress = progress_figure(train, figures / "progress.png")
     parts = [
         paragraph(
-            f"Step {last['step']:,}, {last['tokens']:,} tokens, {format_duration(last['seconds'])} of training, loss {last['loss']:.4f}."
+            f"Step {last['step']:,}, {last['tokens']:,} tokens, {format_duration(last['seconds'])} of training, "
+            f"loss {last['loss']:.4f}."
         ),
         picture(losses, "Training loss and validation NELBO."),
         picture(progress, "Learning rate, gradient norm and speed."),

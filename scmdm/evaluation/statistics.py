@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
-    """Comparison of a and b that were measured in pairs (here: on the same sampling noise); None when no spread is known."""
+    """Comparison of a and b measured in pairs (here: on the same sampling noise); None when no spread is known."""
     gaps = [a - b for a, b in pairs]
     if len(gaps) < 2 or np.ptp(gaps) == 0:
         return None

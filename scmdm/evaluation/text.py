@@ -25,7 +25,7 @@ _SCORER_LENGTH = 1024
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """`perplexity` is per unit of `scorer`; never read it without `entropy`, which collapses when text repeats itself."""
+    """`perplexity` is per unit of `scorer`; read it with `entropy`, which collapses when text repeats itself."""
 
     num_samples: int
     entropy: float  # nats

@@ -59,6 +59,7 @@ class Rotary(nn.Module):
     def __init__(self, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(head_width // 2), persistent=False)
         self.reset_parameters()
 

@@ -70,7 +70,7 @@ def weighted_nll_sum(
     `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`.
     """
     with torch.autocast(h_ND.device.type, enabled=False):
-        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk)  # type: ignore[no-untyped-call]
+        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk)
     return total, nll_N
 
 

@@ -153,7 +153,7 @@ def from_mdlm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_mdlm(weights: dict[str, Tensor], head_width: int) -> dict[str, Tensor]:
-    """Our weights under MDLM's names, with the rotary table that it stores; a conditioner keeps its name behind the prefix."""
+    """Our weights under MDLM's names, with the rotary table that it stores; the conditioner's follow suit."""
     inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     return {_MDLM_PREFIX + name: value for name, value in {**weights, "rotary_emb.inv_freq": inv_freq}.items()}
 

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, verified by hash, with the newest good one found by itself.
 
-A checkpoint is a model directory (`scmdm.model.weights`) plus the optimizer and `state.json`; `checkpoint.json`, written
-last, lists every file with size and SHA-256. It is made under a temporary name, flushed and renamed; then the pointer
-`latest` moves; then old checkpoints go.
+A checkpoint is a model directory (`scmdm.model.weights`) plus the optimizer and `state.json`; `checkpoint.json`,
+written last, lists every file with size and SHA-256. It is made under a temporary name, flushed and renamed; then the
+pointer `latest` moves; then old checkpoints go.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ def save_checkpoint(
 def seal(directory: Path) -> None:
     """Write the list of all files with their sizes and hashes."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(directory.iterdir())}
-    atomic_write_text(directory / SEAL, json.dumps({"files": files}, indent=2) + "\n")
+    atomic_write_text(directory / SEAL, _seal_text({"files": files}))
+
+
+def _seal_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _retire(directory: Path, keep_last: int) -> None:
@@ -116,9 +120,13 @@ def _retire(directory: Path, keep_last: int) -> None:
 def verify_checkpoint(path: Path) -> list[str]:
     """Problems of a checkpoint or export, each naming the file; empty when it is whole."""
     try:
-        files = json.loads((path / SEAL).read_text())["files"]
+        text = (path / SEAL).read_text()
+        content = json.loads(text)
+        files = content["files"]
     except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         return [f"{path / SEAL} is missing or damaged ({type(error).__name__})"]
+    if text != _seal_text(content):
+        return [f"{path / SEAL} is not as it was written"]
     return [problem for name, expected in files.items() if (problem := _verify_file(path / name, expected))]
 
 
@@ -173,7 +181,7 @@ def find_model(path: Path) -> Path:
 
 
 def export_model(path: Path, out: Path) -> Path:
-    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint, into a new directory `out`."""
+    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint into a new directory."""
     source = find_model(path)
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")

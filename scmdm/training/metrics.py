@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` (always), wandb (on request), a progress bar or plain lines, `train.log`."""
+"""Where a run's numbers go: `metrics.jsonl`, wandb (on request), a progress bar or plain lines, `train.log`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, TypeAlias
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -30,7 +30,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file: IO[str] = open(path, "a", buffering=1)
+        self._file: IO[str] = path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -52,14 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Tracker(Protocol):
-    """The part of a wandb run that is used."""
-
-    id: str
-
-    def log(self, data: dict[str, Any], step: int | None = None) -> None: ...
-
-    def finish(self) -> None: ...
+Tracker: TypeAlias = Any  # a wandb run; wandb is optional
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], run_id: str | None) -> Tracker | None:

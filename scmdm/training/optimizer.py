@@ -11,7 +11,7 @@ from scmdm.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Four groups: matrices (decayed) and the rest (norms, biases, embeddings), each for the trunk and the conditioner."""
+    """Matrices (decayed) and the rest (norms, biases, embeddings), apart for the trunk and the conditioner."""
     conditioner_lr = config.lr if config.conditioner_lr is None else config.conditioner_lr
     groups = []
     for name, peak_lr, in_conditioner in (("trunk", config.lr, False), ("conditioner", conditioner_lr, True)):

@@ -67,7 +67,7 @@ def resolve_config(config: RunConfig, base: LoadedModel | None) -> RunConfig:
 
 
 def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allowed: tuple[str, ...]) -> None:
-    """A key may have its default or the base's value: anything else is a wish that an adaptation cannot fulfil."""
+    """A key may have its default or the base's value: anything else an adaptation cannot fulfil."""
     for field in dataclasses.fields(ours):
         value, expected = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name not in allowed and value not in (expected, getattr(default, field.name)):
@@ -80,7 +80,7 @@ def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) 
     """What to build; UserError when the base speaks another vocabulary than the data set."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
-            f"base={base.path} has {base.spec.vocab_size} tokens, data.path={config.data.path} has {manifest.vocab_size}; "
+            f"base={base.path} has {base.spec.vocab_size} tokens, data.path={config.data.path} {manifest.vocab_size}; "
             "prepare the data with the base's tokenizer, or take another base"
         )
     if base is not None and base.manifest.tokenizer.sha256 != manifest.tokenizer.sha256:

@@ -26,7 +26,7 @@ def chi_squared(oracle, tokens, expected):
 
 
 def ancestral_distribution(oracle, schedule, steps):
-    """Exact output distribution of the T-step ancestral sampler: tokens revealed in one step are drawn independently."""
+    """Exact output of the T-step ancestral sampler: tokens revealed in one step are drawn independently."""
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     states = {(oracle.mask_id,) * oracle.length: 1.0}
     for k in range(steps):

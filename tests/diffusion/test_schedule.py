@@ -1,5 +1,7 @@
 """Schedules: boundary values, derivative, inverse, unmasking probability, forward process."""
 
+import itertools
+
 import pytest
 import torch
 from scipy import stats
@@ -35,7 +37,7 @@ def test_mdlm_eps_keeps_a_little_signal():
 def test_unmasking_in_steps_equals_unmasking_at_once(schedule):
     """Surviving as a mask over a grid is the product of the steps: (1 - alpha_s) / (1 - alpha_t)."""
     grid = torch.linspace(1, 0.25, 7, dtype=torch.float64)
-    stay = torch.stack([1 - unmask_probability(schedule, a, b) for a, b in zip(grid[:-1], grid[1:], strict=True)])
+    stay = torch.stack([1 - unmask_probability(schedule, a, b) for a, b in itertools.pairwise(grid)])
     torch.testing.assert_close(stay.prod(), (1 - schedule.alpha(grid[-1])) / (1 - schedule.alpha(grid[0])))
 
 

@@ -1,0 +1,64 @@
+"""Small real data sets and a small trained base, made once per session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scmdm.cli import main
+
+TINY = [
+    "model.width=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.condition_width=8",
+    "schedule.warmup_steps=2",
+    "ema.decay=0.9",
+    "device=cpu",
+    "train.global_batch_size=64",
+    "train.micro_batch_size=32",
+    "train.log_every=1",
+    "train.validate_every=0",
+    "train.checkpoint_every=5",
+]
+ADAPTED = [key for key in TINY if not key.startswith("model.")]
+ROOT = Path(__file__).parent.parent
+
+
+def prepare_qm9(out, *overrides):
+    config = str(ROOT / "configs/data/qm9.yaml")
+    return main(["prepare", config, f"out={out}", "limit=900", "validation_fraction=0.1", "length=24", *overrides])
+
+
+@pytest.fixture(scope="session")
+def molecules(tmp_path_factory):
+    """900 molecules of QM9."""
+    out = tmp_path_factory.mktemp("data") / "qm9"
+    assert prepare_qm9(out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def empty_yaml(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "empty.yaml"
+    path.write_text("{}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, molecules, empty_yaml):
+    """A vanilla base after a few steps."""
+    run = tmp_path_factory.mktemp("runs") / "base"
+    assert main(["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", "train.steps=6", *TINY]) == 0
+    return run
+
+
+def scmdm(*arguments, **options):
+    """The command line in its own process."""
+    command = [sys.executable, "-m", "scmdm", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )

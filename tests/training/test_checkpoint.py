@@ -1,0 +1,132 @@
+"""Checkpoints: detection of every kind of damage, fallback, retention, full disk, export."""
+
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+
+import scmdm
+from scmdm.cli import main
+from scmdm.errors import UserError
+from scmdm.training.checkpoint import find_model, list_checkpoints, newest_checkpoint, verify_checkpoint
+from tests.conftest import ADAPTED, TINY
+from tests.conftest import scmdm as start
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """A copy of the base's run, to damage: checkpoints at steps 5 and 6."""
+    shutil.copytree(base, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def newest(run):
+    return list_checkpoints(run / "checkpoints")[-1]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flip": flip,
+    "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "remove": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_named_and_the_one_before_is_taken(run, damage):
+    checkpoint = newest(run)
+    for name in sorted(path.name for path in checkpoint.iterdir()):
+        saved = (checkpoint / name).read_bytes()
+        DAMAGES[damage](checkpoint / name)
+        problems = verify_checkpoint(checkpoint)
+        assert problems and name in problems[0]
+        found, skipped = newest_checkpoint(run / "checkpoints")
+        assert found == list_checkpoints(run / "checkpoints")[-2]
+        assert checkpoint.name in skipped[0] and name in skipped[0]
+        (checkpoint / name).write_bytes(saved)
+    assert verify_checkpoint(checkpoint) == []
+
+
+def test_resume_falls_back_and_says_so(run, molecules, empty_yaml):
+    flip(newest(run) / "weights.safetensors")
+    arguments = ["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *TINY, "train.steps=8"]
+    assert main(arguments) == 0
+    log = (run / "train.log").read_text()
+    assert "skipped step_00000006: " in log and "weights.safetensors does not match its SHA-256" in log
+    assert "resuming from" in log and "step_00000005" in log
+
+
+def test_retention_keeps_the_newest(base):
+    assert [path.name for path in list_checkpoints(base / "checkpoints")] == ["step_00000005", "step_00000006"]
+    assert (base / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
+    """The kernel refuses to let a file grow beyond 64 KiB, as a full disk would: EFBIG is an OSError like ENOSPC."""
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    arguments = ["train", empty_yaml, f"run_dir={run}", f"data.path={molecules}", *TINY, "train.steps=9"]
+    process = start(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert process.returncode != -signal.SIGXFSZ
+    assert errors.strip().splitlines()[-1].startswith("scmdm: error: cannot write") and "free space" in errors
+    assert "Traceback" not in errors
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+def test_export_samples_the_same_and_refuses_to_overwrite(base, tmp_path, capsys):
+    out = tmp_path / "export"
+    assert main(["checkpoint", "export", str(base), str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.json",
+        "manifest.json",
+        "model.json",
+        "tokenizer.json",
+        "weights.safetensors",
+    ]
+    assert main(["checkpoint", "verify", str(out)]) == 0
+    ours, theirs = scmdm.load(base), scmdm.load(out)
+    parameters = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in parameters)
+    assert main(["checkpoint", "export", str(base), str(out)]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_checkpoint_commands(run, capsys):
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["step_00000005 ok", "step_00000006 ok"]
+    (newest(run) / "model.json").unlink()
+    assert main(["checkpoint", "verify", str(newest(run))]) == 1
+    assert "model.json is missing" in capsys.readouterr().err
+
+
+def test_models_that_are_not_models_are_refused(tmp_path, run):
+    with pytest.raises(UserError, match="does not exist"):
+        find_model(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no checkpoint that verifies"):
+        find_model(tmp_path)
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        flip(checkpoint / "ema.safetensors")
+    with pytest.raises(UserError, match=r"ema\.safetensors does not match"):
+        find_model(run)
+
+
+def test_an_adaptation_of_another_vocabulary_is_refused(base, tmp_path, empty_yaml, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("\n\n".join(f"Paragraph {i} of some plain text. " * 30 for i in range(300)))
+    config = ["source=text", f"path={text}", "tokenizer=characters", "length=24", f"out={tmp_path / 'data'}"]
+    assert main(["prepare", str(empty_yaml), *config]) == 0
+    keys = [f"run_dir={tmp_path / 'run'}", f"base={base}", f"data.path={tmp_path / 'data'}", "train.steps=2", *ADAPTED]
+    assert main(["adapt", str(empty_yaml), *keys, "self_conditioning.rate=1"]) == 1
+    error = capsys.readouterr().err
+    assert "tokens" in error and "base=" in error and error.strip().count("\n") == 0
+    assert json.loads((base / "checkpoints/step_00000006/state.json").read_text())["step"] == 6

@@ -1,0 +1,146 @@
+"""An interruption costs nothing but time: kills, signals, and what a resumed run must refuse."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from scmdm.cli import main
+from scmdm.training.checkpoint import find_model, newest_checkpoint
+from scmdm.training.metrics import read_metrics
+from scmdm.training.trainer import REQUEUE_EXIT
+from tests.conftest import ADAPTED, scmdm
+
+STEPS = 40  # of 64 samples; the training split has about 760, so an epoch is 11 steps and kills fall in mid-epoch
+
+
+def adapt_arguments(run, base, molecules, config, *overrides):
+    keys = [f"run_dir={run}", f"base={base}", f"data.path={molecules}", f"train.steps={STEPS}", *ADAPTED, *overrides]
+    return ["adapt", str(config), "self_conditioning.rate=0.5", "model.dropout=0.1", "schedule.kind=cosine", *keys]
+
+
+def train_rows(run):
+    keep = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
+    return [{k: row[k] for k in keep} for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def final_tensors(run):
+    from safetensors.torch import load_file
+
+    checkpoint = find_model(run)
+    return {
+        **load_file(checkpoint / "weights.safetensors"),
+        **{f"ema.{k}": v for k, v in load_file(checkpoint / "ema.safetensors").items()},
+    }
+
+
+def assert_same_run(one, other):
+    assert train_rows(one) == train_rows(other)
+    ours, theirs = final_tensors(one), final_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, base, molecules, empty_yaml):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(adapt_arguments(run, base, molecules, empty_yaml)) == 0
+    rows = train_rows(run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return run
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_steps_changes_nothing(tmp_path, base, molecules, empty_yaml, uninterrupted):
+    run, dice, kills = tmp_path / "killed", random.Random(0), 0
+    while True:
+        process = scmdm(*adapt_arguments(run, base, molecules, empty_yaml))
+        reached = newest_checkpoint(run / "checkpoints")[0]
+        target = (int(reached.name[5:]) if reached else 0) + dice.randint(6, 14)
+        while process.poll() is None:
+            rows = train_rows(run)
+            if kills < 3 and rows and rows[-1]["step"] >= target:
+                time.sleep(dice.random() * 0.1)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        errors = process.communicate()[1]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills >= 2
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_for_a_requeue(tmp_path, base, molecules, empty_yaml, uninterrupted):
+    run = tmp_path / "stopped"
+    arguments = adapt_arguments(run, base, molecules, empty_yaml, "train.checkpoint_every=1000")
+    process = scmdm(*arguments)
+    while not (rows := train_rows(run)) or rows[-1]["step"] < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE_EXIT
+    assert "stopped by SIGTERM" in output
+    assert newest_checkpoint(run / "checkpoints")[0] is not None
+    assert main(arguments) == 0
+    assert_same_run(run, uninterrupted)
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path, base, molecules, empty_yaml, uninterrupted):
+    assert main(adapt_arguments(tmp_path / "again", base, molecules, empty_yaml)) == 0
+    assert_same_run(tmp_path / "again", uninterrupted)
+    assert main(adapt_arguments(tmp_path / "other", base, molecules, empty_yaml, "seed=1", "train.steps=3")) == 0
+    assert train_rows(tmp_path / "other")[0]["loss"] != train_rows(uninterrupted)[0]["loss"]
+
+
+def test_finished_run_is_left_alone(uninterrupted, base, molecules, empty_yaml, capsys):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert main(adapt_arguments(uninterrupted, base, molecules, empty_yaml)) == 0
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert f"already at step {STEPS}" in (uninterrupted / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr=0.1, but run_dir="),
+        ("self_conditioning.passes=2", "self_conditioning.passes=2, but run_dir="),
+        ("seed=7", "seed=7, but run_dir="),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(uninterrupted, base, molecules, empty_yaml, capsys, override, message):
+    assert main(adapt_arguments(uninterrupted, base, molecules, empty_yaml, override)) == 1
+    error = capsys.readouterr().err
+    assert message in error and "another run_dir" in error and error.count("\n") == 1
+
+
+def test_another_base_is_refused(uninterrupted, molecules, empty_yaml, capsys):
+    assert main(adapt_arguments(uninterrupted, uninterrupted, molecules, empty_yaml)) == 1
+    assert "is not the model that" in capsys.readouterr().err
+
+
+def test_longer_training_goes_on(tmp_path, base, molecules, empty_yaml):
+    """More steps on a constant rate are the same run, longer."""
+    short = adapt_arguments(tmp_path / "a", base, molecules, empty_yaml, "schedule.kind=constant", "train.steps=7")
+    assert main(short) == 0
+    assert main([*short, "train.steps=12"]) == 0
+    longer = adapt_arguments(tmp_path / "b", base, molecules, empty_yaml, "schedule.kind=constant", "train.steps=12")
+    assert main(longer) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_wandb_offline_keeps_its_id(tmp_path, base, molecules, empty_yaml):
+    run = tmp_path / "tracked"
+    arguments = adapt_arguments(run, base, molecules, empty_yaml, "wandb.mode=offline", "train.steps=3")
+    assert main(arguments) == 0
+    first = json.loads((find_model(run) / "state.json").read_text())["wandb_id"]
+    assert first and len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 1
+    assert main([*arguments, "train.steps=6"]) == 0
+    assert json.loads((find_model(run) / "state.json").read_text())["wandb_id"] == first
