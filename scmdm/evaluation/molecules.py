@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +33,11 @@ PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
     "rings": lambda molecule: float(rdMolDescriptors.CalcNumRings(molecule)),
 }
 _FCD_LEAST = 50  # the Frechet distance of fewer molecules says nothing
+_PROBLEMS = {
+    "AtomValenceException": "valence",
+    "KekulizeException": "aromaticity",
+    "AtomKekulizeException": "aromaticity",  # an aromatic atom outside a ring
+}
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,18 @@ class MoleculeMetrics:
     property_distance: float | None  # mean over properties of the normalised Wasserstein distances
     property_distances: dict[str, float] = field(default_factory=dict)
     fcd: float | None = None
+    fcd_note: str | None = None  # why `fcd` is None
     invalid_reasons: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, the ratios too; a ratio of nothing is 0."""
         return {
             **asdict(self),
-            "validity": self.num_valid / self.num_samples,
+            "validity": _ratio(self.num_valid, self.num_samples),
             "uniqueness_of_valid": _ratio(self.num_unique, self.num_valid),
-            "uniqueness_of_samples": self.num_unique / self.num_samples,
+            "uniqueness_of_samples": _ratio(self.num_unique, self.num_samples),
             "novelty_of_unique": _ratio(self.num_novel, self.num_unique),
-            "novelty_of_samples": self.num_novel / self.num_samples,
+            "novelty_of_samples": _ratio(self.num_novel, self.num_samples),
         }
 
 
@@ -75,19 +82,30 @@ class Reference:
 
 def canonical(smiles: str) -> str | None:
     """RDKit's canonical SMILES, or None for what is empty or not a valid molecule."""
-    with rdBase.BlockLogs():
-        molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    molecule = _parse(smiles)
     return Chem.MolToSmiles(molecule) if molecule is not None else None
+
+
+def _parse(smiles: str) -> Chem.Mol | None:
+    # RDKit takes what follows a space for the molecule's name: such a string is not one molecule.
+    if not smiles or any(symbol.isspace() for symbol in smiles):
+        return None
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    return molecule if molecule is not None and molecule.GetNumAtoms() else None
 
 
 def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeMetrics:
     """All metrics of generated SMILES. Valid: RDKit parses and sanitises it and it is not empty."""
-    forms = [canonical(text) for text in smiles]
-    valid = [form for form in forms if form is not None]
+    parsed = [_parse(text) for text in smiles]
+    molecules = [molecule for molecule in parsed if molecule is not None]
+    valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
     distances = {}
-    if valid:
-        found = properties(valid)
+    if molecules:
+        # From the molecules, as RDKit cannot read every canonical form that it writes.
+        found = _properties(molecules)
         distances = {name: normalised_distance(found[name], ref) for name, ref in reference.properties.items()}
+    fcd, fcd_note = _fcd(valid, reference.fcd_statistics)
     return MoleculeMetrics(
         num_samples=len(smiles),
         num_valid=len(valid),
@@ -95,20 +113,24 @@ def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeM
         num_novel=len(set(valid) - reference.train),
         property_distance=float(np.mean(list(distances.values()))) if distances else None,
         property_distances=distances,
-        fcd=_fcd(valid, reference.fcd_statistics),
-        invalid_reasons=invalid_reasons([text for text, form in zip(smiles, forms, strict=True) if form is None]),
+        fcd=fcd,
+        fcd_note=fcd_note,
+        invalid_reasons=invalid_reasons([text for text, found in zip(smiles, parsed, strict=True) if found is None]),
     )
 
 
 def properties(smiles: Sequence[str]) -> dict[str, np.ndarray]:
     """Each property of each molecule, (N,) float64."""
-    molecules = [Chem.MolFromSmiles(text) for text in smiles]
+    return _properties([Chem.MolFromSmiles(text) for text in smiles])
+
+
+def _properties(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
     return {name: np.array([compute(m) for m in molecules]) for name, compute in PROPERTIES.items()}
 
 
 def normalised_distance(sample: np.ndarray, reference: np.ndarray) -> float:
-    """1-Wasserstein distance in units of the reference's standard deviation."""
-    return float(wasserstein_distance(sample, reference) / reference.std())
+    """1-Wasserstein distance in units of the reference's standard deviation; of the property if that is constant."""
+    return float(wasserstein_distance(sample, reference) / (reference.std() or 1.0))
 
 
 def invalid_reasons(smiles: Sequence[str]) -> dict[str, int]:
@@ -121,15 +143,22 @@ def invalid_reasons(smiles: Sequence[str]) -> dict[str, int]:
 
 
 def _reason(text: str) -> str:
-    if not text:
+    if not text.strip():
         return "empty"
     molecule = Chem.MolFromSmiles(text, sanitize=False)
-    if molecule is None:
-        return "syntax"
+    if molecule is None or any(symbol.isspace() for symbol in text):
+        return _syntax_reason(text)
     problems = Chem.DetectChemistryProblems(molecule)
-    return {"AtomValenceException": "valence", "KekulizeException": "aromaticity"}.get(
-        problems[0].GetType() if problems else "", "other"
-    )
+    return _PROBLEMS.get(problems[0].GetType() if problems else "", "other")
+
+
+def _syntax_reason(text: str) -> str:
+    """What a SMILES that cannot be read left open, parentheses before rings."""
+    bare = re.sub(r"\[[^\]]*\]", "A", text)  # digits in brackets are isotopes, hydrogens and charges
+    if bare.count("(") != bare.count(")"):
+        return "parentheses"
+    labels = Counter(re.findall(r"%\d\d|\d", bare))
+    return "ring closure" if any(times % 2 for times in labels.values()) else "syntax"
 
 
 def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -140,26 +169,37 @@ def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | No
         warnings.simplefilter("ignore")
         from fcd import get_predictions, load_ref_model
 
-        activations = get_predictions(load_ref_model(), list(smiles))
+        # No worker process: forking one costs more than it saves, and hangs where shared memory is scarce.
+        activations = get_predictions(load_ref_model(), list(smiles), n_jobs=0)
     return activations.mean(0), np.cov(activations.T)
 
 
-def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> float | None:
-    """Frechet ChemNet distance (Preuer et al. 2018); biased upwards for few samples, so compare equal numbers."""
-    if statistics is None or len(valid) < _FCD_LEAST:
-        return None
+def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> tuple[float | None, str | None]:
+    """Frechet ChemNet distance (Preuer et al. 2018), or None and the reason.
+
+    Biased upwards for few samples: compare equal numbers only.
+    """
+    if statistics is None:
+        return None, "not asked for, or the package fcd is not installed"
+    if len(valid) < _FCD_LEAST:
+        return None, f"{len(valid)} valid molecules, fewer than {_FCD_LEAST}"
     from fcd import calculate_frechet_distance
 
     found = _fcd_statistics(valid)
     assert found is not None
-    return float(calculate_frechet_distance(*found, *statistics))
+    return float(calculate_frechet_distance(*found, *statistics)), None
 
 
 def draw_grid(smiles: Sequence[str], path: Path, *, columns: int = 8, rows: int = 3, cell: int = 180) -> int:
-    """Draw the first valid distinct molecules as a PNG; returns how many were drawn."""
-    forms = list(dict.fromkeys(form for text in smiles if (form := canonical(text)) is not None))[: columns * rows]
-    molecules = [Chem.MolFromSmiles(form) for form in forms]
-    image = Draw.MolsToGridImage(molecules or [Chem.MolFromSmiles("")], molsPerRow=columns, subImgSize=(cell, cell))
+    """Draw the first valid distinct molecules, with their QED, as a PNG; returns how many were drawn."""
+    distinct: dict[str, Chem.Mol] = {}
+    for molecule in filter(None, map(_parse, smiles)):
+        distinct.setdefault(Chem.MolToSmiles(molecule), molecule)
+    molecules = list(distinct.values())[: columns * rows]
+    legends = [f"QED {QED.qed(molecule):.2f}" for molecule in molecules]
+    image = Draw.MolsToGridImage(
+        molecules or [Chem.MolFromSmiles("")], molsPerRow=columns, subImgSize=(cell, cell), legends=legends or [""]
+    )
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     atomic_write_bytes(path, buffer.getvalue())

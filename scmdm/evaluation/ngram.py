@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 UNKNOWN, START = "<unk>", "<s>"
+_LEAST_DISCOUNT = 1e-3  # with none, a context can leave nothing for units that it never saw
 Gram = tuple[str, ...]
 
 
@@ -87,10 +88,10 @@ def _make_level(counts: Counter[Gram]) -> _Level:
 
 
 def _discounts(count_of: Counter[int]) -> tuple[float, float, float]:
-    """Chen and Goodman eq. 26; 0.5, 1, 1.5 where a small corpus leaves a count of counts empty."""
+    """Chen and Goodman eq. 26, kept above zero; 0.5, 1, 1.5 where a small corpus leaves a count of counts empty."""
     n1, n2, n3, n4 = (count_of[k] for k in (1, 2, 3, 4))
     if min(n1, n2, n3, n4) == 0:
         return 0.5, 1.0, 1.5
     y = n1 / (n1 + 2 * n2)
     found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-    return tuple(min(max(d, 0.0), k) for d, k in zip(found, (1, 2, 3), strict=True))  # type: ignore[return-value]
+    return tuple(min(max(d, _LEAST_DISCOUNT), k) for d, k in zip(found, (1, 2, 3), strict=True))  # type: ignore[return-value]
