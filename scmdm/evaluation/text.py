@@ -93,7 +93,7 @@ def _load_scorer(scorer: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(scorer, local_files_only=True)
         return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"scorer={scorer} is not a causal language model with its tokenizer: {reason}") from error
 

@@ -1,0 +1,148 @@
+"""Statistics and reports: numbers, completeness, self-containment, damaged input."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from scmdm.cli import main
+from scmdm.evaluation.report import study_report
+from scmdm.evaluation.statistics import mean_interval, paired_difference
+
+ARMS = {
+    "base": ("base", 0.0, 0.50),
+    "vanilla": ("continued vanilla", 0.0, 0.52),
+    "scmdm": ("rate 1 (SCMDM)", 1.0, 0.60),
+}
+
+
+def test_intervals_by_hand():
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2 and interval.half_width == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-5)
+    assert interval.text(1) == "2.0 ± 2.5" and mean_interval([0.5]).text(1, 100) == "50.0"
+
+
+def test_pairing_removes_what_is_common():
+    noise = np.random.default_rng(0).normal(0, 5, 4)
+    found = paired_difference([(n + 1 + e, n) for n, e in zip(noise, [0.1, -0.1, 0.05, -0.05], strict=True)])
+    assert found.low > 0.7 and found.high < 1.3 and found.p_value < 0.01
+    assert paired_difference([(1, 0)]) is None
+
+
+def metrics_row(validity):
+    valid = round(1024 * validity)
+    ratios = {
+        "validity": validity,
+        "uniqueness_of_samples": 0.9 * validity,
+        "novelty_of_samples": 0.5 * validity,
+        "novelty_of_unique": 0.6,
+        "uniqueness_of_valid": 0.9,
+    }
+    return {
+        "num_valid": valid,
+        "num_samples": 1024,
+        "property_distance": 0.3 - validity / 4,
+        "fcd": 5 - validity,
+        **ratios,
+    }
+
+
+@pytest.fixture
+def study(tmp_path):
+    evaluations, arms = [], []
+    for name, (label, rate, level) in ARMS.items():
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        for steps in (8, 32):
+            for seed in range(3):
+                samples = f"samples/{name}_T{steps}_s{seed}.jsonl"
+                (tmp_path / samples).write_text(
+                    "".join(json.dumps({"text": t}) + "\n" for t in ["CCO", "C1CC", "c1ccccc1"])
+                )
+                validity = level + 0.01 * math.log2(steps) + 0.005 * seed + 0.001 * len(name) * (seed - 1)
+                common = {
+                    "arm": name,
+                    "adaptation_seed": 0,
+                    "kind": "samples",
+                    "sampling_seed": seed,
+                    "samples_file": samples,
+                }
+                cost = {"steps": steps, "evaluations": steps, "num": 1024, "seconds": 1.0}
+                evaluations.append({**common, **cost, "metrics": metrics_row(validity)})
+        trained = name != "base"
+        nelbo = {"null": {"mean": 0.5}, **({"conditioned": {"mean": 0.45}} if rate else {})}
+        spent = {
+            "step": 10,
+            "tokens": 81920,
+            "seconds": 4.0 + rate,
+            "evaluations": 2560 * (1 + int(rate > 0)),
+            "sequences": 2560,
+        }
+        arms.append({"name": name, "label": label, "rate": rate, "nelbo": [nelbo]})
+        arms[-1] |= {"runs": [f"{name}-0"] if trained else [], "cost": [spent] if trained else []}
+        if trained:
+            (tmp_path / f"{name}-0").mkdir()
+            rows = [{"kind": "train", "step": s, "loss": 1 / s, "tokens": s * 100} for s in range(1, 60)]
+            rows += [{"kind": "validation", "step": 30, "nelbo_null": 0.5, "nelbo_conditioned": 0.4, "tokens": 3000}]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{name}-0" / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
+    content = {"title": "A <study>", "config": "key: value", "environment": {"python": "3"}}
+    (tmp_path / "study.json").write_text(json.dumps({**content, "arms": arms, "evaluations": evaluations}))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.links, self.scripts = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.scripts += tag == "script"
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.links += [v for k, v in attributes.items() if k in ("href", "src") and not v.startswith("data:")]
+
+
+def test_study_report_is_complete_and_self_contained(study, capsys):
+    assert main(["report", str(study)]) == 0
+    printed = capsys.readouterr().out
+    text = (study / "report.html").read_text()
+    page = Page(text)
+    assert page.links == [] and page.scripts == 0 and "http" not in re.sub(r"data:[^\"]+", "", text)
+    assert len(page.images) == 2 + len(ARMS)
+    for image in page.images:
+        assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    for label, *_ in ARMS.values():
+        assert label in text and label in printed
+    assert "A &lt;study&gt;" in text
+    for name in ("quality", "losses", *(f"molecules_{arm}" for arm in ARMS)):
+        assert (study / f"{name}.png").stat().st_size > 5000
+
+
+def test_conclusions_come_from_the_numbers(study):
+    summary = study_report(study, study / "report.html")
+    better = [line for line in summary.statements if "against continued vanilla" in line]
+    assert len(better) == 2 and all("better" in line for line in better)
+    content = json.loads((study / "study.json").read_text())
+    for row in content["evaluations"]:
+        if row["arm"] == "scmdm":
+            row["metrics"]["validity"] -= 0.2
+    (study / "study.json").write_text(json.dumps(content))
+    assert all("worse" in line for line in study_report(study, study / "report.html").statements)
+    row = next(row for row in summary.rows if row[0] == "32" and row[1] == "rate 1 (SCMDM)")
+    assert row[2] == "32" and row[3].endswith("of 1024") and row[4].startswith("65.5 ±")
+    cost = {row[0]: row for row in summary.cost_rows}
+    assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
+
+
+def test_report_of_a_run(base, tmp_path, capsys):
+    assert main(["report", str(base), "--out", str(tmp_path / "run.html")]) == 0
+    text = (tmp_path / "run.html").read_text()
+    assert "Step 6" in text and "global_batch_size" in text and len(Page(text).images) == 2
+    assert main(["report", str(tmp_path)]) == 1
+    assert "neither a run" in capsys.readouterr().err
