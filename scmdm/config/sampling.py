@@ -15,22 +15,22 @@ class SamplerConfig:
     temperature: float = 1.0  # 0: most probable token
     top_p: float = 1.0  # nucleus
     gumbel: str = "float64"  # float64 | float32 (the truncated draw of older code)
-    carry: str = "auto"  # auto (when the model is self-conditioned) | on | off
+    carry: str = "auto"  # auto (when the model is self-conditioned) | always | never
 
     def settings(self, self_conditioned: bool) -> SamplerSettings:
         """The pure sampler's settings for a model; UserError when the model cannot carry an estimate."""
-        if self.carry == "on" and not self_conditioned:
+        if self.carry == "always" and not self_conditioned:
             raise UserError(
-                "sampler.carry=on, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
+                "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        carry = self_conditioned and self.carry != "off"
+        carry = self_conditioned and self.carry != "never"
         return SamplerSettings(self.kind, self.steps, self.temperature, self.top_p, self.gumbel, carry)
 
     def validate(self) -> None:
         allowed = {
             "kind": ("ancestral", "first_hitting"),
             "gumbel": ("float64", "float32"),
-            "carry": ("auto", "on", "off"),
+            "carry": ("auto", "always", "never"),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:

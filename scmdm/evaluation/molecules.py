@@ -101,7 +101,7 @@ def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeM
     valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
     distances = {}
     if molecules:
-        # From the molecules, as RDKit cannot read every canonical form that it writes.
+        # From the parsed molecules: reading the canonical forms again would be work twice, and could fail.
         found = _properties(molecules)
         distances = {name: normalised_distance(found[name], ref) for name, ref in reference.properties.items()}
     fcd, fcd_note = _fcd(valid, reference.fcd_statistics)
@@ -159,7 +159,7 @@ def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | No
         warnings.simplefilter("ignore")
         from fcd import get_predictions, load_ref_model
 
-        # No worker process: forking one costs more than it saves, and hangs where shared memory is scarce.
+        # No worker process: for a thousand molecules forking one saves nothing.
         activations = get_predictions(load_ref_model(), list(smiles), n_jobs=0)
     return activations.mean(0), np.cov(activations.T)
 

@@ -1,0 +1,230 @@
+"""The commands as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import scmdm
+from scmdm.cli import main
+from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.errors import UserError
+from scmdm.sampling import template_tokens
+from tests.conftest import ADAPTED, ROOT, TINY
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_help_is_there_for_every_command(capsys):
+    for arguments in (
+        [],
+        ["train"],
+        ["adapt"],
+        ["sample"],
+        ["evaluate"],
+        ["prepare"],
+        ["report"],
+        ["study"],
+        ["doctor"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert len(text) > 100
+        if arguments and arguments[0] in ("train", "adapt"):
+            assert "self_conditioning.rate=0.0" in text and "0 vanilla, 0.5 partial, 1 SCMDM" in text
+
+
+def test_help_needs_no_torch():
+    code = "import sys, scmdm.cli\ntry: scmdm.cli.main(['-h'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_module_and_script_are_the_same_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "scmdm", "report", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("scmdm: error: ") and done.stderr.count("\n") == 1
+
+
+def test_doctor(capsys, tmp_path):
+    assert main(["doctor", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for subject in ("python", "cpu", "precision", "attention", "disk", "flash-attn", "fcd"):
+        assert subject in text
+
+
+def test_sampling_is_reproducible_and_batch_free(base, tmp_path):
+    outs = [tmp_path / f"{n}.jsonl" for n in range(3)]
+    common = ["sample", str(base), "num=10", "sampler.steps=6", "precision=float32"]
+    assert main([*common, f"out={outs[0]}"]) == 0
+    assert main([*common, f"out={outs[1]}", "batch_size=3"]) == 0
+    assert main([*common, f"out={outs[2]}", "seed=1"]) == 0
+    first, second, third = (rows(path) for path in outs)
+    assert first == second != third
+    assert len(first) == 10 and all(row["evaluations"] == 6 for row in first)
+
+
+def test_samples_go_to_the_terminal(base, capsys):
+    assert main(["sample", str(base), "num=3", "sampler.kind=first_hitting"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert "24 denoiser evaluations each" in captured.err
+
+
+def test_prompt_and_infill(base, tmp_path):
+    out = tmp_path / "a.jsonl"
+    assert main(["sample", str(base), "num=5", "prompt=CC(=O)", f"out={out}"]) == 0
+    assert all(row["text"].startswith("CC(=O)") for row in rows(out))
+    assert main(["sample", str(base), "num=5", "infill=CC[MASK][MASK]O", f"out={out}"]) == 0
+    manifest = scmdm.load(base).manifest
+    for row in rows(out):
+        assert row["tokens"][0] == manifest.bos_id and manifest.mask_id not in row["tokens"]
+        assert row["tokens"][6] == manifest.eos_id and row["tokens"][7:] == [manifest.pad_id] * 17
+
+
+def test_templates():
+    t = SymbolTokenizer("smiles", ["C", "N", "O"])
+    c, n, _ = t.encode("CNO")
+    m = t.mask_id
+    assert template_tokens(t, 5, None, None).tolist() == [m] * 5
+    assert template_tokens(t, 5, "CN", None).tolist() == [t.bos_id, c, n, m, m]
+    assert template_tokens(t, 6, None, "[MASK]N").tolist() == [t.bos_id, m, n, t.eos_id, t.pad_id, t.pad_id]
+    with pytest.raises(UserError, match="prompt has 6 tokens"):
+        template_tokens(t, 5, "CCCCC", None)
+    with pytest.raises(UserError, match=r"prompt='CX'.*'X'"):
+        template_tokens(t, 5, "CX", None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["sampler.carry=always"], "not self-conditioned"),
+        (["prompt=C", "infill=C"], "prompt and infill are both set"),
+        (["sampler.top_p=0"], "sampler.top_p=0"),
+        (["num=0"], "num=0"),
+        (["sampler.kind=magic"], "one of ancestral, first_hitting"),
+        (["device=cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_sampling_mistakes(base, capsys, keys, message):
+    if keys == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert main(["sample", str(base), *keys]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_molecules(base, molecules, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    keys = ["nelbo_samples=40", "nelbo_draws=2", "num=24", "seeds=[0,1]", "sampler.steps=4", f"out={out}"]
+    assert main(["evaluate", str(base), *keys]) == 0
+    result = json.loads(out.read_text())
+    assert result["domain"] == "molecules" and result["step"] == 6
+    assert result["nelbo"]["null"]["mean"] > 0 and "conditioned" not in result["nelbo"]
+    assert [row["seed"] for row in result["samples"]] == [0, 1]
+    assert result["samples"][0]["evaluations"] == 4 and result["samples"][0]["metrics"]["num_samples"] == 24
+    assert "NELBO null" in capsys.readouterr().out
+
+
+def test_the_text_road_end_to_end(tmp_path, empty_yaml, capsys):
+    """Prepare, train, adapt, evaluate and report on characters; the scorer is named in the output."""
+    (tmp_path / "a.txt").write_text(
+        "\n\n".join(f"Line {i} of a small play. Enter {i * 7 % 13} ghosts. " * 20 for i in range(150))
+    )
+    data, run, adapted = tmp_path / "data", tmp_path / "base", tmp_path / "adapted"
+    prepare = ["source=text", f"path={tmp_path / 'a.txt'}", "tokenizer=characters", "length=32", "pad_policy=ignore"]
+    assert (
+        main(["prepare", str(empty_yaml), f"out={data}", "validation_fraction=0.2", "test_fraction=0.2", *prepare]) == 0
+    )
+    assert main(["train", str(empty_yaml), f"run_dir={run}", f"data.path={data}", "train.steps=4", *TINY]) == 0
+    keys = [f"run_dir={adapted}", f"base={run}", f"data.path={data}", "train.steps=4", *ADAPTED]
+    extra = ["self_conditioning.rate=1", "model.conditioner=mlp", "self_conditioning.estimate_from=noisier_state"]
+    assert main(["adapt", str(empty_yaml), *keys, *extra, "train.validate_every=2", "train.validation_samples=20"]) == 0
+    assert main(["evaluate", str(adapted), "nelbo_samples=10", "num=6", "sampler.steps=3"]) == 0
+    text = capsys.readouterr().out
+    assert "not a neural scorer" in text and "entropy" in text and "NELBO conditioned" in text
+    validation = [row for row in rows(adapted / "metrics.jsonl") if row["kind"] == "validation"]
+    assert [row["step"] for row in validation] == [2, 4] and validation[0]["nelbo_conditioned"] is not None
+    assert main(["report", str(adapted)]) == 0
+    assert "NELBO conditioned" in (adapted / "report.html").read_text()
+
+
+def test_run_directory_holds_all_that_made_it(base):
+    names = {path.name for path in base.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "train.log", "checkpoints"} <= names
+    environment = json.loads((base / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+    if (ROOT / ".git").exists():
+        assert len(environment["git"]["commit"]) == 40
+    assert "step 6/6 loss" in (base / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "keys", "message"),
+    [
+        ("train", ["base=x"], "`scmdm train` starts from scratch"),
+        ("adapt", [], "base is not set"),
+        ("adapt", ["base=/nonexistent"], "/nonexistent does not exist"),
+        ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but the base has 32"),
+        ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but the base has"),
+        ("train", ["run_dir={file}/run"], "cannot be made"),
+        ("train", ["data.path=/nonexistent"], "is not a prepared data set"),
+        ("train", ["model.self_conditioned=true"], "set the rate alone"),
+    ],
+)
+def test_training_mistakes_stop_before_any_work(command, keys, message, base, molecules, tmp_path, empty_yaml, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    keys = [key.format(base=base, file=file) for key in keys]
+    defaults = [f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", "train.steps=2", "train.validate_every=0"]
+    assert main([command, str(empty_yaml), *defaults, *keys]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml, capsys):
+    import shutil
+
+    shutil.copytree(molecules, tmp_path / "data")
+    shard = next((tmp_path / "data/train").glob("*.mds"))
+    os.truncate(shard, 100)
+    keys = [f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'data'}", "train.steps=2", *TINY]
+    assert main(["train", str(empty_yaml), *keys]) == 1
+    error = capsys.readouterr().err
+    assert "shard.00000.mds has 100 bytes instead of" in error and "overwrite=true" in error
+
+
+@pytest.mark.slow
+def test_study_end_to_end_and_again(base, tmp_path, capsys):
+    """All of the quickstart at small size; the second time nothing is done again."""
+    from tests.conftest import prepare_qm9
+
+    prepare_yaml = tmp_path / "qm9.yaml"
+    text = (ROOT / "configs/data/qm9.yaml").read_text().replace("data/qm9", str(tmp_path / "data"))
+    prepare_yaml.write_text(text.replace("length: 32", "length: 24") + "limit: 900\nvalidation_fraction: 0.1\n")
+    assert prepare_qm9(tmp_path / "data", "overwrite=true") == 0
+    steps = "overrides=[train.steps=4,schedule.warmup_steps=1,train.global_batch_size=64,train.micro_batch_size=64]"
+    keys = [f"out={tmp_path / 'study'}", f"prepare={prepare_yaml}", f"base={base}", steps, "num=60", "nelbo_samples=50"]
+    config = str(ROOT / "configs/qm9/quickstart.yaml")
+    arguments = ["study", config, *keys, f"adapt_config={ROOT / 'configs/qm9/adapt.yaml'}", "steps=[2,4]", "fcd=false"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "rate 1 (SCMDM)" in printed and "against continued vanilla" in printed
+    evaluations = sorted((tmp_path / "study/evaluations").iterdir())
+    assert len(evaluations) == 4 * (1 + 2 * 3)
+    before = {path: path.stat().st_mtime_ns for path in evaluations}
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in evaluations} == before
+    study = json.loads((tmp_path / "study/study.json").read_text())
+    counts = {(r["arm"], r["steps"]): r["evaluations"] for r in study["evaluations"] if r["kind"] == "samples"}
+    assert all(evaluations == steps for (_, steps), evaluations in counts.items())
+    spent = {
+        arm["name"]: arm["cost"][0]["evaluations"] / arm["cost"][0]["sequences"] for arm in study["arms"] if arm["cost"]
+    }
+    assert spent == {"vanilla": 1, "partial": 2, "scmdm": 2}
+    assert len({arm["cost"][0]["tokens"] for arm in study["arms"] if arm["cost"]}) == 1

@@ -1,0 +1,129 @@
+"""Configuration: every mistake is named with the key, its value, what is allowed and the nearest name."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scmdm.config.help import describe_keys
+from scmdm.config.load import load_config, to_yaml
+from scmdm.config.sampling import EvaluateConfig, SampleConfig
+from scmdm.config.schema import RunConfig
+from scmdm.config.study import StudyConfig
+from scmdm.errors import UserError
+from scmdm.training.setup import _flatten
+from tests.conftest import ROOT
+
+REQUIRED = ["run_dir=r", "data.path=d", "train.steps=10"]
+
+
+def load(*overrides):
+    return load_config(RunConfig, None, [*REQUIRED, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optimizer.lrr=1", ["unknown key `optimizer.lrr`", "did you mean `optimizer.lr`", "command line"]),
+        ("optimiser.lr=1", ["unknown key `optimiser`", "did you mean `optimizer`"]),
+        ("model.width=wide", ["model.width", "'wide'", "Integer"]),
+        ("train.steps=1.5", ["train.steps", "1.5"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1.0", "between 0 and 10"]),
+        ("self_conditioning.rate=1.5", ["self_conditioning.rate=1.5", "between 0 and 1"]),
+        ("schedule.kind=step", ["schedule.kind='step'", "constant, cosine, linear"]),
+        ("train.micro_batch_size=48", ["train.micro_batch_size=48", "divisor of train.global_batch_size = 64"]),
+        ("model.heads=3", ["model.width=128", "multiple of 2 x model.heads = 6"]),
+        ("schedule.warmup_steps=11", ["schedule.warmup_steps=11", "at most train.steps = 10"]),
+        ("no-equals-sign", ["not of the form key=value"]),
+        ("optimizer=3", ["optimizer"]),
+        ("train={", ["train={"]),
+    ],
+)
+def test_mistakes_are_named(override, parts):
+    with pytest.raises(UserError) as caught:
+        load(override)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_flash_attention_on_the_cpu_is_impossible():
+    with pytest.raises(UserError, match=r"model\.attention='flash'.*needs a GPU"):
+        load("model.attention=flash", "device=cpu")
+
+
+def test_mandatory_keys():
+    with pytest.raises(UserError, match=r"key `data\.path` is not set"):
+        load_config(RunConfig, None, ["run_dir=r", "train.steps=3"])
+
+
+def test_files(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        load_config(RunConfig, tmp_path / "none.yaml")
+    for name, content, message in (
+        ("bad.yaml", "a: [1, 2", "not valid YAML"),
+        ("list.yaml", "- 1\n", "holds a list"),
+        ("key.yaml", "trian:\n  steps: 3\n", r"unknown key `trian` .*key\.yaml; did you mean `train`"),
+        ("loop.yaml", "extends: loop.yaml\n", "goes round in a circle"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_config(RunConfig, tmp_path / name)
+
+
+def test_extends_file_and_override_in_that_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "parent.yaml").write_text("run_dir: p\ndata: {path: d}\ntrain: {steps: 1, log_every: 1}\n")
+    (tmp_path / "sub/child.yaml").write_text("extends: ../parent.yaml\ntrain: {steps: 2, keep_last: 5}\n")
+    config = load_config(RunConfig, tmp_path / "sub/child.yaml", ["train.keep_last=7"])
+    assert (config.run_dir, config.train.steps, config.train.log_every, config.train.keep_last) == ("p", 2, 1, 7)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "optimizer.lr": st.floats(0, 10),
+            "self_conditioning.rate": st.floats(0, 1),
+            "model.layers": st.integers(1, 1024),
+            "model.time_conditioning": st.booleans(),
+            "schedule.kind": st.sampled_from(["constant", "cosine", "linear"]),
+            "optimizer.conditioner_lr": st.none() | st.floats(0, 1),
+        }
+    )
+)
+def test_the_resolved_copy_reads_back_the_same(values):
+    overrides = [
+        f"{key}={'null' if v is None else str(v).lower() if isinstance(v, bool) else v}" for key, v in values.items()
+    ]
+    config = load(*overrides)
+    assert {key: _flatten(dataclasses.asdict(config))[key] for key in values} == values
+    content = _flatten(yaml.safe_load(to_yaml(config)))
+    assert content == _flatten(dataclasses.asdict(config))
+
+
+@given(st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12), st.text(max_size=8))
+def test_any_override_is_taken_or_refused_in_one_line(key, value):
+    """Anything else that it raises fails the test."""
+    with contextlib.suppress(UserError):
+        assert load(f"{key}={value}").run_dir
+
+
+@pytest.mark.parametrize("schema", [RunConfig, SampleConfig, EvaluateConfig])
+def test_help_lists_every_key(schema):
+    text = describe_keys(schema)
+    instance = schema()
+    for key in _flatten(dataclasses.asdict(instance)):
+        assert f"  {key}=" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_shipped_configuration_loads(path):
+    from scmdm.config.prepare import PrepareConfig
+
+    content = yaml.safe_load(path.read_text())
+    schema = StudyConfig if "arms" in content else PrepareConfig if path.parent.name == "data" else RunConfig
+    keys = [] if schema is not RunConfig else ["base=b"] if "adapt" in path.name else []
+    assert load_config(schema, path, keys)
