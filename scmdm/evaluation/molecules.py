@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -146,9 +147,18 @@ def _reason(text: str) -> str:
         return "empty"
     molecule = Chem.MolFromSmiles(text, sanitize=False)
     if molecule is None or any(symbol.isspace() for symbol in text):
-        return "syntax"
+        return _syntax_reason(text)
     problems = Chem.DetectChemistryProblems(molecule)
     return _PROBLEMS.get(problems[0].GetType() if problems else "", "other")
+
+
+def _syntax_reason(text: str) -> str:
+    """What a SMILES that cannot be read left open, parentheses before rings."""
+    bare = re.sub(r"\[[^\]]*\]", "A", text)  # digits in brackets are isotopes, hydrogens and charges
+    if bare.count("(") != bare.count(")"):
+        return "parentheses"
+    labels = Counter(re.findall(r"%\d\d|\d", bare))
+    return "ring closure" if any(times % 2 for times in labels.values()) else "syntax"
 
 
 def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,0 +1,81 @@
+"""What an adaptation step costs over a vanilla step, and the output head's share of it.
+
+Theory without tricks: a forward pass costs 1, a backward pass 2; a vanilla step is 3, an adaptation step 4: 4/3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import interleave, show
+from scmdm.config.schema import ModelConfig, RunConfig
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.model.dit import DiT
+from scmdm.parallel.engine import SingleEngine, resolve_device, resolve_precision
+from scmdm.training.optimizer import make_optimizer, set_lr
+from scmdm.training.step import train_step
+
+# name, model, vocabulary, length, batch
+SHAPES = (
+    ("QM9 quickstart (V = 34, L = 32)", ModelConfig(), 34, 32, 256),
+    ("text (V = 50,258, L = 256)", ModelConfig(width=256, layers=4, heads=4), 50_258, 256, 4),
+)
+
+
+def main() -> None:
+    """Print the ratios for each shape."""
+    for name, model, vocab, length, batch in SHAPES:
+        steps = {
+            "vanilla step (rate 0)": _step(model, vocab, length, batch, rate=0.0),
+            "adaptation step (rate 1)": _step(model, vocab, length, batch, rate=1.0),
+            "head alone: loss with gradients": _head(model, vocab, length, batch, loss=True),
+            "head alone: expected embedding": _head(model, vocab, length, batch, loss=False),
+        }
+        show(name, interleave(steps), "vanilla step (rate 0)")
+
+
+def _step(model: ModelConfig, vocab: int, length: int, batch: int, *, rate: float) -> Callable[[], object]:
+    device = resolve_device("auto")
+    config = RunConfig()
+    config.train.micro_batch_size = config.train.global_batch_size = batch
+    config.self_conditioning.rate = rate
+    torch.manual_seed(0)
+    model_config = ModelConfig(**{**vars(model), "self_conditioned": rate > 0})
+    dit = DiT(model_config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear()).to(device).train()
+    engine = SingleEngine(dit, make_optimizer(dit, config.optimizer), device, resolve_precision("auto", device))
+    set_lr(engine.optimizer, 1.0)
+    tokens = torch.randint(0, vocab - 1, (batch, length), device=device)
+    ids = torch.arange(batch, device=device)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    # The same step number every time: the same times and masks, hence the same work.
+    return functools.partial(train_step, engine, config, LogLinear(), vocab - 1, tokens, valid, ids, 0)
+
+
+def _head(model: ModelConfig, vocab: int, length: int, batch: int, *, loss: bool) -> Callable[[], object]:
+    """The head on half of all positions, as many as are masked on average."""
+    device = resolve_device("auto")
+    dit = DiT(model, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear()).to(device)
+    rows = batch * length // 2
+    h_ND = torch.randn(rows, model.width, device=device).to(resolve_precision("auto", device))
+    x_N = torch.randint(0, vocab - 1, (rows,), device=device)
+    return functools.partial(_loss, dit, h_ND, x_N) if loss else functools.partial(_estimate, dit, h_ND)
+
+
+def _loss(dit: DiT, h_ND: Tensor, x_N: Tensor) -> None:
+    from scmdm.model.head import weighted_nll_sum
+
+    linear, weights = dit.output_layer.linear, torch.ones(len(h_ND), device=h_ND.device)
+    h_ND = h_ND.detach().requires_grad_()
+    total, _ = weighted_nll_sum(
+        h_ND, linear.weight, linear.bias, x_N, weights, mask_id=dit.mask_id, chunk=dit.config.head_chunk
+    )
+    total.backward()
+
+
+@torch.no_grad()
+def _estimate(dit: DiT, h_ND: Tensor) -> None:
+    dit.expected_embedding(h_ND)
