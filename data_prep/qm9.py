@@ -12,6 +12,8 @@ from rdkit import Chem, rdBase
 
 from scmdm.errors import UserError
 
+_FILES = tuple(f"qm9_part{part}.csv" for part in (1, 2, 3))
+
 
 class Qm9:
     """Canonical SMILES (RDKit, hydrogens implicit, one spelling per molecule), in the order of the files.
@@ -23,14 +25,14 @@ class Qm9:
     name = "qm9"
     whole_records = True
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[str, Path]:
         """The three CSV files of the installed package; UserError when it is not installed."""
         spec = importlib.util.find_spec("qm9pack")
         if spec is None or not spec.submodule_search_locations:
             raise UserError("source=qm9 needs the package qm9pack; `pip install qm9pack`")
         folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-        files = [folder / f"qm9_part{part}.csv" for part in (1, 2, 3)]
-        for path in files:
+        files = {name: folder / name for name in _FILES}
+        for path in files.values():
             if not path.is_file():
                 raise UserError(f"{path} is missing; `pip install --force-reinstall qm9pack`")
         return files
@@ -53,7 +55,7 @@ class Qm9:
                     yield canonical
 
     def _raw(self) -> Iterator[str]:
-        for path in self.files():
+        for path in self.files().values():
             with open(path, newline="") as file:
                 for row in csv.DictReader(file):
                     yield row["SMILES"]

@@ -30,17 +30,17 @@ class TextFolder:
         self.path, self.text_key, self.pattern = path, text_key, pattern
         self.name = name or path.name
 
-    def files(self) -> list[Path]:
-        """Raises UserError when the path does not exist or holds no such file."""
+    def files(self) -> dict[str, Path]:
+        """By path below the folder. Raises UserError when the path does not exist or holds no such file."""
         if self.path.is_file():
-            return [self.path]
+            return {self.path.name: self.path}
         if not self.path.is_dir():
             raise UserError(f"path={self.path} does not exist; give a .txt or .jsonl file or a folder of them")
         patterns = [self.pattern] if self.pattern else ["*.txt", "*.jsonl"]
         files = sorted(p for pattern in patterns for p in self.path.rglob(pattern) if p.is_file())
         if not files:
             raise UserError(f"path={self.path} holds no .txt or .jsonl file; give a folder that does")
-        return files
+        return {str(path.relative_to(self.path)): path for path in files}
 
     def records(self, counts: Counter[str], on_record: Callable[[], None]) -> Iterator[str]:
         """Each passage once; empty and undecodable documents and repeated passages are counted."""
@@ -56,35 +56,44 @@ class TextFolder:
                 yield passage
 
     def _documents(self, counts: Counter[str]) -> Iterator[str]:
-        for path in self.files():
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                counts["dropped: not UTF-8"] += 1
-                continue
-            documents = self._json_lines(text, counts) if path.suffix == ".jsonl" else iter([text])
-            for document in documents:
-                if document.strip():
-                    yield document.replace("\r\n", "\n")
+        for path in self.files().values():
+            lines = path.suffix == ".jsonl"
+            for raw in path.read_bytes().split(b"\n") if lines else [path.read_bytes()]:
+                if lines and not raw.strip():
+                    continue
+                try:
+                    document = self._from_json(raw.decode()) if lines else raw.decode()
+                except UnicodeDecodeError:
+                    counts["dropped: not UTF-8"] += 1
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    counts[f"dropped: no key {self.text_key}"] += 1
                 else:
-                    counts["dropped: empty"] += 1
+                    if document.strip():
+                        yield document.replace("\r\n", "\n")
+                    else:
+                        counts["dropped: empty"] += 1
 
-    def _json_lines(self, text: str, counts: Counter[str]) -> Iterator[str]:
-        for line in text.split("\n"):
-            if not line.strip():
-                continue
-            try:
-                value: Any = json.loads(line)[self.text_key]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                counts[f"dropped: no key {self.text_key}"] += 1
-                continue
-            yield value if isinstance(value, str) else ""
+    def _from_json(self, line: str) -> str:
+        value: Any = json.loads(line)[self.text_key]
+        if not isinstance(value, str):
+            raise TypeError
+        return value
 
 
 def passages(document: str) -> Iterator[str]:
-    """Paragraphs joined until they hold `PASSAGE_CHARACTERS`; together they are the document without outer blanks."""
+    """Paragraphs joined until they hold `PASSAGE_CHARACTERS`, and much longer ones cut into passages of that size.
+
+    Together they are the document without outer blanks.
+    """
     gathered: list[str] = []
     for paragraph in document.strip().split("\n\n"):
+        whole = len(paragraph) <= 2 * PASSAGE_CHARACTERS
+        if not whole and gathered:
+            yield "\n\n".join(gathered)
+            gathered = []
+        if not whole:
+            yield from (paragraph[at : at + PASSAGE_CHARACTERS] for at in range(0, len(paragraph), PASSAGE_CHARACTERS))
+            continue
         gathered.append(paragraph)
         if sum(map(len, gathered)) >= PASSAGE_CHARACTERS:
             yield "\n\n".join(gathered)

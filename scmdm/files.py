@@ -57,11 +57,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_directory(final: Path) -> Iterator[Path]:
+def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `final` when the block succeeds and vanishes when it fails.
 
-    `final` must not exist. Every file is flushed to the disk before the rename, so that after a power cut `final` is
-    complete or absent. An OSError in the block (a full or read-only disk) becomes a UserError naming `final`.
+    `final` must not exist, unless `replace` says that it may be thrown away. Every file is flushed to the disk before the
+    rename: after a power cut `final` is complete or absent. An OSError in the block (a full or read-only disk) becomes
+    a UserError that names `final`.
     """
     temporary: Path | None = None
     try:
@@ -72,7 +73,14 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*"), reverse=True):
             fsync_path(path)
         fsync_path(temporary)
-        os.rename(temporary, final)
+        if replace and final.exists():
+            # Two renames: a crash between them leaves both, the old one under a hidden name.
+            doomed = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+            os.rename(final, doomed)
+            os.rename(temporary, final)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            os.rename(temporary, final)
         fsync_path(final.parent)
     except OSError as error:
         raise UserError(

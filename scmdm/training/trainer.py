@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
-from scmdm.data.loader import build_loader
+from scmdm.data.loader import build_loader, epochs
 from scmdm.data.manifest import Manifest
 from scmdm.environment import describe_environment
 from scmdm.errors import UserError
@@ -161,10 +161,9 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     )
     if run.state.loader is not None:
         loader.load_state_dict(run.state.loader)
-    while True:
-        for batch in loader:
-            run.state.loader = loader.state_dict()
-            yield to_device(batch, run.manifest, run.engine.device)
+    for batch in epochs(loader, run.data, config.data.train_split, config.train.global_batch_size):
+        run.state.loader = loader.state_dict()
+        yield to_device(batch, run.manifest, run.engine.device)
 
 
 def _account(state: TrainState, result: StepResult, seconds: float) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
-from scmdm.data.loader import build_loader
+from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.model.weights import ModelSpec
@@ -32,14 +33,10 @@ def validation_batches(
     root: Path, split: str, manifest: Manifest, device: torch.device, samples: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The first `samples` sequences of a split, in order."""
-    size = min(_BATCH, samples, manifest.splits[split].samples)
-    left = samples
-    for batch in build_loader(root, split, batch_size=size, shuffle=False, seed=0, drop_last=False):
-        rows = {name: value[:left] for name, value in batch.items()}
-        yield to_device(rows, manifest, device)
-        left -= len(rows["index"])
-        if left <= 0:
-            return
+    ids_NL = torch.from_numpy(read_split(root, split, limit=samples).astype(np.int64))
+    index_N = torch.arange(len(ids_NL))
+    for tokens, index in zip(ids_NL.split(_BATCH), index_N.split(_BATCH), strict=True):
+        yield to_device({"tokens": tokens, "index": index}, manifest, device)
 
 
 def validation_nelbo(

@@ -1,0 +1,167 @@
+"""What a prepared data set is, and whether it still is that.
+
+`manifest.json` at the root names the tokenizer, the ids, every shard with size and SHA-256, and where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmdm.data.tokenizers import load_tokenizer
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text, sha256_file
+
+MANIFEST_FILE = "manifest.json"
+VERSION = 1
+
+
+@dataclass
+class TokenizerRef:
+    kind: str
+    file: str
+    sha256: str
+
+
+@dataclass
+class FileInfo:
+    """A shard or streaming's index of the shards."""
+
+    file: str  # relative to the root
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class SplitInfo:
+    samples: int
+    tokens: int  # valid ones
+    files: list[FileInfo]
+
+
+@dataclass
+class Manifest:
+    """A data set of `length` ids per sample."""
+
+    version: int
+    name: str
+    tokenizer: TokenizerRef
+    vocab_size: int
+    mask_id: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    length: int
+    dtype: str  # of the stored ids
+    pad_policy: str  # "loss": padding is a token like any other; "ignore": it is not in the likelihood
+    splits: dict[str, SplitInfo]
+    source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
+    counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """Read a root's manifest; UserError when there is none or it is not ours."""
+        path = root / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text())
+            if content["version"] != VERSION:
+                raise UserError(
+                    f"{path} has version {content['version']}, expected {VERSION}; prepare the data set again"
+                )
+            content["tokenizer"] = TokenizerRef(**content["tokenizer"])
+            content["splits"] = {name: _split_info(split) for name, split in content["splits"].items()}
+            return cls(**content)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{root} is not a prepared data set (no {MANIFEST_FILE}); run `scmdm prepare` first"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); prepare the data set again with overwrite=true") from error
+
+    def write(self, root: Path) -> None:
+        atomic_write_text(root / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content: two data sets with the same one are the same."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str, root: Path) -> SplitInfo:
+        """A split by name; UserError names those that exist."""
+        if name not in self.splits:
+            raise UserError(f"{root} has no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+def _split_info(content: dict[str, Any]) -> SplitInfo:
+    return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
+
+
+def verify_dataset(root: Path, *, hashes: bool) -> list[str]:
+    """Problems of a data set, each naming the file. Without `hashes` only what costs nothing: existence and sizes."""
+    manifest = Manifest.read(root)
+    problems = [
+        p for split in manifest.splits.values() for file in split.files for p in _verify_file(root, file, hashes)
+    ]
+    problems += _verify_tokenizer(root, manifest)
+    if not problems:
+        problems += [problem for name in manifest.splits for problem in _verify_index(root, name, manifest)]
+    if hashes and not problems:
+        problems += [problem for name in manifest.splits for problem in _verify_ids(root, name, manifest)]
+    return problems
+
+
+def check_dataset(root: Path) -> Manifest:
+    """The manifest of a data set that looks whole at a glance; UserError with the first problem and the remedy."""
+    problems = verify_dataset(root, hashes=False)
+    if problems:
+        raise UserError(f"{problems[0]}; restore the file, or prepare the data set again with overwrite=true")
+    return Manifest.read(root)
+
+
+def _verify_file(root: Path, file: FileInfo, hashes: bool) -> Iterator[str]:
+    path = root / file.file
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif path.stat().st_size != file.bytes:
+        yield f"{path} has {path.stat().st_size} bytes instead of {file.bytes}"
+    elif hashes and sha256_file(path) != file.sha256:
+        yield f"{path} does not match its SHA-256"
+
+
+def _verify_tokenizer(root: Path, manifest: Manifest) -> Iterator[str]:
+    path = root / manifest.tokenizer.file
+    if not path.is_file():
+        yield f"tokenizer {path} is missing"
+    elif sha256_file(path) != manifest.tokenizer.sha256:
+        yield f"tokenizer {path} is not the one that the manifest names"
+    elif (size := load_tokenizer(path).vocab_size) != manifest.vocab_size:
+        yield f"tokenizer {path} has {size} tokens, the manifest says {manifest.vocab_size}"
+
+
+def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
+    path = root / split / "index.json"
+    try:
+        samples = sum(shard["samples"] for shard in json.loads(path.read_text())["shards"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        yield f"{path} is missing or damaged ({type(error).__name__})"
+        return
+    if samples != manifest.splits[split].samples:
+        yield f"{path} lists {samples} samples, the manifest says {manifest.splits[split].samples}"
+
+
+def _verify_ids(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
+    from scmdm.data.loader import read_split
+
+    ids_NL: np.ndarray = read_split(root, split)
+    if ids_NL.shape != (manifest.splits[split].samples, manifest.length):
+        yield f"{root / split} holds ids of shape {ids_NL.shape}, which is not what the manifest says"
+    elif ids_NL.max() >= manifest.vocab_size:
+        yield f"{root / split} holds id {ids_NL.max()}, the vocabulary ends at {manifest.vocab_size - 1}"
+    elif (ids_NL == manifest.mask_id).any():
+        yield f"{root / split} holds the mask id {manifest.mask_id} as data"

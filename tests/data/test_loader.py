@@ -1,0 +1,118 @@
+"""The streaming loader: every sample once an epoch, exact resume, two readers at a time, damaged shards."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from scmdm.data.loader import build_loader, epochs, read_split
+from scmdm.errors import UserError
+
+
+def loader(root, split="train", **options):
+    return build_loader(root, split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options})
+
+
+def test_an_epoch_is_every_sample_once(molecules):
+    whole = read_split(molecules, "train")
+    seen = list(loader(molecules, drop_last=False))
+    index = torch.cat([batch["index"] for batch in seen])
+    assert sorted(index.tolist()) == list(range(len(whole)))
+    assert index.tolist() != sorted(index.tolist())
+    tokens = torch.cat([batch["tokens"] for batch in seen])
+    assert tokens.dtype == torch.int64
+    assert np.array_equal(tokens.numpy(), whole[index.numpy()])
+
+
+def test_order_depends_on_seed_and_epoch_only(molecules):
+    def order(reader):
+        return [tuple(batch["index"].tolist()) for batch in reader]
+
+    one, two = loader(molecules), loader(molecules)
+    first, second = order(one), order(one)
+    assert first != second
+    assert [order(two), order(two)] == [first, second]
+    assert order(loader(molecules, seed=4)) != first
+    assert order(loader(molecules, num_workers=1)) == first
+
+
+def test_two_splits_and_two_readers_at_a_time(molecules):
+    train, validation, again = loader(molecules), loader(molecules, "validation", shuffle=False), loader(molecules)
+    for a, b, _ in zip(train, again, validation, strict=False):
+        assert torch.equal(a["tokens"], b["tokens"])
+
+
+@pytest.mark.parametrize("stop", [1, 5, 22, 23, 24, 30])
+def test_resume_in_mid_epoch_and_at_its_end(molecules, stop):
+    """The training split has 23 batches; a resume goes on with the very next one."""
+
+    def stream(reader):
+        while True:
+            for batch in reader:
+                yield batch["index"], reader.state_dict()
+
+    whole = stream(loader(molecules))
+    reference = [next(whole) for _ in range(60)]
+    resumed = loader(molecules)
+    resumed.load_state_dict(reference[stop - 1][1])
+    continued = stream(resumed)
+    for expected, _ in reference[stop:]:
+        assert torch.equal(next(continued)[0], expected)
+
+
+def test_reading_a_damaged_split_names_it(molecules, tmp_path):
+    shutil.copytree(molecules, tmp_path / "qm9")
+    shard = next((tmp_path / "qm9" / "train").glob("*.mds"))
+    assert np.array_equal(read_split(tmp_path / "qm9", "train", limit=7), read_split(molecules, "train")[:7])
+    os.truncate(shard, 300)
+    with pytest.raises(UserError, match=r"cannot read .*train.*prepare --verify"):
+        read_split(tmp_path / "qm9", "train")
+
+
+def test_users_mistakes(molecules, tmp_path):
+    with pytest.raises(UserError, match="no split 'nope'; it has train, validation, test"):
+        loader(molecules, "nope")
+    with pytest.raises(UserError, match="fewer than a batch of 5000"):
+        loader(molecules, batch_size=5000)
+    with pytest.raises(UserError, match="not a prepared data set"):
+        loader(tmp_path)
+
+
+def test_a_shard_that_disappears_does_not_end_the_epoch_in_silence(molecules, tmp_path):
+    shutil.copytree(molecules, tmp_path / "qm9")
+    reader = loader(tmp_path / "qm9")
+    next((tmp_path / "qm9" / "train").glob("*.mds")).unlink()
+    with pytest.raises(UserError, match=r"shard\.00000\.mds"):
+        for _ in zip(epochs(reader, tmp_path / "qm9", "train", 32), range(100), strict=False):
+            pass
+
+
+def test_epochs_go_on_and_on(molecules):
+    reader = loader(molecules)
+    seen = [batch["index"] for batch, _ in zip(epochs(reader, molecules, "train", 32), range(60), strict=False)]
+    assert len(seen) == 60
+
+
+@pytest.mark.slow
+def test_runs_that_start_together(molecules):
+    code = "import sys; from pathlib import Path; from scmdm.data.loader import build_loader\n"
+    code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
+    code += "for _ in range(8): print(sum(1 for _ in build_loader(Path(sys.argv[1]), 'train', **args)))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(molecules)]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+
+
+def test_a_shard_that_goes_bad_while_reading_is_named(molecules, tmp_path):
+    shutil.copytree(molecules, tmp_path / "qm9")
+    reader = loader(tmp_path / "qm9")
+    shard = next((tmp_path / "qm9" / "train").glob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cannot read sample \d+ from .*shard\.00000\.mds"):
+        list(reader)

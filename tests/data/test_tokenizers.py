@@ -1,0 +1,100 @@
+"""Tokenizers: round trips, specials, unknown symbols, files."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rdkit import Chem
+
+from scmdm.data.tokenizers import (
+    SPECIALS,
+    SentencePieceTokenizer,
+    SymbolTokenizer,
+    UnknownSymbol,
+    load_tokenizer,
+    split_symbols,
+)
+from scmdm.errors import UserError
+
+CORPUS = ["The quick brown fox jumps over the lazy dog.\n" * 3, "Pack my box with five dozen liquor jugs! " * 3] * 20
+PIECES = st.sampled_from(
+    ["C", "c", "N", "n", "O", "Br", "Cl", "[nH]", "[C@@H]", "(", ")", "=", "#", "1", "%12", "/", "."]
+)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return SentencePieceTokenizer.fit(CORPUS, 300)
+
+
+@given(st.lists(PIECES, min_size=1, max_size=40))
+def test_smiles_split_into_their_pieces(parts):
+    text = "".join(parts)
+    assert split_symbols("smiles", text) == parts
+    tokenizer = SymbolTokenizer.fit("smiles", [text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_smiles_of_a_real_molecule():
+    text = Chem.MolToSmiles(Chem.MolFromSmiles("C[C@H](Br)c1cc[nH]c1Cl"))
+    assert "Br" in split_symbols("smiles", text) and "[nH]" in split_symbols("smiles", text)
+
+
+@pytest.mark.parametrize("text", ["C C", "CXy", "[unclosed", "C\n"])
+def test_what_is_not_smiles_is_refused(text):
+    with pytest.raises(UnknownSymbol):
+        split_symbols("smiles", text)
+
+
+@given(st.text(max_size=80))
+def test_characters_round_trip(text):
+    tokenizer = SymbolTokenizer.fit("characters", [text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=60))
+def test_sentencepiece_round_trips_any_text(pieces, text):
+    """Also what it was not trained on: byte fallback."""
+    assert pieces.decode(pieces.encode(text)) == text
+
+
+def test_sentencepiece_keeps_spaces_and_lines(pieces):
+    text = "  two  spaces\n\nand\tlines \n"
+    assert pieces.decode(pieces.encode(text)) == text
+
+
+def test_the_mask_cannot_be_typed(pieces):
+    for tokenizer in (pieces, SymbolTokenizer.fit("characters", [*CORPUS, "[]MASKPDBOE"])):
+        ids = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
+        assert len(ids) == 4
+        for special in SPECIALS:
+            assert not ids & set(tokenizer.encode(special))
+
+
+def test_decoding_stops_at_the_end_mark():
+    t = SymbolTokenizer("smiles", ["C", "N"])
+    c, n = t.encode("CN")
+    assert t.decode([t.bos_id, c, n, t.mask_id, c, t.eos_id, n, n, t.pad_id]) == "CNC"
+    assert t.tokens([t.bos_id, c, t.mask_id]) == ["[BOS]", "C", "[MASK]"]
+    with pytest.raises(UnknownSymbol, match="'O'"):
+        t.encode("CO")
+
+
+def test_files(tmp_path, pieces):
+    for tokenizer in (pieces, SymbolTokenizer.fit("characters", CORPUS)):
+        again = load_tokenizer(tokenizer.save(tmp_path))
+        assert again.kind == tokenizer.kind and again.vocab_size == tokenizer.vocab_size
+        assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+        assert (again.mask_id, again.pad_id) == (tokenizer.mask_id, tokenizer.pad_id)
+    with pytest.raises(UserError, match="is missing"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("[1, 2")
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    for name in ("bad.json", "bad.model"):
+        with pytest.raises(UserError, match="is damaged"):
+            load_tokenizer(tmp_path / name)
+
+
+def test_sentencepiece_training_is_deterministic_and_says_what_does_not_fit(pieces):
+    assert SentencePieceTokenizer.fit(CORPUS, 300)._model == pieces._model
+    with pytest.raises(UserError, match="vocab_size=30000 does not fit"):
+        SentencePieceTokenizer.fit(CORPUS, 30000)
