@@ -60,9 +60,9 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `final` when the block succeeds and vanishes when it fails.
 
-    `final` must not exist, unless `replace` says that it may be thrown away. Every file is flushed to the disk before the
-    rename: after a power cut `final` is complete or absent. An OSError in the block (a full or read-only disk) becomes
-    a UserError that names `final`.
+    `final` must not exist, unless `replace` says that it may be thrown away. Every file is flushed to the disk before
+    the rename: after a power cut `final` is complete or absent. An OSError in the block (a full or read-only disk)
+    becomes a UserError that names `final`.
     """
     temporary: Path | None = None
     try:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
@@ -85,16 +86,20 @@ def generate(
     batch_size: int = 1024,
     template_L: Tensor | None = None,
     precision: str = "auto",
-    on_batch: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Generated:
-    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`."""
+    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal."""
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
     template = torch.full((spec.length,), spec.mask_id) if template_L is None else template_L
     started, parts, evaluations = time.perf_counter(), [], 0
-    for ids in torch.arange(num).split(batch_size):
-        with compute_context(device, resolve_precision(precision, device)):
+    batches = torch.arange(num).split(batch_size)
+    per_batch = settings.steps if settings.kind == "ancestral" else int((template == spec.mask_id).sum())
+    bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
+    task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
+    for ids in batches:
+        with bar, compute_context(device, resolve_precision(precision, device)):
             drawn = sample(
                 model,
                 template.to(device).expand(len(ids), -1),
@@ -103,11 +108,10 @@ def generate(
                 settings=settings,
                 mask_id=spec.mask_id,
                 seed=seed,
+                on_step=lambda *_: bar.advance(task),
             )
         parts.append(drawn.tokens.cpu())
         evaluations = max(evaluations, drawn.evaluations)
-        if on_batch is not None:
-            on_batch(len(ids))
     tokens = torch.cat(parts)
     texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
     return Generated(tokens, texts, evaluations, time.perf_counter() - started)
@@ -128,6 +132,7 @@ def run_sampling(path: str, config: SampleConfig) -> Generated:
         batch_size=config.batch_size,
         template_L=template,
         precision=config.precision,
+        progress=True,
     )
     if config.out is not None:
         write_samples(Path(config.out), generated)

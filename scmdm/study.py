@@ -152,7 +152,7 @@ def _measure(
         found = model_nelbo(loaded, root, EvaluateConfig(split=config.split, nelbo_samples=config.nelbo_samples))
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
     sampler = dataclasses.replace(config.sampler, steps=task["steps"])
-    drawn = generate(loaded, sampler, num=config.num, seed=task["sampling_seed"])
+    drawn = generate(loaded, sampler, num=config.num, seed=task["sampling_seed"], progress=True)
     samples = Path("samples") / f"{task['name']}.jsonl"
     write_samples(out / samples, drawn)
     metrics = evaluate_molecules(drawn.texts, reference).as_dict()

@@ -108,6 +108,7 @@ def _sample_quality(loaded: LoadedModel, root: Path, domain: str, config: Evalua
             seed=seed,
             batch_size=config.batch_size,
             precision=config.precision,
+            progress=True,
         )
         if reference is not None:
             metrics = evaluate_molecules(drawn.texts, reference).as_dict()
