@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from scmdm.model.attention import flash_unusable_because
-from scmdm.parallel.engine import resolve_device, resolve_precision
+from scmdm.parallel.engine import cpp_compiler, resolve_device, resolve_precision
 
 PACKAGES = (
     "scmdm",
@@ -101,6 +101,10 @@ def _examine_compute() -> Iterator[Finding]:
     yield Finding("ok", "precision", f"precision=auto means {str(dtype).removeprefix('torch.')} on {device.type}")
     reason = flash_unusable_because(device.type, dtype)
     yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's own kernels ({reason})")
+    if device.type == "cpu":
+        found = cpp_compiler()
+        text = f"model.compile=true would use {found}" if found else "no C++ compiler for model.compile=true"
+        yield Finding("ok" if found else "note", "compile", text)
 
 
 def _examine_packages() -> Iterator[Finding]:

@@ -88,7 +88,7 @@ def generate(
     precision: str = "auto",
     progress: bool = False,
 ) -> Generated:
-    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal."""
+    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal."""
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)

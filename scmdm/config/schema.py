@@ -37,7 +37,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only the last five may be set."""
+    """Architecture of the denoiser. An adaptation takes it from its base; then only the last six may be set."""
 
     width: int = 128
     layers: int = 6
@@ -51,6 +51,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
     head_precision: str = "compute"  # float32 | compute (that of `precision`)
+    compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++
 
 
 @dataclass

@@ -7,6 +7,8 @@ the loop.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from typing import Any, Protocol
 
 import torch
@@ -130,4 +132,11 @@ def check_hardware(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
+    if config.model.compile and device.type == "cpu" and not cpp_compiler():
+        raise UserError("model.compile=true needs a C++ compiler on a CPU, and there is none; install g++ or set CXX")
     return device, dtype
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would call on a CPU, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))

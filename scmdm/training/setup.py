@@ -13,11 +13,12 @@ from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.noise import keyed_int
 from scmdm.errors import UserError
+from scmdm.model.dit import DiT
 from scmdm.model.weights import LoadedModel, ModelSpec, load_weights
 from scmdm.parallel.engine import Engine, SingleEngine
 from scmdm.training.optimizer import make_optimizer
 
-_ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision")
+_ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision", "compile")
 _MAY_CHANGE_ON_RESUME = (
     "run_dir",
     "base",
@@ -28,6 +29,7 @@ _MAY_CHANGE_ON_RESUME = (
     "data.num_workers",
     "model.attention",
     "model.head_chunk",
+    "model.compile",
     "train.steps",
     "train.micro_batch_size",
     "train.log_every",
@@ -102,7 +104,15 @@ def build_engine(
         weights = {name: value.detach() for name, value in base.model.named_parameters()}
         load_weights(model, weights, str(base.path), new_conditioner=True)
     model.to(device)
+    if config.model.compile:
+        compile_blocks(model)
     return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+
+
+def compile_blocks(model: DiT) -> None:
+    """torch.compile of each block in place: one graph serves all of them, and parameter names stay."""
+    for block in model.blocks:
+        block.compile()
 
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:

@@ -187,6 +187,14 @@ def test_training_mistakes_stop_before_any_work(command, keys, message, base, mo
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch.compile needs no C++ compiler of ours")
+def test_compiling_without_a_compiler_is_refused(molecules, tmp_path, empty_yaml, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    keys = [f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", "train.steps=2", "train.validate_every=0"]
+    assert main(["train", str(empty_yaml), *keys, "model.compile=true"]) == 1
+    assert "needs a C++ compiler" in capsys.readouterr().err
+
+
 def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml, capsys):
     import shutil
 

@@ -9,15 +9,16 @@ from scmdm.config.schema import EmaConfig, ModelConfig, OptimizerConfig, RunConf
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
-from scmdm.parallel.engine import SingleEngine
+from scmdm.parallel.engine import SingleEngine, cpp_compiler
 from scmdm.training.ema import Ema
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
+from scmdm.training.setup import compile_blocks
 from scmdm.training.step import train_step
 
 MASK = 9
 
 
-def make(micro=64, rate=1.0, **optimizer):
+def make(micro=64, rate=1.0, compiled=False, **optimizer):
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = 64, micro
     config.self_conditioning.rate = rate
@@ -25,6 +26,8 @@ def make(micro=64, rate=1.0, **optimizer):
     torch.manual_seed(0)
     model_config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0)
     model = DiT(model_config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
+    if compiled:
+        compile_blocks(model)
     engine = SingleEngine(model, make_optimizer(model, config.optimizer), torch.device("cpu"), torch.float32)
     set_lr(engine.optimizer, 1.0)
     return engine, config
@@ -126,3 +129,12 @@ def test_ema_follows_its_formula_and_starts_anew():
         assert all(torch.equal(p, ema.average[n]) for n, p in engine.parameters().items())
     assert all(torch.equal(p, before[n]) for n, p in engine.parameters().items())
     assert Ema(engine, EmaConfig(decay=0.99)).decay() == pytest.approx(0.1), "an adaptation's average is young again"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_the_same_and_keep_their_names():
+    plain, compiled = make(), make(compiled=True)
+    for ours, theirs in zip(run(*compiled), run(*plain), strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+    assert compiled[0].parameters().keys() == plain[0].parameters().keys()
