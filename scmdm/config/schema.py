@@ -15,7 +15,7 @@ from scmdm.errors import UserError
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
-    "engine": ("single",),
+    "engine": ("auto", "single", "fsdp2"),
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.head_precision": ("float32", "compute"),
@@ -107,6 +107,14 @@ class TrainConfig:
 
 
 @dataclass
+class FsdpConfig:
+    """Of engine=fsdp2."""
+
+    replicate: int = 1  # HSDP: so many groups of ranks hold a whole copy each, which is sharded within the group
+    reshard_after_estimate: bool = False  # free the gathered weights between the two passes: less memory, more traffic
+
+
+@dataclass
 class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
     project: str = "scmdm"
@@ -122,7 +130,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 where the hardware has it
-    engine: str = "single"
+    engine: str = "auto"  # auto (fsdp2 under torchrun, else single) | single | fsdp2
     threads: int = 0  # CPU threads; 0: all cores
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -132,6 +140,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self) -> None:
@@ -186,6 +195,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("schedule.warmup_steps", 0, 2**31),
     ("schedule.final_ratio", 0, 1),
     ("ema.decay", 0, 0.9999999),
+    ("fsdp.replicate", 1, 2**20),
     ("train.steps", 1, 2**40),
     ("train.global_batch_size", 1, 2**30),
     ("train.micro_batch_size", 1, 2**30),

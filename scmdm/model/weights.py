@@ -26,8 +26,11 @@ from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes, atomic_write_text
 from scmdm.model.dit import DiT
+from scmdm.model.tensors import read_tensors, tensor_shapes
 
-MODEL_FILE, WEIGHTS_FILE, EMA_FILE = "model.json", "weights.safetensors", "ema.safetensors"
+MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
+TENSORS = "tensors"  # in a checkpoint: directory of sharded weights, averages and optimizer state, by prefix
+WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
 _FORMAT = 1
 _MDLM_PREFIX = "backbone."
 _MDLM_DERIVED = ("rotary_emb.inv_freq",)
@@ -117,11 +120,21 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
             f"{directory}: the model has {spec.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}, its manifest "
             f"{manifest.vocab_size}; the files do not belong together: restore the directory"
         )
-    use_ema = weights == "ema" and (directory / EMA_FILE).exists()
-    path = directory / (EMA_FILE if use_ema else WEIGHTS_FILE)
     model = spec.build()
-    load_weights(model, read_weights(path), str(path))
+    load_weights(model, weights_of(directory, weights=weights), str(directory))
     return LoadedModel(model.eval(), spec, tokenizer, manifest, directory)
+
+
+def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
+    """The whole tensors of an export or, averaged ("ema") or not ("raw"), of a checkpoint, on the CPU."""
+    if not (directory / TENSORS).is_dir():
+        return read_weights(directory / WEIGHTS_FILE)
+    shapes = tensor_shapes(directory / TENSORS)
+    averaged = weights == "ema" and any(name.startswith(EMA_PREFIX) for name in shapes)
+    prefix = EMA_PREFIX if averaged else WEIGHTS_PREFIX
+    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items() if name.startswith(prefix)}
+    read_tensors(directory / TENSORS, found, alone=True)
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:

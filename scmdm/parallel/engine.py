@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
+from scmdm.diffusion.objective import Denoiser
 from scmdm.errors import UserError
 from scmdm.model.attention import check_backend
 from scmdm.model.dit import DiT
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides the number of updates
 
 
 class Engine(Protocol):
@@ -28,6 +31,7 @@ class Engine(Protocol):
     device: torch.device
     model: DiT
     optimizer: torch.optim.Optimizer
+    denoiser: Denoiser  # what the objective calls
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Concatenate a 1-D tensor over the ranks, in rank order."""
@@ -61,6 +65,14 @@ class Engine(Protocol):
         """Overwrite this rank's parameters in place."""
         ...
 
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's running means by kind and parameter, zero before the first step: for checkpoints."""
+        ...
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Tell the optimizer how many updates it has made, after its moments were loaded."""
+        ...
+
 
 class SingleEngine:
     """One process, one device."""
@@ -69,6 +81,8 @@ class SingleEngine:
 
     def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
+        self.denoiser: Denoiser = model
+        self.trained = dict(model.named_parameters())
 
     def all_gather(self, values: Tensor) -> Tensor:
         return values
@@ -83,14 +97,14 @@ class SingleEngine:
         loss.backward()
 
     def clip_grad_norm(self, limit: float) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else float("inf")))
+        return float(torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf")))
 
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
         own = self.parameters()
@@ -98,19 +112,36 @@ class SingleEngine:
         for name, value in parameters.items():
             own[name].copy_(value)
 
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        for parameter in self.trained.values():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+                state.update({kind: torch.zeros_like(parameter) for kind in MOMENTS})
+        states = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
+        return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
+
+    def set_optimizer_step(self, step: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Autocast to `dtype`, or nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """ "auto" takes a GPU where there is one. Raises UserError for a device that this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device here; use device=cpu, or see `scmdm doctor`")
-    return torch.device(name)
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start one process per GPU"
+        )
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -127,9 +158,9 @@ def _native_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def check_hardware(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:
     """The device and compute dtype of a run; raises UserError when the configuration asks for what is not here."""
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, local_rank)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
     if config.model.compile and device.type == "cpu" and not cpp_compiler():

@@ -7,33 +7,38 @@ pointer `latest` moves; then old checkpoints go.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
-from scmdm.files import atomic_directory, atomic_write_bytes, atomic_write_text, sha256_file
+from scmdm.files import atomic_directory, atomic_write_text, sha256_file
+from scmdm.model.tensors import read_tensors, write_tensors
 from scmdm.model.weights import (
-    EMA_FILE,
+    EMA_PREFIX,
     MODEL_FILE,
+    TENSORS,
     WEIGHTS_FILE,
+    WEIGHTS_PREFIX,
     ModelSpec,
-    read_weights,
+    weights_of,
     write_model_files,
     write_weights,
 )
 from scmdm.parallel.engine import Engine
+from scmdm.parallel.processes import barrier, broadcast
 from scmdm.training.ema import Ema
 
-SEAL, STATE_FILE, OPTIMIZER_FILE, POINTER = "checkpoint.json", "state.json", "optimizer.pt", "latest"
+SEAL, STATE_FILE, POINTER = "checkpoint.json", "state.json", "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -81,28 +86,44 @@ def save_checkpoint(
 
     Raises UserError when the disk is full or not writable; everything saved before is then untouched.
     """
-    final = directory / checkpoint_name(state.step)
+    final, main = directory / checkpoint_name(state.step), engine.rank == 0
+    with _staging(final) if main else contextlib.nullcontext() as staging:
+        # One directory for all ranks: they write into what rank 0 has made.
+        temporary = broadcast(staging)
+        write_tensors(temporary / TENSORS, named_tensors(engine, ema))
+        if main:
+            write_model_files(temporary, spec, manifest, tokenizer_file)
+            atomic_write_text(temporary / STATE_FILE, json.dumps(vars(state), indent=2) + "\n")
+            atomic_write_text(temporary / "config.yaml", config_yaml)
+            seal(temporary)
+    if main:
+        atomic_write_text(directory / POINTER, final.name + "\n")
+        _retire(directory, keep_last)
+    barrier()
+    return final
+
+
+@contextlib.contextmanager
+def _staging(final: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `final`; a damaged checkpoint of that name goes first."""
     if final.exists():
         shutil.rmtree(final)
     with atomic_directory(final) as temporary:
-        write_model_files(temporary, spec, manifest, tokenizer_file)
-        write_weights(temporary / WEIGHTS_FILE, engine.parameters())
-        if ema is not None:
-            write_weights(temporary / EMA_FILE, ema.average)
-        buffer = io.BytesIO()
-        torch.save(engine.optimizer.state_dict(), buffer)
-        atomic_write_bytes(temporary / OPTIMIZER_FILE, buffer.getvalue())
-        atomic_write_text(temporary / STATE_FILE, json.dumps(vars(state), indent=2) + "\n")
-        atomic_write_text(temporary / "config.yaml", config_yaml)
-        seal(temporary)
-    atomic_write_text(directory / POINTER, final.name + "\n")
-    _retire(directory, keep_last)
-    return final
+        yield temporary
+
+
+def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
+    """This rank's part of all that a checkpoint keeps: weights, averages, moments. Not copies."""
+    groups = {WEIGHTS_PREFIX: engine.parameters(), **{f"{kind}.": m for kind, m in engine.moments().items()}}
+    if ema is not None:
+        groups[EMA_PREFIX] = ema.average
+    return {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}
 
 
 def seal(directory: Path) -> None:
     """Write the list of all files with their sizes and hashes."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(directory.iterdir())}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
     atomic_write_text(directory / SEAL, _seal_text({"files": files}))
 
 
@@ -152,13 +173,15 @@ def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
-    """Restore weights, optimizer and EMA in place, and return the state. The checkpoint must have been verified."""
-    engine.load_parameters({name: value.to(engine.device) for name, value in read_weights(path / WEIGHTS_FILE).items()})
-    optimizer_state = torch.load(path / OPTIMIZER_FILE, map_location=engine.device, weights_only=True)
-    engine.optimizer.load_state_dict(optimizer_state)
+    """Restore weights, optimizer and EMA in place, and return the state. The checkpoint must have been verified.
+
+    It may come from another number of ranks, another mesh or another engine: every rank reads the slices that it holds.
+    """
     state = TrainState(**json.loads((path / STATE_FILE).read_text()))
+    read_tensors(path / TENSORS, named_tensors(engine, ema))
+    engine.set_optimizer_step(state.step)
     if ema is not None:
-        ema.load(read_weights(path / EMA_FILE), state.ema_updates)
+        ema.updates = state.ema_updates
     return state
 
 
@@ -186,15 +209,14 @@ def export_model(path: Path, out: Path) -> Path:
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")
     manifest = Manifest.read(source)
-    weights = source / (EMA_FILE if (source / EMA_FILE).exists() else WEIGHTS_FILE)
     with atomic_directory(out) as temporary:
         for name in (MODEL_FILE, "manifest.json", manifest.tokenizer.file):
             shutil.copyfile(source / name, temporary / name)
-        shutil.copyfile(weights, temporary / WEIGHTS_FILE)
+        write_weights(temporary / WEIGHTS_FILE, weights_of(source))
         seal(temporary)
     return out
 
 
 def sha256_of_model(path: Path) -> str:
-    """Hash of the weights that `read_model` would load, to recognise a model."""
-    return sha256_file(path / (EMA_FILE if (path / EMA_FILE).exists() else WEIGHTS_FILE))
+    """Hash of a checkpoint's or an export's list of hashes, to recognise a model."""
+    return sha256_file(path / SEAL)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from scmdm.config.schema import EmaConfig
 from scmdm.parallel.engine import Engine
@@ -36,13 +35,6 @@ class Ema:
         current = engine.parameters()
         torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
         self.updates += 1
-
-    def load(self, average: dict[str, Tensor], updates: int) -> None:
-        """Continue from a checkpoint."""
-        assert average.keys() == self.average.keys()
-        for name, value in average.items():
-            self.average[name].copy_(value)
-        self.updates = updates
 
     @contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:

@@ -25,18 +25,23 @@ logger = logging.getLogger("scmdm")
 
 class MetricsFile:
     """Append-only JSON lines. Opening it for a resume drops what lies beyond the checkpoint's step, so that a step
-    appears once however often the run was interrupted."""
+    appears once however often the run was interrupted. Without a path (the ranks that do not write) nothing is kept."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path | None, resume_step: int) -> None:
+        self._file: IO[str] | None = None
+        if path is None:
+            return
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file: IO[str] = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -77,9 +82,15 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
 
 
 @contextmanager
-def log_to(run_dir: Path) -> Iterator[Console]:
-    """Send the `scmdm` logger to `train.log`, plain, and to the terminal or, without one, to standard output."""
-    console = Console()
+def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
+    """Send the `scmdm` logger to `train.log`, plain, and to the terminal or, without one, to standard output.
+
+    Without `write` (the ranks that do not log) nothing is shown.
+    """
+    console = Console(quiet=not write)
+    if not write:
+        yield console
+        return
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = [logging.FileHandler(run_dir / LOG_FILE)]
     if console.is_terminal:
@@ -110,7 +121,7 @@ class StepDisplay:
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  left"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        hidden = not console.is_terminal or "SCMDM_NO_PROGRESS" in os.environ
+        hidden = console.quiet or not console.is_terminal or "SCMDM_NO_PROGRESS" in os.environ
         self._progress = Progress(*columns, console=console, disable=hidden)
         self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", rate="-")
 

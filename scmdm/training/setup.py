@@ -16,6 +16,8 @@ from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.model.weights import LoadedModel, ModelSpec, load_weights
 from scmdm.parallel.engine import Engine, SingleEngine
+from scmdm.parallel.fsdp import FsdpEngine, make_mesh, shard
+from scmdm.parallel.processes import World
 from scmdm.training.optimizer import make_optimizer
 
 _ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision", "compile")
@@ -25,6 +27,8 @@ _MAY_CHANGE_ON_RESUME = (
     "threads",
     "device",
     "engine",
+    "fsdp.replicate",
+    "fsdp.reshard_after_estimate",
     "data.path",
     "data.num_workers",
     "model.attention",
@@ -106,7 +110,28 @@ def build_engine(
     model.to(device)
     if config.model.compile:
         compile_blocks(model)
-    return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+    if config.engine == "single":
+        return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+    shard(model, make_mesh(config.fsdp, device), dtype)
+    return FsdpEngine(model, make_optimizer(model, config.optimizer), device, dtype, config.fsdp)
+
+
+def resolve_engine(config: RunConfig, world: World) -> RunConfig:
+    """What engine=auto means for so many processes; UserError for a batch or a mesh that they cannot share."""
+    engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
+    if engine == "single" and world.size > 1:
+        raise UserError(f"engine=single, but there are {world.size} processes; use engine=auto, or start one process")
+    if world.size % config.fsdp.replicate:
+        raise UserError(
+            f"fsdp.replicate={config.fsdp.replicate} is not possible; it must divide the {world.size} processes"
+        )
+    train = config.train
+    if train.global_batch_size % (world.size * train.micro_batch_size):
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not possible with {world.size} processes; it must "
+            f"be a multiple of {world.size} x train.micro_batch_size = {world.size * train.micro_batch_size}"
+        )
+    return dataclasses.replace(config, engine=engine)
 
 
 def compile_blocks(model: DiT) -> None:

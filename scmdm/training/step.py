@@ -53,7 +53,7 @@ def train_step(
         batch = _noise(config, schedule, mask_id, tokens_BL[rows], valid_BL[rows], t_B[rows], ids_B[rows], step)
         with engine.compute():
             output = self_conditioned_nelbo(
-                engine.model,
+                engine.denoiser,
                 batch,
                 schedule,
                 condition=config.self_conditioning.rate > 0,

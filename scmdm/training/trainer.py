@@ -24,6 +24,7 @@ from scmdm.files import atomic_write_text
 from scmdm.model.dit import count_parameters
 from scmdm.model.weights import LoadedModel, ModelSpec
 from scmdm.parallel.engine import Engine, check_hardware
+from scmdm.parallel.processes import World, barrier, broadcast, current_world, largest, process_group
 from scmdm.training.checkpoint import (
     TrainState,
     load_checkpoint,
@@ -34,7 +35,7 @@ from scmdm.training.checkpoint import (
 from scmdm.training.ema import Ema
 from scmdm.training.metrics import MetricsFile, StepDisplay, Tracker, format_duration, log_to, logger, start_wandb
 from scmdm.training.optimizer import lr_factor, set_lr
-from scmdm.training.setup import build_engine, build_spec, check_same_run, resolve_config
+from scmdm.training.setup import build_engine, build_spec, check_same_run, resolve_config, resolve_engine
 from scmdm.training.step import StepResult, train_step
 from scmdm.training.validation import to_device, validation_nelbo
 
@@ -87,23 +88,34 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
 
     Raises UserError for mistakes and SystemExit(REQUEUE_EXIT) after a signal, with a checkpoint saved.
     """
-    device, dtype = check_hardware(config)
+    world = current_world()
+    config = resolve_engine(resolve_config(config, base), world)
+    device, dtype = check_hardware(config, world.local_rank)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    directory = _open_run_directory(Path(config.run_dir))
+    with process_group(world, device, needed=config.engine != "single"):
+        return _run(config, base, world, device, dtype)
+
+
+def _run(config: RunConfig, base: LoadedModel | None, world: World, device: torch.device, dtype: torch.dtype) -> Path:
+    directory = Path(config.run_dir)
+    if world.is_main:
+        _open_run_directory(directory)
+    barrier()
     manifest = Manifest.read(Path(config.data.path))
-    config = resolve_config(config, base)
     spec = build_spec(config, manifest, base)
     engine = build_engine(config, spec, base, device, dtype)
     run = Run(config, directory, manifest, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
-    with log_to(directory) as console:
+    with log_to(directory, write=world.is_main) as console:
         _resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= config.train.steps:
             logger.info("%s is already at step %d of %d", directory, run.state.step, config.train.steps)
             return directory
         _describe(run, base)
-        tracker = start_wandb(config.wandb, directory, asdict(config), run.state.wandb_id)
-        run.state.wandb_id = tracker.id if tracker else None
-        metrics = MetricsFile(directory / "metrics.jsonl", run.state.step)
+        tracker = None
+        if world.is_main:
+            tracker = start_wandb(config.wandb, directory, asdict(config), run.state.wandb_id)
+            run.state.wandb_id = tracker.id if tracker else None
+        metrics = MetricsFile(directory / "metrics.jsonl" if world.is_main else None, run.state.step)
         try:
             with StepDisplay(console, config.train.steps, run.state.step) as display, StopRequest() as stop:
                 _loop(run, metrics, tracker, display, stop)
@@ -137,11 +149,13 @@ def _loop(run: Run, metrics: MetricsFile, tracker: Tracker | None, display: Step
         if train.validate_every and (state.step % train.validate_every == 0 or last):
             _log_validation(run, metrics, tracker)
             window_start, window_tokens = time.perf_counter(), 0
-        if state.step % train.checkpoint_every == 0 or last or stop.signal is not None:
+        # Every rank must see the same answer at the same step, whichever of them got the signal.
+        stopped_by = largest(stop.signal or 0)
+        if state.step % train.checkpoint_every == 0 or last or stopped_by:
             _save(run)
-        if stop.signal is not None and not last:
+        if stopped_by and not last:
             logger.info(
-                "stopped by %s at step %d; the same command goes on", signal.Signals(stop.signal).name, state.step
+                "stopped by %s at step %d; the same command goes on", signal.Signals(stopped_by).name, state.step
             )
             raise SystemExit(REQUEUE_EXIT)
 
@@ -242,7 +256,8 @@ def _save(run: Run) -> None:
 
 def _resume(run: Run, base_sha256: str | None) -> None:
     """Continue from the newest checkpoint that verifies, if there is one, and refuse to continue another run."""
-    path, skipped = newest_checkpoint(run.checkpoints)
+    # Rank 0 reads and hashes; every rank takes its word.
+    path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
     for line in skipped:
         logger.warning("%s", line)
     fingerprint = run.manifest.fingerprint()
@@ -261,6 +276,8 @@ def _resume(run: Run, base_sha256: str | None) -> None:
             )
         logger.info("resuming from %s", path)
     run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
+    if run.engine.rank != 0:
+        return
     atomic_write_text(run.directory / "config.yaml", to_yaml(run.config))
     atomic_write_text(run.directory / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
 
@@ -272,12 +289,13 @@ def _describe(run: Run, base: LoadedModel | None) -> None:
     logger.info(
         "%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate
     )
+    logger.info("engine %s on %d process(es), %s", config.engine, run.engine.world_size, run.engine.device.type)
     logger.info(
         "%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs
     )
 
 
-def _open_run_directory(path: Path) -> Path:
+def _open_run_directory(path: Path) -> None:
     """Create the run directory and prove that it can be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -287,4 +305,3 @@ def _open_run_directory(path: Path) -> Path:
         ) from error
     atomic_write_text(path / ".writable", "")
     (path / ".writable").unlink()
-    return path

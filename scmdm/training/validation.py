@@ -48,7 +48,7 @@ def validation_nelbo(
     engine.model.eval()
     with engine.compute():
         return estimate_nelbo(
-            engine.model,
+            engine.denoiser,
             batches,
             spec.schedule,
             mask_id=spec.mask_id,

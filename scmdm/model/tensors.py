@@ -1,0 +1,78 @@
+"""Named tensors on disk, sharded or not: torch's distributed checkpoint in the safetensors format.
+
+Every rank writes its shards into one file of a directory; whoever reads, with whatever number of ranks, fetches the
+slices that it needs. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from scmdm.errors import UserError
+
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors (plain or DTensor) into `directory`; every rank of the process group calls this together.
+
+    Raises OSError when a rank cannot write.
+    """
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    try:
+        with _no_warnings():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Fill the tensors of `into` in place, resharding as they need it; `alone`: without the other ranks.
+
+    Raises UserError when the directory is damaged or lacks one of them.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(directory))
+        with _no_warnings():
+            dcp.load(dict(into), storage_reader=reader, no_dist=alone or not dist.is_initialized())
+    except CheckpointException as error:
+        reason = " ".join(str(_cause(error)).split())[:200]
+        raise UserError(f"{directory} cannot be read ({reason}); use another checkpoint") from error
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in a directory; UserError when it is missing or damaged."""
+    try:
+        metadata = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{directory} cannot be read ({error}); use another checkpoint") from error
+    return {name: (entry.size, entry.properties.dtype) for name, entry in metadata.items()}
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """torch warns that a single process saves alone, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _cause(error: CheckpointException) -> Exception:
+    """The first rank's failure, an OSError if any rank had one: a full disk explains the others."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cause
+    return RuntimeError("; ".join(map(str, causes)))

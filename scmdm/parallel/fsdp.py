@@ -1,0 +1,117 @@
+"""FSDP2: weights, gradients, optimizer and averages sharded over the ranks, with the two passes of an adaptation step.
+
+`fully_shard` gathers a block's weights before it runs and frees them behind it. Three things are particular here:
+
+- the loss is already divided by the valid tokens of the global batch, so gradients are summed, never averaged;
+- the entry points are methods of the denoiser, not `forward`, so that the head and `p @ E` see gathered weights;
+- a forward pass without gradients leaves the root's weights gathered: whoever reads or writes parameters uses the
+  sharded ones, kept by name from the start, and drops the gathered copies after a write.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from scmdm.config.schema import FsdpConfig
+from scmdm.model.dit import DiT
+from scmdm.parallel.engine import SingleEngine
+
+ENTRY_POINTS = ("estimate", "weighted_nll")
+
+
+def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
+    """Ranks that share one copy of the weights; with `fsdp.replicate` > 1 (HSDP) several such groups."""
+    size = dist.get_world_size()
+    if config.replicate == 1:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    shape = (config.replicate, size // config.replicate)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: DiT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard a model in place: one group per block, one for all the rest (both embeddings, so that `p @ E` finds them).
+
+    Weights travel in `dtype`, gradients are summed in float32. Inputs are not cast: the residual stream and the times
+    keep their precision, as under the single engine.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    for name in ENTRY_POINTS:
+        register_fsdp_forward_method(model, name)
+
+
+class FsdpEngine(SingleEngine):
+    """One rank of a sharded model."""
+
+    def __init__(
+        self,
+        model: DiT,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: FsdpConfig,
+    ) -> None:
+        super().__init__(model, optimizer, device, dtype)
+        assert isinstance(model, FSDPModule)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.sharded: FSDPModule = model
+        self.denoiser = _TwoPassDenoiser(model, config.reshard_after_estimate)
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def sum(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.sharded.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def clip_grad_norm(self, limit: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def load_parameters(self, parameters: dict[str, Tensor]) -> None:
+        super().load_parameters(parameters)
+        self.sharded.reshard()
+
+
+class _TwoPassDenoiser:
+    """The model, with the setting of what happens to gathered weights between the two passes.
+
+    Kept (the default), blocks are gathered once for both forward passes; dropped, they are gathered again, and the
+    no-grad pass needs no more memory than one block.
+    """
+
+    def __init__(self, model: DiT, reshard_after_estimate: bool) -> None:
+        self._model, self._reshard = model, reshard_after_estimate
+
+    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+        assert isinstance(self._model, FSDPModule)
+        self._model.set_reshard_after_forward(self._reshard)
+        try:
+            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
+        finally:
+            self._model.set_reshard_after_forward(True)
+
+    def weighted_nll(
+        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)

@@ -1,0 +1,88 @@
+"""The processes of a run: who this one is, how many there are, and the few words they exchange outside a step.
+
+Without torchrun (or another launcher that sets RANK and WORLD_SIZE) there is one process and every function is a no-op.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from scmdm.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    local_rank: int  # on this machine: the GPU that it takes
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes checkpoints, metrics and logs."""
+        return self.rank == 0
+
+
+def current_world() -> World:
+    """From the launcher's environment; UserError when it is not one number each."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
+    try:
+        rank, size, local_rank = map(int, values)
+    except ValueError as error:
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise UserError(f"{found}: not numbers; start several processes with torchrun") from error
+    return World(rank, size, local_rank)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, *, needed: bool) -> Iterator[None]:
+    """Connect the processes while the block runs; one process connects to itself when the engine needs a group."""
+    if world.size == 1 and not needed:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
