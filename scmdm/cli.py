@@ -55,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a disk that is full or gone, wherever it shows
+        place = f" {error.filename}" if error.filename else ""
+        print(f"scmdm: error: the system refused{place}: {error.strerror or error}; see to that", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("scmdm: interrupted", file=sys.stderr)
         return 130

@@ -114,7 +114,8 @@ def _examine_packages() -> Iterator[Finding]:
 
 
 def _examine_disk(directory: Path) -> Iterator[Finding]:
-    for subject, path, least in (("disk", directory, 2.0), ("shared memory", Path("/dev/shm"), 0.25)):
+    there = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    for subject, path, least in (("disk", there, 2.0), ("shared memory", Path("/dev/shm"), 0.25)):
         if not path.exists():
             continue
         free = shutil.disk_usage(path).free / 2**30

@@ -51,6 +51,18 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         ) from error
 
 
+def require_writable(path: Path) -> None:
+    """Make the directory of a file that is to be written later; UserError now rather than after the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"out={path} cannot be written ({error.strerror or error}); choose another place, or free space"
+        ) from error
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write_bytes` of UTF-8 text."""
     atomic_write_bytes(path, text.encode())

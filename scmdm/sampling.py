@@ -19,7 +19,7 @@ from scmdm.config.sampling import SampleConfig, SamplerConfig
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.diffusion.sampler import sample
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text
+from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model
 from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
 from scmdm.training.checkpoint import find_model
@@ -121,6 +121,8 @@ def run_sampling(path: str, config: SampleConfig) -> Generated:
     """`scmdm sample`: draw, then write JSON lines to `config.out` if set."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.out is not None:
+        require_writable(Path(config.out))
     loaded = load(path, weights=config.weights, device=config.device)
     length = config.length or loaded.spec.length
     template = template_tokens(loaded.tokenizer, length, config.prompt, config.infill)

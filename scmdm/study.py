@@ -19,6 +19,7 @@ from scmdm.config.prepare import PrepareConfig
 from scmdm.config.sampling import EvaluateConfig
 from scmdm.config.schema import RunConfig
 from scmdm.config.study import StudyConfig
+from scmdm.data.manifest import Manifest
 from scmdm.data.prepare import prepare
 from scmdm.environment import describe_environment
 from scmdm.evaluation.evaluate import model_nelbo, molecule_reference
@@ -51,8 +52,9 @@ def run_study(config: StudyConfig) -> Path:
     """Run what is missing and write `report.html`; returns the study directory."""
     started = time.perf_counter()
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     prepare_config = load_config(PrepareConfig, Path(config.prepare))
+    _check_runs(config, out, prepare_config.out)
+    out.mkdir(parents=True, exist_ok=True)
     prepare(prepare_config)
     base = _base(config, out, prepare_config.out)
     models = [base, *_adapt(config, out, base, prepare_config.out)]
@@ -71,31 +73,49 @@ def run_study(config: StudyConfig) -> Path:
     return out
 
 
+def _check_runs(config: StudyConfig, out: Path, data: str) -> None:
+    """Every run's configuration, read before the first one starts: a mistake must not show after an hour."""
+    if config.from_scratch:
+        _base_config(config, out, data)
+    else:
+        find_model(Path(config.base))
+    for seed in config.adaptation_seeds:
+        for arm in config.arms:
+            _arm_config(config, out, config.base, data, arm, seed)
+
+
 def _base(config: StudyConfig, out: Path, data: str) -> Model:
     if not config.from_scratch:
         return Model("base", 0, find_model(Path(config.base)), None)
-    run_dir = out / "base"
-    overrides = [f"run_dir={run_dir}", f"data.path={data}", *config.base_overrides]
-    run_training(load_config(RunConfig, Path(config.base_config), overrides), None)
-    return Model("base", 0, find_model(run_dir), run_dir)
+    run = _base_config(config, out, data)
+    run_training(run, None)
+    return Model("base", 0, find_model(Path(run.run_dir)), Path(run.run_dir))
+
+
+def _base_config(config: StudyConfig, out: Path, data: str) -> RunConfig:
+    overrides = [f"run_dir={out / 'base'}", f"data.path={data}", *config.base_overrides]
+    return load_config(RunConfig, Path(config.base_config), overrides)
 
 
 def _adapt(config: StudyConfig, out: Path, base: Model, data: str) -> Iterator[Model]:
     for seed in config.adaptation_seeds:
         for arm, settings in config.arms.items():
-            run_dir = out / f"{arm}-{seed}"
-            overrides = [
-                f"run_dir={run_dir}",
-                f"data.path={data}",
-                f"base={base.path}",
-                f"seed={seed}",
-                f"self_conditioning.rate={settings.rate}",
-                *config.overrides,
-            ]
             console.rule(f"{settings.label}, seed {seed}")
-            run = load_config(RunConfig, Path(config.adapt_config), overrides)
+            run = _arm_config(config, out, str(base.path), data, arm, seed)
             run_training(run, load(base.path, device="cpu"))
-            yield Model(arm, seed, find_model(run_dir), run_dir)
+            yield Model(arm, seed, find_model(Path(run.run_dir)), Path(run.run_dir))
+
+
+def _arm_config(config: StudyConfig, out: Path, base: str, data: str, arm: str, seed: int) -> RunConfig:
+    overrides = [
+        f"run_dir={out / f'{arm}-{seed}'}",
+        f"data.path={data}",
+        f"base={base}",
+        f"seed={seed}",
+        f"self_conditioning.rate={config.arms[arm].rate}",
+        *config.overrides,
+    ]
+    return load_config(RunConfig, Path(config.adapt_config), overrides)
 
 
 def _evaluate(config: StudyConfig, out: Path, models: list[Model], root: Path) -> list[dict[str, Any]]:
@@ -103,10 +123,11 @@ def _evaluate(config: StudyConfig, out: Path, models: list[Model], root: Path) -
     console.rule("sampling")
     reference: Reference | None = None
     rows = []
+    data = Manifest.read(root).fingerprint()
     for model in models:
         loaded = load(model.path)
         fingerprint = sha256_of_model(model.path)
-        for task in _tasks(config, model):
+        for task in _tasks(config, model, data):
             path = out / "evaluations" / f"{task['name']}.json"
             row = _read_row(path, task, fingerprint)
             if row is None:
@@ -118,8 +139,9 @@ def _evaluate(config: StudyConfig, out: Path, models: list[Model], root: Path) -
     return rows
 
 
-def _tasks(config: StudyConfig, model: Model) -> Iterator[dict[str, Any]]:
-    common = {"arm": model.arm, "adaptation_seed": model.seed}
+def _tasks(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, Any]]:
+    """What is to be measured, with all that its result depends on."""
+    common = {"arm": model.arm, "adaptation_seed": model.seed, "split": config.split, "data_fingerprint": data}
     yield {**common, "name": f"{model.key}_nelbo", "kind": "nelbo", "num": config.nelbo_samples}
     for steps in config.steps:
         for seed in config.sampling_seeds:
@@ -133,6 +155,7 @@ def _tasks(config: StudyConfig, model: Model) -> Iterator[dict[str, Any]]:
                 "sampling_seed": seed,
                 "num": config.num,
                 "sampler": sampler,
+                "fcd": config.fcd,
             }
 
 

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from scmdm.cli import main
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("scmdm", deadline=None)
+hypothesis.settings.load_profile("scmdm")
 
 TINY = [
     "model.width=32",

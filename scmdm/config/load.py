@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scmdm.errors import UserError
 
@@ -31,7 +31,7 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
         for file, content in _read_chain(path):
             config = _merge(config, content, f"in {file}")
     for override in overrides:
-        config = _merge(config, _parse_override(override), "on the command line")
+        config = _merge(config, _parse_override(override, schema), "on the command line")
     result = cast(Schema, _to_object(config))
     validate = getattr(result, "validate", None)
     if validate is not None:
@@ -46,6 +46,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dic
     parent = content.pop("extends", None)
     if parent is None:
         return [(path, content)]
+    if not isinstance(parent, str):
+        raise UserError(f"extends={parent!r} in {path} is not possible; it must be the name of one YAML file")
     return [*_read_chain(path.parent / parent, (*seen, path.resolve())), (path, content)]
 
 
@@ -63,15 +65,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str, schema: type) -> dict[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, as in optimizer.lr=3e-4")
+    text = _text_of(schema, key, value)
+    if text is not None:
+        return _nest(key, text)
     try:
         nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
     return cast(dict[str, Any], nested)
+
+
+def _text_of(schema: type, key: str, value: str) -> str | None:
+    """The value as it stands, if `key` is a text: `prompt=[NH3+]CC` and `prompt=NO` are no YAML. None otherwise."""
+    hint: Any = schema
+    for part in key.split("."):
+        fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if part not in fields:
+            return None
+        hint = fields[part]
+    optional = hint == (str | None)
+    if (hint is not str and not optional) or (optional and value == "null"):
+        return None
+    return value.replace("${", r"\${")  # no interpolation
+
+
+def _nest(key: str, value: str) -> dict[str, Any]:
+    *sections, last = key.split(".")
+    nested: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
 def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfig:
@@ -122,8 +149,9 @@ def _to_object(config: DictConfig) -> object:
         raise UserError(
             f"key `{key}` is not set; give it in the YAML file or as {key}=... on the command line"
         ) from error
-    except ConfigKeyError as error:
-        raise UserError(str(error).splitlines()[0]) from error
+    except OmegaConfBaseException as error:  # such as an interpolation of what is not there
+        key = getattr(error, "full_key", None) or "?"
+        raise UserError(f"key `{key}` cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
 def to_yaml(config: object) -> str:

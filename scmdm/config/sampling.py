@@ -65,9 +65,8 @@ class SampleConfig:
     def validate(self) -> None:
         if self.prompt is not None and self.infill is not None:
             raise UserError("prompt and infill are both set; give one of them")
-        for name in ("num", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not possible; it must be at least 1")
+        for name, least in (("num", 1), ("batch_size", 1), ("length", 1), ("seed", 0), ("threads", 0)):
+            _require_least(self, name, least)
         _check_place(self.weights, self.device, self.precision)
         self.sampler.validate()
 
@@ -97,13 +96,18 @@ class EvaluateConfig:
     def validate(self) -> None:
         if self.domain not in ("auto", "molecules", "text"):
             raise UserError(f"domain={self.domain!r} is not possible; it must be one of auto, molecules, text")
-        for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is not possible; it must be at least {least}")
+        for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1), ("threads", 0)):
+            _require_least(self, name, least)
         if not 0 < self.t_min < 0.5:
             raise UserError(f"t_min={self.t_min} is not possible; it must be between 0 and 0.5")
         _check_place(self.weights, self.device, self.precision)
         self.sampler.validate()
+
+
+def _require_least(config: object, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value is not None and value < least:
+        raise UserError(f"{name}={value} is not possible; it must be at least {least}")
 
 
 def _check_place(weights: str, device: str, precision: str) -> None:

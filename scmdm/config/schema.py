@@ -101,7 +101,7 @@ class TrainConfig:
     micro_batch_size: int = 64  # sequences at once on a rank
     log_every: int = 10
     validate_every: int = 500  # 0: never
-    validation_samples: int = 1024  # first samples of the validation split
+    validation_samples: int = 1024  # spread evenly over the validation split
     checkpoint_every: int = 500
     keep_last: int = 2  # checkpoints kept
 
@@ -149,6 +149,8 @@ class RunConfig:
             _require(_get(self, key) in choices, key, _get(self, key), f"one of {', '.join(choices)}")
         for key, low, high in _RANGES:
             value: Any = _get(self, key)
+            if value is None:
+                continue  # of optional keys null is possible: "as another key says"
             _require(low <= value <= high, key, value, f"between {low} and {high}")
         self._validate_combinations()
 
@@ -187,6 +189,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("self_conditioning.rate", 0, 1),
     ("self_conditioning.passes", 1, 64),
     ("optimizer.lr", 0, 10),
+    ("optimizer.conditioner_lr", 0, 10),
     ("optimizer.beta1", 0, 0.99999),
     ("optimizer.beta2", 0, 0.9999999),
     ("optimizer.eps", 0, 1),

@@ -46,7 +46,11 @@ class StudyConfig:
             ("adaptation_seeds", bool(self.adaptation_seeds), "a list of at least one seed"),
             ("sampling_seeds", bool(self.sampling_seeds), "a list of at least one seed"),
             ("num", self.num > 0, "above 0"),
+            ("nelbo_samples", self.nelbo_samples > 0, "above 0"),
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+        for name, arm in self.arms.items():
+            if not 0 <= arm.rate <= 1:
+                raise UserError(f"arms.{name}.rate={arm.rate} is not possible; it must be between 0 and 1")
         self.sampler.validate()

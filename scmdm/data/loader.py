@@ -10,7 +10,8 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +119,29 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples])}
 
 
-def read_split(root: Path, split: str, limit: int | None = None) -> np.ndarray:
-    """Ids (N, L) of a split, in order, in their stored dtype: all, or the first `limit`.
+def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
+    """Ids (N, L) of a split in their stored dtype: all, or those of `rows` (ascending).
 
     Raises UserError when a file is missing or damaged.
     """
     manifest = Manifest.read(root)
-    left = manifest.split(split, root).samples if limit is None else limit
-    rows: list[np.ndarray] = []
+    wanted = range(manifest.split(split, root).samples) if rows is None else rows
+    found: list[np.ndarray] = []
     try:
+        first = 0
         for entry in json.loads((root / split / "index.json").read_text())["shards"]:
             reader = MDSReader.from_json(str(root), split, entry)
-            rows += [reader[i][COLUMN] for i in range(min(reader.samples, left - len(rows)))]
+            end = first + reader.samples
+            found += [reader[row - first][COLUMN] for row in wanted[len(found) : bisect_left(wanted, end)]]
+            first = end
     except (OSError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read {root / split}: {reason}; check it with `scmdm prepare --verify {root}`"
         ) from error
-    return np.stack(rows) if rows else np.zeros((0, manifest.length), manifest.dtype)
+    return np.stack(found) if found else np.zeros((0, manifest.length), manifest.dtype)
+
+
+def spread_rows(samples: int, wanted: int) -> list[int]:
+    """`wanted` rows (all, if there are not so many) evenly over a split, whose order often means something."""
+    return np.unique(np.linspace(0, samples - 1, min(wanted, samples)).round().astype(int)).tolist()

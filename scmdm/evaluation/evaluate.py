@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,8 @@ from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.errors import UserError
 from scmdm.evaluation.molecules import Reference, evaluate_molecules
 from scmdm.evaluation.statistics import mean_interval
-from scmdm.evaluation.text import evaluate_text
-from scmdm.files import atomic_write_text
+from scmdm.evaluation.text import check_scorer, evaluate_text
+from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel
 from scmdm.parallel.engine import compute_context, resolve_precision
 from scmdm.sampling import Generated, generate, load
@@ -49,15 +50,15 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for"
         )
-    domain = config.domain if config.domain != "auto" else _domain(manifest)
+    domain = _domain(manifest, config)
+    out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
+    require_writable(out)
     result: dict[str, Any] = {"model": str(path), "step": loaded.spec.step, "domain": domain, "config": asdict(config)}
     if config.nelbo_samples:
         result["nelbo"] = {mode: _as_dict(value) for mode, value in model_nelbo(loaded, root, config).items()}
     if config.num:
         result["samples"] = _sample_quality(loaded, root, domain, config)
     _print(result)
-    out = Path(config.out) if config.out else _default_out(Path(path), config)
-    out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(out, json.dumps(result, indent=2) + "\n")
     Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
     return result
@@ -135,14 +136,26 @@ def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
     return Path(yaml.safe_load(kept.read_text())["data"]["path"])
 
 
-def _domain(manifest: Manifest) -> str:
-    return "molecules" if manifest.tokenizer.kind == "smiles" else "text"
+def _domain(manifest: Manifest, config: EvaluateConfig) -> str:
+    found = "molecules" if manifest.tokenizer.kind == "smiles" else "text"
+    if config.domain not in ("auto", found):
+        raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found}; leave the key out")
+    if config.fcd and found != "molecules":
+        raise UserError("fcd=true is for molecules, and this model makes text; leave it out")
+    if config.scorer is not None and found != "text":
+        raise UserError(f"scorer={config.scorer} is for text, and this model makes molecules; leave it out")
+    if config.scorer is not None:
+        check_scorer(Path(config.scorer))
+    return found
 
 
-def _default_out(path: Path, config: EvaluateConfig) -> Path:
+def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
+    """Another name for all that changes the result, so that no evaluation replaces another one."""
     sampler = config.sampler
     steps = f"T{sampler.steps}" if sampler.kind == "ancestral" else sampler.kind
-    return path / "evaluations" / f"{config.split}_{steps}_carry-{sampler.carry}.json"
+    settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return path / "evaluations" / f"step{step}_{config.split}_{steps}_{digest}.json"
 
 
 def _as_dict(value: Nelbo) -> dict[str, float]:

@@ -102,6 +102,9 @@ def loss_figure(
             colour = COLOURS[index % 7]
             _draw_training(left, train.get(arm, []), arm, colour)
             _draw_validation(right, validation.get(arm, []), arm, colour, MARKERS[index % 7])
+        losses = np.array([row["loss"] for rows in train.values() for row in rows])
+        if len(losses) > 20:  # the first steps would squeeze all that follows
+            left.set_ylim(*np.quantile(losses, [0, 0.98]) + np.array([-0.02, 0.02]) * np.ptp(losses))
         left.set(title="training loss", xlabel="tokens (million)", ylabel="nats per token")
         right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
         for ax in (left, right):
@@ -118,8 +121,6 @@ def _draw_training(ax: Axes, rows: Sequence[Row], label: str, colour: str) -> No
     y = np.array([row["loss"] for row in rows])
     ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
     ax.plot(x, smooth(y), color=colour, lw=1.8, label=label)
-    if len(y) > 20:
-        ax.set_ylim(*np.quantile(y, [0, 0.98]) + np.array([-0.02, 0.02]) * np.ptp(y))
 
 
 def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, marker: str) -> None:

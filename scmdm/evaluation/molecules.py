@@ -32,7 +32,7 @@ PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
     "heavy atoms": lambda molecule: float(molecule.GetNumHeavyAtoms()),
     "rings": lambda molecule: float(rdMolDescriptors.CalcNumRings(molecule)),
 }
-_FCD_LEAST = 50  # the Frechet distance of fewer molecules says nothing
+FCD_MOLECULES = 512  # the distance of few molecules is biased upwards: every set gives the same number of them
 _PROBLEMS = {
     "AtomValenceException": "valence",
     "KekulizeException": "aromaticity",
@@ -78,12 +78,6 @@ class Reference:
     def make(cls, train: Sequence[str], held_out: Sequence[str], *, fcd: bool) -> Reference:
         """`train` and `held_out` are canonical SMILES; the properties and the FCD are those of `held_out`."""
         return cls(frozenset(train), properties(held_out), _fcd_statistics(held_out) if fcd else None)
-
-
-def canonical(smiles: str) -> str | None:
-    """RDKit's canonical SMILES, or None for what is empty or not a valid molecule."""
-    molecule = _parse(smiles)
-    return Chem.MolToSmiles(molecule) if molecule is not None else None
 
 
 def _parse(smiles: str) -> Chem.Mol | None:
@@ -175,17 +169,17 @@ def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> tuple[float | None, str | None]:
-    """Frechet ChemNet distance (Preuer et al. 2018), or None and the reason.
+    """Frechet ChemNet distance (Preuer et al. 2018) of the first `FCD_MOLECULES`, or None and the reason.
 
-    Biased upwards for few samples: compare equal numbers only.
+    More valid molecules must not look like a better distribution, so the number is the same for all.
     """
     if statistics is None:
         return None, "not asked for, or the package fcd is not installed"
-    if len(valid) < _FCD_LEAST:
-        return None, f"{len(valid)} valid molecules, fewer than {_FCD_LEAST}"
+    if len(valid) < FCD_MOLECULES:
+        return None, f"{len(valid)} valid molecules, fewer than {FCD_MOLECULES}"
     from fcd import calculate_frechet_distance
 
-    found = _fcd_statistics(valid)
+    found = _fcd_statistics(valid[:FCD_MOLECULES])
     assert found is not None
     return float(calculate_frechet_distance(*found, *statistics)), None
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from scmdm.errors import UserError
 from scmdm.evaluation.figures import Panel, loss_figure, progress_figure, quality_figure
-from scmdm.evaluation.molecules import draw_grid
+from scmdm.evaluation.molecules import FCD_MOLECULES, draw_grid
 from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
 from scmdm.files import atomic_write_text
@@ -26,7 +27,7 @@ METRICS: tuple[tuple[str, str, str, float, int], ...] = (
     ("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1),
     ("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1),
     ("novelty_of_unique", "novel, % of unique", "higher", 100, 1),
-    ("fcd", "Fréchet ChemNet distance", "lower", 1, 2),
+    ("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid", "lower", 1, 2),
     ("property_distance", "property distance, std", "lower", 1, 3),
 )
 
@@ -52,7 +53,7 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     shown = [m for m in METRICS if any(values[m[0]].values())]
     header, rows = _quality_table(values, shown, labels, samples)
     cost_header, cost_rows = _cost_table(study["arms"], samples)
-    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, _statements(samples, labels))
+    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, _statements(samples, study["arms"]))
     figures = out.parent
     panels = [Panel(title, values[metric], better, scale) for metric, title, better, scale, _ in shown]
     quality = quality_figure(panels, figures / "quality.png")
@@ -120,8 +121,15 @@ def _intervals(samples: Sequence[Json], labels: Mapping[str, str], metric: str) 
 
 
 def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[float]:
-    rows = [row["metrics"].get(metric) for row in samples if row["arm"] == arm and row["steps"] == steps]
-    return [float(value) for value in rows if value is not None]
+    """One value per sampling seed; with several adaptations one mean per adaptation, the larger source of spread."""
+    by_adaptation: dict[int, list[float]] = {}
+    for row in samples:
+        value = row["metrics"].get(metric)
+        if row["arm"] == arm and row["steps"] == steps and value is not None:
+            by_adaptation.setdefault(row["adaptation_seed"], []).append(float(value))
+    if len(by_adaptation) == 1:
+        return next(iter(by_adaptation.values()))
+    return [float(np.mean(values)) for values in by_adaptation.values()]
 
 
 def _quality_table(
@@ -157,7 +165,7 @@ def _cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str
         "NELBO null",
         "NELBO conditioned",
     ]
-    vanilla = next((_seconds_per_token(arm) for arm in arms if arm["rate"] == 0 and arm["cost"]), None)
+    vanilla = next((_seconds_per_token(a) for a in arms if a["rate"] == 0 and a["cost"] and a["name"] != "base"), None)
     rows = []
     for arm in arms:
         own = [row for row in samples if row["arm"] == arm["name"]]
@@ -190,28 +198,40 @@ def _nelbo(arm: Json, mode: str) -> str:
     return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
 
 
-def _statements(samples: Sequence[Json], labels: Mapping[str, str]) -> list[str]:
-    """Validity of the last arm (fullest self-conditioning) against every other, at each T, worded from the numbers."""
-    arms = list(labels)
+def _statements(samples: Sequence[Json], arms: Sequence[Json]) -> list[str]:
+    """Validity of the arm with the largest rate against every other, at each T, worded from the numbers."""
+    fullest = max(arms, key=lambda arm: arm["rate"])
     lines = []
-    for other in arms[:-1]:
-        for steps in sorted({row["steps"] for row in samples}):
-            pairs = _pairs(samples, arms[-1], other, steps)
+    for other in arms:
+        for steps in sorted({row["steps"] for row in samples}) if other is not fullest else ():
+            pairs = _pairs(samples, fullest["name"], other["name"], steps)
             if pairs:
-                lines.append(f"T = {steps}: {labels[arms[-1]]} against {labels[other]}: {_wording(pairs)}")
+                lines.append(f"T = {steps}: {fullest['label']} against {other['label']}: {_wording(pairs)}")
     return lines
 
 
 def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int) -> list[tuple[float, float]]:
-    """Validity of two arms on the same sampling noise (and adaptation seed, which the base does not have)."""
-    own, other = ([row for row in samples if row["arm"] == arm and row["steps"] == steps] for arm in (ours, theirs))
-    return [
-        (a["metrics"]["validity"], b["metrics"]["validity"])
-        for a in own
-        for b in other
-        if a["sampling_seed"] == b["sampling_seed"]
-        and (theirs == "base" or a["adaptation_seed"] == b["adaptation_seed"])
-    ]
+    """Validity of two arms, paired.
+
+    With one adaptation each, over sampling seeds (the same noise in both). With several, over adaptation seeds, each
+    averaged over its sampling seeds: those are not independent of each other.
+    """
+    own, other = (_validities(samples, arm, steps) for arm in (ours, theirs))
+    # The base was trained once: it is every adaptation's counterpart.
+    counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
+    paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]
+    if len(own) == 1:
+        return paired[0]
+    return [tuple(np.mean(pairs, axis=0)) for pairs in paired if pairs]
+
+
+def _validities(samples: Sequence[Json], arm: str, steps: int) -> dict[int, dict[int, float]]:
+    """By adaptation seed and sampling seed."""
+    found: dict[int, dict[int, float]] = {}
+    for row in samples:
+        if row["arm"] == arm and row["steps"] == steps:
+            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = row["metrics"]["validity"]
+    return found
 
 
 def _wording(pairs: Sequence[tuple[float, float]]) -> str:
@@ -320,7 +340,8 @@ def _run_evaluations(directory: Path) -> list[str]:
         ]
         numbers = [entry["metrics"] for entry in result.get("samples", [])]
         names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
-        rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in names]
+        whole = [key for key in names if all(isinstance(n[key], int | float) for n in numbers)]
+        rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in whole]
         parts += [heading(f"Evaluation {path.stem} (step {result['step']:,})"), table(["measure", "value"], rows)]
     return parts
 

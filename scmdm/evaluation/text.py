@@ -83,13 +83,18 @@ def generative_perplexity(
     return math.exp(nll / count) if count else float("nan")
 
 
-def _load_scorer(scorer: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def check_scorer(scorer: Path) -> None:
+    """UserError when `scorer` cannot be a model directory: known before anything is sampled."""
     if not (scorer / "config.json").is_file():
         raise UserError(
             f"scorer={scorer} is not a transformers model directory (no config.json); give a local directory"
         )
+
+
+def _load_scorer(scorer: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_scorer(scorer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(scorer, local_files_only=True)
         return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer

@@ -28,9 +28,16 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, x_N: Tensor, w_N: Tensor, mask_id: int, chunk: int
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor,
+        x_N: Tensor,
+        w_N: Tensor,
+        mask_id: int,
+        chunk: int,
+        need_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_gradient = any(ctx.needs_input_grad)
         bias = subs_bias(bias_V, mask_id)
         nll_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
         d_h = torch.empty_like(h_ND) if need_gradient else None
@@ -59,7 +66,7 @@ class _WeightedNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, _d_nll: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_weight, d_bias = ctx.saved_tensors
-        return d_h * d_total, d_weight * d_total, d_bias * d_total, None, None, None, None
+        return d_h * d_total, d_weight * d_total, d_bias * d_total, None, None, None, None, None
 
 
 def weighted_nll_sum(
@@ -69,8 +76,10 @@ def weighted_nll_sum(
 
     `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`.
     """
+    # Inside the function gradients are off, and `needs_input_grad` is true even under `no_grad`.
+    need_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h_ND, weight_VD, bias_V))
     with torch.autocast(h_ND.device.type, enabled=False):
-        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk)
+        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk, need_gradient)
     return total, nll_N
 
 

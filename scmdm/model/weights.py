@@ -6,12 +6,10 @@ map the one onto the other.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -120,6 +118,8 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
             f"{directory}: the model has {spec.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}, its manifest "
             f"{manifest.vocab_size}; the files do not belong together: restore the directory"
         )
+    # How attention is computed is no part of a model: it may have been trained on other hardware.
+    spec.model.attention = "auto"
     model = spec.build()
     load_weights(model, weights_of(directory, weights=weights), str(directory))
     return LoadedModel(model.eval(), spec, tokenizer, manifest, directory)
@@ -169,9 +169,3 @@ def to_mdlm(weights: dict[str, Tensor], head_width: int) -> dict[str, Tensor]:
     """Our weights under MDLM's names, with the rotary table that it stores; the conditioner's follow suit."""
     inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     return {_MDLM_PREFIX + name: value for name, value in {**weights, "rotary_emb.inv_freq": inv_freq}.items()}
-
-
-def changed_fields(ours: Any, theirs: Any, names: tuple[str, ...]) -> list[str]:
-    """Names of the data-class fields among `names` whose values differ."""
-    fields = {field.name for field in dataclasses.fields(ours)}
-    return [name for name in names if name in fields and getattr(ours, name) != getattr(theirs, name)]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from scmdm.parallel.engine import Engine
 from scmdm.parallel.processes import barrier, broadcast
 from scmdm.training.ema import Ema
 
+logger = logging.getLogger("scmdm")
 SEAL, STATE_FILE, POINTER = "checkpoint.json", "state.json", "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -87,7 +88,8 @@ def save_checkpoint(
     Raises UserError when the disk is full or not writable; everything saved before is then untouched.
     """
     final, main = directory / checkpoint_name(state.step), engine.rank == 0
-    with _staging(final) if main else contextlib.nullcontext() as staging:
+    # A checkpoint of that name can only be one that did not verify.
+    with atomic_directory(final, replace=True) if main else contextlib.nullcontext() as staging:
         # One directory for all ranks: they write into what rank 0 has made.
         temporary = broadcast(staging)
         write_tensors(temporary / TENSORS, named_tensors(engine, ema))
@@ -98,18 +100,9 @@ def save_checkpoint(
             seal(temporary)
     if main:
         atomic_write_text(directory / POINTER, final.name + "\n")
-        _retire(directory, keep_last)
+        _retire(directory, final, keep_last)
     barrier()
     return final
-
-
-@contextlib.contextmanager
-def _staging(final: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `final`; a damaged checkpoint of that name goes first."""
-    if final.exists():
-        shutil.rmtree(final)
-    with atomic_directory(final) as temporary:
-        yield temporary
 
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
@@ -131,11 +124,21 @@ def _seal_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _retire(directory: Path, keep_last: int) -> None:
-    for path in list_checkpoints(directory)[:-keep_last]:
+def _retire(directory: Path, newest: Path, keep_last: int) -> None:
+    """Remove all but the last `keep_last` up to `newest`, and those after it: the resume skipped them as damaged."""
+    found = list_checkpoints(directory)
+    at = found.index(newest)
+    for path in [*found[: at + 1][:-keep_last], *found[at + 1 :]]:
         doomed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a process that died in a save has left; only while no other process uses the run."""
+    for path in [*directory.glob(".step_*.tmp"), *directory.glob(".step_*.old"), *directory.glob(".step_*.removed")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -195,6 +198,8 @@ def find_model(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
     checkpoint, skipped = newest_checkpoint(path / "checkpoints")
+    for line in skipped if checkpoint is not None else ():
+        logger.warning("%s: %s", path, line)
     if checkpoint is None:
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(

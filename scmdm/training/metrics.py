@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,15 +69,19 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
         raise UserError(
             "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
         ) from error
-    return wandb.init(
-        project=config.project,
-        name=config.name or run_dir.name,
-        dir=run_dir,
-        mode="offline" if config.mode == "offline" else "online",
-        id=run_id,
-        resume="allow" if run_id else None,
-        config=run_config,
-    )
+    try:
+        return wandb.init(
+            project=config.project,
+            name=config.name or run_dir.name,
+            dir=run_dir,
+            mode="offline" if config.mode == "offline" else "online",
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=run_config,
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"wandb.mode={config.mode} failed: {reason}; `wandb login`, or wandb.mode=offline") from error
 
 
 @contextmanager
@@ -121,7 +124,7 @@ class StepDisplay:
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  left"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        hidden = console.quiet or not console.is_terminal or "SCMDM_NO_PROGRESS" in os.environ
+        hidden = console.quiet or not console.is_terminal
         self._progress = Progress(*columns, console=console, disable=hidden)
         self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", rate="-")
 

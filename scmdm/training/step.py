@@ -105,5 +105,5 @@ def _require_finite(loss: float, grad_norm: float, step: int, ids_B: Tensor) -> 
         return
     raise UserError(
         f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite (samples {ids_B[:4].tolist()}...); "
-        "nothing was updated; lower optimizer.lr, set optimizer.clip or try precision=float32, and start it again"
+        "nothing was updated; in another run_dir, lower optimizer.lr, set optimizer.clip or try precision=float32"
     )

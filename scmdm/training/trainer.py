@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
 from scmdm.data.loader import build_loader, epochs
-from scmdm.data.manifest import Manifest
+from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.environment import describe_environment
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
@@ -29,6 +31,7 @@ from scmdm.training.checkpoint import (
     TrainState,
     load_checkpoint,
     newest_checkpoint,
+    remove_leftovers,
     save_checkpoint,
     sha256_of_model,
 )
@@ -91,6 +94,8 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
     world = current_world()
     config = resolve_engine(resolve_config(config, base), world)
     device, dtype = check_hardware(config, world.local_rank)
+    # What "auto" meant is part of the run: a resume on other hardware must not go on in another precision.
+    config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     with process_group(world, device, needed=config.engine != "single"):
         return _run(config, base, world, device, dtype)
@@ -98,12 +103,20 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
 
 def _run(config: RunConfig, base: LoadedModel | None, world: World, device: torch.device, dtype: torch.dtype) -> Path:
     directory = Path(config.run_dir)
-    if world.is_main:
-        _open_run_directory(directory)
-    barrier()
-    manifest = Manifest.read(Path(config.data.path))
+    manifest = check_dataset(Path(config.data.path))
+    for split in (config.data.train_split, config.data.validation_split):
+        manifest.split(split, Path(config.data.path))
     spec = build_spec(config, manifest, base)
-    engine = build_engine(config, spec, base, device, dtype)
+    with _claim(directory) if world.is_main else contextlib.nullcontext():
+        barrier()
+        engine = build_engine(config, spec, base, device, dtype)
+        return _train(config, base, world, manifest, spec, engine)
+
+
+def _train(
+    config: RunConfig, base: LoadedModel | None, world: World, manifest: Manifest, spec: ModelSpec, engine: Engine
+) -> Path:
+    directory = Path(config.run_dir)
     run = Run(config, directory, manifest, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
     with log_to(directory, write=world.is_main) as console:
         _resume(run, sha256_of_model(base.path) if base else None)
@@ -114,7 +127,7 @@ def _run(config: RunConfig, base: LoadedModel | None, world: World, device: torc
         tracker = None
         if world.is_main:
             tracker = start_wandb(config.wandb, directory, asdict(config), run.state.wandb_id)
-            run.state.wandb_id = tracker.id if tracker else None
+            run.state.wandb_id = tracker.id if tracker else run.state.wandb_id
         metrics = MetricsFile(directory / "metrics.jsonl" if world.is_main else None, run.state.step)
         try:
             with StepDisplay(console, config.train.steps, run.state.step) as display, StopRequest() as stop:
@@ -153,7 +166,7 @@ def _loop(run: Run, metrics: MetricsFile, tracker: Tracker | None, display: Step
         stopped_by = largest(stop.signal or 0)
         if state.step % train.checkpoint_every == 0 or last or stopped_by:
             _save(run)
-        if stopped_by and not last:
+        if stopped_by:
             logger.info(
                 "stopped by %s at step %d; the same command goes on", signal.Signals(stopped_by).name, state.step
             )
@@ -260,6 +273,11 @@ def _resume(run: Run, base_sha256: str | None) -> None:
     path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
     for line in skipped:
         logger.warning("%s", line)
+    if path is None and skipped:
+        raise UserError(
+            f"run_dir={run.directory} holds no checkpoint that verifies ({skipped[0]}); "
+            "restore one of them, or choose another run_dir to start anew"
+        )
     fingerprint = run.manifest.fingerprint()
     if path is not None:
         check_same_run(run.config, path)
@@ -289,19 +307,39 @@ def _describe(run: Run, base: LoadedModel | None) -> None:
     logger.info(
         "%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate
     )
-    logger.info("engine %s on %d process(es), %s", config.engine, run.engine.world_size, run.engine.device.type)
+    logger.info(
+        "engine %s on %d process(es), %s, %s, %d thread(s)",
+        config.engine,
+        run.engine.world_size,
+        config.device,
+        config.precision,
+        torch.get_num_threads(),
+    )
     logger.info(
         "%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs
     )
 
 
-def _open_run_directory(path: Path) -> None:
-    """Create the run directory and prove that it can be written."""
+@contextlib.contextmanager
+def _claim(directory: Path) -> Iterator[None]:
+    """Create the run directory, prove that it can be written, and keep every other process out of it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"run_dir={path} cannot be made ({error.strerror}); choose a place that you may write to"
+            f"run_dir={directory} cannot be made ({error.strerror}); choose a place that you may write to"
         ) from error
-    atomic_write_text(path / ".writable", "")
-    (path / ".writable").unlink()
+    atomic_write_text(directory / ".writable", "")
+    (directory / ".writable").unlink()
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"run_dir={directory} is in use by another process; wait for it, stop it, or choose another run_dir"
+        ) from error
+    try:
+        remove_leftovers(directory / "checkpoints")
+        yield
+    finally:
+        lock.release()

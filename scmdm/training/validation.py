@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
-from scmdm.data.loader import read_split
+from scmdm.data.loader import read_split, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.model.weights import ModelSpec
@@ -32,9 +32,10 @@ def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device
 def validation_batches(
     root: Path, split: str, manifest: Manifest, device: torch.device, samples: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The first `samples` sequences of a split, in order."""
-    ids_NL = torch.from_numpy(read_split(root, split, limit=samples).astype(np.int64))
-    index_N = torch.arange(len(ids_NL))
+    """`samples` sequences spread evenly over a split; a sequence's id is its place in the split."""
+    rows = spread_rows(manifest.split(split, root).samples, samples)
+    ids_NL = torch.from_numpy(read_split(root, split, rows).astype(np.int64))
+    index_N = torch.tensor(rows)
     for tokens, index in zip(ids_NL.split(_BATCH), index_N.split(_BATCH), strict=True):
         yield to_device({"tokens": tokens, "index": index}, manifest, device)
 

@@ -107,6 +107,9 @@ def test_templates():
         (["prompt=C", "infill=C"], "prompt and infill are both set"),
         (["sampler.top_p=0"], "sampler.top_p=0"),
         (["num=0"], "num=0"),
+        (["threads=-1"], "threads=-1 is not possible"),
+        (["length=0"], "length=0 is not possible"),
+        (["out=/proc/nope/x"], "out=/proc/nope/x cannot be written"),
         (["sampler.kind=magic"], "one of ancestral, first_hitting"),
         (["device=cuda"], "torch sees no CUDA device"),
     ],
@@ -128,6 +131,51 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     assert [row["seed"] for row in result["samples"]] == [0, 1]
     assert result["samples"][0]["evaluations"] == 4 and result["samples"][0]["metrics"]["num_samples"] == 24
     assert "NELBO null" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["out=/proc/nope/x"], "out=/proc/nope/x cannot be written"),
+        (["domain=text"], "domain=text, but the model's tokenizer makes molecules"),
+        (["scorer=/tmp"], "scorer=/tmp is for text"),
+        (["split=nope"], "no split 'nope'"),
+        (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
+    ],
+)
+def test_evaluation_mistakes(base, capsys, keys, message):
+    assert main(["evaluate", str(base), "num=8", "sampler.steps=2", "nelbo_samples=8", *keys]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_evaluations_do_not_replace_each_other(base):
+    keys = ["nelbo_samples=0", "num=4", "sampler.steps=2"]
+    for extra in ([], ["sampler.temperature=0.5"], ["weights=raw"], ["sampler.temperature=0.5"]):
+        assert main(["evaluate", str(base), *keys, *extra]) == 0
+    found = [json.loads(path.read_text()) for path in (base / "evaluations").glob("step6_test_T2_*.json")]
+    assert sorted((r["config"]["weights"], r["config"]["sampler"]["temperature"]) for r in found) == [
+        ("ema", 0.5),
+        ("ema", 1.0),
+        ("raw", 1.0),
+    ]
+
+
+def test_raw_weights_are_not_the_averages(base):
+    ema, raw = (scmdm.load(base, weights=kind).model for kind in ("ema", "raw"))
+    assert any(not torch.equal(a, b) for a, b in zip(ema.parameters(), raw.parameters(), strict=True))
+
+
+def test_a_model_trained_with_flash_attention_loads_anywhere(base, tmp_path):
+    import shutil
+
+    from scmdm.training.checkpoint import find_model, seal
+
+    copy = tmp_path / "model"
+    shutil.copytree(find_model(base), copy)
+    (copy / "model.json").write_text((copy / "model.json").read_text().replace('"auto"', '"flash"'))
+    (copy / "checkpoint.json").unlink()
+    seal(copy)
+    assert main(["sample", str(copy), "num=2", "sampler.steps=2", "device=cpu"]) == 0
 
 
 def test_the_text_road_end_to_end(tmp_path, empty_yaml, capsys):
@@ -172,6 +220,8 @@ def test_run_directory_holds_all_that_made_it(base):
         ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but the base has 32"),
         ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but the base has"),
         ("train", ["run_dir={file}/run"], "cannot be made"),
+        ("train", ["data.train_split=nope"], "no split 'nope'"),
+        ("train", ["data.validation_split=nope"], "no split 'nope'"),
         ("train", ["data.path=/nonexistent"], "is not a prepared data set"),
         ("train", ["model.self_conditioned=true"], "set the rate alone"),
     ],
@@ -205,6 +255,24 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
     assert main(["train", str(empty_yaml), *keys]) == 1
     error = capsys.readouterr().err
     assert "shard.00000.mds has 100 bytes instead of" in error and "overwrite=true" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("overrides=[train.stepz=3]", "did you mean `train.steps`"),
+        ("adapt_config=nowhere.yaml", "no configuration file nowhere.yaml"),
+        ("arms.scmdm.rate=7", "arms.scmdm.rate=7"),
+        ("nelbo_samples=0", "nelbo_samples=0 is not possible"),
+        ("base=/nonexistent", "/nonexistent does not exist"),
+    ],
+)
+def test_a_study_checks_all_its_runs_before_any_work(base, tmp_path, capsys, monkeypatch, key, message):
+    monkeypatch.chdir(ROOT)
+    arguments = ["study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}", f"base={base}", key]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.slow

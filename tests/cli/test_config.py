@@ -39,6 +39,10 @@ def load(*overrides):
         ("schedule.warmup_steps=11", ["schedule.warmup_steps=11", "at most train.steps = 10"]),
         ("no-equals-sign", ["not of the form key=value"]),
         ("optimizer=3", ["optimizer"]),
+        ("optimizer.conditioner_lr=-1", ["optimizer.conditioner_lr=-1.0", "between 0 and 10"]),
+        ("optimizer.conditioner_lr=nan", ["optimizer.conditioner_lr=nan", "between 0 and 10"]),
+        ("train.steps=${oc.env:NO_SUCH_VARIABLE}", ["NO_SUCH_VARIABLE"]),
+        ("optimizer.lr=${nowhere}", ["nowhere"]),
         ("train={", ["train={"]),
     ],
 )
@@ -48,6 +52,18 @@ def test_mistakes_are_named(override, parts):
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["[MASK][MASK]C", "[NH3+]CC", "*C", "NO", "yes", "ROMEO: ", " two", "", "${x}", "a=b"])
+@pytest.mark.parametrize("key", ["prompt", "infill", "out"])
+def test_a_text_is_taken_as_it_stands(key, text):
+    assert getattr(load_config(SampleConfig, None, [f"{key}={text}"]), key) == text
+
+
+def test_null_unsets_a_text_and_numbers_stay_numbers():
+    assert load_config(SampleConfig, None, ["prompt=null", "num=3"]).prompt is None
+    assert load_config(SampleConfig, None, ["sampler.kind=first_hitting"]).sampler.kind == "first_hitting"
+    assert load("run_dir=1e3").run_dir == "1e3" and load("seed=7").seed == 7
 
 
 def test_flash_attention_on_the_cpu_is_impossible():
@@ -67,6 +83,7 @@ def test_files(tmp_path):
         ("bad.yaml", "a: [1, 2", "not valid YAML"),
         ("list.yaml", "- 1\n", "holds a list"),
         ("key.yaml", "trian:\n  steps: 3\n", r"unknown key `trian` .*key\.yaml; did you mean `train`"),
+        ("extends.yaml", "extends: 3\n", "extends=3 in .*must be the name of one YAML file"),
         ("loop.yaml", "extends: loop.yaml\n", "goes round in a circle"),
     ):
         (tmp_path / name).write_text(content)
@@ -125,5 +142,6 @@ def test_every_shipped_configuration_loads(path):
 
     content = yaml.safe_load(path.read_text())
     schema = StudyConfig if "arms" in content else PrepareConfig if path.parent.name == "data" else RunConfig
-    keys = [] if schema is not RunConfig else ["base=b"] if "adapt" in path.name else []
+    # The model sizes are parts that a run's file extends.
+    keys = {"model": REQUIRED}.get(path.parent.name, ["base=b"] if path.name == "adapt.yaml" else [])
     assert load_config(schema, path, keys)

@@ -1,5 +1,6 @@
 """The streaming loader: every sample once an epoch, exact resume, two readers at a time, damaged shards."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from scmdm.data.loader import build_loader, epochs, read_split
+from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
+from scmdm.data.shards import Description, write_dataset
+from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.errors import UserError
 
 
@@ -67,10 +70,28 @@ def test_resume_in_mid_epoch_and_at_its_end(molecules, stop):
 def test_reading_a_damaged_split_names_it(molecules, tmp_path):
     shutil.copytree(molecules, tmp_path / "qm9")
     shard = next((tmp_path / "qm9" / "train").glob("*.mds"))
-    assert np.array_equal(read_split(tmp_path / "qm9", "train", limit=7), read_split(molecules, "train")[:7])
+    assert np.array_equal(read_split(tmp_path / "qm9", "train", range(7)), read_split(molecules, "train")[:7])
     os.truncate(shard, 300)
     with pytest.raises(UserError, match=r"cannot read .*train.*prepare --verify"):
         read_split(tmp_path / "qm9", "train")
+
+
+def test_rows_of_a_split_over_several_shards(tmp_path):
+    tokenizer = SymbolTokenizer("characters", "abcdefgh")
+    texts = {name: [[4 + (i * k) % 8 for k in range(6)] for i in range(500)] for name in ("train", "validation")}
+    write_dataset(tmp_path / "data", tokenizer, texts, Description("x", 8, "loss", {}), shard_bytes=2000)
+    whole = read_split(tmp_path / "data", "train")
+    assert len(list((tmp_path / "data/train").glob("*.mds"))) > 2 and whole[:, :6].tolist() == texts["train"]
+    rows = [0, 3, 250, 251, 499]
+    assert np.array_equal(read_split(tmp_path / "data", "train", rows), whole[rows])
+
+
+def test_spread_rows_cover_a_split_evenly():
+    assert spread_rows(10, 20) == list(range(10))
+    assert spread_rows(9, 3) == [0, 4, 8]
+    assert spread_rows(1, 5) == [0]
+    rows = spread_rows(6592, 1024)
+    assert len(rows) == 1024 and max(b - a for a, b in itertools.pairwise(rows)) <= 7
 
 
 def test_users_mistakes(molecules, tmp_path):

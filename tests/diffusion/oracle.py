@@ -17,7 +17,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed)
         self.joint = torch.softmax(2 * torch.randn(len(self.sequences), generator=generator, dtype=torch.float64), 0)
         self.evaluations = 0
-        self.estimates = []
+        self.estimates, self.times = [], []
 
     def conditionals(self, z_BL):
         """`p(x_l = v | visible tokens)` (B, L, V) with zero for the mask."""
@@ -30,6 +30,7 @@ class Oracle:
     def hidden(self, z_BL, t_B, estimate_BLD):
         self.evaluations += 1
         self.estimates.append(estimate_BLD)
+        self.times.append(t_B)
         return self.conditionals(z_BL).log()
 
     def logits(self, h_ND):

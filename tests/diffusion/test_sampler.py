@@ -78,6 +78,22 @@ def test_first_hitting_is_exact(schedule):
     assert chi_squared(oracle, drawn.tokens, oracle.joint) > 1e-3
 
 
+@pytest.mark.parametrize("schedule", [LogLinear(), make_schedule("cosine"), make_schedule("polynomial")], ids=str)
+def test_first_hitting_times_are_those_of_the_process(schedule):
+    """With n masks left `1 - alpha_t` shrinks by the largest of n uniforms, whose n-th power is uniform."""
+    oracle = Oracle()
+    draw(oracle, SamplerSettings(kind="first_hitting"), schedule=schedule, n=4000)
+    levels = [torch.ones(4000).double(), *(1 - schedule.alpha(t) for t in oracle.times)]
+    for n, before, after in zip((3, 2, 1), levels, levels[1:], strict=False):
+        assert stats.kstest(((after / before) ** n).numpy(), "uniform").pvalue > 1e-3
+
+
+def test_the_denoiser_sees_the_times_of_the_grid():
+    oracle = Oracle()
+    draw(oracle, SamplerSettings(steps=4), n=5)
+    assert torch.stack(oracle.times).tolist() == [[t] * 5 for t in (1.0, 0.75, 0.5, 0.25)]
+
+
 @pytest.mark.parametrize("kind", ["ancestral", "first_hitting"])
 def test_given_tokens_stay_and_the_rest_follows(kind):
     """With enough steps (or one token a time) an infill follows the exact conditional."""

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from scmdm.evaluation import molecules
 from scmdm.evaluation.molecules import (
     Reference,
-    canonical,
     draw_grid,
     evaluate_molecules,
     invalid_reasons,
@@ -37,9 +37,8 @@ def test_nothing_valid():
     assert metrics["property_distance"] is None and metrics["fcd"] is None
 
 
-def test_canonical_and_reasons():
-    assert canonical("OCC") == canonical("C(C)O") == "CCO"
-    assert canonical("") is None and canonical("C(") is None and canonical("F(C)C") is None
+def test_reasons():
+    assert invalid_reasons(["C(", "F(C)C", ""]) == {"parentheses": 1, "valence": 1, "empty": 1}
     assert invalid_reasons(["c1ccc1c", "c1cccc1", "O(C)(C)C"])["valence"] == 1
 
 
@@ -54,12 +53,17 @@ def test_property_distance_by_hand():
 
 
 @pytest.mark.slow
-def test_fcd_is_zero_on_itself_and_grows_with_difference():
+def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
+    monkeypatch.setattr(molecules, "FCD_MOLECULES", 60)
     alkanes = ["C" * n for n in range(1, 31)] + ["C" * n + "O" for n in range(1, 31)]
     aromatics = ["c1ccccc1" + "C" * n for n in range(30)] + ["c1ccncc1" + "C" * n for n in range(30)]
     reference = Reference.make(TRAIN, alkanes, fcd=True)
     assert evaluate_molecules(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
     assert evaluate_molecules(aromatics, reference).fcd > 5
+    # Neither invalid strings in between nor more valid molecules behind change it.
+    assert evaluate_molecules(["C(", *alkanes, *aromatics], reference).fcd == pytest.approx(0.0, abs=1e-2)
+    few = evaluate_molecules(alkanes[:59], reference)
+    assert few.fcd is None and few.fcd_note == "59 valid molecules, fewer than 60"
 
 
 def test_grid_draws_valid_molecules_only(tmp_path):

@@ -140,6 +140,29 @@ def test_conclusions_come_from_the_numbers(study):
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
+def test_several_adaptations_count_as_the_independent_ones(study):
+    """Two adaptations of three samplings are two values, not six."""
+    content = json.loads((study / "study.json").read_text())
+    rows = content["evaluations"]
+    for row in [r for r in rows if r["arm"] != "base"]:
+        better = {**row["metrics"], "validity": row["metrics"]["validity"] + 0.02}
+        rows.append({**row, "adaptation_seed": 1, "metrics": better})
+    (study / "study.json").write_text(json.dumps(content))
+    summary = study_report(study, study / "report.html")
+    means = [
+        np.mean(
+            [
+                r["metrics"]["validity"]
+                for r in rows
+                if r["arm"] == "scmdm" and r["steps"] == 8 and r["adaptation_seed"] == seed
+            ]
+        )
+        for seed in (0, 1)
+    ]
+    row = next(row for row in summary.rows if row[0] == "8" and row[1] == "rate 1 (SCMDM)")
+    assert row[4] == mean_interval(means).text(1, 100)
+
+
 def test_report_of_a_run(base, tmp_path, capsys):
     assert main(["report", str(base), "--out", str(tmp_path / "run.html")]) == 0
     text = (tmp_path / "run.html").read_text()

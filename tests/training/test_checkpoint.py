@@ -7,6 +7,8 @@ import signal
 
 import pytest
 import torch
+import yaml
+from filelock import FileLock
 
 import scmdm
 from scmdm.cli import main
@@ -27,6 +29,12 @@ def newest(run):
     return list_checkpoints(run / "checkpoints")[-1]
 
 
+def tensors(checkpoint):
+    """The one file of tensors that one rank writes."""
+    (path,) = (checkpoint / "tensors").iterdir()
+    return path
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -43,7 +51,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_any_file_is_named_and_the_one_before_is_taken(run, damage):
     checkpoint = newest(run)
-    for name in sorted(path.name for path in checkpoint.iterdir()):
+    for name in sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()):
         saved = (checkpoint / name).read_bytes()
         DAMAGES[damage](checkpoint / name)
         problems = verify_checkpoint(checkpoint)
@@ -56,12 +64,57 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_taken(run, damage):
 
 
 def test_resume_falls_back_and_says_so(run, molecules, empty_yaml):
-    flip(newest(run) / "weights.safetensors")
+    flip(tensors(newest(run)))
     arguments = ["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *TINY, "train.steps=8"]
     assert main(arguments) == 0
     log = (run / "train.log").read_text()
-    assert "skipped step_00000006: " in log and "weights.safetensors does not match its SHA-256" in log
+    assert "skipped step_00000006: " in log and "safetensors does not match its SHA-256" in log
     assert "resuming from" in log and "step_00000005" in log
+
+
+def train(run, molecules, config, *overrides):
+    return main(["train", str(config), f"run_dir={run}", f"data.path={molecules}", *TINY, *overrides])
+
+
+def test_a_new_checkpoint_outlives_the_damaged_ones_after_it(run, molecules, empty_yaml):
+    """The resume falls back from 6 to 5; a save at 6 must replace the damaged 6, and one at 5 must not be retired."""
+    flip(tensors(newest(run)))
+    shutil.copytree(newest(run), run / "checkpoints" / "step_00000009")
+    shutil.copytree(newest(run), run / "checkpoints" / "step_00000010")
+    assert train(run, molecules, empty_yaml, "train.steps=6", "train.keep_last=1") == 0
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000006"]
+    assert find_model(run).name == "step_00000006"
+
+
+def test_a_run_without_a_good_checkpoint_is_not_started_anew(run, molecules, empty_yaml, capsys):
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        flip(tensors(checkpoint))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    assert train(run, molecules, empty_yaml, "train.steps=8") == 1
+    assert "holds no checkpoint that verifies" in capsys.readouterr().err
+    assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
+
+
+def test_leftovers_of_a_killed_save_are_removed(run, molecules, empty_yaml):
+    for name in (".step_00000007.abc.tmp", ".step_00000005.removed", ".step_00000006.xyz.old"):
+        (run / "checkpoints" / name).mkdir()
+    assert train(run, molecules, empty_yaml, "train.steps=7") == 0
+    assert all(path.name.startswith(("step_", "latest")) for path in (run / "checkpoints").iterdir())
+
+
+def test_a_run_directory_belongs_to_one_process(run, molecules, empty_yaml, capsys):
+    with FileLock(run / ".lock"):
+        assert train(run, molecules, empty_yaml, "train.steps=7") == 1
+    assert "is in use by another process" in capsys.readouterr().err
+    assert train(run, molecules, empty_yaml, "train.steps=7") == 0
+
+
+def test_the_precision_of_auto_is_recorded_and_kept(run, molecules, empty_yaml, capsys):
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["precision"]
+    assert recorded in ("float32", "bfloat16")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[recorded]
+    assert train(run, molecules, empty_yaml, "train.steps=7", f"precision={other}") == 1
+    assert f"precision='{other}', but run_dir=" in capsys.readouterr().err
 
 
 def test_retention_keeps_the_newest(base):
@@ -114,8 +167,8 @@ def test_models_that_are_not_models_are_refused(tmp_path, run):
     with pytest.raises(UserError, match="holds no checkpoint that verifies"):
         find_model(tmp_path)
     for checkpoint in list_checkpoints(run / "checkpoints"):
-        flip(checkpoint / "ema.safetensors")
-    with pytest.raises(UserError, match=r"ema\.safetensors does not match"):
+        flip(tensors(checkpoint))
+    with pytest.raises(UserError, match=r"safetensors does not match"):
         find_model(run)
 
 

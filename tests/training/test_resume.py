@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from scmdm.cli import main
+from scmdm.model.tensors import read_tensors, tensor_shapes
+from scmdm.model.weights import TENSORS
 from scmdm.training.checkpoint import find_model, newest_checkpoint
 from scmdm.training.metrics import read_metrics
 from scmdm.training.trainer import REQUEUE_EXIT
@@ -28,13 +30,11 @@ def train_rows(run):
 
 
 def final_tensors(run):
-    from safetensors.torch import load_file
-
-    checkpoint = find_model(run)
-    return {
-        **load_file(checkpoint / "weights.safetensors"),
-        **{f"ema.{k}": v for k, v in load_file(checkpoint / "ema.safetensors").items()},
-    }
+    checkpoint = find_model(run) / TENSORS
+    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(checkpoint).items()}
+    assert {name.split(".")[0] for name in found} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
+    read_tensors(checkpoint, found)
+    return found
 
 
 def assert_same_run(one, other):

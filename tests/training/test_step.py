@@ -58,6 +58,25 @@ def test_accumulation_changes_neither_loss_nor_update(rate, valid_part):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_step_passes_its_settings_on(monkeypatch):
+    """Passes, dropout and the noisier state reach the objective: what the no-grad passes see, and how often."""
+    engine, config = make()
+    seen = []
+
+    def estimate(z, t, before, *, dropout):
+        seen.append((int((z == MASK).sum()), float(t.sum()), before is None, dropout))
+        return type(engine.model).estimate(engine.model, z, t, before, dropout=dropout)
+
+    monkeypatch.setattr(engine.model, "estimate", estimate)
+    config.self_conditioning.passes, config.self_conditioning.estimate_dropout = 3, False
+    (result,) = run(engine, config, steps=1)
+    assert result.evaluations == 64 * 4
+    assert [(null, dropout) for _, _, null, dropout in seen] == [(True, False), (False, False), (False, False)]
+    config.self_conditioning.estimate_from, config.self_conditioning.estimate_dropout = "noisier_state", True
+    run(engine, config, steps=1)
+    assert seen[3][0] > seen[0][0] and seen[3][1] > seen[0][1] and seen[3][3]
+
+
 def test_the_loss_falls():
     engine, config = make()
     x = (torch.arange(12) % 9).expand(64, -1)
