@@ -47,7 +47,7 @@ class ModelConfig:
     time_conditioning: bool = False  # let the network see the noise level
     self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
     conditioner: str = "projection"  # projection | norm | mlp
-    dropout: float = 0.0
+    dropout: float | None = None  # null: the base's, or 0 without one
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
     head_precision: str = "compute"  # float32 | compute (that of `precision`)

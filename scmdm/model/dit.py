@@ -88,7 +88,7 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, config.mlp_ratio * config.width
         self.heads, self.attention = config.heads, config.attention
-        self.dropout = config.dropout
+        self.dropout = config.dropout or 0.0
         self.norm1 = LayerNorm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)

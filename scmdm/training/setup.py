@@ -64,7 +64,7 @@ def resolve_config(config: RunConfig, base: LoadedModel | None) -> RunConfig:
     keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[1:]
     _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
     _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
-    own = {name: getattr(config.model, name) for name in keep}
+    own = {name: getattr(config.model, name) for name in keep if getattr(config.model, name) is not None}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(base.spec.model, **own, self_conditioned=conditioned),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 import scmdm
 from scmdm.cli import main
@@ -209,6 +210,18 @@ def test_run_directory_holds_all_that_made_it(base):
     if (ROOT / ".git").exists():
         assert len(environment["git"]["commit"]) == 40
     assert "step 6/6 loss" in (base / "train.log").read_text()
+
+
+def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molecules, empty_yaml, tmp_path):
+    def adapted(source, name, *keys):
+        common = [f"run_dir={tmp_path / name}", f"base={source}", f"data.path={molecules}", "train.steps=2", *ADAPTED]
+        assert main(["adapt", str(empty_yaml), "self_conditioning.rate=1", *common, *keys]) == 0
+        return tmp_path / name, yaml.safe_load((tmp_path / name / "config.yaml").read_text())["model"]["dropout"]
+
+    first, dropout = adapted(base, "a", "model.dropout=0.2")
+    assert dropout == 0.2
+    assert adapted(first, "b")[1] == 0.2
+    assert adapted(first, "c", "model.dropout=0")[1] == 0
 
 
 @pytest.mark.parametrize(
