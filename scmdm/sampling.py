@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
-from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.sampler import Samples, sample
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model
@@ -25,6 +26,7 @@ from scmdm.parallel.engine import compute_context, resolve_device, resolve_preci
 from scmdm.training.checkpoint import find_model
 
 MASK_WORD = "[MASK]"
+_CPU_BATCH, _GPU_BATCH = 64, 1024  # samples at once: what stays in a core's cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,28 @@ def generate(
     *,
     num: int,
     seed: int,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
     template_L: Tensor | None = None,
     precision: str = "auto",
     progress: bool = False,
 ) -> Generated:
-    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal."""
+    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal.
+
+    On a CPU every core draws batches of its own: two small batches side by side are faster than one on two cores.
+    """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
     template = torch.full((spec.length,), spec.mask_id) if template_L is None else template_L
-    started, parts, evaluations = time.perf_counter(), [], 0
-    batches = torch.arange(num).split(batch_size)
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    batches = torch.arange(num).split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
     per_batch = settings.steps if settings.kind == "ancestral" else int((template == spec.mask_id).sum())
     bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
-    for ids in batches:
-        with bar, compute_context(device, resolve_precision(precision, device)):
-            drawn = sample(
+
+    def draw(ids: Tensor) -> Samples:
+        with compute_context(device, resolve_precision(precision, device)):
+            return sample(
                 model,
                 template.to(device).expand(len(ids), -1),
                 ids.to(device),
@@ -110,10 +116,14 @@ def generate(
                 seed=seed,
                 on_step=lambda *_: bar.advance(task),
             )
-        parts.append(drawn.tokens.cpu())
-        evaluations = max(evaluations, drawn.evaluations)
-    tokens = torch.cat(parts)
+
+    started = time.perf_counter()
+    # The number of threads is each thread's own: the pool's work alone, the caller's stays.
+    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = list(pool.map(draw, batches))
+    tokens = torch.cat([part.tokens.cpu() for part in drawn])
     texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
+    evaluations = max(part.evaluations for part in drawn)
     return Generated(tokens, texts, evaluations, time.perf_counter() - started)
 
 

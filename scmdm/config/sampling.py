@@ -51,7 +51,7 @@ class SampleConfig:
 
     num: int = 16
     length: int | None = None  # null: as the training data
-    batch_size: int = 1024
+    batch_size: int | None = None  # samples at once; null: 64 on each CPU core, 1024 on a GPU
     seed: int = 0
     prompt: str | None = None  # text that every sample starts with
     infill: str | None = None  # whole text, with [MASK] for each token to fill in
@@ -83,7 +83,7 @@ class EvaluateConfig:
     t_min: float = 1e-4  # smallest time of the NELBO
     num: int = 1024  # samples; 0: skip sampling
     seeds: list[int] = field(default_factory=lambda: [0])
-    batch_size: int = 1024
+    batch_size: int | None = None  # samples at once; null: 64 on each CPU core, 1024 on a GPU
     fcd: bool = False  # molecules: Frechet ChemNet distance
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
     out: str | None = None  # JSON file; null: beside the model, in evaluations/

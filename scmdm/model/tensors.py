@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from scmdm.errors import UserError
 
@@ -58,7 +59,8 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         metadata = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
         raise UserError(f"{directory} cannot be read ({error}); use another checkpoint") from error
-    return {name: (entry.size, entry.properties.dtype) for name, entry in metadata.items()}
+    tensors = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ def save_checkpoint(
     with atomic_directory(final, replace=True) if main else contextlib.nullcontext() as staging:
         # One directory for all ranks: they write into what rank 0 has made.
         temporary = broadcast(staging)
+        assert temporary is not None
         write_tensors(temporary / TENSORS, named_tensors(engine, ema))
         if main:
             write_model_files(temporary, spec, manifest, tokenizer_file)
