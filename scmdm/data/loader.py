@@ -36,12 +36,24 @@ class TokenDataset(StreamingDataset):
         try:
             return {"tokens": super().__getitem__(at)[COLUMN].astype(np.int64), "index": at}
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            shard: Any = self.shards[self.spanner[at][0]]
-            path = Path(shard.dirname) / shard.split / shard.raw_data.basename
+            path = self._path(self.spanner[at][0])
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"cannot read sample {at} from {path}: {reason}; restore the shard or prepare again"
             ) from error
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Called by the reading thread, and by the reader that finds no file. Raises UserError when the shard is gone.
+
+        Left to streaming, the thread dies with the shard marked as being prepared, and the reader waits for ever.
+        """
+        if not self._path(shard_id).is_file():
+            raise UserError(f"{self._path(shard_id)} is missing; restore the shard or prepare again")
+        super().prepare_shard(shard_id, blocking)
+
+    def _path(self, shard_id: int) -> Path:
+        shard: Any = self.shards[shard_id]
+        return Path(shard.dirname) / shard.split / shard.raw_data.basename
 
 
 def build_loader(

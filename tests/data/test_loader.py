@@ -112,6 +112,20 @@ def test_a_shard_that_disappears_does_not_end_the_epoch_in_silence(molecules, tm
             pass
 
 
+@pytest.mark.parametrize("ask", ["thread", "reader"])
+def test_a_missing_shard_is_never_marked_as_being_prepared(molecules, tmp_path, ask):
+    """Whoever finds it missing says so at once; a mark would let the other one wait for ever."""
+    shutil.copytree(molecules, tmp_path / "qm9")
+    dataset = loader(tmp_path / "qm9").dataset
+    next((tmp_path / "qm9" / "train").glob("*.mds")).unlink()
+    before = int(dataset._shard_states[0])
+    with pytest.raises(UserError, match=r"shard\.00000\.mds is missing"):
+        dataset.prepare_shard(0, blocking=ask == "reader")
+    assert int(dataset._shard_states[0]) == before
+    with pytest.raises(UserError, match=r"shard\.00000\.mds"):
+        dataset[0]
+
+
 def test_epochs_go_on_and_on(molecules):
     reader = loader(molecules)
     seen = [batch["index"] for batch, _ in zip(epochs(reader, molecules, "train", 32), range(60), strict=False)]
