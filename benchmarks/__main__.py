@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import attention, step
+from benchmarks import attention, engines, step
 
-PARTS = {"step": step.main, "attention": attention.main}
+PARTS = {"step": step.main, "attention": attention.main, "engines": engines.main}
 
 
 def main(names: list[str]) -> None:

@@ -15,8 +15,10 @@ from benchmarks.timing import interleave, show
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.model.dit import DiT
-from scmdm.parallel.engine import SingleEngine, resolve_device, resolve_precision
-from scmdm.training.optimizer import make_optimizer, set_lr
+from scmdm.model.weights import ModelSpec
+from scmdm.parallel.engine import resolve_device, resolve_precision
+from scmdm.training.optimizer import set_lr
+from scmdm.training.setup import build_engine
 from scmdm.training.step import train_step
 
 # name, model, vocabulary, length, batch
@@ -30,29 +32,33 @@ def main() -> None:
     """Print the ratios for each shape."""
     for name, model, vocab, length, batch in SHAPES:
         steps = {
-            "vanilla step (rate 0)": _step(model, vocab, length, batch, rate=0.0),
-            "adaptation step (rate 1)": _step(model, vocab, length, batch, rate=1.0),
+            "vanilla step (rate 0)": make_step(model, vocab, length, batch, rate=0.0),
+            "adaptation step (rate 1)": make_step(model, vocab, length, batch, rate=1.0),
             "head alone: loss with gradients": _head(model, vocab, length, batch, loss=True),
             "head alone: expected embedding": _head(model, vocab, length, batch, loss=False),
         }
         show(name, interleave(steps), "vanilla step (rate 0)")
 
 
-def _step(model: ModelConfig, vocab: int, length: int, batch: int, *, rate: float) -> Callable[[], object]:
+def make_step(
+    model: ModelConfig, vocab: int, length: int, batch: int, *, rate: float, engine: str = "single"
+) -> Callable[[], object]:
+    """One optimizer step on random tokens, as a function without arguments."""
     device = resolve_device("auto")
     config = RunConfig()
     config.train.micro_batch_size = config.train.global_batch_size = batch
     config.self_conditioning.rate = rate
-    torch.manual_seed(0)
     model_config = ModelConfig(**{**vars(model), "self_conditioned": rate > 0})
-    dit = DiT(model_config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear()).to(device).train()
-    engine = SingleEngine(dit, make_optimizer(dit, config.optimizer), device, resolve_precision("auto", device))
-    set_lr(engine.optimizer, 1.0)
+    config.engine, config.model = engine, model_config
+    spec = ModelSpec(model_config, config.diffusion, vocab, vocab - 1, length)
+    built = build_engine(config, spec, None, device, resolve_precision("auto", device))
+    built.model.train()
+    set_lr(built.optimizer, 1.0)
     tokens = torch.randint(0, vocab - 1, (batch, length), device=device)
     ids = torch.arange(batch, device=device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
     # The same step number every time: the same times and masks, hence the same work.
-    return functools.partial(train_step, engine, config, LogLinear(), vocab - 1, tokens, valid, ids, 0)
+    return functools.partial(train_step, built, config, LogLinear(), vocab - 1, tokens, valid, ids, 0)
 
 
 def _head(model: ModelConfig, vocab: int, length: int, batch: int, *, loss: bool) -> Callable[[], object]:
