@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, is_framed
 from scmdm.diffusion.sampler import Samples, sample
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
@@ -34,7 +34,8 @@ class Generated:
     """Samples in order, with what they cost."""
 
     tokens: Tensor  # (N, L) int64, on the CPU
-    texts: list[str]
+    texts: list[str]  # up to the first end mark
+    framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
     evaluations: int  # denoiser evaluations per sample
     seconds: float
 
@@ -49,8 +50,10 @@ def load(path: str | Path, *, weights: str = "ema", device: str = "auto") -> Loa
     return loaded
 
 
-def template_tokens(tokenizer: Tokenizer, length: int, prompt: str | None, infill: str | None) -> Tensor:
-    """One row (L,) with the given tokens in place and the mask id elsewhere."""
+def template_tokens(
+    tokenizer: Tokenizer, length: int, prompt: str | None, infill: str | None, *, bos_given: bool
+) -> Tensor:
+    """One row (L,) with the given tokens in place and the mask id elsewhere; `bos_given`: [BOS] is one of them."""
     row = torch.full((length,), tokenizer.mask_id)
     if infill is not None:
         pieces = infill.split(MASK_WORD)
@@ -59,8 +62,8 @@ def template_tokens(tokenizer: Tokenizer, length: int, prompt: str | None, infil
             given += [tokenizer.mask_id, *_encode(tokenizer, piece, "infill")]
         row[:] = tokenizer.pad_id
         given.append(tokenizer.eos_id)
-    elif prompt is not None:
-        given = [tokenizer.bos_id, *_encode(tokenizer, prompt, "prompt")]
+    elif prompt is not None or bos_given:
+        given = [tokenizer.bos_id, *_encode(tokenizer, prompt or "", "prompt")]
     else:
         return row
     if len(given) > length:
@@ -70,6 +73,12 @@ def template_tokens(tokenizer: Tokenizer, length: int, prompt: str | None, infil
         )
     row[: len(given)] = torch.tensor(given)
     return row
+
+
+def loaded_template(loaded: LoadedModel, length: int, prompt: str | None = None, infill: str | None = None) -> Tensor:
+    """`template_tokens` as the model's data set has it: what is known before anything is drawn."""
+    bos_given = loaded.manifest.bos_policy == "given"
+    return template_tokens(loaded.tokenizer, length, prompt, infill, bos_given=bos_given)
 
 
 def _encode(tokenizer: Tokenizer, text: str, key: str) -> list[int]:
@@ -97,7 +106,7 @@ def generate(
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
-    template = torch.full((spec.length,), spec.mask_id) if template_L is None else template_L
+    template = loaded_template(loaded, spec.length) if template_L is None else template_L
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     batches = torch.arange(num).split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
     per_batch = settings.steps if settings.kind == "ancestral" else int((template == spec.mask_id).sum())
@@ -123,8 +132,9 @@ def generate(
         drawn = list(pool.map(draw, batches))
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
     texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
+    framed = [is_framed(row, loaded.tokenizer) for row in tokens.tolist()]
     evaluations = max(part.evaluations for part in drawn)
-    return Generated(tokens, texts, evaluations, time.perf_counter() - started)
+    return Generated(tokens, texts, framed, evaluations, time.perf_counter() - started)
 
 
 def run_sampling(path: str, config: SampleConfig) -> Generated:
@@ -135,7 +145,7 @@ def run_sampling(path: str, config: SampleConfig) -> Generated:
         require_writable(Path(config.out))
     loaded = load(path, weights=config.weights, device=config.device)
     length = config.length or loaded.spec.length
-    template = template_tokens(loaded.tokenizer, length, config.prompt, config.infill)
+    template = loaded_template(loaded, length, config.prompt, config.infill)
     generated = generate(
         loaded,
         config.sampler,
@@ -152,8 +162,10 @@ def run_sampling(path: str, config: SampleConfig) -> Generated:
 
 
 def write_samples(path: Path, generated: Generated) -> None:
-    """One JSON object a line: `text`, `tokens`, `evaluations`."""
+    """One JSON object a line: `text`, `framed`, `tokens`, `evaluations`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = zip(generated.texts, generated.tokens.tolist(), strict=True)
-    lines = [json.dumps({"text": t, "tokens": k, "evaluations": generated.evaluations}) + "\n" for t, k in rows]
-    atomic_write_text(path, "".join(lines))
+    rows = [
+        {"text": text, "framed": framed, "tokens": tokens, "evaluations": generated.evaluations}
+        for text, framed, tokens in zip(generated.texts, generated.framed, generated.tokens.tolist(), strict=True)
+    ]
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

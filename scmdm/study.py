@@ -178,7 +178,7 @@ def _measure(
     drawn = generate(loaded, sampler, num=config.num, seed=task["sampling_seed"], progress=True)
     samples = Path("samples") / f"{task['name']}.jsonl"
     write_samples(out / samples, drawn)
-    metrics = evaluate_molecules(drawn.texts, reference).as_dict()
+    metrics = evaluate_molecules(drawn.texts, drawn.framed, reference).as_dict()
     valid = f"{metrics['num_valid']}/{config.num} valid"
     console.print(
         f"{task['name']:<24} {valid}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s", highlight=False

@@ -12,6 +12,7 @@ _CHOICES = {
     "source": ("qm9", "text"),
     "tokenizer": ("smiles", "characters", "sentencepiece"),
     "pad_policy": ("loss", "ignore"),
+    "bos_policy": ("given", "loss"),
 }
 
 
@@ -27,6 +28,7 @@ class PrepareConfig:
     vocab_size: int = 2048  # sentencepiece
     length: int = MISSING  # ids per sample, [BOS] and [EOS] included
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
+    bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     limit: int | None = None  # use only so many records

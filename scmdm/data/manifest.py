@@ -19,7 +19,7 @@ from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, sha256_file
 
 MANIFEST_FILE = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Manifest:
     length: int
     dtype: str  # of the stored ids
     pad_policy: str  # "loss": padding is a token like any other; "ignore": it is not in the likelihood
+    bos_policy: str  # "given": the beginning of every sample is known, never masked; "loss": a token like any other
     splits: dict[str, SplitInfo]
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
     counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason

@@ -69,7 +69,9 @@ def prepare(config: PrepareConfig) -> Manifest:
     for name, texts in corpus.splits.items():
         shown = track(texts, description=f"encoding {name}", console=console, disable=not console.is_terminal)
         sequences[name] = _encode(shown, tokenizer, config.length, source.whole_records, counts)
-    description = Description(source.name, config.length, config.pad_policy, described, dict(sorted(counts.items())))
+    description = Description(
+        source.name, config.length, config.pad_policy, config.bos_policy, described, dict(sorted(counts.items()))
+    )
     manifest = write_dataset(
         root, tokenizer, sequences, description, shard_bytes=config.shard_mb << 20, overwrite=config.overwrite
     )

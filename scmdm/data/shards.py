@@ -24,6 +24,7 @@ class Description:
     name: str
     length: int
     pad_policy: str
+    bos_policy: str
     source: dict[str, Any]
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -83,12 +84,14 @@ def _write_split(
     shard_bytes: int,
 ) -> SplitInfo:
     columns = {COLUMN: f"ndarray:{dtype}:{description.length}"}
-    valid = 0
+    not_padding = 0
     with MDSWriter(out=str(root / name), columns=columns, hashes=["sha1"], size_limit=shard_bytes) as writer:
         for row_L in _padded(sequences, tokenizer.pad_id, description.length, dtype):
-            valid += int((row_L != tokenizer.pad_id).sum())
+            not_padding += int((row_L != tokenizer.pad_id).sum())
             writer.write({COLUMN: row_L})
-    tokens = valid if description.pad_policy == "ignore" else len(sequences) * description.length
+    tokens = not_padding if description.pad_policy == "ignore" else len(sequences) * description.length
+    if description.bos_policy == "given":
+        tokens -= len(sequences)
     files = [
         FileInfo(f"{name}/{path.name}", path.stat().st_size, sha256_file(path))
         for path in sorted((root / name).iterdir())
@@ -118,6 +121,7 @@ def _manifest(
         length=description.length,
         dtype=dtype,
         pad_policy=description.pad_policy,
+        bos_policy=description.bos_policy,
         splits=splits,
         source=description.source,
         counts=description.counts,

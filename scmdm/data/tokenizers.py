@@ -172,6 +172,15 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return [i for i in ids if i not in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id)]
 
 
+def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether ids look as the data does: one beginning, first; at most one end; padding behind it and nowhere else."""
+    ids = list(ids)
+    end = ids.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in ids else len(ids)
+    text, rest = ids[1:end], ids[end:]
+    marks = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.mask_id)
+    return ids[:1] == [tokenizer.bos_id] and not any(i in marks for i in text) and set(rest) <= {tokenizer.pad_id}
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer file; UserError when it is missing or damaged."""
     try:

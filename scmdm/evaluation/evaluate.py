@@ -30,6 +30,8 @@ from scmdm.training.validation import validation_batches
 _SHOWN = {
     "molecules": (
         "validity",
+        "parsed",
+        "framed",
         "uniqueness_of_valid",
         "uniqueness_of_samples",
         "novelty_of_unique",
@@ -112,7 +114,7 @@ def _sample_quality(loaded: LoadedModel, root: Path, domain: str, config: Evalua
             progress=True,
         )
         if reference is not None:
-            metrics = evaluate_molecules(drawn.texts, reference).as_dict()
+            metrics = evaluate_molecules(drawn.texts, drawn.framed, reference).as_dict()
         else:
             metrics = _text_metrics(drawn, loaded, held_out, config)
         rows.append({"seed": seed, "evaluations": drawn.evaluations, "seconds": drawn.seconds, "metrics": metrics})

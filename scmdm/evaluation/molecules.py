@@ -42,10 +42,12 @@ _PROBLEMS = {
 
 @dataclass(frozen=True)
 class MoleculeMetrics:
-    """Counts and ratios over `num_samples` strings."""
+    """Counts and ratios over `num_samples` samples."""
 
     num_samples: int
-    num_valid: int
+    num_framed: int  # begin, end and padding are where the data has them
+    num_parsed: int  # the text before the first end mark is a molecule, whatever is behind it: the lenient count
+    num_valid: int  # framed and parsed
     num_unique: int  # distinct canonical forms among the valid
     num_novel: int  # of those, not in the training set
     property_distance: float | None  # mean over properties of the normalised Wasserstein distances
@@ -59,6 +61,8 @@ class MoleculeMetrics:
         return {
             **asdict(self),
             "validity": _ratio(self.num_valid, self.num_samples),
+            "parsed": _ratio(self.num_parsed, self.num_samples),
+            "framed": _ratio(self.num_framed, self.num_samples),
             "uniqueness_of_valid": _ratio(self.num_unique, self.num_valid),
             "uniqueness_of_samples": _ratio(self.num_unique, self.num_samples),
             "novelty_of_unique": _ratio(self.num_novel, self.num_unique),
@@ -89,10 +93,17 @@ def _parse(smiles: str) -> Chem.Mol | None:
     return molecule if molecule is not None and molecule.GetNumAtoms() else None
 
 
-def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeMetrics:
-    """All metrics of generated SMILES. Valid: RDKit parses and sanitises it and it is not empty."""
+def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: Reference) -> MoleculeMetrics:
+    """All metrics of generated SMILES.
+
+    Valid: RDKit parses and sanitises it, it is not empty, and the sample is `framed` as the data is. A fragment cut off
+    at a stray end mark is often a small molecule, so without the last condition a malformed sample may count.
+    """
     parsed = [_parse(text) for text in smiles]
-    molecules = [molecule for molecule in parsed if molecule is not None]
+    whole = [found if ok else None for found, ok in zip(parsed, framed, strict=True)]
+    molecules = [molecule for molecule in whole if molecule is not None]
+    unparsed = [text for text, ok, found in zip(smiles, framed, parsed, strict=True) if ok and found is None]
+    not_framed = len(smiles) - sum(framed)
     valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
     distances = {}
     if molecules:
@@ -102,6 +113,8 @@ def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeM
     fcd, fcd_note = _fcd(valid, reference.fcd_statistics)
     return MoleculeMetrics(
         num_samples=len(smiles),
+        num_framed=sum(framed),
+        num_parsed=sum(found is not None for found in parsed),
         num_valid=len(valid),
         num_unique=len(set(valid)),
         num_novel=len(set(valid) - reference.train),
@@ -109,7 +122,7 @@ def evaluate_molecules(smiles: Sequence[str], reference: Reference) -> MoleculeM
         property_distances=distances,
         fcd=fcd,
         fcd_note=fcd_note,
-        invalid_reasons=invalid_reasons([text for text, found in zip(smiles, parsed, strict=True) if found is None]),
+        invalid_reasons=({"framing": not_framed} if not_framed else {}) | invalid_reasons(unparsed),
     )
 
 

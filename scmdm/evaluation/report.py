@@ -30,6 +30,8 @@ METRICS: tuple[tuple[str, str, str, float, int], ...] = (
     ("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid", "lower", 1, 2),
     ("property_distance", "property distance, std", "lower", 1, 3),
 )
+# In the table only: valid if all behind the first end mark is ignored, however malformed.
+LENIENT = ("parsed", "parsed, % of samples", "higher", 100, 1)
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     study = _read_json(directory / "study.json")
     labels = {arm["name"]: arm["label"] for arm in study["arms"]}
     samples = [row for row in study["evaluations"] if row["kind"] == "samples"]
-    values = {metric: _intervals(samples, labels, metric) for metric, *_ in METRICS}
+    values = {metric: _intervals(samples, labels, metric) for metric, *_ in (*METRICS, LENIENT)}
     shown = [m for m in METRICS if any(values[m[0]].values())]
-    header, rows = _quality_table(values, shown, labels, samples)
+    header, rows = _quality_table(values, [*shown, LENIENT], labels, samples)
     cost_header, cost_rows = _cost_table(study["arms"], samples)
     summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, _statements(samples, study["arms"]))
     figures = out.parent
@@ -300,7 +302,8 @@ def _grid_steps(samples: Sequence[Json]) -> int:
 
 
 def _texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["text"] for row in rows if row["framed"]]
 
 
 def run_report(directory: Path, out: Path) -> Path:

@@ -23,9 +23,11 @@ _BATCH = 256
 
 
 def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, valid positions (all of them, or without padding) and sample ids of a loader's batch."""
+    """Tokens, valid positions (they may be masked, and count in the likelihood) and sample ids of a loader's batch."""
     tokens = batch["tokens"].to(device, non_blocking=True)
     valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
+    if manifest.bos_policy == "given":
+        valid[:, 0] = False
     return tokens, valid, batch["index"].to(device, non_blocking=True)
 
 

@@ -11,7 +11,7 @@ import yaml
 
 import scmdm
 from scmdm.cli import main
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import SymbolTokenizer, is_framed
 from scmdm.errors import UserError
 from scmdm.sampling import template_tokens
 from tests.conftest import ADAPTED, ROOT, TINY
@@ -68,13 +68,16 @@ def test_sampling_is_reproducible_and_batch_free(base, tmp_path):
     first, second, third = (rows(path) for path in outs)
     assert first == second != third
     assert len(first) == 10 and all(row["evaluations"] == 6 for row in first)
+    manifest = scmdm.load(base).manifest
+    assert manifest.bos_policy == "given" and all(row["tokens"][0] == manifest.bos_id for row in first)
+    assert all(row["framed"] == is_framed(row["tokens"], scmdm.load(base).tokenizer) for row in first)
 
 
 def test_samples_go_to_the_terminal(base, capsys):
     assert main(["sample", str(base), "num=3", "sampler.kind=first_hitting"]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "24 denoiser evaluations each" in captured.err
+    assert "23 denoiser evaluations each" in captured.err, "the beginning is given, 23 of 24 are drawn"
 
 
 def test_prompt_and_infill(base, tmp_path):
@@ -92,13 +95,18 @@ def test_templates():
     t = SymbolTokenizer("smiles", ["C", "N", "O"])
     c, n, _ = t.encode("CNO")
     m = t.mask_id
-    assert template_tokens(t, 5, None, None).tolist() == [m] * 5
-    assert template_tokens(t, 5, "CN", None).tolist() == [t.bos_id, c, n, m, m]
-    assert template_tokens(t, 6, None, "[MASK]N").tolist() == [t.bos_id, m, n, t.eos_id, t.pad_id, t.pad_id]
+    assert template_tokens(t, 5, None, None, bos_given=False).tolist() == [m] * 5
+    assert template_tokens(t, 5, None, None, bos_given=True).tolist() == [t.bos_id, m, m, m, m]
+    for bos_given in (False, True):
+        prompted, infilled = (
+            template_tokens(t, 6, *texts, bos_given=bos_given) for texts in (("CN", None), (None, "[MASK]N"))
+        )
+        assert prompted.tolist() == [t.bos_id, c, n, m, m, m]
+        assert infilled.tolist() == [t.bos_id, m, n, t.eos_id, t.pad_id, t.pad_id]
     with pytest.raises(UserError, match="prompt has 6 tokens"):
-        template_tokens(t, 5, "CCCCC", None)
+        template_tokens(t, 5, "CCCCC", None, bos_given=True)
     with pytest.raises(UserError, match=r"prompt='CX'.*'X'"):
-        template_tokens(t, 5, "CX", None)
+        template_tokens(t, 5, "CX", None, bos_given=True)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_reading_a_damaged_split_names_it(molecules, tmp_path):
 def test_rows_of_a_split_over_several_shards(tmp_path):
     tokenizer = SymbolTokenizer("characters", "abcdefgh")
     texts = {name: [[4 + (i * k) % 8 for k in range(6)] for i in range(500)] for name in ("train", "validation")}
-    write_dataset(tmp_path / "data", tokenizer, texts, Description("x", 8, "loss", {}), shard_bytes=2000)
+    write_dataset(tmp_path / "data", tokenizer, texts, Description("x", 8, "loss", "given", {}), shard_bytes=2000)
     whole = read_split(tmp_path / "data", "train")
     assert len(list((tmp_path / "data/train").glob("*.mds"))) > 2 and whole[:, :6].tolist() == texts["train"]
     rows = [0, 3, 250, 251, 499]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rdkit import Chem
 
 from scmdm.cli import main
@@ -13,6 +14,7 @@ from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.prepare import SPLITS, split_of
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.training.validation import validation_batches
 from tests.conftest import prepare_qm9
 
 
@@ -44,7 +46,20 @@ def test_molecules_are_canonical_disjoint_and_framed(molecules):
     assert ids_NL.dtype == np.uint16 and ids_NL.shape[1] == 24
     assert (ids_NL[:, 0] == manifest.bos_id).all()
     assert ((ids_NL == manifest.eos_id).sum(1) == 1).all() and not (ids_NL == manifest.mask_id).any()
-    assert manifest.splits["train"].tokens == ids_NL.size, "padding counts in the molecule protocol"
+    assert manifest.splits["train"].tokens == ids_NL.size - len(ids_NL), "padding counts, the given beginning does not"
+
+
+@pytest.mark.parametrize("pad_policy", ["loss", "ignore"])
+@pytest.mark.parametrize("bos_policy", ["given", "loss"])
+def test_valid_positions_are_what_the_manifest_counts(tmp_path, pad_policy, bos_policy):
+    assert prepare_qm9(tmp_path / "a", "limit=100", f"pad_policy={pad_policy}", f"bos_policy={bos_policy}") == 0
+    manifest = Manifest.read(tmp_path / "a")
+    samples = manifest.splits["train"].samples
+    cpu = torch.device("cpu")
+    tokens, valid, _ = next(validation_batches(tmp_path / "a", "train", manifest, cpu, samples))
+    assert valid.sum() == manifest.splits["train"].tokens
+    assert bool(valid[:, 0].any()) == (bos_policy == "loss")
+    assert bool(valid[tokens == manifest.pad_id].any()) == (pad_policy == "loss")
 
 
 def test_two_preparations_are_byte_identical(molecules, tmp_path):
@@ -178,7 +193,7 @@ def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
     assert sum(first_passage in text for text in texts.values()) == 1
     assert sum(map(len, texts.values())) >= 0.99 * len(source)
     ids_NL = read_split(out, "train")
-    assert manifest.splits["train"].tokens == (ids_NL != manifest.pad_id).sum()
+    assert manifest.splits["train"].tokens == (ids_NL != manifest.pad_id).sum() - len(ids_NL)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from scmdm.data.tokenizers import (
     SentencePieceTokenizer,
     SymbolTokenizer,
     UnknownSymbol,
+    is_framed,
     load_tokenizer,
     split_symbols,
 )
@@ -98,3 +99,25 @@ def test_sentencepiece_training_is_deterministic_and_says_what_does_not_fit(piec
     assert SentencePieceTokenizer.fit(CORPUS, 300)._model == pieces._model
     with pytest.raises(UserError, match="vocab_size=30000 does not fit"):
         SentencePieceTokenizer.fit(CORPUS, 30000)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "framed"),
+    [
+        ("^CC$__", True),
+        ("^CCCC$", True),
+        ("^CCCCC", True),  # cut: a chunk of a longer text
+        ("CCC$__", False),
+        ("^CC$_C", False),
+        ("^CC$C_", False),
+        ("^C_C$_", False),
+        ("^CC$$_", False),
+        ("^C^C$_", False),
+        ("^CC__$", False),
+        ("^C?$__", False),
+        ("______", False),
+    ],
+)
+def test_framing(pieces, framed):
+    tokenizer = SymbolTokenizer("smiles", ["C"])
+    assert is_framed(["_^$?C".index(piece) for piece in pieces], tokenizer) is framed

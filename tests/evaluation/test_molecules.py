@@ -17,10 +17,14 @@ TRAIN = ["CCO", "c1ccccc1", "CC(C)C"]
 HELD_OUT = ["CCN", "CCCO", "c1ccncc1", "CC=O", "C#N"]
 
 
+def evaluate(smiles, reference):
+    return evaluate_molecules(smiles, [True] * len(smiles), reference)
+
+
 def test_counts_and_both_denominators():
     """Nine samples: ethanol and benzene in two spellings each, pyridine, methane, and three that are invalid."""
     samples = ["OCC", "CCO", "C1=CC=CC=C1", "c1ccccc1", "c1ccncc1", "C", "CC(C)(C)(C)C", "C1CC", ""]
-    metrics = evaluate_molecules(samples, Reference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
+    metrics = evaluate(samples, Reference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
     assert (metrics["num_samples"], metrics["num_valid"], metrics["num_unique"], metrics["num_novel"]) == (9, 6, 4, 2)
     assert metrics["validity"] == pytest.approx(6 / 9)
     assert metrics["uniqueness_of_valid"] == pytest.approx(4 / 6)
@@ -31,8 +35,16 @@ def test_counts_and_both_denominators():
     assert metrics["fcd"] is None
 
 
+def test_malformed_samples_are_not_valid_whatever_their_fragment_is():
+    """Ethanol whole, ethanol as a fragment of something longer, an invalid fragment, an invalid whole."""
+    samples, framed = ["CCO", "CCO", "C1C", "C(("], [True, False, False, True]
+    metrics = evaluate_molecules(samples, framed, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    assert (metrics.num_framed, metrics.num_parsed, metrics.num_valid) == (2, 2, 1)
+    assert metrics.invalid_reasons == {"framing": 2, "parentheses": 1}
+
+
 def test_nothing_valid():
-    metrics = evaluate_molecules(["(", "CC(C)(C)(C)C"], Reference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
+    metrics = evaluate(["(", "CC(C)(C)(C)C"], Reference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
     assert metrics["num_valid"] == 0 and metrics["uniqueness_of_valid"] == 0.0
     assert metrics["property_distance"] is None and metrics["fcd"] is None
 
@@ -48,7 +60,7 @@ def test_property_distance_by_hand():
     found = properties(["CCO", "C"])
     assert found["heavy atoms"].tolist() == [3, 1]
     assert found["molecular weight"] == pytest.approx([46.07, 16.04], abs=0.01)
-    same = evaluate_molecules(HELD_OUT, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    same = evaluate(HELD_OUT, Reference.make(TRAIN, HELD_OUT, fcd=False))
     assert same.property_distance == pytest.approx(0.0, abs=1e-12)
 
 
@@ -58,11 +70,11 @@ def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
     alkanes = ["C" * n for n in range(1, 31)] + ["C" * n + "O" for n in range(1, 31)]
     aromatics = ["c1ccccc1" + "C" * n for n in range(30)] + ["c1ccncc1" + "C" * n for n in range(30)]
     reference = Reference.make(TRAIN, alkanes, fcd=True)
-    assert evaluate_molecules(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
-    assert evaluate_molecules(aromatics, reference).fcd > 5
+    assert evaluate(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
+    assert evaluate(aromatics, reference).fcd > 5
     # Neither invalid strings in between nor more valid molecules behind change it.
-    assert evaluate_molecules(["C(", *alkanes, *aromatics], reference).fcd == pytest.approx(0.0, abs=1e-2)
-    few = evaluate_molecules(alkanes[:59], reference)
+    assert evaluate(["C(", *alkanes, *aromatics], reference).fcd == pytest.approx(0.0, abs=1e-2)
+    few = evaluate(alkanes[:59], reference)
     assert few.fcd is None and few.fcd_note == "59 valid molecules, fewer than 60"
 
 

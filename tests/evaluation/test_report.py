@@ -37,6 +37,7 @@ def metrics_row(validity):
     valid = round(1024 * validity)
     ratios = {
         "validity": validity,
+        "parsed": validity + 0.02,
         "uniqueness_of_samples": 0.9 * validity,
         "novelty_of_samples": 0.5 * validity,
         "novelty_of_unique": 0.6,

@@ -114,6 +114,18 @@ def test_attention_is_bidirectional_and_knows_positions():
     assert not torch.allclose(hidden[0], hidden[1], atol=1e-4)
 
 
+def test_positions_need_one_token_that_differs():
+    """Rotary attention over equal tokens is the same everywhere: an all-mask state has no positions, and one given
+    token (the beginning) gives it all of them. That is why `bos_policy=given` is the default."""
+    model, t = trained_base(), torch.ones(1).double()
+    blind = torch.full((1, 16), MASK)
+    seeing = blind.clone()
+    seeing[0, 0] = 3
+    hidden, seen = model.hidden(blind, t, None)[0], model.hidden(seeing, t, None)[0]
+    assert torch.allclose(hidden, hidden[:1].expand_as(hidden), atol=1e-5)
+    assert torch.pdist(seen).min() > 1e-4
+
+
 def test_time_conditioning_is_a_setting():
     z = torch.randint(0, VOCAB, (2, 16))
     early, late = torch.full((2,), 0.9).double(), torch.full((2,), 0.1).double()
