@@ -22,6 +22,7 @@ CHOICES = {
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
     "self_conditioning.estimate_from": ("same_state", "noisier_state"),
     "schedule.kind": ("constant", "cosine", "linear"),
+    "train.on_save_error": ("stop", "continue"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
 
@@ -104,6 +105,11 @@ class TrainConfig:
     validation_samples: int = 1024  # spread evenly over the validation split
     checkpoint_every: int = 500
     keep_last: int = 2  # checkpoints kept
+    keep_every: int = 0  # keep those of every so many steps, too (0: none)
+    keep_best: bool = False  # keep that of the lowest validation NELBO, too
+    async_checkpoint: bool = True  # write checkpoints beside the training; the last one is waited for
+    profile_step: int = 0  # write a torch profiler trace of three steps from this one on into run_dir/profile (0: none)
+    on_save_error: str = "stop"  # stop | continue, with the checkpoints saved before
 
 
 @dataclass
@@ -207,6 +213,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("train.validation_samples", 1, 2**31),
     ("train.checkpoint_every", 1, 2**31),
     ("train.keep_last", 1, 2**31),
+    ("train.keep_every", 0, 2**31),
+    ("train.profile_step", 0, 2**40),
 )
 
 

@@ -26,15 +26,16 @@ from scmdm.errors import UserError
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors (plain or DTensor) into `directory`; every rank of the process group calls this together.
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors (plain or DTensor) into `directory`; every rank of `group` (None: all) calls this together.
 
     Raises OSError when a rank cannot write.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     try:
         with _no_warnings():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            alone = not dist.is_initialized()
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
     except CheckpointException as error:
         raise _cause(error) from error
 

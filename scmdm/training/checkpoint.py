@@ -1,16 +1,13 @@
 """Checkpoints that are complete or absent, verified by hash, with the newest good one found by itself.
 
 A checkpoint is a model directory (`scmdm.model.weights`) plus the optimizer and `state.json`; `checkpoint.json`,
-written last, lists every file with size and SHA-256. It is made under a temporary name, flushed and renamed; then the
-pointer `latest` moves; then old checkpoints go.
+written last, lists every file with size and SHA-256. How one is made: `scmdm.training.saver`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -22,25 +19,22 @@ from torch import Tensor
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory, atomic_write_text, sha256_file
-from scmdm.model.tensors import read_tensors, write_tensors
+from scmdm.model.tensors import read_tensors
 from scmdm.model.weights import (
     EMA_PREFIX,
     MODEL_FILE,
     TENSORS,
     WEIGHTS_FILE,
     WEIGHTS_PREFIX,
-    ModelSpec,
     weights_of,
-    write_model_files,
     write_weights,
 )
 from scmdm.parallel.engine import Engine
-from scmdm.parallel.processes import barrier, broadcast
 from scmdm.training.ema import Ema
 
 logger = logging.getLogger("scmdm")
 SEAL, STATE_FILE, POINTER = "checkpoint.json", "state.json", "latest"
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_\d{8,}")
 
 
 @dataclass
@@ -58,52 +52,24 @@ class TrainState:
     data_fingerprint: str = ""
     base_sha256: str | None = None  # of the weights that an adaptation started from
     wandb_id: str | None = None
+    best_nelbo: float | None = None  # of the validations at a checkpoint: conditioned, if the model is
+    best_step: int | None = None
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints in `directory`, oldest first; temporary ones are not among them."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def save_checkpoint(
-    directory: Path,
-    engine: Engine,
-    ema: Ema | None,
-    state: TrainState,
-    spec: ModelSpec,
-    manifest: Manifest,
-    tokenizer_file: Path,
-    config_yaml: str,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint, move the pointer, remove those beyond the last `keep_last`.
-
-    Raises UserError when the disk is full or not writable; everything saved before is then untouched.
-    """
-    final, main = directory / checkpoint_name(state.step), engine.rank == 0
-    # A checkpoint of that name can only be one that did not verify.
-    with atomic_directory(final, replace=True) if main else contextlib.nullcontext() as staging:
-        # One directory for all ranks: they write into what rank 0 has made.
-        temporary = broadcast(staging)
-        assert temporary is not None
-        write_tensors(temporary / TENSORS, named_tensors(engine, ema))
-        if main:
-            write_model_files(temporary, spec, manifest, tokenizer_file)
-            atomic_write_text(temporary / STATE_FILE, json.dumps(vars(state), indent=2) + "\n")
-            atomic_write_text(temporary / "config.yaml", config_yaml)
-            seal(temporary)
-    if main:
-        atomic_write_text(directory / POINTER, final.name + "\n")
-        _retire(directory, final, keep_last)
-    barrier()
-    return final
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
@@ -123,17 +89,6 @@ def seal(directory: Path) -> None:
 
 def _seal_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _retire(directory: Path, newest: Path, keep_last: int) -> None:
-    """Remove all but the last `keep_last` up to `newest`, and those after it: the resume skipped them as damaged."""
-    found = list_checkpoints(directory)
-    at = found.index(newest)
-    for path in [*found[: at + 1][:-keep_last], *found[at + 1 :]]:
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -18,6 +18,7 @@ from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.errors import UserError
 from scmdm.parallel.engine import Engine
+from scmdm.training.telemetry import Clock, TimedDenoiser
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,19 @@ def train_step(
     valid_BL: Tensor,
     ids_B: Tensor,
     step: int,
+    clock: Clock | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
     The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
     neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
-    finite; the weights are then untouched.
+    finite; the weights are then untouched. `clock` learns where the time went.
     """
-    tokens = engine.sum(valid_BL.sum())
-    t_B = _local_times(engine, config, ids_B, step)
+    clock = clock or Clock(engine.device)
+    with clock.part("sync"):
+        tokens = engine.sum(valid_BL.sum())
+        t_B = _local_times(engine, config, ids_B, step)
+    denoiser = TimedDenoiser(engine.denoiser, clock)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(tokens_BL), size):
@@ -53,20 +58,22 @@ def train_step(
         batch = _noise(config, schedule, mask_id, tokens_BL[rows], valid_BL[rows], t_B[rows], ids_B[rows], step)
         with engine.compute():
             output = self_conditioned_nelbo(
-                engine.denoiser,
+                denoiser,
                 batch,
                 schedule,
                 condition=config.self_conditioning.rate > 0,
                 passes=config.self_conditioning.passes,
                 estimate_dropout=config.self_conditioning.estimate_dropout,
             )
-        engine.backward(output.loss / tokens, last=start + size >= len(tokens_BL))
+        with clock.part("backward"):
+            engine.backward(output.loss / tokens, last=start + size >= len(tokens_BL))
         total += output.loss.detach()
         passes = output.passes
-    loss = float(engine.sum(total) / tokens)
-    grad_norm = engine.clip_grad_norm(config.optimizer.clip)
-    _require_finite(loss, grad_norm, step, ids_B)
-    engine.step()
+    with clock.part("optimizer"):
+        loss = float(engine.sum(total) / tokens)
+        grad_norm = engine.clip_grad_norm(config.optimizer.clip)
+        _require_finite(loss, grad_norm, step, ids_B)
+        engine.step()
     return StepResult(loss, grad_norm, int(tokens), passes * len(ids_B) * engine.world_size)
 
 

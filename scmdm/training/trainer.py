@@ -24,6 +24,7 @@ from scmdm.environment import describe_environment
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
 from scmdm.model.dit import count_parameters
+from scmdm.model.flops import peak_flops, step_flops
 from scmdm.model.weights import LoadedModel, ModelSpec
 from scmdm.parallel.engine import Engine, check_hardware
 from scmdm.parallel.processes import World, barrier, broadcast, current_world, largest, process_group
@@ -32,14 +33,15 @@ from scmdm.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
-    save_checkpoint,
     sha256_of_model,
 )
 from scmdm.training.ema import Ema
 from scmdm.training.metrics import MetricsFile, StepDisplay, Tracker, format_duration, log_to, logger, start_wandb
 from scmdm.training.optimizer import lr_factor, set_lr
+from scmdm.training.saver import Saver, snapshot
 from scmdm.training.setup import build_engine, build_spec, check_same_run, resolve_config, resolve_engine
 from scmdm.training.step import StepResult, train_step
+from scmdm.training.telemetry import Clock, Hardware, Profiler, Window, peak_memory_gib, step_parts
 from scmdm.training.validation import to_device, validation_nelbo
 
 REQUEUE_EXIT = 85  # stopped by a signal after saving: start the same command again to go on
@@ -76,6 +78,13 @@ class Run:
     engine: Engine
     ema: Ema | None
     state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def hardware(self) -> Hardware:
+        """What utilisation is measured against."""
+        passes = self.config.self_conditioning.passes if self.config.self_conditioning.rate > 0 else 0
+        flops = step_flops(self.spec.model, self.spec.vocab_size, self.spec.length, self.spec.schedule, passes=passes)
+        return Hardware(flops, peak_flops(self.engine.device), self.engine.world_size)
 
     @property
     def checkpoints(self) -> Path:
@@ -129,43 +138,53 @@ def _train(
             tracker = start_wandb(config.wandb, directory, asdict(config), run.state.wandb_id)
             run.state.wandb_id = tracker.id if tracker else run.state.wandb_id
         metrics = MetricsFile(directory / "metrics.jsonl" if world.is_main else None, run.state.step)
+        saver = Saver(run.checkpoints, engine, config.train)
         try:
             with StepDisplay(console, config.train.steps, run.state.step) as display, StopRequest() as stop:
-                _loop(run, metrics, tracker, display, stop)
+                _loop(run, saver, metrics, tracker, display, stop)
         finally:
+            saver.abandon()
             metrics.close()
             if tracker is not None:
                 tracker.finish()
     return directory
 
 
-def _loop(run: Run, metrics: MetricsFile, tracker: Tracker | None, display: StepDisplay, stop: StopRequest) -> None:
+def _loop(
+    run: Run, saver: Saver, metrics: MetricsFile, tracker: Tracker | None, display: StepDisplay, stop: StopRequest
+) -> None:
     config, state, train = run.config, run.state, run.config.train
-    batches = _batches(run)
-    window_start, window_tokens = time.perf_counter(), 0
+    batches, clock, window = _batches(run), Clock(run.engine.device), Window()
+    profiler = Profiler(run.directory, train.profile_step, run.engine.rank)
     while state.step < train.steps:
+        profiler.before(state.step + 1)
         started = time.perf_counter()
         lr = set_lr(run.engine.optimizer, lr_factor(state.step, train.steps, config.schedule))
-        tokens, valid, ids = next(batches)
+        with clock.part("data"):
+            batch = next(batches)
         run.engine.model.train()
-        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, tokens, valid, ids, state.step)
+        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, *batch, state.step, clock)
         if run.ema is not None:
-            run.ema.update(run.engine)
+            with clock.part("optimizer"):
+                run.ema.update(run.engine)
         _account(state, result, time.perf_counter() - started)
-        window_tokens += result.tokens
+        window.add(result.tokens)
         display.advance(result.loss, result.tokens / (time.perf_counter() - started))
+        if (trace := profiler.after(state.step)) is not None:
+            logger.info("wrote %s", trace)
         last = state.step == train.steps
         if state.step % train.log_every == 0 or last:
-            speed = window_tokens / (time.perf_counter() - window_start)
-            _log_step(run, metrics, tracker, result, lr, speed)
-            window_start, window_tokens = time.perf_counter(), 0
+            _log_step(run, metrics, tracker, result, lr, window, clock)
+            window = Window()
+        validated = None
         if train.validate_every and (state.step % train.validate_every == 0 or last):
-            _log_validation(run, metrics, tracker)
-            window_start, window_tokens = time.perf_counter(), 0
+            with window.paused():
+                validated = _log_validation(run, metrics, tracker)
         # Every rank must see the same answer at the same step, whichever of them got the signal.
         stopped_by = largest(stop.signal or 0)
         if state.step % train.checkpoint_every == 0 or last or stopped_by:
-            _save(run)
+            with clock.part("checkpoint"):
+                _save(run, saver, validated, wait=bool(last or stopped_by))
         if stopped_by:
             logger.info(
                 "stopped by %s at step %d; the same command goes on", signal.Signals(stopped_by).name, state.step
@@ -203,11 +222,19 @@ def _account(state: TrainState, result: StepResult, seconds: float) -> None:
 
 
 def _log_step(
-    run: Run, metrics: MetricsFile, tracker: Tracker | None, result: StepResult, lr: float, speed: float
+    run: Run,
+    metrics: MetricsFile,
+    tracker: Tracker | None,
+    result: StepResult,
+    lr: float,
+    window: Window,
+    clock: Clock,
 ) -> None:
-    state, steps = run.state, run.config.train.steps
+    state, train = run.state, run.config.train
     loss = state.loss_sum / state.loss_count
     state.loss_sum, state.loss_count = 0.0, 0
+    seconds = window.seconds()
+    speed = window.tokens / seconds
     row = {
         "kind": "train",
         "step": state.step,
@@ -218,15 +245,20 @@ def _log_step(
         "evaluations": state.evaluations,
         "tokens_per_s": speed,
         "seconds": state.seconds,
+        **step_parts(clock.read(), window.steps),
+        **run.hardware.utilisation(window.steps * train.global_batch_size / seconds),
+        "peak_memory_gib": peak_memory_gib(run.engine.device),
     }
     metrics.write(row)
     if tracker is not None:
-        tracker.log({f"train/{k}": v for k, v in row.items() if k not in ("kind", "step")}, step=state.step)
-    left = format_duration((steps - state.step) * result.tokens / speed)
-    logger.info("step %d/%d loss %.4f lr %.2e %.0f tokens/s left %s", state.step, steps, loss, lr, speed, left)
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        tracker.log({f"train/{k}": v for k, v in numbers.items()}, step=state.step)
+    left = format_duration((train.steps - state.step) * result.tokens / speed)
+    logger.info("step %d/%d loss %.4f lr %.2e %.0f tokens/s left %s", state.step, train.steps, loss, lr, speed, left)
 
 
-def _log_validation(run: Run, metrics: MetricsFile, tracker: Tracker | None) -> None:
+def _log_validation(run: Run, metrics: MetricsFile, tracker: Tracker | None) -> float:
+    """Measure and log the NELBO; returns the one that the model is meant for."""
     with run.ema.applied(run.engine) if run.ema is not None else contextlib.nullcontext():
         null = validation_nelbo(run.engine, run.config, run.spec, run.manifest, condition=False)
         conditioned = None
@@ -248,23 +280,20 @@ def _log_validation(run: Run, metrics: MetricsFile, tracker: Tracker | None) -> 
         tracker.log({f"validation/{k}": v for k, v in numbers.items()}, step=run.state.step)
     text = f"conditioned {conditioned.mean:.4f}" if conditioned else "vanilla"
     logger.info("step %d validation NELBO null %.4f +- %.4f %s", run.state.step, null.mean, null.stderr, text)
+    return (conditioned or null).mean
 
 
-def _save(run: Run) -> None:
-    run.state.ema_updates = run.ema.updates if run.ema is not None else 0
-    run.spec.step, run.spec.tokens = run.state.step, run.state.tokens
-    save_checkpoint(
-        run.checkpoints,
-        run.engine,
-        run.ema,
-        run.state,
-        run.spec,
-        run.manifest,
-        run.data / run.manifest.tokenizer.file,
-        to_yaml(run.config),
-        run.config.train.keep_last,
-    )
-    logger.info("saved %s", run.checkpoints / f"step_{run.state.step:08d}")
+def _save(run: Run, saver: Saver, validated: float | None, *, wait: bool) -> None:
+    """Save this step; `validated` is its validation NELBO if there was one."""
+    state, config = run.state, run.config
+    state.ema_updates = run.ema.updates if run.ema is not None else 0
+    if validated is not None and (state.best_nelbo is None or validated < state.best_nelbo):
+        state.best_nelbo, state.best_step = validated, state.step
+    run.spec.step, run.spec.tokens = state.step, state.tokens
+    tokenizer = run.data / run.manifest.tokenizer.file
+    copy = config.train.async_checkpoint and not wait
+    taken = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, to_yaml(config), copy=copy)
+    saver.save(taken, wait=wait)
 
 
 def _resume(run: Run, base_sha256: str | None) -> None:

@@ -1,0 +1,67 @@
+"""Floating-point operations of a training step, counted from its matrix products (2 per multiply-add).
+
+Element-wise work, norms, the time condition (one row per sequence) and the conditioner's non-linearity are left out, as
+is usual for model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.schedule import Schedule
+
+# Dense bfloat16 products a second, as vendors state them; the first name that a device's contains counts.
+PEAK_FLOPS: dict[str, float] = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations per sequence of a step."""
+
+    loss_pass: float  # forward and backward of the pass that carries the loss
+    estimate_passes: float  # all no-grad passes
+
+    @property
+    def total(self) -> float:
+        return self.loss_pass + self.estimate_passes
+
+
+def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Schedule, *, passes: int) -> StepFlops:
+    """Of a sequence of `length` tokens; `passes` is the number of no-grad passes (0: vanilla).
+
+    The backward pass counts twice the forward pass; the head counts where tokens are masked, on average over time.
+    """
+    width, masked = config.width, length * _mean_masked(schedule)
+    conditioner = 2.0 * width * width * length if config.self_conditioned else 0.0
+    products = 2.0 * (4 + 2 * config.mlp_ratio) * width * width * length
+    attention = 4.0 * length * length * width
+    trunk = config.layers * (products + attention)
+    logits = 2.0 * masked * width * vocab_size
+    first = trunk + 2 * logits  # logits, then the expected embedding; its input is the null estimate
+    later = first + conditioner
+    estimate = first + (passes - 1) * later if passes else 0.0
+    return StepFlops(3 * (trunk + conditioner + logits), estimate)
+
+
+def _mean_masked(schedule: Schedule) -> float:
+    return float((1 - schedule.alpha(torch.linspace(0, 1, 1001, dtype=torch.float64))).mean())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the device can do at most, or None for one that we have no figure of (all CPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
