@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Else it compiles, with whatever compiler there is, a collective for inference on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that it still uses
     return deepspeed
 
 

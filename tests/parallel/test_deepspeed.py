@@ -1,6 +1,5 @@
 """ZeRO computes what the other engines compute, and reads and writes their checkpoints."""
 
-import dataclasses
 import importlib.util
 
 import pytest
@@ -60,10 +59,8 @@ def test_impossible_combinations_are_named(overrides, message):
 
 @installed
 def test_a_batch_that_the_ranks_cannot_share_is_named():
-    config = dataclasses.replace(config_of())
-    config.train.micro_batch_size = 64
     with pytest.raises(UserError, match="a multiple of 2 x"):
-        resolve_engine(config, TWO)
+        resolve_engine(config_of("train.micro_batch_size=64"), TWO)
 
 
 def test_without_deepspeed_the_message_says_how_to_install_it(monkeypatch):
