@@ -15,7 +15,7 @@ from scmdm.errors import UserError
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
-    "engine": ("auto", "single", "fsdp2"),
+    "engine": ("auto", "single", "fsdp2", "deepspeed"),
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.head_precision": ("float32", "compute"),
@@ -121,6 +121,14 @@ class FsdpConfig:
 
 
 @dataclass
+class DeepspeedConfig:
+    """Of engine=deepspeed."""
+
+    stage: int = 2  # of ZeRO. 1: shards the optimizer's state | 2: gradients, too | 3: weights, too
+    whole_below: int = 100_000  # stage 3: parameters with fewer elements stay whole on every rank
+
+
+@dataclass
 class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
     project: str = "scmdm"
@@ -136,7 +144,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 where the hardware has it
-    engine: str = "auto"  # auto (fsdp2 under torchrun, else single) | single | fsdp2
+    engine: str = "auto"  # auto (fsdp2 under torchrun, else single) | single | fsdp2 | deepspeed
     threads: int = 0  # CPU threads; 0: all cores
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -147,6 +155,7 @@ class RunConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self) -> None:
@@ -175,6 +184,15 @@ class RunConfig:
         _require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
         flash_ok = not (model.attention == "flash" and self.device == "cpu")
         _require(flash_ok, "model.attention", "flash", "auto or sdpa when device=cpu: flash-attn needs a GPU")
+        if self.engine == "deepspeed":
+            self._validate_deepspeed()
+
+    def _validate_deepspeed(self) -> None:
+        for key, default in vars(FsdpConfig()).items():
+            value = getattr(self.fsdp, key)
+            _require(value == default, f"fsdp.{key}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
+        reason = "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2"
+        _require(not (self.model.compile and self.deepspeed.stage == 3), "model.compile", True, reason)
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -205,6 +223,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("schedule.final_ratio", 0, 1),
     ("ema.decay", 0, 0.9999999),
     ("fsdp.replicate", 1, 2**20),
+    ("deepspeed.stage", 1, 3),
+    ("deepspeed.whole_below", 0, 2**31),
     ("train.steps", 1, 2**40),
     ("train.global_batch_size", 1, 2**30),
     ("train.micro_batch_size", 1, 2**30),

@@ -226,5 +226,6 @@ class DiT(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, of the whole model also where an engine has sharded it."""
+    # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

@@ -12,6 +12,7 @@ import shutil
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
@@ -73,6 +74,15 @@ class Engine(Protocol):
         """Tell the optimizer how many updates it has made, after its moments were loaded."""
         ...
 
+    def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint keeps of `parameters`, their averages or moments: tensors of the parameters' shapes, whole
+        or DTensor. All ranks call this together."""
+        ...
+
+    def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Bring `values` up to date with the result of `pack`, after a checkpoint was read into that."""
+        ...
+
 
 class SingleEngine:
     """One process, one device."""
@@ -124,6 +134,30 @@ class SingleEngine:
     def set_optimizer_step(self, step: int) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
+
+    def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return values
+
+    def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Nothing: they are the same tensors."""
+
+
+class ParallelEngine(SingleEngine):
+    """What engines of several processes have in common."""
+
+    def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(model, optimizer, device, dtype)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def sum(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

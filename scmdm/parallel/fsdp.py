@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from scmdm.config.schema import FsdpConfig
 from scmdm.model.dit import DiT
-from scmdm.parallel.engine import SingleEngine
+from scmdm.parallel.engine import ParallelEngine
 
 ENTRY_POINTS = ("estimate", "weighted_nll")
 
@@ -53,7 +53,7 @@ def shard(model: DiT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         register_fsdp_forward_method(model, name)
 
 
-class FsdpEngine(SingleEngine):
+class FsdpEngine(ParallelEngine):
     """One rank of a sharded model."""
 
     def __init__(
@@ -66,19 +66,8 @@ class FsdpEngine(SingleEngine):
     ) -> None:
         super().__init__(model, optimizer, device, dtype)
         assert isinstance(model, FSDPModule)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sharded: FSDPModule = model
         self.denoiser = _TwoPassDenoiser(model, config.reshard_after_estimate)
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values)
-        return torch.cat(parts)
-
-    def sum(self, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)

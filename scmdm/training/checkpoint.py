@@ -73,10 +73,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
-    """This rank's part of all that a checkpoint keeps: weights, averages, moments. Not copies."""
+    """This rank's part of all that a checkpoint keeps. Copies only where the engine has to make them."""
+    return _flat({prefix: engine.pack(group) for prefix, group in _groups(engine, ema).items()})
+
+
+def _groups(engine: Engine, ema: Ema | None) -> dict[str, dict[str, Tensor]]:
+    """Weights, averages and moments by prefix, as the engine holds them."""
     groups = {WEIGHTS_PREFIX: engine.parameters(), **{f"{kind}.": m for kind, m in engine.moments().items()}}
     if ema is not None:
         groups[EMA_PREFIX] = ema.average
+    return groups
+
+
+def _flat(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}
 
 
@@ -137,7 +146,12 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
     It may come from another number of ranks, another mesh or another engine: every rank reads the slices that it holds.
     """
     state = TrainState(**json.loads((path / STATE_FILE).read_text()))
-    read_tensors(path / TENSORS, named_tensors(engine, ema))
+    groups = _groups(engine, ema)
+    packed = {prefix: engine.pack(group) for prefix, group in groups.items()}
+    read_tensors(path / TENSORS, _flat(packed))
+    for prefix, group in groups.items():
+        engine.unpack(packed[prefix], group)
+    engine.load_parameters(groups[WEIGHTS_PREFIX])
     engine.set_optimizer_step(state.step)
     if ema is not None:
         ema.updates = state.ema_updates

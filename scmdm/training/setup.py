@@ -18,6 +18,7 @@ from scmdm.model.weights import LoadedModel, ModelSpec, load_weights
 from scmdm.parallel.engine import Engine, SingleEngine
 from scmdm.parallel.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.parallel.processes import World
+from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
 _ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision", "compile")
@@ -29,6 +30,8 @@ _MAY_CHANGE_ON_RESUME = (
     "engine",
     "fsdp.replicate",
     "fsdp.reshard_after_estimate",
+    "deepspeed.stage",
+    "deepspeed.whole_below",
     "data.path",
     "data.num_workers",
     "model.attention",
@@ -117,6 +120,8 @@ def build_engine(
         compile_blocks(model)
     if config.engine == "single":
         return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+    if config.engine == "deepspeed":
+        return DeepspeedEngine(model, make_optimizer(model, config.optimizer), device, dtype, config)
     shard(model, make_mesh(config.fsdp, device), dtype)
     return FsdpEngine(model, make_optimizer(model, config.optimizer), device, dtype, config.fsdp)
 
@@ -126,6 +131,8 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
     if engine == "single" and world.size > 1:
         raise UserError(f"engine=single, but there are {world.size} processes; use engine=auto, or start one process")
+    if engine == "deepspeed":
+        require_deepspeed()
     if world.size % config.fsdp.replicate:
         raise UserError(
             f"fsdp.replicate={config.fsdp.replicate} is not possible; it must divide the {world.size} processes"

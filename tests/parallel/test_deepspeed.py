@@ -1,0 +1,133 @@
+"""ZeRO computes what the other engines compute, and reads and writes their checkpoints."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from scmdm.cli import main
+from scmdm.config.load import load_config
+from scmdm.config.schema import RunConfig
+from scmdm.errors import UserError
+from scmdm.parallel.processes import World
+from scmdm.parallel.zero import deepspeed_json
+from scmdm.training.metrics import read_metrics
+from scmdm.training.setup import resolve_engine
+from tests.parallel.test_fsdp import STEPS, adapt, assert_same, launch, single  # noqa: F401 (fixtures)
+
+installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+TWO = World(rank=0, size=2, local_rank=0)
+
+
+def config_of(*overrides):
+    keys = ["run_dir=r", "data.path=d", "train.steps=10", "engine=deepspeed", "train.micro_batch_size=8"]
+    return load_config(RunConfig, None, [*keys, *overrides])
+
+
+def test_the_json_says_what_our_configuration_says():
+    config = config_of("deepspeed.stage=3", "deepspeed.whole_below=7", "optimizer.clip=0.5")
+    found = deepspeed_json(config, 2, torch.bfloat16)
+    assert found["train_micro_batch_size_per_gpu"] == 8
+    assert found["gradient_accumulation_steps"] == 4
+    assert found["train_batch_size"] == 64
+    assert found["gradient_clipping"] == 0.5
+    assert found["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 7}
+    assert found["torch_autocast"] == {"enabled": True, "dtype": "torch.bfloat16"}
+    assert "optimizer" not in found and "scheduler" not in found
+
+
+def test_the_json_of_a_two_pass_run_does_not_prefetch():
+    found = deepspeed_json(config_of("deepspeed.stage=3", "self_conditioning.rate=0.5"), 2, torch.float32)
+    assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
+    assert not found["torch_autocast"]["enabled"]
+    assert deepspeed_json(config_of("deepspeed.stage=1"), 2, torch.float32)["zero_optimization"] == {"stage": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["deepspeed.stage=0"], "deepspeed.stage=0 is not possible; it must be between 1 and 3"),
+        (["fsdp.replicate=2"], "fsdp.replicate=2 is not possible; it must be left out with engine=deepspeed"),
+        (["fsdp.reshard_after_estimate=true"], "fsdp.reshard_after_estimate=True is not possible"),
+        (["deepspeed.stage=3", "model.compile=true"], "model.compile=True is not possible; it must be false with"),
+    ],
+)
+def test_impossible_combinations_are_named(overrides, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        config_of(*overrides)
+
+
+@installed
+def test_a_batch_that_the_ranks_cannot_share_is_named():
+    with pytest.raises(UserError, match="a multiple of 2 x"):
+        resolve_engine(config_of("train.micro_batch_size=64"), TWO)
+
+
+def test_without_deepspeed_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        resolve_engine(config_of(), TWO)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (0, ["deepspeed.stage=2", "train.micro_batch_size=32"]),
+        (2, ["deepspeed.stage=1", "train.micro_batch_size=32"]),
+        (2, ["deepspeed.stage=1", "train.micro_batch_size=8"]),
+        (2, ["deepspeed.stage=2", "train.micro_batch_size=32"]),
+        (2, ["deepspeed.stage=2", "train.micro_batch_size=8"]),
+        (2, ["deepspeed.stage=3", "train.micro_batch_size=32"]),
+        (2, ["deepspeed.stage=3", "train.micro_batch_size=8", "deepspeed.whole_below=0"]),
+    ],
+)
+def test_losses_and_weights_are_those_of_one_process(processes, overrides, adapt, single, tmp_path):  # noqa: F811
+    status, output = launch(processes, *adapt(tmp_path / "run", "engine=deepspeed", *overrides))
+    assert status == 0, output
+    assert_same(tmp_path / "run", single)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0, 0.5, 1])
+def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):  # noqa: F811
+    """Loss passes with and without a no-grad pass before them, validation with averaged weights in between."""
+    keys = [f"self_conditioning.rate={rate}", "train.validate_every=2", "train.micro_batch_size=16", "train.steps=6"]
+    assert main(adapt(tmp_path / "one", *keys)) == 0
+    sharded = ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.whole_below=100"]
+    status, output = launch(2, *adapt(tmp_path / "two", *keys, *sharded))
+    assert status == 0, output
+    ours, theirs = (list(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("two", "one"))
+    assert [row["kind"] for row in ours] == [row["kind"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "nelbo_null", "nelbo_conditioned"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=1e-5), (a["kind"], a["step"], key)
+
+
+@installed
+@pytest.mark.slow
+def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adapt, single, tmp_path):  # noqa: F811
+    legs = [
+        (0, 3, []),
+        (2, 6, ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.whole_below=0"]),
+        (2, 9, ["engine=fsdp2"]),
+        (2, 12, ["engine=deepspeed", "deepspeed.stage=1"]),
+        (4, 15, ["engine=deepspeed", "deepspeed.stage=3"]),
+        (2, 18, ["engine=deepspeed", "deepspeed.stage=2"]),
+        (0, STEPS, []),
+    ]
+    for processes, steps, overrides in legs:
+        keys = ["train.micro_batch_size=16", f"train.steps={steps}", *overrides]
+        status, output = launch(processes, *adapt(tmp_path / "run", *keys))
+        assert status == 0, output
+    assert_same(tmp_path / "run", single)
+
+
+@installed
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run(adapt, tmp_path):  # noqa: F811
+    keys = ["engine=deepspeed", "optimizer.lr=10", "optimizer.clip=0", "train.micro_batch_size=32", "train.steps=200"]
+    status, output = launch(2, *adapt(tmp_path / "run", *keys))
+    assert status != 0 and "is not finite" in output, output
