@@ -165,7 +165,8 @@ class DeepspeedEngine(ParallelEngine):
             self._zero.update_lp_params()
             return
         for parameter in self.trained.values():
-            parameter.ds_tensor.data.copy_(_local(parameter))
+            partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            partition.data.copy_(_local(parameter))
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}
