@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import attention, engines, step
+from benchmarks import attention, checkpoint, engines, step
 
-PARTS = {"step": step.main, "attention": attention.main, "engines": engines.main}
+PARTS = {"step": step.main, "attention": attention.main, "engines": engines.main, "checkpoint": checkpoint.main}
 
 
 def main(names: list[str]) -> None:

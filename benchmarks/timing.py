@@ -20,16 +20,25 @@ class Timing:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], *, warmup: int = 3, rounds: int = 15
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 3,
+    rounds: int = 15,
+    after: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time all functions in turn, round by round, so that a slow phase of the machine hits all of them alike."""
+    """Time all functions in turn, round by round, so that a slow phase of the machine hits all of them alike.
+
+    `after` is called behind each of them and not timed.
+    """
     for function in functions.values():
         for _ in range(warmup):
             function()
+            after()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             seconds[name].append(_once(function))
+            after()
     return {name: _summary(values) for name, values in seconds.items()}
 
 

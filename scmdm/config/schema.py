@@ -19,6 +19,7 @@ CHOICES = {
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.head_precision": ("float32", "compute"),
+    "model.activation_checkpointing": ("none", "selective", "full"),
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
     "self_conditioning.estimate_from": ("same_state", "noisier_state"),
     "schedule.kind": ("constant", "cosine", "linear"),
@@ -38,7 +39,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only the last six may be set."""
+    """Architecture of the denoiser. An adaptation takes it from its base; then only the last seven may be set."""
 
     width: int = 128
     layers: int = 6
@@ -52,6 +53,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
     head_precision: str = "compute"  # float32 | compute (that of `precision`)
+    activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)
     compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++
 
 
@@ -184,6 +186,9 @@ class RunConfig:
         _require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
         flash_ok = not (model.attention == "flash" and self.device == "cpu")
         _require(flash_ok, "model.attention", "flash", "auto or sdpa when device=cpu: flash-attn needs a GPU")
+        selective = model.compile and model.activation_checkpointing == "selective"
+        reason = "none or full with model.compile=true: inside a compiled block products cannot be told apart"
+        _require(not selective, "model.activation_checkpointing", "selective", reason)
         if self.engine == "deepspeed":
             self._validate_deepspeed()
 

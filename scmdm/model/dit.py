@@ -19,6 +19,7 @@ from scmdm.diffusion.schedule import Schedule
 from scmdm.model.attention import attend
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
+from scmdm.model.recompute import run_block
 
 _FREQUENCIES = 256
 _SMALLEST_ALPHA = 1e-3  # MDLM's smallest alpha_t: bounds the noise level -log(alpha_t) that the network sees
@@ -163,9 +164,9 @@ class DiT(nn.Module):
             assert self.conditioner is not None, "an estimate needs a self-conditioned model"
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
         c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
-        rotary = self.rotary_emb(z_BL.shape[1])
+        rotary, recompute = self.rotary_emb(z_BL.shape[1]), self.config.activation_checkpointing
         for block in self.blocks:
-            x_BLD = block(x_BLD, rotary, c_RC, dropout and self.training)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, c_RC, dropout and self.training)
         return self._head_input(self.output_layer(x_BLD, c_RC))
 
     def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:

@@ -21,7 +21,15 @@ from scmdm.parallel.processes import World
 from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
-_ADAPTABLE = ("conditioner", "dropout", "attention", "head_chunk", "head_precision", "compile")
+_ADAPTABLE = (
+    "conditioner",
+    "dropout",
+    "attention",
+    "head_chunk",
+    "head_precision",
+    "activation_checkpointing",
+    "compile",
+)
 _MAY_CHANGE_ON_RESUME = (
     "run_dir",
     "base",
@@ -37,6 +45,7 @@ _MAY_CHANGE_ON_RESUME = (
     "model.attention",
     "model.head_chunk",
     "model.compile",
+    "model.activation_checkpointing",
     "train.steps",
     "train.micro_batch_size",
     "train.log_every",

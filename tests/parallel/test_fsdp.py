@@ -89,9 +89,9 @@ def assert_same(run, single):
     [
         (0, ["train.micro_batch_size=16"]),
         (0, ["engine=fsdp2", "train.micro_batch_size=32"]),
-        (2, ["train.micro_batch_size=32"]),
+        (2, ["train.micro_batch_size=32", "model.activation_checkpointing=full"]),
         (2, ["train.micro_batch_size=8", "fsdp.reshard_after_estimate=true"]),
-        (4, ["train.micro_batch_size=16"]),
+        (4, ["train.micro_batch_size=16", "model.activation_checkpointing=selective"]),
         (4, ["train.micro_batch_size=8", "fsdp.replicate=2"]),
     ],
 )

@@ -1,0 +1,55 @@
+"""What a save costs the training: in line, and beside it (the copy that is waited for)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import interleave, show
+from scmdm.config.schema import EmaConfig, ModelConfig, RunConfig, TrainConfig
+from scmdm.data.manifest import Manifest, TokenizerRef
+from scmdm.model.dit import count_parameters
+from scmdm.model.weights import ModelSpec
+from scmdm.parallel.engine import resolve_device
+from scmdm.training.checkpoint import TrainState
+from scmdm.training.ema import Ema
+from scmdm.training.saver import Saver, snapshot
+from scmdm.training.setup import build_engine
+
+_MODEL = ModelConfig(width=512, layers=8, heads=8, condition_width=128)
+
+
+def main() -> None:
+    """Print the stall of both kinds of save, for weights, averages and two moments in float32."""
+    device = resolve_device("auto")
+    config = RunConfig(model=_MODEL, engine="single")
+    spec = ModelSpec(_MODEL, config.diffusion, 4096, 4095, 128)
+    engine = build_engine(config, spec, None, device, torch.float32)
+    ema, state = Ema(engine, EmaConfig()), TrainState()
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        directory = Path(name)
+        tokenizer = directory / "tokenizer.json"
+        tokenizer.write_text("{}")
+        reference = TokenizerRef("characters", tokenizer.name, "")
+        manifest = Manifest(2, "none", reference, 4096, 4095, 0, 1, 2, 128, "uint16", "loss", "given", {})
+        savers = {kind: Saver(directory / kind, engine, _train(kind)) for kind in ("in line", "beside the training")}
+
+        def save(kind: str) -> None:
+            state.step += 1
+            copy = kind != "in line"
+            savers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, "", copy=copy))
+
+        timings = interleave(
+            {kind: lambda kind=kind: save(kind) for kind in savers},  # type: ignore[misc]
+            warmup=1,
+            rounds=7,
+            after=savers["beside the training"].finish,
+        )
+    size = 4 * 4 * count_parameters(engine.model) / 2**20
+    show(f"a save of {size:.0f} MiB: how long the training waits", timings, "in line")
+
+
+def _train(kind: str) -> TrainConfig:
+    return TrainConfig(steps=1, async_checkpoint=kind != "in line", keep_last=1)

@@ -1,0 +1,39 @@
+"""Activation checkpointing: memory for time. A block's activations are computed again in the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+# What "selective" keeps: the results of matrix products and attention, most of the time and little of the memory.
+_KEPT = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
+    """`block(*arguments)`, keeping for the backward pass all activations ("none"), the results of its products
+    ("selective") or its input alone ("full"). Without gradients (the estimate's pass) nothing is kept anyway."""
+    if kind == "none" or not torch.is_grad_enabled():
+        return block(*arguments)
+    if kind == "full":
+        return checkpoint(block, *arguments, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_products(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
