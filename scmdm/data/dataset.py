@@ -25,7 +25,7 @@ from scmdm.data.remote import fetch
 from scmdm.errors import UserError
 
 COLUMN = "tokens"
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError)
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 
 class TokenStream(Stream):

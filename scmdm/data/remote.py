@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -88,12 +89,20 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
 def download(remote: str, name: str, to: Path) -> None:
     """Copy `remote/name` to a path that does not exist yet; UserError names the URL and the reason."""
     try:
-        CloudDownloader.direct_download(f"{remote}/{name}", str(to), _TIMEOUT)
+        transport = _transport(remote, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+        transport.download(f"{remote}/{name}", str(to), _TIMEOUT)
     except Exception as error:
+        _transport.cache_clear()  # new credentials may come
         raise UserError(
             f"cannot fetch {remote}/{name}: {_reason(error)}; check the URL, the credentials (AWS_PROFILE, "
             "AWS_ACCESS_KEY_ID ...), S3_ENDPOINT_URL and the network"
         ) from error
+
+
+@lru_cache(maxsize=16)
+def _transport(remote: str, _endpoint: str | None, _process: int) -> CloudDownloader:
+    """A client is slow to make, and may be used by all threads of a process, but not by its children."""
+    return CloudDownloader.get(remote)
 
 
 def upload_dataset(root: Path, remote: str) -> None:

@@ -216,7 +216,7 @@ def ids_of_ranks(processes, sets, count, state=None):
     script.write_text(PRINT_IDS)
     arguments = [str(script), str(sets["large"]), str(sets["small"]), str(count), json.dumps(state)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    output = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    output = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert output.returncode == 0, output.stderr
     return [json.loads(line) for line in output.stdout.splitlines() if line.startswith("[[")]
 
@@ -240,7 +240,7 @@ def test_a_run_on_streams_goes_on_with_another_number_of_ranks(sets, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scmdm"]
     for command, steps in (([sys.executable, "-m", "scmdm"], 4), (launcher, 9), ([sys.executable, "-m", "scmdm"], 12)):
         arguments = train(run, sets, f"train.steps={steps}", "threads=1")
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     expected = {step: loss for step, loss, _ in rows(tmp_path / "single") if loss is not None}
     found = {step: loss for step, loss, _ in rows(run) if loss is not None}
