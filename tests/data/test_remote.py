@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.mixture import open_data
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.data.sets import write_texts
 
 URL = "s3://bucket/texts"
@@ -257,3 +259,20 @@ def test_prepare_uploads(s3, tmp_path, capsys):
         assert np.array_equal(read_split(tmp_path / "cache", split), read_split(tmp_path / "data", split))
     assert main(["prepare", str(config)]) == 0  # the upload is no part of what the data set is
     assert "is up to date" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_cache_and_take_the_same_steps(local, remote, tmp_path, empty_yaml):
+    keys = ["train.micro_batch_size=32", "threads=1"]
+    assert main(train(tmp_path / "local", empty_yaml, f"data.path={local}", *keys)) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scmdm"]
+    cache = [f"data.path={tmp_path / 'cache'}", f"data.remote={remote}", "data.cache_limit=1mb"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [*launcher, *train(tmp_path / "ranks", empty_yaml, *cache, *keys)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    expected, found = losses(tmp_path / "local"), losses(tmp_path / "ranks")
+    assert [step for step, *_ in found] == [step for step, *_ in expected]
+    for (_, loss, nelbo), (_, wanted, wanted_nelbo) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5) and nelbo == pytest.approx(wanted_nelbo, rel=1e-5)
+    assert shards(tmp_path / "cache") == shards(local)
