@@ -140,16 +140,23 @@ def _add_prepare(commands: _Commands) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     if options.verify is not None:
-        from scmdm.data.manifest import Manifest, verify_dataset
+        from scmdm.data.manifest import Manifest, remote_of, verify_dataset
 
+        remote = remote_of(options.verify)
         manifest = Manifest.read(options.verify)
         problems = verify_dataset(options.verify, hashes=True)
         for problem in problems:
             print(problem)
         if problems:
-            raise UserError(f"{options.verify} has {len(problems)} problem(s); prepare it again with overwrite=true")
+            remedy = (
+                f"remove the files, to fetch them from {remote} again"
+                if remote
+                else "prepare it again with overwrite=true"
+            )
+            raise UserError(f"{options.verify} has {len(problems)} problem(s); {remedy}")
         counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
-        print(f"{options.verify} is whole: {counts} sequences of {manifest.length} tokens")
+        kind = f"what has been fetched of {remote}, " if remote else ""
+        print(f"{kind}{options.verify} is whole: {counts} sequences of {manifest.length} tokens")
         return
     if options.config is None:
         raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")

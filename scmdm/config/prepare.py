@@ -33,6 +33,7 @@ class PrepareConfig:
     test_fraction: float = 0.05
     limit: int | None = None  # use only so many records
     shard_mb: int = 64
+    upload: str | None = None  # s3://bucket/prefix to copy the data set to, for data.remote of a run
     overwrite: bool = False  # replace a data set made with other settings
 
     def validate(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from scmdm.config.data import DataConfig
 from scmdm.errors import UserError
 
 CHOICES = {
@@ -26,15 +27,6 @@ CHOICES = {
     "train.on_save_error": ("stop", "continue"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
-
-
-@dataclass
-class DataConfig:
-    path: str = MISSING  # data set written by `scmdm prepare`
-    train_split: str = "train"
-    validation_split: str = "validation"
-    num_canonical_nodes: int = 1  # fixes the sample order whatever the number of machines
-    num_workers: int = 0  # loader processes per rank
 
 
 @dataclass
@@ -169,6 +161,7 @@ class RunConfig:
             if value is None:
                 continue  # of optional keys null is possible: "as another key says"
             _require(low <= value <= high, key, value, f"between {low} and {high}")
+        self.data.validate()
         self._validate_combinations()
 
     def _validate_combinations(self) -> None:

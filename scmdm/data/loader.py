@@ -6,10 +6,12 @@ Legend: B batch, L length, N samples.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
 import warnings
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,47 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from streaming import StreamingDataLoader, StreamingDataset
+from filelock import FileLock, Timeout
+from streaming import StreamingDataLoader
 from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 
-from scmdm.data.manifest import Manifest, check_dataset
+from scmdm.data.dataset import COLUMN, TokenDataset, TokenStream
+from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import Data
+from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
 
-COLUMN = "tokens"
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because its default depends on the number of nodes
 
 
-class TokenDataset(StreamingDataset):
-    """Samples `{"tokens": int64 (L,), "index": int}`; the index is the sample's place in the split."""
-
-    def __getitem__(self, at: Any) -> dict[str, Any]:
-        try:
-            return {"tokens": super().__getitem__(at)[COLUMN].astype(np.int64), "index": at}
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            path = self._path(self.spanner[at][0])
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot read sample {at} from {path}: {reason}; restore the shard or prepare again"
-            ) from error
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Called by the reading thread, and by the reader that finds no file. Raises UserError when the shard is gone.
-
-        Left to streaming, the thread dies with the shard marked as being prepared, and the reader waits for ever.
-        """
-        if not self._path(shard_id).is_file():
-            raise UserError(f"{self._path(shard_id)} is missing; restore the shard or prepare again")
-        super().prepare_shard(shard_id, blocking)
-
-    def _path(self, shard_id: int) -> Path:
-        shard: Any = self.shards[shard_id]
-        return Path(shard.dirname) / shard.split / shard.raw_data.basename
-
-
 def build_loader(
-    root: Path,
+    data: Data,
     split: str,
     *,
     batch_size: int,
@@ -66,35 +43,69 @@ def build_loader(
     drop_last: bool,
     num_canonical_nodes: int = 1,
     num_workers: int = 0,
+    cache_limit: str | None = None,
+    shuffle_block: int | None = None,
 ) -> StreamingDataLoader:
     """Batches `{"tokens": (B, L) int64, "index": (B,) int64}` of this rank, `batch_size` sequences each.
 
     Its `state_dict` and `load_state_dict` (before the first batch) resume in mid-epoch. The order depends on `seed`,
-    the epoch and `num_canonical_nodes`, not on the number of ranks. Raises UserError when the data set is not whole or
-    too small.
+    the epoch, the data and `num_canonical_nodes`, not on the number of ranks. An epoch of several streams has as many
+    samples as they have together, drawn in their proportions. Raises UserError when the data set is too small.
     """
-    info = check_dataset(root).split(split, root)
-    if drop_last and info.samples < batch_size:
-        raise UserError(
-            f"{root / split} has {info.samples} samples, fewer than a batch of {batch_size}; lower the batch size"
-        )
+    samples = sum(source.manifest.split(split, source.root).samples for source in data.sources)
+    needed = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if drop_last and samples < needed:
+        places = ", ".join(str(source.root / split) for source in data.sources)
+        raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
+    claims = _claim_caches(data) if cache_limit is not None else []
+    options = {
+        "streams": [TokenStream(source, split) for source in data.sources],
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "shuffle_seed": seed % 2**32,
+        "shuffle_algo": "py1e",
+        "shuffle_block_size": shuffle_block or _SHUFFLE_BLOCK,
+        # Streaming draws the samples of a weighted epoch in a Python loop, so many at a time.
+        "sampling_granularity": max(1, samples >> 20),
+        "num_canonical_nodes": num_canonical_nodes,
+        "predownload": 8 * batch_size,
+        "cache_limit": cache_limit,
+    }
+    loader = StreamingDataLoader(
+        _construct(options), batch_size=batch_size, num_workers=num_workers, drop_last=drop_last, collate_fn=_collate
+    )
+    for claim in claims:
+        weakref.finalize(loader, claim.release)
+    return loader
+
+
+def _construct(options: dict[str, Any]) -> TokenDataset:
     with warnings.catch_warnings(), _construction_lock():
         # streaming warns that a local directory has no remote, which is what is meant.
         warnings.simplefilter("ignore")
-        dataset = TokenDataset(
-            local=str(root.resolve()),
-            split=split,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed % 2**32,
-            shuffle_algo="py1e",
-            shuffle_block_size=_SHUFFLE_BLOCK,
-            num_canonical_nodes=num_canonical_nodes,
-            predownload=8 * batch_size,
-        )
-    return StreamingDataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, drop_last=drop_last, collate_fn=_collate
-    )
+        try:
+            return TokenDataset(**options)
+        except ValueError as error:
+            if options["cache_limit"] is None:
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"data.cache_limit={options['cache_limit']} is not possible: {reason}") from error
+
+
+def _claim_caches(data: Data) -> list[FileLock]:
+    """Keep other runs out of caches with a limit: each run counts only what it has fetched, and removes shards."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return []
+    claims = [FileLock(source.root / ".limit.lock", timeout=0, thread_local=False) for source in data.sources]
+    for claim, source in zip(claims, data.sources, strict=True):
+        try:
+            claim.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{source.key}={source.root} is the limited cache of another run; give each run its own directory, or "
+                "leave data.cache_limit out in both"
+            ) from error
+    return claims
 
 
 @contextlib.contextmanager
@@ -110,20 +121,40 @@ def _construction_lock() -> Iterator[None]:
         yield
 
 
-def epochs(loader: StreamingDataLoader, root: Path, split: str, global_batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches for ever, epoch after epoch, each checked to be a whole one (but for the last short batch).
+def epochs(
+    loader: StreamingDataLoader, global_batch_size: int, state: dict[str, Any] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's share of every whole global batch, epoch after epoch, for ever, going on behind a loader's `state`.
+
+    What an epoch has left after its last whole batch is not used, on any number of ranks: streaming fills up the ranks'
+    shares with repeated samples, which on some numbers of ranks would make one more batch of them.
 
     A shard that disappears kills streaming's reading thread and ends its iterator early, without an error: UserError.
     """
-    samples = Manifest.read(root).split(split, root).samples
+    dataset: Any = loader.dataset
+    if state is not None:
+        if dataset.epoch_size - state["sample_in_epoch"] < global_batch_size:
+            state = {**state, "epoch": state["epoch"] + 1, "sample_in_epoch": 0}
+        loader.load_state_dict(state)
+    used = state["sample_in_epoch"] if state is not None else 0
     while True:
-        yield from loader
-        state = loader.state_dict()
-        if state is None or samples - state["sample_in_epoch"] >= global_batch_size:
-            check_dataset(root)
-            raise UserError(
-                f"{root / split} could not be read to its end; check it with `scmdm prepare --verify {root}`"
-            )
+        expected, found = (dataset.epoch_size - used) // global_batch_size, 0
+        with _plain_errors():
+            for batch in itertools.islice(loader, expected):
+                found += 1
+                yield batch
+        if found < expected:
+            dataset.explain_early_end()
+        used = 0
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The one line of a UserError that torch brings from a loader process with its traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -134,8 +165,9 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
     """Ids (N, L) of a split in their stored dtype: all, or those of `rows` (ascending).
 
-    Raises UserError when a file is missing or damaged.
+    A cache fetches what it lacks of the split, and keeps it. Raises UserError when a file is missing or damaged.
     """
+    fetch_split(root, split)
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
     found: list[np.ndarray] = []

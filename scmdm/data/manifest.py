@@ -19,6 +19,7 @@ from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, sha256_file
 
 MANIFEST_FILE = "manifest.json"
+REMOTE_FILE = "remote.json"  # in a directory that is the cache of a remote data set (see remote.py)
 VERSION = 2
 
 
@@ -103,26 +104,54 @@ def _split_info(content: dict[str, Any]) -> SplitInfo:
     return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
 
 
+def remote_of(root: Path) -> str | None:
+    """What a directory is a cache of; None when it is a data set of its own."""
+    path = root / REMOTE_FILE
+    try:
+        return str(json.loads(path.read_text())["remote"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); remove it and give data.remote again") from error
+
+
 def verify_dataset(root: Path, *, hashes: bool) -> list[str]:
-    """Problems of a data set, each naming the file. Without `hashes` only what costs nothing: existence and sizes."""
-    manifest = Manifest.read(root)
-    problems = [
-        p for split in manifest.splits.values() for file in split.files for p in _verify_file(root, file, hashes)
-    ]
+    """Problems of a data set, each naming the file. Without `hashes` only what costs nothing: existence and sizes.
+
+    In a cache a file that has not been fetched is no problem.
+    """
+    manifest, cached = Manifest.read(root), remote_of(root) is not None
+    files = [file for split in manifest.splits.values() for file in split.files]
+    absent = {file.file for file in files if not (root / file.file).is_file()} if cached else set()
+    problems = [p for file in files if file.file not in absent for p in _verify_file(root, file, hashes)]
     problems += _verify_tokenizer(root, manifest)
     if not problems:
         problems += [problem for name in manifest.splits for problem in _verify_index(root, name, manifest)]
     if hashes and not problems:
-        problems += [problem for name in manifest.splits for problem in _verify_ids(root, name, manifest)]
+        whole = [name for name, split in manifest.splits.items() if absent.isdisjoint(f.file for f in split.files)]
+        problems += [problem for name in whole for problem in _verify_ids(root, name, manifest)]
     return problems
 
 
 def check_dataset(root: Path) -> Manifest:
-    """The manifest of a data set that looks whole at a glance; UserError with the first problem and the remedy."""
+    """The manifest of a data set that looks whole at a glance; UserError with the first problem and the remedy.
+
+    A file of the wrong size in a cache is removed: it will be fetched again.
+    """
+    if remote_of(root) is not None:
+        _remove_damaged(root)
     problems = verify_dataset(root, hashes=False)
     if problems:
         raise UserError(f"{problems[0]}; restore the file, or prepare the data set again with overwrite=true")
     return Manifest.read(root)
+
+
+def _remove_damaged(root: Path) -> None:
+    for split in Manifest.read(root).splits.values():
+        for file in split.files:
+            path = root / file.file
+            if path.is_file() and path.stat().st_size != file.bytes:
+                path.unlink(missing_ok=True)  # another rank may have been faster
 
 
 def _verify_file(root: Path, file: FileInfo, hashes: bool) -> Iterator[str]:

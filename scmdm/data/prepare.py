@@ -15,13 +15,14 @@ from rich.progress import track
 
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data.manifest import Manifest
+from scmdm.data.remote import upload_dataset
 from scmdm.data.shards import Description, is_up_to_date, write_dataset
 from scmdm.data.tokenizers import SentencePieceTokenizer, SymbolTokenizer, Tokenizer
 from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
 SPLITS = ("train", "validation", "test")
-_NOT_IN_SOURCE = ("out", "path", "overwrite")
+_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload")
 
 
 class Source(Protocol):
@@ -48,7 +49,15 @@ class _Corpus:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Make the data set that `config` describes, or find that it is there already."""
+    """Make the data set that `config` describes, or find that it is there already; upload it if that is wanted."""
+    manifest = _prepare_local(config)
+    if config.upload is not None:
+        upload_dataset(Path(config.out), config.upload)
+        Console().print(f"uploaded to {config.upload}", highlight=False, soft_wrap=True)
+    return manifest
+
+
+def _prepare_local(config: PrepareConfig) -> Manifest:
     console = Console()
     root = Path(config.out)
     source = _make_source(config)

@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from scmdm.data.loader import COLUMN
-from scmdm.data.manifest import MANIFEST_FILE, VERSION, FileInfo, Manifest, SplitInfo, TokenizerRef, check_dataset
+from scmdm.data.dataset import COLUMN
+from scmdm.data.manifest import (
+    MANIFEST_FILE,
+    VERSION,
+    FileInfo,
+    Manifest,
+    SplitInfo,
+    TokenizerRef,
+    check_dataset,
+    remote_of,
+)
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory, sha256_file
@@ -38,6 +47,8 @@ def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
         return False
     if not (root / MANIFEST_FILE).is_file():
         raise UserError(f"out={root} exists and is not a data set; choose another out, or remove it")
+    if (remote := remote_of(root)) is not None:
+        raise UserError(f"out={root} is a cache of {remote}; choose another out")
     if overwrite:
         return False
     if Manifest.read(root).source == source:

@@ -135,7 +135,10 @@ def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
     kept = loaded.path / "config.yaml"
     if not kept.is_file():
         raise UserError(f"data is not set, and {loaded.path} does not name its data set; give data=DIRECTORY")
-    return Path(yaml.safe_load(kept.read_text())["data"]["path"])
+    path = yaml.safe_load(kept.read_text())["data"]["path"]
+    if path is None:
+        raise UserError(f"data is not set, and {loaded.path} was trained on several data sets; give data=DIRECTORY")
+    return Path(path)
 
 
 def _domain(manifest: Manifest, config: EvaluateConfig) -> str:

@@ -41,6 +41,8 @@ _MAY_CHANGE_ON_RESUME = (
     "deepspeed.stage",
     "deepspeed.whole_below",
     "data.path",
+    "data.remote",
+    "data.cache_limit",
     "data.num_workers",
     "model.attention",
     "model.head_chunk",
@@ -103,12 +105,12 @@ def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) 
     """What to build; UserError when the base speaks another vocabulary than the data set."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
-            f"base={base.path} has {base.spec.vocab_size} tokens, data.path={config.data.path} {manifest.vocab_size}; "
+            f"base={base.path} has {base.spec.vocab_size} tokens, {config.data.label} {manifest.vocab_size}; "
             "prepare the data with the base's tokenizer, or take another base"
         )
     if base is not None and base.manifest.tokenizer.sha256 != manifest.tokenizer.sha256:
         raise UserError(
-            f"data.path={config.data.path} was prepared with another tokenizer than base={base.path} was trained with; "
+            f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
             "prepare the data with the base's tokenizer, or take another base"
         )
     return ModelSpec(config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length)
@@ -163,14 +165,21 @@ def compile_blocks(model: DiT) -> None:
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Refuse to resume with settings that would make it another run; names the first key."""
-    before = _flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    # A key that was not there yet had, in effect, its default.
+    defaults = _flatten(dataclasses.asdict(RunConfig()))
+    before = defaults | _flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
     now = _flatten(dataclasses.asdict(config))
     for key in sorted(before.keys() | now.keys()):
-        if key not in _MAY_CHANGE_ON_RESUME and before.get(key) != now.get(key):
+        if not _may_change(key) and before.get(key) != now.get(key):
             raise UserError(
                 f"{key}={now.get(key)!r}, but run_dir={config.run_dir} was started with {before.get(key)!r}; "
                 "give the old value to resume it, or another run_dir to start a new run"
             )
+
+
+def _may_change(key: str) -> bool:
+    """Whether a resumed run may have another value. Where a stream lies may change: what it holds is checked."""
+    return key in _MAY_CHANGE_ON_RESUME or (key.startswith("data.streams.") and key.endswith((".path", ".remote")))
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

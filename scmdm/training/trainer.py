@@ -19,7 +19,8 @@ from torch import Tensor
 from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
 from scmdm.data.loader import build_loader, epochs
-from scmdm.data.manifest import Manifest, check_dataset
+from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import Data, open_data
 from scmdm.environment import describe_environment
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
@@ -73,7 +74,7 @@ class Run:
 
     config: RunConfig
     directory: Path
-    manifest: Manifest
+    data: Data
     spec: ModelSpec
     engine: Engine
     ema: Ema | None
@@ -91,8 +92,8 @@ class Run:
         return self.directory / "checkpoints"
 
     @property
-    def data(self) -> Path:
-        return Path(self.config.data.path)
+    def manifest(self) -> Manifest:
+        return self.data.manifest
 
 
 def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
@@ -112,21 +113,20 @@ def run_training(config: RunConfig, base: LoadedModel | None) -> Path:
 
 def _run(config: RunConfig, base: LoadedModel | None, world: World, device: torch.device, dtype: torch.dtype) -> Path:
     directory = Path(config.run_dir)
-    manifest = check_dataset(Path(config.data.path))
-    for split in (config.data.train_split, config.data.validation_split):
-        manifest.split(split, Path(config.data.path))
-    spec = build_spec(config, manifest, base)
+    data = open_data(config.data)
+    data.require_splits(config.data.train_split, config.data.validation_split)
+    spec = build_spec(config, data.manifest, base)
     with _claim(directory) if world.is_main else contextlib.nullcontext():
         barrier()
         engine = build_engine(config, spec, base, device, dtype)
-        return _train(config, base, world, manifest, spec, engine)
+        return _train(config, base, world, data, spec, engine)
 
 
 def _train(
-    config: RunConfig, base: LoadedModel | None, world: World, manifest: Manifest, spec: ModelSpec, engine: Engine
+    config: RunConfig, base: LoadedModel | None, world: World, data: Data, spec: ModelSpec, engine: Engine
 ) -> Path:
     directory = Path(config.run_dir)
-    run = Run(config, directory, manifest, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
+    run = Run(config, directory, data, spec, engine, Ema(engine, config.ema) if config.ema.decay > 0 else None)
     with log_to(directory, write=world.is_main) as console:
         _resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= config.train.steps:
@@ -203,11 +203,11 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         seed=config.seed,
         num_canonical_nodes=config.data.num_canonical_nodes,
         num_workers=config.data.num_workers,
+        cache_limit=config.data.cache_limit,
+        shuffle_block=config.data.shuffle_block,
         drop_last=True,
     )
-    if run.state.loader is not None:
-        loader.load_state_dict(run.state.loader)
-    for batch in epochs(loader, run.data, config.data.train_split, config.train.global_batch_size):
+    for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
         run.state.loader = loader.state_dict()
         yield to_device(batch, run.manifest, run.engine.device)
 
@@ -260,10 +260,10 @@ def _log_step(
 def _log_validation(run: Run, metrics: MetricsFile, tracker: Tracker | None) -> float:
     """Measure and log the NELBO; returns the one that the model is meant for."""
     with run.ema.applied(run.engine) if run.ema is not None else contextlib.nullcontext():
-        null = validation_nelbo(run.engine, run.config, run.spec, run.manifest, condition=False)
+        null = validation_nelbo(run.engine, run.config, run.spec, run.data, condition=False)
         conditioned = None
         if run.spec.model.self_conditioned:
-            conditioned = validation_nelbo(run.engine, run.config, run.spec, run.manifest, condition=True)
+            conditioned = validation_nelbo(run.engine, run.config, run.spec, run.data, condition=True)
     row = {
         "kind": "validation",
         "step": run.state.step,
@@ -290,7 +290,7 @@ def _save(run: Run, saver: Saver, validated: float | None, *, wait: bool) -> Non
     if validated is not None and (state.best_nelbo is None or validated < state.best_nelbo):
         state.best_nelbo, state.best_step = validated, state.step
     run.spec.step, run.spec.tokens = state.step, state.tokens
-    tokenizer = run.data / run.manifest.tokenizer.file
+    tokenizer = run.data.tokenizer_file
     copy = config.train.async_checkpoint and not wait
     taken = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, to_yaml(config), copy=copy)
     saver.save(taken, wait=wait)
@@ -313,7 +313,7 @@ def _resume(run: Run, base_sha256: str | None) -> None:
         run.state = load_checkpoint(path, run.engine, run.ema)
         if run.state.data_fingerprint != fingerprint:
             raise UserError(
-                f"data.path={run.config.data.path} is not the data set that {run.directory} was trained on; "
+                f"{run.config.data.label} is not the data that {run.directory} was trained on; "
                 "give that one back, or choose another run_dir"
             )
         if run.state.base_sha256 != base_sha256:
@@ -345,7 +345,7 @@ def _describe(run: Run, base: LoadedModel | None) -> None:
         torch.get_num_threads(),
     )
     logger.info(
-        "%s: %d sequences of %d tokens, %.1f epochs", config.data.path, info.samples, run.manifest.length, epochs
+        "%s: %d sequences of %d tokens, %.1f epochs", config.data.label, info.samples, run.manifest.length, epochs
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from scmdm.config.schema import RunConfig
 from scmdm.data.loader import read_split, spread_rows
 from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import Data
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import Engine
@@ -32,22 +33,30 @@ def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device
 
 
 def validation_batches(
-    root: Path, split: str, manifest: Manifest, device: torch.device, samples: int
+    root: Path, split: str, manifest: Manifest, device: torch.device, samples: int, first_id: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`samples` sequences spread evenly over a split; a sequence's id is its place in the split."""
+    """`samples` sequences spread evenly over a split; a sequence's id is its place in the split after `first_id`."""
     rows = spread_rows(manifest.split(split, root).samples, samples)
     ids_NL = torch.from_numpy(read_split(root, split, rows).astype(np.int64))
-    index_N = torch.tensor(rows)
+    index_N = torch.tensor(rows) + first_id
     for tokens, index in zip(ids_NL.split(_BATCH), index_N.split(_BATCH), strict=True):
         yield to_device({"tokens": tokens, "index": index}, manifest, device)
 
 
-def validation_nelbo(
-    engine: Engine, config: RunConfig, spec: ModelSpec, manifest: Manifest, *, condition: bool
-) -> Nelbo:
+def mixed_validation_batches(
+    data: Data, split: str, device: torch.device, samples: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`validation_batches` of every validated stream in turn, its proportion of `samples` from each."""
+    first_id = 0
+    for source, share in data.validation_shares(samples):
+        yield from validation_batches(source.root, split, source.manifest, device, share, first_id)
+        first_id += source.manifest.split(split, source.root).samples
+
+
+def validation_nelbo(engine: Engine, config: RunConfig, spec: ModelSpec, data: Data, *, condition: bool) -> Nelbo:
     """NELBO of the engine's present weights on the validation split, always with the same times and masks."""
-    data, samples = config.data, config.train.validation_samples
-    batches = validation_batches(Path(data.path), data.validation_split, manifest, engine.device, samples)
+    samples = config.train.validation_samples
+    batches = mixed_validation_batches(data, config.data.validation_split, engine.device, samples)
     engine.model.eval()
     with engine.compute():
         return estimate_nelbo(

@@ -76,6 +76,37 @@ def test_mandatory_keys():
         load_config(RunConfig, None, ["run_dir=r", "train.steps=3"])
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"path": "d", "streams": {"a": {"path": "x", "proportion": 1}}},
+            r"data\.path=d and data\.streams are both set",
+        ),
+        ({"streams": {"a": {"path": "x"}}}, r"key `data\.streams\.a\.proportion` is not set"),
+        ({"streams": {"a": {"path": "x", "proportion": 0}}}, r"data\.streams\.a\.proportion=0\.0 is not possible"),
+        ({"streams": {"a": {"path": "x", "weight": 0}}}, "weight"),
+        ({"remote": "s3://x", "streams": {"a": {"path": "x", "proportion": 1}}}, r"give data\.streams\.NAME\.remote"),
+        ({"path": "d", "cache_limit": "much"}, r"data\.cache_limit='much' is not possible; .* such as 10gb"),
+        ({"path": "d", "shuffle_block": 0}, r"data\.shuffle_block=0 is not possible"),
+        ({"path": "d", "validation_stream": "a"}, r"data\.validation_stream='a' is not possible"),
+    ],
+)
+def test_what_a_run_trains_on(tmp_path, keys, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": "r", "train": {"steps": 3}, "data": keys}))
+    with pytest.raises(UserError, match=message):
+        load_config(RunConfig, path)
+
+
+def test_streams_on_the_command_line():
+    keys = ["a.path=x", "a.proportion=3", "b.path=y", "b.proportion=1", "b.remote=s3://bucket/y"]
+    config = load_config(RunConfig, None, ["run_dir=r", "train.steps=3", *(f"data.streams.{key}" for key in keys)])
+    assert (config.data.streams["a"].proportion, config.data.streams["b"].remote) == (3.0, "s3://bucket/y")
+    assert yaml.safe_load(to_yaml(config))["data"]["streams"]["a"] == {"path": "x", "proportion": 3.0, "remote": None}
+    assert config.data.label == "data.streams=a,b"
+
+
 def test_files(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
         load_config(RunConfig, tmp_path / "none.yaml")

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
+from scmdm.data.mixture import Data
 from scmdm.data.shards import Description, write_dataset
 from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.errors import UserError
 
 
 def loader(root, split="train", **options):
-    return build_loader(root, split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options})
+    return build_loader(
+        Data.at(root), split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options}
+    )
 
 
 def test_an_epoch_is_every_sample_once(molecules):
@@ -108,7 +111,7 @@ def test_a_shard_that_disappears_does_not_end_the_epoch_in_silence(molecules, tm
     reader = loader(tmp_path / "qm9")
     next((tmp_path / "qm9" / "train").glob("*.mds")).unlink()
     with pytest.raises(UserError, match=r"shard\.00000\.mds"):
-        for _ in zip(epochs(reader, tmp_path / "qm9", "train", 32), range(100), strict=False):
+        for _ in zip(epochs(reader, 32), range(100), strict=False):
             pass
 
 
@@ -128,15 +131,16 @@ def test_a_missing_shard_is_never_marked_as_being_prepared(molecules, tmp_path, 
 
 def test_epochs_go_on_and_on(molecules):
     reader = loader(molecules)
-    seen = [batch["index"] for batch, _ in zip(epochs(reader, molecules, "train", 32), range(60), strict=False)]
+    seen = [batch["index"] for batch, _ in zip(epochs(reader, 32), range(60), strict=False)]
     assert len(seen) == 60
 
 
 @pytest.mark.slow
 def test_runs_that_start_together(molecules):
     code = "import sys; from pathlib import Path; from scmdm.data.loader import build_loader\n"
+    code += "from scmdm.data.mixture import Data\n"
     code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
-    code += "for _ in range(8): print(sum(1 for _ in build_loader(Path(sys.argv[1]), 'train', **args)))"
+    code += "for _ in range(8): print(sum(1 for _ in build_loader(Data.at(Path(sys.argv[1])), 'train', **args)))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(molecules)]
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]

@@ -7,12 +7,17 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from scmdm.cli import main
+from scmdm.config.load import load_config
+from scmdm.config.schema import RunConfig
+from scmdm.errors import UserError
 from scmdm.model.tensors import read_tensors, tensor_shapes
 from scmdm.model.weights import TENSORS
 from scmdm.training.checkpoint import find_model, newest_checkpoint
 from scmdm.training.metrics import read_metrics
+from scmdm.training.setup import check_same_run
 from scmdm.training.trainer import REQUEUE_EXIT
 from tests.conftest import ADAPTED, scmdm
 
@@ -119,6 +124,18 @@ def test_resuming_with_other_settings_is_refused(uninterrupted, base, molecules,
     assert main(adapt_arguments(uninterrupted, base, molecules, empty_yaml, override)) == 1
     error = capsys.readouterr().err
     assert message in error and "another run_dir" in error and error.count("\n") == 1
+
+
+def test_a_run_from_before_a_key_existed_goes_on(uninterrupted, tmp_path):
+    """Its value was, in effect, the default."""
+    recorded = yaml.safe_load((find_model(uninterrupted) / "config.yaml").read_text())
+    config = load_config(RunConfig, find_model(uninterrupted) / "config.yaml", [])
+    del recorded["optimizer"]["weight_decay"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    check_same_run(config, tmp_path)
+    config.optimizer.weight_decay = 0.1
+    with pytest.raises(UserError, match=r"optimizer\.weight_decay=0\.1, but .* started with 0\.0"):
+        check_same_run(config, tmp_path)
 
 
 def test_another_base_is_refused(uninterrupted, molecules, empty_yaml, capsys):

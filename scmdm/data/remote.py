@@ -1,0 +1,154 @@
+"""A local directory as the cache of a data set in an object store, and the way there.
+
+The directory says in `remote.json` what it is a cache of. It holds the manifest, the tokenizer and the indexes of the
+shards from the start, and the shards that were needed so far. Every file is written under a temporary name and renamed
+when its SHA-256 is that of the manifest: what is in the cache under its name was whole when it came.
+
+Transport is streaming's (S3, and what else it knows: Google, Azure, a directory), with its environment variables, such
+as S3_ENDPOINT_URL.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+from streaming.base.storage import CloudDownloader, CloudUploader
+
+from scmdm.data.manifest import MANIFEST_FILE, REMOTE_FILE, FileInfo, Manifest, remote_of
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text, sha256_file
+
+_TIMEOUT = 60.0  # seconds without an answer
+_INDEX = "index.json"
+
+
+def open_cache(root: Path, remote: str, key: str) -> None:
+    """Make `root` the cache of `remote`, or check that it is: fetch the manifest, then what it names besides shards.
+
+    UserError names what cannot be fetched, or says that `root` holds another data set; `key` is where it was set.
+    """
+    remote = remote.rstrip("/")
+    with _lock(root), tempfile.TemporaryDirectory(prefix=".manifest.", dir=root) as temporary:
+        download(remote, MANIFEST_FILE, Path(temporary) / MANIFEST_FILE)
+        manifest = Manifest.read(Path(temporary))
+        if (root / MANIFEST_FILE).exists() and Manifest.read(root).fingerprint() != manifest.fingerprint():
+            raise UserError(
+                f"{key}={root} holds another data set than {remote}; give another directory as its cache, or remove it"
+            )
+        atomic_write_text(root / REMOTE_FILE, json.dumps({"remote": remote}) + "\n")
+        for file in _small_files(manifest):
+            _fetch_good(root, remote, file)
+        os.replace(Path(temporary) / MANIFEST_FILE, root / MANIFEST_FILE)
+
+
+def fetch_split(root: Path, split: str) -> None:
+    """Fetch what a cache lacks of a split; nothing when `root` is not a cache."""
+    remote = remote_of(root)
+    if remote is None:
+        return
+    files = Manifest.read(root).split(split, root).files
+    if all((root / file.file).is_file() for file in files):
+        return
+    with _lock(root):
+        for file in files:
+            fetch(root, remote, file)
+
+
+def fetch(root: Path, remote: str, file: FileInfo) -> int:
+    """Fetch one file unless it is there; returns how many bytes the cache grew by.
+
+    UserError when it cannot be fetched, or when what came is not what the manifest names.
+    """
+    path = root / file.file
+    if path.is_file():
+        return 0
+    if PurePosixPath(file.file).is_absolute() or ".." in PurePosixPath(file.file).parts:
+        raise UserError(f"{remote}/{MANIFEST_FILE} names {file.file!r}, outside the data set; do not use this data set")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=path.parent) as temporary:
+        found = Path(temporary) / path.name
+        download(remote, file.file, found)
+        size, sha256 = found.stat().st_size, sha256_file(found)
+        if sha256 != file.sha256:
+            raise UserError(
+                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., the manifest says "
+                f"{file.sha256[:12]}...; upload it again"
+            )
+        os.replace(found, path)
+    return size
+
+
+def download(remote: str, name: str, to: Path) -> None:
+    """Copy `remote/name` to a path that does not exist yet; UserError names the URL and the reason."""
+    try:
+        transport = _transport(remote, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+        transport.download(f"{remote}/{name}", str(to), _TIMEOUT)
+    except Exception as error:
+        _transport.cache_clear()  # new credentials may come
+        raise UserError(
+            f"cannot fetch {remote}/{name}: {_reason(error)}; check the URL, the credentials (AWS_PROFILE, "
+            "AWS_ACCESS_KEY_ID ...), S3_ENDPOINT_URL and the network"
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _transport(remote: str, _endpoint: str | None, _process: int) -> CloudDownloader:
+    """A client is slow to make, and may be used by all threads of a process, but not by its children."""
+    return CloudDownloader.get(remote)
+
+
+def upload_dataset(root: Path, remote: str) -> None:
+    """Copy a whole data set to `remote`, the manifest last: who sees it sees all of the data set."""
+    manifest = Manifest.read(root)
+    shards = [file.file for split in manifest.splits.values() for file in split.files]
+    # It warns that the local directory is not empty, which is the point.
+    logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
+    try:
+        uploader = CloudUploader.get((str(root), remote.rstrip("/")), keep_local=True, exist_ok=True)
+        for name in [*shards, manifest.tokenizer.file, MANIFEST_FILE]:
+            uploader.upload_file(name)
+    except Exception as error:
+        raise UserError(
+            f"upload={remote}: {_reason(error)}; check that the bucket exists, the credentials (AWS_PROFILE, "
+            "AWS_ACCESS_KEY_ID ...), S3_ENDPOINT_URL and the network"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _small_files(manifest: Manifest) -> Iterator[FileInfo]:
+    """The tokenizer and the indexes: what a run reads before any shard."""
+    yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # its size is not in the manifest
+    for split in manifest.splits.values():
+        yield from (file for file in split.files if PurePosixPath(file.file).name == _INDEX)
+
+
+def _fetch_good(root: Path, remote: str, file: FileInfo) -> None:
+    """Fetch a small file, also when the cache has a damaged one."""
+    path = root / file.file
+    if path.is_file() and sha256_file(path) != file.sha256:
+        path.unlink()
+    fetch(root, remote, file)
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """The ranks of a machine, and other runs on it, open a cache in turn."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".fetch.lock"):
+            yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {root}: {error.strerror or error}; free space or choose another directory"
+        ) from error

@@ -1,0 +1,278 @@
+"""Data sets in an object store (a real S3 API on the loopback interface): caches, damage, limits, mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from scmdm.cli import main
+from scmdm.config.data import DataConfig, StreamConfig
+from scmdm.data import dataset as dataset_module
+from scmdm.data.loader import build_loader, epochs, read_split
+from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.mixture import open_data
+from scmdm.data.remote import upload_dataset
+from scmdm.errors import UserError
+from tests.conftest import ROOT, TINY
+from tests.data.sets import write_texts
+
+URL = "s3://bucket/texts"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """480 training samples in six shards."""
+    return write_texts(tmp_path_factory.mktemp("sets") / "texts", 480)
+
+
+@pytest.fixture(scope="module")
+def remote(s3, local):
+    upload_dataset(local, URL)
+    return URL
+
+
+def shards(root, split="train"):
+    return sorted(path.name for path in (root / split).glob("*.mds"))
+
+
+def spoil(s3, key):
+    """Change one byte of an object; returns the way back."""
+    good = s3.get_object(Bucket="bucket", Key=key)["Body"].read()
+    s3.put_object(Bucket="bucket", Key=key, Body=good[:-1] + bytes([good[-1] ^ 1]))
+    return lambda: s3.put_object(Bucket="bucket", Key=key, Body=good)
+
+
+def cached(tmp_path, remote, **keys):
+    return DataConfig(path=str(tmp_path / "cache"), remote=remote, **keys)
+
+
+def reader(config, **options):
+    keys = {"batch_size": 32, "shuffle": True, "seed": 0, "drop_last": False, "shuffle_block": 100}
+    return build_loader(open_data(config), "train", **{**keys, **options})
+
+
+def order(loader):
+    return torch.cat([batch["index"] for batch in loader]).tolist()
+
+
+def train(run, config, *overrides):
+    fixed = [*TINY, "precision=float32", "train.validate_every=5", "data.shuffle_block=100"]
+    return ["train", str(config), f"run_dir={run}", "train.steps=12", *fixed, *overrides]
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row.get("loss"), row.get("nelbo_null")) for row in rows]
+
+
+def test_training_from_a_small_cache_is_training_from_the_directory(local, remote, tmp_path, empty_yaml, monkeypatch):
+    assert main(train(tmp_path / "local", empty_yaml, f"data.path={local}")) == 0
+    fetched = []
+    fetch = dataset_module.fetch
+
+    def counted(root, origin, file):
+        size = fetch(root, origin, file)
+        fetched.extend([file.file] if size else [])
+        return size
+
+    monkeypatch.setattr(dataset_module, "fetch", counted)
+    largest = max(path.stat().st_size for path in (local / "train").glob("*.mds"))
+    limit = (local / "train/index.json").stat().st_size + 9 * largest // 2  # of six shards, four or five
+    keys = [f"data.path={tmp_path / 'cache'}", f"data.remote={remote}", f"data.cache_limit={limit}b"]
+    assert main(train(tmp_path / "remote", empty_yaml, *keys)) == 0
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert len(losses(tmp_path / "remote")) == 12 + 3
+    assert set(fetched) == {f"train/{name}" for name in shards(local)}
+    assert len(fetched) > len(set(fetched)), "nothing was removed from the cache and fetched again"
+    assert len(shards(tmp_path / "cache")) < len(shards(local))
+    assert shards(tmp_path / "cache", "validation") == shards(local, "validation")
+    assert shards(tmp_path / "cache", "test") == []
+
+
+def test_the_cache_is_enough_once_it_is_full(local, remote, tmp_path, monkeypatch):
+    config = cached(tmp_path, remote)
+    expected = order(reader(DataConfig(path=str(local))))
+    assert order(reader(config)) == expected
+    assert shards(tmp_path / "cache") == shards(local)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert order(reader(DataConfig(path=str(tmp_path / "cache")))) == expected
+
+
+def test_a_split_of_a_cache_is_fetched_when_it_is_read(local, remote, tmp_path):
+    open_data(cached(tmp_path, remote))
+    cache = tmp_path / "cache"
+    assert not list(cache.rglob("*.mds")) and verify_dataset(cache, hashes=True) == []
+    assert np.array_equal(read_split(cache, "test", [0, 5]), read_split(local, "test", [0, 5]))
+    assert shards(cache, "test") == shards(local, "test") and shards(cache) == []
+
+
+def test_damaged_and_lost_files_of_a_cache_are_fetched_again(local, remote, tmp_path):
+    config, cache = cached(tmp_path, remote), tmp_path / "cache"
+    expected = order(reader(config))
+    first, second, third = (cache / "train" / name for name in shards(local)[:3])
+    os.truncate(first, 100)
+    second.unlink()
+    (cache / "train/index.json").write_text("{")
+    assert order(reader(config)) == expected
+    loader = reader(config)  # sizes have been checked
+    os.truncate(third, 200)
+    second.unlink()
+    assert order(loader) == expected
+    assert all((cache / "train" / name).read_bytes() == (local / "train" / name).read_bytes() for name in shards(local))
+
+
+def test_a_flipped_bit_in_a_cache_is_found_by_verify(remote, tmp_path, capsys):
+    order(reader(cached(tmp_path, remote)))
+    shard = next((tmp_path / "cache/train").glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["prepare", "--verify", str(tmp_path / "cache")]) == 1
+    found = capsys.readouterr()
+    assert f"{shard} does not match its SHA-256" in found.out and f"to fetch them from {remote} again" in found.err
+    shard.unlink()
+    assert main(["prepare", "--verify", str(tmp_path / "cache")]) == 0
+    assert f"what has been fetched of {remote}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_object_is_named_and_never_kept(s3, local, tmp_path, empty_yaml, capsys, workers):
+    url = f"s3://bucket/damaged{workers}"
+    upload_dataset(local, url)
+    name = shards(local)[3]
+    mend = spoil(s3, f"damaged{workers}/train/{name}")
+    keys = [f"data.path={tmp_path / 'cache'}", f"data.remote={url}", f"data.num_workers={workers}"]
+    assert main(train(tmp_path / "run", empty_yaml, *keys)) == 1
+    error = capsys.readouterr().err
+    assert f"{url}/train/{name} is damaged" in error and error.count("\n") == 1
+    assert not (tmp_path / "cache/train" / name).exists()
+    mend()
+    assert main(train(tmp_path / "run", empty_yaml, *keys)) == 0
+
+
+def test_a_damaged_index_or_tokenizer_is_named(s3, local, tmp_path):
+    upload_dataset(local, "s3://bucket/broken")
+    for name in ("tokenizer.json", "train/index.json"):
+        mend = spoil(s3, f"broken/{name}")
+        with pytest.raises(UserError, match=f"s3://bucket/broken/{name} is damaged"):
+            open_data(cached(tmp_path, "s3://bucket/broken"))
+        mend()
+    assert not (tmp_path / "cache/manifest.json").exists()
+    open_data(cached(tmp_path, "s3://bucket/broken"))
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "reason"),
+    [
+        ("s3://no-such-bucket/x", None, "not found"),
+        ("s3://bucket/no-such-prefix", None, "not found"),
+        ("s3://bucket/texts", "http://127.0.0.1:9", "Could not connect"),
+        ("ftp://host/x", None, "Unsupported remote path"),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_line(s3, url, endpoint, reason, tmp_path, empty_yaml, capsys, monkeypatch):
+    if endpoint is not None:
+        monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    keys = [f"data.path={tmp_path / 'cache'}", f"data.remote={url}"]
+    assert main(train(tmp_path / "run", empty_yaml, *keys)) == 1
+    error = capsys.readouterr().err
+    assert f"cannot fetch {url}/manifest.json" in error and reason in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_data_set_is_refused(s3, local, remote, tmp_path):
+    open_data(cached(tmp_path, remote))
+    other = write_texts(tmp_path / "other", 40, seed=5)
+    upload_dataset(other, "s3://bucket/other")
+    with pytest.raises(UserError, match=r"cache holds another data set than s3://bucket/other"):
+        open_data(cached(tmp_path, "s3://bucket/other"))
+    upload_dataset(local, "s3://bucket/moved")
+    open_data(cached(tmp_path, "s3://bucket/moved/"))
+    assert json.loads((tmp_path / "cache/remote.json").read_text()) == {"remote": "s3://bucket/moved"}
+
+
+def test_a_manifest_that_points_outside_is_refused(local, tmp_path):
+    shutil.copytree(local, tmp_path / "evil")
+    manifest = Manifest.read(tmp_path / "evil")
+    manifest.splits["test"].files[0].file = "../../outside/index.json"
+    manifest.write(tmp_path / "evil")
+    with pytest.raises(UserError, match="outside the data set"):
+        open_data(cached(tmp_path, str(tmp_path / "evil")))
+
+
+def test_limits_of_caches(local, remote, tmp_path):
+    with pytest.raises(UserError, match=r"data\.cache_limit=1gb, but data\.path=.* is no cache"):
+        open_data(DataConfig(path=str(local), cache_limit="1gb"))
+    config = cached(tmp_path, remote)
+    with pytest.raises(UserError, match=r"data\.cache_limit=5kb is not possible: .*four times the largest shard"):
+        reader(config, cache_limit="5kb")
+    first = reader(config, cache_limit="1mb")
+    with pytest.raises(UserError, match="is the limited cache of another run"):
+        reader(config, cache_limit="1mb")
+    del first
+    reader(config, cache_limit="1mb")
+
+
+def test_two_readers_share_a_cache_without_a_limit(remote, tmp_path):
+    config = cached(tmp_path, remote)
+    one, two = reader(config), reader(config, seed=1)
+    for a, b in zip(one, two, strict=True):
+        assert len(a["index"]) == len(b["index"])
+
+
+def test_streams_may_be_local_and_remote(local, remote, tmp_path):
+    extra = write_texts(tmp_path / "extra", 100, seed=4)
+
+    def config(path, url):
+        return DataConfig(
+            streams={"extra": StreamConfig(str(extra), 1), "texts": StreamConfig(str(path), 3, remote=url)}
+        )
+
+    def first(setting):
+        return [batch["index"].tolist() for batch, _ in zip(epochs(reader(setting), 32), range(30), strict=False)]
+
+    assert first(config(tmp_path / "cache", remote)) == first(config(local, None))
+    assert open_data(config(tmp_path / "cache", remote)).manifest == open_data(config(local, None)).manifest
+
+
+def test_prepare_uploads(s3, tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    for number in range(60):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"text number {number} of many\n")
+    config = tmp_path / "prepare.yaml"
+    config.write_text(
+        f"source: text\npath: {tmp_path / 'corpus'}\nout: {tmp_path / 'data'}\ntokenizer: characters\nlength: 32\n"
+        "validation_fraction: 0.2\ntest_fraction: 0.2\n"
+    )
+    assert main(["prepare", str(config), "upload=s3://no-such-bucket/x"]) == 1
+    error = capsys.readouterr().err
+    assert "upload=s3://no-such-bucket/x" in error and error.count("\n") == 1
+    assert main(["prepare", str(config), "upload=s3://bucket/prepared"]) == 0
+    assert "uploaded to s3://bucket/prepared" in capsys.readouterr().out
+    open_data(cached(tmp_path, "s3://bucket/prepared"))
+    for split in ("train", "validation", "test"):
+        assert np.array_equal(read_split(tmp_path / "cache", split), read_split(tmp_path / "data", split))
+    assert main(["prepare", str(config)]) == 0  # the upload is no part of what the data set is
+    assert "is up to date" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_cache_and_take_the_same_steps(local, remote, tmp_path, empty_yaml):
+    keys = ["train.micro_batch_size=32", "threads=1"]
+    assert main(train(tmp_path / "local", empty_yaml, f"data.path={local}", *keys)) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scmdm"]
+    cache = [f"data.path={tmp_path / 'cache'}", f"data.remote={remote}", "data.cache_limit=1mb"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [*launcher, *train(tmp_path / "ranks", empty_yaml, *cache, *keys)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    expected, found = losses(tmp_path / "local"), losses(tmp_path / "ranks")
+    assert [step for step, *_ in found] == [step for step, *_ in expected]
+    for (_, loss, nelbo), (_, wanted, wanted_nelbo) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5) and nelbo == pytest.approx(wanted_nelbo, rel=1e-5)
+    assert shards(tmp_path / "cache") == shards(local)
