@@ -109,7 +109,7 @@ def loss_figure(
         right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
         for ax in (left, right):
             if ax.get_legend_handles_labels()[1]:
-                ax.legend(fontsize=9)
+                ax.legend(fontsize=9, loc="best", framealpha=0.8, frameon=True, edgecolor="none")
         figure.tight_layout()
         return _save(figure, path)
 
