@@ -74,7 +74,7 @@ def _parse_override(override: str, schema: type) -> dict[str, Any]:
         return _nest(key, text)
     try:
         nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:  # IndexError: a key such as "["
         raise UserError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
     return cast(dict[str, Any], nested)
 

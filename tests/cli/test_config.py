@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scmdm.config.help import describe_keys
@@ -152,6 +152,7 @@ def test_the_resolved_copy_reads_back_the_same(values):
     assert content == _flatten(dataclasses.asdict(config))
 
 
+@example("[", "")
 @given(st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12), st.text(max_size=8))
 def test_any_override_is_taken_or_refused_in_one_line(key, value):
     """Anything else that it raises fails the test."""

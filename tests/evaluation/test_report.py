@@ -61,7 +61,7 @@ def study(tmp_path):
             for seed in range(3):
                 samples = f"samples/{name}_T{steps}_s{seed}.jsonl"
                 (tmp_path / samples).write_text(
-                    "".join(json.dumps({"text": t}) + "\n" for t in ["CCO", "C1CC", "c1ccccc1"])
+                    "".join(json.dumps({"text": t, "framed": True}) + "\n" for t in ["CCO", "C1CC", "c1ccccc1"])
                 )
                 validity = level + 0.01 * math.log2(steps) + 0.005 * seed + 0.001 * len(name) * (seed - 1)
                 common = {
