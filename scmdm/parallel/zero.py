@@ -164,6 +164,7 @@ class DeepspeedEngine(ParallelEngine):
         if self._stage < 3:
             self._zero.update_lp_params()
             return
+        parameter: Any  # DeepSpeed adds attributes
         for parameter in self.trained.values():
             parameter.ds_tensor.data.copy_(_local(parameter))
 
