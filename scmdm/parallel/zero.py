@@ -164,6 +164,7 @@ class DeepspeedEngine(ParallelEngine):
         if self._stage < 3:
             self._zero.update_lp_params()
             return
+        parameter: Any  # DeepSpeed adds attributes
         for parameter in self.trained.values():
             partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             partition.data.copy_(_local(parameter))

@@ -103,7 +103,8 @@ def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
     assert [row["kind"] for row in ours] == [row["kind"] for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "nelbo_null", "nelbo_conditioned"):
-            assert a.get(key) == pytest.approx(b.get(key), rel=1e-5), (a["kind"], a["step"], key)
+            if (expected := b.get(key)) is not None:
+                assert a[key] == pytest.approx(expected, rel=1e-5), (a["kind"], a["step"], key)
 
 
 @installed
