@@ -166,8 +166,7 @@ class DeepspeedEngine(ParallelEngine):
             return
         parameter: Any  # DeepSpeed adds attributes
         for parameter in self.trained.values():
-            partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-            partition.data.copy_(_local(parameter))
+            parameter.ds_tensor.data.copy_(_local(parameter))
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}

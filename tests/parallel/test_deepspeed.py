@@ -9,8 +9,10 @@ from scmdm.cli import main
 from scmdm.config.load import load_config
 from scmdm.config.schema import RunConfig
 from scmdm.errors import UserError
+from scmdm.model.weights import WEIGHTS_FILE, read_weights, write_weights
 from scmdm.parallel.processes import World
 from scmdm.parallel.zero import deepspeed_json
+from scmdm.training.checkpoint import SEAL, export_model, seal
 from scmdm.training.metrics import read_metrics
 from scmdm.training.setup import resolve_engine
 from tests.parallel.test_fsdp import STEPS, adapt, assert_same, launch, single  # noqa: F401 (fixtures)
@@ -128,7 +130,13 @@ def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adap
 
 @installed
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run(adapt, tmp_path):  # noqa: F811
-    keys = ["engine=deepspeed", "optimizer.lr=10", "optimizer.clip=0", "train.micro_batch_size=32", "train.steps=200"]
+def test_a_loss_that_is_not_finite_ends_the_run(adapt, base, tmp_path):  # noqa: F811
+    broken = export_model(base, tmp_path / "broken")
+    weights = read_weights(broken / WEIGHTS_FILE)
+    weights["blocks.0.mlp.0.weight"][0, 0] = float("nan")
+    write_weights(broken / WEIGHTS_FILE, weights)
+    (broken / SEAL).unlink()
+    seal(broken)
+    keys = [f"base={broken}", "engine=deepspeed", "train.micro_batch_size=32"]
     status, output = launch(2, *adapt(tmp_path / "run", *keys))
     assert status != 0 and "is not finite" in output, output
