@@ -15,6 +15,7 @@ from benchmarks.timing import interleave, show
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.model.dit import DiT
+from scmdm.model.init import init_weights
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import resolve_device, resolve_precision
 from scmdm.training.optimizer import set_lr
@@ -65,6 +66,7 @@ def _head(model: ModelConfig, vocab: int, length: int, batch: int, *, loss: bool
     """The head on half of all positions, as many as are masked on average."""
     device = resolve_device("auto")
     dit = DiT(model, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear()).to(device)
+    init_weights(dit, 0)
     rows = batch * length // 2
     h_ND = torch.randn(rows, model.width, device=device).to(resolve_precision("auto", device))
     x_N = torch.randint(0, vocab - 1, (rows,), device=device)

@@ -192,13 +192,14 @@ def _train(options: argparse.Namespace) -> None:
 
 def _adapt(options: argparse.Namespace) -> None:
     from scmdm.config.load import load_config
-    from scmdm.sampling import load
+    from scmdm.model.weights import open_model
+    from scmdm.training.checkpoint import find_model
     from scmdm.training.trainer import run_training
 
     config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
     if config.base is None:
         raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
-    run_training(config, load(config.base, device="cpu"))
+    run_training(config, open_model(find_model(Path(config.base))))
 
 
 def _add_model_commands(commands: _Commands) -> None:

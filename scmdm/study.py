@@ -26,7 +26,7 @@ from scmdm.evaluation.evaluate import model_nelbo, molecule_reference
 from scmdm.evaluation.molecules import Reference, evaluate_molecules
 from scmdm.evaluation.report import print_summary, study_report
 from scmdm.files import atomic_write_text
-from scmdm.model.weights import LoadedModel
+from scmdm.model.weights import LoadedModel, open_model
 from scmdm.sampling import generate, load, write_samples
 from scmdm.training.checkpoint import find_model, sha256_of_model
 from scmdm.training.trainer import run_training
@@ -102,7 +102,7 @@ def _adapt(config: StudyConfig, out: Path, base: Model, data: str) -> Iterator[M
         for arm, settings in config.arms.items():
             console.rule(f"{settings.label}, seed {seed}")
             run = _arm_config(config, out, str(base.path), data, arm, seed)
-            run_training(run, load(base.path, device="cpu"))
+            run_training(run, open_model(base.path))
             yield Model(arm, seed, find_model(Path(run.run_dir)), Path(run.run_dir))
 
 

@@ -112,6 +112,8 @@ class FsdpConfig:
 
     replicate: int = 1  # HSDP: so many groups of ranks hold a whole copy each, which is sharded within the group
     reshard_after_estimate: bool = False  # free the gathered weights between the two passes: less memory, more traffic
+    offload: bool = False  # weights, gradients, averages and moments in host memory, where the update runs, too
+    context: int = 1  # so many ranks share each sequence; it must divide data length and model.heads
 
 
 @dataclass
@@ -221,6 +223,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("schedule.final_ratio", 0, 1),
     ("ema.decay", 0, 0.9999999),
     ("fsdp.replicate", 1, 2**20),
+    ("fsdp.context", 1, 65536),
     ("deepspeed.stage", 1, 3),
     ("deepspeed.whole_below", 0, 2**31),
     ("train.steps", 1, 2**40),

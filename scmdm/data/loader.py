@@ -45,15 +45,17 @@ def build_loader(
     num_workers: int = 0,
     cache_limit: str | None = None,
     shuffle_block: int | None = None,
+    replication: int = 1,
 ) -> StreamingDataLoader:
     """Batches `{"tokens": (B, L) int64, "index": (B,) int64}` of this rank, `batch_size` sequences each.
 
     Its `state_dict` and `load_state_dict` (before the first batch) resume in mid-epoch. The order depends on `seed`,
     the epoch, the data and `num_canonical_nodes`, not on the number of ranks. An epoch of several streams has as many
-    samples as they have together, drawn in their proportions. Raises UserError when the data set is too small.
+    samples as they have together, drawn in their proportions. So many consecutive ranks as `replication` says get the
+    same batches. Raises UserError when the data set is too small.
     """
     samples = sum(source.manifest.split(split, source.root).samples for source in data.sources)
-    needed = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
     if drop_last and samples < needed:
         places = ", ".join(str(source.root / split) for source in data.sources)
         raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
@@ -70,6 +72,7 @@ def build_loader(
         "num_canonical_nodes": num_canonical_nodes,
         "predownload": 8 * batch_size,
         "cache_limit": cache_limit,
+        "replication": replication if replication > 1 else None,
     }
     loader = StreamingDataLoader(
         _construct(options), batch_size=batch_size, num_workers=num_workers, drop_last=drop_last, collate_fn=_collate

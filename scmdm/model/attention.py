@@ -11,6 +11,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.errors import UserError
 
@@ -65,3 +67,19 @@ def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str) -> Tens
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     probabilities_BHLL = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (probabilities_BHLL @ v).transpose(1, 2)
+
+
+def attend_slices(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, context: DeviceMesh) -> Tensor:
+    """`attend` over sequences of which every rank of `context` holds a slice, in rank order; returns this rank's slice.
+
+    An all-to-all gives each rank whole sequences of its share of the heads, another one gives the slices back
+    (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H.
+    """
+    qkv_3BLHK = _exchange(torch.stack((q_BLHK, k_BLHK, v_BLHK)), context, 2, 3)
+    return _exchange(attend(*qkv_3BLHK.unbind(), backend), context, 1, 2)
+
+
+def _exchange(x: Tensor, context: DeviceMesh, sliced: int, slice_next: int) -> Tensor:
+    """Put the slices of dimension `sliced` together and cut `slice_next` instead."""
+    whole = DTensor.from_local(x, context, (Shard(sliced),), run_check=False)
+    return whole.redistribute(placements=(Shard(slice_next),)).to_local()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmdm.model.init import ZeroLinear
+
 CONDITIONERS = ("projection", "norm", "mlp")
 
 
@@ -23,18 +25,17 @@ class Conditioner(nn.Module):
     - "mlp": `W2 gelu(W1 s)`, `W2 = 0`.
     """
 
+    starts_at = 0.0  # the gain: maps have their own
+
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
         assert kind in CONDITIONERS, kind
         self.kind = kind
-        self.proj = nn.Linear(width, width, bias=False)
-        if kind == "projection":
-            nn.init.zeros_(self.proj.weight)
-        elif kind == "norm":
-            self.gain = nn.Parameter(torch.zeros(width))
-        else:
-            self.out = nn.Linear(width, width, bias=False)
-            nn.init.zeros_(self.out.weight)
+        self.proj = (ZeroLinear if kind == "projection" else nn.Linear)(width, width, bias=False)
+        if kind == "norm":
+            self.gain = nn.Parameter(torch.empty(width))
+        if kind == "mlp":
+            self.out = ZeroLinear(width, width, bias=False)
 
     def forward(self, estimate_BLD: Tensor) -> Tensor:
         h = self.proj(estimate_BLD)

@@ -13,12 +13,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
-from scmdm.model.attention import attend
+from scmdm.model.attention import attend, attend_slices
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
+from scmdm.model.init import ZeroLinear
 from scmdm.model.recompute import run_block
 
 _FREQUENCIES = 256
@@ -32,9 +34,11 @@ def modulate(x_BLD: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
 class LayerNorm(nn.Module):
     """Layer norm in float32 with a gain and no bias."""
 
+    starts_at = 1.0
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], self.weight.float())
@@ -90,14 +94,13 @@ class Block(nn.Module):
         width, hidden = config.width, config.mlp_ratio * config.width
         self.heads, self.attention = config.heads, config.attention
         self.dropout = config.dropout or 0.0
+        self.context: DeviceMesh | None = None
         self.norm1 = LayerNorm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-        self.adaLN_modulation = nn.Linear(config.condition_width, 6 * width)
-        nn.init.zeros_(self.adaLN_modulation.weight)
-        nn.init.zeros_(self.adaLN_modulation.bias)
+        self.adaLN_modulation = ZeroLinear(config.condition_width, 6 * width)
 
     def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], c_RC: Tensor, dropout: bool) -> Tensor:
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
@@ -109,7 +112,11 @@ class Block(nn.Module):
 
     def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
-        out_BLHK = attend(rotate(q, *rotary), rotate(k, *rotary), v, self.attention)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.context is None:
+            out_BLHK = attend(q, k, v, self.attention)
+        else:
+            out_BLHK = attend_slices(q, k, v, self.attention, self.context)
         return self.attn_out(out_BLHK.flatten(2))
 
 
@@ -119,7 +126,6 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -131,10 +137,8 @@ class OutputLayer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.norm_final = LayerNorm(config.width)
-        self.linear = nn.Linear(config.width, vocab_size)
-        self.adaLN_modulation = nn.Linear(config.condition_width, 2 * config.width)
-        for parameter in (*self.linear.parameters(), *self.adaLN_modulation.parameters()):
-            nn.init.zeros_(parameter)
+        self.linear = ZeroLinear(config.width, vocab_size)
+        self.adaLN_modulation = ZeroLinear(config.condition_width, 2 * config.width)
 
     def forward(self, x_BLD: Tensor, c_RC: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_RC)[:, None].chunk(2, dim=2)
@@ -144,7 +148,8 @@ class OutputLayer(nn.Module):
 class DiT(nn.Module):
     """The denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
 
-    Without `config.self_conditioned` it has no conditioner and is the plain MDM.
+    Without `config.self_conditioned` it has no conditioner and is the plain MDM. A new one has no weights to speak of:
+    `scmdm.model.init.init_weights`, or those of a file.
     """
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, mask_id: int, schedule: Schedule) -> None:
@@ -156,15 +161,21 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.output_layer = OutputLayer(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
+        self.context: DeviceMesh | None = None
+
+    def slice_sequences(self, context: DeviceMesh) -> None:
+        """Take slices of sequences from now on, this rank's among those of `context`."""
+        for module in (self, *self.blocks):
+            module.context = context
 
     def hidden(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
         """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
-        x_BLD = self.vocab_embed(z_BL)
+        x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
         if estimate_BLD is not None:
             assert self.conditioner is not None, "an estimate needs a self-conditioned model"
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
         c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
-        rotary, recompute = self.rotary_emb(z_BL.shape[1]), self.config.activation_checkpointing
+        rotary, recompute = self._rotary(z_BL.shape[1]), self.config.activation_checkpointing
         for block in self.blocks:
             x_BLD = run_block(block, recompute, x_BLD, rotary, c_RC, dropout and self.training)
         return self._head_input(self.output_layer(x_BLD, c_RC))
@@ -214,6 +225,14 @@ class DiT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Embedding of tokens, any shape in front."""
         return self.vocab_embed(ids)
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """The tables' rows for the positions at hand."""
+        if self.context is None:
+            return self.rotary_emb(length)
+        cos, sin = self.rotary_emb(length * self.context.size())
+        at = slice(length * self.context.get_local_rank(), length * (self.context.get_local_rank() + 1))
+        return cos[at], sin[at]
 
     def _noise_level(self, t_B: Tensor) -> Tensor:
         if not self.config.time_conditioning:

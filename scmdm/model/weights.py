@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -51,19 +49,26 @@ class ModelSpec:
         return make_schedule(self.diffusion.schedule, eps=self.diffusion.eps, power=self.diffusion.power)
 
     def build(self) -> DiT:
-        """A freshly initialised model; the caller keys torch's generator."""
-        return DiT(self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule)
+        """The model without weights, on the meta device: see `allocate`."""
+        with torch.device("meta"):
+            return DiT(self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule)
 
 
 @dataclass
-class LoadedModel:
-    """A model ready to sample or to adapt, with its tokenizer and the data set's manifest."""
+class StoredModel:
+    """A model on disk: all but its weights, which are read when they have a place to go."""
 
-    model: DiT
     spec: ModelSpec
     tokenizer: Tokenizer
     manifest: Manifest
     path: Path
+
+
+@dataclass
+class LoadedModel(StoredModel):
+    """A model ready to sample."""
+
+    model: DiT
 
 
 def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer_file: Path) -> None:
@@ -95,21 +100,8 @@ def read_spec(directory: Path) -> ModelSpec:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint, or export the model again") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; UserError when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; use another checkpoint, or export the model again") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); use another checkpoint, or export the model again") from error
-
-
-def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
-    """Load a model directory; "ema" takes the averaged weights where there are any, "raw" never.
-
-    Raises UserError when files are missing or damaged, or do not fit together.
-    """
+def open_model(directory: Path) -> StoredModel:
+    """Read a model directory but for its weights. Raises UserError when files are missing or do not fit together."""
     spec = read_spec(directory)
     manifest = Manifest.read(directory)
     tokenizer = load_tokenizer(directory / manifest.tokenizer.file)
@@ -120,21 +112,61 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
         )
     # How attention is computed is no part of a model: it may have been trained on other hardware.
     spec.model.attention = "auto"
-    model = spec.build()
-    load_weights(model, weights_of(directory, weights=weights), str(directory))
-    return LoadedModel(model.eval(), spec, tokenizer, manifest, directory)
+    return StoredModel(spec, tokenizer, manifest, directory)
+
+
+def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
+    """Load a model directory onto the CPU; "ema" takes the averaged weights where there are any, "raw" never.
+
+    Raises UserError when files are missing or damaged, or do not fit together.
+    """
+    stored = open_model(directory)
+    model = stored.spec.build()
+    allocate(model, torch.device("cpu"))
+    read_weights(model, directory, weights=weights, alone=True)
+    return LoadedModel(**vars(stored), model=model.eval())
+
+
+def allocate(model: DiT, device: torch.device, *, weights_on: torch.device | None = None) -> None:
+    """Give a model that was built on the meta device, and perhaps sharded there, its memory; weights are undefined.
+
+    `weights_on` puts the weights elsewhere than the tables that the model derives itself.
+    """
+    model.to_empty(device=weights_on or device)
+    model.rotary_emb.to_empty(device=device)
+    model.rotary_emb.reset_parameters()
+
+
+def read_weights(
+    model: DiT, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
+) -> None:
+    """Fill a model, whole or sharded, from a model directory, each rank reading what it holds.
+
+    `new_conditioner` leaves the conditioner alone where the directory has none. All ranks call this together, or one of
+    them `alone`. Raises UserError when files are damaged, or of another architecture.
+    """
+    place, prefix, found = _stored_shapes(directory, weights)
+    own = dict(model.named_parameters())
+    _check_fit({n: p.shape for n, p in own.items()}, found, str(directory), new_conditioner=new_conditioner)
+    into = {prefix + name: own[name].detach() for name in found}
+    read_tensors(place, into, alone=alone)
 
 
 def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
     """The whole tensors of an export or, averaged ("ema") or not ("raw"), of a checkpoint, on the CPU."""
-    if not (directory / TENSORS).is_dir():
-        return read_weights(directory / WEIGHTS_FILE)
-    shapes = tensor_shapes(directory / TENSORS)
+    place, prefix, shapes = _stored_shapes(directory, weights)
+    found = {name: torch.empty(shape) for name, shape in shapes.items()}
+    read_tensors(place, {prefix + name: value for name, value in found.items()}, alone=True)
+    return found
+
+
+def _stored_shapes(directory: Path, weights: str) -> tuple[Path, str, dict[str, torch.Size]]:
+    """Where a model directory has its tensors, the prefix of their names there, and names and shapes without it."""
+    place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
+    shapes = tensor_shapes(place)
     averaged = weights == "ema" and any(name.startswith(EMA_PREFIX) for name in shapes)
-    prefix = EMA_PREFIX if averaged else WEIGHTS_PREFIX
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items() if name.startswith(prefix)}
-    read_tensors(directory / TENSORS, found, alone=True)
-    return {name.removeprefix(prefix): value for name, value in found.items()}
+    prefix = "" if place == directory else EMA_PREFIX if averaged else WEIGHTS_PREFIX
+    return place, prefix, {n.removeprefix(prefix): size for n, (size, _) in shapes.items() if n.startswith(prefix)}
 
 
 def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
@@ -143,20 +175,28 @@ def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_con
     `new_conditioner` keeps the fresh conditioner where `weights` has none: the first step of an adaptation.
     """
     expected = dict(model.named_parameters())
-    absent = [n for n in expected if n not in weights and not (new_conditioner and n.startswith("conditioner."))]
-    unknown = [n for n in weights if n not in expected]
-    wrong = [n for n in weights if n in expected and weights[n].shape != expected[n].shape]
+    shapes = {name: value.shape for name, value in weights.items()}
+    _check_fit({n: p.shape for n, p in expected.items()}, shapes, origin, new_conditioner=new_conditioner)
+    with torch.no_grad():
+        for name, value in weights.items():
+            expected[name].copy_(value)
+
+
+def _check_fit(
+    expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool
+) -> None:
+    absent = [n for n in expected if n not in found and not (new_conditioner and n.startswith("conditioner."))]
+    unknown = [n for n in found if n not in expected]
+    wrong = [n for n in found if n in expected and found[n] != expected[n]]
     if wrong:
-        found, wanted = tuple(weights[wrong[0]].shape), tuple(expected[wrong[0]].shape)
+        name = wrong[0]
         raise UserError(
-            f"{origin}: {wrong[0]} has shape {found}, the model wants {wanted}; it is of another architecture"
+            f"{origin}: {name} has shape {tuple(found[name])}, the model wants {tuple(expected[name])}; it is of "
+            "another architecture"
         )
     if absent or unknown:
         problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model does not"
         raise UserError(f"{origin} {problem}; it is of another architecture")
-    with torch.no_grad():
-        for name, value in weights.items():
-            expected[name].copy_(value)
 
 
 def from_mdlm(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,13 +29,15 @@ class Engine(Protocol):
 
     rank: int
     world_size: int
+    data_rank: int  # which part of a batch this rank has; several ranks have the same one under context parallelism
+    data_size: int  # how many parts there are
     device: torch.device
     model: DiT
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser  # what the objective calls
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Concatenate a 1-D tensor over the ranks, in rank order."""
+        """Concatenate a 1-D tensor over the parts of the batch, in their order."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Engine(Protocol):
 class SingleEngine:
     """One process, one device."""
 
-    rank, world_size = 0, 1
+    rank, world_size, data_rank, data_size = 0, 1, 0, 1
 
     def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
@@ -126,7 +128,7 @@ class SingleEngine:
         for parameter in self.trained.values():
             state = self.optimizer.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state.update({kind: torch.zeros_like(parameter) for kind in MOMENTS})
         states = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
         return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
@@ -145,14 +147,17 @@ class SingleEngine:
 class ParallelEngine(SingleEngine):
     """What engines of several processes have in common."""
 
-    def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype, context: int = 1
+    ) -> None:
         super().__init__(model, optimizer, device, dtype)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_rank, self.data_size = self.rank // context, self.world_size // context
 
     def all_gather(self, values: Tensor) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values)
-        return torch.cat(parts)
+        return torch.cat(parts[:: self.world_size // self.data_size])
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.clone()

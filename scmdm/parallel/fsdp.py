@@ -14,11 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from scmdm.config.schema import FsdpConfig
+from scmdm.diffusion.objective import Denoiser
 from scmdm.model.dit import DiT
+from scmdm.parallel.context import SlicedDenoiser, make_context
 from scmdm.parallel.engine import ParallelEngine
 
 ENTRY_POINTS = ("estimate", "weighted_nll")
@@ -33,24 +42,29 @@ def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: DiT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(model: DiT, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
     """Shard a model in place: one group per block, one for all the rest (both embeddings, so that `p @ E` finds them).
 
-    Weights travel in `dtype`, gradients are summed in float32. Inputs are not cast: the residual stream and the times
-    keep their precision, as under the single engine.
+    Weights travel in `dtype` (those of the rest in float32 for `head_precision=float32`), gradients are summed in
+    float32. Inputs are not cast: the residual stream and the times keep their precision, as under the single engine.
+    `offload` keeps the shards, gradients and what the optimizer makes of them in host memory.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=where)
+    rest = _policy(torch.float32 if model.config.head_precision == "float32" else dtype)
+    fully_shard(model, mesh=mesh, mp_policy=rest, offload_policy=where)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     for name in ENTRY_POINTS:
         register_fsdp_forward_method(model, name)
+
+
+def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    weights = None if dtype == torch.float32 else dtype
+    return MixedPrecisionPolicy(param_dtype=weights, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 class FsdpEngine(ParallelEngine):
@@ -64,10 +78,13 @@ class FsdpEngine(ParallelEngine):
         dtype: torch.dtype,
         config: FsdpConfig,
     ) -> None:
-        super().__init__(model, optimizer, device, dtype)
+        super().__init__(model, optimizer, device, dtype, config.context)
         assert isinstance(model, FSDPModule)
         self.sharded: FSDPModule = model
-        self.denoiser = _TwoPassDenoiser(model, config.reshard_after_estimate)
+        self.denoiser: Denoiser = _TwoPassDenoiser(model, config.reshard_after_estimate)
+        if (context := make_context(config.context, device)) is not None:
+            model.slice_sequences(context)
+            self.denoiser = SlicedDenoiser(self.denoiser, context)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)

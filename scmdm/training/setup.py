@@ -11,10 +11,10 @@ import yaml
 
 from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from scmdm.data.manifest import Manifest
-from scmdm.diffusion.noise import keyed_int
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
-from scmdm.model.weights import LoadedModel, ModelSpec, load_weights
+from scmdm.model.init import init_weights
+from scmdm.model.weights import ModelSpec, StoredModel, allocate, read_weights
 from scmdm.parallel.engine import Engine, SingleEngine
 from scmdm.parallel.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.parallel.processes import World
@@ -38,6 +38,8 @@ _MAY_CHANGE_ON_RESUME = (
     "engine",
     "fsdp.replicate",
     "fsdp.reshard_after_estimate",
+    "fsdp.offload",
+    "fsdp.context",
     "deepspeed.stage",
     "deepspeed.whole_below",
     "data.path",
@@ -66,7 +68,7 @@ _MAY_CHANGE_ON_RESUME = (
 )
 
 
-def resolve_config(config: RunConfig, base: LoadedModel | None) -> RunConfig:
+def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
     """Fill in what follows from the rest: the conditioner from the rate, an adaptation's architecture from its base.
 
     Raises UserError when the configuration asks for another architecture or process than the base's.
@@ -101,7 +103,7 @@ def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allo
             )
 
 
-def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) -> ModelSpec:
+def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> ModelSpec:
     """What to build; UserError when the base speaks another vocabulary than the data set."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
@@ -113,28 +115,37 @@ def build_spec(config: RunConfig, manifest: Manifest, base: LoadedModel | None) 
             f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
             "prepare the data with the base's tokenizer, or take another base"
         )
+    for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
+        if number % config.fsdp.context:
+            raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
     return ModelSpec(config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length)
 
 
 def build_engine(
-    config: RunConfig, spec: ModelSpec, base: LoadedModel | None, device: torch.device, dtype: torch.dtype
+    config: RunConfig, spec: ModelSpec, base: StoredModel | None, device: torch.device, dtype: torch.dtype
 ) -> Engine:
-    """Model (fresh, or with the base's weights), optimizer and engine."""
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed_int(config.seed, "init", 0))
-        model = spec.build()
-    if base is not None:
-        weights = {name: value.detach() for name, value in base.model.named_parameters()}
-        load_weights(model, weights, str(base.path), new_conditioner=True)
-    model.to(device)
+    """Model (fresh, or with the base's weights), optimizer and engine.
+
+    Under FSDP2 the model is sharded before it has any memory, and each rank fills only what it holds.
+    """
+    model = spec.build()
     if config.model.compile:
         compile_blocks(model)
+    if config.engine == "fsdp2":
+        shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload)
+    offload = config.engine == "fsdp2" and config.fsdp.offload
+    allocate(model, device, weights_on=torch.device("cpu") if offload else None)
+    if base is None:
+        init_weights(model, config.seed)
+    else:
+        init_weights(model, config.seed, prefix="conditioner.")
+        read_weights(model, base.path, new_conditioner=True)
+    optimizer = make_optimizer(model, config.optimizer)
     if config.engine == "single":
-        return SingleEngine(model, make_optimizer(model, config.optimizer), device, dtype)
+        return SingleEngine(model, optimizer, device, dtype)
     if config.engine == "deepspeed":
-        return DeepspeedEngine(model, make_optimizer(model, config.optimizer), device, dtype, config)
-    shard(model, make_mesh(config.fsdp, device), dtype)
-    return FsdpEngine(model, make_optimizer(model, config.optimizer), device, dtype, config.fsdp)
+        return DeepspeedEngine(model, optimizer, device, dtype, config)
+    return FsdpEngine(model, optimizer, device, dtype, config.fsdp)
 
 
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:
@@ -144,15 +155,16 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
         raise UserError(f"engine=single, but there are {world.size} processes; use engine=auto, or start one process")
     if engine == "deepspeed":
         require_deepspeed()
-    if world.size % config.fsdp.replicate:
-        raise UserError(
-            f"fsdp.replicate={config.fsdp.replicate} is not possible; it must divide the {world.size} processes"
-        )
-    train = config.train
-    if train.global_batch_size % (world.size * train.micro_batch_size):
+    for key in ("replicate", "context"):
+        if world.size % getattr(config.fsdp, key):
+            raise UserError(
+                f"fsdp.{key}={getattr(config.fsdp, key)} is not possible; it must divide the {world.size} processes"
+            )
+    train, parts = config.train, world.size // config.fsdp.context
+    if train.global_batch_size % (parts * train.micro_batch_size):
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not possible with {world.size} processes; it must "
-            f"be a multiple of {world.size} x train.micro_batch_size = {world.size * train.micro_batch_size}"
+            f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
         )
     return dataclasses.replace(config, engine=engine)
 

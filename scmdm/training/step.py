@@ -48,7 +48,7 @@ def train_step(
     """
     clock = clock or Clock(engine.device)
     with clock.part("sync"):
-        tokens = engine.sum(valid_BL.sum())
+        tokens = engine.all_gather(valid_BL.sum()[None]).sum()
         t_B = _local_times(engine, config, ids_B, step)
     denoiser = TimedDenoiser(engine.denoiser, clock)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
@@ -74,13 +74,13 @@ def train_step(
         grad_norm = engine.clip_grad_norm(config.optimizer.clip)
         _require_finite(loss, grad_norm, step, ids_B)
         engine.step()
-    return StepResult(loss, grad_norm, int(tokens), passes * len(ids_B) * engine.world_size)
+    return StepResult(loss, grad_norm, int(tokens), passes * len(ids_B) * engine.data_size)
 
 
 def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
     """This rank's part (B,) of the times, which are stratified over the global batch."""
     t_N = stratified_times(config.seed, step, engine.all_gather(ids_B), config.diffusion.t_min)
-    return t_N[engine.rank * len(ids_B) :][: len(ids_B)]
+    return t_N[engine.data_rank * len(ids_B) :][: len(ids_B)]
 
 
 def _noise(

@@ -11,6 +11,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear, make_schedule
 from scmdm.model.dit import DiT
+from scmdm.model.init import init_weights
 from tests.diffusion.oracle import Oracle
 
 
@@ -30,9 +31,9 @@ def make_batch(x, t, rate=1.0, seed=0, mask_id=9, noisier=False):
 
 
 def small_model(rate=1.0, **overrides):
-    torch.manual_seed(0)
     config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0, **overrides)
     model = DiT(config, vocab_size=10, mask_id=9, schedule=LogLinear())
+    init_weights(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(

@@ -11,6 +11,7 @@ from scmdm.errors import UserError
 from scmdm.model.attention import attend, check_backend, choose_backend
 from scmdm.model.conditioner import CONDITIONERS
 from scmdm.model.dit import DiT
+from scmdm.model.init import init_weights
 from scmdm.model.weights import from_mdlm, load_weights, to_mdlm
 
 MASK, VOCAB = 12, 13
@@ -18,7 +19,9 @@ MASK, VOCAB = 12, 13
 
 def build(conditioned, **overrides):
     config = ModelConfig(width=32, layers=2, heads=4, condition_width=8, self_conditioned=conditioned, **overrides)
-    return DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
+    return model
 
 
 def trained_base(**overrides):

@@ -13,6 +13,7 @@ from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.model.dit import DiT
 from scmdm.model.head import expected_embedding, weighted_nll_sum
+from scmdm.model.init import init_weights
 
 N, D, V, MASK = 37, 8, 23, 11
 
@@ -79,6 +80,7 @@ def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
     batch_size, length, vocab = 16, 32, 1000
     config = ModelConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
     model = DiT(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear())
+    init_weights(model, 0)
     x = torch.randint(0, vocab - 1, (batch_size, length))
     batch = noise_batch(
         x,

@@ -9,13 +9,14 @@ from scmdm.cli import main
 from scmdm.config.load import load_config
 from scmdm.config.schema import RunConfig
 from scmdm.errors import UserError
-from scmdm.model.weights import WEIGHTS_FILE, read_weights, write_weights
+from scmdm.model.weights import WEIGHTS_FILE, weights_of, write_weights
 from scmdm.parallel.processes import World
 from scmdm.parallel.zero import deepspeed_json
 from scmdm.training.checkpoint import SEAL, export_model, seal
 from scmdm.training.metrics import read_metrics
 from scmdm.training.setup import resolve_engine
-from tests.parallel.test_fsdp import STEPS, adapt, assert_same, launch, single  # noqa: F401 (fixtures)
+from tests.parallel.launching import launch
+from tests.parallel.parity import CASES, STEPS, assert_same
 
 installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TWO = World(rank=0, size=2, local_rank=0)
@@ -73,20 +74,9 @@ def test_without_deepspeed_the_message_says_how_to_install_it(monkeypatch):
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [
-        (0, ["deepspeed.stage=2", "train.micro_batch_size=32"]),
-        (2, ["deepspeed.stage=1", "train.micro_batch_size=32"]),
-        (2, ["deepspeed.stage=1", "train.micro_batch_size=8"]),
-        (2, ["deepspeed.stage=2", "train.micro_batch_size=32"]),
-        (2, ["deepspeed.stage=2", "train.micro_batch_size=8"]),
-        (2, ["deepspeed.stage=3", "train.micro_batch_size=32"]),
-        (2, ["deepspeed.stage=3", "train.micro_batch_size=8", "deepspeed.whole_below=0"]),
-    ],
-)
-def test_losses_and_weights_are_those_of_one_process(processes, overrides, adapt, single, tmp_path):  # noqa: F811
-    status, output = launch(processes, *adapt(tmp_path / "run", "engine=deepspeed", *overrides))
+@pytest.mark.parametrize("case", [case for case in CASES if case.engine == "deepspeed"], ids=str)
+def test_losses_and_weights_are_those_of_one_process(case, adapt, single, tmp_path):
+    status, output = launch(case.processes, *adapt(tmp_path / "run", *case.overrides))
     assert status == 0, output
     assert_same(tmp_path / "run", single)
 
@@ -94,7 +84,7 @@ def test_losses_and_weights_are_those_of_one_process(processes, overrides, adapt
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0, 0.5, 1])
-def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):  # noqa: F811
+def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
     """Loss passes with and without a no-grad pass before them, validation with averaged weights in between."""
     keys = [f"self_conditioning.rate={rate}", "train.validate_every=2", "train.micro_batch_size=16", "train.steps=6"]
     assert main(adapt(tmp_path / "one", *keys)) == 0
@@ -111,7 +101,7 @@ def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
 
 @installed
 @pytest.mark.slow
-def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adapt, single, tmp_path):  # noqa: F811
+def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adapt, single, tmp_path):
     legs = [
         (0, 3, []),
         (2, 6, ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.whole_below=0"]),
@@ -130,9 +120,9 @@ def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adap
 
 @installed
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run(adapt, base, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_the_run(adapt, base, tmp_path):
     broken = export_model(base, tmp_path / "broken")
-    weights = read_weights(broken / WEIGHTS_FILE)
+    weights = weights_of(broken)
     weights["blocks.0.mlp.0.weight"][0, 0] = float("nan")
     write_weights(broken / WEIGHTS_FILE, weights)
     (broken / SEAL).unlink()

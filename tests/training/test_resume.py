@@ -6,47 +6,24 @@ import signal
 import time
 
 import pytest
-import torch
 import yaml
 
 from scmdm.cli import main
 from scmdm.config.load import load_config
 from scmdm.config.schema import RunConfig
 from scmdm.errors import UserError
-from scmdm.model.tensors import read_tensors, tensor_shapes
-from scmdm.model.weights import TENSORS
 from scmdm.training.checkpoint import find_model, newest_checkpoint
-from scmdm.training.metrics import read_metrics
 from scmdm.training.setup import check_same_run
 from scmdm.training.trainer import REQUEUE_EXIT
-from tests.conftest import ADAPTED, scmdm
+from tests import kills
+from tests.conftest import scmdm
+from tests.kills import assert_same_run, train_rows
 
 STEPS = 40  # of 64 samples; the training split has about 760, so an epoch is 11 steps and kills fall in mid-epoch
 
 
 def adapt_arguments(run, base, molecules, config, *overrides):
-    keys = [f"run_dir={run}", f"base={base}", f"data.path={molecules}", f"train.steps={STEPS}", *ADAPTED, *overrides]
-    return ["adapt", str(config), "self_conditioning.rate=0.5", "model.dropout=0.1", "schedule.kind=cosine", *keys]
-
-
-def train_rows(run):
-    keep = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
-    return [{k: row[k] for k in keep} for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
-
-
-def final_tensors(run):
-    checkpoint = find_model(run) / TENSORS
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(checkpoint).items()}
-    assert {name.split(".")[0] for name in found} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
-    read_tensors(checkpoint, found)
-    return found
-
-
-def assert_same_run(one, other):
-    assert train_rows(one) == train_rows(other)
-    ours, theirs = final_tensors(one), final_tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return kills.adapt_arguments(run, base, molecules, config, f"train.steps={STEPS}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +37,10 @@ def uninterrupted(tmp_path_factory, base, molecules, empty_yaml):
 
 @pytest.mark.slow
 def test_sigkill_at_random_steps_changes_nothing(tmp_path, base, molecules, empty_yaml, uninterrupted):
-    run, dice, kills = tmp_path / "killed", random.Random(0), 0
-    while True:
-        process = scmdm(*adapt_arguments(run, base, molecules, empty_yaml))
-        reached = newest_checkpoint(run / "checkpoints")[0]
-        target = (int(reached.name[5:]) if reached else 0) + dice.randint(6, 14)
-        while process.poll() is None:
-            rows = train_rows(run)
-            if kills < 3 and rows and rows[-1]["step"] >= target:
-                time.sleep(dice.random() * 0.1)
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.005)
-        errors = process.communicate()[1]
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-    assert kills >= 2
-    assert_same_run(run, uninterrupted)
+    arguments = adapt_arguments(tmp_path / "killed", base, molecules, empty_yaml)
+    met = kills.kill_until_done(arguments, tmp_path / "killed", 0, 3, random.Random(0))
+    assert met["kills"] >= 2
+    assert_same_run(tmp_path / "killed", uninterrupted)
 
 
 @pytest.mark.slow

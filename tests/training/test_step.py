@@ -9,6 +9,7 @@ from scmdm.config.schema import EmaConfig, ModelConfig, OptimizerConfig, RunConf
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
+from scmdm.model.init import init_weights
 from scmdm.parallel.engine import SingleEngine, cpp_compiler
 from scmdm.training.ema import Ema
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
@@ -23,9 +24,9 @@ def make(micro=64, rate=1.0, compiled=False, **optimizer):
     config.train.global_batch_size, config.train.micro_batch_size = 64, micro
     config.self_conditioning.rate = rate
     config.optimizer = OptimizerConfig(lr=1e-2, **optimizer)
-    torch.manual_seed(0)
     model_config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0)
     model = DiT(model_config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
     if compiled:
         compile_blocks(model)
     engine = SingleEngine(model, make_optimizer(model, config.optimizer), torch.device("cpu"), torch.float32)

@@ -12,6 +12,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.model.dit import DiT
 from scmdm.model.flops import StepFlops, step_flops
+from scmdm.model.init import init_weights
 from scmdm.training import telemetry
 from scmdm.training.metrics import read_metrics
 from scmdm.training.telemetry import PARTS, Clock, Hardware, Window, step_parts
@@ -26,6 +27,7 @@ def test_flops_agree_with_torchs_counter(passes):
     projections of single rows are left out."""
     config = ModelConfig(width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
     z = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
     z[:, ::2] = MASK
     x, t = z.clamp(max=VOCAB - 2), torch.full((BATCH,), 0.5).double()

@@ -1,0 +1,136 @@
+"""What a run is: its directory, its model in an engine, its state; claimed, resumed and described here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from scmdm.config.load import to_yaml
+from scmdm.config.schema import RunConfig
+from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import Data
+from scmdm.environment import describe_environment
+from scmdm.errors import UserError
+from scmdm.files import atomic_write_text
+from scmdm.model.dit import count_parameters
+from scmdm.model.flops import peak_flops, step_flops
+from scmdm.model.weights import ModelSpec, StoredModel
+from scmdm.parallel.engine import Engine
+from scmdm.parallel.processes import broadcast
+from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, remove_leftovers
+from scmdm.training.ema import Ema
+from scmdm.training.metrics import logger
+from scmdm.training.setup import check_same_run
+from scmdm.training.telemetry import Hardware
+
+
+@dataclass
+class Run:
+    """Everything that the loop holds."""
+
+    config: RunConfig
+    directory: Path
+    data: Data
+    spec: ModelSpec
+    engine: Engine
+    ema: Ema | None
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def hardware(self) -> Hardware:
+        """What utilisation is measured against."""
+        passes = self.config.self_conditioning.passes if self.config.self_conditioning.rate > 0 else 0
+        flops = step_flops(self.spec.model, self.spec.vocab_size, self.spec.length, self.spec.schedule, passes=passes)
+        return Hardware(flops, peak_flops(self.engine.device), self.engine.world_size)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.data.manifest
+
+
+@contextlib.contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Create the run directory, prove that it can be written, and keep every other process out of it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run_dir={directory} cannot be made ({error.strerror}); choose a place that you may write to"
+        ) from error
+    atomic_write_text(directory / ".writable", "")
+    (directory / ".writable").unlink()
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"run_dir={directory} is in use by another process; wait for it, stop it, or choose another run_dir"
+        ) from error
+    try:
+        remove_leftovers(directory / "checkpoints")
+        yield
+    finally:
+        lock.release()
+
+
+def resume(run: Run, base_sha256: str | None) -> None:
+    """Continue from the newest checkpoint that verifies, if there is one, and refuse to continue another run."""
+    # Rank 0 reads and hashes; every rank takes its word.
+    path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
+    for line in skipped:
+        logger.warning("%s", line)
+    if path is None and skipped:
+        raise UserError(
+            f"run_dir={run.directory} holds no checkpoint that verifies ({skipped[0]}); "
+            "restore one of them, or choose another run_dir to start anew"
+        )
+    fingerprint = run.manifest.fingerprint()
+    if path is not None:
+        check_same_run(run.config, path)
+        run.state = load_checkpoint(path, run.engine, run.ema)
+        if run.state.data_fingerprint != fingerprint:
+            raise UserError(
+                f"{run.config.data.label} is not the data that {run.directory} was trained on; "
+                "give that one back, or choose another run_dir"
+            )
+        if run.state.base_sha256 != base_sha256:
+            raise UserError(
+                f"base={run.config.base} is not the model that {run.directory} was adapted from; "
+                "give that one back, or choose another run_dir"
+            )
+        logger.info("resuming from %s", path)
+    run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
+    if run.engine.rank != 0:
+        return
+    atomic_write_text(run.directory / "config.yaml", to_yaml(run.config))
+    atomic_write_text(run.directory / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def describe(run: Run, base: StoredModel | None) -> None:
+    config, info = run.config, run.manifest.splits[run.config.data.train_split]
+    origin = f"adapting {base.path} (step {base.spec.step})" if base else "training from scratch"
+    epochs = config.train.steps * config.train.global_batch_size / info.samples
+    logger.info(
+        "%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate
+    )
+    logger.info(
+        "engine %s on %d process(es), %s, %s, %d thread(s)",
+        config.engine,
+        run.engine.world_size,
+        config.device,
+        config.precision,
+        torch.get_num_threads(),
+    )
+    logger.info(
+        "%s: %d sequences of %d tokens, %.1f epochs", config.data.label, info.samples, run.manifest.length, epochs
+    )

@@ -1,0 +1,157 @@
+"""SIGKILL at random moments, of one rank or of all, in the middle of saves, too:
+
+    python -m tests.kills --kills 200 --processes 2
+
+adapts a small model on QM9 with a save every two steps, kills it so many times, and compares the steps' losses, the
+weights, averages and moments with those of a run that nobody disturbed: they must be equal bit for bit.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from scmdm.cli import main as scmdm_main
+from scmdm.model.tensors import read_tensors, tensor_shapes
+from scmdm.model.weights import TENSORS
+from scmdm.training.checkpoint import find_model, list_checkpoints, verify_checkpoint
+from scmdm.training.metrics import read_metrics
+from tests.conftest import ADAPTED, TINY, prepare_qm9
+from tests.parallel.launching import launch, start, workers
+
+KEPT_ROWS = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
+_START_UP_S = 6.0  # a moment in the start-up lies within so many seconds
+_LIFE_S = 0.8  # a moment in the training: so many seconds at most after the first new step
+
+
+def kill_until_done(arguments, run, processes, kills, dice):
+    """Run, kill, resume until `kills` are spent, then to the end. Returns counts of what the kills met."""
+    met = Counter()
+    while True:
+        process = start(processes, *arguments)
+        killed = met["kills"] < kills and _kill(process, run, dice, met)
+        output, _ = process.communicate(timeout=240)
+        if process.returncode == 0:
+            return met
+        if not killed:
+            raise AssertionError(f"ended by itself with {process.returncode}:\n{output}")
+        _examine(run, met)
+
+
+def _kill(process, run, dice, met):
+    """Kill one rank, or all and their launcher, at a random moment; False when the run ended first."""
+    in_start_up = dice.random() < 0.1
+    if in_start_up:
+        time.sleep(dice.random() * _START_UP_S)
+    else:
+        before = last_step(run)
+        while process.poll() is None and last_step(run) in (before, 0):
+            time.sleep(0.01)
+        time.sleep(dice.random() * _LIFE_S)
+    if process.poll() is not None:
+        return False
+    ranks = workers(process)
+    if ranks and dice.random() < 0.5:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dice.choice(ranks), signal.SIGKILL)
+        met["of one rank"] += 1
+    else:
+        for pid in (process.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        met["of all"] += 1
+    met["kills"] += 1
+    met["in start-up"] += in_start_up
+    return True
+
+
+def _examine(run, met):
+    """What lies there after a kill: saves cut short, and only whole checkpoints beside them."""
+    place = run / "checkpoints"
+    met["inside a save"] += any(place.glob(".step_*"))
+    found = list_checkpoints(place)
+    assert all(not verify_checkpoint(path) for path in found), found
+    met["without any checkpoint yet"] += not found
+
+
+def last_step(run):
+    """Of the last whole row, without reading the others."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def train_rows(run):
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{key: row[key] for key in KEPT_ROWS} for row in rows if row["kind"] == "train"]
+
+
+def final_tensors(run):
+    checkpoint = find_model(run) / TENSORS
+    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(checkpoint).items()}
+    assert {name.split(".")[0] for name in found} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
+    read_tensors(checkpoint, found, alone=True)
+    return found
+
+
+def assert_same_run(one, other):
+    """Bit for bit."""
+    assert train_rows(one) == train_rows(other)
+    ours, theirs = final_tensors(one), final_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def adapt_arguments(run, base, molecules, config, *overrides):
+    keys = [f"run_dir={run}", f"base={base}", f"data.path={molecules}", *ADAPTED, *overrides]
+    return ["adapt", str(config), "self_conditioning.rate=0.5", "model.dropout=0.1", "schedule.kind=cosine", *keys]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=2, help="0: one process without torchrun")
+    parser.add_argument("--steps", type=int, help="default: 20 per kill")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    steps = options.steps or 20 * options.kills
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "empty.yaml").write_text("{}\n")
+        assert prepare_qm9(place / "qm9") == 0
+        keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
+        assert scmdm_main(["train", str(place / "empty.yaml"), *keys]) == 0
+        often = [f"train.steps={steps}", "train.checkpoint_every=2", "train.micro_batch_size=32"]
+        arguments = {
+            run: adapt_arguments(place / run, place / "base", place / "qm9", place / "empty.yaml", *often)
+            for run in ("whole", "killed")
+        }
+        status, output = launch(options.processes, *arguments["whole"], timeout=3600)
+        assert status == 0, output
+        started = time.monotonic()
+        met = kill_until_done(
+            arguments["killed"], place / "killed", options.processes, options.kills, random.Random(options.seed)
+        )
+        assert_same_run(place / "killed", place / "whole")
+    print(f"{steps} steps on {max(1, options.processes)} process(es), {time.monotonic() - started:.0f} s")
+    for what, count in met.items():
+        print(f"{count:6d} {what}")
+    print("losses, weights, averages and moments are bit for bit those of the undisturbed run")
+    return 0 if met["kills"] == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

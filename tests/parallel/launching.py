@@ -1,0 +1,44 @@
+"""The command line in one process or, under torchrun, in several."""
+
+import os
+import subprocess
+import sys
+
+
+def command(processes, *arguments):
+    """`processes` 0: without torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return [sys.executable, *launcher, "-m", "scmdm", *map(str, arguments)]
+
+
+def start(processes, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(processes, *arguments),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(processes, *arguments, timeout=240):
+    """Run to the end; returns the exit status and the output."""
+    process = start(processes, *arguments)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def workers(process):
+    """The ranks that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found if "torch.distributed.run" not in _command_line(pid)]
+
+
+def _command_line(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read()
+    except FileNotFoundError:
+        return "torch.distributed.run"  # it is gone: no rank any more
