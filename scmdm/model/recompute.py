@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +34,20 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
     if kind == "full":
         return checkpoint(block, *arguments, use_reentrant=False)
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+    with _no_cached_casts():
+        return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Weights that autocast has cast in the estimate's pass would not be cast here, but in the backward pass they would:
+    another sequence of operators than the one whose results are kept, which torch refuses."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _keep_products(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
