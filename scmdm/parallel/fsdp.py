@@ -110,14 +110,19 @@ class _TwoPassDenoiser:
         self._model, self._reshard = model, reshard_after_estimate
 
     def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
-        assert isinstance(self._model, FSDPModule)
-        self._model.set_reshard_after_forward(self._reshard)
+        self._set_reshard(self._reshard)
         try:
             return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
         finally:
-            self._model.set_reshard_after_forward(True)
+            self._set_reshard(True)
 
     def weighted_nll(
         self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
+
+    def _set_reshard(self, blocks: bool) -> None:
+        """Of the blocks. The rest stays gathered behind a pass: the next pass, or the backward pass, begins with it."""
+        assert isinstance(self._model, FSDPModule)
+        self._model.set_reshard_after_forward(blocks)
+        self._model.set_reshard_after_forward(False, recurse=False)
