@@ -24,6 +24,7 @@ A run is one YAML file and key=value overrides:
   scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
+  scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory, traffic and time on a cluster
 
 `scmdm COMMAND --help` lists every key with its default. A run that was interrupted goes on when the same command is
 given again. Mistakes end with one line on standard error and exit status 1.
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_training(commands)
+    _add_plan(commands)
     _add_model_commands(commands)
     _add_report(commands)
     _add_checkpoint(commands)
@@ -200,6 +202,42 @@ def _adapt(options: argparse.Namespace) -> None:
     if config.base is None:
         raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
     run_training(config, open_model(find_model(Path(config.base))))
+
+
+def _add_plan(commands: _Commands) -> None:
+    summary = "What a run would need on a cluster: memory, traffic, time, and the best settings. Needs no GPU."
+    parser = _add(commands, "plan", _plan, summary, _run_schema)
+    parser.add_argument("config", type=Path, help="YAML file of a run, or of a model, such as configs/model/8b.yaml")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
+    parser.add_argument("--gpu", default="h100", help="h100 | h200 | a100 | b200 | l40s (h100)")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: the data set's)")
+    parser.add_argument("--vocab", type=int, help="size of the vocabulary with the mask (default: the data set's)")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="achieved fraction of the peak of products (0.4)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _overrides(parser)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from scmdm.config.load import load_config
+    from scmdm.plan.hardware import make_assumptions, make_cluster
+    from scmdm.plan.plan import PlanConfig, make_plan
+    from scmdm.plan.report import as_json, print_plan
+
+    cluster = make_cluster(options.gpu, options.nodes, options.gpus_per_node)
+    assumed = make_assumptions(options.efficiency)
+    config = load_config(PlanConfig, options.config, options.overrides)
+    plan = make_plan(config, cluster, assumed, length=options.length, vocab=options.vocab)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=2))
+    else:
+        print_plan(plan, Console())
+    if plan.found.best is None:
+        raise UserError(f"nothing fits: {plan.found.reason}")
 
 
 def _add_model_commands(commands: _Commands) -> None:
