@@ -40,8 +40,8 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _no_cached_casts() -> Iterator[None]:
-    """Weights that autocast has cast in the estimate's pass would not be cast here, but in the backward pass they would:
-    another sequence of operators than the one whose results are kept, which torch refuses."""
+    """Weights that autocast has cast in the estimate's pass would not be cast here, but in the backward pass: another
+    sequence of operators than the one whose results are kept, which torch refuses."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

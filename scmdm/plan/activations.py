@@ -65,7 +65,6 @@ def head_chunks(workload: Workload, layout: Layout, *, gradient: bool) -> int:
     if not gradient:
         return 2 * _FLOAT32 * rows * workload.vocab_size
     before = a if tokens > chunk else 0  # the last chunk's gradient is still there
-    before += _FLOAT32 if tokens > chunk and a == _FLOAT32 else 0
     return (3 * _FLOAT32 + before) * rows * workload.vocab_size
 
 

@@ -65,12 +65,13 @@ def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
 def _zero(workload: Workload, layout: Layout) -> list[Collective]:
     if layout.stage == 3:
         return _zero_3(workload, layout)
-    ranks, size = layout.ranks, workload.numel * FLOAT32
+    ranks = layout.ranks
+    reduced = sum(p.numel * (layout.width if p.plain_linear else FLOAT32) for p in workload.parameters)
     # Stage 2 reduces what each micro-batch has made, stage 1 once. Both all-reduce their buckets and keep a part.
     times = layout.micro_batches(workload) if layout.stage == 2 else 1
     return [
-        Collective("all_reduce", "gradients", BACKWARD, "shard", ranks, size, times, overlaps=False),
-        Collective("all_gather", "weights", UPDATE, "shard", ranks, size, 1, overlaps=False),
+        Collective("all_reduce", "gradients", BACKWARD, "shard", ranks, reduced, times, overlaps=False),
+        Collective("all_gather", "weights", UPDATE, "shard", ranks, workload.numel * FLOAT32, 1, overlaps=False),
     ]
 
 

@@ -1,8 +1,8 @@
 """GPUs and how they are connected: vendors' figures, in bytes, operations and seconds.
 
 Sources: products a second in bfloat16 are `scmdm.model.flops.PEAK_FLOPS`; memory, its bandwidth, float32 and NVLink are
-NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of NVIDIA's DGX reference
-designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no NVLink: its link is PCIe 4.0 x16.
+those of NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of NVIDIA's DGX
+reference designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no NVLink: its link is PCIe 4.0 x16.
 """
 
 from __future__ import annotations

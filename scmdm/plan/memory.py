@@ -70,7 +70,7 @@ def rank_memory(workload: Workload, layout: Layout) -> Memory:
     parts = _Parts(workload, layout, on_device)
     steps = {
         "head of the loss pass": parts.head(),
-        "first block backward": parts.backward(),
+        "first blocks backward": parts.backward(),
         "end of the backward pass": parts.end(),
         "update": parts.moment(gradients=on_device.gradients),
     }
@@ -123,7 +123,8 @@ class _Parts:
             reduced=self._accumulated,
             activations=self._kept + kept_by_final(workload, layout),
             head=head_chunks(workload, layout, gradient=True) + self._head_gradient(FLOAT32) + self._head_input(),
-            estimate=self._estimate,
+            # In the compute dtype it is what the conditioner keeps.
+            estimate=self._estimate if weights.rest_width != layout.width else 0,
         )
 
     def backward(self) -> Moment:

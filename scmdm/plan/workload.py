@@ -132,7 +132,7 @@ def find_parameters(model: DiT) -> tuple[Parameter, ...]:
     )
 
 
-def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype) -> Layout:
+def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, fused_dropout: bool = True) -> Layout:
     """As a configuration says; engine=auto is what it would be on so many ranks."""
     engine = config.engine if config.engine != "auto" else ("single" if ranks == 1 else "fsdp2")
     return Layout(
@@ -147,4 +147,5 @@ def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype) -> Layout:
         offload=config.fsdp.offload and engine == "fsdp2",
         stage=config.deepspeed.stage,
         whole_below=config.deepspeed.whole_below,
+        fused_dropout=fused_dropout,
     )

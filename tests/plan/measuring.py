@@ -131,7 +131,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function).startswith("c10d."):
-            kind = next((kind for name, kind in self.KINDS.items() if f".{name}_" in f".{function}"), None)
+            kind = next((kind for name, kind in self.KINDS.items() if name in str(function)), None)
             tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
             if kind and max(tensor.numel() for tensor in tensors) > 1:  # not single numbers, such as a norm
                 self.seen[kind, max(tensor.nbytes for tensor in tensors)] += 1
@@ -139,3 +139,10 @@ class Collectives(TorchDispatchMode):
 
     def bytes(self, kind):
         return sum(size * times for (seen, size), times in self.seen.items() if seen == kind)
+
+
+def storage_bytes(tensors):
+    """Of the storages of this rank's parts of tensors, each once."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in local]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
