@@ -110,14 +110,19 @@ class _TwoPassDenoiser:
         self._model, self._reshard = model, reshard_after_estimate
 
     def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
-        assert isinstance(self._model, FSDPModule)
-        self._model.set_reshard_after_forward(self._reshard)
+        self._free_blocks(self._reshard)
         try:
             return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
         finally:
-            self._model.set_reshard_after_forward(True)
+            self._free_blocks(True)
 
     def weighted_nll(
         self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
+
+    def _free_blocks(self, after_forward: bool) -> None:
+        """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""
+        for block in self._model.blocks:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_forward(after_forward)
