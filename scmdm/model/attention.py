@@ -77,7 +77,7 @@ def attend_slices(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, 
     """
     qkv_3BLHK = _exchange(torch.stack((q_BLHK, k_BLHK, v_BLHK)), context, 2, 3)
     q, k, v = qkv_3BLHK.unbind()
-    return _exchange(attend(q, k, v, backend), context, 1, 2)
+    return _exchange(attend(q, k, v, backend), context, 2, 1)
 
 
 def _exchange(x: Tensor, context: DeviceMesh, sliced: int, slice_next: int) -> Tensor:
