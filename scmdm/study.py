@@ -1,5 +1,8 @@
 """`scmdm study`: prepare, (pre)train, adapt in several arms, sample, evaluate, report. Every part is skipped when it is
-done, so the same command goes on where it was interrupted."""
+done, so the same command goes on where it was interrupted.
+
+Adaptations and samples are jobs of worker processes, as many at once as there are cores; what they have drawn is
+evaluated here."""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
 from scmdm.config.load import load_config, to_yaml
 from scmdm.config.prepare import PrepareConfig
-from scmdm.config.sampling import EvaluateConfig
+from scmdm.config.sampling import EvaluateConfig, SamplerConfig
 from scmdm.config.schema import RunConfig
 from scmdm.config.study import StudyConfig
 from scmdm.data.manifest import Manifest
@@ -26,10 +31,12 @@ from scmdm.evaluation.evaluate import model_nelbo, molecule_reference
 from scmdm.evaluation.molecules import Reference, evaluate_molecules
 from scmdm.evaluation.report import print_summary, study_report
 from scmdm.files import atomic_write_text
-from scmdm.model.weights import LoadedModel, open_model
+from scmdm.model.weights import open_model
+from scmdm.progress import StudyDisplay
 from scmdm.sampling import generate, load, write_samples
 from scmdm.training.checkpoint import find_model, sha256_of_model
 from scmdm.training.trainer import run_training
+from scmdm.workers import worker_count, worker_processes
 
 console = Console()
 
@@ -48,6 +55,16 @@ class Model:
         return self.arm if self.arm == "base" else f"{self.arm}-{self.seed}"
 
 
+@dataclass(frozen=True)
+class Task:
+    """Something to measure of a model. Its row is of use again only for the same settings."""
+
+    model: Path
+    settings: dict[str, Any]  # all that the result depends on
+    row: Path
+    samples: Path  # where they go
+
+
 def run_study(config: StudyConfig) -> Path:
     """Run what is missing and write `report.html`; returns the study directory."""
     started = time.perf_counter()
@@ -57,8 +74,7 @@ def run_study(config: StudyConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     prepare(prepare_config)
     base = _base(config, out, prepare_config.out)
-    models = [base, *_adapt(config, out, base, prepare_config.out)]
-    evaluations = _evaluate(config, out, models, Path(prepare_config.out))
+    models, evaluations = _Jobs(config, out, base, Path(prepare_config.out)).run()
     study = {
         "title": config.title,
         "config": to_yaml(config),
@@ -97,15 +113,6 @@ def _base_config(config: StudyConfig, out: Path, data: str) -> RunConfig:
     return load_config(RunConfig, Path(config.base_config), overrides)
 
 
-def _adapt(config: StudyConfig, out: Path, base: Model, data: str) -> Iterator[Model]:
-    for seed in config.adaptation_seeds:
-        for arm, settings in config.arms.items():
-            console.rule(f"{settings.label}, seed {seed}")
-            run = _arm_config(config, out, str(base.path), data, arm, seed)
-            run_training(run, open_model(base.path))
-            yield Model(arm, seed, find_model(Path(run.run_dir)), Path(run.run_dir))
-
-
 def _arm_config(config: StudyConfig, out: Path, base: str, data: str, arm: str, seed: int) -> RunConfig:
     overrides = [
         f"run_dir={out / f'{arm}-{seed}'}",
@@ -118,29 +125,124 @@ def _arm_config(config: StudyConfig, out: Path, base: str, data: str, arm: str, 
     return load_config(RunConfig, Path(config.adapt_config), overrides)
 
 
-def _evaluate(config: StudyConfig, out: Path, models: list[Model], root: Path) -> list[dict[str, Any]]:
-    """All evaluations, from their files where they exist."""
-    console.rule("sampling")
-    reference: Reference | None = None
-    rows = []
-    data = Manifest.read(root).fingerprint()
-    for model in models:
-        loaded = load(model.path)
-        fingerprint = sha256_of_model(model.path)
-        for task in _tasks(config, model, data):
-            path = out / "evaluations" / f"{task['name']}.json"
-            row = _read_row(path, task, fingerprint)
-            if row is None:
-                reference = reference or molecule_reference(root, loaded, config.split, fcd=config.fcd)
-                row = {**task, "model_sha256": fingerprint, **_measure(config, loaded, task, root, reference, out)}
-                path.parent.mkdir(exist_ok=True)
-                atomic_write_text(path, json.dumps(row) + "\n")
-            rows.append(row)
-    return rows
+class _Jobs:
+    """All adaptations, and every model's evaluations as soon as the model is there."""
+
+    def __init__(self, config: StudyConfig, out: Path, base: Model, root: Path) -> None:
+        self._config, self._out, self._base, self._root = config, out, base, root
+        self._fingerprint = Manifest.read(root).fingerprint()
+        self._models = {base.key: base}
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._reference: Reference | None = None
+
+    def run(self) -> tuple[list[Model], list[dict[str, Any]]]:
+        """The models in their order, and the rows of their evaluations."""
+        adaptations = self._adaptations()
+        # On many cores an adaptation has several.
+        threads = max(1, torch.get_num_threads() // max(1, min(len(adaptations), worker_count())))
+        display = StudyDisplay(console, [(name, Path(run.run_dir), run.train.steps) for name, run in adaptations])
+        with worker_processes(worker_count()) as pool, display:
+            running: dict[Future[Any], Model | Task] = {}
+
+            def evaluate(model: Model) -> None:
+                self._models[model.key] = model
+                for task in self._open_tasks(model):
+                    running[pool.submit(_measure, task, self._config.sampler, self._root)] = task
+
+            for (_, run), (arm, seed) in zip(adaptations, self._arms(), strict=True):
+                model = Model(arm, seed, Path(run.run_dir), Path(run.run_dir))
+                run.threads = run.threads or threads
+                running[pool.submit(_adapt, run, self._base.path)] = model
+            evaluate(self._base)
+            while running:
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job, result = running.pop(future), future.result()
+                    if isinstance(job, Model):
+                        evaluate(dataclasses.replace(job, path=result))
+                    else:
+                        display.print(self._finish(job, result))
+                display.update()
+        models = [self._base, *(self._models[f"{arm}-{seed}"] for arm, seed in self._arms())]
+        return models, [self._rows[name] for model in models for name in self._names(model)]
+
+    def _arms(self) -> list[tuple[str, int]]:
+        return [(arm, seed) for seed in self._config.adaptation_seeds for arm in self._config.arms]
+
+    def _adaptations(self) -> list[tuple[str, RunConfig]]:
+        """What to call it, and the run."""
+        config, base, data = self._config, str(self._base.path), str(self._root)
+        return [
+            (f"{config.arms[arm].label}, seed {seed}", _arm_config(config, self._out, base, data, arm, seed))
+            for arm, seed in self._arms()
+        ]
+
+    def _open_tasks(self, model: Model) -> Iterator[Task]:
+        """What is to be measured of a model and is not yet."""
+        sha256 = sha256_of_model(model.path)
+        for settings in _settings(self._config, model, self._fingerprint):
+            name = settings["name"]
+            row = self._out / "evaluations" / f"{name}.json"
+            settings = {**settings, "model_sha256": sha256}
+            found = _read_row(row, settings)
+            if found is not None:
+                self._rows[name] = found
+            else:
+                yield Task(model.path, settings, row, self._out / "samples" / f"{name}.jsonl")
+
+    def _names(self, model: Model) -> list[str]:
+        return [settings["name"] for settings in _settings(self._config, model, self._fingerprint)]
+
+    def _finish(self, task: Task, result: dict[str, Any]) -> str:
+        """Evaluate what a worker has drawn and keep the row; returns the line to show."""
+        name = task.settings["name"]
+        if task.settings["kind"] == "nelbo":
+            line = f"{name:<24} " + ", ".join(f"{mode} {value['mean']:.4f}" for mode, value in result["nelbo"].items())
+        else:
+            texts, framed = result.pop("texts"), result.pop("framed")
+            metrics = evaluate_molecules(texts, framed, self._get_reference()).as_dict()
+            result = {**result, "metrics": metrics, "samples_file": str(task.samples.relative_to(self._out))}
+            valid = f"{metrics['num_valid']}/{task.settings['num']} valid"
+            line = f"{name:<24} {valid}, {result['evaluations']} evaluations, {result['seconds']:.1f} s"
+        row = {**task.settings, **result}
+        task.row.parent.mkdir(exist_ok=True)
+        atomic_write_text(task.row, json.dumps(row) + "\n")
+        self._rows[name] = row
+        return line
+
+    def _get_reference(self) -> Reference:
+        if self._reference is None:
+            loaded = load(self._base.path, device="cpu")
+            self._reference = molecule_reference(self._root, loaded, self._config.split, fcd=self._config.fcd)
+        return self._reference
 
 
-def _tasks(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, Any]]:
-    """What is to be measured, with all that its result depends on."""
+def _adapt(run: RunConfig, base: Path) -> Path:
+    """In a worker: adapt, or go on adapting; returns the checkpoint."""
+    return find_model(run_training(run, open_model(base)))
+
+
+def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
+    """In a worker: the NELBO, or samples, written and returned."""
+    torch.set_num_threads(1)
+    loaded, settings = load(task.model), task.settings
+    if settings["kind"] == "nelbo":
+        asked = EvaluateConfig(split=settings["split"], nelbo_samples=settings["num"])
+        found = model_nelbo(loaded, root, asked)
+        return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
+    sampler = dataclasses.replace(sampler, steps=settings["steps"])
+    drawn = generate(loaded, sampler, num=settings["num"], seed=settings["sampling_seed"])
+    write_samples(task.samples, drawn)
+    return {
+        "evaluations": drawn.evaluations,
+        "seconds": drawn.seconds,
+        "texts": drawn.texts,
+        "framed": drawn.framed,
+    }
+
+
+def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, Any]]:
+    """What is to be measured, with all but the model that its result depends on."""
     common = {"arm": model.arm, "adaptation_seed": model.seed, "split": config.split, "data_fingerprint": data}
     yield {**common, "name": f"{model.key}_nelbo", "kind": "nelbo", "num": config.nelbo_samples}
     for steps in config.steps:
@@ -159,36 +261,12 @@ def _tasks(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, A
             }
 
 
-def _read_row(path: Path, task: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
-    """A finished evaluation, if it is of this very model and task."""
+def _read_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A finished evaluation, if it is of this very model and these settings."""
     if not path.is_file():
         return None
     row: dict[str, Any] = json.loads(path.read_text())
-    same = row.get("model_sha256") == fingerprint and all(row.get(key) == value for key, value in task.items())
-    return row if same else None
-
-
-def _measure(
-    config: StudyConfig, loaded: LoadedModel, task: dict[str, Any], root: Path, reference: Reference, out: Path
-) -> dict[str, Any]:
-    if task["kind"] == "nelbo":
-        found = model_nelbo(loaded, root, EvaluateConfig(split=config.split, nelbo_samples=config.nelbo_samples))
-        return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
-    sampler = dataclasses.replace(config.sampler, steps=task["steps"])
-    drawn = generate(loaded, sampler, num=config.num, seed=task["sampling_seed"], progress=True)
-    samples = Path("samples") / f"{task['name']}.jsonl"
-    write_samples(out / samples, drawn)
-    metrics = evaluate_molecules(drawn.texts, drawn.framed, reference).as_dict()
-    valid = f"{metrics['num_valid']}/{config.num} valid"
-    console.print(
-        f"{task['name']:<24} {valid}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s", highlight=False
-    )
-    return {
-        "evaluations": drawn.evaluations,
-        "seconds": drawn.seconds,
-        "metrics": metrics,
-        "samples_file": str(samples),
-    }
+    return row if all(row.get(key) == value for key, value in settings.items()) else None
 
 
 def _describe_arms(config: StudyConfig, models: list[Model], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:

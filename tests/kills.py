@@ -8,7 +8,6 @@ weights, averages and moments with those of a run that nobody disturbed: they mu
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ from scmdm.cli import main as scmdm_main
 from scmdm.model.tensors import read_tensors, tensor_shapes
 from scmdm.model.weights import TENSORS
 from scmdm.training.checkpoint import find_model, list_checkpoints, verify_checkpoint
-from scmdm.training.metrics import read_metrics
+from scmdm.training.metrics import METRICS_FILE, last_row, read_metrics
 from tests.conftest import ADAPTED, TINY, prepare_qm9
 from tests.parallel.launching import launch, start, workers
 
@@ -84,14 +83,8 @@ def _examine(run, met):
 
 
 def last_step(run):
-    """Of the last whole row, without reading the others."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1])["step"] if lines else 0
+    row = last_row(run / METRICS_FILE, "train")
+    return row["step"] if row else 0
 
 
 def train_rows(run):

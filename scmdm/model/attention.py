@@ -76,7 +76,8 @@ def attend_slices(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, 
     (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H.
     """
     qkv_3BLHK = _exchange(torch.stack((q_BLHK, k_BLHK, v_BLHK)), context, 2, 3)
-    return _exchange(attend(*qkv_3BLHK.unbind(), backend), context, 1, 2)
+    q, k, v = qkv_3BLHK.unbind()
+    return _exchange(attend(q, k, v, backend), context, 2, 1)
 
 
 def _exchange(x: Tensor, context: DeviceMesh, sliced: int, slice_next: int) -> Tensor:

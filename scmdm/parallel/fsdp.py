@@ -110,19 +110,19 @@ class _TwoPassDenoiser:
         self._model, self._reshard = model, reshard_after_estimate
 
     def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
-        self._set_reshard(self._reshard)
+        self._free_blocks(self._reshard)
         try:
             return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
         finally:
-            self._set_reshard(True)
+            self._free_blocks(True)
 
     def weighted_nll(
         self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
 
-    def _set_reshard(self, blocks: bool) -> None:
-        """Of the blocks. The rest stays gathered behind a pass: the next pass, or the backward pass, begins with it."""
-        assert isinstance(self._model, FSDPModule)
-        self._model.set_reshard_after_forward(blocks)
-        self._model.set_reshard_after_forward(False, recurse=False)
+    def _free_blocks(self, after_forward: bool) -> None:
+        """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""
+        for block in self._model.blocks:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_forward(after_forward)

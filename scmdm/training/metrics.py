@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -19,6 +20,7 @@ from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
 
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
+_TAIL = 8192  # bytes: several rows
 logger = logging.getLogger("scmdm")
 
 
@@ -54,6 +56,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def last_row(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole row of a kind near the end of a metrics file, which may be growing, without reading the rest."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        with contextlib.suppress(json.JSONDecodeError):
+            row: dict[str, Any] = json.loads(line)
+            if row["kind"] == kind:
+                return row
+    return None
 
 
 Tracker: TypeAlias = Any  # a wandb run; wandb is optional

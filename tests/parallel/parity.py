@@ -59,7 +59,7 @@ CASES = [
 def adapt_arguments(run, base, molecules, config, *overrides):
     """An adaptation whose learning rate does not depend on its length."""
     keys = [f"run_dir={run}", f"base={base}", f"data.path={molecules}", *ADAPTED, "precision=float32"]
-    fixed = ["self_conditioning.rate=0.5", "optimizer.lr=1e-2", f"train.steps={STEPS}"]
+    fixed = ["self_conditioning.rate=0.5", "optimizer.lr=3e-3", f"train.steps={STEPS}"]
     return ["adapt", str(config), *keys, *fixed, *overrides]
 
 

@@ -1,0 +1,112 @@
+"""The main job, small: worker processes, an interruption, the same command again."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from scmdm.training.metrics import METRICS_FILE, last_row
+from tests.conftest import ADAPTED, ROOT, TINY, scmdm
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def study(tmp_path, molecules, base):
+    """Configuration of two arms, from the session's base and, with from_scratch, from one of its own."""
+    return write_study(tmp_path, molecules, base)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, molecules, base):
+    path, out = write_study(tmp_path_factory.mktemp("study"), molecules, base)
+    finish(path)
+    return out
+
+
+def write_study(tmp_path, molecules, base):
+    out = tmp_path / "study"
+    data = {"extends": str(ROOT / "configs/data/qm9.yaml"), "out": str(molecules), "limit": 900, "length": 24}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({**data, "validation_fraction": 0.1}))
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    content = {
+        "title": "Small",
+        "out": str(out),
+        "prepare": str(tmp_path / "data.yaml"),
+        "base": str(base),
+        "base_config": str(tmp_path / "empty.yaml"),
+        "adapt_config": str(tmp_path / "empty.yaml"),
+        "arms": {"vanilla": {"label": "vanilla", "rate": 0.0}, "scmdm": {"label": "rate 1", "rate": 1.0}},
+        "steps": [2, 4],
+        "sampling_seeds": [0, 1],
+        "num": 32,
+        "nelbo_samples": 32,
+        "fcd": False,
+        "base_overrides": [*TINY, "train.steps=6"],
+        "overrides": [*ADAPTED, "train.steps=30"],
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path, out
+
+
+def finish(path, *overrides):
+    process = scmdm("study", path, *overrides)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def measured(out):
+    """What must not depend on an interruption."""
+    rows = json.loads((out / "study.json").read_text())["evaluations"]
+    return [{key: row.get(key) for key in ("name", "nelbo", "metrics", "evaluations")} for row in rows]
+
+
+def children_of(pid):
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, undisturbed):
+    path, out = study
+    process = scmdm("study", path, start_new_session=True)
+    metrics = out / "scmdm-0" / METRICS_FILE
+    while (row := last_row(metrics, "train")) is None or row["step"] < 8:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    workers = children_of(process.pid)
+    assert workers
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    deadline = time.monotonic() + 10  # multiprocessing's own tracker ends when it sees that its parent is gone
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    output = finish(path)
+    assert "rate 1 (" not in output and "scmdm-0_T4_s1" in output and "report: " in output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 31))
+    assert (out / "report.html").stat().st_size > 50_000
+    assert "scmdm-0_T4_s1" not in finish(path)  # nothing is measured twice
+    assert measured(out) == measured(undisturbed)
+
+
+def test_from_scratch_trains_the_base_first(study):
+    path, out = study
+    finish(path, "from_scratch=true", "overrides=" + json.dumps([*ADAPTED, "train.steps=4"]))
+    assert last_row(out / "base" / METRICS_FILE, "train")["step"] == 6
+    assert len(measured(out)) == 3 * 5
+
+
+def test_a_mistake_in_a_worker_ends_the_study_in_one_line(study):
+    path, _ = study
+    process = scmdm("study", path, "overrides=" + json.dumps([*ADAPTED, "train.steps=4", "model.width=48"]))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1 and "model.width=48, but the base has 32" in errors
