@@ -185,6 +185,7 @@ def _assumptions(plan: Plan) -> str:
         f"Assumed: products at {assumed.efficiency:.0%} of peak; collectives overlap with the computation of their "
         f"part of the step unless listed as alone; links at {assumed.link_efficiency:.0%} of {gpu.link / _GB:.0f} GB/s "
         f"within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, latencies of NCCL's rings; the "
-        f"update at {assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the GPU's "
-        "memory kept free; all positions masked (memory), half of them on average (time)."
+        f"update at {assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
+        "GPU's memory kept free; all positions masked (memory), half of them on average (time). Launches of kernels by "
+        "the host are left out: steps of a few hundredths of a second will take longer."
     )
