@@ -71,21 +71,18 @@ def make_plan(
 
 
 def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab: int | None) -> ModelSpec:
-    known = base.manifest if base is not None else None
-    data = _manifest(config)
-    vocab_size = vocab or (data and data.vocab_size) or (known and known.vocab_size)
-    tokens = length or (data and data.length) or (known and known.length)
-    for flag, found, what in (
-        ("--length", tokens, "sequence length"),
-        ("--vocab", vocab_size, "size of the vocabulary"),
-    ):
-        if not found:
+    known = [data for data in (_manifest(config), base.manifest if base is not None else None) if data is not None]
+    vocab_size = vocab if vocab is not None else next((data.vocab_size for data in known), None)
+    tokens = length if length is not None else next((data.length for data in known), None)
+    wanted = (("--length", tokens, "sequence length"), ("--vocab", vocab_size, "size of the vocabulary"))
+    for flag, number, what in wanted:
+        if number is None:
             raise UserError(
                 f"{config.data.label} is no data set here, so that the {what} is not known; give {flag} NUMBER, or the "
                 "path of a prepared data set as data.path"
             )
-        if found < 2:
-            raise UserError(f"{flag} {found} is not possible; it must be at least 2")
+        if number < 2:
+            raise UserError(f"{flag} {number} is not possible; it must be at least 2")
     assert tokens is not None
     assert vocab_size is not None
     if base is not None and base.spec.vocab_size != vocab_size:

@@ -12,7 +12,10 @@ DATA = ["--length", "128", "--vocab", "1000"]
 
 
 def plan(capsys, *arguments):
-    status = main(["plan", *map(str, arguments)])
+    """The configuration and its keys come first, as argparse wants it."""
+    given = [str(argument) for argument in arguments]
+    keys = [argument for argument in given[1:] if "=" in argument]
+    status = main(["plan", given[0], *keys, *(argument for argument in given[1:] if argument not in keys)])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
