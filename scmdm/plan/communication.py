@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scmdm.plan.memory import gathered_weights
+from scmdm.plan.memory import ZERO_LIVE, gathered_weights
 from scmdm.plan.state import FLOAT32
 from scmdm.plan.workload import Layout, Workload
 
@@ -84,9 +84,11 @@ def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
     persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.whole_below)
     reduced = sum(padded[p] * width[p] for p in workload.parameters)
     overlaps = not workload.passes  # with two passes nothing is fetched ahead
+    # A vanilla step's backward pass finds the weights that its forward pass has gathered, up to a limit.
+    again = 0 if not workload.passes and workload.numel <= ZERO_LIVE else 1
     found = [
         Collective("all_gather", "weights", part, "shard", ranks, gathered, times * batches, overlaps=overlaps)
-        for part, times in ((ESTIMATE, workload.passes), (LOSS, 1), (BACKWARD, 1))
+        for part, times in ((ESTIMATE, workload.passes), (LOSS, 1), (BACKWARD, again))
     ]
     return [
         *found,

@@ -22,6 +22,7 @@ from scmdm.plan.activations import (
 from scmdm.plan.state import FLOAT32, State, held_elements, rank_state
 from scmdm.plan.workload import Layout, Parameter, Workload
 
+ZERO_LIVE = 1_000_000_000  # elements that DeepSpeed's stage 3 keeps gathered in vanilla steps (`max_live_parameters`)
 _ZERO_BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients (`reduce_bucket_size`, its default)
 
 
@@ -86,10 +87,14 @@ class _Parts:
         self._workload, self._layout, self._state = workload, layout, state
         self._weights = gathered_weights(workload, layout)
         accumulates = layout.micro_batches(workload) > 1
-        whole = workload.numel * FLOAT32 if layout.engine == "fsdp2" else 0
-        # Without a reduction after every micro-batch FSDP2 keeps gradients whole, in float32.
+        # Without a reduction after every micro-batch FSDP2 and ZeRO's stage 1 keep gradients whole, in float32.
+        zero = layout.engine == "deepspeed"
+        whole = workload.numel * FLOAT32 if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
         self._accumulated = whole if accumulates else 0
-        self._earlier = state.gradients if accumulates and layout.engine != "fsdp2" else 0
+        self._at_the_end = whole if zero else self._accumulated
+        # DeepSpeed's buffers are made for the first gradients and stay until the update, in stage 3 for good.
+        self._standing = self._weights.buckets if accumulates or layout.stage == 3 else 0
+        self._earlier = state.gradients if accumulates and not whole else 0
         self._keeps = workload.passes > 0 and not layout.reshard_after_estimate
         self._estimate = self._estimate_bytes() if workload.passes else 0
         self._kept = kept_by_block(workload, layout) * workload.model.layers + kept_by_conditioner(workload, layout)
@@ -108,7 +113,7 @@ class _Parts:
             + weights.rest
             + (weights.blocks if self._keeps else weights.block)
             + weights.buffers,
-            reduced=self._accumulated,
+            reduced=self._accumulated + self._standing,
             head=max(0, chunks - block_forward(workload, layout)),
             working=block_forward(workload, layout),
             estimate=self._estimate,
@@ -120,7 +125,7 @@ class _Parts:
         return self.moment(
             gradients=self._earlier,
             gathered=weights.casts + weights.rest + (0 if self._keeps else weights.buffers),
-            reduced=self._accumulated,
+            reduced=self._accumulated + self._standing,
             activations=self._kept + kept_by_final(workload, layout),
             head=head_chunks(workload, layout, gradient=True) + self._head_gradient(FLOAT32) + self._head_input(),
             # In the compute dtype it is what the conditioner keeps.
@@ -136,7 +141,7 @@ class _Parts:
         return self.moment(
             gradients=self._earlier,
             gathered=weights.casts_backward + weights.rest + weights.block + weights.buffers,
-            reduced=self._accumulated + weights.block_gradients + on_their_way,
+            reduced=self._accumulated + weights.block_gradients + on_their_way + weights.buckets,
             activations=self._kept,
             head=2 * self._head_gradient(weights.rest_width),
             working=block_backward(workload, layout),
@@ -145,10 +150,8 @@ class _Parts:
     def end(self) -> Moment:
         """The last gradients: no activations are left."""
         weights = self._weights
-        reduced = self._accumulated or weights.rest_gradients
-        return self.moment(
-            gradients=self._state.gradients, gathered=weights.rest, reduced=reduced + weights.rest_reduction
-        )
+        reduced = (self._at_the_end or weights.rest_gradients) + weights.rest_reduction + weights.buckets
+        return self.moment(gradients=self._state.gradients, gathered=weights.rest, reduced=reduced)
 
     def _head_gradient(self, width: int) -> int:
         return self._workload.vocab_size * self._workload.model.width * width
@@ -176,6 +179,7 @@ class GatheredWeights:
     casts: int  # autocast's copies of whole float32 weights
     casts_backward: int  # those of them that the backward pass needs at once
     rest_width: int  # bytes of an element of the rest
+    buckets: int = 0  # DeepSpeed's buffers for gradients
 
 
 def gathered_weights(workload: Workload, layout: Layout) -> GatheredWeights:
@@ -215,22 +219,24 @@ def _whole_weights(workload: Workload, layout: Layout) -> GatheredWeights:
     copies = layout.width if layout.dtype != torch.float32 else 0
     casts = (rest + sum(blocks)) * copies
     once = casts if layout.activation_checkpointing == "none" else (rest + blocks[0]) * copies
-    buckets = _zero_buckets(workload, layout) if layout.engine == "deepspeed" else 0
     zero_3 = layout.engine == "deepspeed" and layout.stage == 3
     module = max(p.numel for p in workload.units()[1]) * layout.width if zero_3 else 0
     outside = sum(p.numel for p in workload.units()[0]) * FLOAT32 if zero_3 else 0
+    if zero_3 and not workload.passes:
+        outside = max(outside, min(workload.numel, ZERO_LIVE) * layout.width)
     return GatheredWeights(
         rest=outside,
         block=module,
         blocks=module,
         buffers=module,
         block_gradients=module,
-        block_reduction=buckets,
-        rest_gradients=outside,
-        rest_reduction=buckets,
+        block_reduction=0,
+        rest_gradients=module,
+        rest_reduction=0,
         casts=0 if zero_3 else casts,
         casts_backward=0 if zero_3 else once,
         rest_width=FLOAT32,
+        buckets=_zero_buckets(workload, layout) if layout.engine == "deepspeed" else 0,
     )
 
 

@@ -14,8 +14,9 @@ from scmdm.plan.workload import Layout
 
 _GIB, _GB = 2**30, 1e9
 NOTE = (
-    "Memory between steps and the number and size of collectives are computed exactly; activations and the peak follow "
-    "from formulas that are tested against real passes on a CPU. Time is modelled: no GPU has confirmed it."
+    "Memory between steps and the number and size of collectives are computed (exactly but for DeepSpeed's stage 3); "
+    "activations and the peak follow from formulas that are tested against real passes on a CPU. Time is modelled: no "
+    "GPU has confirmed it."
 )
 
 

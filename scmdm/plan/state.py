@@ -56,8 +56,7 @@ def _zero_state(workload: Workload, layout: Layout) -> State:
     whole, part = sum(padded.values()) * FLOAT32, sum(parts.values()) * FLOAT32
     averages = sum(min(parts[group], numel) for group, numel in groups.items()) * FLOAT32
     # The rank's part of the weights is there twice: in the model, and as what the optimizer updates.
-    weights, gradients = whole + part, whole if layout.stage == 1 else part
-    return State(weights, gradients, 2 * part + _COUNTER * len(groups), averages if workload.averaged else 0)
+    return State(whole + part, part, 2 * part + _COUNTER * len(groups), averages if workload.averaged else 0)
 
 
 def _zero_3_state(workload: Workload, layout: Layout) -> State:

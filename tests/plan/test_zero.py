@@ -19,8 +19,10 @@ def cases(request):
 @pytest.mark.slow
 def test_weights_moments_and_averages_are_as_planned_to_the_byte(cases):
     for case in cases:
-        for what in ("weights", "moments", "averages"):
+        for what in ("weights", "moments", "averages", "buckets"):
             assert case["planned"][what] == case["found"][what], (case, what)
+        # Without the padding of the last rank's part.
+        assert case["planned"]["gradients"] == pytest.approx(case["found"]["gradients"], abs=16), case
 
 
 @pytest.mark.slow

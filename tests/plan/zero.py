@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from scmdm.plan.communication import step_collectives
+from scmdm.plan.memory import gathered_weights
 from scmdm.plan.state import rank_state
 from scmdm.plan.workload import make_layout, make_workload
 from scmdm.training.ema import Ema
@@ -27,18 +28,20 @@ from tests.plan.measuring import (
 
 VOCAB, LENGTH = 61, 16
 BATCHES = 2
-CASES = [(stage, dtype) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)]
+CASES = [(stage, dtype, 1.0) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)]
+CASES.append((3, torch.bfloat16, 0.0))
 
 
-def compare(stage, dtype, ranks):
+def compare(stage, dtype, rate, ranks):
     keys = {"stage": stage, "whole_below": 0}
-    config = run_config("deepspeed", batch=ranks * BATCHES, deepspeed=keys, width=64, layers=4)
+    config = run_config("deepspeed", rate=rate, batch=ranks * BATCHES, deepspeed=keys, width=64, layers=4)
     engine = engine_of(config, VOCAB, LENGTH, dtype)
     workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
     layout = make_layout(config, ranks, dtype)
     state = rank_state(workload, layout)
     planned, found = state_bytes(state), measured_state(engine, config)
-    sent = one_step(engine, config)
+    planned["buckets"], planned["gradients"] = gathered_weights(workload, layout).buckets, state.gradients
+    sent, found["buckets"], found["gradients"] = one_step(engine, config)
     for kind in ("all_gather", "reduce_scatter", "all_reduce"):
         planned[kind] = sum(
             one.size * one.times for one in step_collectives(workload, layout) if one.kind == kind and one.times
@@ -64,15 +67,25 @@ def measured_state(engine, config):
 
 
 def one_step(engine, config):
-    """The second step: the first one is where DeepSpeed learns the order of things."""
-    batch = masked_batch(1, LENGTH, VOCAB)
+    """Of the second step, since DeepSpeed learns the order of things in the first: what was sent, and the bytes of
+    DeepSpeed's buffers during the backward pass and of the gradients before the update."""
+    batch, buffers = masked_batch(1, LENGTH, VOCAB), [0]
+    for parameter in engine.model.parameters():
+        parameter.register_hook(lambda _: buffers.append(bucket_bytes(engine._zero)))
     for _ in range(2):
-        seen = Collectives()
-        with seen:
+        with Collectives() as seen:
             for index in range(BATCHES):
                 engine.backward(loss_of(engine, config, batch), last=index == BATCHES - 1)
+            parts = [part for group in engine._zero.averaged_gradients.values() for part in group or ()]
+            gradients = sum(part.nbytes for part in parts)
             engine.clip_grad_norm(config.optimizer.clip)
-    return seen
+    return seen, max(buffers), gradients
+
+
+def bucket_bytes(zero):
+    buffers = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+    each = [one for buffer in buffers for one in (buffer if isinstance(buffer, list) else [buffer])]
+    return sum(buffer.nbytes for buffer in each)
 
 
 if __name__ == "__main__":
@@ -80,4 +93,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     ranks = int(sys.argv[1])
     with fake_ranks(ranks):
-        print("RESULT", json.dumps([compare(stage, dtype, ranks) for stage, dtype in CASES]))
+        print("RESULT", json.dumps([compare(*case, ranks) for case in CASES]))
