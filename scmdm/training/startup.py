@@ -142,8 +142,8 @@ def collect(
         "version of": _versions(),
         "source file": source_hashes(Path(scmdm.__file__).parent),
         "key": _configuration(config),
-        "SHA-256 of": _inputs(config, data, base),
-        "mark in": {f"run_dir={config.run_dir}": _read_mark(directory)},
+        "SHA-256 of": _inputs(data, base),
+        "mark in": {"run_dir": _read_mark(directory)},
         "model of": {device.type: _device_name(device)},
     }
     places = [*_run_places(config, spec, directory)] if world.is_main else []
@@ -239,16 +239,16 @@ def _configuration(config: RunConfig) -> dict[str, str]:
     return {key: str(value) for key, value in flat.items() if key not in local}
 
 
-def _inputs(config: RunConfig, data: Data, base: StoredModel | None) -> dict[str, str]:
+def _inputs(data: Data, base: StoredModel | None) -> dict[str, str]:
     found = {"the data": data.manifest.fingerprint()}
-    return found if base is None else {**found, f"base={config.base}": sha256_of_model(base.path)}
+    return found if base is None else {**found, "the base": sha256_of_model(base.path)}
 
 
 def _read_mark(directory: Path) -> str:
     try:
         return (directory / _MARK).read_text()
     except OSError:
-        return "missing"
+        return f"missing from {directory}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -96,7 +96,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._limit:
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             # Opened now: later the disk may be full, or what hangs.
             self._file = self._path.open("a")
             # Processes of the loader inherit this: it tells where one of them hangs.
