@@ -319,7 +319,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= 64 else f"{value[:61]}..."
+    return value if len(value) <= 160 else f"{value[:157]}..."
 
 
 def _size(count: int) -> str:

@@ -47,6 +47,13 @@ def test_silence_ends_the_process_with_its_stacks(tmp_path):
     assert "in sync, last step 7: rank 0" in done.stderr
 
 
+def test_a_crash_leaves_its_stacks_where_a_hang_does(tmp_path):
+    done = run(tmp_path, "import ctypes; ctypes.string_at(0)", minutes=10)
+    assert done.returncode < 0, done.stderr
+    text = (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert "Segmentation fault" in text and "in string_at" in text
+
+
 @pytest.mark.slow
 def test_signs_of_life_and_patience_with_a_checkpoint(tmp_path):
     """Longer than the limit in small parts, longer than it in a part that may take long; nothing is left then."""
