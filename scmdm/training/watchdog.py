@@ -121,8 +121,10 @@ class Watchdog:
         if self._crashes_too:
             faulthandler.disable()
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        with contextlib.suppress(OSError):  # the last of the ranks removes the directory
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
+            self._path.parent.rmdir()
 
     def _watch(self) -> None:
         """Looks at nothing but the clock: a file system that hangs must not make it hang."""

@@ -96,7 +96,7 @@ def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
 def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
     """Suspended for longer than the limit, as schedulers and people do: that is no hang."""
     run = tmp_path / "run"
-    arguments = adapt(run, "train.steps=400", f"train.watchdog_minutes={MINUTES}", "train.micro_batch_size=64")
+    arguments = adapt(run, "train.steps=100", f"train.watchdog_minutes={MINUTES}", "train.micro_batch_size=64")
     process = start(0, *arguments)
     wait_for_step(process, run, 3)
     os.kill(process.pid, signal.SIGSTOP)

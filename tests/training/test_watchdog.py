@@ -60,7 +60,7 @@ def test_signs_of_life_and_patience_with_a_checkpoint(tmp_path):
     small = f"watchdog.count(1); [(time.sleep(0.5), watchdog.beat('validation')) for _ in range({3 * LIMIT_S})]"
     done = run(tmp_path, f"{small}; watchdog.beat('checkpoint'); time.sleep({LIMIT_S + 2})")
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "stacks").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_off_means_no_file_and_no_thread(tmp_path):
