@@ -5,16 +5,16 @@ import subprocess
 import sys
 
 
-def command(processes, *arguments):
+def command(processes, *arguments, module="scmdm"):
     """`processes` 0: without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return [sys.executable, *launcher, "-m", "scmdm", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", module, *map(str, arguments)]
 
 
-def start(processes, *arguments):
+def start(processes, *arguments, module="scmdm"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(processes, *arguments),
+        command(processes, *arguments, module=module),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -23,9 +23,9 @@ def start(processes, *arguments):
     )
 
 
-def launch(processes, *arguments, timeout=240):
+def launch(processes, *arguments, timeout=240, module="scmdm"):
     """Run to the end; returns the exit status and the output."""
-    process = start(processes, *arguments)
+    process = start(processes, *arguments, module=module)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
