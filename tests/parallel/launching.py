@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 
 def command(processes, *arguments, module="scmdm"):
@@ -42,3 +43,19 @@ def _command_line(pid):
             return file.read()
     except FileNotFoundError:
         return "torch.distributed.run"  # it is gone: no rank any more
+
+
+def wait_until_gone(pids):
+    """Children of a process that has ended: multiprocessing's tracker notices, and ends, a moment later."""
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from scmdm.training.watchdog import HANG_EXIT
-from tests.parallel.launching import launch, start, workers
+from tests.parallel.launching import launch, start, wait_until_gone, workers
 from tests.parallel.test_fsdp import wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -75,13 +75,7 @@ def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_p
     (text,) = stacks(run).values()
     assert "in data, last step" in text
     assert "get_sample_data" in text.split("--- process")[1]
-    for child in children:
-        assert not os.path.exists(f"/proc/{child}") or "Z" in status_of(child)
-
-
-def status_of(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
+    wait_until_gone(children)
 
 
 def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
