@@ -22,6 +22,7 @@ A run is one YAML file and key=value overrides:
   scmdm adapt   configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm
   scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
   scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
+  scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, who runs it
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
   scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory, traffic and time on a cluster
@@ -281,6 +282,10 @@ def _add_report(commands: _Commands) -> None:
     parser = _add(commands, "report", _report, "Write a self-contained HTML report of a run or a study.")
     parser.add_argument("directory", type=Path, help="run or study directory")
     parser.add_argument("--out", type=Path, help="HTML file (default: report.html in the directory)")
+    parser = _add(commands, "status", _status, "How a run stands: progress, speed, checkpoint, restarts, who runs it.")
+    parser.add_argument("directory", type=Path, help="run directory")
+    parser.add_argument("--quick", action="store_true", help="check the checkpoint's sizes, not its hashes")
+    parser.add_argument("--json", action="store_true", help="all of it, for a program")
     parser = _add(commands, "study", _study, "Adapt one base in several arms, sample, compare, report.", _study_schema)
     parser.add_argument("config", type=Path, help="YAML file, such as configs/qm9/quickstart.yaml")
     _overrides(parser)
@@ -300,6 +305,16 @@ def _report(options: argparse.Namespace) -> None:
     else:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
     print(f"wrote {out}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from scmdm.training.status import describe_status, read_status
+
+    status = read_status(options.directory, hashes=not options.quick)
+    print(json.dumps(dataclasses.asdict(status), indent=2) if options.json else "\n".join(describe_status(status)))
 
 
 def _study(options: argparse.Namespace) -> None:

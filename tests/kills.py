@@ -10,8 +10,8 @@ import argparse
 import contextlib
 import os
 import random
+import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -117,34 +117,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2, help="0: one process without torchrun")
-    parser.add_argument("--steps", type=int, help="default: 20 per kill")
+    parser.add_argument("--steps", type=int, default=400, help="of a run; when it ends, the next one takes the kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    steps = options.steps or 20 * options.kills
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         (place / "empty.yaml").write_text("{}\n")
         assert prepare_qm9(place / "qm9") == 0
         keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
         assert scmdm_main(["train", str(place / "empty.yaml"), *keys]) == 0
-        often = [f"train.steps={steps}", "train.checkpoint_every=2", "train.micro_batch_size=32"]
-        arguments = {
-            run: adapt_arguments(place / run, place / "base", place / "qm9", place / "empty.yaml", *often)
-            for run in ("whole", "killed")
-        }
-        status, output = launch(options.processes, *arguments["whole"], timeout=3600)
+        often = [f"train.steps={options.steps}", "train.checkpoint_every=2", "train.micro_batch_size=32"]
+
+        def arguments(run):
+            return adapt_arguments(run, place / "base", place / "qm9", place / "empty.yaml", *often)
+
+        status, output = launch(options.processes, *arguments(place / "whole"), timeout=3600)
         assert status == 0, output
-        started = time.monotonic()
-        met = kill_until_done(
-            arguments["killed"], place / "killed", options.processes, options.kills, random.Random(options.seed)
-        )
-        assert_same_run(place / "killed", place / "whole")
-    print(f"{steps} steps on {max(1, options.processes)} process(es), {time.monotonic() - started:.0f} s")
+        started, dice, met = time.monotonic(), random.Random(options.seed), Counter()
+        while met["kills"] < options.kills:
+            run = place / f"run{met['runs']}"
+            met += kill_until_done(arguments(run), run, options.processes, options.kills - met["kills"], dice)
+            assert_same_run(run, place / "whole")
+            met["runs"] += 1
+            print(f"{time.monotonic() - started:.0f} s", dict(met), flush=True)
+            shutil.rmtree(run)
+    print(f"{max(1, options.processes)} process(es), runs of {options.steps} steps, saves every 2")
     for what, count in met.items():
         print(f"{count:6d} {what}")
     print("losses, weights, averages and moments are bit for bit those of the undisturbed run")
-    return 0 if met["kills"] == options.kills else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

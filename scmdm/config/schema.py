@@ -103,6 +103,7 @@ class TrainConfig:
     keep_best: bool = False  # keep that of the lowest validation NELBO, too
     async_checkpoint: bool = True  # write checkpoints beside the training; the last one is waited for
     profile_step: int = 0  # write a torch profiler trace of three steps from this one on into run_dir/profile (0: none)
+    watchdog_minutes: float = 10.0  # end with the stacks of all ranks after so long without a sign of life (0: never)
     on_save_error: str = "stop"  # stop | continue, with the checkpoints saved before
 
 
@@ -236,6 +237,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("train.keep_last", 1, 2**31),
     ("train.keep_every", 0, 2**31),
     ("train.profile_step", 0, 2**40),
+    ("train.watchdog_minutes", 0, 2**20),
 )
 
 

@@ -19,6 +19,7 @@ from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, pr
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
 from scmdm.files import atomic_write_text
 from scmdm.training.metrics import format_duration, read_metrics
+from scmdm.training.status import planned_steps
 
 Json = Mapping[str, Any]
 # Metric, title, better, scale to what is shown, digits.
@@ -30,6 +31,7 @@ METRICS: tuple[tuple[str, str, str, float, int], ...] = (
     ("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid", "lower", 1, 2),
     ("property_distance", "property distance, std", "lower", 1, 3),
 )
+_DESCRIPTIONS = ("config.yaml", "environment.json")
 # In the table only: valid if all behind the first end mark is ignored, however malformed.
 LENIENT = ("parsed", "parsed, % of samples", "higher", 100, 1)
 
@@ -320,18 +322,23 @@ def run_report(directory: Path, out: Path) -> Path:
     progress = progress_figure(train, figures / "progress.png")
     parts = [
         paragraph(
-            f"Step {last['step']:,}, {last['tokens']:,} tokens, {format_duration(last['seconds'])} of training, "
-            f"loss {last['loss']:.4f}."
+            f"Step {last['step']:,}{_of_steps(directory)}, {last['tokens']:,} tokens, "
+            f"{format_duration(last['seconds'])} of training, loss {last['loss']:.4f}."
         ),
         picture(losses, "Training loss and validation NELBO."),
         picture(progress, "Learning rate, gradient norm and speed."),
         *_run_evaluations(directory),
         heading("Configuration"),
-        preformatted((directory / "config.yaml").read_text()),
-        preformatted((directory / "environment.json").read_text()),
+        *(preformatted((directory / name).read_text()) for name in _DESCRIPTIONS if (directory / name).exists()),
     ]
     atomic_write_text(out, page(f"Run {name}", parts))
     return out
+
+
+def _of_steps(directory: Path) -> str:
+    """What a run is to reach; nothing when it does not say so."""
+    steps = planned_steps(directory)
+    return f" of {steps:,}" if steps is not None else ""
 
 
 def _run_evaluations(directory: Path) -> list[str]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -46,8 +47,13 @@ def current_world() -> World:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, *, needed: bool) -> Iterator[None]:
-    """Connect the processes while the block runs; one process connects to itself when the engine needs a group."""
+def process_group(
+    world: World, device: torch.device, *, needed: bool, timeout: timedelta | None = None
+) -> Iterator[None]:
+    """Connect the processes while the block runs; one process connects to itself when the engine needs a group.
+
+    `timeout` is how long a collective may wait (None: as torch has it).
+    """
     if world.size == 1 and not needed:
         yield
         return
@@ -57,7 +63,7 @@ def process_group(world: World, device: torch.device, *, needed: bool) -> Iterat
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ class Journal:
     def __init__(self, run: Run, console: Console) -> None:
         config, state, main = run.config, run.state, run.engine.rank == 0
         self._run, self._window = run, Window()
-        self.clock = Clock(run.engine.device)
+        self.clock = Clock(run.engine.device, run.watchdog.beat)
         self._tracker: Tracker | None = None
         if main:
             self._tracker = start_wandb(config.wandb, run.directory, asdict(config), state.wandb_id)
@@ -44,6 +44,7 @@ class Journal:
         return self
 
     def __exit__(self, *reason: object) -> None:
+        self._run.watchdog.beat("end")
         self._display.__exit__(*reason)
         self._metrics.close()
         if self._tracker is not None:
@@ -53,6 +54,7 @@ class Journal:
         """Take a step, `started` at that `perf_counter`, into the run's sums and the progress bar."""
         state, seconds = self._run.state, time.perf_counter() - started
         state.step += 1
+        self._run.watchdog.count(state.step)
         state.tokens += result.tokens
         state.evaluations += result.evaluations
         state.seconds += seconds

@@ -27,7 +27,9 @@ from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkp
 from scmdm.training.ema import Ema
 from scmdm.training.metrics import logger
 from scmdm.training.setup import check_same_run
+from scmdm.training.startup import Started
 from scmdm.training.telemetry import Hardware
+from scmdm.training.watchdog import Watchdog
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Run:
     spec: ModelSpec
     engine: Engine
     ema: Ema | None
+    watchdog: Watchdog
+    started: Started
     state: TrainState = field(default_factory=TrainState)
 
     @property

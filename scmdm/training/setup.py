@@ -62,6 +62,7 @@ _MAY_CHANGE_ON_RESUME = (
     "train.async_checkpoint",
     "train.on_save_error",
     "train.profile_step",
+    "train.watchdog_minutes",
     "wandb.mode",
     "wandb.project",
     "wandb.name",
@@ -178,9 +179,9 @@ def compile_blocks(model: DiT) -> None:
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Refuse to resume with settings that would make it another run; names the first key."""
     # A key that was not there yet had, in effect, its default.
-    defaults = _flatten(dataclasses.asdict(RunConfig()))
-    before = defaults | _flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
-    now = _flatten(dataclasses.asdict(config))
+    defaults = flatten(dataclasses.asdict(RunConfig()))
+    before = defaults | flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    now = flatten(dataclasses.asdict(config))
     for key in sorted(before.keys() | now.keys()):
         if not _may_change(key) and before.get(key) != now.get(key):
             raise UserError(
@@ -194,11 +195,12 @@ def _may_change(key: str) -> bool:
     return key in _MAY_CHANGE_ON_RESUME or (key.startswith("data.streams.") and key.endswith((".path", ".remote")))
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

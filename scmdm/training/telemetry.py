@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,10 @@ PROFILED_STEPS = 3
 
 class Clock:
     """Adds up seconds by part. On a GPU, where the host runs ahead, parts lie between events that are read at the end
-    of a window: measuring never makes the host wait."""
+    of a window: measuring never makes the host wait. `alive` hears of every part that begins or has ended."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, alive: Callable[[str], None] | None = None) -> None:
+        self._cuda, self._alive = device.type == "cuda", alive or (lambda _: None)
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -38,16 +38,18 @@ class Clock:
     def part(self, name: str) -> Iterator[None]:
         """Count the block as `name`, one of PARTS. `data` and `checkpoint` are the host's, the others the device's."""
         assert name in PARTS
+        self._alive(name)
         if self._cuda and name not in ("data", "checkpoint"):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield
             end.record()
             self._events.append((name, begin, end))
-            return
-        started = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - started
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
+        self._alive(f"after {name}")
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call."""

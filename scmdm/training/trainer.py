@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -28,9 +29,12 @@ from scmdm.training.optimizer import lr_factor, set_lr
 from scmdm.training.run import Run, claim, describe, resume
 from scmdm.training.saver import Saver, snapshot
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
+from scmdm.training.starts import record_start
+from scmdm.training.startup import check_start, log_start
 from scmdm.training.step import train_step
 from scmdm.training.telemetry import Profiler
 from scmdm.training.validation import to_device, validation_nelbo
+from scmdm.training.watchdog import Watchdog, longest_silence, set_aside_stacks
 
 REQUEUE_EXIT = 85  # stopped by a signal after saving: start the same command again to go on
 
@@ -66,7 +70,9 @@ def run_training(config: RunConfig, base: StoredModel | None) -> Path:
     # What "auto" meant is part of the run: a resume on other hardware must not go on in another precision.
     config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    with process_group(world, device, needed=config.engine != "single"):
+    # The watchdog must be the first to lose its patience: it alone writes down where the ranks are.
+    timeout = longest_silence(config.train.watchdog_minutes)
+    with process_group(world, device, needed=config.engine != "single", timeout=timeout):
         return _run(config, base, world, device, dtype)
 
 
@@ -76,10 +82,14 @@ def _run(config: RunConfig, base: StoredModel | None, world: World, device: torc
     data.require_splits(config.data.train_split, config.data.validation_split)
     spec = build_spec(config, data.manifest, base)
     with claim(directory) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            set_aside_stacks(directory)
         barrier()
-        engine = build_engine(config, spec, base, device, dtype)
-        ema = Ema(engine, config.ema) if config.ema.decay > 0 else None
-        _train(Run(config, directory, data, spec, engine, ema), base)
+        with Watchdog(directory, world, config.train.watchdog_minutes) as watchdog:
+            started = check_start(config, data, spec, base, directory, world, device)
+            engine = build_engine(config, spec, base, device, dtype)
+            ema = Ema(engine, config.ema) if config.ema.decay > 0 else None
+            _train(Run(config, directory, data, spec, engine, ema, watchdog, started), base)
     return directory
 
 
@@ -90,6 +100,9 @@ def _train(run: Run, base: StoredModel | None) -> None:
             logger.info("%s is already at step %d of %d", run.directory, run.state.step, run.config.train.steps)
             return
         describe(run, base)
+        log_start(run.started)
+        if run.engine.rank == 0:
+            record_start(run.directory, run.started, run.state.step)
         saver = Saver(run.checkpoints, run.engine, run.config.train)
         try:
             with Journal(run, console) as journal, StopRequest() as stop:
@@ -159,10 +172,11 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _validate(run: Run, journal: Journal) -> float:
     """Measure and log the NELBO of the averaged weights; returns the one that the model is meant for."""
     with run.ema.applied(run.engine) if run.ema is not None else contextlib.nullcontext():
-        null = validation_nelbo(run.engine, run.config, run.spec, run.data, condition=False)
+        measure = partial(validation_nelbo, run.engine, run.config, run.spec, run.data, alive=run.watchdog.beat)
+        null = measure(condition=False)
         conditioned = None
         if run.spec.model.self_conditioned:
-            conditioned = validation_nelbo(run.engine, run.config, run.spec, run.data, condition=True)
+            conditioned = measure(condition=True)
     journal.log_validation(null, conditioned)
     return (conditioned or null).mean
 

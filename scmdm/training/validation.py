@@ -5,8 +5,9 @@ Legend: B batch, L length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import Engine
 
 _BATCH = 256
+T = TypeVar("T")
 
 
 def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,15 +55,26 @@ def mixed_validation_batches(
         first_id += source.manifest.split(split, source.root).samples
 
 
-def validation_nelbo(engine: Engine, config: RunConfig, spec: ModelSpec, data: Data, *, condition: bool) -> Nelbo:
-    """NELBO of the engine's present weights on the validation split, always with the same times and masks."""
+def validation_nelbo(
+    engine: Engine,
+    config: RunConfig,
+    spec: ModelSpec,
+    data: Data,
+    *,
+    condition: bool,
+    alive: Callable[[str], None],
+) -> Nelbo:
+    """NELBO of the engine's present weights on the validation split, always with the same times and masks.
+
+    `alive` hears of every batch.
+    """
     samples = config.train.validation_samples
     batches = mixed_validation_batches(data, config.data.validation_split, engine.device, samples)
     engine.model.eval()
     with engine.compute():
         return estimate_nelbo(
             engine.denoiser,
-            batches,
+            _announced(batches, alive),
             spec.schedule,
             mask_id=spec.mask_id,
             seed=0,
@@ -69,3 +82,10 @@ def validation_nelbo(engine: Engine, config: RunConfig, spec: ModelSpec, data: D
             condition=condition,
             passes=config.self_conditioning.passes,
         )
+
+
+def _announced(batches: Iterator[T], alive: Callable[[str], None]) -> Iterator[T]:
+    alive("validation")
+    for batch in batches:
+        yield batch
+        alive("validation")

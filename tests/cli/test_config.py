@@ -14,7 +14,7 @@ from scmdm.config.sampling import EvaluateConfig, SampleConfig
 from scmdm.config.schema import RunConfig
 from scmdm.config.study import StudyConfig
 from scmdm.errors import UserError
-from scmdm.training.setup import _flatten
+from scmdm.training.setup import flatten
 from tests.conftest import ROOT
 
 REQUIRED = ["run_dir=r", "data.path=d", "train.steps=10"]
@@ -147,9 +147,9 @@ def test_the_resolved_copy_reads_back_the_same(values):
         f"{key}={'null' if v is None else str(v).lower() if isinstance(v, bool) else v}" for key, v in values.items()
     ]
     config = load(*overrides)
-    assert {key: _flatten(dataclasses.asdict(config))[key] for key in values} == values
-    content = _flatten(yaml.safe_load(to_yaml(config)))
-    assert content == _flatten(dataclasses.asdict(config))
+    assert {key: flatten(dataclasses.asdict(config))[key] for key in values} == values
+    content = flatten(yaml.safe_load(to_yaml(config)))
+    assert content == flatten(dataclasses.asdict(config))
 
 
 @example("[", "")
@@ -164,7 +164,7 @@ def test_any_override_is_taken_or_refused_in_one_line(key, value):
 def test_help_lists_every_key(schema):
     text = describe_keys(schema)
     instance = schema()
-    for key in _flatten(dataclasses.asdict(instance)):
+    for key in flatten(dataclasses.asdict(instance)):
         assert f"  {key}=" in text
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from scmdm.training.metrics import METRICS_FILE, last_row
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
+from tests.parallel.launching import wait_until_gone
 
 pytestmark = pytest.mark.slow
 
@@ -84,10 +85,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    deadline = time.monotonic() + 10  # multiprocessing's own tracker ends when it sees that its parent is gone
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone(workers)
     output = finish(path)
     assert "rate 1 (" not in output and "scmdm-0_T4_s1" in output and "report: " in output
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

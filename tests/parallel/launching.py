@@ -3,18 +3,19 @@
 import os
 import subprocess
 import sys
+import time
 
 
-def command(processes, *arguments):
+def command(processes, *arguments, module="scmdm"):
     """`processes` 0: without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return [sys.executable, *launcher, "-m", "scmdm", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", module, *map(str, arguments)]
 
 
-def start(processes, *arguments):
+def start(processes, *arguments, module="scmdm"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(processes, *arguments),
+        command(processes, *arguments, module=module),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -23,9 +24,9 @@ def start(processes, *arguments):
     )
 
 
-def launch(processes, *arguments, timeout=240):
+def launch(processes, *arguments, timeout=240, module="scmdm"):
     """Run to the end; returns the exit status and the output."""
-    process = start(processes, *arguments)
+    process = start(processes, *arguments, module=module)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
@@ -42,3 +43,19 @@ def _command_line(pid):
             return file.read()
     except FileNotFoundError:
         return "torch.distributed.run"  # it is gone: no rank any more
+
+
+def wait_until_gone(pids):
+    """Children of a process that has ended: multiprocessing's tracker notices, and ends, a moment later."""
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
