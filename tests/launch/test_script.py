@@ -1,5 +1,6 @@
-"""What is launched: a script that a person can read and bash can parse, from code and settings that stay as they were."""
+"""What is launched: a script that a person can read and bash can parse, from code and settings that stay."""
 
+import shlex
 import subprocess
 import sys
 
@@ -21,38 +22,46 @@ def dry_run(capsys, tmp_path, *options, status=0):
     return captured.err if status else captured.out
 
 
-@pytest.mark.parametrize(
-    ("options", "lines"),
-    [
-        (
-            ["--nodes", "2", "--gpus-per-node", "8", "--cpus-per-rank", "7", "--time", "4:00:00", "--qos", "high"],
-            ["#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=1", "#SBATCH --time=4:00:00"]
-            + ["#SBATCH --cpus-per-task=56", "#SBATCH --signal=USR1@120", "#SBATCH --requeue", "#SBATCH --qos=high"],
-        ),
-        (
-            ["--nodes", "4", "--gpus-per-node", "4", "--cpus-per-rank", "7", "--starter", "srun", "--signal", "USR2"],
-            ["#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=7", "#SBATCH --signal=USR2@120"]
-            + ["  --starter srun \\", "  85|143|140)"],
-        ),
-        (
-            ["--container-image", "scmdm.sqsh", "--container-mount", "/scratch:/scratch", "--signal-before", "300"],
-            ["  --container-image=scmdm.sqsh \\", "#SBATCH --signal=USR1@300"],
-        ),
-        (
-            ["--container-image", "scmdm.sif", "--container-runtime", "apptainer", "--setup", "module load apptainer"],
-            ["module load apptainer"],
-        ),
-        (
-            ["--sbatch", "mem=0", "--sbatch=--exclusive", "--no-requeue", "--account", "me", "--partition", "gpu"],
-            ["#SBATCH --mem=0", "#SBATCH --exclusive", "#SBATCH --account=me", "#SBATCH --partition=gpu"]
-            + ["  : # left to the site's RequeueExit"],
-        ),
-    ],
-)
+SCRIPTS = {
+    "--nodes 2 --gpus-per-node 8 --cpus-per-rank 7 --time 4:00:00 --qos high": """
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=56
+#SBATCH --gpus-per-node=8
+#SBATCH --time=4:00:00
+#SBATCH --qos=high
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+""",
+    "--nodes 4 --gpus-per-node 4 --cpus-per-rank 7 --starter srun --signal USR2": """
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=7
+#SBATCH --signal=USR2@120
+  --starter srun \\
+  85|143|140)
+""",
+    "--container-image scmdm.sqsh --container-mount /scratch:/scratch --signal-before 300": """
+#SBATCH --signal=USR1@300
+  --container-image=scmdm.sqsh \\
+""",
+    "--container-image a.sif --container-runtime apptainer --setup module\\ load\\ apptainer": """
+module load apptainer
+""",
+    "--sbatch mem=0 --sbatch=--exclusive --no-requeue --account me --partition gpu": """
+#SBATCH --partition=gpu
+#SBATCH --account=me
+#SBATCH --mem=0
+#SBATCH --exclusive
+  : # left to the site's RequeueExit
+""",
+}
+
+
+@pytest.mark.parametrize(("options", "lines"), SCRIPTS.items())
 def test_a_script_is_whole_and_holds_what_was_asked_for(capsys, tmp_path, options, lines):
-    script = dry_run(capsys, tmp_path, "slurm", *options)
+    script = dry_run(capsys, tmp_path, "slurm", *shlex.split(options))
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert not set(lines) - set(script.splitlines())
+    assert not set(lines.strip("\n").splitlines()) - set(script.splitlines())
     assert ("scontrol requeue" in script) == ("--no-requeue" not in options)
 
 
