@@ -88,6 +88,7 @@ def rank_environment(slurm: Mapping[str, str], head: str, port: int) -> dict[str
 
 def _torchrun(options: argparse.Namespace, attempt: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
 
     node = Node.current()
@@ -97,6 +98,12 @@ def _torchrun(options: argparse.Namespace, attempt: int) -> int:
     except ChildFailedError as error:
         ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return _explain(node, ended, options.logs)
+    except RendezvousError as error:
+        limit, reason = options.start_timeout, f"{type(error).__name__} {error}".strip()
+        print(
+            f"scmdm: on {node.name}: no rendezvous of {node.count} nodes (limit {limit} s): {reason}", file=sys.stderr
+        )
+        return 1
     finally:
         stop.set()
     return 0

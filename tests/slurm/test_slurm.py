@@ -91,6 +91,16 @@ def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path)
     ]
 
 
+def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
+    job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
+    job.wait_for_step(20)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    assert slurm("sbatch", "--parsable", *urgent)
+    assert job.wait_for_end(300) == "COMPLETED"
+    assert "stopped by SIGTERM at step" in job.log
+    assert steps_and_losses(job.run) == undisturbed
+
+
 def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(10)
@@ -140,9 +150,10 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
         f'exec {sys.executable} "$@"\n'
     )
     slow.chmod(0o755)
-    job = submit(adapt(tmp_path / "run", SHORT), "--python", slow, "--grace", "10", "--start-timeout", "20")
+    job = submit(adapt(tmp_path / "run", SHORT), "--python", slow, "--grace", "10", "--start-timeout", "30")
     job.wait(lambda: "failed with status" in job.log, 120, "over")
-    assert "RendezvousTimeoutError" in job.log and "(1 of 3 at no checkpoint)" in job.log
+    assert "scmdm: on n1: no rendezvous of 2 nodes (limit 30 s): RendezvousTimeoutError" in job.log
+    assert "(1 of 3 at no checkpoint)" in job.log
     assert job.wait_for_end(300) == "COMPLETED" and job.restarts == 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
