@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from scmdm.errors import InUseError, UserError
 from scmdm.files import atomic_write_text
+from scmdm.parallel.processes import broadcast, current_world
 from scmdm.training.checkpoint import remove_leftovers
 from scmdm.training.metrics import logger
 
@@ -71,6 +72,22 @@ def claim(directory: Path) -> Iterator[None]:
         kernel_lock = held.enter_context(_kernel_lock(directory / ".lock", signature))
         held.enter_context(_signed(directory, signature, kernel_lock=kernel_lock))
         remove_leftovers(directory / "checkpoints")
+        yield
+
+
+@contextlib.contextmanager
+def claim_for_all(directory: Path) -> Iterator[None]:
+    """Rank 0 claims, and all ranks hear how that went: none is left waiting for one that was refused."""
+    with contextlib.ExitStack() as held:
+        refused: UserError | None = None
+        if current_world().is_main:
+            try:
+                held.enter_context(claim(directory))
+            except UserError as error:
+                refused = error
+        refused = broadcast(refused)
+        if refused is not None:
+            raise refused
         yield
 
 

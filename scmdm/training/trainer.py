@@ -19,10 +19,10 @@ from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.model.weights import StoredModel
 from scmdm.parallel.engine import check_hardware
-from scmdm.parallel.processes import World, barrier, current_world, largest, process_group
+from scmdm.parallel.processes import barrier, current_world, largest, process_group
 from scmdm.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.checkpoint import sha256_of_model
-from scmdm.training.claim import claim
+from scmdm.training.claim import claim_for_all
 from scmdm.training.ema import Ema
 from scmdm.training.journal import Journal
 from scmdm.training.metrics import log_to, logger
@@ -50,7 +50,7 @@ def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest 
     signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
     with signals as stop, process_group(world, device, needed=config.engine != "single"):
         try:
-            return _run(config, base, stop, world, device, dtype)
+            return _run(config, base, stop, device, dtype)
         except SystemExit:
             # All ranks stop, but rank 0 has files to close, and the launcher ends all when the first is gone.
             barrier()
@@ -58,19 +58,13 @@ def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest 
 
 
 def _run(
-    config: RunConfig,
-    base: StoredModel | None,
-    stop: StopRequest,
-    world: World,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: RunConfig, base: StoredModel | None, stop: StopRequest, device: torch.device, dtype: torch.dtype
 ) -> Path:
     directory = Path(config.run_dir)
     data = open_data(config.data)
     data.require_splits(config.data.train_split, config.data.validation_split)
     spec = build_spec(config, data.manifest, base)
-    with claim(directory) if world.is_main else contextlib.nullcontext():
-        barrier()
+    with claim_for_all(directory):
         engine = build_engine(config, spec, base, device, dtype)
         ema = Ema(engine, config.ema) if config.ema.decay > 0 else None
         _train(Run(config, directory, data, spec, engine, ema), base, stop)

@@ -55,7 +55,7 @@ def wait_for_step(process, run, step):
 
 def test_it_does_what_torchrun_does_and_keeps_the_logs_of_each_rank(local, tmp_path, undisturbed):
     process = local()
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert train_rows(tmp_path / "run") == train_rows(undisturbed)
     logs = [path for path in (tmp_path / "run/launch").rglob("stdout.log") if path.stat().st_size]
@@ -71,14 +71,14 @@ def test_a_signal_saves_and_the_next_launch_goes_on(local, tmp_path, undisturbed
     wait_for_step(process, tmp_path / "run", 5)
     for pid in descendants(process.pid) if whom == "everybody" else [process.pid]:
         os.kill(pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, output + errors
     assert "stopped by SIGTERM at step" in output
     assert "Traceback" not in output + errors
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None and checkpoint.name == f"step_{last_step(tmp_path / 'run'):08}"
     again = local(*keys)
-    assert again.wait(timeout=240) == 0, again.communicate()
+    assert again.wait(timeout=600) == 0, again.communicate()
     assert train_rows(tmp_path / "run") == train_rows(undisturbed)
     assert len({path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")}) == 1
 
@@ -90,7 +90,7 @@ def test_a_signal_in_the_first_moments_is_not_lost(local, tmp_path):
         ranks = [pid for pid in descendants(process.pid)[:-1] if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in ranks:
         os.kill(pid, signal.SIGUSR1)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, output + errors
     assert "stopped by SIGUSR1 before the first step" in output
     assert not (tmp_path / "run/checkpoints").exists()
@@ -101,7 +101,7 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(local, tmp_path, undistur
     wait_for_step(process, tmp_path / "run", 12)
     ranks = [pid for pid in descendants(process.pid)[:-1] if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(ranks[-1], signal.SIGKILL)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
     assert re.search(r"scmdm: on \S+ ended rank [01]: killed by SIGKILL \(out of memory\?\)", errors)
     assert "resuming from" in output and train_rows(tmp_path / "run") == train_rows(undisturbed)

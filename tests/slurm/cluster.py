@@ -59,7 +59,7 @@ class Job:
             assert time.monotonic() < end, f"not {what} within {limit} s ({self.state}):\n{self.log}"
             time.sleep(0.2)
 
-    def wait_for_step(self, step, limit=150):
+    def wait_for_step(self, step, limit=400):
         self.wait(lambda: last_step(self.run) >= step, limit, f"at step {step}")
 
     def wait_for_end(self, limit):

@@ -1,5 +1,6 @@
 """On a real SLURM of two nodes, brought up here: whatever ends a job, the run goes on as if nothing had been."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scmdm.training.checkpoint import newest_checkpoint
+from scmdm.training.claim import Owner, job_state, lives
 from tests.kills import adapt_arguments
 from tests.parallel.launching import launch
 from tests.slurm import cluster
@@ -69,9 +71,9 @@ def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
     job.wait_for_step(20)
     # How fast this machine is today must not decide what is tested: the limit is moved to where the run is.
     job.limit(minutes=int(job.elapsed_s // 60) + 2)
-    job.wait(lambda: job.restarts == 1, 150, "requeued")
+    job.wait(lambda: job.restarts == 1, 400, "requeued")
     job.limit(minutes=60)
-    assert job.wait_for_end(300) == "COMPLETED" and job.restarts == 1
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
     assert "stopped by SIGUSR1 at step" in job.log
     assert steps_and_losses(job.run) == undisturbed
     assert len(wandb_ids(job.run)) == 1 and len(list((job.run / "wandb").glob("offline-run-*"))) == 2
@@ -80,11 +82,11 @@ def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
 def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
     """Also: ranks that srun starts, without torchrun, and another signal."""
     job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
-    job.wait(lambda: len(job.ranks) == 2, 60, "with two ranks")
+    job.wait(lambda: len(job.ranks) == 2, 120, "with two ranks")
     slurm("scancel", "--signal=USR2", job.id)
-    job.wait(lambda: job.restarts == 1, 120, "requeued")
+    job.wait(lambda: job.restarts == 1, 400, "requeued")
     assert not (job.run / "checkpoints").exists(), "it came before the first step"
-    assert job.wait_for_end(300) == "COMPLETED"
+    assert job.wait_for_end(900) == "COMPLETED"
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
     assert sorted(path.name for path in (job.directory / "logs").iterdir()) == [
         f"start-{start}-rank-{rank}.log" for start in (1, 2) for rank in (0, 1)
@@ -96,7 +98,7 @@ def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
     job.wait_for_step(20)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     assert slurm("sbatch", "--parsable", *urgent)
-    assert job.wait_for_end(300) == "COMPLETED"
+    assert job.wait_for_end(900) == "COMPLETED"
     assert "stopped by SIGTERM at step" in job.log
     assert steps_and_losses(job.run) == undisturbed
 
@@ -124,7 +126,7 @@ def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp
     assert time.monotonic() - killed < 30
     assert re.search(r"scmdm: on n[12] ended rank [01]: killed by SIGKILL \(out of memory\?\)", job.log)
     assert "(1 of 3 at step_00000020)" in job.log
-    assert job.wait_for_end(300) == "COMPLETED" and job.restarts == 1
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
@@ -139,7 +141,7 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
     killed = time.monotonic()
     job.wait(lambda: "failed with status" in job.log, 60, "over")
     assert time.monotonic() - killed < 45
-    assert job.wait_for_end(300) == "COMPLETED" and job.restarts == 1
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
@@ -151,16 +153,16 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
     )
     slow.chmod(0o755)
     job = submit(adapt(tmp_path / "run", SHORT), "--python", slow, "--grace", "10", "--start-timeout", "30")
-    job.wait(lambda: "failed with status" in job.log, 120, "over")
+    job.wait(lambda: "failed with status" in job.log, 300, "over")
     assert "scmdm: on n1: no rendezvous of 2 nodes (limit 30 s): RendezvousTimeoutError" in job.log
     assert "(1 of 3 at no checkpoint)" in job.log
-    assert job.wait_for_end(300) == "COMPLETED" and job.restarts == 1
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
 def test_failures_at_one_place_end_the_job(adapt, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
-    assert job.wait_for_end(120) == "FAILED"
+    assert job.wait_for_end(400) == "FAILED"
     assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
 
 
@@ -168,7 +170,7 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     first = submit(adapt(tmp_path / "run", LONG), *QUICK)
     first.wait_for_step(25)
     second = cluster.resubmit(first)
-    assert second.wait_for_end(120) == "FAILED"
+    assert second.wait_for_end(400) == "FAILED"
     assert second.restarts == 0 and f"in SLURM job {first.id}, since" in second.log
     assert f"(scancel {first.id})" in second.log
     assert first.state == "RUNNING"
@@ -176,8 +178,26 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     slurm("scancel", first.id)
     first.wait_for_end(60)
     third = cluster.resubmit(first)
-    third.wait(lambda: "resuming from" in third.log, 120, "resumed")
+    third.wait(lambda: "resuming from" in third.log, 400, "resumed")
     slurm("scancel", third.id)
     third.wait_for_end(60)
     rows = steps_and_losses(first.run)
     assert len(rows) > 20 and rows == undisturbed[: len(rows)]
+
+
+def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
+    """The age of its last sign of life, an hour, would say that it does not."""
+    signature = tmp_path / ".owner.json"
+    signature.write_text("")
+    os.utime(signature, (time.time() - 3600,) * 2)
+    number = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 300")
+    job = cluster.Job(number, tmp_path, tmp_path)
+    job.wait(lambda: job.state == "RUNNING", 60, "running")
+    me = Owner.me()
+    owner = dataclasses.replace(me, host="elsewhere", job=number)
+    assert lives(owner, me, signature)
+    slurm("scancel", number)
+    job.wait_for_end(60)
+    job.wait(lambda: job_state(number) == "CANCELLED", 60, "cancelled")
+    assert not lives(owner, me, signature)
+    assert job_state("999999") == "GONE"
