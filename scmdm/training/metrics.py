@@ -71,7 +71,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
             "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
         ) from error
     try:
-        with signals_held():  # its service must take the last rows after a signal to all processes
+        with signals_held():  # its service would not survive USR1; SIGTERM it unblocks
             return wandb.init(
                 project=config.project,
                 name=config.name or run_dir.name,

@@ -1,5 +1,6 @@
 """`scmdm launch local`, and the signals that reach a whole process tree, as SLURM sends them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -41,10 +42,20 @@ def local(tmp_path, base, molecules, empty_yaml):
 def descendants(pid):
     """Of a process, itself last."""
     found = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in thread.read_text().split():
-            found += descendants(int(child))
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += descendants(int(child))
     return [*found, pid]
+
+
+def ranks_of(launcher):
+    found = []
+    for pid in descendants(launcher)[:-1]:
+        with contextlib.suppress(OSError):
+            if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def wait_for_step(process, run, step):
@@ -65,7 +76,7 @@ def test_it_does_what_torchrun_does_and_keeps_the_logs_of_each_rank(local, tmp_p
 
 @pytest.mark.parametrize("whom", ["launcher", "everybody"])
 def test_a_signal_saves_and_the_next_launch_goes_on(local, tmp_path, undisturbed, whom):
-    """`everybody`: also loader processes, wandb's service, Python's helpers; nothing that the save needs may die."""
+    """`everybody`: also loader processes, Python's helpers, and wandb's service, which dies: the save must not."""
     keys = ("train.checkpoint_every=1000", "data.num_workers=1", "wandb.mode=offline")
     process = local(*keys)
     wait_for_step(process, tmp_path / "run", 5)
@@ -74,7 +85,7 @@ def test_a_signal_saves_and_the_next_launch_goes_on(local, tmp_path, undisturbed
     output, errors = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, output + errors
     assert "stopped by SIGTERM at step" in output
-    assert "Traceback" not in output + errors
+    assert ("wandb is gone" in output) <= (whom == "everybody")
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None and checkpoint.name == f"step_{last_step(tmp_path / 'run'):08}"
     again = local(*keys)
@@ -87,7 +98,7 @@ def test_a_signal_in_the_first_moments_is_not_lost(local, tmp_path):
     process = local()
     ranks = []
     while len(ranks) < 2:
-        ranks = [pid for pid in descendants(process.pid)[:-1] if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ranks = ranks_of(process.pid)
     for pid in ranks:
         os.kill(pid, signal.SIGUSR1)
     output, errors = process.communicate(timeout=400)
@@ -99,9 +110,8 @@ def test_a_signal_in_the_first_moments_is_not_lost(local, tmp_path):
 def test_a_rank_that_dies_is_named_and_the_run_goes_on(local, tmp_path, undisturbed):
     process = local(options=("--attempts", "2"))
     wait_for_step(process, tmp_path / "run", 12)
-    ranks = [pid for pid in descendants(process.pid)[:-1] if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(ranks[-1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
-    assert re.search(r"scmdm: on \S+ ended rank [01]: killed by SIGKILL \(out of memory\?\)", errors)
+    assert re.search(r"scmdm: on \S+ ended .*rank [01]: killed by SIGKILL \(out of memory\?\)", errors)
     assert "resuming from" in output and train_rows(tmp_path / "run") == train_rows(undisturbed)

@@ -1,8 +1,10 @@
 """Jobs on the loopback SLURM: submit, watch, look at what they left."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -109,6 +111,16 @@ def submit(arguments, *options):
 def resubmit(job):
     """The same script once more."""
     return Job(slurm("sbatch", "--parsable", str(job.directory / "job.sbatch")), job.run, job.directory)
+
+
+def power_off(pid_file):
+    """End all processes of a node: those in the mount namespace of its slurmd."""
+    node = Path(f"/proc/{pid_file.read_text().strip()}/ns/mnt").readlink()
+    assert node != Path("/proc/self/ns/mnt").readlink()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (place / "ns/mnt").readlink() == node:
+                os.kill(int(place.name), signal.SIGKILL)
 
 
 def wandb_ids(run):

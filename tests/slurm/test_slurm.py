@@ -28,19 +28,25 @@ QUICK = ("--grace", "10", "--start-timeout", "40")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slurm_of_two_nodes():
+def nodes():
+    """The directory of a SLURM of two nodes, n1 and n2."""
     if os.geteuid() != 0:
         pytest.skip("the daemons of this SLURM need root")
     with tempfile.TemporaryDirectory(prefix="slurm-") as place, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", f"{place}/slurm.conf")
         try:
-            done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
-            if done.returncode == 77:
-                pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
-            assert done.returncode == 0, done.stderr
-            yield
+            bring_up(place)
+            yield Path(place)
         finally:
             subprocess.run(["bash", HERE / "down.sh", place])
+
+
+def bring_up(place):
+    """Start what does not run."""
+    done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,18 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
     job.wait(lambda: "failed with status" in job.log, 60, "over")
     assert time.monotonic() - killed < 45
     assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+
+
+def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
+    """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
+    job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
+    job.wait_for_step(25)
+    cluster.power_off(nodes / "run/slurmd-n2.pid")
+    job.wait(lambda: "DOWN" in slurm("scontrol", "show", "node", "n2"), 120, "on a node that is down")
+    job.wait(lambda: job.state == "PENDING", 120, "requeued")
+    bring_up(nodes)
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts >= 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
