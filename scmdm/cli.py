@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from scmdm.errors import UserError
+from scmdm.launch.command import add_launch
+from scmdm.signals import StopRequest
 
 if TYPE_CHECKING:
     from scmdm.config.sampling import SampleConfig
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except OSError as error:  # a disk that is full or gone, wherever it shows
         place = f" {error.filename}" if error.filename else ""
         print(f"scmdm: error: the system refused{place}: {error.strerror or error}; see to that", file=sys.stderr)
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_commands(commands)
     _add_report(commands)
     _add_checkpoint(commands)
+    add_launch(commands)
     return parser
 
 
@@ -184,25 +187,25 @@ def _add_training(commands: _Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.training.trainer import run_training
+    with StopRequest() as stop:  # before the imports, which take seconds
+        from scmdm.config.load import load_config
+        from scmdm.training.trainer import run_training
 
-    config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
-    if config.base is not None:
-        raise UserError(f"base={config.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
-    run_training(config, None)
+        config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
+        config.check_command("train")
+        run_training(config, None, stop)
 
 
 def _adapt(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.model.weights import open_model
-    from scmdm.training.checkpoint import find_model
-    from scmdm.training.trainer import run_training
+    with StopRequest() as stop:
+        from scmdm.config.load import load_config
+        from scmdm.model.weights import open_model
+        from scmdm.training.checkpoint import find_model
+        from scmdm.training.trainer import run_training
 
-    config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
-    if config.base is None:
-        raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
-    run_training(config, open_model(find_model(Path(config.base))))
+        config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
+        config.check_command("adapt")
+        run_training(config, open_model(find_model(Path(str(config.base)))), stop)
 
 
 def _add_plan(commands: _Commands) -> None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from scmdm.model.attention import flash_unusable_because
 from scmdm.parallel.engine import cpp_compiler, resolve_device, resolve_precision
+from scmdm.revision import git_revision
 
 PACKAGES = (
     "scmdm",
@@ -45,20 +45,6 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def git_revision(directory: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds `directory` and whether it has changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain"))}
 
 
 def describe_environment() -> dict[str, Any]:

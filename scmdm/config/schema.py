@@ -167,6 +167,27 @@ class RunConfig:
         self.data.validate()
         self._validate_combinations()
 
+    def check_command(self, command: str) -> None:
+        """UserError when `adapt` lacks a base, or `train` is given one."""
+        if command == "train" and self.base is not None:
+            raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
+        if command == "adapt" and self.base is None:
+            raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
+
+    def check_ranks(self, size: int) -> None:
+        """UserError for a batch or a mesh that `size` processes cannot share."""
+        if self.engine == "single" and size > 1:
+            raise UserError(f"engine=single, but there are {size} processes; use engine=auto, or start one process")
+        for key, value in (("replicate", self.fsdp.replicate), ("context", self.fsdp.context)):
+            if size % value:
+                raise UserError(f"fsdp.{key}={value} is not possible; it must divide the {size} processes")
+        train, parts = self.train, size // self.fsdp.context
+        if train.global_batch_size % (parts * train.micro_batch_size):
+            raise UserError(
+                f"train.global_batch_size={train.global_batch_size} is not possible with {size} processes; it must "
+                f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
+            )
+
     def _validate_combinations(self) -> None:
         model, train = self.model, self.train
         even = model.width % (2 * model.heads) == 0

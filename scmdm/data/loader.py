@@ -29,6 +29,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
+from scmdm.signals import heed_parent_only, signals_held
 
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because its default depends on the number of nodes
 
@@ -75,7 +76,12 @@ def build_loader(
         "replication": replication if replication > 1 else None,
     }
     loader = StreamingDataLoader(
-        _construct(options), batch_size=batch_size, num_workers=num_workers, drop_last=drop_last, collate_fn=_collate
+        _construct(options),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        collate_fn=_collate,
+        worker_init_fn=heed_parent_only,
     )
     for claim in claims:
         weakref.finalize(loader, claim.release)
@@ -83,7 +89,8 @@ def build_loader(
 
 
 def _construct(options: dict[str, Any]) -> TokenDataset:
-    with warnings.catch_warnings(), _construction_lock():
+    # Python's tracker of shared memory starts here, and lives until the process ends.
+    with warnings.catch_warnings(), _construction_lock(), signals_held():
         # streaming warns that a local directory has no remote, which is what is meant.
         warnings.simplefilter("ignore")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -47,8 +48,7 @@ class Journal:
         self._run.watchdog.beat("end")
         self._display.__exit__(*reason)
         self._metrics.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        self._track(lambda tracker: tracker.finish())
 
     def count(self, result: StepResult, started: float) -> None:
         """Take a step, `started` at that `perf_counter`, into the run's sums and the progress bar."""
@@ -114,6 +114,16 @@ class Journal:
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         self._metrics.write(row)
-        if self._tracker is not None:
-            numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-            self._tracker.log({f"{kind}/{key}": value for key, value in numbers.items()}, step=row["step"])
+        numbers = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        del numbers[f"{kind}/step"]
+        self._track(lambda tracker: tracker.log(numbers, step=row["step"]))
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        """wandb's end is not the run's: its service does not survive a SIGTERM to all processes of a job."""
+        if self._tracker is None:
+            return
+        try:
+            act(self._tracker)
+        except Exception as error:  # noqa: BLE001 - what a dead service makes wandb raise has no common class
+            self._tracker = None
+            logger.warning("wandb is gone (%s: %s); metrics.jsonl goes on", type(error).__name__, error)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scmdm.config.schema import WandbConfig
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
+from scmdm.signals import signals_held
 
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
 _TAIL = 8192  # bytes: several rows
@@ -87,15 +88,16 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
             "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
         ) from error
     try:
-        return wandb.init(
-            project=config.project,
-            name=config.name or run_dir.name,
-            dir=run_dir,
-            mode="offline" if config.mode == "offline" else "online",
-            id=run_id,
-            resume="allow" if run_id else None,
-            config=run_config,
-        )
+        with signals_held():  # its service would not survive USR1; SIGTERM it unblocks
+            return wandb.init(
+                project=config.project,
+                name=config.name or run_dir.name,
+                dir=run_dir,
+                mode="offline" if config.mode == "offline" else "online",
+                id=run_id,
+                resume="allow" if run_id else None,
+                config=run_config,
+            )
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(f"wandb.mode={config.mode} failed: {reason}; `wandb login`, or wandb.mode=offline") from error

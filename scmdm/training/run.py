@@ -1,15 +1,12 @@
-"""What a run is: its directory, its model in an engine, its state; claimed, resumed and described here."""
+"""What a run is: its directory, its model in an engine, its state; resumed and described here."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
@@ -23,7 +20,7 @@ from scmdm.model.flops import peak_flops, step_flops
 from scmdm.model.weights import ModelSpec, StoredModel
 from scmdm.parallel.engine import Engine
 from scmdm.parallel.processes import broadcast
-from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, remove_leftovers
+from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint
 from scmdm.training.ema import Ema
 from scmdm.training.metrics import logger
 from scmdm.training.setup import check_same_run
@@ -60,31 +57,6 @@ class Run:
     @property
     def manifest(self) -> Manifest:
         return self.data.manifest
-
-
-@contextlib.contextmanager
-def claim(directory: Path) -> Iterator[None]:
-    """Create the run directory, prove that it can be written, and keep every other process out of it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run_dir={directory} cannot be made ({error.strerror}); choose a place that you may write to"
-        ) from error
-    atomic_write_text(directory / ".writable", "")
-    (directory / ".writable").unlink()
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"run_dir={directory} is in use by another process; wait for it, stop it, or choose another run_dir"
-        ) from error
-    try:
-        remove_leftovers(directory / "checkpoints")
-        yield
-    finally:
-        lock.release()
 
 
 def resume(run: Run, base_sha256: str | None) -> None:

@@ -151,22 +151,10 @@ def build_engine(
 
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     """What engine=auto means for so many processes; UserError for a batch or a mesh that they cannot share."""
+    config.check_ranks(world.size)
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
-    if engine == "single" and world.size > 1:
-        raise UserError(f"engine=single, but there are {world.size} processes; use engine=auto, or start one process")
     if engine == "deepspeed":
         require_deepspeed()
-    for key in ("replicate", "context"):
-        if world.size % getattr(config.fsdp, key):
-            raise UserError(
-                f"fsdp.{key}={getattr(config.fsdp, key)} is not possible; it must divide the {world.size} processes"
-            )
-    train, parts = config.train, world.size // config.fsdp.context
-    if train.global_batch_size % (parts * train.micro_batch_size):
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is not possible with {world.size} processes; it must "
-            f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
-        )
     return dataclasses.replace(config, engine=engine)
 
 

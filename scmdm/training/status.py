@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from scmdm.alive import JOB_LIVES, job_state, process_lives
 from scmdm.errors import UserError
 from scmdm.training.checkpoint import SEAL, list_checkpoints, step_of, verify_checkpoint
 from scmdm.training.metrics import LOG_FILE, METRICS_FILE, format_duration, read_metrics
@@ -30,7 +28,6 @@ _OWNER, _LOCK = ".owner.json", ".lock"
 _SILENT_S = 300.0  # the owner gives a sign of life far more often
 _TAIL = 2**18
 _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
-_JOB_LIVES = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ def _owner(directory: Path, last_start: Mapping[str, Any] | None) -> Owner | Non
     if found is None:
         return None
     job = found.get("job") or found.get("slurm_job_id")
-    state = _job_state(str(job)) if job else None
+    state = job_state(str(job)) if job else None
     return Owner(found.get("host"), found.get("pid"), found.get("user"), job, state)
 
 
@@ -200,24 +197,14 @@ def _state(directory: Path, owner: Owner | None) -> str:
     """Whether a run that is not done goes on."""
     here = owner is None or owner.host is None or owner.host == socket.gethostname()
     if here:
-        alive = owner is None or owner.pid is None or _process_lives(owner.pid)
+        alive = owner is None or owner.pid is None or process_lives(owner.pid)
         return "running" if alive and _locked(directory / _LOCK) else "stopped"
     if owner is not None and owner.job_state is not None:
-        return "running" if owner.job_state in _JOB_LIVES else "stopped"
+        return "running" if owner.job_state in JOB_LIVES else "stopped"
     signature = _age(directory / _OWNER)
     if signature is None:  # it is removed at the end
         return "running" if _locked(directory / _LOCK) else "stopped"
     return "running" if signature < _SILENT_S else "silent"
-
-
-def _process_lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _locked(path: Path) -> bool:
@@ -233,20 +220,6 @@ def _locked(path: Path) -> bool:
     except OSError:  # no locks on this file system: the owner's word must do
         return True
     return False
-
-
-def _job_state(job: str) -> str | None:
-    """SLURM's word for the state of a job; None when there is no asking it."""
-    if shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "--noheader", "--jobs", job, "--states", "all", "--format", "%T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return "GONE" if "Invalid job id" in done.stderr else None
-    return done.stdout.split()[0] if done.stdout.split() else "GONE"
 
 
 def _warnings(path: Path) -> list[str]:

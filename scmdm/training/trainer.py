@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from scmdm.data.mixture import open_data
 from scmdm.model.weights import StoredModel
 from scmdm.parallel.engine import check_hardware
 from scmdm.parallel.processes import World, barrier, current_world, largest, process_group
+from scmdm.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.checkpoint import sha256_of_model
+from scmdm.training.claim import claim_for_all
 from scmdm.training.ema import Ema
 from scmdm.training.journal import Journal
 from scmdm.training.metrics import log_to, logger
 from scmdm.training.optimizer import lr_factor, set_lr
-from scmdm.training.run import Run, claim, describe, resume
+from scmdm.training.run import Run, describe, resume
 from scmdm.training.saver import Saver, snapshot
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.starts import record_start
@@ -36,33 +38,12 @@ from scmdm.training.telemetry import Profiler
 from scmdm.training.validation import to_device, validation_nelbo
 from scmdm.training.watchdog import Watchdog, longest_silence, set_aside_stacks
 
-REQUEUE_EXIT = 85  # stopped by a signal after saving: start the same command again to go on
 
-
-class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or Ctrl-C came; the loop acts at the end of the step."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def run_training(config: RunConfig, base: StoredModel | None) -> Path:
+def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:
     """Train to `config.train.steps`, from scratch or from `base`, resuming by itself; returns the run directory.
 
-    Raises UserError for mistakes and SystemExit(REQUEUE_EXIT) after a signal, with a checkpoint saved.
+    `stop` is where signals are remembered, if that has begun already. Raises UserError for mistakes and
+    SystemExit(REQUEUE_EXIT) after a signal, with a checkpoint saved.
     """
     world = current_world()
     config = resolve_engine(resolve_config(config, base), world)
@@ -70,18 +51,31 @@ def run_training(config: RunConfig, base: StoredModel | None) -> Path:
     # What "auto" meant is part of the run: a resume on other hardware must not go on in another precision.
     config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
     # The watchdog must be the first to lose its patience: it alone writes down where the ranks are.
     timeout = longest_silence(config.train.watchdog_minutes)
-    with process_group(world, device, needed=config.engine != "single", timeout=timeout):
-        return _run(config, base, world, device, dtype)
+    with signals as stop, process_group(world, device, needed=config.engine != "single", timeout=timeout):
+        try:
+            return _run(config, base, stop, world, device, dtype)
+        except SystemExit:
+            # All ranks stop, but rank 0 has files to close, and the launcher ends all when the first is gone.
+            barrier()
+            raise
 
 
-def _run(config: RunConfig, base: StoredModel | None, world: World, device: torch.device, dtype: torch.dtype) -> Path:
+def _run(
+    config: RunConfig,
+    base: StoredModel | None,
+    stop: StopRequest,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Path:
     directory = Path(config.run_dir)
     data = open_data(config.data)
     data.require_splits(config.data.train_split, config.data.validation_split)
     spec = build_spec(config, data.manifest, base)
-    with claim(directory) if world.is_main else contextlib.nullcontext():
+    with claim_for_all(directory):
         if world.is_main:
             set_aside_stacks(directory)
         barrier()
@@ -89,23 +83,25 @@ def _run(config: RunConfig, base: StoredModel | None, world: World, device: torc
             started = check_start(config, data, spec, base, directory, world, device)
             engine = build_engine(config, spec, base, device, dtype)
             ema = Ema(engine, config.ema) if config.ema.decay > 0 else None
-            _train(Run(config, directory, data, spec, engine, ema, watchdog, started), base)
+            _train(Run(config, directory, data, spec, engine, ema, watchdog, started), base, stop)
     return directory
 
 
-def _train(run: Run, base: StoredModel | None) -> None:
+def _train(run: Run, base: StoredModel | None, stop: StopRequest) -> None:
     with log_to(run.directory, write=run.engine.rank == 0) as console:
         resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= run.config.train.steps:
             logger.info("%s is already at step %d of %d", run.directory, run.state.step, run.config.train.steps)
             return
+        if early := largest(stop.signal or 0):
+            _leave(early, "before the first step")
         describe(run, base)
         log_start(run.started)
         if run.engine.rank == 0:
             record_start(run.directory, run.started, run.state.step)
         saver = Saver(run.checkpoints, run.engine, run.config.train)
         try:
-            with Journal(run, console) as journal, StopRequest() as stop:
+            with Journal(run, console) as journal:
                 _loop(run, saver, journal, stop)
         finally:
             saver.abandon()
@@ -142,10 +138,12 @@ def _loop(run: Run, saver: Saver, journal: Journal, stop: StopRequest) -> None:
             with clock.part("checkpoint"):
                 _save(run, saver, validated, wait=bool(last or stopped_by))
         if stopped_by:
-            logger.info(
-                "stopped by %s at step %d; the same command goes on", signal.Signals(stopped_by).name, state.step
-            )
-            raise SystemExit(REQUEUE_EXIT)
+            _leave(stopped_by, f"at step {state.step}")
+
+
+def _leave(number: int, when: str) -> NoReturn:
+    logger.info("stopped by %s %s; the same command goes on", signal.Signals(number).name, when)
+    raise SystemExit(REQUEUE_EXIT)
 
 
 def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

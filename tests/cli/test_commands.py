@@ -32,6 +32,8 @@ def test_help_is_there_for_every_command(capsys):
         ["report"],
         ["study"],
         ["doctor"],
+        ["launch", "slurm"],
+        ["launch", "local"],
     ):
         with pytest.raises(SystemExit) as caught:
             main([*arguments, "--help"])

@@ -8,7 +8,6 @@ import signal
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 
 import scmdm
 from scmdm.cli import main
@@ -100,13 +99,6 @@ def test_leftovers_of_a_killed_save_are_removed(run, molecules, empty_yaml):
         (run / "checkpoints" / name).mkdir()
     assert train(run, molecules, empty_yaml, "train.steps=7") == 0
     assert all(path.name.startswith(("step_", "latest")) for path in (run / "checkpoints").iterdir())
-
-
-def test_a_run_directory_belongs_to_one_process(run, molecules, empty_yaml, capsys):
-    with FileLock(run / ".lock"):
-        assert train(run, molecules, empty_yaml, "train.steps=7") == 1
-    assert "is in use by another process" in capsys.readouterr().err
-    assert train(run, molecules, empty_yaml, "train.steps=7") == 0
 
 
 def test_the_precision_of_auto_is_recorded_and_kept(run, molecules, empty_yaml, capsys):

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
+from scmdm.alive import job_state
 from scmdm.cli import main
 from scmdm.errors import UserError
 from scmdm.training.checkpoint import list_checkpoints
-from scmdm.training.status import _eta, _job_state, describe_status, read_status
+from scmdm.training.status import _eta, describe_status, read_status
 from tests.conftest import TINY, scmdm
 from tests.kills import last_step
 
@@ -165,7 +166,7 @@ def test_the_scheduler_knows_of_a_job_on_another_machine(copy, answer, expected,
 
 def test_without_a_scheduler_nothing_is_known_of_a_job(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _job_state("42") is None
+    assert job_state("42") is None
 
 
 def test_time_left_by_hand():

@@ -1,0 +1,180 @@
+"""What a job script starts on a machine: torchrun for all ranks of the machine, or, under plain srun, one rank.
+
+    python -m scmdm.launch.node --ranks-per-node 8 --head HOST --port 12345 --logs DIR -- adapt config.yaml
+
+Its exit status is that of the ranks (torchrun's own is 1 whatever they say): 85 when all that ended were asked to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from scmdm.signals import REQUEUE_EXIT, stop_signals
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine among those of the job, as SLURM numbers them; without SLURM there is one."""
+
+    index: int
+    count: int
+    job: str
+    start: int
+
+    @staticmethod
+    def current() -> Node:
+        read = os.environ.get
+        job, start = read("SLURM_JOB_ID", str(os.getpid())), int(read("SLURM_RESTART_COUNT", "0"))
+        return Node(int(read("SLURM_NODEID", "0")), int(read("SLURM_STEP_NUM_NODES", "1")), job, start)
+
+    @property
+    def name(self) -> str:
+        return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the ranks of this machine and wait for them; returns the exit status."""
+    # The ranks inherit the block until they can act on a signal: none is lost however early it comes.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    options = _parser().parse_args(arguments)
+    if options.starter == "srun":
+        _become_rank(options)
+    status = 1
+    for attempt in range(options.attempts):
+        status = _torchrun(options, attempt)
+        if status in (0, REQUEUE_EXIT):
+            break
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scmdm.launch.node", description=__doc__)
+    parser.add_argument("--starter", choices=("torchrun", "srun"), default="torchrun")
+    parser.add_argument("--ranks-per-node", type=int, default=1)
+    parser.add_argument("--head", default="localhost", help="address of the first machine")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--start-timeout", type=int, default=600, help="seconds to wait for the other machines")
+    parser.add_argument("--logs", type=Path, required=True, help="directory of the ranks' logs")
+    parser.add_argument("--attempts", type=int, default=1, help="starts at most, when ranks fail")
+    parser.add_argument("command", nargs="+", help="behind --: arguments of scmdm")
+    return parser
+
+
+def _become_rank(options: argparse.Namespace) -> None:
+    os.environ.update(rank_environment(os.environ, options.head, options.port))
+    os.execv(sys.executable, [sys.executable, "-m", "scmdm", *options.command])
+
+
+def rank_environment(slurm: Mapping[str, str], head: str, port: int) -> dict[str, str]:
+    """What torch.distributed reads, from what srun sets for a task."""
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(int(slurm["SLURM_STEP_NUM_TASKS"]) // int(slurm["SLURM_STEP_NUM_NODES"])),
+        "MASTER_ADDR": head,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _torchrun(options: argparse.Namespace, attempt: int) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    node = Node.current()
+    stop = _forward_signals()
+    try:
+        torchrun(torchrun_arguments(options, node, attempt))
+    except ChildFailedError as error:
+        ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return _explain(node, ended, options.logs)
+    except RendezvousError as error:
+        limit, reason = options.start_timeout, f"{type(error).__name__} {error}".strip()
+        print(
+            f"scmdm: on {node.name}: no rendezvous of {node.count} nodes (limit {limit} s): {reason}", file=sys.stderr
+        )
+        return 1
+    finally:
+        stop.set()
+    return 0
+
+
+def torchrun_arguments(options: argparse.Namespace, node: Node, attempt: int = 0) -> list[str]:
+    """The command line of torchrun on one machine of the job."""
+    wait = options.start_timeout
+    meet = ["--standalone"]
+    if node.count > 1:
+        conf = f"is_host={str(node.index == 0).lower()},join_timeout={wait},read_timeout={wait}"
+        meet = [
+            f"--nnodes={node.count}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={options.head}:{options.port}",
+            f"--rdzv-id={node.job}.{node.start}",
+            f"--rdzv-conf={conf}",
+        ]
+    logs = options.logs / (node.name if attempt == 0 else f"{node.name}-attempt-{attempt + 1}")
+    logs.mkdir(parents=True, exist_ok=True)
+    show = [f"--log-dir={logs}", "--redirects=3", "--tee=3", "--log-line-prefix-template=[rank ${rank}] "]
+    return [*meet, f"--nproc-per-node={options.ranks_per_node}", *show, "-m", "scmdm", *options.command]
+
+
+def _explain(node: Node, ended: Mapping[int, int], logs: Path) -> int:
+    status = exit_status(ended.values())
+    if status != REQUEUE_EXIT:
+        causes = ", ".join(f"rank {rank}: {describe_exit(code)}" for rank, code in sorted(ended.items()))
+        print(f"scmdm: on {node.name} ended {causes}; logs in {logs}", file=sys.stderr, flush=True)
+    return status
+
+
+def exit_status(codes: Iterable[int]) -> int:
+    """One status for the ranks that ended first: 85 if every one was asked to stop, else that of what went wrong."""
+    asked = {REQUEUE_EXIT, *(-number for number in stop_signals())}
+    wrong = [code for code in codes if code not in asked]
+    if not wrong:
+        return REQUEUE_EXIT
+    # A rank that was killed is the cause; those that lost their connection to it end with 1.
+    worst = min(wrong)
+    return worst if worst > 0 else 128 - worst
+
+
+def describe_exit(code: int) -> str:
+    """A process's exit code in words."""
+    if code >= 0:
+        return f"exit status {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _forward_signals() -> threading.Event:
+    """Hand stop signals that reach this process alone to its ranks; torchrun itself would give them 30 s to live."""
+    done = threading.Event()
+
+    def forward() -> None:
+        while not done.is_set():
+            if (found := signal.sigtimedwait(stop_signals(), 0.2)) is None:
+                continue
+            for rank in _children():
+                with suppress(ProcessLookupError):
+                    os.kill(rank, found.si_signo)
+
+    threading.Thread(target=forward, name="signals", daemon=True).start()
+    return done
+
+
+def _children() -> list[int]:
+    main = os.getpid()
+    return [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`scmdm launch local`, and the signals that reach a whole process tree, as SLURM sends them."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from scmdm.signals import REQUEUE_EXIT
+from scmdm.training.checkpoint import newest_checkpoint
+from tests.conftest import scmdm
+from tests.kills import adapt_arguments, last_step, train_rows
+from tests.parallel.launching import launch
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base, molecules, empty_yaml):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    status, output = launch(2, *adapt_arguments(run, base, molecules, empty_yaml, f"train.steps={STEPS}"))
+    assert status == 0, output
+    return run
+
+
+@pytest.fixture
+def local(tmp_path, base, molecules, empty_yaml):
+    """Starts the run on two ranks."""
+
+    def start(*overrides, options=()):
+        keys = [f"train.steps={STEPS}", *overrides]
+        arguments = adapt_arguments(tmp_path / "run", base, molecules, empty_yaml, *keys)
+        return scmdm("launch", "local", *arguments, "--ranks-per-node", "2", *options)
+
+    return start
+
+
+def descendants(pid):
+    """Of a process, itself last."""
+    found = []
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += descendants(int(child))
+    return [*found, pid]
+
+
+def ranks_of(launcher):
+    found = []
+    for pid in descendants(launcher)[:-1]:
+        with contextlib.suppress(OSError):
+            if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def wait_for_step(process, run, step):
+    while last_step(run) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_it_does_what_torchrun_does_and_keeps_the_logs_of_each_rank(local, tmp_path, undisturbed):
+    process = local()
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert train_rows(tmp_path / "run") == train_rows(undisturbed)
+    logs = [path for path in (tmp_path / "run/launch").rglob("stdout.log") if path.stat().st_size]
+    assert len(logs) == 1 and "step 40/40" in logs[0].read_text(), "rank 0's; the other had nothing to say"
+    assert f"[rank 0] {logs[0].read_text().splitlines()[0]}" in output
+
+
+@pytest.mark.parametrize("whom", ["launcher", "everybody"])
+def test_a_signal_saves_and_the_next_launch_goes_on(local, tmp_path, undisturbed, whom):
+    """`everybody`: also loader processes, Python's helpers, and wandb's service, which dies: the save must not."""
+    keys = ("train.checkpoint_every=1000", "data.num_workers=1", "wandb.mode=offline")
+    process = local(*keys)
+    wait_for_step(process, tmp_path / "run", 5)
+    for pid in descendants(process.pid) if whom == "everybody" else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == REQUEUE_EXIT, output + errors
+    assert "stopped by SIGTERM at step" in output
+    assert ("wandb is gone" in output) <= (whom == "everybody")
+    checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert checkpoint is not None and checkpoint.name == f"step_{last_step(tmp_path / 'run'):08}"
+    again = local(*keys)
+    assert again.wait(timeout=600) == 0, again.communicate()
+    assert train_rows(tmp_path / "run") == train_rows(undisturbed)
+    assert len({path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")}) == 1
+
+
+def test_a_signal_in_the_first_moments_is_not_lost(local, tmp_path):
+    process = local()
+    ranks = []
+    while len(ranks) < 2:
+        ranks = ranks_of(process.pid)
+    for pid in ranks:
+        os.kill(pid, signal.SIGUSR1)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == REQUEUE_EXIT, output + errors
+    assert "stopped by SIGUSR1 before the first step" in output
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(local, tmp_path, undisturbed):
+    process = local(options=("--attempts", "2"))
+    wait_for_step(process, tmp_path / "run", 12)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, output + errors
+    assert re.search(r"scmdm: on \S+ ended .*rank [01]: killed by SIGKILL \(out of memory\?\)", errors)
+    assert "resuming from" in output and train_rows(tmp_path / "run") == train_rows(undisturbed)

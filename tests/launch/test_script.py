@@ -1,0 +1,122 @@
+"""What is launched: a script that a person can read and bash can parse, from code and settings that stay."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from scmdm.cli import main
+from scmdm.config.load import load_config
+from scmdm.config.schema import RunConfig
+from scmdm.launch.freeze import freeze, place
+from tests.conftest import ROOT
+
+ADAPT = ["adapt", str(ROOT / "configs/qm9/adapt.yaml"), "base=runs/base", "train.micro_batch_size=4"]
+
+
+def dry_run(capsys, tmp_path, *options, status=0):
+    assert main(["launch", *options[:1], *ADAPT, f"run_dir={tmp_path / 'run'}", *options[1:], "--dry-run"]) == status
+    assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+    captured = capsys.readouterr()
+    return captured.err if status else captured.out
+
+
+SCRIPTS = {
+    "--nodes 2 --gpus-per-node 8 --cpus-per-rank 7 --time 4:00:00 --qos high": """
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=56
+#SBATCH --gpus-per-node=8
+#SBATCH --time=4:00:00
+#SBATCH --qos=high
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+""",
+    "--nodes 4 --gpus-per-node 4 --cpus-per-rank 7 --starter srun --signal USR2": """
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=7
+#SBATCH --signal=USR2@120
+  --starter srun \\
+  85|143|140)
+""",
+    "--container-image scmdm.sqsh --container-mount /scratch:/scratch --signal-before 300": """
+#SBATCH --signal=USR1@300
+  --container-image=scmdm.sqsh \\
+""",
+    "--container-image a.sif --container-runtime apptainer --setup module\\ load\\ apptainer": """
+module load apptainer
+""",
+    "--sbatch mem=0 --sbatch=--exclusive --no-requeue --account me --partition gpu": """
+#SBATCH --partition=gpu
+#SBATCH --account=me
+#SBATCH --mem=0
+#SBATCH --exclusive
+  : # left to the site's RequeueExit
+""",
+}
+
+
+@pytest.mark.parametrize(("options", "lines"), SCRIPTS.items())
+def test_a_script_is_whole_and_holds_what_was_asked_for(capsys, tmp_path, options, lines):
+    script = dry_run(capsys, tmp_path, "slurm", *shlex.split(options))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert not set(lines.strip("\n").splitlines()) - set(script.splitlines())
+    assert ("scontrol requeue" in script) == ("--no-requeue" not in options)
+
+
+def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
+    script = dry_run(capsys, tmp_path, "slurm", "--container-image", "a.sif", "--container-runtime", "apptainer")
+    line = next(line for line in script.splitlines() if "apptainer exec" in line)
+    assert f"{tmp_path / 'run'}:{tmp_path / 'run'}" in line and line.endswith(" a.sif \\")
+    assert "SCMDM_STOP_SIGNALS=TERM,USR1,INT python)" in script, "the image's interpreter"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["slurm", "--nodes", "0"], "--nodes=0 is not possible; it must be at least 1"),
+        (["slurm", "--gpus-per-node", "2", "--ranks-per-node", "3"], "--ranks-per-node=3 is not possible"),
+        (["slurm", "--time", "soon"], "--time=soon is not possible; it must be minutes, HH:MM:SS or days-hours"),
+        (["slurm", "--attempts", "0"], "--attempts=0"),
+        (["slurm", "--nodes", "3"], "train.global_batch_size=64 is not possible with 3 processes"),
+        (["slurm", "engine=single", "--nodes", "2"], "engine=single, but there are 2 processes"),
+        (["local", "base=null"], "base is not set"),
+        (["local", "train.stepps=3"], "did you mean `train.steps`?"),
+    ],
+)
+def test_mistakes_show_at_the_launch(capsys, tmp_path, options, message):
+    assert message in dry_run(capsys, tmp_path, *options, status=1)
+
+
+def test_only_runs_are_launched(capsys, tmp_path):
+    assert main(["launch", "local", "sample", str(tmp_path)]) == 1
+    assert "'sample' is not possible; it must be one of train, adapt" in capsys.readouterr().err
+
+
+def test_without_slurm_the_script_is_kept(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert main(["launch", "slurm", *ADAPT, f"run_dir={tmp_path / 'run'}"]) == 1
+    assert "there is no sbatch here" in capsys.readouterr().err
+    (script,) = (tmp_path / "run/launch").glob("*/job.sbatch")
+    assert script.read_text().startswith("#!/usr/bin/env bash\n# scmdm adapt into ")
+
+
+def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(f"run_dir: {tmp_path / 'run'}\ntrain: {{steps: 3}}\ndata: {{path: here}}\n")
+    config = load_config(RunConfig, settings, ["seed=5"])
+    frozen = place("train", config)
+    freeze(frozen, config)
+    settings.write_text("train: {steps: 9}\n")
+    kept = load_config(RunConfig, frozen.config)
+    assert kept == config and kept.seed == 5 and kept.train.steps == 3
+    # The copy, marked, and not the checkout that is the working directory.
+    marked = frozen.code / "scmdm/__main__.py"
+    marked.write_text(marked.read_text() + "\nprint('the copy')\n")
+    marked.write_text("print('the copy')\n" + marked.read_text().replace("from __future__", "# from __future__"))
+    done = subprocess.run(
+        [sys.executable, "-m", "scmdm", "--help"], cwd=ROOT, env=frozen.environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("the copy\n"), done.stderr
+    assert place("train", config).directory != frozen.directory

@@ -1,0 +1,221 @@
+"""On a real SLURM of two nodes, brought up here: whatever ends a job, the run goes on as if nothing had been."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from scmdm.training.checkpoint import newest_checkpoint
+from scmdm.training.claim import Owner, job_state, lives
+from tests.kills import adapt_arguments
+from tests.parallel.launching import launch
+from tests.slurm import cluster
+from tests.slurm.cluster import saved_state, slurm, steps_and_losses, submit, wandb_ids
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+PORT = 17400
+LONG, SHORT = 400, 60
+# Patience of a job that has to notice that a node is gone; the defaults are for real clusters.
+QUICK = ("--grace", "10", "--start-timeout", "40")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nodes():
+    """The directory of a SLURM of two nodes, n1 and n2."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of this SLURM need root")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{place}/slurm.conf")
+        try:
+            bring_up(place)
+            yield Path(place)
+        finally:
+            subprocess.run(["bash", HERE / "down.sh", place])
+
+
+def bring_up(place):
+    """Start what does not run."""
+    done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapt(base, molecules, empty_yaml):
+    """Arguments of an adaptation of QM9 whose steps do not depend on its length."""
+
+    def arguments(run, steps, *overrides):
+        keys = [f"train.steps={steps}", "schedule.kind=constant", "train.checkpoint_every=20", *overrides]
+        return adapt_arguments(run, base, molecules, empty_yaml, *keys)
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, adapt):
+    """What every other run must equal: two ranks under plain torchrun."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    status, output = launch(2, *adapt(run, LONG, "train.checkpoint_every=1000"), timeout=900)
+    assert status == 0, output
+    rows = steps_and_losses(run)
+    assert [step for step, *_ in rows] == list(range(1, LONG + 1))
+    return rows
+
+
+def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
+    keys = ("train.checkpoint_every=1000", "wandb.mode=offline")
+    job = submit(adapt(tmp_path / "run", LONG, *keys), "--time", "60", "--signal-before", "120")
+    job.wait_for_step(20)
+    # How fast this machine is today must not decide what is tested: the limit is moved to where the run is.
+    job.limit(minutes=int(job.elapsed_s // 60) + 2)
+    job.wait(lambda: job.restarts == 1, 400, "requeued")
+    job.limit(minutes=60)
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
+    assert "stopped by SIGUSR1 at step" in job.log
+    assert steps_and_losses(job.run) == undisturbed
+    assert len(wandb_ids(job.run)) == 1 and len(list((job.run / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
+    """Also: ranks that srun starts, without torchrun, and another signal."""
+    job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
+    job.wait(lambda: len(job.ranks) == 2, 120, "with two ranks")
+    slurm("scancel", "--signal=USR2", job.id)
+    job.wait(lambda: job.restarts == 1, 400, "requeued")
+    assert not (job.run / "checkpoints").exists(), "it came before the first step"
+    assert job.wait_for_end(900) == "COMPLETED"
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+    assert sorted(path.name for path in (job.directory / "logs").iterdir()) == [
+        f"start-{start}-rank-{rank}.log" for start in (1, 2) for rank in (0, 1)
+    ]
+
+
+def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
+    job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
+    job.wait_for_step(20)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    assert slurm("sbatch", "--parsable", *urgent)
+    assert job.wait_for_end(900) == "COMPLETED"
+    assert "stopped by SIGTERM at step" in job.log
+    assert steps_and_losses(job.run) == undisturbed
+
+
+def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
+    job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
+    job.wait_for_step(10)
+    slurm("scancel", job.id)
+    job.wait(lambda: "not requeued" in job.log or "CANCELLED" in job.log, 60, "stopped")
+    assert job.wait_for_end(60) == "CANCELLED"
+    time.sleep(15)  # longer than a requeued job would wait
+    assert job.state == "CANCELLED" and not job.ranks
+    checkpoint, skipped = newest_checkpoint(job.run / "checkpoints")
+    rows = steps_and_losses(job.run)
+    assert not skipped and saved_state(checkpoint)["step"] == len(rows)
+    assert rows == undisturbed[: len(rows)]
+
+
+def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp_path):
+    job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
+    job.wait_for_step(25)
+    os.kill(job.ranks[0], signal.SIGKILL)
+    killed = time.monotonic()
+    job.wait(lambda: "failed with status" in job.log, 60, "over")
+    assert time.monotonic() - killed < 30
+    assert re.search(r"scmdm: on n[12] ended rank [01]: killed by SIGKILL \(out of memory\?\)", job.log)
+    assert "(1 of 3 at step_00000020)" in job.log
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+
+
+def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbed, tmp_path):
+    """What srun runs on a node dies with all that belongs to it."""
+    job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
+    job.wait_for_step(25)
+    agent = job.agents[0]
+    children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    for pid in (agent, *children):
+        os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    job.wait(lambda: "failed with status" in job.log, 60, "over")
+    assert time.monotonic() - killed < 45
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+
+
+def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
+    """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
+    job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
+    job.wait_for_step(25)
+    cluster.power_off(nodes / "run/slurmd-n2.pid")
+    job.wait(lambda: "DOWN" in slurm("scontrol", "show", "node", "n2"), 120, "on a node that is down")
+    job.wait(lambda: job.state == "PENDING", 120, "requeued")
+    bring_up(nodes)
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts >= 1
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+
+
+def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed, tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text(
+        '#!/bin/sh\n[ "$SLURM_NODEID.${SLURM_RESTART_COUNT:-0}" = 1.0 ] && exec sleep 1000\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    slow.chmod(0o755)
+    job = submit(adapt(tmp_path / "run", SHORT), "--python", slow, "--grace", "10", "--start-timeout", "30")
+    job.wait(lambda: "failed with status" in job.log, 300, "over")
+    assert "scmdm: on n1: no rendezvous of 2 nodes (limit 30 s): RendezvousTimeoutError" in job.log
+    assert "(1 of 3 at no checkpoint)" in job.log
+    assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
+    assert steps_and_losses(job.run) == undisturbed[:SHORT]
+
+
+def test_failures_at_one_place_end_the_job(adapt, tmp_path):
+    job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
+    assert job.wait_for_end(400) == "FAILED"
+    assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
+
+
+def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
+    first = submit(adapt(tmp_path / "run", LONG), *QUICK)
+    first.wait_for_step(25)
+    second = cluster.resubmit(first)
+    assert second.wait_for_end(400) == "FAILED"
+    assert second.restarts == 0 and f"in SLURM job {first.id}, since" in second.log
+    assert f"(scancel {first.id})" in second.log
+    assert first.state == "RUNNING"
+    slurm("scancel", "--signal=KILL", first.id)
+    slurm("scancel", first.id)
+    first.wait_for_end(60)
+    third = cluster.resubmit(first)
+    third.wait(lambda: "resuming from" in third.log, 400, "resumed")
+    slurm("scancel", third.id)
+    third.wait_for_end(60)
+    rows = steps_and_losses(first.run)
+    assert len(rows) > 20 and rows == undisturbed[: len(rows)]
+
+
+def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
+    """The age of its last sign of life, an hour, would say that it does not."""
+    signature = tmp_path / ".owner.json"
+    signature.write_text("")
+    os.utime(signature, (time.time() - 3600,) * 2)
+    number = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 300")
+    job = cluster.Job(number, tmp_path, tmp_path)
+    job.wait(lambda: job.state == "RUNNING", 60, "running")
+    me = Owner.me()
+    owner = dataclasses.replace(me, host="elsewhere", job=number)
+    assert lives(owner, me, signature)
+    slurm("scancel", number)
+    job.wait_for_end(60)
+    job.wait(lambda: job_state(number) == "CANCELLED", 60, "cancelled")
+    assert not lives(owner, me, signature)
+    assert job_state("999999") == "GONE"
