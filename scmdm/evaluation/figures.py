@@ -97,7 +97,7 @@ def loss_figure(
 ) -> Path:
     """Training loss (faint raw, solid smooth) and validation NELBO (dashed null, solid conditioned) against tokens."""
     with plt.rc_context(_STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
         for index, arm in enumerate(order):
             colour = COLOURS[index % 7]
             _draw_training(left, train.get(arm, []), arm, colour)
@@ -109,7 +109,8 @@ def loss_figure(
         right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
         for ax in (left, right):
             if ax.get_legend_handles_labels()[1]:
-                ax.legend(fontsize=9, loc="best", framealpha=0.8, frameon=True, edgecolor="none")
+                # Beneath: inside the axes it would hide a curve.
+                ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
         figure.tight_layout()
         return _save(figure, path)
 
