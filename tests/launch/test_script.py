@@ -1,5 +1,6 @@
 """What is launched: a script that a person can read and bash can parse, from code and settings that stay."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -120,3 +121,15 @@ def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
     )
     assert done.stdout.startswith("the copy\n"), done.stderr
     assert place("train", config).directory != frozen.directory
+
+
+def test_a_sites_defaults_give_way_to_what_is_asked_for(tmp_path):
+    command = [ROOT / "launch/slurm.sh", *ADAPT, f"run_dir={tmp_path / 'run'}", "--nodes", "2", "--time", "1:00:00"]
+    wrapper = tmp_path / "scmdm"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m scmdm "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {**os.environ, "SCMDM": str(wrapper)}
+    done = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in ("--nodes=2", "--gpus-per-node=8", "--time=1:00:00", "--signal=USR1@180"):
+        assert f"#SBATCH {line}\n" in done.stdout
