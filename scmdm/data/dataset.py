@@ -68,9 +68,10 @@ class TokenDataset(StreamingDataset):
         units, ids = super().resample_streams(epoch, stream_id)
         return units, ids + self.num_samples * repetitions(ids) if self.num_streams > 1 else ids
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from super().__iter__()
-        if self._failure is not None:  # which ended the samples early
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        """Streaming's, but a failure that ended it early is raised here: its caller would wait for the dead thread."""
+        yield from super()._each_sample_id(it)
+        if self._failure is not None:
             raise self._failure
 
     def __getitem__(self, at: Any) -> dict[str, Any]:
@@ -106,15 +107,20 @@ class TokenDataset(StreamingDataset):
 
     def on_exception(self, future: Future) -> None:
         """Tell the other threads; the reader raises the failure, so that nothing is logged here."""
-        if future.exception() is not None:
+        if (error := future.exception()) is not None:
+            self._failure = self._failure or UserError(f"{self._places()} cannot be read: {error!r}")
             self._event.set()
 
     def explain_early_end(self) -> NoReturn:
         """UserError that says why the samples ended before the epoch did."""
         for stream in self.streams:
             check_dataset(Path(stream.local))
-        places = ", ".join(str(Path(stream.local) / stream.split) for stream in self.streams)
-        raise UserError(f"{places} could not be read to its end; check it with `scmdm prepare --verify DIRECTORY`")
+        raise UserError(
+            f"{self._places()} could not be read to its end; check it with `scmdm prepare --verify DIRECTORY`"
+        )
+
+    def _places(self) -> str:
+        return ", ".join(str(Path(stream.local) / stream.split) for stream in self.streams)
 
     def _sample(self, at: Any) -> dict[str, Any]:
         return {"tokens": super().__getitem__(at % self.num_samples)[COLUMN].astype(np.int64), "index": at}
