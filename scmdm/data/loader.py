@@ -31,6 +31,7 @@ from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
 from scmdm.signals import heed_parent_only, signals_held
 
+_CONSTRUCTION_S = 60
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because its default depends on the number of nodes
 
 
@@ -120,14 +121,16 @@ def _claim_caches(data: Data) -> list[FileLock]:
 
 @contextlib.contextmanager
 def _construction_lock() -> Iterator[None]:
-    """Two runs that start in the same moment would pick the same names in shared memory.
+    """Two runs that start in the same moment on a machine would pick the same names in shared memory.
 
-    The ranks of one run construct together and wait for each other inside, so they must not queue up here.
+    The first of a run's ranks on the machine picks them, and the others wait for it inside. After a minute it goes on
+    without the lock: two runs that share several machines could wait for each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield
-        return
-    with FileLock(Path(tempfile.gettempdir()) / f"scmdm-streaming-{os.getuid()}.lock"):
+    lock = FileLock(Path(tempfile.gettempdir()) / f"scmdm-streaming-{os.getuid()}.lock")
+    with contextlib.ExitStack() as held:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            with contextlib.suppress(Timeout):
+                held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
         yield
 
 

@@ -1,16 +1,19 @@
 """The streaming loader: every sample once an epoch, exact resume, two readers at a time, damaged shards."""
 
+import contextlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
-from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
+from scmdm.data.loader import _construction_lock, build_loader, epochs, read_split, spread_rows
 from scmdm.data.mixture import Data
 from scmdm.data.shards import Description, write_dataset
 from scmdm.data.tokenizers import SymbolTokenizer
@@ -137,7 +140,7 @@ def test_epochs_go_on_and_on(molecules):
 
 @pytest.mark.slow
 def test_runs_that_start_together(molecules):
-    code = "import sys; from pathlib import Path; from scmdm.data.loader import build_loader\n"
+    code = "import sys; from pathlib import Path; from scmdm.data.loader import _construction_lock, build_loader\n"
     code += "from scmdm.data.mixture import Data\n"
     code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
     code += "for _ in range(8): print(sum(1 for _ in build_loader(Data.at(Path(sys.argv[1])), 'train', **args)))"
@@ -155,3 +158,16 @@ def test_a_shard_that_goes_bad_while_reading_is_named(molecules, tmp_path):
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(UserError, match=r"cannot read sample \d+ from .*shard\.00000\.mds"):
         list(reader)
+
+
+@pytest.mark.parametrize(("local_rank", "holds"), [("0", True), ("1", False)])
+def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_rank, holds, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with _construction_lock():
+        (lock,) = tmp_path.iterdir() if holds else [tmp_path / "none.lock"]
+        with contextlib.ExitStack() as other, pytest.raises(Timeout) if holds else contextlib.nullcontext():
+            other.enter_context(FileLock(lock).acquire(timeout=0))
+    with FileLock(lock).acquire(timeout=0):
+        pass
