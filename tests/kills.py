@@ -32,12 +32,12 @@ _START_UP_S = 6.0  # a moment in the start-up lies within so many seconds
 _LIFE_S = 0.8  # a moment in the training: so many seconds at most after the first new step
 
 
-def kill_until_done(arguments, run, processes, kills, dice):
+def kill_until_done(arguments, run, processes, kills, dice, life_s=_LIFE_S):
     """Run, kill, resume until `kills` are spent, then to the end. Returns counts of what the kills met."""
     met = Counter()
     while True:
         process = start(processes, *arguments)
-        killed = met["kills"] < kills and _kill(process, run, dice, met)
+        killed = met["kills"] < kills and _kill(process, run, dice, met, life_s)
         output, _ = process.communicate(timeout=240)
         if process.returncode == 0:
             return met
@@ -46,7 +46,7 @@ def kill_until_done(arguments, run, processes, kills, dice):
         _examine(run, met)
 
 
-def _kill(process, run, dice, met):
+def _kill(process, run, dice, met, life_s):
     """Kill one rank, or all and their launcher, at a random moment; False when the run ended first."""
     in_start_up = dice.random() < 0.1
     if in_start_up:
@@ -55,7 +55,7 @@ def _kill(process, run, dice, met):
         before = last_step(run)
         while process.poll() is None and last_step(run) in (before, 0):
             time.sleep(0.01)
-        time.sleep(dice.random() * _LIFE_S)
+        time.sleep(dice.random() * life_s)
     if process.poll() is not None:
         return False
     ranks = workers(process)

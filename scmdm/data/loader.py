@@ -29,6 +29,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
+from scmdm.parallel.processes import barrier
 from scmdm.signals import heed_parent_only, signals_held
 
 _CONSTRUCTION_S = 60
@@ -123,15 +124,17 @@ def _claim_caches(data: Data) -> list[FileLock]:
 def _construction_lock() -> Iterator[None]:
     """Two runs that start in the same moment on a machine would pick the same names in shared memory.
 
-    The first of a run's ranks on the machine picks them, and the others wait for it inside. After a minute it goes on
-    without the lock: two runs that share several machines could wait for each other.
+    The first of a run's ranks on the machine picks them, and the others look for what it picked: all of that while it
+    holds the lock. After a minute it goes on without: two runs that share several machines could wait for each other.
     """
     lock = FileLock(Path(tempfile.gettempdir()) / f"scmdm-streaming-{os.getuid()}.lock")
     with contextlib.ExitStack() as held:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
+        barrier()
         yield
+        barrier()
 
 
 def epochs(
