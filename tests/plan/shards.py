@@ -44,4 +44,5 @@ if __name__ == "__main__":
             "planned_gathered": sum(size * times for kind, size, times in collectives if kind == "all_gather"),
         }
         print("RESULT", json.dumps(found))
+    dist.barrier()  # who leaves first would tear the connection under the other
     dist.destroy_process_group()
