@@ -37,6 +37,14 @@ def prepare_qm9(out, *overrides):
     return main(["prepare", config, f"out={out}", "limit=900", "validation_fraction=0.1", "length=24", *overrides])
 
 
+def small_base(place):
+    """For commands without pytest, in `place`: `empty.yaml`, 900 molecules in `qm9`, and `base` after a few steps."""
+    (place / "empty.yaml").write_text("{}\n")
+    assert prepare_qm9(place / "qm9") == 0
+    keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
+    assert main(["train", str(place / "empty.yaml"), *keys]) == 0
+
+
 @pytest.fixture(scope="session")
 def molecules(tmp_path_factory):
     """900 molecules of QM9."""

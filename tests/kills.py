@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from scmdm.cli import main as scmdm_main
 from scmdm.model.tensors import read_tensors, tensor_shapes
 from scmdm.model.weights import TENSORS
 from scmdm.training.checkpoint import find_model, list_checkpoints, verify_checkpoint
 from scmdm.training.metrics import METRICS_FILE, last_row, read_metrics
-from tests.conftest import ADAPTED, TINY, prepare_qm9
+from tests.conftest import ADAPTED, small_base
 from tests.parallel.launching import launch, start, workers
 
 KEPT_ROWS = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
@@ -122,10 +121,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / "empty.yaml").write_text("{}\n")
-        assert prepare_qm9(place / "qm9") == 0
-        keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
-        assert scmdm_main(["train", str(place / "empty.yaml"), *keys]) == 0
+        small_base(place)
         often = [f"train.steps={options.steps}", "train.checkpoint_every=2", "train.micro_batch_size=32"]
 
         def arguments(run):

@@ -164,7 +164,7 @@ def _cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str
         "tokens trained on",
         "denoiser evaluations per sequence",
         "training time",
-        "time per token / vanilla",
+        "time per token / vanilla (jobs ran side by side)",
         "sampling, ms per sample and evaluation",
         "NELBO null",
         "NELBO conditioned",

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmdm.cli import main as scmdm_main
 from scmdm.model.weights import weights_of
 from scmdm.training.checkpoint import find_model
 from scmdm.training.metrics import read_metrics
-from tests.conftest import ADAPTED, TINY, prepare_qm9
+from tests.conftest import ADAPTED, small_base
 from tests.parallel.launching import launch
 
 STEPS, BATCH = 20, 64
@@ -90,10 +89,7 @@ def difference(run, single, key):
 def main():
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / "empty.yaml").write_text("{}\n")
-        assert prepare_qm9(place / "qm9") == 0
-        keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
-        assert scmdm_main(["train", str(place / "empty.yaml"), *keys]) == 0
+        small_base(place)
         table = [
             "| engine, ranks x micro-batch (accumulated) | losses | gradient norms | last loss |",
             "|---|---|---|---|",
