@@ -349,7 +349,7 @@ def _add_checkpoint(commands: _Commands) -> None:
     listing = _add(actions, "list", _checkpoint_list, "List a run's checkpoints and whether they verify.")
     listing.add_argument("run_directory", type=Path)
     verify = _add(actions, "verify", _checkpoint_verify, "Check every byte of a checkpoint or an export.")
-    verify.add_argument("checkpoint", type=Path)
+    verify.add_argument("model", type=Path, help="checkpoint, export, or run directory (all its checkpoints)")
     export = _add(actions, "export", _checkpoint_export, "Write model, tokenizer and manifest into a new directory.")
     export.add_argument("model", type=Path, help="run directory or checkpoint")
     export.add_argument("out", type=Path, help="directory to make")
@@ -367,12 +367,14 @@ def _checkpoint_list(options: argparse.Namespace) -> None:
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> None:
-    from scmdm.training.checkpoint import verify_checkpoint
+    from scmdm.training.checkpoint import list_checkpoints, verify_checkpoint
 
-    problems = verify_checkpoint(options.checkpoint)
+    found = list_checkpoints(options.model / "checkpoints") or [options.model]
+    problems = [problem for path in found for problem in verify_checkpoint(path)]
     if problems:
         raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")
-    print(f"{options.checkpoint} is whole")
+    for path in found:
+        print(f"{path} is whole")
 
 
 def _checkpoint_export(options: argparse.Namespace) -> None:

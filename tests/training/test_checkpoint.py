@@ -148,9 +148,12 @@ def test_export_samples_the_same_and_refuses_to_overwrite(base, tmp_path, capsys
 def test_checkpoint_commands(run, capsys):
     assert main(["checkpoint", "list", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == ["step_00000005 ok", "step_00000006 ok"]
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("is whole") == 2
     (newest(run) / "model.json").unlink()
-    assert main(["checkpoint", "verify", str(newest(run))]) == 1
-    assert "model.json is missing" in capsys.readouterr().err
+    for path in (newest(run), run):
+        assert main(["checkpoint", "verify", str(path)]) == 1
+        assert "model.json is missing" in capsys.readouterr().err
 
 
 def test_models_that_are_not_models_are_refused(tmp_path, run):
