@@ -66,6 +66,7 @@ def process_group(
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
+        barrier()  # who leaves first would tear the connections under those that still use them
     finally:
         dist.destroy_process_group()
 

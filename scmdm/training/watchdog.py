@@ -106,6 +106,7 @@ class Watchdog:
             self._crashes_too = not faulthandler.is_enabled()
             if self._crashes_too:
                 faulthandler.enable(self._file)
+            self._arm()
             for thread in self._threads:
                 thread.start()
         return self
@@ -131,9 +132,7 @@ class Watchdog:
         assert self._file is not None
         seen, waited, before = self._sign, 0.0, time.monotonic()
         while not self._done.wait(self._poll):
-            # When a C call keeps the interpreter's lock this thread stands still, too; then this one, which needs no
-            # lock, ends the process (with status 1: it knows no other).
-            faulthandler.dump_traceback_later(PATIENCE * self._limit, exit=True, file=self._file)
+            self._arm()
             now = time.monotonic()
             # A gap beyond the poll is no hang: the whole process stood still (a suspended job).
             waited += min(now - before, 2 * self._poll)
@@ -142,6 +141,12 @@ class Watchdog:
                 seen, waited = self._sign, 0.0
             if self._called or waited > seen.limit:
                 self._end(seen, waited)
+
+    def _arm(self) -> None:
+        """When a C call keeps the interpreter's lock the watching thread stands still, too; then faulthandler's, which
+        needs no lock, ends the process (with status 1: it knows no other)."""
+        assert self._file is not None
+        faulthandler.dump_traceback_later(PATIENCE * self._limit, exit=True, file=self._file)
 
     def _listen(self) -> None:
         while not self._done.wait(self._poll):

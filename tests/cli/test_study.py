@@ -1,5 +1,6 @@
 """The main job, small: worker processes, an interruption, the same command again."""
 
+import functools
 import json
 import os
 import signal
@@ -75,7 +76,9 @@ def children_of(pid):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, undisturbed):
     path, out = study
-    process = scmdm("study", path, start_new_session=True)
+    # A shell that starts its tests in the background has them ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = scmdm("study", path, start_new_session=True, preexec_fn=heed)
     metrics = out / "scmdm-0" / METRICS_FILE
     while (row := last_row(metrics, "train")) is None or row["step"] < 8:
         assert process.poll() is None, process.communicate()

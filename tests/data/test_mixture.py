@@ -206,7 +206,9 @@ for batch in islice(epochs(loader, 72, state), count):
     ids = [None] * ranks
     dist.all_gather_object(ids, batch["index"].tolist())
     if dist.get_rank() == 0:
-        print(json.dumps([sorted(sum(ids, [])), loader.state_dict()]))
+        print(json.dumps([sorted(sum(ids, [])), loader.state_dict()]), flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -50,7 +50,8 @@ def test_a_run_that_goes_on(killed):
     assert status.checkpoint.step >= 4 and status.checkpoint.verified == "SHA-256" and status.checkpoint.damaged == []
     assert status.stacks == [] and status.warnings == []
     lines = describe_status(status)
-    assert lines[0] == f"{run}: running (process {looks['pid']} on {socket.gethostname()})"
+    assert lines[0].startswith(f"{run}: running (process {looks['pid']} of ")
+    assert lines[0].endswith(f" on {socket.gethostname()})")
     assert any(line.startswith("starts       2 (1 restart(s)), the last ") for line in lines)
 
 
