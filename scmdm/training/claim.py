@@ -14,7 +14,6 @@ import os
 import socket
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -32,7 +31,6 @@ from scmdm.training.metrics import logger
 
 BEAT_S, SILENT_S = 30.0, 300.0  # between signs of life; after so long without one the owner counts as dead
 _NO_KERNEL_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_SETTLE_S = 1.0  # longer than another process needs from its verdict to its signature
 
 
 @dataclass(frozen=True)
@@ -135,21 +133,50 @@ def _signed(directory: Path, signature: Path, *, kernel_lock: bool) -> Iterator[
 
 
 def _sign(directory: Path, signature: Path, me: Owner, *, kernel_lock: bool) -> None:
-    while not _create(signature, me):
-        owner = read_owner(signature)
-        if owner is not None and lives(owner, me, signature, kernel_lock=kernel_lock):
-            raise _in_use(directory, owner)
-        logger.warning("run_dir=%s: its owner is gone (%s); taking it over", directory, owner or "unreadable")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(signature, directory / f".owner.{me.token}.gone")
-        (directory / f".owner.{me.token}.gone").unlink(missing_ok=True)
-        if _create(signature, me):
-            time.sleep(
-                _SETTLE_S
-            )  # another may have come to the same verdict and removed this signature for a dead one's
+    """Sign an unowned directory, or as the heir of a dead owner.
+
+    A dead owner's token names one file, and who makes that file is the heir: of many that come to the same verdict one
+    inherits, however slow the others are. An heir that dies before its file has taken the signature's place has an
+    heir of its own.
+    """
+    while True:
+        place = _free_place(directory, signature, me, kernel_lock=kernel_lock)
+        if place == signature:
+            return
+        if _last(signature) == place:
             break
-    if (owner := read_owner(signature)) != me:
-        raise _in_use(directory, owner)
+        place.unlink(missing_ok=True)  # by now the signature is another's, no longer the dead one's
+    gone = read_owner(signature) or "unreadable"
+    logger.warning("run_dir=%s: its owner is gone (%s); taking it over", directory, gone)
+    os.rename(place, signature)
+    for left in directory.glob(f"{signature.name}.heir-*"):
+        left.unlink(missing_ok=True)
+
+
+def _free_place(directory: Path, signature: Path, me: Owner, *, kernel_lock: bool) -> Path:
+    """Sign at the first place that nobody living has: the signature, or the heir's of one who is dead."""
+    place = signature
+    while not _create(place, me):
+        owner = read_owner(place)
+        if owner is None and not place.exists():
+            place = signature
+            continue
+        if owner is not None and lives(owner, me, place, kernel_lock=kernel_lock):
+            raise _in_use(directory, owner)
+        place = _heir(signature, owner)
+    return place
+
+
+def _heir(signature: Path, owner: Owner | None) -> Path:
+    return signature.with_name(f"{signature.name}.heir-{owner.token if owner is not None else 'unreadable'}")
+
+
+def _last(signature: Path) -> Path:
+    """The file of the last heir, or the signature itself."""
+    place = signature
+    while (heir := _heir(signature, read_owner(place))).exists():
+        place = heir
+    return place
 
 
 def _create(signature: Path, me: Owner) -> bool:
@@ -160,7 +187,7 @@ def _create(signature: Path, me: Owner) -> bool:
             json.dump(asdict(me), file)
         os.link(temporary, signature)
     except FileExistsError:
-        return False
+        return os.stat(temporary).st_nlink == 2  # NFS: the first answer was lost, and the call was sent again
     except OSError as error:
         raise UserError(f"cannot write {signature}: {error.strerror or error}; choose another run_dir") from error
     finally:
@@ -194,7 +221,7 @@ def _silence(signature: Path) -> float:
     try:
         return now_s - signature.stat().st_mtime
     except FileNotFoundError:
-        return float("inf")
+        return 0.0  # it has just been released, or an heir has just become the owner
 
 
 def _beat(signature: Path, stop: threading.Event) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -116,23 +117,43 @@ def test_without_a_kernel_lock_the_process_table_decides(run):
     assert not lives(neighbour, me, run / ".owner.json", kernel_lock=False)
 
 
-def test_of_many_that_find_a_dead_owner_one_gets_the_directory(run):
-    """Without a kernel lock, as on a file system that has none."""
-    for _ in range(3):
+@pytest.mark.parametrize("left", ["signature", "signature and heir", "unreadable"])
+def test_of_many_that_find_a_dead_owner_one_gets_the_directory(run, monkeypatch, left):
+    """Without a kernel lock, as on a file system that has none, and with machines that stop to think anywhere."""
+
+    def slowly(function):
+        def slow(*args, **options):
+            time.sleep(random.choice([0, 0, 0.01, 0.05]))
+            return function(*args, **options)
+
+        return slow
+
+    for name in ("lives", "_create", "_last", "read_owner"):
+        monkeypatch.setattr(module, name, slowly(getattr(module, name)))
+    monkeypatch.setattr(module.os, "rename", slowly(os.rename))
+    signature = run / ".owner.json"
+
+    def take(number):
+        me = dataclasses.replace(Owner.me(), host=f"machine-{number}", token=str(number))
+        try:
+            module._sign(run, signature, me, kernel_lock=False)
+        except InUseError:
+            return None
+        return me
+
+    for _ in range(8):
         dead = leave_signature(run, age_s=SILENT_S + 60)
-
-        def take(number):
-            me = dataclasses.replace(Owner.me(), host=f"machine-{number}", token=str(number))
-            try:
-                module._sign(run, run / ".owner.json", me, kernel_lock=False)
-            except InUseError:
-                return 0
-            return 1
-
+        if left == "signature and heir":
+            heir = dataclasses.replace(dead, token="heir")
+            (run / f".owner.json.heir-{dead.token}").write_text(json.dumps(dataclasses.asdict(heir)))
+            os.utime(run / f".owner.json.heir-{dead.token}", (0, 0))
+        if left == "unreadable":
+            signature.write_text("")
         with ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(take, range(8))) == 1
-        assert read_owner(run / ".owner.json") != dead
-        (run / ".owner.json").unlink()
+            owners = [owner for owner in pool.map(take, range(8)) if owner is not None]
+        assert [read_owner(signature)] == owners
+        signature.unlink()
+    assert not list(run.glob(".owner*"))
 
 
 def test_an_unreadable_signature_does_not_block_for_ever(run):
