@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from rdkit import Chem, rdBase
 
+from scmdm.data.records import Part, Record, Tally, cut_into_parts
 from scmdm.errors import UserError
 
 _FILES = tuple(f"qm9_part{part}.csv" for part in (1, 2, 3))
@@ -24,6 +24,7 @@ class Qm9:
 
     name = "qm9"
     whole_records = True
+    labels: tuple[str, ...] = ()
 
     def files(self) -> dict[str, Path]:
         """The three CSV files of the installed package; UserError when it is not installed."""
@@ -37,25 +38,21 @@ class Qm9:
                 raise UserError(f"{path} is missing; `pip install --force-reinstall qm9pack`")
         return files
 
-    def records(self, counts: Counter[str], on_record: Callable[[], None]) -> Iterator[str]:
-        """Each molecule once; what RDKit cannot read, and repetitions, are counted."""
-        seen: set[str] = set()
-        with rdBase.BlockLogs():
-            for smiles in self._raw():
-                counts["read"] += 1
-                on_record()
-                molecule = Chem.MolFromSmiles(smiles)
-                canonical = None if molecule is None else Chem.MolToSmiles(molecule)
-                if not canonical:
-                    counts["dropped: not a molecule"] += 1
-                elif canonical in seen:
-                    counts["dropped: duplicate"] += 1
-                else:
-                    seen.add(canonical)
-                    yield canonical
+    def parts(self, part_bytes: int) -> list[Part]:
+        """Whole files."""
+        return cut_into_parts(self.files(), part_bytes)
 
-    def _raw(self) -> Iterator[str]:
-        for path in self.files().values():
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    yield row["SMILES"]
+    def records(self, part: Part, tally: Tally) -> Iterator[Record]:
+        """Canonical SMILES; what RDKit cannot read is left out."""
+        files = self.files()
+        with rdBase.BlockLogs():
+            for piece in part.slices:
+                with open(files[piece.file], newline="") as file:
+                    for row in csv.DictReader(file):
+                        tally.read()
+                        molecule = Chem.MolFromSmiles(row["SMILES"])
+                        canonical = None if molecule is None else Chem.MolToSmiles(molecule)
+                        if canonical:
+                            yield Record(canonical)
+                        else:
+                            tally.drop("not a molecule", f"{files[piece.file]}: {row['SMILES']}")

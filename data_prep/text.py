@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory
 
@@ -25,6 +25,7 @@ class TextFolder:
     """Passages of all `.txt` and `.jsonl` files below a folder, or of one such file, sorted by path."""
 
     whole_records = False
+    labels: tuple[str, ...] = ()
 
     def __init__(self, path: Path, text_key: str = "text", pattern: str | None = None, name: str | None = None) -> None:
         self.path, self.text_key, self.pattern = path, text_key, pattern
@@ -42,42 +43,48 @@ class TextFolder:
             raise UserError(f"path={self.path} holds no .txt or .jsonl file; give a folder that does")
         return {str(path.relative_to(self.path)): path for path in files}
 
-    def records(self, counts: Counter[str], on_record: Callable[[], None]) -> Iterator[str]:
-        """Each passage once; empty and undecodable documents and repeated passages are counted."""
-        seen: set[str] = set()
-        for document in self._documents(counts):
-            for passage in passages(document):
-                counts["read"] += 1
-                on_record()
-                if passage in seen:
-                    counts["dropped: duplicate"] += 1
-                    continue
-                seen.add(passage)
-                yield passage
+    def parts(self, part_bytes: int) -> list[Part]:
+        """Small files together, large ones in ranges of lines."""
+        return cut_into_parts(self.files(), part_bytes, divisible=lambda path: True)
 
-    def _documents(self, counts: Counter[str]) -> Iterator[str]:
-        for path in self.files().values():
-            lines = path.suffix == ".jsonl"
-            for raw in path.read_bytes().split(b"\n") if lines else [path.read_bytes()]:
-                if lines and not raw.strip():
-                    continue
-                try:
-                    document = self._from_json(raw.decode()) if lines else raw.decode()
-                except UnicodeDecodeError:
-                    counts["dropped: not UTF-8"] += 1
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    counts[f"dropped: no key {self.text_key}"] += 1
-                else:
-                    if document.strip():
-                        yield document.replace("\r\n", "\n")
-                    else:
-                        counts["dropped: empty"] += 1
+    def records(self, part: Part, tally: Tally) -> Iterator[Record]:
+        """Passages; empty and undecodable documents are left out."""
+        files = self.files()
+        for piece in part.slices:
+            path = files[piece.file]
+            documents = _json_lines(path, piece) if path.suffix == ".jsonl" else _whole(path, piece)
+            for at, raw in documents:
+                document = self._read(raw, path.suffix == ".jsonl", f"{path} at byte {at}", tally)
+                for passage in passages(document) if document is not None else ():
+                    tally.read()
+                    yield Record(passage)
+
+    def _read(self, raw: bytes, in_json: bool, where: str, tally: Tally) -> str | None:
+        try:
+            document = self._from_json(raw.decode()) if in_json else raw.decode()
+        except UnicodeDecodeError:
+            tally.drop("not UTF-8", where)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            tally.drop(f"no key {self.text_key}", where)
+        else:
+            if document.strip():
+                return document.replace("\r\n", "\n")
+            tally.drop("empty", where)
+        return None
 
     def _from_json(self, line: str) -> str:
         value: Any = json.loads(line)[self.text_key]
         if not isinstance(value, str):
             raise TypeError
         return value
+
+
+def _json_lines(path: Path, piece: Slice) -> Iterator[tuple[int, bytes]]:
+    return ((at, line) for at, line in read_lines(path, piece) if line.strip())
+
+
+def _whole(path: Path, piece: Slice) -> Iterator[tuple[int, bytes]]:
+    yield piece.start, b"".join(line for _, line in read_lines(path, piece))
 
 
 def passages(document: str) -> Iterator[str]:

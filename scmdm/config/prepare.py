@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -13,6 +14,7 @@ _CHOICES = {
     "tokenizer": ("smiles", "characters", "sentencepiece"),
     "pad_policy": ("loss", "ignore"),
     "bos_policy": ("given", "loss"),
+    "on_dirty": ("skip", "refuse"),
 }
 
 
@@ -32,9 +34,14 @@ class PrepareConfig:
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     limit: int | None = None  # use only so many records
+    deduplicate: bool = True  # of records that are equal only the first is used
+    on_dirty: str = "skip"  # skip (leave out what cannot be used, and count it by kind) | refuse
     shard_mb: int = 64
+    part_mb: int = 64  # of raw files: what one worker reads at a time; a shard never holds more than a part
     upload: str | None = None  # s3://bucket/prefix to copy the data set to, for data.remote of a run
     overwrite: bool = False  # replace a data set made with other settings
+    workers: int | None = None  # processes; null: one per CPU. The result is the same with any number
+    slice: str | None = None  # INDEX/COUNT of the machines that prepare it together, as tasks of a SLURM array: 0/4
 
     def validate(self) -> None:
         for key, choices in _CHOICES.items():
@@ -47,8 +54,20 @@ class PrepareConfig:
             ("test_fraction", 0 < self.test_fraction < 1 and fractions < 1, "between 0 and 1, below 1 with validation"),
             ("limit", self.limit is None or self.limit > 0, "above 0, or null"),
             ("shard_mb", self.shard_mb >= 1, "at least 1"),
+            ("part_mb", self.part_mb >= 1, "at least 1"),
+            ("workers", self.workers is None or self.workers >= 1, "at least 1, or null"),
+            ("slice", self.slice is None or self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"),
+            ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
             ("path", self.path is None or self.source == "text", "null when source=qm9 (the package qm9pack has it)"),
             ("tokenizer", (self.tokenizer == "smiles") == (self.source == "qm9"), "smiles for qm9, and only there"),
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+
+    @property
+    def machine(self) -> tuple[int, int]:
+        """Index and count of the machines; (0, 0) when `slice` is not understood."""
+        if self.slice is None:
+            return 0, 1
+        found = re.fullmatch(r"(\d+)/(\d+)", self.slice)
+        return (int(found[1]), int(found[2])) if found else (0, 0)

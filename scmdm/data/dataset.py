@@ -24,7 +24,7 @@ from scmdm.data.mixture import Source
 from scmdm.data.remote import fetch
 from scmdm.errors import UserError
 
-COLUMN = "tokens"
+COLUMN, LABEL = "tokens", "label"
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 

@@ -45,6 +45,11 @@ class SplitInfo:
     tokens: int  # valid ones
     files: list[FileInfo]
 
+    @staticmethod
+    def parse(content: dict[str, Any]) -> SplitInfo:
+        """From JSON."""
+        return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
+
 
 @dataclass
 class Manifest:
@@ -65,6 +70,7 @@ class Manifest:
     splits: dict[str, SplitInfo]
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
     counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
+    labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: they have none
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
@@ -77,7 +83,7 @@ class Manifest:
                     f"{path} has version {content['version']}, expected {VERSION}; prepare the data set again"
                 )
             content["tokenizer"] = TokenizerRef(**content["tokenizer"])
-            content["splits"] = {name: _split_info(split) for name, split in content["splits"].items()}
+            content["splits"] = {name: SplitInfo.parse(split) for name, split in content["splits"].items()}
             return cls(**content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
@@ -91,17 +97,16 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """SHA-256 of the content: two data sets with the same one are the same."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        content = asdict(self)
+        if not self.labels:
+            del content["labels"]  # a run that knew no labels resumes
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str, root: Path) -> SplitInfo:
         """A split by name; UserError names those that exist."""
         if name not in self.splits:
             raise UserError(f"{root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
-
-
-def _split_info(content: dict[str, Any]) -> SplitInfo:
-    return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
 
 
 def remote_of(root: Path) -> str | None:

@@ -1,91 +1,220 @@
-"""`scmdm prepare`: records of a source -> tokenizer -> sequences -> splits -> shards."""
+"""`scmdm prepare`: a corpus -> tokenizer -> sequences -> splits -> shards, by any number of processes and machines.
+
+The corpus is cut into parts. Phases pass over them, each a set of tasks that `scmdm.data.work` shares out: hash the
+files, scan (clean, hash, look for symbols), fit (repetitions, tokenizer), encode into shards; at last the shards get
+one index and one manifest, and the directory its name. What is done lies in `.OUT.KEY.work` beside `out`: a preparation
+that was killed goes on there.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
 from scmdm.config.prepare import PrepareConfig
+from scmdm.data import phases
 from scmdm.data.manifest import Manifest
+from scmdm.data.phases import SPLITS
+from scmdm.data.records import Part, Source, cut_into_parts, join_parts
 from scmdm.data.remote import upload_dataset
-from scmdm.data.shards import Description, is_up_to_date, write_dataset
-from scmdm.data.tokenizers import SentencePieceTokenizer, SymbolTokenizer, Tokenizer
-from scmdm.errors import UserError
-from scmdm.files import sha256_file
+from scmdm.data.shards import check_place, is_up_to_date, join_pieces
+from scmdm.data.work import Task, Worker, work_off
 
-SPLITS = ("train", "validation", "test")
-_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload")
+# What the data set does not depend on, or says in another way.
+_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
+# Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
+_NEWER = ("deduplicate", "part_mb")
+_PHASES = {
+    "hash": "hashing",
+    "scan": "scanning",
+    "fit": "fitting the tokenizer",
+    "encode": "encoding",
+    "join": "joining",
+}
+_POLL_S = 0.5
 
-
-class Source(Protocol):
-    """One corpus: a module of `data_prep`."""
-
-    name: str
-    whole_records: bool  # a record is one sample (a molecule) or is cut into several (text)
-
-    def files(self) -> dict[str, Path]:
-        """The raw files by a name that does not depend on where they are, in reading order."""
-        ...
-
-    def records(self, counts: Counter[str], on_record: Callable[[], None]) -> Iterable[str]:
-        """Clean records in a fixed order, none twice; what is left out is counted by reason."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Corpus:
-    splits: dict[str, list[str]]
-
-    def all(self) -> Iterable[str]:
-        return (text for texts in self.splits.values() for text in texts)
+Show = Callable[[str], None]
 
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Make the data set that `config` describes, or find that it is there already; upload it if that is wanted."""
-    manifest = _prepare_local(config)
-    if config.upload is not None:
-        upload_dataset(Path(config.out), config.upload)
-        Console().print(f"uploaded to {config.upload}", highlight=False, soft_wrap=True)
-    return manifest
-
-
-def _prepare_local(config: PrepareConfig) -> Manifest:
-    console = Console()
-    root = Path(config.out)
-    source = _make_source(config)
-    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_SOURCE}
-    described = {
-        "name": source.name,
-        "files": {name: sha256_file(path) for name, path in source.files().items()},
-        "options": options,
-    }
-    if is_up_to_date(root, described, config.overwrite):
+    console, started, root = Console(), time.monotonic(), Path(config.out)
+    check_place(root)
+    before = root.stat().st_ino if root.exists() else None
+    with _display(console) as show:
+        _work_together(config, show)
+    manifest = Manifest.read(root)
+    if root.stat().st_ino == before:
         console.print(f"{root} is up to date", highlight=False, soft_wrap=True)
-        return Manifest.read(root)
-    counts: Counter[str] = Counter()
-    corpus = _read(source, config, counts)
-    tokenizer = _fit(config, corpus)
-    console.print(f"{tokenizer.kind} tokenizer with {tokenizer.vocab_size} ids", highlight=False)
-    sequences = {}
-    for name, texts in corpus.splits.items():
-        shown = track(texts, description=f"encoding {name}", console=console, disable=not console.is_terminal)
-        sequences[name] = _encode(shown, tokenizer, config.length, source.whole_records, counts)
-    description = Description(
-        source.name, config.length, config.pad_policy, config.bos_policy, described, dict(sorted(counts.items()))
-    )
-    manifest = write_dataset(
-        root, tokenizer, sequences, description, shard_bytes=config.shard_mb << 20, overwrite=config.overwrite
-    )
-    _summarise(console, root, manifest)
+    else:
+        _summarise(console, root, manifest, time.monotonic() - started)
+    if config.upload is not None and config.machine[0] == 0:
+        upload_dataset(root, config.upload)
+        console.print(f"uploaded to {config.upload}", highlight=False, soft_wrap=True)
     return manifest
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Show]:
+    """A line that changes on a terminal; elsewhere a line for every phase."""
+    shown: list[str] = []
+    with console.status("") as status:
+
+        def show(text: str) -> None:
+            status.update(text)
+            phase = text.split(":")[0]
+            if phase not in shown and not console.is_terminal:
+                console.print(phase, highlight=False, soft_wrap=True)
+                shown.append(phase)
+
+        yield show
+
+
+def _work_together(config: PrepareConfig, show: Show) -> None:
+    """All of the work in this process, or in several that this one watches."""
+    from scmdm.workers import worker_processes
+
+    preparation = _Preparation.of(config)
+    if preparation.work.is_dir():
+        show(f"going on with what {preparation.work} holds")
+    preparation.work.mkdir(parents=True, exist_ok=True)
+    machine, machines = config.machine
+    processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
+    if processes == 1:
+        preparation.run(Worker(machine, machines), show)
+        return
+    with worker_processes(processes) as pool:
+        workers = [Worker(machine * processes + index, machines * processes) for index in range(processes)]
+        futures = [pool.submit(_run, config, worker) for worker in workers]
+        while wait(futures, timeout=_POLL_S).not_done:
+            show(preparation.progress())
+            if any(future.done() and future.exception() for future in futures):
+                break
+        for future in futures:
+            if future.done():
+                future.result()
+
+
+def _run(config: PrepareConfig, worker: Worker) -> None:
+    _Preparation.of(config).run(worker, lambda _: None)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """One corpus, the parts that it is cut into, and the directory of the results."""
+
+    config: PrepareConfig
+    source: Source
+    parts: list[Part]
+    work: Path
+
+    @staticmethod
+    def of(config: PrepareConfig) -> _Preparation:
+        source, out = _make_source(config), Path(config.out)
+        parts = source.parts(config.part_mb << 20)
+        if config.limit is not None:
+            parts = join_parts(parts)  # the first so many are found one after the other
+        found = {name: _identity(path) for name, path in source.files().items()}
+        key = hashlib.sha256(json.dumps([_options(config), found], sort_keys=True).encode()).hexdigest()[:12]
+        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work")
+
+    def run(self, worker: Worker, show: Show) -> None:
+        """Do a worker's share, and what others leave, until the data set is there, which may be from the start."""
+        root = Path(self.config.out)
+        groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
+        self._phase("hash", [partial(phases.hash_files, self.source, group) for group in groups], worker, show)
+        described = self._described(len(groups))
+        if described is not None and not is_up_to_date(root, described, self.config.overwrite):
+            self._make(described, worker, show)
+        self._remove_work()
+
+    def _make(self, described: dict[str, Any], worker: Worker, show: Show) -> None:
+        def on_read(records: int) -> None:
+            if records % 10_000 == 0:
+                show(f"scanning: {records:,} records of a part")
+
+        config, source, parts = self.config, self.source, self.parts
+        self._phase("scan", [partial(phases.scan, config, source, part, on_read) for part in parts], worker, show)
+        scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
+        self._phase("fit", [partial(phases.fit, config, parts, scans)], worker, show)
+        encodings = [
+            partial(phases.encode, config, source, part, scan, fitted, number)
+            for number, (part, scan) in enumerate(zip(parts, scans, strict=True))
+        ]
+        self._phase("encode", encodings, worker, show)
+        self._phase("join", [partial(self._join, described, scans)], worker, show)
+
+    def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: Show) -> None:
+        def on_done(count: int) -> None:
+            show(f"{_PHASES[name]}: {count} of {len(runs)} parts")
+
+        show(_PHASES[name])
+        tasks = [Task(path.name, run) for path, run in zip(self._results(name, len(runs)), runs, strict=True)]
+        work_off(self.work, tasks, worker, on_done)
+
+    def _results(self, phase: str, count: int) -> list[Path]:
+        return [self.work / f"{phase}-{number:05}" for number in range(count)]
+
+    def _described(self, groups: int) -> dict[str, Any] | None:
+        """What the data set is made of; None when other workers have just finished it."""
+        try:
+            found = [json.loads((path / "hashes.json").read_text()) for path in self._results("hash", groups)]
+        except FileNotFoundError:
+            return None
+        files = {name: digest for hashes in found for name, digest in hashes.items()}
+        return {"name": self.source.name, "files": files, "options": _options(self.config)}
+
+    def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
+        encoded = self._results("encode", len(self.parts))
+        counts = phases.total_counts(
+            [*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)]
+        )
+        description = phases.describe(self.config, self.source, described, counts)
+        tokenizer = phases.fitted_tokenizer(self.work / "fit-00000")
+        root = Path(self.config.out)
+        join_pieces(root, encoded, SPLITS, tokenizer, description, overwrite=self.config.overwrite)
+
+    def _remove_work(self) -> None:
+        """At once for the other workers, who take its absence for the end; also what other settings have left there."""
+        out = Path(self.config.out)
+        for work in out.parent.glob(f".{out.name}.*.work"):
+            doomed = work.with_suffix(f".{os.getpid()}.old")
+            with suppress(FileNotFoundError):
+                work.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def progress(self) -> str:
+        """One line on how far all workers together are."""
+        done = [path.name.split("-")[0] for path in self.work.glob("[a-z]*-?????")] if self.work.is_dir() else []
+        phase = next((name for name in reversed(_PHASES) if name in done), "hash")
+        return f"{_PHASES[phase]}: {done.count(phase)} of {len(self.parts)} parts"
+
+
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    default = PrepareConfig()
+    return {
+        key: value
+        for key, value in asdict(config).items()
+        if key not in _NOT_IN_SOURCE and not (key in _NEWER and value == getattr(default, key))
+    }
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Enough to notice, when work goes on, that a file is another one; the manifest has hashes."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _make_source(config: PrepareConfig) -> Source:
@@ -98,61 +227,12 @@ def _make_source(config: PrepareConfig) -> Source:
     return shakespeare() if config.path is None else TextFolder(Path(config.path), config.text_key)
 
 
-def _read(source: Source, config: PrepareConfig, counts: Counter[str]) -> _Corpus:
-    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
-    console = Console()
-    with console.status(f"reading {source.name}") as status:
-
-        def show() -> None:
-            if counts["read"] % 10_000 == 0:
-                status.update(f"reading {source.name}: {counts['read']:,} records")
-
-        for record in itertools.islice(source.records(counts, show), config.limit):
-            splits[split_of(record, config.validation_fraction, config.test_fraction)].append(record)
-    if not any(splits.values()):
-        raise UserError(f"{source.name} holds no usable record ({dict(counts)}); give a corpus with text in it")
-    return _Corpus(splits)
-
-
-def split_of(record: str, validation_fraction: float, test_fraction: float) -> str:
-    """The split of a record: a hash of its text, so that it never changes when records are added or reordered."""
-    u = int.from_bytes(hashlib.sha256(record.encode()).digest()[:8], "big") / 2**64
-    if u < test_fraction:
-        return "test"
-    return "validation" if u < test_fraction + validation_fraction else "train"
-
-
-def _fit(config: PrepareConfig, corpus: _Corpus) -> Tokenizer:
-    """Symbols come from all splits (an unknown one could not be encoded), sentencepiece from the training split."""
-    if config.tokenizer == "sentencepiece":
-        return SentencePieceTokenizer.fit(corpus.splits["train"], config.vocab_size)
-    return SymbolTokenizer.fit(config.tokenizer, corpus.all())
-
-
-def _encode(
-    texts: Iterable[str], tokenizer: Tokenizer, length: int, whole_records: bool, counts: Counter[str]
-) -> list[list[int]]:
-    sequences = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if whole_records and len(ids) > length - 2:
-            counts["dropped: too long"] += 1
-            continue
-        counts["kept"] += 1
-        sequences += wrap(ids, length, tokenizer)
-    return sequences
-
-
-def wrap(ids: Sequence[int], length: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """`[BOS] ids [EOS]`, cut into as many sequences of at most `length` as it takes (MDLM's chunks)."""
-    size = length - 2
-    return [[tokenizer.bos_id, *ids[at : at + size], tokenizer.eos_id] for at in range(0, len(ids), size)]
-
-
-def _summarise(console: Console, root: Path, manifest: Manifest) -> None:
+def _summarise(console: Console, root: Path, manifest: Manifest, seconds: float) -> None:
+    console.print(f"{manifest.tokenizer.kind} tokenizer with {manifest.vocab_size} ids", highlight=False)
     for name, split in manifest.splits.items():
         text = f"{name:<12}{split.samples:>10,} sequences {split.tokens:>13,} tokens {len(split.files) - 1:>4} shards"
         console.print(text, highlight=False)
     records = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
     console.print(f"records: {records}", highlight=False, soft_wrap=True)
-    console.print(f"wrote {root}", highlight=False, soft_wrap=True)
+    rate = manifest.counts["read"] / seconds
+    console.print(f"wrote {root} in {seconds:.1f} s, {rate:,.0f} records a second", highlight=False, soft_wrap=True)

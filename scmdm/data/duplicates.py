@@ -1,0 +1,34 @@
+"""Repetitions among records that no memory could hold: by hash, a range of hashes at a time.
+
+Legend: N records of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+RECORDS_AT_ONCE = 1 << 24
+
+
+def repetitions(
+    hashes: Sequence[np.ndarray], rows: Sequence[np.ndarray], at_once: int = RECORDS_AT_ONCE
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts with rows whose hash an earlier row has already, one of that part or of a part before; in no order.
+
+    Each part gives its hashes, sorted, uint64 (N,), and the rows that they belong to, int64 (N,), both of which may be
+    mapped from files. Of about 6 billion records one pair of different ones is expected to share its 64-bit hash.
+    """
+    ranges = max(1, -(-sum(map(len, hashes)) // at_once))
+    bounds = np.array([(2**64 * index) // ranges for index in range(1, ranges)], np.uint64)
+    cuts = [[0, *np.searchsorted(hashes_N, bounds).tolist(), len(hashes_N)] for hashes_N in hashes]
+    for index in range(ranges):
+        spans = [slice(cut[index], cut[index + 1]) for cut in cuts]
+        part = np.repeat(np.arange(len(spans)), [span.stop - span.start for span in spans])
+        together = np.concatenate([hashes_N[span] for hashes_N, span in zip(hashes, spans, strict=True)])
+        row = np.concatenate([rows_N[span] for rows_N, span in zip(rows, spans, strict=True)])
+        order = np.lexsort((row, part, together))
+        again = order[1:][np.diff(together[order]) == 0]
+        for number in np.unique(part[again]).tolist():
+            yield number, row[again[part[again] == number]]

@@ -1,0 +1,217 @@
+"""What is done with a corpus, part by part: hash its files, scan it, fit the tokenizer, encode it.
+
+Each function writes one result into a directory of its own, which depends on nothing but the corpus, the settings and
+results of the phase before.
+
+Legend: N records of a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from scmdm.config.prepare import PrepareConfig
+from scmdm.data.duplicates import repetitions
+from scmdm.data.records import Part, Record, Source, Tally
+from scmdm.data.shards import Description, Row, write_piece
+from scmdm.data.tokenizers import SentencePieceTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer, split_symbols
+from scmdm.errors import UserError
+from scmdm.files import sha256_file
+
+SPLITS = ("train", "validation", "test")
+_SAMPLE_BYTES = 1 << 28  # of text that sentencepiece is trained on, at most; it holds all of it in memory
+
+
+def hash_files(source: Source, part: Part, to: Path) -> None:
+    """SHA-256 of the whole files of a part."""
+    files = source.files()
+    hashes = {piece.file: sha256_file(files[piece.file]) for piece in part.slices}
+    (to / "hashes.json").write_text(json.dumps(hashes))
+
+
+def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[int], None], to: Path) -> None:
+    """Clean records with their hashes, what was left out, and what fitting a tokenizer needs."""
+    tally = Tally(refuse=config.on_dirty == "refuse", on_read=on_read)
+    sampled = min(1.0, _SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in source.files().values())))
+    hashes: list[int] = []
+    symbols: set[str] = set()
+    with open(to / "records.jsonl", "w") as records, open(to / "sample.jsonl", "w") as sample:
+        for record in _limited(source.records(part, tally), config.limit):
+            digest = _digest(record)
+            row = len(hashes)
+            hashes.append(int.from_bytes(digest[:8], "big"))
+            records.write(_to_json(record) + "\n")
+            if config.tokenizer != "sentencepiece":
+                symbols.update(split_symbols(config.tokenizer, _text(record)))
+            elif _split(config, part, hashes[-1]) == "train" and int.from_bytes(digest[8:16], "big") < sampled * 2**64:
+                sample.write(json.dumps([row, record.content]) + "\n")
+    hashes_N = np.array(hashes, np.uint64)
+    order_N = np.argsort(hashes_N, kind="stable")
+    for name, values in (("hashes", hashes_N), ("sorted", hashes_N[order_N]), ("order", order_N)):
+        np.save(to / f"{name}.npy", values)
+    (to / "scan.json").write_text(json.dumps({"counts": tally.counts, "symbols": sorted(symbols)}))
+
+
+def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
+    """Until so many different ones were seen."""
+    if limit is None:
+        yield from records
+        return
+    seen: set[bytes] = set()
+    for record in records:
+        yield record
+        seen.add(_digest(record)[:8])
+        if len(seen) == limit:
+            return
+
+
+def _digest(record: Record) -> bytes:
+    return hashlib.sha256(_content(record)).digest()
+
+
+def _content(record: Record) -> bytes:
+    return record.content if isinstance(record.content, bytes) else record.content.encode()
+
+
+def _text(record: Record) -> str:
+    assert isinstance(record.content, str)
+    return record.content
+
+
+def _to_json(record: Record) -> str:
+    if isinstance(record.content, bytes):
+        return json.dumps([1, record.content.decode("latin-1"), record.label])
+    return json.dumps([0, record.content, record.label])
+
+
+def _from_json(line: str) -> Record:
+    raw, content, label = json.loads(line)
+    return Record(content.encode("latin-1") if raw else content, label)
+
+
+def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to: Path) -> None:
+    """Mark repetitions in `repeated-PART.npy`, and make the tokenizer.
+
+    Symbols come from all splits (an unknown one could not be encoded), sentencepiece from the training split.
+    """
+    repeated = _mark_repetitions(config, scans, to)
+    if not any(not mask_N.all() for mask_N in repeated):
+        counts = total_counts([scan / "scan.json" for scan in scans])
+        raise UserError(f"the corpus holds no usable record ({counts}); give one with text in it")
+    tokenizer: Tokenizer
+    if config.tokenizer == "sentencepiece":
+        tokenizer = SentencePieceTokenizer.fit(_sample(scans, repeated), config.vocab_size)
+    else:
+        symbols = {symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]}
+        tokenizer = SymbolTokenizer(config.tokenizer, sorted(symbols))
+    (to / "tokenizer").mkdir()
+    tokenizer.save(to / "tokenizer")
+
+
+def _mark_repetitions(config: PrepareConfig, scans: Sequence[Path], to: Path) -> list[np.ndarray]:
+    hashes, order = ([_mapped(scan / f"{name}.npy") for scan in scans] for name in ("sorted", "order"))
+    for number, hashes_N in enumerate(hashes):
+        np.save(_repeated(to, number), np.zeros(len(hashes_N), bool))
+    masks = [_mapped(_repeated(to, number), "r+") for number in range(len(scans))]
+    if config.deduplicate:
+        for number, rows in repetitions(hashes, order):
+            masks[number][rows] = True
+    return masks
+
+
+def _mapped(path: Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    empty = (
+        np.load(path, allow_pickle=False) if path.stat().st_size <= 128 else None
+    )  # a header, which cannot be mapped
+    return empty if empty is not None else np.load(path, mmap_mode=mode)
+
+
+def _repeated(fitted: Path, number: int) -> Path:
+    return fitted / f"repeated-{number:05}.npy"
+
+
+def _sample(scans: Sequence[Path], repeated: Sequence[np.ndarray]) -> Iterator[str]:
+    for scan, mask_N in zip(scans, repeated, strict=True):
+        with open(scan / "sample.jsonl") as file:
+            for line in file:
+                row, text = json.loads(line)
+                if not mask_N[row]:
+                    yield text
+
+
+def fitted_tokenizer(fitted: Path) -> Tokenizer:
+    """What `fit` has made."""
+    return load_tokenizer(next((fitted / "tokenizer").iterdir()))
+
+
+def encode(
+    config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, to: Path
+) -> None:
+    """Shards of one part's records, by split."""
+    tokenizer, counts = fitted_tokenizer(fitted), Counter[str]()
+    hashes_N, repeated_N = np.load(scanned / "hashes.npy"), np.load(_repeated(fitted, number))
+    counts["dropped: duplicate"] = int(repeated_N.sum())
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        with open(scanned / "records.jsonl") as file:
+            for line, hash_, repeated in zip(file, hashes_N.tolist(), repeated_N.tolist(), strict=True):
+                if repeated:
+                    continue
+                split, record = _split(config, part, hash_), _from_json(line)
+                ids = tokenizer.encode(_text(record))
+                if source.whole_records and len(ids) > config.length - 2:
+                    counts["dropped: too long"] += 1
+                    continue
+                counts["kept"] += 1
+                for sequence in wrap(ids, config.length, tokenizer):
+                    yield split, Row(sequence, record.label)
+
+    write_piece(to, rows(), tokenizer, describe(config, source), config.shard_mb << 20)
+    (to / "counts.json").write_text(json.dumps({"counts": +counts}))
+
+
+def describe(
+    config: PrepareConfig, source: Source, described: dict[str, Any] | None = None, counts: dict[str, int] | None = None
+) -> Description:
+    """What the manifest is to say."""
+    return Description(
+        source.name, config.length, config.pad_policy, config.bos_policy, described or {}, counts or {}, source.labels
+    )
+
+
+def total_counts(files: Sequence[Path]) -> dict[str, int]:
+    """Counts of all parts together, sorted by name."""
+    total = Counter[str]()
+    for file in files:
+        total.update(json.loads(file.read_text())["counts"])
+    return dict(sorted(total.items()))
+
+
+def _split(config: PrepareConfig, part: Part, hash_: int) -> str:
+    return part.split or split_of_hash(hash_, config.validation_fraction, config.test_fraction)
+
+
+def split_of(content: str, validation_fraction: float, test_fraction: float) -> str:
+    """The split of a record: a hash of its text, so that it never changes when records are added or reordered."""
+    return split_of_hash(int.from_bytes(_digest(Record(content))[:8], "big"), validation_fraction, test_fraction)
+
+
+def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) -> str:
+    """The split of a record by the first 8 bytes of its SHA-256."""
+    u = hash_ / 2**64
+    if u < test_fraction:
+        return "test"
+    return "validation" if u < test_fraction + validation_fraction else "train"
+
+
+def wrap(ids: Sequence[int], length: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """`[BOS] ids [EOS]`, cut into as many sequences of at most `length` as it takes (MDLM's chunks)."""
+    size = length - 2
+    return [[tokenizer.bos_id, *ids[at : at + size], tokenizer.eos_id] for at in range(0, len(ids), size)]
