@@ -9,9 +9,15 @@ from omegaconf import MISSING
 
 from scmdm.errors import UserError
 
+# Sources, which are modules of data_prep, with the tokenizers that fit them.
+_SOURCES = {
+    "qm9": ("smiles",),
+    "text": ("characters", "sentencepiece"),
+}
+_WITH_PATH = ("text",)
 _CHOICES = {
-    "source": ("qm9", "text"),
-    "tokenizer": ("smiles", "characters", "sentencepiece"),
+    "source": tuple(_SOURCES),
+    "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
     "pad_policy": ("loss", "ignore"),
     "bos_policy": ("given", "loss"),
     "on_dirty": ("skip", "refuse"),
@@ -58,8 +64,16 @@ class PrepareConfig:
             ("workers", self.workers is None or self.workers >= 1, "at least 1, or null"),
             ("slice", self.slice is None or self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"),
             ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
-            ("path", self.path is None or self.source == "text", "null when source=qm9 (the package qm9pack has it)"),
-            ("tokenizer", (self.tokenizer == "smiles") == (self.source == "qm9"), "smiles for qm9, and only there"),
+            (
+                "path",
+                self.path is None or self.source in _WITH_PATH,
+                f"null when source={self.source}: a package has it",
+            ),
+            (
+                "tokenizer",
+                self.tokenizer in _SOURCES[self.source],
+                f"one of {', '.join(_SOURCES[self.source])} when source={self.source}",
+            ),
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")

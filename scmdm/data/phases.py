@@ -21,7 +21,7 @@ from scmdm.config.prepare import PrepareConfig
 from scmdm.data.duplicates import repetitions
 from scmdm.data.records import Part, Record, Source, Tally
 from scmdm.data.shards import Description, Row, write_piece
-from scmdm.data.tokenizers import SentencePieceTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer, split_symbols
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, learns_from_text, load_tokenizer, make_tokenizer, symbols_of
 from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
@@ -44,13 +44,18 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
     symbols: set[str] = set()
     with open(to / "records.jsonl", "w") as records, open(to / "sample.jsonl", "w") as sample:
         for record in _limited(source.records(part, tally), config.limit):
+            try:
+                symbols.update(symbols_of(config.tokenizer, record.content))
+            except UnknownSymbol as error:
+                tally.drop("unknown symbol", f"{source.name}: {error}")
+                continue
             digest = _digest(record)
             row = len(hashes)
             hashes.append(int.from_bytes(digest[:8], "big"))
             records.write(_to_json(record) + "\n")
-            if config.tokenizer != "sentencepiece":
-                symbols.update(split_symbols(config.tokenizer, _text(record)))
-            elif _split(config, part, hashes[-1]) == "train" and int.from_bytes(digest[8:16], "big") < sampled * 2**64:
+            if not learns_from_text(config.tokenizer) or _split(config, part, hashes[-1]) != "train":
+                continue
+            if int.from_bytes(digest[8:16], "big") < sampled * 2**64:
                 sample.write(json.dumps([row, record.content]) + "\n")
     hashes_N = np.array(hashes, np.uint64)
     order_N = np.argsort(hashes_N, kind="stable")
@@ -80,11 +85,6 @@ def _content(record: Record) -> bytes:
     return record.content if isinstance(record.content, bytes) else record.content.encode()
 
 
-def _text(record: Record) -> str:
-    assert isinstance(record.content, str)
-    return record.content
-
-
 def _to_json(record: Record) -> str:
     if isinstance(record.content, bytes):
         return json.dumps([1, record.content.decode("latin-1"), record.label])
@@ -105,12 +105,10 @@ def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to:
     if not any(not mask_N.all() for mask_N in repeated):
         counts = total_counts([scan / "scan.json" for scan in scans])
         raise UserError(f"the corpus holds no usable record ({counts}); give one with text in it")
-    tokenizer: Tokenizer
-    if config.tokenizer == "sentencepiece":
-        tokenizer = SentencePieceTokenizer.fit(_sample(scans, repeated), config.vocab_size)
-    else:
-        symbols = {symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]}
-        tokenizer = SymbolTokenizer(config.tokenizer, sorted(symbols))
+    symbols = {symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]}
+    tokenizer = make_tokenizer(
+        config.tokenizer, symbols=symbols, sample=_sample(scans, repeated), vocab_size=config.vocab_size
+    )
     (to / "tokenizer").mkdir()
     tokenizer.save(to / "tokenizer")
 
@@ -155,26 +153,30 @@ def encode(
     config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, to: Path
 ) -> None:
     """Shards of one part's records, by split."""
-    tokenizer, counts = fitted_tokenizer(fitted), Counter[str]()
+    tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
     hashes_N, repeated_N = np.load(scanned / "hashes.npy"), np.load(_repeated(fitted, number))
-    counts["dropped: duplicate"] = int(repeated_N.sum())
 
     def rows() -> Iterator[tuple[str, Row]]:
         with open(scanned / "records.jsonl") as file:
             for line, hash_, repeated in zip(file, hashes_N.tolist(), repeated_N.tolist(), strict=True):
                 if repeated:
+                    tally.counts["dropped: duplicate"] += 1  # not dirt
                     continue
                 split, record = _split(config, part, hash_), _from_json(line)
-                ids = tokenizer.encode(_text(record))
-                if source.whole_records and len(ids) > config.length - 2:
-                    counts["dropped: too long"] += 1
+                try:
+                    ids = tokenizer.encode(record.content)
+                except UnknownSymbol as error:
+                    tally.drop("unknown symbol", f"{source.name}: {error}")
                     continue
-                counts["kept"] += 1
+                if source.whole_records and len(ids) > config.length - 2:
+                    tally.drop("too long", f"{source.name}: {record.content[:80]!r} has {len(ids)} tokens")
+                    continue
+                tally.counts["kept"] += 1
                 for sequence in wrap(ids, config.length, tokenizer):
                     yield split, Row(sequence, record.label)
 
     write_piece(to, rows(), tokenizer, describe(config, source), config.shard_mb << 20)
-    (to / "counts.json").write_text(json.dumps({"counts": +counts}))
+    (to / "counts.json").write_text(json.dumps({"counts": tally.counts}))
 
 
 def describe(

@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_prep import make_source
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data import phases
 from scmdm.data.manifest import Manifest
@@ -122,7 +123,7 @@ class _Preparation:
 
     @staticmethod
     def of(config: PrepareConfig) -> _Preparation:
-        source, out = _make_source(config), Path(config.out)
+        source, out = make_source(config), Path(config.out)
         parts = source.parts(config.part_mb << 20)
         if config.limit is not None:
             parts = join_parts(parts)  # the first so many are found one after the other
@@ -215,16 +216,6 @@ def _identity(path: Path) -> tuple[int, int]:
     """Enough to notice, when work goes on, that a file is another one; the manifest has hashes."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _make_source(config: PrepareConfig) -> Source:
-    if config.source == "qm9":
-        from data_prep.qm9 import Qm9
-
-        return Qm9()
-    from data_prep.text import TextFolder, shakespeare
-
-    return shakespeare() if config.path is None else TextFolder(Path(config.path), config.text_key)
 
 
 def _summarise(console: Console, root: Path, manifest: Manifest, seconds: float) -> None:

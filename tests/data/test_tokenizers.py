@@ -12,7 +12,8 @@ from scmdm.data.tokenizers import (
     UnknownSymbol,
     is_framed,
     load_tokenizer,
-    split_symbols,
+    make_tokenizer,
+    symbols_of,
 )
 from scmdm.errors import UserError
 
@@ -20,6 +21,11 @@ CORPUS = ["The quick brown fox jumps over the lazy dog.\n" * 3, "Pack my box wit
 PIECES = st.sampled_from(
     ["C", "c", "N", "n", "O", "Br", "Cl", "[nH]", "[C@@H]", "(", ")", "=", "#", "1", "%12", "/", "."]
 )
+
+
+def fitted(kind, corpus):
+    symbols = {symbol for text in corpus for symbol in symbols_of(kind, text)}
+    return make_tokenizer(kind, symbols=symbols, sample=corpus, vocab_size=300)
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +36,25 @@ def pieces():
 @given(st.lists(PIECES, min_size=1, max_size=40))
 def test_smiles_split_into_their_pieces(parts):
     text = "".join(parts)
-    assert split_symbols("smiles", text) == parts
-    tokenizer = SymbolTokenizer.fit("smiles", [text])
+    assert list(symbols_of("smiles", text)) == parts
+    tokenizer = fitted("smiles", [text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_smiles_of_a_real_molecule():
     text = Chem.MolToSmiles(Chem.MolFromSmiles("C[C@H](Br)c1cc[nH]c1Cl"))
-    assert "Br" in split_symbols("smiles", text) and "[nH]" in split_symbols("smiles", text)
+    assert "Br" in list(symbols_of("smiles", text)) and "[nH]" in list(symbols_of("smiles", text))
 
 
 @pytest.mark.parametrize("text", ["C C", "CXy", "[unclosed", "C\n"])
 def test_what_is_not_smiles_is_refused(text):
     with pytest.raises(UnknownSymbol):
-        split_symbols("smiles", text)
+        list(symbols_of("smiles", text))
 
 
 @given(st.text(max_size=80))
 def test_characters_round_trip(text):
-    tokenizer = SymbolTokenizer.fit("characters", [text])
+    tokenizer = fitted("characters", [text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -64,7 +70,7 @@ def test_sentencepiece_keeps_spaces_and_lines(pieces):
 
 
 def test_the_mask_cannot_be_typed(pieces):
-    for tokenizer in (pieces, SymbolTokenizer.fit("characters", [*CORPUS, "[]MASKPDBOE"])):
+    for tokenizer in (pieces, fitted("characters", [*CORPUS, "[]MASKPDBOE"])):
         ids = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
         assert len(ids) == 4
         for special in SPECIALS:
@@ -81,7 +87,7 @@ def test_decoding_stops_at_the_end_mark():
 
 
 def test_files(tmp_path, pieces):
-    for tokenizer in (pieces, SymbolTokenizer.fit("characters", CORPUS)):
+    for tokenizer in (pieces, fitted("characters", CORPUS)):
         again = load_tokenizer(tokenizer.save(tmp_path))
         assert again.kind == tokenizer.kind and again.vocab_size == tokenizer.vocab_size
         assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])

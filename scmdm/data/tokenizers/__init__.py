@@ -1,0 +1,69 @@
+"""From text to ids and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scmdm.data.tokenizers.base import (
+    SPECIALS,
+    Content,
+    Tokenizer,
+    UnknownSymbol,
+    as_text,
+    is_framed,
+    text_ids,
+)
+from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
+from scmdm.data.tokenizers.symbols import SPLITTERS, SymbolTokenizer
+from scmdm.errors import UserError
+
+__all__ = [
+    "SPECIALS",
+    "Content",
+    "SentencePieceTokenizer",
+    "SymbolTokenizer",
+    "Tokenizer",
+    "UnknownSymbol",
+    "as_text",
+    "is_framed",
+    "learns_from_text",
+    "load_tokenizer",
+    "make_tokenizer",
+    "symbols_of",
+    "text_ids",
+]
+
+
+def learns_from_text(kind: str) -> bool:
+    """Whether `make_tokenizer` wants a sample of the training split."""
+    return kind == "sentencepiece"
+
+
+def symbols_of(kind: str, content: Content) -> Iterable[str]:
+    """The symbols of a record that a vocabulary of this kind must have. Raises UnknownSymbol for what is none."""
+    return SPLITTERS[kind](as_text(content)) if kind in SPLITTERS else ()
+
+
+def make_tokenizer(kind: str, *, symbols: Iterable[str], sample: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer for a corpus with these symbols, or with texts like the sample. Raises UserError."""
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.fit(sample, vocab_size)
+    return SymbolTokenizer(kind, sorted(symbols))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer file; UserError when it is missing or damaged."""
+    try:
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_text())
+        return SymbolTokenizer(content["kind"], content["symbols"])
+    except FileNotFoundError as error:
+        raise UserError(f"tokenizer {path} is missing; prepare the data set again, or restore the directory") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"tokenizer {path} is damaged ({error}); prepare the data again, or restore the directory"
+        ) from error

@@ -1,0 +1,59 @@
+"""Tokenizers whose vocabulary is the list of symbols that a corpus has.
+
+Ids 0 to 3 are padding, beginning, end and mask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from scmdm.data.tokenizers.base import SPECIALS, Content, UnknownSymbol, as_text, text_ids
+from scmdm.files import atomic_write_text
+
+# Atom-level SMILES pieces (Schwaller et al., ACS Cent. Sci. 2019): bracket atoms, two-letter elements, bonds, rings.
+SMILES_PIECES = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d")
+
+
+class SymbolTokenizer:
+    """A list of symbols behind the specials; the splitter of its kind cuts a text into them."""
+
+    pad_id, bos_id, eos_id, mask_id = range(4)
+
+    def __init__(self, kind: str, symbols: Sequence[str]) -> None:
+        self.kind = kind
+        self.symbols = [*SPECIALS, *symbols]
+        self.vocab_size = len(self.symbols)
+        self._ids = {symbol: index for index, symbol in enumerate(self.symbols)}
+
+    def encode(self, content: Content) -> list[int]:
+        try:
+            return [self._ids[symbol] for symbol in SPLITTERS[self.kind](as_text(content))]
+        except KeyError as error:
+            raise UnknownSymbol(f"unknown symbol {error.args[0]!r}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.symbols[i] for i in text_ids(ids, self))
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self.symbols[i] for i in ids]
+
+    def save(self, directory: Path) -> Path:
+        path = directory / "tokenizer.json"
+        content = {"kind": self.kind, "symbols": self.symbols[len(SPECIALS) :]}
+        atomic_write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        return path
+
+
+def split_smiles(text: str) -> list[str]:
+    """Atom-level pieces. Raises UnknownSymbol for what is not SMILES."""
+    pieces = SMILES_PIECES.findall(text)
+    if sum(map(len, pieces)) != len(text):
+        rest = SMILES_PIECES.sub("", text)
+        raise UnknownSymbol(f"{rest[:1]!r} in {text!r} is not SMILES")
+    return pieces
+
+
+SPLITTERS: Mapping[str, Callable[[str], list[str]]] = {"smiles": split_smiles, "characters": list}
