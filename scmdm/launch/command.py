@@ -14,14 +14,14 @@ from scmdm.config.launch import RUNTIMES, SIGNALS, STARTERS, Container, Ranks, S
 from scmdm.errors import UserError
 
 if TYPE_CHECKING:
+    from scmdm.config.prepare import PrepareConfig
+    from scmdm.config.schema import RunConfig
     from scmdm.launch.freeze import Frozen
 
 
 def add_launch(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command to the command line."""
-    summary = (
-        "Run train or adapt as a SLURM job, or here through torchrun, from a frozen copy of code and configuration."
-    )
+    summary = "Run a command as a SLURM job, or here through torchrun, from a frozen copy of code and configuration."
     parser = commands.add_parser("launch", help=summary, description=summary)
     places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     slurm = _add_place(places, "slurm", "Write a batch script into the run directory and submit it.", launch_slurm)
@@ -35,7 +35,7 @@ def _add_place(
 ) -> argparse.ArgumentParser:
     parser = places.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
-    parser.add_argument("launched", metavar="COMMAND", help="train or adapt")
+    parser.add_argument("launched", metavar="COMMAND", help="train, adapt or, on SLURM, prepare")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/qm9/adapt.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of it, run_dir above all")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and write nothing")
@@ -47,6 +47,9 @@ def _add_place(
 def _add_job(parser: argparse.ArgumentParser) -> None:
     add, job, ranks = parser.add_argument, SlurmJob(), Ranks()
     add("--nodes", type=int, default=1, metavar="N")
+    add(
+        "--array", type=int, default=1, metavar="TASKS", help="prepare: so many tasks, each on a node of its own or not"
+    )
     add("--cpus-per-rank", type=int, metavar="C")
     add("--time", help="limit of one start, as for sbatch: 4:00:00")
     add("--partition")
@@ -70,21 +73,48 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 def launch_slurm(options: argparse.Namespace) -> None:
     """Freeze, write the script, submit it."""
-    from scmdm.launch.freeze import freeze, place, resolve
-    from scmdm.launch.script import render, script_path
+    from scmdm.launch.freeze import freeze, place
+    from scmdm.launch.script import script_path
 
     ranks, job = _ranks(options), _job(options)
     ranks.validate()
     job.validate()
-    config = resolve(options.launched, options.config, options.overrides, ranks.size)
+    config = _resolve(options, ranks)
     frozen = place(options.launched, config)
-    script = render(frozen, ranks, job, Path.cwd())
+    script = _render(options, frozen, ranks, job)
     if options.dry_run:
         print(script, end="")
         return
     freeze(frozen, config)
     script_path(frozen).write_text(script)
     print(f"job {_submit(script_path(frozen))}: {script_path(frozen)}, log beside it")
+
+
+def _resolve(options: argparse.Namespace, ranks: Ranks) -> RunConfig | PrepareConfig:
+    from scmdm.launch.freeze import resolve, resolve_preparation
+
+    preparing = options.launched == "prepare"
+    for key, ok, wanted in (
+        ("array", options.array >= 1, "at least 1"),
+        ("array", preparing or options.array == 1, "left out: it is for prepare"),
+        ("nodes", not preparing or options.nodes == 1, "left out: prepare spreads over the tasks of --array"),
+        ("gpus-per-node", not preparing or not options.gpus_per_node, "left out: prepare uses none"),
+        ("ranks-per-node", not preparing or not options.ranks_per_node, "left out: see the key workers"),
+    ):
+        if not ok:
+            value = getattr(options, key.replace("-", "_"))
+            raise UserError(f"--{key}={value} is not possible with {options.launched}; it must be {wanted}")
+    if preparing:
+        return resolve_preparation(options.config, options.overrides, options.array)
+    return resolve(options.launched, options.config, options.overrides, ranks.size)
+
+
+def _render(options: argparse.Namespace, frozen: Frozen, ranks: Ranks, job: SlurmJob) -> str:
+    from scmdm.launch.script import render, render_preparation
+
+    if options.launched == "prepare":
+        return render_preparation(frozen, ranks, job, Path.cwd(), options.array)
+    return render(frozen, ranks, job, Path.cwd())
 
 
 def _ranks(options: argparse.Namespace) -> Ranks:

@@ -5,14 +5,18 @@ A queued or requeued job must not change because somebody edits a file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from data_prep import make_source
 from scmdm.config.load import load_config, to_yaml
+from scmdm.config.prepare import PrepareConfig
 from scmdm.config.schema import RunConfig
+from scmdm.data.shards import check_place
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
 from scmdm.revision import REVISION_FILE, git_revision
@@ -23,10 +27,11 @@ _PACKAGES = ("scmdm", "data_prep")
 
 @dataclass(frozen=True)
 class Frozen:
-    """One launch: RUN/launch/TIME with `code/`, `config.yaml` and, later, `job.sbatch` and `logs/`."""
+    """One launch: RUN/launch/TIME, or OUT.launch/TIME beside the data set that is to be made, with `code/`,
+    `config.yaml` and, later, `job.sbatch` and `logs/`."""
 
     command: str
-    run_directory: Path
+    target: Path  # the run directory, or the data set
     directory: Path
 
     @property
@@ -52,6 +57,14 @@ class Frozen:
         return [self.command, str(self.config)]
 
 
+def resolve_preparation(config: Path, overrides: list[str], tasks: int) -> PrepareConfig:
+    """The configuration of a preparation by so many tasks; UserError now for what would fail when they start."""
+    resolved = load_config(PrepareConfig, config, [*overrides, f"slice=0/{tasks}"])
+    check_place(Path(resolved.out))
+    make_source(resolved).files()
+    return dataclasses.replace(resolved, slice=None)
+
+
 def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> RunConfig:
     """The configuration that is to be launched; UserError now for what would otherwise fail when the job starts."""
     if command not in COMMANDS:
@@ -62,16 +75,21 @@ def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> Run
     return resolved
 
 
-def place(command: str, config: RunConfig) -> Frozen:
+def place(command: str, config: RunConfig | PrepareConfig) -> Frozen:
     """Where the launch will be; nothing is written."""
-    run = Path(config.run_dir).resolve()
+    if isinstance(config, PrepareConfig):
+        target = Path(config.out).resolve()
+        launches = target.with_name(f"{target.name}.launch")  # the data set appears under its name when it is complete
+    else:
+        target = Path(config.run_dir).resolve()
+        launches = target / "launch"
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    taken = {path.name for path in (run / "launch").glob(f"{name}*")}
+    taken = {path.name for path in launches.glob(f"{name}*")}
     free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
-    return Frozen(command, run, run / "launch" / free)
+    return Frozen(command, target, launches / free)
 
 
-def freeze(frozen: Frozen, config: RunConfig) -> None:
+def freeze(frozen: Frozen, config: RunConfig | PrepareConfig) -> None:
     """Copy code and configuration into the launch's directory."""
     source = Path(__file__).resolve().parents[2]
     try:

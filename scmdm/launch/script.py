@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from signal import Signals
 
@@ -72,10 +73,50 @@ exit "$status"
 """
 
 
+_PREPARATION = """\
+#!/usr/bin/env bash
+# scmdm prepare of {target} by the tasks of an array: each has a share of the parts, and takes what nobody is at.
+# Written by `scmdm launch slurm`; `sbatch {script}` goes on where it stopped.
+{directives}
+
+launch={launch}
+{setup}
+# `scmdm` as it was at the launch, whatever the image or the working directory holds.
+python=(env {environment} {python})
+start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
+echo "scmdm: task $SLURM_ARRAY_TASK_ID of {tasks}, job $SLURM_JOB_ID, start $start, on $SLURM_JOB_NODELIST"
+
+# Shortly before the time limit. Finished parts stay, so there is nothing to save.
+trap 'echo "scmdm: requeued before the time limit"; {requeue}' {signal}
+{srun} &
+wait $!
+"""
+
+
+def render_preparation(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
+    """The script of a preparation."""
+    setup = "".join(f"{line}\n" for line in job.setup)
+    directives = [*_directives(frozen, ranks, job, working_directory, tasks)]
+    command = '"${python[@]}" -m scmdm prepare "$launch/config.yaml" ' + f'slice="$SLURM_ARRAY_TASK_ID/{tasks}"'
+    cpus = [] if ranks.cpus_per_rank is None else ['--cpus-per-task="$SLURM_CPUS_PER_TASK"']
+    return _PREPARATION.format(
+        target=frozen.target,
+        script=script_path(frozen),
+        directives="\n".join(f"#SBATCH --{line}" for line in directives),
+        launch=shlex.quote(str(frozen.directory)),
+        setup=f"\n{setup}" if setup else "",
+        environment=_assignments(frozen.environment),
+        python=shlex.quote(_python(job)),
+        tasks=tasks,
+        requeue=_requeue(job),
+        signal=job.signal,
+        srun=" \\\n  ".join(["srun", *cpus, *_container(frozen, job, working_directory), command]),
+    )
+
+
 def render(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
     """The script of a launch."""
     quote = shlex.quote
-    python = job.python or ("python" if job.container.image else sys.executable)
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
     # Also a process that had no handler yet was stopped, not broken; the shell adds 128.
     stopped = [REQUEUE_EXIT, *(128 + Signals[f"SIG{name}"] for name in signals)]
@@ -83,33 +124,47 @@ def render(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path)
     setup = "".join(f"{line}\n" for line in job.setup)
     return _SCRIPT.format(
         command=frozen.command,
-        run=frozen.run_directory,
+        run=frozen.target,
         script=script_path(frozen),
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(frozen, ranks, job, working_directory)),
         launch=quote(str(frozen.directory)),
-        checkpoints=quote(str(frozen.run_directory / "checkpoints")),
+        checkpoints=quote(str(frozen.target / "checkpoints")),
         setup=f"\n{setup}" if setup else "",
-        environment=" ".join(f"{key}={quote(value)}" for key, value in environment.items()),
-        python=quote(python),
+        environment=_assignments(environment),
+        python=quote(_python(job)),
         trapped=" ".join(signals),
         grace=ranks.grace_s,
         srun=_srun(frozen, ranks, job, working_directory),
-        requeue='scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit",
+        requeue=_requeue(job),
         stopped="|".join(map(str, stopped)),
         requeue_exit=REQUEUE_EXIT,
         attempts=job.attempts if job.requeue else 1,
     )
 
 
+def _assignments(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+
+
+def _python(job: SlurmJob) -> str:
+    return job.python or ("python" if job.container.image else sys.executable)
+
+
+def _requeue(job: SlurmJob) -> str:
+    return 'scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit"
+
+
 def script_path(frozen: Frozen) -> Path:
     return frozen.directory / "job.sbatch"
 
 
-def _directives(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) -> list[str]:
+def _directives(
+    frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path, array: int | None = None
+) -> list[str]:
     tasks = ranks.per_node if ranks.starter == "srun" else 1
     cpus = None if ranks.cpus_per_rank is None else ranks.cpus_per_rank * ranks.per_node // tasks
     settings = {
-        "job-name": job.name or f"scmdm-{frozen.run_directory.name}",
+        "job-name": job.name or f"scmdm-{frozen.target.name}",
         "nodes": ranks.nodes,
         "ntasks-per-node": tasks,
         "cpus-per-task": cpus,
@@ -118,9 +173,10 @@ def _directives(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: 
         "partition": job.partition,
         "account": job.account,
         "qos": job.qos,
-        "signal": f"{job.signal}@{job.signal_before_s}" if job.signal_before_s else None,
+        "array": f"0-{array - 1}" if array is not None else None,
+        "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before_s}" if job.signal_before_s else None,
         "chdir": working_directory,
-        "output": f"{frozen.directory}/job-%j.log",
+        "output": f"{frozen.directory}/job-{'%j' if array is None else '%A-%a'}.log",
         "open-mode": "append",
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
@@ -151,7 +207,7 @@ def _container(frozen: Frozen, job: SlurmJob, working_directory: Path) -> list[s
     container, quote = job.container, shlex.quote
     if container.image is None:
         return []
-    own = [f"{path}:{path}" for path in (working_directory, frozen.run_directory)]
+    own = [f"{path}:{path}" for path in (working_directory, frozen.target)]
     mounts = quote(",".join([*dict.fromkeys(own), *container.mounts]))
     if container.runtime == "pyxis":
         return [

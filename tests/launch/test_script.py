@@ -90,6 +90,33 @@ def test_mistakes_show_at_the_launch(capsys, tmp_path, options, message):
     assert message in dry_run(capsys, tmp_path, *options, status=1)
 
 
+def test_a_preparation_is_an_array(capsys, tmp_path):
+    command = ["launch", "slurm", "prepare", str(ROOT / "configs/data/qm9.yaml"), f"out={tmp_path / 'qm9'}"]
+    options = ["--array", "4", "--cpus-per-rank", "8", "--time", "60", "--setup", "module load python"]
+    assert main([*command, *options, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for line in ("--array=0-3", "--cpus-per-task=8", "--time=60", "--signal=B:USR1@120", "--requeue"):
+        assert f"#SBATCH {line}\n" in script
+    assert 'prepare "$launch/config.yaml" slice="$SLURM_ARRAY_TASK_ID/4" &\n' in script
+    assert "\nmodule load python\n" in script and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["prepare", "configs/data/qm9.yaml", "--array", "0"], "--array=0 is not possible with prepare"),
+        (["prepare", "configs/data/qm9.yaml", "--nodes", "2"], "it must be left out: prepare spreads over the tasks"),
+        (["prepare", "configs/data/qm9.yaml", "overwrite=true"], "overwrite=True is not possible"),
+        ([*ADAPT, "--array", "2"], "--array=2 is not possible with adapt; it must be left out"),
+    ],
+)
+def test_mistakes_about_arrays(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(ROOT)
+    assert main(["launch", "slurm", *options, "--dry-run"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_only_runs_are_launched(capsys, tmp_path):
     assert main(["launch", "local", "sample", str(tmp_path)]) == 1
     assert "'sample' is not possible; it must be one of train, adapt" in capsys.readouterr().err

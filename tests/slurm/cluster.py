@@ -69,25 +69,25 @@ class Job:
         return self.state
 
     def processes(self, pattern):
-        """Ids of this run's processes whose command line holds `pattern`."""
+        """Ids of this run's processes whose command line holds `pattern`, srun apart."""
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 line = (place / "cmdline").read_text().split("\0")
             except OSError:
                 continue
-            if str(self.directory / "config.yaml") in line and pattern in line:
+            if str(self.directory / "config.yaml") in line and pattern in line and "srun" not in _name(place.name):
                 found.append(int(place.name))
         return found
 
     @property
     def ranks(self):
         agents = set(self.agents)
-        return [pid for pid in self.processes("adapt") if pid not in agents and "srun" not in _name(pid)]
+        return [pid for pid in self.processes("adapt") if pid not in agents]
 
     @property
     def agents(self):
-        return [pid for pid in self.processes("scmdm.launch.node") if "srun" not in _name(pid)]
+        return self.processes("scmdm.launch.node")
 
 
 def _name(pid):
@@ -96,7 +96,16 @@ def _name(pid):
 
 def submit(arguments, *options):
     """`scmdm launch slurm` of a command's arguments, on two nodes with a rank each."""
-    command = ["launch", "slurm", *arguments, "--nodes", "2", "--ranks-per-node", "1", *options]
+    return _launch(*arguments, "--nodes", "2", "--ranks-per-node", "1", *options)
+
+
+def submit_preparation(arguments, *options):
+    """`scmdm launch slurm prepare`."""
+    return _launch("prepare", *arguments, *options)
+
+
+def _launch(*arguments):
+    command = ["launch", "slurm", *arguments]
     done = subprocess.run(
         [sys.executable, "-m", "scmdm", *map(str, command)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from scmdm.cli import main
 from scmdm.training.checkpoint import newest_checkpoint
 from scmdm.training.claim import Owner, job_state, lives
+from tests.data.test_parallel import write_corpus
+from tests.data.test_prepare import files
 from tests.kills import adapt_arguments
 from tests.parallel.launching import launch
 from tests.slurm import cluster
 from tests.slurm.cluster import saved_state, slurm, steps_and_losses, submit, wandb_ids
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 PORT = 17400
 LONG, SHORT = 400, 60
@@ -85,6 +88,25 @@ def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
     assert len(wandb_ids(job.run)) == 1 and len(list((job.run / "wandb").glob("offline-run-*"))) == 2
 
 
+def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yaml):
+    """Also when one of its tasks is killed."""
+    corpus = tmp_path / "corpus"
+    for number in range(6):
+        write_corpus(corpus / f"{number}.jsonl", 1, seed=number)
+    keys = ("source=text", "tokenizer=characters", "length=64", "part_mb=1", f"path={corpus}")
+    assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / 'alone'}", "workers=1"]) == 0
+    job = cluster.submit_preparation([empty_yaml, *keys, f"out={tmp_path / 'data'}", "workers=1"], "--array", "4")
+    job.wait(lambda: list(tmp_path.glob(".data.*.work/scan-?????")), 120, "scanning")
+    (victim, *_) = job.processes("slice=2/4")
+    os.kill(victim, signal.SIGKILL)
+    job.wait(lambda: (tmp_path / "data").is_dir(), 400, "done")
+    states = [cluster.Job(f"{job.id}_{task}", job.run, job.directory).wait_for_end(120) for task in range(4)]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    assert files(tmp_path / "data") == files(tmp_path / "alone")
+    assert not list(tmp_path.glob(".data.*"))
+
+
+@pytest.mark.cluster
 def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
     """Also: ranks that srun starts, without torchrun, and another signal."""
     job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
@@ -99,6 +121,7 @@ def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path)
     ]
 
 
+@pytest.mark.cluster
 def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(20)
@@ -109,6 +132,7 @@ def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
     assert steps_and_losses(job.run) == undisturbed
 
 
+@pytest.mark.cluster
 def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(10)
@@ -123,6 +147,7 @@ def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
     assert rows == undisturbed[: len(rows)]
 
 
+@pytest.mark.cluster
 def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
@@ -136,6 +161,7 @@ def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
+@pytest.mark.cluster
 def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbed, tmp_path):
     """What srun runs on a node dies with all that belongs to it."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
@@ -151,6 +177,7 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
+@pytest.mark.cluster
 def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
     """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
@@ -163,6 +190,7 @@ def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
+@pytest.mark.cluster
 def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed, tmp_path):
     slow = tmp_path / "python"
     slow.write_text(
@@ -178,12 +206,14 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
+@pytest.mark.cluster
 def test_failures_at_one_place_end_the_job(adapt, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
     assert job.wait_for_end(400) == "FAILED"
     assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
 
 
+@pytest.mark.cluster
 def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     first = submit(adapt(tmp_path / "run", LONG), *QUICK)
     first.wait_for_step(25)
@@ -203,6 +233,7 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     assert len(rows) > 20 and rows == undisturbed[: len(rows)]
 
 
+@pytest.mark.cluster
 def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
     """The age of its last sign of life, an hour, would say that it does not."""
     signature = tmp_path / ".owner.json"
