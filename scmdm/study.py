@@ -27,13 +27,13 @@ from scmdm.config.study import StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.prepare import prepare
 from scmdm.environment import describe_environment
-from scmdm.evaluation.evaluate import model_nelbo, molecule_reference
-from scmdm.evaluation.molecules import Reference, evaluate_molecules
+from scmdm.evaluation.domains import Asked, Domain, domain_of
+from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
-from scmdm.files import atomic_write_text
+from scmdm.files import atomic_write_bytes, atomic_write_text
 from scmdm.model.weights import open_model
 from scmdm.progress import StudyDisplay
-from scmdm.sampling import generate, load, write_samples
+from scmdm.sampling import Generated, generate, load, write_samples
 from scmdm.training.checkpoint import find_model, sha256_of_model
 from scmdm.training.trainer import run_training
 from scmdm.workers import worker_count, worker_processes
@@ -75,8 +75,14 @@ def run_study(config: StudyConfig) -> Path:
     prepare(prepare_config)
     base = _base(config, out, prepare_config.out)
     models, evaluations = _Jobs(config, out, base, Path(prepare_config.out)).run()
+    root = Path(prepare_config.out)
+    manifest = Manifest.read(root)
+    tokenizer = manifest.tokenizer.file
+    atomic_write_bytes(out / tokenizer, (root / tokenizer).read_bytes())
     study = {
         "title": config.title,
+        "domain": domain_of(manifest).name,
+        "tokenizer": tokenizer,
         "config": to_yaml(config),
         "environment": describe_environment(),
         "arms": _describe_arms(config, models, evaluations),
@@ -133,7 +139,7 @@ class _Jobs:
         self._fingerprint = Manifest.read(root).fingerprint()
         self._models = {base.key: base}
         self._rows: dict[str, dict[str, Any]] = {}
-        self._reference: Reference | None = None
+        self._domain: Domain | None = None
 
     def run(self) -> tuple[list[Model], list[dict[str, Any]]]:
         """The models in their order, and the rows of their evaluations."""
@@ -199,22 +205,29 @@ class _Jobs:
         if task.settings["kind"] == "nelbo":
             line = f"{name:<24} " + ", ".join(f"{mode} {value['mean']:.4f}" for mode, value in result["nelbo"].items())
         else:
-            texts, framed = result.pop("texts"), result.pop("framed")
-            metrics = evaluate_molecules(texts, framed, self._get_reference()).as_dict()
-            result = {**result, "metrics": metrics, "samples_file": str(task.samples.relative_to(self._out))}
-            valid = f"{metrics['num_valid']}/{task.settings['num']} valid"
-            line = f"{name:<24} {valid}, {result['evaluations']} evaluations, {result['seconds']:.1f} s"
+            drawn: Generated = result["drawn"]
+            domain = self._get_domain()
+            metrics, first = domain.measure(drawn), domain.metrics[0]
+            result = {
+                "evaluations": drawn.evaluations,
+                "seconds": drawn.seconds,
+                "metrics": metrics,
+                "samples_file": str(task.samples.relative_to(self._out)),
+            }
+            quality = f"{first.title}: {first.scale * metrics[first.name]:.{first.digits}f}"
+            line = f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
         row = {**task.settings, **result}
         task.row.parent.mkdir(exist_ok=True)
         atomic_write_text(task.row, json.dumps(row) + "\n")
         self._rows[name] = row
         return line
 
-    def _get_reference(self) -> Reference:
-        if self._reference is None:
-            loaded = load(self._base.path, device="cpu")
-            self._reference = molecule_reference(self._root, loaded, self._config.split, fcd=self._config.fcd)
-        return self._reference
+    def _get_domain(self) -> Domain:
+        if self._domain is None:
+            manifest = Manifest.read(self._root)
+            asked = Asked(self._config.split, self._config.fcd, self._config.scorer)
+            self._domain = domain_of(manifest)(self._root, manifest, asked)
+        return self._domain
 
 
 def _adapt(run: RunConfig, base: Path) -> Path:
@@ -233,12 +246,7 @@ def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
     sampler = dataclasses.replace(sampler, steps=settings["steps"])
     drawn = generate(loaded, sampler, num=settings["num"], seed=settings["sampling_seed"])
     write_samples(task.samples, drawn)
-    return {
-        "evaluations": drawn.evaluations,
-        "seconds": drawn.seconds,
-        "texts": drawn.texts,
-        "framed": drawn.framed,
-    }
+    return {"drawn": drawn}
 
 
 def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, Any]]:
@@ -258,6 +266,7 @@ def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str
                 "num": config.num,
                 "sampler": sampler,
                 "fcd": config.fcd,
+                "scorer": config.scorer,
             }
 
 

@@ -76,7 +76,7 @@ class EvaluateConfig:
     """What to measure, and how."""
 
     data: str | None = None  # data set; null: the one the model was trained on, if it is still there
-    domain: str = "auto"  # auto (by tokenizer) | molecules | text
+    domain: str = "auto"  # auto (by tokenizer) | molecules | text, to be sure of it
     split: str = "test"  # split for the NELBO and the reference properties
     nelbo_samples: int = 2048  # sequences for the NELBO; 0: skip
     nelbo_draws: int = 4  # times per sequence

@@ -34,7 +34,8 @@ class StudyConfig:
     num: int = 1024  # samples per seed
     nelbo_samples: int = 2048
     split: str = "test"  # what samples and NELBO are measured against
-    fcd: bool = True
+    fcd: bool = False  # molecules: Frechet ChemNet distance
+    scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
     overrides: list[str] = field(default_factory=list)  # key=value for every adaptation
     base_overrides: list[str] = field(default_factory=list)  # key=value for the base's training
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -14,31 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from scmdm.config.sampling import EvaluateConfig
-from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.errors import UserError
-from scmdm.evaluation.molecules import Reference, evaluate_molecules
+from scmdm.evaluation.domains import Asked, Domain, domain_of
 from scmdm.evaluation.statistics import mean_interval
-from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel
 from scmdm.parallel.engine import compute_context, resolve_precision
-from scmdm.sampling import Generated, generate, load
+from scmdm.sampling import generate, load
 from scmdm.training.validation import validation_batches
-
-_SHOWN = {
-    "molecules": (
-        "validity",
-        "parsed",
-        "framed",
-        "uniqueness_of_valid",
-        "uniqueness_of_samples",
-        "novelty_of_unique",
-        "novelty_of_samples",
-    ),
-    "text": ("entropy", "distinct_2", "perplexity"),
-}
 
 
 def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
@@ -52,15 +37,20 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for"
         )
-    domain = _domain(manifest, config)
+    domain = _domain(loaded, manifest, root, config)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
     require_writable(out)
-    result: dict[str, Any] = {"model": str(path), "step": loaded.spec.step, "domain": domain, "config": asdict(config)}
+    result: dict[str, Any] = {
+        "model": str(path),
+        "step": loaded.spec.step,
+        "domain": domain.name,
+        "config": asdict(config),
+    }
     if config.nelbo_samples:
         result["nelbo"] = {mode: _as_dict(value) for mode, value in model_nelbo(loaded, root, config).items()}
     if config.num:
-        result["samples"] = _sample_quality(loaded, root, domain, config)
-    _print(result)
+        result["samples"] = _sample_quality(loaded, domain, config)
+    _print(result, domain)
     atomic_write_text(out, json.dumps(result, indent=2) + "\n")
     Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
     return result
@@ -88,20 +78,7 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
     return found
 
 
-def molecule_reference(root: Path, loaded: LoadedModel, split: str, *, fcd: bool) -> Reference:
-    """Training set for novelty, and the properties of `split`."""
-    train, held_out = (decode_split(root, loaded, name) for name in ("train", split))
-    return Reference.make(train, held_out, fcd=fcd)
-
-
-def decode_split(root: Path, loaded: LoadedModel, split: str) -> list[str]:
-    """The texts of a split."""
-    return [loaded.tokenizer.decode(row) for row in read_split(root, split).tolist()]
-
-
-def _sample_quality(loaded: LoadedModel, root: Path, domain: str, config: EvaluateConfig) -> list[dict[str, Any]]:
-    reference = molecule_reference(root, loaded, config.split, fcd=config.fcd) if domain == "molecules" else None
-    held_out = [] if reference is not None or config.scorer else decode_split(root, loaded, config.split)
+def _sample_quality(loaded: LoadedModel, domain: Domain, config: EvaluateConfig) -> list[dict[str, Any]]:
     rows = []
     for seed in config.seeds:
         drawn = generate(
@@ -113,20 +90,9 @@ def _sample_quality(loaded: LoadedModel, root: Path, domain: str, config: Evalua
             precision=config.precision,
             progress=True,
         )
-        if reference is not None:
-            metrics = evaluate_molecules(drawn.texts, drawn.framed, reference).as_dict()
-        else:
-            metrics = _text_metrics(drawn, loaded, held_out, config)
+        metrics = domain.measure(drawn)
         rows.append({"seed": seed, "evaluations": drawn.evaluations, "seconds": drawn.seconds, "metrics": metrics})
     return rows
-
-
-def _text_metrics(drawn: Generated, loaded: LoadedModel, held_out: list[str], config: EvaluateConfig) -> dict[str, Any]:
-    scorer = Path(config.scorer) if config.scorer else None
-    device = str(next(loaded.model.parameters()).device)
-    ids_NL = drawn.tokens.numpy()
-    pad_id = loaded.tokenizer.pad_id
-    return evaluate_text(drawn.texts, ids_NL, pad_id, held_out=held_out, scorer=scorer, device=device).as_dict()
 
 
 def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
@@ -141,17 +107,12 @@ def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
     return Path(path)
 
 
-def _domain(manifest: Manifest, config: EvaluateConfig) -> str:
-    found = "molecules" if manifest.tokenizer.kind == "smiles" else "text"
-    if config.domain not in ("auto", found):
-        raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found}; leave the key out")
-    if config.fcd and found != "molecules":
-        raise UserError("fcd=true is for molecules, and this model makes text; leave it out")
-    if config.scorer is not None and found != "text":
-        raise UserError(f"scorer={config.scorer} is for text, and this model makes molecules; leave it out")
-    if config.scorer is not None:
-        check_scorer(Path(config.scorer))
-    return found
+def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
+    found = domain_of(manifest)
+    if config.domain not in ("auto", found.name):
+        raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found.name}; leave the key out")
+    device = str(next(loaded.model.parameters()).device)
+    return found(root, manifest, Asked(config.split, config.fcd, config.scorer, device))
 
 
 def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
@@ -167,7 +128,7 @@ def _as_dict(value: Nelbo) -> dict[str, float]:
     return {**asdict(value), "perplexity": value.perplexity}
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], domain: Domain) -> None:
     table = Table(title=f"{result['model']} at step {result['step']:,}")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -175,12 +136,10 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
     rows = result.get("samples", [])
     if rows:
-        for name in _SHOWN[result["domain"]]:
-            table.add_row(name.replace("_", " "), mean_interval([row["metrics"][name] for row in rows]).text(4))
-        for name in ("property_distance", "fcd"):
-            values = [row["metrics"].get(name) for row in rows]
+        for metric in domain.metrics:
+            values = [row["metrics"].get(metric.name) for row in rows]
             if None not in values:
-                table.add_row(name.replace("_", " "), mean_interval(values).text(4))
+                table.add_row(metric.title, mean_interval(values).text(metric.digits + 1, metric.scale))
         if "scorer" in rows[0]["metrics"]:
             table.add_row("perplexity under", rows[0]["metrics"]["scorer"])
             table.add_row("sampler precision", result["config"]["sampler"]["gumbel"])

@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from scmdm.data.tokenizers import load_tokenizer
 from scmdm.errors import UserError
+from scmdm.evaluation.domains import DOMAINS, Metric
 from scmdm.evaluation.figures import Panel, loss_figure, progress_figure, quality_figure
-from scmdm.evaluation.molecules import FCD_MOLECULES, draw_grid
 from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
 from scmdm.files import atomic_write_text
@@ -22,18 +23,7 @@ from scmdm.training.metrics import format_duration, read_metrics
 from scmdm.training.status import planned_steps
 
 Json = Mapping[str, Any]
-# Metric, title, better, scale to what is shown, digits.
-METRICS: tuple[tuple[str, str, str, float, int], ...] = (
-    ("validity", "valid, % of samples", "higher", 100, 1),
-    ("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1),
-    ("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1),
-    ("novelty_of_unique", "novel, % of unique", "higher", 100, 1),
-    ("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid", "lower", 1, 2),
-    ("property_distance", "property distance, std", "lower", 1, 3),
-)
 _DESCRIPTIONS = ("config.yaml", "environment.json")
-# In the table only: valid if all behind the first end mark is ignored, however malformed.
-LENIENT = ("parsed", "parsed, % of samples", "higher", 100, 1)
 
 
 @dataclass(frozen=True)
@@ -53,13 +43,15 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     study = _read_json(directory / "study.json")
     labels = {arm["name"]: arm["label"] for arm in study["arms"]}
     samples = [row for row in study["evaluations"] if row["kind"] == "samples"]
-    values = {metric: _intervals(samples, labels, metric) for metric, *_ in (*METRICS, LENIENT)}
-    shown = [m for m in METRICS if any(values[m[0]].values())]
-    header, rows = _quality_table(values, [*shown, LENIENT], labels, samples)
+    domain = DOMAINS[study["domain"]]
+    values = {metric.name: _intervals(samples, labels, metric.name) for metric in domain.metrics}
+    shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
+    header, rows = _quality_table(values, shown, labels, samples)
     cost_header, cost_rows = _cost_table(study["arms"], samples)
-    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, _statements(samples, study["arms"]))
+    statements = _statements(samples, study["arms"], domain.metrics[0])
+    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, statements)
     figures = out.parent
-    panels = [Panel(title, values[metric], better, scale) for metric, title, better, scale, _ in shown]
+    panels = [Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.in_figure]
     quality = quality_figure(panels, figures / "quality.png")
     curves = _study_curves(directory, study["arms"], figures / "losses.png")
     parts = [
@@ -78,8 +70,7 @@ def study_report(directory: Path, out: Path) -> StudySummary:
         picture(
             curves, "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
         ),
-        heading("Molecules"),
-        *_grids(directory, study["arms"], samples, figures),
+        *_pictures(directory, study, samples, figures),
         heading("How it was made"),
         preformatted(study["config"]),
         preformatted(json.dumps(study["environment"], indent=2)),
@@ -138,11 +129,11 @@ def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[
 
 def _quality_table(
     values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
-    shown: Sequence[tuple[str, str, str, float, int]],
+    shown: Sequence[Metric],
     labels: Mapping[str, str],
     samples: Sequence[Json],
 ) -> tuple[list[str], list[list[str]]]:
-    header = ["T", "model", "evaluations", "valid of N", *(title for _, title, *_ in shown)]
+    header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
         for arm, label in labels.items():
@@ -150,11 +141,11 @@ def _quality_table(
             if not own:
                 continue
             cells = [
-                values[metric][label][steps].text(digits, scale) if steps in values[metric].get(label, {}) else "-"
-                for metric, _, _, scale, digits in shown
+                values[m.name][label][steps].text(m.digits, m.scale) if steps in values[m.name].get(label, {}) else "-"
+                for m in shown
             ]
-            valid = mean_interval([row["metrics"]["num_valid"] for row in own]).text(0)
-            rows.append([str(steps), label, str(own[0]["evaluations"]), f"{valid} of {own[0]['num']}", *cells])
+            drawn = f"{len(own)} x {own[0]['num']}"
+            rows.append([str(steps), label, str(own[0]["evaluations"]), drawn, *cells])
     return header, rows
 
 
@@ -202,25 +193,25 @@ def _nelbo(arm: Json, mode: str) -> str:
     return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
 
 
-def _statements(samples: Sequence[Json], arms: Sequence[Json]) -> list[str]:
-    """Validity of the arm with the largest rate against every other, at each T, worded from the numbers."""
+def _statements(samples: Sequence[Json], arms: Sequence[Json], metric: Metric) -> list[str]:
+    """The arm with the largest rate against every other, at each T, worded from the numbers."""
     fullest = max(arms, key=lambda arm: arm["rate"])
     lines = []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not fullest else ():
-            pairs = _pairs(samples, fullest["name"], other["name"], steps)
+            pairs = _pairs(samples, fullest["name"], other["name"], steps, metric.name)
             if pairs:
-                lines.append(f"T = {steps}: {fullest['label']} against {other['label']}: {_wording(pairs)}")
+                lines.append(f"T = {steps}: {fullest['label']} against {other['label']}: {_wording(pairs, metric)}")
     return lines
 
 
-def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int) -> list[tuple[float, float]]:
-    """Validity of two arms, paired.
+def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: str) -> list[tuple[float, float]]:
+    """A metric of two arms, paired.
 
     With one adaptation each, over sampling seeds (the same noise in both). With several, over adaptation seeds, each
     averaged over its sampling seeds: those are not independent of each other.
     """
-    own, other = (_validities(samples, arm, steps) for arm in (ours, theirs))
+    own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
     # The base was trained once: it is every adaptation's counterpart.
     counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
     paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]
@@ -229,34 +220,34 @@ def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int) -> list[
     return [tuple(np.mean(pairs, axis=0)) for pairs in paired if pairs]
 
 
-def _validities(samples: Sequence[Json], arm: str, steps: int) -> dict[int, dict[int, float]]:
+def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, float]]:
     """By adaptation seed and sampling seed."""
     found: dict[int, dict[int, float]] = {}
     for row in samples:
-        if row["arm"] == arm and row["steps"] == steps:
-            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = row["metrics"]["validity"]
+        if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
+            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = row["metrics"][metric]
     return found
 
 
-def _wording(pairs: Sequence[tuple[float, float]]) -> str:
-    ours, theirs = (100 * sum(side) / len(side) for side in zip(*pairs, strict=True))
-    means = f"{ours:.1f} % valid against {theirs:.1f} %"
+def _wording(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
+    ours, theirs = (metric.scale * sum(side) / len(side) for side in zip(*pairs, strict=True))
+    unit = metric.unit or f" {metric.title}"
+    means = f"{ours:.{metric.digits}f}{unit} against {theirs:.{metric.digits}f}"
     compared = paired_difference(pairs)
     if compared is None:
         return f"{means} (no interval from {len(pairs)} pair(s))"
-    return f"{_verdict(compared)}: {means}, {_interval_text(compared)}"
+    return f"{_verdict(compared, metric)}: {means}, {_interval_text(compared, metric)}"
 
 
-def _verdict(compared: Difference) -> str:
+def _verdict(compared: Difference, metric: Metric) -> str:
     if compared.low <= 0 <= compared.high:
         return "no difference seen"
-    return "better" if compared.mean > 0 else "worse"
+    return "better" if (compared.mean > 0) == (metric.better == "higher") else "worse"
 
 
-def _interval_text(compared: Difference) -> str:
-    low, high = 100 * compared.low, 100 * compared.high
-    interval = f"paired 95 % interval [{low:+.1f}, {high:+.1f}], p = {compared.p_value:.2g}"
-    return f"difference {100 * compared.mean:+.1f} points, {interval}"
+def _interval_text(compared: Difference, metric: Metric) -> str:
+    mean, low, high = (f"{metric.scale * x:+.{metric.digits}f}" for x in (compared.mean, compared.low, compared.high))
+    return f"difference {mean}, paired 95 % interval [{low}, {high}], p = {compared.p_value:.2g}"
 
 
 def _protocol(samples: Sequence[Json]) -> str:
@@ -282,30 +273,28 @@ def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> Path:
     return loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
 
 
-def _grids(directory: Path, arms: Sequence[Json], samples: Sequence[Json], out: Path) -> list[str]:
+def _pictures(directory: Path, study: Json, samples: Sequence[Json], out: Path) -> list[str]:
+    domain, tokenizer = DOMAINS[study["domain"]], load_tokenizer(directory / study["tokenizer"])
     parts = []
-    steps = _grid_steps(samples)
-    for arm in arms:
+    steps = _picture_steps(samples)
+    for arm in study["arms"]:
         own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
         if own:
-            texts = _texts(directory / own[0]["samples_file"])
-            path = out / f"molecules_{arm['name']}.png"
-            drawn = draw_grid(texts, path)
-            parts.append(
-                picture(path, f"{arm['label']}, T = {steps}: the first {drawn} valid molecules of seed 0, not chosen.")
-            )
-    return parts
+            path = out / f"{domain.name}_{arm['name']}.png"
+            caption = domain.draw(_read_samples(directory / own[0]["samples_file"]), tokenizer, path)
+            if caption is not None:
+                parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of seed 0, not chosen."))
+    return [heading(domain.name.capitalize()), *parts] if parts else []
 
 
-def _grid_steps(samples: Sequence[Json]) -> int:
+def _picture_steps(samples: Sequence[Json]) -> int:
     """32, the published protocol, or the nearest below the largest."""
     steps = sorted({row["steps"] for row in samples})
     return 32 if 32 in steps else steps[-1]
 
 
-def _texts(path: Path) -> list[str]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row["text"] for row in rows if row["framed"]]
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def run_report(directory: Path, out: Path) -> Path:

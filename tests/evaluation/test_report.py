@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from scmdm.cli import main
+from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.evaluation.report import study_report
 from scmdm.evaluation.statistics import mean_interval, paired_difference
 
@@ -90,7 +91,9 @@ def study(tmp_path):
             rows += [{"kind": "validation", "step": 30, "nelbo_null": 0.5, "nelbo_conditioned": 0.4, "tokens": 3000}]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / f"{name}-0" / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
+    SymbolTokenizer("smiles", ["C", "O"]).save(tmp_path)
     content = {"title": "A <study>", "config": "key: value", "environment": {"python": "3"}}
+    content |= {"domain": "molecules", "tokenizer": "tokenizer.json"}
     (tmp_path / "study.json").write_text(json.dumps({**content, "arms": arms, "evaluations": evaluations}))
     return tmp_path
 
@@ -136,9 +139,22 @@ def test_conclusions_come_from_the_numbers(study):
     (study / "study.json").write_text(json.dumps(content))
     assert all("worse" in line for line in study_report(study, study / "report.html").statements)
     row = next(row for row in summary.rows if row[0] == "32" and row[1] == "rate 1 (SCMDM)")
-    assert row[2] == "32" and row[3].endswith("of 1024") and row[4].startswith("65.5 ±")
+    assert row[2] == "32" and row[3] == "3 x 1024" and row[4].startswith("65.5 ±")
     cost = {row[0]: row for row in summary.cost_rows}
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
+
+
+def test_text_is_compared_by_perplexity_where_less_is_better(study):
+    content = json.loads((study / "study.json").read_text())
+    content["domain"] = "text"
+    for row in content["evaluations"]:
+        row["metrics"] = {"perplexity": 100 * (1 - row["metrics"]["validity"]), "entropy": 4.5, "distinct_2": 0.5}
+    (study / "study.json").write_text(json.dumps(content))
+    summary = study_report(study, study / "report.html")
+    assert summary.header[4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
+    better = [line for line in summary.statements if "against continued vanilla" in line]
+    assert len(better) == 2 and all("better" in line and "difference -" in line for line in better)
+    assert "Molecules" not in (study / "report.html").read_text()
 
 
 def test_several_adaptations_count_as_the_independent_ones(study):
