@@ -107,9 +107,10 @@ def generate(
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
     template = loaded_template(loaded, spec.length) if template_L is None else template_L
+    sampler.check_length(len(template))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     batches = torch.arange(num).split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
-    per_batch = settings.steps if settings.kind == "ancestral" else int((template == spec.mask_id).sum())
+    per_batch = int((template == spec.mask_id).sum()) if settings.kind == "first_hitting" else settings.steps
     bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 

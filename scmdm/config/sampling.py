@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
-from scmdm.diffusion.sampler import SamplerSettings
+from scmdm.diffusion.plans import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
 
 @dataclass
 class SamplerConfig:
-    kind: str = "ancestral"  # ancestral | first_hitting
-    steps: int = 32  # ancestral: denoiser evaluations
+    kind: str = "ancestral"  # ancestral | first_hitting | confidence | margin | entropy (the most certain first)
+    steps: int = 32  # denoiser evaluations; first_hitting makes one per token
+    block_length: int | None = None  # semi-autoregressive: so many positions after the other; steps are for all of them
+    remask: str = "never"  # ancestral: never | cap | rescale (ReMDM: revealed tokens are taken back)
+    remask_eta: float = 0.02  # cap: largest probability of that; rescale: part of the largest possible one
+    remasked_estimate: str = "token"  # what a taken-back token leaves in the carried estimate: token (itself) | null
     temperature: float = 1.0  # 0: most probable token
+    top_k: int | None = None  # draw among so many most probable tokens; null: all
     top_p: float = 1.0  # nucleus
     gumbel: str = "float64"  # float64 | float32 (the truncated draw of older code)
     carry: str = "auto"  # auto (when the model is self-conditioned) | always | never
@@ -23,12 +28,22 @@ class SamplerConfig:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        carry = self_conditioned and self.carry != "never"
-        return SamplerSettings(self.kind, self.steps, self.temperature, self.top_p, self.gumbel, carry)
+        return SamplerSettings(**{**asdict(self), "carry": self_conditioned and self.carry != "never"})
+
+    def check_length(self, length: int) -> None:
+        """UserError when sequences of this length have more blocks than there are steps."""
+        blocks = -(-length // (self.block_length or length))
+        if self.kind != "first_hitting" and self.steps < blocks:
+            raise UserError(
+                f"sampler.steps={self.steps} is not possible with sampler.block_length={self.block_length}: a sequence "
+                f"of {length} has {blocks} blocks, and each needs a step"
+            )
 
     def validate(self) -> None:
         allowed = {
-            "kind": ("ancestral", "first_hitting"),
+            "kind": ("ancestral", "first_hitting", *ORDERS),
+            "remask": ("never", "cap", "rescale"),
+            "remasked_estimate": ("token", "null"),
             "gumbel": ("float64", "float32"),
             "carry": ("auto", "always", "never"),
         }
@@ -38,7 +53,12 @@ class SamplerConfig:
                 raise UserError(f"sampler.{name}={value!r} is not possible; it must be one of {', '.join(choices)}")
         for name, ok, wanted in (
             ("steps", self.steps >= 1, "at least 1"),
+            ("block_length", self.block_length is None or self.block_length >= 1, "at least 1, or null"),
+            ("block_length", self.block_length is None or self.kind != "first_hitting", "null with kind=first_hitting"),
+            ("remask", self.remask == "never" or self.kind == "ancestral", f"never with kind={self.kind}"),
+            ("remask_eta", 0 <= self.remask_eta <= 1, "between 0 and 1"),
             ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not ok:

@@ -90,7 +90,21 @@ def loss_weight(schedule: Schedule, t: Tensor) -> Tensor:
     return -schedule.d_alpha(t) / (1 - schedule.alpha(t))
 
 
-def unmask_probability(schedule: Schedule, t: Tensor, t_next: Tensor) -> Tensor:
-    """`(alpha_s - alpha_t) / (1 - alpha_t)`: a token masked at t is clean at `t_next = s < t` with this probability."""
+def unmask_probability(schedule: Schedule, t: Tensor, t_next: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """`(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`: a token masked at t is clean at `t_next = s < t` with this
+    probability, when a clean one is masked again with probability `sigma` (ReMDM, arXiv 2503.00307, eq. 3)."""
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
-    return ((alpha_s - alpha_t) / (1 - alpha_t)).clamp(0, 1)
+    return ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)).clamp(0, 1)
+
+
+def remask_probability(schedule: Schedule, t: Tensor, t_next: Tensor, kind: str, eta: float) -> Tensor:
+    """`sigma_t`, with which a clean token is masked again on the way from t to `t_next = s` (ReMDM, section 4.1).
+
+    At most `min(1, (1 - alpha_s) / alpha_t)`, which keeps the marginals those of the process. "cap": no more than
+    `eta`; "rescale": `eta` of the most; "never": 0.
+    """
+    alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
+    most = ((1 - alpha_s) / alpha_t).clamp(max=1)
+    if kind == "cap":
+        return most.clamp(max=eta)
+    return eta * most if kind == "rescale" else torch.zeros_like(most)

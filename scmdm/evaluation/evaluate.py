@@ -118,7 +118,8 @@ def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: Evaluat
 def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
     """Another name for all that changes the result, so that no evaluation replaces another one."""
     sampler = config.sampler
-    steps = f"T{sampler.steps}" if sampler.kind == "ancestral" else sampler.kind
+    kind = "" if sampler.kind == "ancestral" else sampler.kind
+    steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
     settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     return path / "evaluations" / f"step{step}_{config.split}_{steps}_{digest}.json"

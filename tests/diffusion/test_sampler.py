@@ -1,11 +1,16 @@
 """Samplers against exact enumeration, and what they count, carry and keep."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from scipy import stats
 
-from scmdm.diffusion.sampler import SamplerSettings, draw_tokens, nucleus, sample
-from scmdm.diffusion.schedule import LogLinear, make_schedule
+from scmdm.diffusion.draws import draw_tokens, most_probable, nucleus
+from scmdm.diffusion.plans import ORDERS, SamplerSettings
+from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.schedule import LogLinear, make_schedule, remask_probability, unmask_probability
 from tests.diffusion.oracle import Oracle
 
 
@@ -25,32 +30,58 @@ def chi_squared(oracle, tokens, expected):
     return stats.chisquare(counts[possible].numpy(), (expected[possible] * len(tokens)).numpy()).pvalue
 
 
-def ancestral_distribution(oracle, schedule, steps):
-    """Exact output of the T-step ancestral sampler: tokens revealed in one step are drawn independently."""
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    states = {(oracle.mask_id,) * oracle.length: 1.0}
-    for k in range(steps):
-        alpha_t, alpha_s = schedule.alpha(grid[k]), schedule.alpha(grid[k + 1])
-        p = 1.0 if k + 1 == steps else float((alpha_s - alpha_t) / (1 - alpha_t))
-        following = {}
-        for state, weight in states.items():
-            for result, q in _step_outcomes(oracle, state, p):
-                following[result] = following.get(result, 0.0) + weight * q
-        states = following
+def exact_distribution(oracle, schedule, settings, given=None):
+    """Exact output of a sampler on a time grid, from all that can happen in each of its steps."""
+    mask, start = oracle.mask_id, given or (oracle.mask_id,) * oracle.length
+    size = settings.block_length or oracle.length
+    blocks = [range(at, min(at + size, oracle.length)) for at in range(0, oracle.length, size)]
+    states = {start: 1.0}
+    for number, block in enumerate(blocks):
+        steps = settings.steps // len(blocks) + (number < settings.steps % len(blocks))
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        drawn = [p for p in block if start[p] == mask]
+        for k in range(steps):
+            following = {}
+            for state, weight in states.items():
+                for result, q in _step_outcomes(oracle, state, schedule, settings, grid[k], grid[k + 1], drawn):
+                    following[result] = following.get(result, 0.0) + weight * q
+            states = following
     return torch.tensor([states.get(tuple(s.tolist()), 0.0) for s in oracle.sequences], dtype=torch.float64)
 
 
-def _step_outcomes(oracle, state, p):
-    conditionals = oracle.conditionals(torch.tensor([state]))[0]
+def _step_outcomes(oracle, state, schedule, settings, t, t_next, drawn):
+    p = oracle.conditionals(torch.tensor([state]))[0]
+    masked = [i for i in drawn if state[i] == oracle.mask_id]
+    if settings.kind in ORDERS:
+        left = 0 if t_next == 0 else int(len(drawn) * (1 - schedule.alpha(t_next)))
+        for tokens in itertools.product(range(oracle.tokens), repeat=len(masked)):
+            score = {i: _certainty(settings.kind, p[i], v) for i, v in zip(masked, tokens, strict=True)}
+            chosen = sorted(masked, key=lambda i: -score[i])[: len(masked) - left]
+            result = [v if i not in masked else oracle.mask_id for i, v in enumerate(state)]
+            for i, v in zip(masked, tokens, strict=True):
+                result[i] = v if i in chosen else oracle.mask_id
+            yield tuple(result), float(torch.tensor([p[i, v] for i, v in zip(masked, tokens, strict=True)]).prod())
+        return
+    sigma = float(remask_probability(schedule, t, t_next, settings.remask, settings.remask_eta))
+    reveal = 1.0 if t_next == 0 else float(unmask_probability(schedule, t, t_next, sigma))
     outcomes = [((), 1.0)]
-    for position, token in enumerate(state):
-        if token != oracle.mask_id:
-            options = [(token, 1.0)]
-        else:
-            options = [(oracle.mask_id, 1 - p)] if p < 1 else []
-            options += [(v, p * float(conditionals[position, v])) for v in range(oracle.tokens)]
+    for i, token in enumerate(state):
+        options = [(token, 1.0)]
+        if i in masked:
+            options = [(oracle.mask_id, 1 - reveal), *((v, reveal * float(p[i, v])) for v in range(oracle.tokens))]
+        elif i in drawn and t_next > 0:
+            options = [(token, 1 - sigma), (oracle.mask_id, sigma)]
         outcomes = [((*prefix, v), w * q) for prefix, w in outcomes for v, q in options if q > 0]
-    return outcomes
+    yield from outcomes
+
+
+def _certainty(kind, p_V, token):
+    if kind == "confidence":
+        return float(p_V[token])
+    ordered = sorted(p_V.tolist(), reverse=True)
+    if kind == "margin":
+        return ordered[0] - ordered[1]
+    return sum(q * math.log(q) for q in ordered if q > 0)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +91,86 @@ def _step_outcomes(oracle, state, p):
 def test_ancestral_matches_enumeration(steps, schedule):
     oracle = Oracle()
     tokens = draw(oracle, SamplerSettings(steps=steps), schedule=schedule).tokens
-    assert chi_squared(oracle, tokens, ancestral_distribution(oracle, schedule, steps)) > 1e-3
+    assert chi_squared(oracle, tokens, exact_distribution(oracle, schedule, SamplerSettings(steps=steps))) > 1e-3
+
+
+SETTINGS = [
+    *(SamplerSettings(kind=kind, steps=steps) for kind in ORDERS for steps in (2, 3)),
+    *(SamplerSettings(steps=4, remask=remask, remask_eta=0.4) for remask in ("cap", "rescale")),
+    *(SamplerSettings(kind=kind, steps=4, block_length=2) for kind in ("ancestral", "margin")),
+    SamplerSettings(steps=5, block_length=2, remask="rescale", remask_eta=0.5),
+]
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(), make_schedule("cosine")], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.steps}-{s.block_length}-{s.remask}")
+@pytest.mark.parametrize("prompt", [None, 1])
+def test_every_sampler_matches_enumeration(settings, schedule, prompt):
+    oracle = Oracle()
+    start = (oracle.mask_id,) * 3 if prompt is None else (oracle.mask_id, prompt, oracle.mask_id)
+    given = torch.tensor([start]).expand(20000, -1)
+    drawn = draw(oracle, settings, given=given, schedule=schedule)
+    assert drawn.evaluations == settings.steps
+    expected = exact_distribution(oracle, schedule, settings, start)
+    torch.testing.assert_close(expected.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert chi_squared(oracle, drawn.tokens, expected) > 1e-3
+
+
+def test_the_samplers_differ():
+    """Or one of them could stand for another in the tests above."""
+    different = [
+        s for s in SETTINGS if (s.kind, s.steps) in (("confidence", 2), ("margin", 2)) or s.kind == "ancestral"
+    ]
+    found = [exact_distribution(Oracle(), LogLinear(), s) for s in (*different, SamplerSettings(steps=4))]
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["margin", "entropy"])
+def test_an_order_that_does_not_look_at_the_drawn_tokens_is_exact_one_at_a_time(kind):
+    oracle = Oracle()
+    torch.testing.assert_close(exact_distribution(oracle, LogLinear(), SamplerSettings(kind, 3)), oracle.joint)
+
+
+def test_remasking_keeps_the_marginals_of_the_process():
+    """Of a position that was masked or clean in the right proportion, when its token is known (ReMDM, theorem 3.1)."""
+    t, s = torch.tensor([0.7, 0.6]).double()
+    for kind, eta in (("cap", 0.1), ("rescale", 0.9), ("never", 0.0)):
+        sigma = remask_probability(LogLinear(), t, s, kind, eta)
+        clean = LogLinear().alpha(t) * (1 - sigma) + (1 - LogLinear().alpha(t)) * unmask_probability(
+            LogLinear(), t, s, sigma
+        )
+        torch.testing.assert_close(clean, LogLinear().alpha(s))
+
+
+@pytest.mark.parametrize("left", ["token", "null"])
+def test_what_is_carried_of_a_token_that_is_taken_back(left):
+    oracle, states = Oracle(), []
+    settings = SamplerSettings(steps=6, carry=True, remask="rescale", remask_eta=1.0, remasked_estimate=left)
+    given = torch.full((64, 3), oracle.mask_id)
+    kwargs = {"schedule": LogLinear(), "settings": settings, "mask_id": oracle.mask_id, "seed": 0}
+    sample(oracle, given, torch.arange(64), **kwargs, on_step=lambda _, z: states.append(z))
+    taken_back = 0
+    for k, (before, after) in enumerate(itertools.pairwise(states), start=2):
+        again = (before != oracle.mask_id) & (after == oracle.mask_id)
+        taken_back += int(again.sum())
+        if k < 6:
+            carried = oracle.estimates[k][again]
+            expected = oracle.embed(before[again]) if left == "token" else torch.zeros(int(again.sum()), oracle.vocab)
+            torch.testing.assert_close(carried, expected.double())
+    assert taken_back > 20
+
+
+def test_blocks_come_one_after_the_other_and_those_of_a_prompt_cost_nothing():
+    oracle, states = Oracle(length=4), []
+    given = torch.tensor([[0, 1, oracle.mask_id, oracle.mask_id]]).expand(50, -1)
+    settings = SamplerSettings(steps=6, block_length=1)
+    kwargs = {"schedule": LogLinear(), "settings": settings, "mask_id": oracle.mask_id, "seed": 0}
+    drawn = sample(oracle, given, torch.arange(50), **kwargs, on_step=lambda _, z: states.append(z))
+    assert drawn.evaluations == len(states) == 2
+    assert (states[0][:, 2] != oracle.mask_id).all() and (states[0][:, 3] == oracle.mask_id).all()
+    with pytest.raises(ValueError, match="3 steps for 4 blocks"):
+        draw(Oracle(length=4), SamplerSettings(steps=3, block_length=1), n=2)
 
 
 def test_the_enumeration_can_tell_samplers_apart():
@@ -104,7 +214,7 @@ def test_given_tokens_stay_and_the_rest_follows(kind):
     assert chi_squared(oracle, tokens, expected / expected.sum()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["ancestral", "first_hitting"])
+@pytest.mark.parametrize("kind", ["ancestral", "first_hitting", *ORDERS])
 def test_a_sample_does_not_depend_on_its_batch(kind):
     settings = SamplerSettings(kind=kind, steps=4)
     whole = draw(Oracle(), settings, n=64).tokens
@@ -151,17 +261,23 @@ def test_temperature_and_nucleus():
     # 0.5 is reached by the first token alone, exactly.
     torch.testing.assert_close(nucleus(logits.double(), 0.5).softmax(1)[0, 0], torch.tensor(1.0).double())
     u = torch.rand(20000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sharp = draw_tokens(logits.expand(20000, -1), u, SamplerSettings(temperature=0.5))
+    sharp = draw_tokens(logits.expand(20000, -1), u, temperature=0.5)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05]).double() ** 2
     counts = torch.bincount(sharp, minlength=5)
     assert counts[4] == 0
     assert stats.chisquare(counts[:4].numpy(), (20000 * p / p.sum()).numpy()).pvalue > 1e-3
-    assert (draw_tokens(logits.expand(9, -1), u[:9], SamplerSettings(temperature=0)) == 0).all()
+    assert (draw_tokens(logits.expand(9, -1), u[:9], temperature=0) == 0).all()
+
+
+def test_top_k():
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+    assert most_probable(logits, 2).softmax(1)[0].tolist() == pytest.approx([4 / 7, 0, 3 / 7, 0])
+    assert torch.equal(most_probable(logits, None), logits) and torch.equal(most_probable(logits, 9), logits)
 
 
 def test_float64_reaches_the_tail_that_float32_cuts():
     """With float32 uniforms the Gumbel noise ends near 17: a token 20 nats down can never win."""
     uniform = torch.tensor([[0.5, 1 - 2.0**-50]], dtype=torch.float64)
     logits = torch.tensor([[20.0, 0.0]])
-    assert draw_tokens(logits, uniform, SamplerSettings(gumbel="float64")).item() == 1
-    assert draw_tokens(logits + torch.tensor([[6.0, 0.0]]), uniform, SamplerSettings(gumbel="float32")).item() == 0
+    assert draw_tokens(logits, uniform, gumbel="float64").item() == 1
+    assert draw_tokens(logits + torch.tensor([[6.0, 0.0]]), uniform, gumbel="float32").item() == 0

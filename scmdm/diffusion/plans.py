@@ -1,0 +1,132 @@
+"""Which positions a sampler reveals, and takes back, in each of its steps.
+
+Legend: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.noise import keyed_uniform
+from scmdm.diffusion.process import first_hitting_position, reveal_mask
+from scmdm.diffusion.schedule import Schedule, remask_probability, unmask_probability
+
+ORDERS = ("confidence", "margin", "entropy")
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How to sample. `gumbel="float32"` reproduces the truncated tail of older code (arXiv 2409.02908)."""
+
+    kind: str = "ancestral"  # "ancestral" | "first_hitting" | one of ORDERS: the most certain positions first
+    steps: int = 32  # denoiser evaluations; first_hitting reveals one token an evaluation
+    block_length: int | None = None  # semi-autoregressive: so many positions after the other, steps shared equally
+    remask: str = "never"  # ancestral: "never" | "cap" | "rescale" (ReMDM)
+    remask_eta: float = 0.02  # cap: largest probability; rescale: part of the largest possible one
+    remasked_estimate: str = "token"  # carried where a token is taken back: "token" (that it was) | "null" (nothing)
+    temperature: float = 1.0  # 0: most probable token
+    top_k: int | None = None
+    top_p: float = 1.0  # nucleus: smallest set of tokens with this much probability
+    gumbel: str = "float64"  # "float64" | "float32"
+    carry: bool = False  # condition each step on the previous step's estimate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoiser evaluation and what follows from it."""
+
+    index: int  # keys the draws
+    t_B: Tensor  # time of the state that the denoiser sees
+    candidates_BL: Tensor  # masked positions that are revealed, or of which the `count_B` most certain are
+    count_B: Tensor | None = None
+    remask_BL: Tensor | None = None  # positions that are taken back
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan is for. `state()` is the sequence (B, L) as it is now."""
+
+    state: Callable[[], Tensor]
+    given_BL: Tensor  # the sequence at the start
+    ids_B: Tensor
+    schedule: Schedule
+    mask_id: int
+    seed: int
+
+
+def make_plan(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
+    """The steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
+    if settings.kind == "first_hitting":
+        return _first_hitting(problem)
+    return _on_a_grid(problem, settings)
+
+
+def _on_a_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
+    """A uniform time grid from 1 to 0 for each block; at its last step everything left of the block is unmasked."""
+    length, device = problem.given_BL.shape[1], problem.ids_B.device
+    blocks = torch.arange(length, device=device).split(settings.block_length or length)
+    if settings.steps < len(blocks):
+        raise ValueError(f"{settings.steps} steps for {len(blocks)} blocks")
+    index = 0
+    for number, block in enumerate(blocks):
+        steps = settings.steps // len(blocks) + (number < settings.steps % len(blocks))
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+        within_L = torch.zeros(length, dtype=torch.bool, device=device).index_fill(0, block, True)
+        if not bool((problem.given_BL[:, block] == problem.mask_id).any()):
+            index += steps  # a block of the prompt costs nothing
+            continue
+        later = len(blocks) - number - 1
+        for k in range(steps):
+            # The denoiser's time is that of the whole sequence, in which later blocks are still masked.
+            level = (1 - problem.schedule.alpha(grid[k]) + later) / len(blocks)
+            t = problem.schedule.inverse(1 - level) if len(blocks) > 1 else grid[k]
+            yield _grid_step(problem, settings, index, t, grid[k], grid[k + 1], within_L, last=k + 1 == steps)
+            index += 1
+
+
+def _grid_step(
+    problem: Problem,
+    settings: SamplerSettings,
+    index: int,
+    t_denoiser: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    within_L: Tensor,
+    *,
+    last: bool,
+) -> Step:
+    z_BL, ids_B, schedule = problem.state(), problem.ids_B, problem.schedule
+    t_B = t_denoiser.expand(len(ids_B))
+    masked_BL = (z_BL == problem.mask_id) & within_L
+    if settings.kind in ORDERS:
+        whole_B = ((problem.given_BL == problem.mask_id) & within_L).sum(1)
+        left_B = torch.zeros_like(whole_B) if last else (whole_B * (1 - schedule.alpha(t_next))).floor().long()
+        return Step(index, t_B, masked_BL, (masked_BL.sum(1) - left_B).clamp(min=0))
+    sigma = remask_probability(schedule, t, t_next, settings.remask, settings.remask_eta)
+    probability = torch.ones_like(t) if last else unmask_probability(schedule, t, t_next, sigma)
+    u_BL = keyed_uniform(problem.seed, "reveal", index, ids_B, z_BL.shape[1])
+    reveal_BL = reveal_mask(z_BL, u_BL, probability.expand(len(ids_B)), problem.mask_id) & within_L
+    if settings.remask == "never" or last:
+        return Step(index, t_B, reveal_BL)
+    u_BL = keyed_uniform(problem.seed, "remask", index, ids_B, z_BL.shape[1])
+    drawn_BL = (problem.given_BL == problem.mask_id) & ~masked_BL & within_L
+    return Step(index, t_B, reveal_BL, remask_BL=drawn_BL & (u_BL < sigma))
+
+
+def _first_hitting(problem: Problem) -> Iterator[Step]:
+    """First-hitting sampler (arXiv 2409.02908): with n masks left the next one falls when the mask level, uniform in
+    each position, has shrunk by `u^(1/n)`; which one is uniform. Exact, one token an evaluation."""
+    ids_B, schedule, mask_id = problem.ids_B, problem.schedule, problem.mask_id
+    level_B = 1 - schedule.alpha(torch.ones(len(ids_B), dtype=torch.float64, device=ids_B.device))
+    k = 0
+    while bool((problem.state() == mask_id).any()):
+        z_BL = problem.state()
+        u_B2 = keyed_uniform(problem.seed, "hit", k, ids_B, 2)
+        n_B = (z_BL == mask_id).sum(1).clamp(min=1)
+        level_B = level_B * u_B2[:, 0] ** (1 / n_B)
+        yield Step(k, schedule.inverse(1 - level_B), first_hitting_position(z_BL, u_B2[:, 1], mask_id))
+        k += 1
