@@ -104,7 +104,7 @@ def _grid_step(
     masked_BL = (z_BL == problem.mask_id) & within_L
     if settings.kind in ORDERS:
         whole_B = ((problem.given_BL == problem.mask_id) & within_L).sum(1)
-        left_B = torch.zeros_like(whole_B) if last else (whole_B * (1 - schedule.alpha(t_next))).floor().long()
+        left_B = torch.zeros_like(whole_B) if last else (whole_B * (1 - schedule.alpha(t_next))).round().long()
         return Step(index, t_B, masked_BL, (masked_BL.sum(1) - left_B).clamp(min=0))
     sigma = remask_probability(schedule, t, t_next, settings.remask, settings.remask_eta)
     probability = torch.ones_like(t) if last else unmask_probability(schedule, t, t_next, sigma)

@@ -53,7 +53,7 @@ def _step_outcomes(oracle, state, schedule, settings, t, t_next, drawn):
     p = oracle.conditionals(torch.tensor([state]))[0]
     masked = [i for i in drawn if state[i] == oracle.mask_id]
     if settings.kind in ORDERS:
-        left = 0 if t_next == 0 else int(len(drawn) * (1 - schedule.alpha(t_next)))
+        left = 0 if t_next == 0 else round(len(drawn) * float(1 - schedule.alpha(t_next)))
         for tokens in itertools.product(range(oracle.tokens), repeat=len(masked)):
             score = {i: _certainty(settings.kind, p[i], v) for i, v in zip(masked, tokens, strict=True)}
             chosen = sorted(masked, key=lambda i: -score[i])[: len(masked) - left]
