@@ -270,7 +270,8 @@ def _sample(options: argparse.Namespace) -> None:
         for text in generated.texts:
             print(text)
     place = f" -> {config.out}" if config.out else ""
-    note = f"{config.num} samples, {generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s{place}"
+    cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
+    note = f"{len(generated.texts)} samples, {cost}{place}"
     print(note, file=sys.stderr)
 
 

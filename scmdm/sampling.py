@@ -1,15 +1,18 @@
 """Drawing text, molecules, ... from a model on disk: templates, batches, decoding.
 
-Legend: B batch, L length, N samples.
+Legend: B batch, L length, N samples, P prompts or templates.
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,8 +39,13 @@ class Generated:
     tokens: Tensor  # (N, L) int64, on the CPU
     texts: list[str]  # up to the first end mark
     framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
-    evaluations: int  # denoiser evaluations per sample
+    counts: list[int]  # denoiser evaluations of each
     seconds: float
+
+    @property
+    def evaluations(self) -> int:
+        """Denoiser evaluations per sample; the most, when blocks of some prompts cost nothing."""
+        return max(self.counts)
 
 
 def load(path: str | Path, *, weights: str = "ema", device: str = "auto") -> LoadedModel:
@@ -95,31 +103,35 @@ def generate(
     num: int,
     seed: int,
     batch_size: int | None = None,
-    template_L: Tensor | None = None,
+    templates_PL: Tensor | None = None,
     precision: str = "auto",
     progress: bool = False,
 ) -> Generated:
-    """Draw `num` samples; sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal.
+    """Draw `num` samples for each template, those of the first one first; without templates `num` from nothing.
 
-    On a CPU every core draws batches of its own: two small batches side by side are faster than one on two cores.
+    Sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal. On a CPU every core draws
+    batches of its own: two small batches side by side are faster than one on two cores.
     """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
-    template = loaded_template(loaded, spec.length) if template_L is None else template_L
-    sampler.check_length(len(template))
+    if templates_PL is None:
+        templates_PL = loaded_template(loaded, spec.length)[None]
+    sampler.check_length(templates_PL.shape[1])
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    batches = torch.arange(num).split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
-    per_batch = int((template == spec.mask_id).sum()) if settings.kind == "first_hitting" else settings.steps
+    ids_N = torch.arange(num * len(templates_PL))
+    batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
+    masks = int((templates_PL == spec.mask_id).sum(1).max())
+    per_batch = masks if settings.kind == "first_hitting" else settings.steps
     bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
-    def draw(ids: Tensor) -> Samples:
+    def draw(ids_B: Tensor) -> Samples:
         with compute_context(device, resolve_precision(precision, device)):
             return sample(
                 model,
-                template.to(device).expand(len(ids), -1),
-                ids.to(device),
+                templates_PL[ids_B // num].to(device),
+                ids_B.to(device),
                 schedule=spec.schedule,
                 settings=settings,
                 mask_id=spec.mask_id,
@@ -134,39 +146,73 @@ def generate(
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
     texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
     framed = [is_framed(row, loaded.tokenizer) for row in tokens.tolist()]
-    evaluations = max(part.evaluations for part in drawn)
-    return Generated(tokens, texts, framed, evaluations, time.perf_counter() - started)
+    counts = [part.evaluations for part in drawn for _ in range(len(part.tokens))]
+    return Generated(tokens, texts, framed, counts, time.perf_counter() - started)
 
 
 def run_sampling(path: str, config: SampleConfig) -> Generated:
-    """`scmdm sample`: draw, then write JSON lines to `config.out` if set."""
+    """`scmdm sample`: draw, then write to `config.out` if set."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.out is not None:
         require_writable(Path(config.out))
+    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
     loaded = load(path, weights=config.weights, device=config.device)
     length = config.length or loaded.spec.length
-    template = loaded_template(loaded, length, config.prompt, config.infill)
+    templates = [loaded_template(loaded, length, prompt, config.infill) for prompt in prompts]
     generated = generate(
         loaded,
         config.sampler,
         num=config.num,
         seed=config.seed,
         batch_size=config.batch_size,
-        template_L=template,
+        templates_PL=torch.stack(templates),
         precision=config.precision,
         progress=True,
     )
     if config.out is not None:
-        write_samples(Path(config.out), generated)
+        write_samples(Path(config.out), generated, loaded.tokenizer)
     return generated
 
 
-def write_samples(path: Path, generated: Generated) -> None:
-    """One JSON object a line: `text`, `framed`, `tokens`, `evaluations`."""
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: a line each, or in `.jsonl` the key `prompt`. UserError names the line that has none."""
+    try:
+        lines = path.read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path} cannot be read ({error}); give a text file with a prompt a line") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f'prompts={path}: not every line is {{"prompt": TEXT}} ({error!r})') from error
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"prompts={path} holds no prompt, or one that is no text; give a prompt a line")
+    return prompts
+
+
+def write_samples(path: Path, generated: Generated, tokenizer: Tokenizer) -> None:
+    """One JSON object a line with `text`, `framed`, `tokens`, `evaluations`; or, by the file's name: `.txt` texts a
+    line, `.smi` molecules that are framed, `.fasta` sequences, `.png` a picture of the first samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"text": text, "framed": framed, "tokens": tokens, "evaluations": generated.evaluations}
-        for text, framed, tokens in zip(generated.texts, generated.framed, generated.tokens.tolist(), strict=True)
-    ]
-    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    columns = zip(generated.texts, generated.framed, generated.tokens.tolist(), generated.counts, strict=True)
+    rows = [dict(zip(("text", "framed", "tokens", "evaluations"), row, strict=True)) for row in columns]
+    if path.suffix == ".png":
+        from scmdm.evaluation.domains import DOMAINS, domain_name
+
+        if DOMAINS[domain_name(tokenizer.kind)].draw(rows, tokenizer, path) is None:
+            raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
+        return
+    atomic_write_text(path, "".join(line + "\n" for line in _lines(path.suffix, rows)))
+
+
+def _lines(suffix: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        if suffix == ".smi":
+            if row["framed"]:
+                yield row["text"]
+        elif suffix in (".fasta", ".fa"):
+            yield f">sample_{number} evaluations={row['evaluations']} framed={str(row['framed']).lower()}"
+            yield from textwrap.wrap(row["text"], 80)
+        elif suffix == ".txt":
+            yield row["text"]
+        else:
+            yield json.dumps(row)

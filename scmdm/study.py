@@ -245,7 +245,7 @@ def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
     sampler = dataclasses.replace(sampler, steps=settings["steps"])
     drawn = generate(loaded, sampler, num=settings["num"], seed=settings["sampling_seed"])
-    write_samples(task.samples, drawn)
+    write_samples(task.samples, drawn, loaded.tokenizer)
     return {"drawn": drawn}
 
 

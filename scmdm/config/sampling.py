@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from scmdm.diffusion.plans import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
+_FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png")
+
 
 @dataclass
 class SamplerConfig:
@@ -74,8 +76,9 @@ class SampleConfig:
     batch_size: int | None = None  # samples at once; null: 64 on each CPU core, 1024 on a GPU
     seed: int = 0
     prompt: str | None = None  # text that every sample starts with
+    prompts: str | None = None  # file with a prompt a line (.jsonl: {"prompt": TEXT}): `num` samples for each
     infill: str | None = None  # whole text, with [MASK] for each token to fill in
-    out: str | None = None  # JSON lines file; null: print
+    out: str | None = None  # file: .jsonl (all there is to say), .txt, .smi, .fasta, .png; null: print
     weights: str = "ema"  # ema | raw
     device: str = "auto"
     precision: str = "auto"
@@ -83,8 +86,11 @@ class SampleConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self) -> None:
-        if self.prompt is not None and self.infill is not None:
-            raise UserError("prompt and infill are both set; give one of them")
+        given = [key for key in ("prompt", "prompts", "infill") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are both set; give one of them")
+        if self.out is not None and not self.out.endswith(_FORMATS):
+            raise UserError(f"out={self.out} is not possible; its name must end in one of {', '.join(_FORMATS)}")
         for name, least in (("num", 1), ("batch_size", 1), ("length", 1), ("seed", 0), ("threads", 0)):
             _require_least(self, name, least)
         _check_place(self.weights, self.device, self.precision)

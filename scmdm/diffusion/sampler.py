@@ -1,8 +1,8 @@
 """Samplers of the reverse process, each with or without the carried clean-state estimate.
 
-The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. To carry it
-costs no denoiser evaluation. Every draw is keyed: a sample does not depend on the batch it is drawn in. Unless the order
-is by certainty, what is revealed is decided first, and logits are needed only there and for the estimate.
+The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. To carry
+it costs no denoiser evaluation. Every draw is keyed, so that a sample does not depend on its batch. What to reveal is
+decided first, unless by certainty, and logits are needed only there and for the estimate.
 
 A token that is taken back (remasking) was the model's clean-state estimate when the denoiser last saw it, by SUBS, so
 its embedding is what is carried; with `remasked_estimate="null"` nothing is, as if nobody had seen the position.

@@ -131,9 +131,14 @@ DOMAINS: Mapping[str, type[Domain]] = {domain.name: domain for domain in (Molecu
 _OF_TOKENIZER = {"smiles": "molecules"}
 
 
+def domain_name(tokenizer_kind: str) -> str:
+    """The domain that a kind of tokenizer is for."""
+    return _OF_TOKENIZER.get(tokenizer_kind, "text")
+
+
 def domain_of(manifest: Manifest) -> type[Domain]:
     """The domain of a data set."""
-    return DOMAINS[_OF_TOKENIZER.get(manifest.tokenizer.kind, "text")]
+    return DOMAINS[domain_name(manifest.tokenizer.kind)]
 
 
 def decode_split(root: Path, manifest: Manifest, split: str) -> list[str]:

@@ -82,6 +82,67 @@ def test_samples_go_to_the_terminal(base, capsys):
     assert "23 denoiser evaluations each" in captured.err, "the beginning is given, 23 of 24 are drawn"
 
 
+def test_prompts_of_a_file_and_the_formats_of_samples(base, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("CC\nN\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "CC"}\n{"prompt": "N"}\n')
+    common = ["sample", str(base), "num=3", "sampler.steps=4"]
+    rows = []
+    for suffix in ("txt", "jsonl"):
+        out = tmp_path / f"{suffix}.jsonl"
+        assert main([*common, f"prompts={tmp_path / f'prompts.{suffix}'}", f"out={out}"]) == 0
+        rows.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert rows[0] == rows[1] and "6 samples, 4 denoiser evaluations each" in capsys.readouterr().err
+    assert all(
+        row["text"].startswith("CC" if i < 3 else "N") and row["evaluations"] == 4 for i, row in enumerate(rows[0])
+    )
+    for suffix, lines in {
+        "txt": [row["text"] for row in rows[0]],
+        "smi": [row["text"] for row in rows[0] if row["framed"]],
+        "fasta": [x for i, r in enumerate(rows[0]) for x in (_fasta_head(i, r), r["text"])],
+    }.items():
+        out = tmp_path / f"samples.{suffix}"
+        assert main([*common, f"prompts={tmp_path / 'prompts.txt'}", f"out={out}"]) == 0
+        assert out.read_text().splitlines() == lines
+    assert main([*common, f"out={tmp_path / 'grid.png'}"]) == 0
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _fasta_head(number, row):
+    return f">sample_{number} evaluations=4 framed={str(row['framed']).lower()}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["prompts=nowhere.txt"], "cannot be read"),
+        (["prompts={tmp}/none.jsonl"], "not every line is"),
+        (["prompts={tmp}/empty.txt"], "holds no prompt"),
+        (["prompts={tmp}/empty.txt", "prompt=C"], "prompt and prompts are both set"),
+        (["out={tmp}/a.docx"], "must end in one of .jsonl"),
+        (["sampler.block_length=2", "sampler.steps=3"], "has 12 blocks"),
+        (["sampler.kind=entropy", "sampler.remask=cap"], "sampler.remask='cap' is not possible"),
+        (["sampler.kind=first_hitting", "sampler.block_length=2"], "null with kind=first_hitting"),
+        (["sampler.top_k=0"], "sampler.top_k=0 is not possible"),
+    ],
+)
+def test_mistakes_about_samples(base, tmp_path, capsys, keys, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "none.jsonl").write_text("{}\n")
+    assert main(["sample", str(base), *(key.format(tmp=tmp_path) for key in keys)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [["sampler.kind=margin"], ["sampler.block_length=6", "sampler.top_k=3"], ["sampler.remask=rescale"]],
+    ids=lambda keys: keys[0],
+)
+def test_samplers_by_name(base, tmp_path, keys):
+    out = tmp_path / "a.jsonl"
+    assert main(["sample", str(base), "num=4", "sampler.steps=6", *keys, f"out={out}"]) == 0
+    assert [json.loads(line)["evaluations"] for line in out.read_text().splitlines()] == [6] * 4
+
+
 def test_prompt_and_infill(base, tmp_path):
     out = tmp_path / "a.jsonl"
     assert main(["sample", str(base), "num=5", "prompt=CC(=O)", f"out={out}"]) == 0
@@ -120,7 +181,7 @@ def test_templates():
         (["num=0"], "num=0"),
         (["threads=-1"], "threads=-1 is not possible"),
         (["length=0"], "length=0 is not possible"),
-        (["out=/proc/nope/x"], "out=/proc/nope/x cannot be written"),
+        (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
         (["sampler.kind=magic"], "one of ancestral, first_hitting"),
         (["device=cuda"], "torch sees no CUDA device"),
     ],
@@ -147,7 +208,7 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["out=/proc/nope/x"], "out=/proc/nope/x cannot be written"),
+        (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
         (["domain=text"], "domain=text, but the model's tokenizer makes molecules"),
         (["scorer=/tmp"], "scorer=/tmp is for text"),
         (["split=nope"], "no split 'nope'"),
