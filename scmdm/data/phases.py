@@ -19,13 +19,12 @@ import numpy as np
 
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data.duplicates import repetitions
-from scmdm.data.records import Part, Record, Source, Tally
+from scmdm.data.records import SPLITS, Part, Record, Source, Tally
 from scmdm.data.shards import Description, Row, write_piece
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, learns_from_text, load_tokenizer, make_tokenizer, symbols_of
 from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
-SPLITS = ("train", "validation", "test")
 _SAMPLE_BYTES = 1 << 28  # of text that sentencepiece is trained on, at most; it holds all of it in memory
 
 
@@ -53,7 +52,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             row = len(hashes)
             hashes.append(int.from_bytes(digest[:8], "big"))
             records.write(_to_json(record) + "\n")
-            if not learns_from_text(config.tokenizer) or _split(config, part, hashes[-1]) != "train":
+            if not learns_from_text(config.tokenizer) or _split(config, source, part, hashes[-1]) != "train":
                 continue
             if int.from_bytes(digest[8:16], "big") < sampled * 2**64:
                 sample.write(json.dumps([row, record.content]) + "\n")
@@ -162,7 +161,7 @@ def encode(
                 if repeated:
                     tally.counts["dropped: duplicate"] += 1  # not dirt
                     continue
-                split, record = _split(config, part, hash_), _from_json(line)
+                split, record = _split(config, source, part, hash_), _from_json(line)
                 try:
                     ids = tokenizer.encode(record.content)
                 except UnknownSymbol as error:
@@ -196,8 +195,20 @@ def total_counts(files: Sequence[Path]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _split(config: PrepareConfig, part: Part, hash_: int) -> str:
-    return part.split or split_of_hash(hash_, config.validation_fraction, config.test_fraction)
+def splits_of(source: Source) -> tuple[str, ...]:
+    """The splits of a data set: `SPLITS`, and further ones that the source publishes."""
+    return (*SPLITS, *(name for name in source.published if name not in SPLITS))
+
+
+def _split(config: PrepareConfig, source: Source, part: Part, hash_: int) -> str:
+    """Published splits stand, but for those of `SPLITS` that nobody has published: a hash takes them out of train."""
+    if part.split is not None and part.split != "train":
+        return part.split
+    validation, test = (
+        0.0 if name in source.published else fraction
+        for name, fraction in (("validation", config.validation_fraction), ("test", config.test_fraction))
+    )
+    return split_of_hash(hash_, validation, test)
 
 
 def split_of(content: str, validation_fraction: float, test_fraction: float) -> str:

@@ -27,7 +27,6 @@ from data_prep import make_source
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data import phases
 from scmdm.data.manifest import Manifest
-from scmdm.data.phases import SPLITS
 from scmdm.data.records import Part, Source, cut_into_parts, join_parts
 from scmdm.data.remote import upload_dataset
 from scmdm.data.shards import check_place, is_up_to_date, join_pieces
@@ -36,7 +35,7 @@ from scmdm.data.work import Task, Worker, work_off
 # What the data set does not depend on, or says in another way.
 _NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
 # Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_NEWER = ("deduplicate", "part_mb")
+_NEWER = ("deduplicate", "part_mb", "smiles_column")
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
@@ -184,8 +183,8 @@ class _Preparation:
         )
         description = phases.describe(self.config, self.source, described, counts)
         tokenizer = phases.fitted_tokenizer(self.work / "fit-00000")
-        root = Path(self.config.out)
-        join_pieces(root, encoded, SPLITS, tokenizer, description, overwrite=self.config.overwrite)
+        splits, overwrite = phases.splits_of(self.source), self.config.overwrite
+        join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
         """At once for the other workers, who take its absence for the end; also what other settings have left there."""

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from scmdm.errors import UserError
 
+SPLITS = ("train", "validation", "test")  # what every data set has
+
 
 @dataclass(frozen=True)
 class Record:
@@ -33,7 +35,7 @@ class Part:
     """What one worker reads at a time. Parts depend on the corpus alone, never on the number of workers."""
 
     slices: tuple[Slice, ...]
-    split: str | None = None  # None: every record's split follows from its hash
+    split: str | None = None  # one of the source's `published`; None: every record's split follows from its hash
 
 
 class Tally:
@@ -61,6 +63,7 @@ class Source(Protocol):
     name: str
     whole_records: bool  # a record is one sample (a molecule) or is cut into several (text)
     labels: tuple[str, ...]  # names of the classes of records; empty: none
+    published: tuple[str, ...]  # splits that its parts name, beyond SPLITS too; empty: all are drawn by hash
 
     def files(self) -> dict[str, Path]:
         """The raw files by a name that does not depend on where they are, in reading order."""

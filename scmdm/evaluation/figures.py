@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+from scipy.stats import wasserstein_distance
 
 from scmdm.evaluation.statistics import Interval
 from scmdm.files import atomic_write_bytes
@@ -153,6 +154,49 @@ def progress_figure(rows: Sequence[Row], path: Path) -> Path:
             ax.set(title=title, xlabel="step")
         figure.tight_layout()
         return _save(figure, path)
+
+
+def distribution_figure(
+    sets: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, units: Mapping[str, str] | None = None
+) -> Path:
+    """Histograms of each property: the first set is the reference (filled), the others are lines.
+
+    `sets` are values by property by name of the set, the same properties in each. The distance is the 1-Wasserstein
+    distance from the reference, in the property's unit. What is outside the middle 99.8 % of the
+    reference and of the others together is beyond the axes.
+    """
+    (reference, values), *others = sets.items()
+    with plt.rc_context(_STYLE):
+        columns = min(2, len(values))
+        rows = -(-len(values) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.9 * rows), squeeze=False)
+        for ax, (name, values_N) in zip(axes.flat, values.items(), strict=False):
+            edges = _edges([found[name] for found in sets.values()])
+            ax.hist(values_N, edges, density=True, color="#cccccc", label=reference)
+            for index, (label, found) in enumerate(others, start=1):
+                distance = wasserstein_distance(found[name], values_N)
+                ax.hist(
+                    found[name],
+                    edges,
+                    density=True,
+                    histtype="step",
+                    lw=1.6,
+                    color=COLOURS[index % 7],
+                    label=f"{label}, distance {distance:.3g}",
+                )
+            ax.set(title=name, ylabel="density", xlabel=(units or {}).get(name, ""))
+            ax.set_ylim(0, 1.12 * ax.get_ylim()[1])
+            ax.legend(fontsize=9)
+        for ax in list(axes.flat)[len(values) :]:
+            ax.axis("off")
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _edges(values: Sequence[np.ndarray]) -> np.ndarray:
+    bins = int(np.clip(2 * min(map(len, values)) ** (1 / 3), 5, 60))  # Rice's rule
+    low, high = np.quantile(np.concatenate(values), [0.001, 0.999])
+    return np.linspace(low, high if high > low else low + 1.0, bins + 1)
 
 
 def _save(figure: Figure, path: Path) -> Path:

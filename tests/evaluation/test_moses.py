@@ -1,0 +1,253 @@
+"""MOSES' metrics: by hand, against RDKit and brute force, and against MOSES' published figures."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from rdkit import Chem, DataStructs
+from rdkit.Chem import rdFingerprintGenerator
+from scipy.stats import wasserstein_distance
+
+from scmdm.errors import UserError
+from scmdm.evaluation.figures import distribution_figure
+from scmdm.evaluation.molecules import chemnet_activations
+from scmdm.evaluation.moses import (
+    PROPERTIES,
+    Comparison,
+    Filters,
+    Moments,
+    MosesReference,
+    SetStatistics,
+    cosine_similarity,
+    describe,
+    evaluate_moses,
+    filter_rate,
+    fingerprints,
+    fragments_of,
+    frechet_distance,
+    internal_diversity,
+    nearest_similarity,
+    scaffold_of,
+)
+
+# Of MOSES' training and test sets.
+TRAIN = [
+    "CCCS(=O)c1ccc2[nH]c(=NC(=O)OC)[nH]c2c1",
+    "CC(C)(C)C(=O)C(Oc1ccc(Cl)cc1)n1ccnc1",
+    "Cc1c(Cl)cccc1Nc1ncccc1C(=O)OCC(O)CO",
+    "Cn1cnc2c1c(=O)n(CC(O)CO)c(=O)n2C",
+    "CC1Oc2ccc(Cl)cc2N(CC(O)CO)C1=O",
+]
+TEST = [
+    "CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1",
+    "COc1ccc(-c2cc(=O)c3c(O)c(OC)c(OC)cc3o2)cc1O",
+    "O=C(C1CCCCC1)N1CC(=O)N2CCCc3ccccc3C2C1",
+    "COc1ccccc1OC(=O)c1ccccc1OC(C)=O",
+]
+BITS = arrays.arrays(np.uint8, st.tuples(st.integers(1, 12), st.just(8)), elements=st.integers(0, 255))
+
+
+def molecules(smiles):
+    return [Chem.MolFromSmiles(text) for text in smiles]
+
+
+def tanimoto(a_W, b_W):
+    a, b = (set(np.flatnonzero(np.unpackbits(row))) for row in (a_W, b_W))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+@given(BITS, BITS)
+def test_nearest_similarity_is_that_of_all_pairs(sample, reference):
+    found = nearest_similarity(sample, reference)
+    assert found == pytest.approx([max(tanimoto(a, b) for b in reference) for a in sample], abs=1e-6)
+
+
+@given(BITS)
+def test_internal_diversity_is_that_of_all_pairs(sample):
+    pairs = np.array([[tanimoto(a, b) for b in sample] for a in sample])
+    one, two = internal_diversity(sample)
+    assert one == pytest.approx(1 - pairs.mean(), abs=1e-6)
+    assert two == pytest.approx(1 - np.sqrt((pairs**2).mean(1)).mean(), abs=1e-6)
+
+
+def test_blocks_do_not_change_similarities(monkeypatch):
+    dice = np.random.default_rng(0)
+    sample, reference = dice.integers(0, 256, (37, 128), np.uint8), dice.integers(0, 256, (53, 128), np.uint8)
+    whole = nearest_similarity(sample, reference), internal_diversity(sample)
+    monkeypatch.setattr("scmdm.evaluation.moses._BLOCK", 10)
+    assert nearest_similarity(sample, reference) == pytest.approx(whole[0])
+    assert internal_diversity(sample) == pytest.approx(whole[1])
+
+
+def test_similarities_are_rdkit_s():
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024)
+    ours = nearest_similarity(fingerprints(molecules(TRAIN)), fingerprints(molecules(TEST)))
+    theirs = [generator.GetFingerprint(molecule) for molecule in molecules(TEST)]
+    for molecule, best in zip(molecules(TRAIN), ours, strict=True):
+        similarities = DataStructs.BulkTanimotoSimilarity(generator.GetFingerprint(molecule), theirs)
+        assert best == pytest.approx(max(similarities), abs=1e-6)
+
+
+COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 100))
+
+
+@given(COUNTS, COUNTS)
+def test_cosine_of_counts(a, b):
+    found = cosine_similarity(a, b)
+    x, y = (np.array([counts.get(name, 0) for name in "abcdef"], float) for counts in (a, b))
+    if not (a and b):
+        assert found is None
+    else:
+        assert found == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+def test_fragments_and_scaffolds():
+    assert sorted(fragments_of(Chem.MolFromSmiles("CCC(=O)NCC"))) == ["[1*]C(=O)CC", "[4*]CC", "[5*]N[5*]"]
+    assert fragments_of(Chem.MolFromSmiles("c1ccccc1")) == ["c1ccccc1"]
+    assert scaffold_of(Chem.MolFromSmiles("Cc1ccc(CNc2ccccc2F)cc1")) == "c1ccc(CNc2ccccc2)cc1"
+    assert scaffold_of(Chem.MolFromSmiles("Cc1ccccc1")) is None, "one ring is no scaffold"
+    assert scaffold_of(Chem.MolFromSmiles("CCO")) is None
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 2**32))
+def test_moments_of_parts_are_those_of_the_whole(count, parts, seed):
+    dice = np.random.default_rng(seed)
+    values = dice.normal(3, 2, size=(count, 4))
+    cut = np.sort(dice.integers(0, count + 1, parts - 1))
+    pieces = [Moments.of(piece) for piece in np.split(values, cut)]
+    together = sum(pieces[1:], pieces[0])
+    assert together.mean == pytest.approx(values.mean(0))
+    assert together.covariance == pytest.approx(np.cov(values.T), abs=1e-9)
+
+
+def test_frechet_distance_by_hand():
+    """Normal distributions with diagonal covariances: |m - n|^2 + sum (s - t)^2."""
+    dice = np.random.default_rng(0)
+    corners = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)  # covariance: the identity
+    shift = dice.normal(size=2)
+    found = frechet_distance(Moments.of(corners), Moments.of(corners * [3, 0.5] + shift))
+    assert found == pytest.approx(shift @ shift + 2**2 + 0.5**2, rel=1e-4)
+
+
+@pytest.fixture
+def filters(tmp_path):
+    """One filter in each file, as the package lays them out."""
+    (tmp_path / "mcf.csv").write_text('names,smarts\nMCF4,"[H]C([H])([#6])[F,Cl,Br,I]"\nMCF7,[#6&!H0]=[#8]\n')
+    (tmp_path / "wehi_pains.csv").write_text('"c:1:c:c:c:c:c:1-[#7]=[#7]      ","<regId=azo(1)>"\n')
+    return Filters.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "passes"),
+    [
+        ("Cc1ccccc1C(=O)NC", True),
+        ("CCCl", False),  # needs the hydrogens that SMILES leaves out
+        ("CC=O", False),
+        ("c1ccccc1N=NC", False),
+        ("C[N+](C)(C)C", False),
+        ("CCP", False),
+        ("C1CCCCCC1", True),
+        ("C1CCCCCCC1", False),  # a ring of eight
+    ],
+)
+def test_filters(filters, smiles, passes):
+    assert filters.passes(Chem.MolFromSmiles(smiles)) is passes
+
+
+def test_filter_files_that_are_missing_or_damaged_are_named(filters, tmp_path):
+    assert filter_rate(["Cc1ccccc1", "CC=O", "CCCl", "CC"], filters) == 0.5
+    (tmp_path / "wehi_pains.csv").write_text('"no ( smarts",x\n')
+    with pytest.raises(UserError, match="no SMARTS"):
+        Filters.read(tmp_path)
+    (tmp_path / "mcf.csv").unlink()
+    with pytest.raises(UserError, match=r"mcf\.csv is missing"):
+        Filters.read(tmp_path)
+
+
+def test_all_metrics_of_a_few_molecules(filters):
+    """Two spellings of one training molecule, one test molecule, one not framed, one that is none."""
+    reference = MosesReference.make(TRAIN, TEST, TRAIN[:2], filters, fcd=False)
+    samples = [TRAIN[4], Chem.MolToSmiles(Chem.MolFromSmiles(TRAIN[4]), canonical=False), TEST[0], TEST[1], "C(("]
+    found = evaluate_moses(samples, [True, True, True, False, True], reference)
+    table = found.as_dict()
+    valid = [TRAIN[4], TRAIN[4], TEST[0]]
+    assert (table["num_samples"], table["num_valid"], table["valid"]) == (5, 3, 0.6)
+    assert table["Novelty"] == 0.5 and table["unique@1000"] is None and table["FCD/Test"] is None
+    similarity = nearest_similarity(fingerprints(molecules(valid)), fingerprints(molecules(TEST)))
+    assert table["SNN/Test"] == pytest.approx(similarity.mean()) and similarity[2] == pytest.approx(1)
+    assert table["Filters"] == pytest.approx(filter_rate(valid, filters))
+    for name, compute in PROPERTIES.items():
+        values, others = ([compute(molecule) for molecule in molecules(smiles)] for smiles in (valid, TEST))
+        assert table[name] == pytest.approx(wasserstein_distance(values, others))
+    scaffolds = [Counter(filter(None, map(scaffold_of, molecules(smiles)))) for smiles in (valid, TRAIN[:2])]
+    assert table["Scaf/TestSF"] == pytest.approx(cosine_similarity(*scaffolds))
+
+
+def test_a_set_compared_with_itself(filters):
+    table = evaluate_moses(TEST, [True] * 4, MosesReference.make(TRAIN, TEST, None, filters, fcd=False)).as_dict()
+    for name in ("valid", "SNN/Test", "Frag/Test", "Scaf/Test", "Novelty"):
+        assert table[name] == pytest.approx(1.0), name
+    assert all(table[name] == pytest.approx(0.0) for name in PROPERTIES)
+    assert table["SNN/TestSF"] is None
+
+
+@pytest.mark.parametrize("samples", [[], ["C(", ""], ["CC=O", "("]])
+def test_nothing_or_one_valid_molecule(samples):
+    table = evaluate_moses(samples, [True] * len(samples), MosesReference.make(TRAIN, TEST, fcd=False)).as_dict()
+    assert table["num_valid"] == (1 if "CC=O" in samples else 0)
+    assert table["IntDiv"] is None and table["SNN/Test"] is None and table["QED"] is None
+
+
+def test_uniqueness_counts_the_first_valid_ones(monkeypatch):
+    monkeypatch.setattr("scmdm.evaluation.moses.UNIQUE_AT", (2, 4, 8))
+    samples = ["(", "CCO", "OCC", "CCN", "(", "CCC"]
+    found = evaluate_moses(samples, [True] * 6, MosesReference.make(TRAIN, TEST, fcd=False))
+    assert found.unique == {2: 0.5, 4: 0.75, 8: None}
+
+
+def test_statistics_are_kept_and_a_damaged_file_is_named(tmp_path):
+    whole = describe(TEST, fcd=False)
+    path = tmp_path / "deep" / "test.npz"
+    whole.save(path)
+    again = SetStatistics.load(path)
+    assert (again.fragments, again.scaffolds, again.activations) == (whole.fragments, whole.scaffolds, None)
+    assert np.array_equal(again.fingerprints_NW, whole.fingerprints_NW)
+    assert all(np.array_equal(again.properties[name], whole.properties[name]) for name in PROPERTIES)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"test\.npz is damaged"):
+        SetStatistics.load(path)
+
+
+def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
+    whole = describe([*TRAIN, *TEST], fcd=False)
+    monkeypatch.setattr("scmdm.evaluation.moses._CHUNK", 2)
+    parts = describe([*TRAIN, *TEST], fcd=False)
+    assert parts.fragments == whole.fragments and np.array_equal(parts.fingerprints_NW, whole.fingerprints_NW)
+    assert Comparison.of(parts, whole).frag == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_workers_and_the_file_do_not_change_the_moments(tmp_path, monkeypatch):
+    smiles = [*TRAIN, *TEST] * 200
+    alone, together = (describe(smiles, fcd=True, workers=workers) for workers in (1, 2))
+    assert np.array_equal(alone.activations.products_AA, together.activations.products_AA)
+    together.save(tmp_path / "set.npz")
+    again = SetStatistics.load(tmp_path / "set.npz")
+    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_A, alone.activations.sum_A)
+    assert frechet_distance(again.activations, alone.activations) == pytest.approx(0, abs=1e-3)
+    activations = chemnet_activations(smiles)
+    assert alone.activations.covariance == pytest.approx(np.cov(activations.T), abs=1e-4)
+
+
+def test_figure_of_distributions(tmp_path):
+    dice = np.random.default_rng(0)
+    sets = {name: {key: dice.normal(size=50) for key in PROPERTIES} for name in ("test", "a", "b")}
+    sets["b"]["QED"] = np.ones(50)
+    path = distribution_figure(sets, tmp_path / "figure.png", units={"weight": "Da"})
+    assert path.read_bytes().startswith(b"\x89PNG")
+    constant = {name: {"QED": np.ones(3)} for name in ("test", "a")}
+    assert distribution_figure(constant, tmp_path / "constant.png").is_file()
