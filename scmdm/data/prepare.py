@@ -34,9 +34,18 @@ from scmdm.data.shards import check_place, is_up_to_date, join_pieces
 from scmdm.data.work import Task, Worker, work_off
 
 # What the data set does not depend on, or says in another way.
-_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
+_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty", "species_table")
 # Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_NEWER = ("deduplicate", "part_mb")
+_NEWER = (
+    "deduplicate",
+    "part_mb",
+    "stride",
+    "block_windows",
+    "max_unknown",
+    "soft_masked",
+    "reverse_complement",
+    "species_from",
+)
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
