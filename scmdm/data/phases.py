@@ -52,7 +52,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             row = len(hashes)
             hashes.append(int.from_bytes(digest[:8], "big"))
             records.write(_to_json(record) + "\n")
-            if not learns_from_text(config.tokenizer) or _split(config, source, part, hashes[-1]) != "train":
+            if not learns_from_text(config.tokenizer) or _split(config, source, part, record, digest) != "train":
                 continue
             if int.from_bytes(digest[8:16], "big") < sampled * 2**64:
                 sample.write(json.dumps([row, record.content]) + "\n")
@@ -86,13 +86,13 @@ def _content(record: Record) -> bytes:
 
 def _to_json(record: Record) -> str:
     if isinstance(record.content, bytes):
-        return json.dumps([1, record.content.decode("latin-1"), record.label])
-    return json.dumps([0, record.content, record.label])
+        return json.dumps([1, record.content.decode("latin-1"), record.label, record.group])
+    return json.dumps([0, record.content, record.label, record.group])
 
 
 def _from_json(line: str) -> Record:
-    raw, content, label = json.loads(line)
-    return Record(content.encode("latin-1") if raw else content, label)
+    raw, content, label, group = json.loads(line)
+    return Record(content.encode("latin-1") if raw else content, label, group)
 
 
 def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to: Path) -> None:
@@ -159,9 +159,10 @@ def encode(
         with open(scanned / "records.jsonl") as file:
             for line, hash_, repeated in zip(file, hashes_N.tolist(), repeated_N.tolist(), strict=True):
                 if repeated:
-                    tally.counts["dropped: duplicate"] += 1  # not dirt
+                    tally.leave_out("duplicate")
                     continue
-                split, record = _split(config, source, part, hash_), _from_json(line)
+                record = _from_json(line)
+                split = _split(config, source, part, record, hash_.to_bytes(8, "big"))
                 try:
                     ids = tokenizer.encode(record.content)
                 except UnknownSymbol as error:
@@ -200,15 +201,20 @@ def splits_of(source: Source) -> tuple[str, ...]:
     return (*SPLITS, *(name for name in source.published if name not in SPLITS))
 
 
-def _split(config: PrepareConfig, source: Source, part: Part, hash_: int) -> str:
-    """Published splits stand, but for those of `SPLITS` that nobody has published: a hash takes them out of train."""
+def _split(config: PrepareConfig, source: Source, part: Part, record: Record, digest: bytes) -> str:
+    """Published splits stand, but for those of `SPLITS` that nobody has published: a hash takes them out of train.
+
+    It is that of the record's group or, without one, of its content.
+    """
     if part.split is not None and part.split != "train":
         return part.split
+    if record.group is not None:
+        digest = hashlib.sha256(record.group.encode()).digest()
     validation, test = (
         0.0 if name in source.published else fraction
         for name, fraction in (("validation", config.validation_fraction), ("test", config.test_fraction))
     )
-    return split_of_hash(hash_, validation, test)
+    return split_of_hash(int.from_bytes(digest[:8], "big"), validation, test)
 
 
 def split_of(content: str, validation_fraction: float, test_fraction: float) -> str:
@@ -217,7 +223,7 @@ def split_of(content: str, validation_fraction: float, test_fraction: float) -> 
 
 
 def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) -> str:
-    """The split of a record by the first 8 bytes of its SHA-256."""
+    """The split of a record by the first 8 bytes of its SHA-256, or of its group's."""
     u = hash_ / 2**64
     if u < test_fraction:
         return "test"

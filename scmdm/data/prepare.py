@@ -33,9 +33,21 @@ from scmdm.data.shards import check_place, is_up_to_date, join_pieces
 from scmdm.data.work import Task, Worker, work_off
 
 # What the data set does not depend on, or says in another way.
-_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
-# Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_NEWER = ("deduplicate", "part_mb", "smiles_column")
+_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty", "species_table")
+# Keys that came later are in the description only when they are not at their defaults: older data sets stay valid.
+_ALWAYS_IN_SOURCE = (
+    "source",
+    "text_key",
+    "tokenizer",
+    "vocab_size",
+    "length",
+    "pad_policy",
+    "bos_policy",
+    "validation_fraction",
+    "test_fraction",
+    "limit",
+    "shard_mb",
+)
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
@@ -207,7 +219,7 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in asdict(config).items()
-        if key not in _NOT_IN_SOURCE and not (key in _NEWER and value == getattr(default, key))
+        if key not in _NOT_IN_SOURCE and (key in _ALWAYS_IN_SOURCE or value != getattr(default, key))
     }
 
 

@@ -19,6 +19,7 @@ class Record:
 
     content: str | bytes  # bytes: token values as they are (levels of pixels)
     label: int | None = None  # index into the source's `labels`
+    group: str | None = None  # records of one group are in one split, which its hash decides; None: the content's
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Tally:
         """Count what cannot be used. Raises UserError, which names the place, when nothing may be dropped."""
         if self._refuse:
             raise UserError(f"{where}: {reason}; correct it, or leave it out with on_dirty=skip")
+        self.leave_out(reason)
+
+    def leave_out(self, reason: str) -> None:
+        """Count what is no dirt, and yet not wanted: repetitions, what the settings ask to leave out."""
         self.counts[f"dropped: {reason}"] += 1
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import wasserstein_distance
 
+from scmdm.evaluation.genomes import Spectrum
 from scmdm.evaluation.statistics import Interval
 from scmdm.files import atomic_write_bytes
 
@@ -205,3 +206,33 @@ def _save(figure: Figure, path: Path) -> Path:
     plt.close(figure)
     atomic_write_bytes(path, buffer.getvalue())
     return path
+
+
+def genome_figure(reference: Spectrum, arms: Mapping[str, Spectrum], path: Path) -> Path:
+    """Distribution of the GC content of single sequences, and frequencies of 3-mers against those of real windows."""
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8))
+        real_K = _frequencies(reference)
+        _draw_gc(left, reference, fill=True, color="#cccccc", label="real")
+        right.plot([0, real_K.max()], [0, real_K.max()], color="#999999", lw=1)
+        for index, (arm, found) in enumerate(arms.items()):
+            colour, marker = COLOURS[index % 7], MARKERS[index % 7]
+            _draw_gc(left, found, color=colour, lw=1.6, label=arm)
+            right.plot(real_K, _frequencies(found), marker, color=colour, ms=4.5, alpha=0.75, label=arm)
+        left.set(title="GC content", xlabel="fraction of a sequence's letters", ylabel="density")
+        right.set(title="3-mers (line: as in real windows)", xlabel="frequency, real", ylabel="frequency, samples")
+        for ax in (left, right):
+            ax.legend(fontsize=9)
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _draw_gc(ax: Axes, spectrum: Spectrum, **style: Any) -> None:
+    known_N = spectrum.gc_N[~np.isnan(spectrum.gc_N)]
+    counts, edges = np.histogram(known_N, bins=40, range=(0, 1))
+    ax.stairs(counts / max(1, len(known_N)) / np.diff(edges), edges, **style)
+
+
+def _frequencies(spectrum: Spectrum) -> np.ndarray:
+    counts_K = spectrum.kmers[3]
+    return counts_K / max(1, counts_K.sum())

@@ -221,7 +221,7 @@ def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
 
 def fragments_of(molecule: Chem.Mol) -> list[str]:
     """SMILES of what BRICS' rules cut a molecule into (Degen et al., ChemMedChem 2008), repetitions included."""
-    return Chem.MolToSmiles(AllChem.FragmentOnBRICSBonds(molecule)).split(".")
+    return Chem.MolToSmiles(AllChem.FragmentOnBRICSBonds(molecule)).split(".")  # type: ignore[attr-defined]
 
 
 def scaffold_of(molecule: Chem.Mol) -> str | None:

@@ -17,7 +17,7 @@ from scmdm.data.tokenizers.base import (
     text_ids,
 )
 from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
-from scmdm.data.tokenizers.symbols import SPLITTERS, SymbolTokenizer
+from scmdm.data.tokenizers.symbols import ALPHABETS, SPLITTERS, SymbolTokenizer
 from scmdm.errors import UserError
 
 __all__ = [
@@ -51,7 +51,7 @@ def make_tokenizer(kind: str, *, symbols: Iterable[str], sample: Iterable[str], 
     """A tokenizer for a corpus with these symbols, or with texts like the sample. Raises UserError."""
     if kind == "sentencepiece":
         return SentencePieceTokenizer.fit(sample, vocab_size)
-    return SymbolTokenizer(kind, sorted(symbols))
+    return SymbolTokenizer(kind, ALPHABETS.get(kind) or sorted(symbols))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

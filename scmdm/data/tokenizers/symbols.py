@@ -16,6 +16,9 @@ from scmdm.files import atomic_write_text
 # Atom-level SMILES pieces (Schwaller et al., ACS Cent. Sci. 2019): bracket atoms, two-letter elements, bonds, rings.
 SMILES_PIECES = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d")
 
+NUCLEOTIDES = "ACGTN"  # N: not known which
+_NO_NUCLEOTIDE = str.maketrans("", "", NUCLEOTIDES)
+
 
 class SymbolTokenizer:
     """A list of symbols behind the specials; the splitter of its kind cuts a text into them."""
@@ -81,8 +84,19 @@ def selfies_to_smiles(symbols: str) -> str:
     return smiles if molecule is None else Chem.MolToSmiles(molecule)
 
 
+def split_dna(text: str) -> list[str]:
+    """Letters. Raises UnknownSymbol for what is none of A, C, G, T and N (unknown), lower case included."""
+    rest = text.translate(_NO_NUCLEOTIDE)
+    if rest:
+        raise UnknownSymbol(f"{rest[:1]!r} is none of {', '.join(NUCLEOTIDES)}")
+    return list(text)
+
+
 SPLITTERS: Mapping[str, Callable[[str], list[str]]] = {
     "smiles": split_smiles,
     "selfies": split_selfies,
     "characters": list,
+    "dna": split_dna,
 }
+# Alphabets that are the same for every corpus; those of other kinds are the symbols that the corpus has.
+ALPHABETS: Mapping[str, str] = {"dna": NUCLEOTIDES}
