@@ -25,4 +25,35 @@ def _text(config: PrepareConfig) -> Source:
     return shakespeare() if config.path is None else TextFolder(Path(config.path), config.text_key)
 
 
-_SOURCES = {"qm9": _qm9, "text": _text}
+def _cifar10(config: PrepareConfig) -> Source:
+    from data_prep.images import Cifar10
+
+    return Cifar10.of(config)
+
+
+def _images(config: PrepareConfig) -> Source:
+    from data_prep.images import ImageFolder
+
+    return ImageFolder.of(config)
+
+
+def _digits(config: PrepareConfig) -> Source:
+    from data_prep.images import Digits
+
+    return Digits.of(config)
+
+
+def _codes(config: PrepareConfig) -> Source:
+    from data_prep.codes import Codes
+
+    return Codes.of(config)
+
+
+_SOURCES = {
+    "qm9": _qm9,
+    "text": _text,
+    "cifar10": _cifar10,
+    "images": _images,
+    "digits": _digits,
+    "codes": _codes,
+}

