@@ -55,4 +55,38 @@ def _genomes(config: PrepareConfig) -> Source:
     return Genomes(Path(config.path), windows, Labels(config.species_from, table))
 
 
-_SOURCES = {"qm9": _qm9, "moses": _moses, "smiles": _smiles, "text": _text, "genomes": _genomes}
+def _cifar10(config: PrepareConfig) -> Source:
+    from data_prep.images import Cifar10
+
+    return Cifar10.of(config)
+
+
+def _images(config: PrepareConfig) -> Source:
+    from data_prep.images import ImageFolder
+
+    return ImageFolder.of(config)
+
+
+def _digits(config: PrepareConfig) -> Source:
+    from data_prep.images import Digits
+
+    return Digits.of(config)
+
+
+def _codes(config: PrepareConfig) -> Source:
+    from data_prep.codes import Codes
+
+    return Codes.of(config)
+
+
+_SOURCES = {
+    "qm9": _qm9,
+    "moses": _moses,
+    "smiles": _smiles,
+    "text": _text,
+    "genomes": _genomes,
+    "cifar10": _cifar10,
+    "images": _images,
+    "digits": _digits,
+    "codes": _codes,
+}

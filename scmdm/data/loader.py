@@ -24,7 +24,7 @@ from streaming import StreamingDataLoader
 from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, TokenDataset, TokenStream
+from scmdm.data.dataset import COLUMN, LABEL, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.data.remote import fetch_split
@@ -183,23 +183,39 @@ def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.
 
     A cache fetches what it lacks of the split, and keeps it. Raises UserError when a file is missing or damaged.
     """
+    found = _read_column(root, split, COLUMN, rows)
+    manifest = Manifest.read(root)
+    return np.stack(found) if found else np.zeros((0, manifest.length), manifest.dtype)
+
+
+def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
+    """Labels (N,) int32 of a split, indices into the manifest's `labels`: all, or those of `rows` (ascending).
+
+    Raises UserError when the samples have none, or when a file is missing or damaged.
+    """
+    if not Manifest.read(root).labels:
+        raise UserError(f"{root} has no labels; prepare it from a source with classes")
+    return np.array(_read_column(root, split, LABEL, rows), np.int32)
+
+
+def _read_column(root: Path, split: str, column: str, rows: Sequence[int] | None) -> list[Any]:
     fetch_split(root, split)
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
-    found: list[np.ndarray] = []
+    found: list[Any] = []
     try:
         first = 0
         for entry in json.loads((root / split / "index.json").read_text())["shards"]:
             reader = MDSReader.from_json(str(root), split, entry)
             end = first + reader.samples
-            found += [reader[row - first][COLUMN] for row in wanted[len(found) : bisect_left(wanted, end)]]
+            found += [reader[row - first][column] for row in wanted[len(found) : bisect_left(wanted, end)]]
             first = end
     except (OSError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read {root / split}: {reason}; check it with `scmdm prepare --verify {root}`"
         ) from error
-    return np.stack(found) if found else np.zeros((0, manifest.length), manifest.dtype)
+    return found
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:

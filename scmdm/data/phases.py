@@ -8,10 +8,12 @@ Legend: N records of a part.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,17 @@ import numpy as np
 
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data.duplicates import repetitions
-from scmdm.data.records import SPLITS, Part, Record, Source, Tally
+from scmdm.data.records import SPLITS, Part, Record, Source, Tally, WithLayout
 from scmdm.data.shards import Description, Row, write_piece
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, learns_from_text, load_tokenizer, make_tokenizer, symbols_of
+from scmdm.data.tokenizers import (
+    OwnFraming,
+    Tokenizer,
+    UnknownSymbol,
+    learns_from_text,
+    load_tokenizer,
+    make_tokenizer,
+    symbols_of,
+)
 from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
@@ -86,16 +96,16 @@ def _content(record: Record) -> bytes:
 
 def _to_json(record: Record) -> str:
     if isinstance(record.content, bytes):
-        return json.dumps([1, record.content.decode("latin-1"), record.label, record.group])
+        return json.dumps([1, base64.b64encode(record.content).decode(), record.label, record.group])
     return json.dumps([0, record.content, record.label, record.group])
 
 
 def _from_json(line: str) -> Record:
     raw, content, label, group = json.loads(line)
-    return Record(content.encode("latin-1") if raw else content, label, group)
+    return Record(base64.b64decode(content) if raw else content, label, group)
 
 
-def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to: Path) -> None:
+def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) -> None:
     """Mark repetitions in `repeated-PART.npy`, and make the tokenizer.
 
     Symbols come from all splits (an unknown one could not be encoded), sentencepiece from the training split.
@@ -106,7 +116,11 @@ def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to:
         raise UserError(f"the corpus holds no usable record ({counts}); give one with text in it")
     symbols = {symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]}
     tokenizer = make_tokenizer(
-        config.tokenizer, symbols=symbols, sample=_sample(scans, repeated), vocab_size=config.vocab_size
+        config.tokenizer,
+        symbols=symbols,
+        sample=_sample(scans, repeated),
+        vocab_size=config.vocab_size,
+        layout=source.layout if isinstance(source, WithLayout) else None,
     )
     (to / "tokenizer").mkdir()
     tokenizer.save(to / "tokenizer")
@@ -163,20 +177,44 @@ def encode(
                     continue
                 record = _from_json(line)
                 split = _split(config, source, part, record, hash_.to_bytes(8, "big"))
-                try:
-                    ids = tokenizer.encode(record.content)
-                except UnknownSymbol as error:
-                    tally.drop("unknown symbol", f"{source.name}: {error}")
-                    continue
-                if source.whole_records and len(ids) > config.length - 2:
-                    tally.drop("too long", f"{source.name}: {record.content[:80]!r} has {len(ids)} tokens")
-                    continue
-                tally.counts["kept"] += 1
-                for sequence in wrap(ids, config.length, tokenizer):
-                    yield split, Row(sequence, record.label)
+                for version in _versions(config, source, split, record):
+                    try:
+                        sequences = _sequences(config, source, version, tokenizer)
+                    except _Unusable as error:
+                        tally.drop(error.reason, f"{source.name}: {error}")
+                        continue
+                    tally.counts["kept" if version is record else "mirrored"] += 1
+                    for sequence in sequences:
+                        yield split, Row(sequence, record.label)
 
     write_piece(to, rows(), tokenizer, describe(config, source), config.shard_mb << 20)
     (to / "counts.json").write_text(json.dumps({"counts": tally.counts}))
+
+
+class _Unusable(ValueError):
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def _versions(config: PrepareConfig, source: Source, split: str, record: Record) -> Iterator[Record]:
+    """A record, and behind it its mirror image, if they are wanted: after the split, which must not part the two."""
+    yield record
+    if config.flips and split == "train":
+        assert isinstance(source, WithLayout)
+        assert isinstance(record.content, bytes)
+        yield replace(record, content=source.layout.mirrored(record.content))
+
+
+def _sequences(config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer) -> list[list[int]]:
+    """The sequences of a record. Raises _Unusable."""
+    try:
+        ids = tokenizer.encode(record.content)
+    except UnknownSymbol as error:
+        raise _Unusable("unknown symbol", str(error)) from error
+    if source.whole_records and not isinstance(tokenizer, OwnFraming) and len(ids) > config.length - 2:
+        raise _Unusable("too long", f"{record.content[:80]!r} has {len(ids)} tokens")
+    return wrap(ids, config.length, tokenizer)
 
 
 def describe(
@@ -231,6 +269,11 @@ def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) 
 
 
 def wrap(ids: Sequence[int], length: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """`[BOS] ids [EOS]`, cut into as many sequences of at most `length` as it takes (MDLM's chunks)."""
+    """`[BOS] ids [EOS]`, cut into as many sequences of at most `length` as it takes (MDLM's chunks).
+
+    Of a tokenizer that frames in its own way: one sequence.
+    """
+    if isinstance(tokenizer, OwnFraming):
+        return [tokenizer.frame(ids)]
     size = length - 2
     return [[tokenizer.bos_id, *ids[at : at + size], tokenizer.eos_id] for at in range(0, len(ids), size)]

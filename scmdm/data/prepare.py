@@ -160,7 +160,7 @@ class _Preparation:
         config, source, parts = self.config, self.source, self.parts
         self._phase("scan", [partial(phases.scan, config, source, part, on_read) for part in parts], worker, show)
         scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
-        self._phase("fit", [partial(phases.fit, config, parts, scans)], worker, show)
+        self._phase("fit", [partial(phases.fit, config, source, scans)], worker, show)
         encodings = [
             partial(phases.encode, config, source, part, scan, fitted, number)
             for number, (part, scan) in enumerate(zip(parts, scans, strict=True))

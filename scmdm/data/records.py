@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from scmdm.data.tokenizers.levels import Layout
 from scmdm.errors import UserError
 
 SPLITS = ("train", "validation", "test")  # what every data set has
@@ -81,6 +82,13 @@ class Source(Protocol):
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Clean records of a part in a fixed order, repetitions included; what is left out goes to the tally."""
         ...
+
+
+@runtime_checkable
+class WithLayout(Protocol):
+    """A source whose records are bytes: values, as many in each."""
+
+    layout: Layout
 
 
 def cut_into_parts(

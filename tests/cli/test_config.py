@@ -55,7 +55,7 @@ def test_mistakes_are_named(override, parts):
 
 
 @pytest.mark.parametrize("text", ["[MASK][MASK]C", "[NH3+]CC", "*C", "NO", "yes", "ROMEO: ", " two", "", "${x}", "a=b"])
-@pytest.mark.parametrize("key", ["prompt", "infill", "out"])
+@pytest.mark.parametrize("key", ["prompt", "infill"])
 def test_a_text_is_taken_as_it_stands(key, text):
     assert getattr(load_config(SampleConfig, None, [f"{key}={text}"]), key) == text
 

@@ -10,12 +10,15 @@ from typing import Any
 from scmdm.data.tokenizers.base import (
     SPECIALS,
     Content,
+    OwnFraming,
     Tokenizer,
     UnknownSymbol,
     as_text,
     is_framed,
     text_ids,
 )
+from scmdm.data.tokenizers.levels import KINDS as LEVEL_KINDS
+from scmdm.data.tokenizers.levels import Layout, LevelTokenizer
 from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
 from scmdm.data.tokenizers.symbols import ALPHABETS, SPLITTERS, SymbolTokenizer
 from scmdm.errors import UserError
@@ -23,6 +26,9 @@ from scmdm.errors import UserError
 __all__ = [
     "SPECIALS",
     "Content",
+    "Layout",
+    "LevelTokenizer",
+    "OwnFraming",
     "SentencePieceTokenizer",
     "SymbolTokenizer",
     "Tokenizer",
@@ -47,8 +53,13 @@ def symbols_of(kind: str, content: Content) -> Iterable[str]:
     return SPLITTERS[kind](as_text(content)) if kind in SPLITTERS else ()
 
 
-def make_tokenizer(kind: str, *, symbols: Iterable[str], sample: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer for a corpus with these symbols, or with texts like the sample. Raises UserError."""
+def make_tokenizer(
+    kind: str, *, symbols: Iterable[str], sample: Iterable[str], vocab_size: int, layout: Layout | None = None
+) -> Tokenizer:
+    """A tokenizer of these symbols, for texts like the sample, or of values in this layout. Raises UserError."""
+    if kind in LEVEL_KINDS:
+        assert layout is not None
+        return LevelTokenizer(kind, layout)
     if kind == "sentencepiece":
         return SentencePieceTokenizer.fit(sample, vocab_size)
     return SymbolTokenizer(kind, ALPHABETS.get(kind) or sorted(symbols))
@@ -60,6 +71,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePieceTokenizer(path.read_bytes())
         content: dict[str, Any] = json.loads(path.read_text())
+        if content["kind"] in LEVEL_KINDS:
+            return LevelTokenizer.parse(content)
         return SymbolTokenizer(content["kind"], content["symbols"])
     except FileNotFoundError as error:
         raise UserError(f"tokenizer {path} is missing; prepare the data set again, or restore the directory") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 SPECIALS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 Content = str | bytes  # of a record: text, or token values as they are
@@ -41,6 +41,19 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnFraming(Protocol):
+    """A tokenizer whose sequences are all equally long and have another frame than `[BOS] text [EOS]`."""
+
+    def frame(self, ids: Sequence[int]) -> list[int]:
+        """The sequence of a record's ids."""
+        ...
+
+    def is_framed(self, ids: Sequence[int]) -> bool:
+        """Whether a sequence looks as `frame` makes them."""
+        ...
+
+
 def as_text(content: Content) -> str:
     """The content of a record of text."""
     assert isinstance(content, str)
@@ -57,6 +70,8 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Whether ids look as the data does: one beginning, first; at most one end; padding behind it and nowhere else."""
+    if isinstance(tokenizer, OwnFraming):
+        return tokenizer.is_framed(ids)
     ids = list(ids)
     end = ids.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in ids else len(ids)
     text, rest = ids[1:end], ids[end:]

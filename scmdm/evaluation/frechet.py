@@ -1,0 +1,39 @@
+"""The Frechet distance of two sets of features, each taken as a Gaussian.
+
+Legend: N samples, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features."""
+
+    mean_F: np.ndarray
+    covariance_FF: np.ndarray
+
+    @classmethod
+    def of(cls, features_NF: np.ndarray) -> Moments:
+        """Of at least two samples, in float64; the covariance is the unbiased one."""
+        features_NF = features_NF.astype(np.float64)
+        return cls(features_NF.mean(0), np.atleast_2d(np.cov(features_NF, rowvar=False)))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982, equation 4; Heusel et al. 2017):
+
+    `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`.
+
+    The trace of the root is that of the symmetric `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`, whose eigenvalues are real and not
+    negative: so few samples that the covariances are singular need no correction.
+    """
+    values_F, vectors_FF = np.linalg.eigh(a.covariance_FF)
+    root_FF = (vectors_FF * np.sqrt(values_F.clip(0))) @ vectors_FF.T
+    cross = np.sqrt(np.linalg.eigvalsh(root_FF @ b.covariance_FF @ root_FF).clip(0)).sum()
+    gap_F = a.mean_F - b.mean_F
+    return float(gap_F @ gap_F + np.trace(a.covariance_FF) + np.trace(b.covariance_FF) - 2 * cross)
