@@ -1,5 +1,7 @@
 """MOSES' metrics: by hand, against RDKit and brute force, and against MOSES' published figures."""
 
+import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -314,8 +316,8 @@ def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(pu
 def test_similarities_of_the_training_set_are_as_published(published_sets):
     """2,000 training molecules, the whole test set.
 
-    The mean of so many similarities has a standard error of 0.003. A molecule's similarity to itself, which IntDiv counts,
-    has the weight 1 / 2,000.
+    The mean of so many similarities has a standard error of 0.003. The similarity of a molecule to itself, which IntDiv
+    counts, has the weight 1 / 2,000.
     """
     whole, samples = published_sets
     sample = fingerprints(molecules(samples["train"][:2000]))
