@@ -221,7 +221,8 @@ def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
 
 def fragments_of(molecule: Chem.Mol) -> list[str]:
     """SMILES of what BRICS' rules cut a molecule into (Degen et al., ChemMedChem 2008), repetitions included."""
-    return Chem.MolToSmiles(AllChem.FragmentOnBRICSBonds(molecule)).split(".")
+    cut = AllChem.FragmentOnBRICSBonds(molecule)  # type: ignore[attr-defined]
+    return Chem.MolToSmiles(cut).split(".")
 
 
 def scaffold_of(molecule: Chem.Mol) -> str | None:
