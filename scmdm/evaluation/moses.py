@@ -191,12 +191,19 @@ class SetStatistics:
 
 
 def describe(smiles: Sequence[str], *, fcd: bool, workers: int = 1) -> SetStatistics:
-    """Statistics of SMILES that RDKit can read, at least one; the same with any number of worker processes."""
+    """Statistics of SMILES that RDKit can read, at least one; the same with any number of worker processes, but for the
+    rounding of ChemNet.
+    """
     chunks = [smiles[at : at + _CHUNK] for at in range(0, len(smiles), _CHUNK)]
     if workers == 1:
         return SetStatistics.join([_describe(chunk, fcd) for chunk in chunks])
     with worker_processes(workers) as pool:
-        return SetStatistics.join(list(pool.map(_describe, chunks, [fcd] * len(chunks))))
+        return SetStatistics.join(list(pool.map(_describe_in_worker, chunks, [fcd] * len(chunks))))
+
+
+def _describe_in_worker(smiles: Sequence[str], fcd: bool) -> SetStatistics:
+    torch.set_num_threads(1)  # of ChemNet: the other cores have workers of their own
+    return _describe(smiles, fcd)
 
 
 def _describe(smiles: Sequence[str], fcd: bool) -> SetStatistics:
@@ -221,7 +228,8 @@ def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
 
 def fragments_of(molecule: Chem.Mol) -> list[str]:
     """SMILES of what BRICS' rules cut a molecule into (Degen et al., ChemMedChem 2008), repetitions included."""
-    return Chem.MolToSmiles(AllChem.FragmentOnBRICSBonds(molecule)).split(".")  # type: ignore[attr-defined]
+    cut = AllChem.FragmentOnBRICSBonds(molecule)  # type: ignore[attr-defined]
+    return Chem.MolToSmiles(cut).split(".")
 
 
 def scaffold_of(molecule: Chem.Mol) -> str | None:
@@ -401,8 +409,8 @@ def evaluate_moses(
     Valid: RDKit reads it, it is one string and not empty, and the sample is `framed` as the data is, a condition that
     MOSES' own models cannot fail. Of fewer than two valid molecules nothing but counts is known.
     """
-    parsed = [parse_molecule(text) if ok else None for text, ok in zip(smiles, framed, strict=True)]
-    valid = [Chem.MolToSmiles(molecule) for molecule in parsed if molecule is not None]
+    read = [_canonical(text) if ok else None for text, ok in zip(smiles, framed, strict=True)]
+    valid = [text for text in read if text is not None]
     unique = {k: len(set(valid[:k])) / k if len(valid) >= k else None for k in UNIQUE_AT}
     novelty = len(set(valid) - reference.train) / len(set(valid)) if valid else None
     if len(valid) < 2:
@@ -424,6 +432,13 @@ def evaluate_moses(
         },
         found.properties,
     )
+
+
+def _canonical(text: str) -> str | None:
+    """None for what is no molecule, or one whose canonical spelling RDKit cannot read again."""
+    molecule = parse_molecule(text)
+    canonical = "" if molecule is None else Chem.MolToSmiles(molecule)
+    return canonical if parse_molecule(canonical) is not None else None
 
 
 def filter_rate(smiles: Sequence[str], filters: Filters, *, workers: int = 1) -> float:

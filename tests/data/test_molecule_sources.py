@@ -137,7 +137,7 @@ def test_smiles_files_end_to_end(tmp_path, empty_yaml, capsys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["source=smiles"], "path=None is not possible; it must be a file or a folder"),
+        (["source=smiles"], "path=None is not possible; it must be given when source=smiles"),
         (["source=smiles", "path=/nonexistent/x.smi"], "does not exist"),
         (["source=smiles", "path={empty}"], "no .smi, .csv or .tsv"),
         (["source=moses", "path={empty}"], "null when source=moses"),
