@@ -331,15 +331,16 @@ def test_similarities_of_the_training_set_are_as_published(published_sets):
 
 @pytest.mark.slow
 def test_fcd_of_the_training_set_is_as_published(published_sets):
-    """3,000 of each set. The bias of the FCD falls as one over their number (Chong and Forsyth, CVPR 2020): the line
-    through half and all of them ends at the FCD of endlessly many.
+    """4,000 of each set. The bias of the FCD falls as one over their number (Chong and Forsyth, CVPR 2020): the line
+    through half and all of them ends at the FCD of endlessly many. Measured, of 2,000, 4,000 and at the end of the line:
+    1.22, 0.62 and 0.016 from test; 1.74, 1.10 and 0.472 from test_scaffolds.
     """
     _, samples = published_sets
-    activations = {split: chemnet_activations(smiles[:3000]) for split, smiles in samples.items()}
+    activations = {split: chemnet_activations(smiles[:4000]) for split, smiles in samples.items()}
 
     def fcd(split, rows):
         return frechet_distance(*(Moments.of(activations[name][rows]) for name in ("train", split)))
 
-    for split, name, tolerance in (("test", "FCD/Test", 0.08), ("test_scaffolds", "FCD/TestSF", 0.12)):
-        halves = (fcd(split, slice(0, 1500)) + fcd(split, slice(1500, 3000))) / 2
-        assert 2 * fcd(split, slice(0, 3000)) - halves == pytest.approx(PUBLISHED[name], abs=tolerance)
+    for split, name, tolerance in (("test", "FCD/Test", 0.05), ("test_scaffolds", "FCD/TestSF", 0.1)):
+        halves = (fcd(split, slice(0, 2000)) + fcd(split, slice(2000, 4000))) / 2
+        assert 2 * fcd(split, slice(0, 4000)) - halves == pytest.approx(PUBLISHED[name], abs=tolerance)
