@@ -4,8 +4,9 @@ The protocol for Species10 in kuleshov-group/discrete-diffusion-guidance compare
 and takes the mean weighted with the species' shares of the held-out windows. What it calls JS divergence is scipy's
 `jensenshannon` with natural logarithms: the DISTANCE, which is the square root of the divergence. Both are given here.
 
-Two finite sets of windows of the same genome differ, too, and the distance by much (it is a root): read every value
-beside that of as many real windows, which the same functions give.
+Two finite sets of windows of the same genome differ, too, and the distance by much (it is a root): in 6-mers 64 real
+windows of 254 letters are as far from 2,939 others as 1,024 windows of uniform letters (0.20). So read every value
+beside that of as many real windows of the training split, which the same functions give.
 
 Legend: N sequences, L letters of a sequence, K = 4^k.
 """
@@ -13,7 +14,7 @@ Legend: N sequences, L letters of a sequence, K = 4^k.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,8 +25,9 @@ from scipy.stats import wasserstein_distance
 KMER_LENGTHS = (3, 6)
 LETTERS = "ACGT"
 _UNKNOWN = len(LETTERS)
-_DIGITS = np.full(256, _UNKNOWN, np.int64)
-_DIGITS[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
+_LETTERS_AT_ONCE = 1 << 20
+_DIGITS = np.full(256, _UNKNOWN, np.int8)
+_DIGITS[np.frombuffer(LETTERS.encode(), np.uint8)] = range(len(LETTERS))
 
 
 @dataclass(frozen=True)
@@ -190,15 +192,28 @@ def kmer_counts(sequences: Sequence[str], k: int) -> np.ndarray:
     A k-mer lies within one sequence, and has no letter but A, C, G and T.
     """
     counts_K = np.zeros(len(LETTERS) ** k, np.int64)
-    for sequence in sequences:
-        digits_L = _digits(sequence)
-        if len(digits_L) < k:
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(digits_L, k)
-        known = windows.max(1) < _UNKNOWN
-        codes = windows[known] @ (len(LETTERS) ** np.arange(k)[::-1])
-        counts_K += np.bincount(codes, minlength=len(counts_K))
+    for text in _joined(sequences):
+        digits_L = _digits(text)
+        places = max(0, len(digits_L) - k + 1)
+        codes, known = np.zeros(places, np.int64), np.ones(places, bool)
+        for offset in range(k):
+            digits = digits_L[offset : offset + places]
+            codes, known = codes * len(LETTERS) + digits, known & (digits < _UNKNOWN)
+        counts_K += np.bincount(codes[known], minlength=len(counts_K))
     return counts_K
+
+
+def _joined(sequences: Sequence[str]) -> Iterator[str]:
+    """Many short sequences at once, with an unknown letter between them."""
+    gathered: list[str] = []
+    letters = 0
+    for sequence in sequences:
+        gathered.append(sequence)
+        letters += len(sequence) + 1
+        if letters >= _LETTERS_AT_ONCE:
+            yield "N".join(gathered)
+            gathered, letters = [], 0
+    yield "N".join(gathered)
 
 
 def gc_contents(sequences: Sequence[str]) -> np.ndarray:
@@ -212,5 +227,5 @@ def gc_contents(sequences: Sequence[str]) -> np.ndarray:
 
 
 def _digits(sequence: str) -> np.ndarray:
-    """0 to 3 for A, C, G, T, and 4 for anything else, int64 (L,)."""
+    """0 to 3 for A, C, G, T, and 4 for anything else, int8 (L,)."""
     return _DIGITS[np.frombuffer(sequence.encode("latin-1", "replace"), np.uint8)]

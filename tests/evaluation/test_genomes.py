@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
+from scmdm.evaluation import genomes
 from scmdm.evaluation.figures import genome_figure
 from scmdm.evaluation.genomes import (
     GenomeReference,
@@ -29,11 +30,14 @@ def test_kmers_by_hand():
     assert {i: c for i, c in enumerate(counts.tolist()) if c} == {0b0001: 3, 0b0110: 1}
 
 
-@given(DNA, st.integers(1, 4))
-def test_kmers_by_enumeration(sequences, k):
+@given(DNA, st.integers(1, 4), st.sampled_from([1, 9, 1 << 20]))
+def test_kmers_by_enumeration(sequences, k, at_once):
     found = [s[i : i + k] for s in sequences for i in range(len(s) - k + 1)]
     every = ["".join(letters) for letters in itertools.product("ACGT", repeat=k)]
-    assert kmer_counts(sequences, k).tolist() == [found.count(kmer) for kmer in every]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genomes, "_LETTERS_AT_ONCE", at_once)
+        counts = kmer_counts(sequences, k)
+    assert counts.tolist() == [found.count(kmer) for kmer in every]
 
 
 def test_jensen_shannon_by_hand():
