@@ -20,7 +20,7 @@ from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes
 
 FEATURES = 64
-_BATCH, _STEPS, _EPOCHS, _LR = 128, 800, 6, 3e-3
+_BATCH, _STEPS, _EPOCHS, _LR = 128, 400, 6, 3e-3
 _FORWARD_BATCH = 1024
 
 
@@ -45,9 +45,9 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            *_layer(channels, 32, stride=1),
-            *_layer(32, 64, stride=2),
-            *_layer(64, FEATURES, stride=2),
+            *_layer(channels, 16, stride=1),
+            *_layer(16, 32, stride=2),
+            *_layer(32, FEATURES, stride=2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )

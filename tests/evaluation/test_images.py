@@ -108,7 +108,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(dataset):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "_STEPS", 60)
+        patch.setattr(classifier, "_STEPS", 100)
         return ImageReference.make(dataset, "test", work=dataset.parent / "work")
 
 
@@ -188,6 +188,7 @@ def test_text_is_no_picture(tmp_path):
 
 def test_the_classifier_is_kept_and_depends_on_its_seed_alone(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "_STEPS", 5)
+    monkeypatch.setattr(classifier, "_EPOCHS", 0)
     pictures_NHWC, labels_N = TOKENIZER.pictures(read_split(dataset, "train")), read_labels(dataset, "train")
     key = ClassifierKey(Manifest.read(dataset).fingerprint(), 1, 2, seed=0)
     torch.manual_seed(7)
