@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, is_framed
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Samples, sample
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
@@ -34,7 +34,7 @@ class Generated:
     """Samples in order, with what they cost."""
 
     tokens: Tensor  # (N, L) int64, on the CPU
-    texts: list[str]  # up to the first end mark
+    texts: list[str]  # up to the first end mark; of a model of concatenated texts all of them
     framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
     evaluations: int  # denoiser evaluations per sample
     seconds: float
@@ -131,8 +131,9 @@ def generate(
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
-    texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
-    framed = [is_framed(row, loaded.tokenizer) for row in tokens.tolist()]
+    blocks, rows = loaded.manifest.framing == "concatenate", tokens.tolist()
+    texts = [block_text(row, loaded.tokenizer) if blocks else loaded.tokenizer.decode(row) for row in rows]
+    framed = [is_block(row, loaded.tokenizer) if blocks else is_framed(row, loaded.tokenizer) for row in rows]
     evaluations = max(part.evaluations for part in drawn)
     return Generated(tokens, texts, framed, evaluations, time.perf_counter() - started)
 

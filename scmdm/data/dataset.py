@@ -25,6 +25,7 @@ from scmdm.data.remote import fetch
 from scmdm.errors import UserError
 
 COLUMN, LABEL = "tokens", "label"
+DOCUMENTS = "documents"  # of packed samples: the number of each token's document within the sample
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 

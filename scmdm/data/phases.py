@@ -12,6 +12,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,18 @@ import numpy as np
 
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data.duplicates import repetitions
+from scmdm.data.framing import FRAMERS, Framer, Row
 from scmdm.data.records import Part, Record, Source, Tally
-from scmdm.data.shards import Description, Row, write_piece
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, learns_from_text, load_tokenizer, make_tokenizer, symbols_of
+from scmdm.data.shards import Description, write_piece
+from scmdm.data.tokenizers import (
+    Tokenizer,
+    UnknownSymbol,
+    learns_from_text,
+    load_tokenizer,
+    make_tokenizer,
+    open_tokenizer,
+    symbols_of,
+)
 from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
@@ -53,7 +64,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             row = len(hashes)
             hashes.append(int.from_bytes(digest[:8], "big"))
             records.write(_to_json(record) + "\n")
-            if not learns_from_text(config.tokenizer) or _split(config, part, hashes[-1]) != "train":
+            if not _learns(config) or _split(config, part, hashes[-1]) != "train":
                 continue
             if int.from_bytes(digest[8:16], "big") < sampled * 2**64:
                 sample.write(json.dumps([row, record.content]) + "\n")
@@ -62,6 +73,10 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
     for name, values in (("hashes", hashes_N), ("sorted", hashes_N[order_N]), ("order", order_N)):
         np.save(to / f"{name}.npy", values)
     (to / "scan.json").write_text(json.dumps({"counts": tally.counts, "symbols": sorted(symbols)}))
+
+
+def _learns(config: PrepareConfig) -> bool:
+    return config.tokenizer_path is None and learns_from_text(config.tokenizer)
 
 
 def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
@@ -105,12 +120,40 @@ def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to:
     if not any(not mask_N.all() for mask_N in repeated):
         counts = total_counts([scan / "scan.json" for scan in scans])
         raise UserError(f"the corpus holds no usable record ({counts}); give one with text in it")
-    symbols = {symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]}
-    tokenizer = make_tokenizer(
-        config.tokenizer, symbols=symbols, sample=_sample(scans, repeated), vocab_size=config.vocab_size
-    )
+    places = _places(config, [len(mask_N) for mask_N in repeated])
+    (to / "places.json").write_text(json.dumps([asdict(place) for place in places]))
     (to / "tokenizer").mkdir()
+    tokenizer = given_tokenizer(config) or make_tokenizer(
+        config.tokenizer,
+        symbols={symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]},
+        sample=_sample(scans, repeated, places),
+        vocab_size=config.vocab_size,
+    )
     tokenizer.save(to / "tokenizer")
+
+
+def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """The tokenizer of `tokenizer_path`; None when it is to be made. Raises UserError when it cannot be read."""
+    if config.tokenizer_path is None:
+        return None
+    return open_tokenizer(config.tokenizer, Path(config.tokenizer_path), padded=config.framing != "concatenate")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part's records are in the corpus."""
+
+    first: int  # number of the part's first record
+    held_out: int | None  # number of the first record of the corpus that is held out; None: hashes decide
+
+
+def _places(config: PrepareConfig, counts: Sequence[int]) -> list[Place]:
+    """Raises UserError when nothing but what is held out is there."""
+    total, last = sum(counts), config.held_out_last
+    if last is not None and last >= total:
+        raise UserError(f"held_out_last={last}, but the corpus has {total} records; hold out fewer")
+    starts = accumulate(counts, initial=0)
+    return [Place(first, total - last if last is not None else None) for first, _ in zip(starts, counts, strict=False)]
 
 
 def _mark_repetitions(config: PrepareConfig, scans: Sequence[Path], to: Path) -> list[np.ndarray]:
@@ -135,12 +178,12 @@ def _repeated(fitted: Path, number: int) -> Path:
     return fitted / f"repeated-{number:05}.npy"
 
 
-def _sample(scans: Sequence[Path], repeated: Sequence[np.ndarray]) -> Iterator[str]:
-    for scan, mask_N in zip(scans, repeated, strict=True):
+def _sample(scans: Sequence[Path], repeated: Sequence[np.ndarray], places: Sequence[Place]) -> Iterator[str]:
+    for scan, mask_N, place in zip(scans, repeated, places, strict=True):
         with open(scan / "sample.jsonl") as file:
             for line in file:
                 row, text = json.loads(line)
-                if not mask_N[row]:
+                if not mask_N[row] and (place.held_out is None or place.first + row < place.held_out):
                     yield text
 
 
@@ -153,30 +196,50 @@ def encode(
     config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, to: Path
 ) -> None:
     """Shards of one part's records, by split."""
-    tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
-    hashes_N, repeated_N = np.load(scanned / "hashes.npy"), np.load(_repeated(fitted, number))
-
-    def rows() -> Iterator[tuple[str, Row]]:
-        with open(scanned / "records.jsonl") as file:
-            for line, hash_, repeated in zip(file, hashes_N.tolist(), repeated_N.tolist(), strict=True):
-                if repeated:
-                    tally.counts["dropped: duplicate"] += 1  # not dirt
-                    continue
-                split, record = _split(config, part, hash_), _from_json(line)
-                try:
-                    ids = tokenizer.encode(record.content)
-                except UnknownSymbol as error:
-                    tally.drop("unknown symbol", f"{source.name}: {error}")
-                    continue
-                if source.whole_records and len(ids) > config.length - 2:
-                    tally.drop("too long", f"{source.name}: {record.content[:80]!r} has {len(ids)} tokens")
-                    continue
-                tally.counts["kept"] += 1
-                for sequence in wrap(ids, config.length, tokenizer):
-                    yield split, Row(sequence, record.label)
-
-    write_piece(to, rows(), tokenizer, describe(config, source), config.shard_mb << 20)
+    tally = Tally(refuse=config.on_dirty == "refuse")
+    rows = _rows(config, source, part, scanned, fitted, number, tally)
+    write_piece(to, rows, fitted_tokenizer(fitted), describe(config, source), config.shard_mb << 20)
     (to / "counts.json").write_text(json.dumps({"counts": tally.counts}))
+
+
+def _rows(
+    config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, tally: Tally
+) -> Iterator[tuple[str, Row]]:
+    """The sequences of one part, each with its split; what is left out goes to the tally."""
+    tokenizer, framers = fitted_tokenizer(fitted), dict[str, Framer]()
+    for split, record in _records(config, part, scanned, fitted, number, tally):
+        try:
+            ids = tokenizer.encode(record.content)
+        except UnknownSymbol as error:
+            tally.drop("unknown symbol", f"{source.name}: {error}")
+            continue
+        if source.whole_records and len(ids) > config.length - 2:
+            tally.drop("too long", f"{source.name}: {record.content[:80]!r} has {len(ids)} tokens")
+            continue
+        tally.counts["kept"] += 1
+        framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
+        yield from ((split, row) for row in framer.add(ids, record.label))
+    for split, framer in framers.items():
+        yield from ((split, row) for row in framer.finish())
+        if framer.dropped:
+            tally.counts["tokens left over"] += framer.dropped
+
+
+def _records(
+    config: PrepareConfig, part: Part, scanned: Path, fitted: Path, number: int, tally: Tally
+) -> Iterator[tuple[str, Record]]:
+    """The records of a part that are no repetitions, each with its split."""
+    hashes_N, repeated_N = np.load(scanned / "hashes.npy"), np.load(_repeated(fitted, number))
+    place = Place(**json.loads((fitted / "places.json").read_text())[number])
+    with open(scanned / "records.jsonl") as file:
+        lines = zip(file, hashes_N.tolist(), repeated_N.tolist(), strict=True)
+        for at, (line, hash_, repeated) in enumerate(lines, place.first):
+            if repeated:
+                tally.counts["dropped: duplicate"] += 1  # not dirt
+            elif place.held_out is not None:
+                yield "validation" if at >= place.held_out else "train", _from_json(line)
+            else:
+                yield _split(config, part, hash_), _from_json(line)
 
 
 def describe(
@@ -184,7 +247,14 @@ def describe(
 ) -> Description:
     """What the manifest is to say."""
     return Description(
-        source.name, config.length, config.pad_policy, config.bos_policy, described or {}, counts or {}, source.labels
+        source.name,
+        config.length,
+        config.pad_policy,
+        config.bos_policy,
+        described or {},
+        counts or {},
+        source.labels,
+        config.framing,
     )
 
 
@@ -196,7 +266,14 @@ def total_counts(files: Sequence[Path]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
+def splits(config: PrepareConfig) -> tuple[str, ...]:
+    """The splits that the data set is to have."""
+    return SPLITS if config.held_out_last is None else ("train", "validation")
+
+
 def _split(config: PrepareConfig, part: Part, hash_: int) -> str:
+    if config.held_out_last is not None:
+        return "train"  # until all parts have been counted
     return part.split or split_of_hash(hash_, config.validation_fraction, config.test_fraction)
 
 
@@ -211,9 +288,3 @@ def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) 
     if u < test_fraction:
         return "test"
     return "validation" if u < test_fraction + validation_fraction else "train"
-
-
-def wrap(ids: Sequence[int], length: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """`[BOS] ids [EOS]`, cut into as many sequences of at most `length` as it takes (MDLM's chunks)."""
-    size = length - 2
-    return [[tokenizer.bos_id, *ids[at : at + size], tokenizer.eos_id] for at in range(0, len(ids), size)]

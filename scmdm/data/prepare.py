@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
@@ -27,16 +28,27 @@ from data_prep import make_source
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data import phases
 from scmdm.data.manifest import Manifest
-from scmdm.data.phases import SPLITS
 from scmdm.data.records import Part, Source, cut_into_parts, join_parts
 from scmdm.data.remote import upload_dataset
 from scmdm.data.shards import check_place, is_up_to_date, join_pieces
 from scmdm.data.work import Task, Worker, work_off
+from scmdm.files import sha256_file
 
 # What the data set does not depend on, or says in another way.
-_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty")
+_NOT_IN_SOURCE = ("out", "path", "tokenizer_path", "overwrite", "upload", "workers", "slice", "on_dirty")
 # Those that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_NEWER = ("deduplicate", "part_mb")
+_NEWER = (
+    "deduplicate",
+    "part_mb",
+    "pattern",
+    "hf_config",
+    "hf_split",
+    "unit",
+    "detokenize",
+    "framing",
+    "splits",
+    "held_out_last",
+)
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
@@ -120,6 +132,7 @@ class _Preparation:
     source: Source
     parts: list[Part]
     work: Path
+    tokenizer: str | None  # SHA-256 of the one that is given
 
     @staticmethod
     def of(config: PrepareConfig) -> _Preparation:
@@ -128,8 +141,10 @@ class _Preparation:
         if config.limit is not None:
             parts = join_parts(parts)  # the first so many are found one after the other
         found = {name: _identity(path) for name, path in source.files().items()}
-        key = hashlib.sha256(json.dumps([_options(config), found], sort_keys=True).encode()).hexdigest()[:12]
-        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work")
+        tokenizer = _tokenizer_hash(config)
+        what = [_options(config), found, tokenizer]
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
 
     def run(self, worker: Worker, show: Show) -> None:
         """Do a worker's share, and what others leave, until the data set is there, which may be from the start."""
@@ -175,7 +190,8 @@ class _Preparation:
         except FileNotFoundError:
             return None
         files = {name: digest for hashes in found for name, digest in hashes.items()}
-        return {"name": self.source.name, "files": files, "options": _options(self.config)}
+        described = {"name": self.source.name, "files": files, "options": _options(self.config)}
+        return described if self.tokenizer is None else {**described, "tokenizer": self.tokenizer}
 
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
         encoded = self._results("encode", len(self.parts))
@@ -185,7 +201,8 @@ class _Preparation:
         description = phases.describe(self.config, self.source, described, counts)
         tokenizer = phases.fitted_tokenizer(self.work / "fit-00000")
         root = Path(self.config.out)
-        join_pieces(root, encoded, SPLITS, tokenizer, description, overwrite=self.config.overwrite)
+        splits = phases.splits(self.config)
+        join_pieces(root, encoded, splits, tokenizer, description, overwrite=self.config.overwrite)
 
     def _remove_work(self) -> None:
         """At once for the other workers, who take its absence for the end; also what other settings have left there."""
@@ -210,6 +227,15 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
         for key, value in asdict(config).items()
         if key not in _NOT_IN_SOURCE and not (key in _NEWER and value == getattr(default, key))
     }
+
+
+def _tokenizer_hash(config: PrepareConfig) -> str | None:
+    """Of the file that the data set is to hold, which says all of a tokenizer wherever its own files are."""
+    tokenizer = phases.given_tokenizer(config)
+    if tokenizer is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return sha256_file(tokenizer.save(Path(folder)))
 
 
 def _identity(path: Path) -> tuple[int, int]:

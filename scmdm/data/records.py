@@ -21,7 +21,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes of a file, by its name among the source's files; `end` None: to the end."""
+    """Bytes of a file (row groups, rows of one whose format has them), by a name that the source knows.
+
+    `end` None: to the end.
+    """
 
     file: str
     start: int = 0
@@ -75,13 +78,20 @@ class Source(Protocol):
         ...
 
 
+def cut_bytes(name: str, path: Path, part_bytes: int) -> list[Slice]:
+    """A file in ranges of so many bytes."""
+    found = path.stat().st_size
+    return [Slice(name, at, min(at + part_bytes, found)) for at in range(0, found, part_bytes)]
+
+
 def cut_into_parts(
     files: Mapping[str, Path],
     part_bytes: int,
     divisible: Callable[[Path], bool] | None = None,
     split: str | None = None,
+    cut: Callable[[str, Path, int], list[Slice]] = cut_bytes,
 ) -> list[Part]:
-    """Small files together, large ones that are `divisible` in ranges of `part_bytes`, the rest alone."""
+    """Small files together, large ones that are `divisible` in the slices that `cut` makes of them, the rest alone."""
     parts: list[Part] = []
     gathered: list[Slice] = []
     size = 0
@@ -98,8 +108,7 @@ def cut_into_parts(
         if size + found > part_bytes:
             flush()
         if found > part_bytes and divisible is not None and divisible(path):
-            starts = range(0, found, part_bytes)
-            parts += [Part((Slice(name, at, min(at + part_bytes, found)),), split) for at in starts]
+            parts += [Part((piece,), split) for piece in cut(name, path, part_bytes)]
             continue
         gathered.append(Slice(name))
         size += found

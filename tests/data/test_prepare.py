@@ -200,7 +200,7 @@ def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
     ("keys", "message"),
     [
         (["source=text", "path=/nonexistent/corpus"], "does not exist"),
-        (["source=text", "path={empty}"], "no .txt or .jsonl"),
+        (["source=text", "path={empty}"], "holds no .jsonl"),
         (["source=text", "path={blank}"], "no usable record"),
         (["source=qm9"], "tokenizer='characters' is not possible"),
         (["source=text", "length=2"], "length=2 is not possible"),

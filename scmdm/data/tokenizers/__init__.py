@@ -13,25 +13,34 @@ from scmdm.data.tokenizers.base import (
     Tokenizer,
     UnknownSymbol,
     as_text,
+    block_text,
+    is_block,
     is_framed,
     text_ids,
 )
+from scmdm.data.tokenizers.huggingface import HuggingFaceTokenizer
+from scmdm.data.tokenizers.octets import ByteTokenizer
 from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
 from scmdm.data.tokenizers.symbols import SPLITTERS, SymbolTokenizer
 from scmdm.errors import UserError
 
 __all__ = [
     "SPECIALS",
+    "ByteTokenizer",
     "Content",
+    "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "SymbolTokenizer",
     "Tokenizer",
     "UnknownSymbol",
     "as_text",
+    "block_text",
+    "is_block",
     "is_framed",
     "learns_from_text",
     "load_tokenizer",
     "make_tokenizer",
+    "open_tokenizer",
     "symbols_of",
     "text_ids",
 ]
@@ -51,7 +60,16 @@ def make_tokenizer(kind: str, *, symbols: Iterable[str], sample: Iterable[str], 
     """A tokenizer for a corpus with these symbols, or with texts like the sample. Raises UserError."""
     if kind == "sentencepiece":
         return SentencePieceTokenizer.fit(sample, vocab_size)
+    if kind == "bytes":
+        return ByteTokenizer()
     return SymbolTokenizer(kind, sorted(symbols))
+
+
+def open_tokenizer(kind: str, path: Path, *, padded: bool) -> Tokenizer:
+    """A tokenizer that was made elsewhere, for a data set whose samples are `padded` or not. Raises UserError."""
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.open(path)
+    return HuggingFaceTokenizer.open(path, padded=padded)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -60,10 +78,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePieceTokenizer(path.read_bytes())
         content: dict[str, Any] = json.loads(path.read_text())
+        if content["kind"] == "bytes":
+            return ByteTokenizer()
+        if content["kind"] == "huggingface":
+            return HuggingFaceTokenizer.from_json(content)
         return SymbolTokenizer(content["kind"], content["symbols"])
     except FileNotFoundError as error:
         raise UserError(f"tokenizer {path} is missing; prepare the data set again, or restore the directory") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of JSON and of UTF-8 they are ValueErrors
         raise UserError(
             f"tokenizer {path} is damaged ({error}); prepare the data again, or restore the directory"
         ) from error
