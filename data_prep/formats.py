@@ -73,30 +73,25 @@ def _read_json_lines(path: Path, piece: Slice, key: str) -> Iterator[Found]:
 
 
 def _read_articles(path: Path, piece: Slice, _key: str) -> Iterator[Found]:
-    """Articles whose title is in the slice, to the next title; what stands before the first one belongs to it."""
+    """Articles whose title is in the slice, each to the next title; text before the first title is one by itself."""
     article: list[bytes] = []
     start = piece.start
     for at, line in read_lines(path, Slice(piece.file, piece.start)):
-        title = _TITLE.fullmatch(line) is not None
-        if title and piece.end is not None and at >= piece.end:
-            break
-        if title and (_holds_title(article) or piece.start > 0):
+        title, outside = _TITLE.fullmatch(line) is not None, piece.end is not None and at >= piece.end
+        if title:
             yield from _article(article, f"{path} at byte {start}")
             article, start = [], at
+        if outside and not article:
+            return
         if title or article or piece.start == 0:
             article.append(line)
-        elif piece.end is not None and at >= piece.end:
-            return  # the slice lies inside an article that has begun before it
     yield from _article(article, f"{path} at byte {start}")
 
 
-def _holds_title(lines: list[bytes]) -> bool:
-    return any(_TITLE.fullmatch(line) for line in lines)
-
-
 def _article(lines: list[bytes], where: str) -> Iterator[Found]:
-    if lines:
-        yield _decoded(b"".join(lines), where)
+    text = b"".join(lines)
+    if text.strip():
+        yield _decoded(text, where)
 
 
 def _decoded(raw: bytes, where: str) -> Found:
