@@ -26,7 +26,7 @@ def _text(config: PrepareConfig) -> Source:
     if config.path is None:
         return shakespeare(units)
     split_by_name = config.splits == "names"
-    return TextFolder(Path(config.path), config.text_key, config.pattern, units=units, split_by_name=split_by_name)
+    return TextFolder(Path(config.path), config.keys, config.pattern, units=units, split_by_name=split_by_name)
 
 
 def _huggingface(config: PrepareConfig) -> Source:
@@ -36,7 +36,7 @@ def _huggingface(config: PrepareConfig) -> Source:
     assert config.path is not None
     splits = None if config.splits == "names" else config.hf_split
     units = Units(config.unit, config.detokenize)
-    return HuggingFace(config.path, config.hf_config, splits, config.text_key, units)
+    return HuggingFace(config.path, config.hf_config, splits, config.keys, units)
 
 
 def _text8(config: PrepareConfig) -> Source:

@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ class Found:
     where: str
     text: str | None
     problem: str = ""
+    prompt: str | None = None  # what is given before the text
 
 
 Cut = Callable[[str, Path, int], list[Slice]]
@@ -40,9 +41,12 @@ Cut = Callable[[str, Path, int], list[Slice]]
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read, by slices that `cut` makes of a large one; `cut` None: it can only be read from its start."""
+    """How a file is read, by slices that `cut` makes of a large one; `cut` None: it can only be read from its start.
 
-    read: Callable[[Path, Slice, str], Iterator[Found]]
+    The keys (columns) are that of the text, or those of a prompt and of the text.
+    """
+
+    read: Callable[[Path, Slice, Sequence[str]], Iterator[Found]]
     cut: Cut | None
     whole_text: bool = False  # a slice of it is no document, only lines of one
 
@@ -61,18 +65,18 @@ def optional(module: str, wanted_by: str) -> Any:
         raise UserError(f"{wanted_by} needs the package {package}; `pip install {package}`") from error
 
 
-def _read_text(path: Path, piece: Slice, _key: str) -> Iterator[Found]:
+def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
     raw = b"".join(line for _, line in read_lines(path, piece))
     yield _decoded(raw, f"{path} at byte {piece.start}")
 
 
-def _read_json_lines(path: Path, piece: Slice, key: str) -> Iterator[Found]:
+def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
     for at, line in read_lines(path, piece):
         if line.strip():
-            yield _from_json(line, key, f"{path} at byte {at}")
+            yield _from_json(line, keys, f"{path} at byte {at}")
 
 
-def _read_articles(path: Path, piece: Slice, _key: str) -> Iterator[Found]:
+def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
     """Articles whose title is in the slice, each to the next title; text before the first title is one by itself."""
     article: list[bytes] = []
     start = piece.start
@@ -101,23 +105,29 @@ def _decoded(raw: bytes, where: str) -> Found:
         return Found(where, None, "not UTF-8")
 
 
-def _from_json(line: bytes, key: str, where: str) -> Found:
+def _from_json(line: bytes, keys: Sequence[str], where: str) -> Found:
     try:
-        return _of_value(json.loads(line.decode())[key], key, where)
+        row = json.loads(line.decode())
     except UnicodeDecodeError:
         return Found(where, None, "not UTF-8")
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError, RecursionError):
-        return Found(where, None, f"no key {key}")
+    except (json.JSONDecodeError, RecursionError):
+        return Found(where, None, f"no key {keys[-1]}")
+    return of_row(row, keys, where)
 
 
-def _of_value(value: object, key: str, where: str) -> Found:
-    return Found(where, value) if isinstance(value, str) else Found(where, None, f"no key {key}")
+def of_row(row: Any, keys: Sequence[str], where: str) -> Found:
+    """The text of a row, with the prompt before it if there are two keys."""
+    values = [row.get(key) if isinstance(row, dict) else None for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        if not isinstance(value, str):
+            return Found(where, None, f"no key {key}")
+    return Found(where, values[-1], prompt=values[0] if len(keys) == 2 else None)
 
 
 def _packed_json_lines(unpack: Callable[[IO[bytes]], Iterator[bytes]]) -> Callable[..., Iterator[Found]]:
     """A reader of JSON lines out of what `unpack` makes of a file's bytes; it raises EOFError or OSError for damage."""
 
-    def read(path: Path, _piece: Slice, key: str) -> Iterator[Found]:
+    def read(path: Path, _piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
         number, rest = 0, b""
         try:
             with open(path, "rb") as file:
@@ -125,12 +135,12 @@ def _packed_json_lines(unpack: Callable[[IO[bytes]], Iterator[bytes]]) -> Callab
                     *lines, rest = (rest + chunk).split(b"\n")
                     for number, line in enumerate(lines, number + 1):  # noqa: B020 (goes on counting)
                         if line.strip():
-                            yield _from_json(line, key, f"{path}, line {number}")
+                            yield _from_json(line, keys, f"{path}, line {number}")
         except (EOFError, OSError, zlib.error) as error:
             yield Found(f"{path} behind line {number} ({' '.join(str(error).split())})", None, _DAMAGED)
             return
         if rest.strip():
-            yield _from_json(rest, key, f"{path}, line {number + 1}")
+            yield _from_json(rest, keys, f"{path}, line {number + 1}")
 
     return read
 
@@ -160,21 +170,22 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the last frame is cut off")
 
 
-def _read_parquet(path: Path, piece: Slice, key: str) -> Iterator[Found]:
+def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
     """Row groups, some rows at a time: one that is large is never in memory as a whole."""
     parquet, arrow = (optional(module, str(path)) for module in ("pyarrow.parquet", "pyarrow"))
     group, row = piece.start, 0
     try:
         with parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                yield Found(str(path), None, f"no key {key}")
+            missing = [key for key in keys if key not in file.schema_arrow.names]
+            if missing:
+                yield Found(str(path), None, f"no key {missing[0]}")
                 return
             end = file.num_row_groups if piece.end is None else piece.end
             for group in range(piece.start, end):
                 row = 0
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[key]):
-                    for value in batch.column(0):
-                        yield _of_value(value.as_py(), key, f"{path}, row {row} of row group {group}")
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
+                    for found in batch.to_pylist():
+                        yield of_row(found, keys, f"{path}, row {row} of row group {group}")
                         row += 1
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]

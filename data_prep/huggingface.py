@@ -6,12 +6,12 @@ Rows are read through memory-mapped Arrow files, of which a slice is a range of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import Found, optional
+from data_prep.formats import Found, of_row, optional
 from data_prep.text import Units
 from scmdm.data.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
@@ -21,13 +21,16 @@ _SPLITS = {"train": None, "validation": "validation", "test": "test"}  # theirs:
 
 
 class HuggingFace:
-    """Texts in column `key` of one split of a data set, or of all of them (`split` None) under their own names."""
+    """Texts of one split of a data set, or of all of them (`split` None) under their own names.
+
+    The keys are the column of the text, or those of a prompt and of the text.
+    """
 
     whole_records = False
     labels: tuple[str, ...] = ()
 
-    def __init__(self, path: str, config: str | None, split: str | None, key: str, units: Units) -> None:
-        self.path, self.config, self.split, self.key, self._units = path, config, split, key, units
+    def __init__(self, path: str, config: str | None, split: str | None, keys: Sequence[str], units: Units) -> None:
+        self.path, self.config, self.split, self.keys, self._units = path, config, split, keys, units
         self.name = Path(path).name
 
     def files(self) -> dict[str, Path]:
@@ -57,18 +60,20 @@ class HuggingFace:
         rows = self._splits()[piece.file]
         end = len(rows) if piece.end is None else piece.end
         for start in range(piece.start, end, _ROWS):
-            for at, value in enumerate(rows[start : min(start + _ROWS, end)][self.key], start):
-                text = value if isinstance(value, str) else None
-                yield Found(f"{self.path}, row {at} of {piece.file}", text, f"no text in {self.key}")
+            columns = rows[start : min(start + _ROWS, end)]
+            for at, values in enumerate(zip(*(columns[key] for key in self.keys), strict=True), start):
+                row = dict(zip(self.keys, values, strict=True))
+                yield of_row(row, self.keys, f"{self.path}, row {at} of {piece.file}")
 
     def _splits(self) -> dict[str, Any]:
         found = _load(self.path, self.config, self.split)
         for split, rows in found.items():
-            if self.key not in rows.column_names:
-                raise UserError(
-                    f"text_key={self.key} is no column of split {split} of path={self.path}; it has "
-                    f"{', '.join(rows.column_names)}"
-                )
+            for key in self.keys:
+                if key not in rows.column_names:
+                    raise UserError(
+                        f"{key} is no column of split {split} of path={self.path}; it has "
+                        f"{', '.join(rows.column_names)}: set text_key, or prompt_key and response_key"
+                    )
         return found
 
 

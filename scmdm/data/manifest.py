@@ -72,7 +72,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: they have none
     # "records": one in a sample; "concatenate": blocks of a stream of them; "packed": several, told apart by the column
-    # `documents`
+    # `documents`; "prompts": one behind its prompt, and the column `given` counts the leading ids that are never masked
     framing: str = "records"
 
     @classmethod

@@ -56,7 +56,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
     with open(to / "records.jsonl", "w") as records, open(to / "sample.jsonl", "w") as sample:
         for record in _limited(source.records(part, tally), config.limit):
             try:
-                symbols.update(symbols_of(config.tokenizer, record.content))
+                symbols.update(symbols_of(config.tokenizer, record.text))
             except UnknownSymbol as error:
                 tally.drop("unknown symbol", f"{source.name}: {error}")
                 continue
@@ -67,7 +67,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             if not _learns(config) or _split(config, part, hashes[-1]) != "train":
                 continue
             if int.from_bytes(digest[8:16], "big") < sampled * 2**64:
-                sample.write(json.dumps([row, record.content]) + "\n")
+                sample.write(json.dumps([row, record.text]) + "\n")
     hashes_N = np.array(hashes, np.uint64)
     order_N = np.argsort(hashes_N, kind="stable")
     for name, values in (("hashes", hashes_N), ("sorted", hashes_N[order_N]), ("order", order_N)):
@@ -93,7 +93,9 @@ def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
 
 
 def _digest(record: Record) -> bytes:
-    return hashlib.sha256(_content(record)).digest()
+    if record.prompt is None:
+        return hashlib.sha256(_content(record)).digest()
+    return hashlib.sha256(json.dumps([record.prompt, record.content]).encode()).digest()
 
 
 def _content(record: Record) -> bytes:
@@ -102,13 +104,13 @@ def _content(record: Record) -> bytes:
 
 def _to_json(record: Record) -> str:
     if isinstance(record.content, bytes):
-        return json.dumps([1, record.content.decode("latin-1"), record.label])
-    return json.dumps([0, record.content, record.label])
+        return json.dumps([1, record.content.decode("latin-1"), record.label, None])
+    return json.dumps([0, record.content, record.label, record.prompt])
 
 
 def _from_json(line: str) -> Record:
-    raw, content, label = json.loads(line)
-    return Record(content.encode("latin-1") if raw else content, label)
+    raw, content, label, prompt = json.loads(line)
+    return Record(content.encode("latin-1") if raw else content, label, prompt)
 
 
 def fit(config: PrepareConfig, parts: Sequence[Part], scans: Sequence[Path], to: Path) -> None:
@@ -209,14 +211,19 @@ def _rows(
     tokenizer, framers = fitted_tokenizer(fitted), dict[str, Framer]()
     for split, record in _records(config, part, scanned, fitted, number, tally):
         try:
+            prompt = tokenizer.encode(record.prompt) if record.prompt else []
             ids = tokenizer.encode(record.content)
         except UnknownSymbol as error:
             tally.drop("unknown symbol", f"{source.name}: {error}")
             continue
-        if source.whole_records and len(ids) > config.length - 2:
-            tally.drop("too long", f"{source.name}: {record.content[:80]!r} has {len(ids)} tokens")
+        whole = source.whole_records or record.prompt is not None
+        if whole and len(prompt) + len(ids) > config.length - 2:
+            tally.drop("too long", f"{source.name}: {record.text[:80]!r} has {len(prompt) + len(ids)} tokens")
             continue
         tally.counts["kept"] += 1
+        if record.prompt is not None:
+            yield split, Row([tokenizer.bos_id, *prompt, *ids, tokenizer.eos_id], record.label, given=1 + len(prompt))
+            continue
         framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
         yield from ((split, row) for row in framer.add(ids, record.label))
     for split, framer in framers.items():
@@ -254,7 +261,7 @@ def describe(
         described or {},
         counts or {},
         source.labels,
-        config.framing,
+        "prompts" if config.response_key else config.framing,
     )
 
 

@@ -48,6 +48,8 @@ _NEWER = (
     "framing",
     "splits",
     "held_out_last",
+    "prompt_key",
+    "response_key",
 )
 _PHASES = {
     "hash": "hashing",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from scmdm.data.tokenizers import Content
 from scmdm.errors import UserError
 
 
@@ -15,8 +16,17 @@ from scmdm.errors import UserError
 class Record:
     """One document, molecule, picture or window of a genome."""
 
-    content: str | bytes  # bytes: token values as they are (levels of pixels)
+    content: Content  # bytes: token values as they are (levels of pixels)
     label: int | None = None  # index into the source's `labels`
+    prompt: str | None = None  # text that is given before it
+
+    @property
+    def text(self) -> Content:
+        """All of it."""
+        if self.prompt is None:
+            return self.content
+        assert isinstance(self.content, str)
+        return self.prompt + self.content
 
 
 @dataclass(frozen=True)

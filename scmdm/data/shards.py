@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from scmdm.data.dataset import COLUMN, DOCUMENTS, LABEL
+from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL
 from scmdm.data.framing import Row
 from scmdm.data.manifest import (
     MANIFEST_FILE,
@@ -81,6 +81,8 @@ class SplitWriter:
         columns = {COLUMN: f"ndarray:{self._dtype}:{description.length}"}
         if description.labels:
             columns[LABEL] = "int32"
+        if description.framing == "prompts":
+            columns[GIVEN] = "int32"
         if description.framing == "packed":
             columns[DOCUMENTS] = f"ndarray:uint16:{description.length}"
         self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
@@ -94,13 +96,17 @@ class SplitWriter:
         if self._description.labels:
             assert row.label is not None
             sample[LABEL] = np.int32(row.label)
+        if row.given is not None:
+            sample[GIVEN] = np.int32(row.given)
         if row.documents is not None:
             sample[DOCUMENTS] = documents_L = np.full(length, row.documents[-1] + 1, np.uint16)
             documents_L[: len(row.documents)] = row.documents
         self._writer.write(sample)
         self._samples += 1
         self._tokens += length if self._description.pad_policy == "loss" else int((row_L != pad_id).sum())
-        if self._description.bos_policy == "given":
+        if row.given is not None:
+            self._tokens -= row.given
+        elif self._description.bos_policy == "given":
             self._tokens -= 1 if row.documents is None else row.documents[-1] + 1
 
     def finish(self) -> SplitInfo:

@@ -245,7 +245,7 @@ def test_a_local_folder_through_load_dataset(saved, tmp_path, empty_yaml, monkey
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["path={}/one", "text_key=text"], "text_key=text is no column of split train"),
+        (["path={}/one", "text_key=text"], "text is no column of split train"),
         (["path={}/three", "hf_split=dev"], "hf_split=dev is not in path="),
         (["path={}/nothing"], "is no data set that can be loaded"),
     ],

@@ -98,7 +98,7 @@ def test_no_parquet_at_all_is_counted(tmp_path):
 
 def test_a_missing_key_is_counted(tmp_path):
     path = write(tmp_path / "a.parquet")
-    assert read(path, text_key="body") == ([], {"dropped: no key body": 1})
+    assert read(path, keys=("body",)) == ([], {"dropped: no key body": 1})
     pq.write_table(pa.table({"text": ["a", None, "b", " "]}), path)
     assert read(path) == (["a", "b"], {"read": 2, "dropped: no key text": 1, "dropped: empty": 1})
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
@@ -171,7 +171,7 @@ def test_text8_has_its_conventional_splits(tmp_path):
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; `pip install zstandard`"):
-        list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), "text"))
+        list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), ("text",)))
 
 
 def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
