@@ -181,14 +181,14 @@ def test_a_sentencepiece_model_of_others_keeps_its_ids(tmp_path):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "m"), vocab_size=60, minloglevel=2
+        sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "m"), vocab_size=40, minloglevel=2
     )  # as LLaMA's: <unk> 0, <s> 1, </s> 2, neither padding nor mask
     tokenizer = open_tokenizer("sentencepiece", tmp_path / "m.model", padded=True)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id) == (1, 2, 60, 61)
-    assert tokenizer.vocab_size == 62 and tokenizer.tokens([1, 60, 61]) == ["<s>", "[MASK]", "[PAD]"]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id) == (1, 2, 40, 41)
+    assert tokenizer.vocab_size == 42 and tokenizer.tokens([1, 40, 41]) == ["<s>", "[MASK]", "[PAD]"]
     text = "The lazy dog jumps."
     ids = tokenizer.encode(text)
-    assert tokenizer.decode([1, *ids, 60, 2, 61]) == text
+    assert tokenizer.decode([1, *ids, 40, 2, 41]) == text
     ours = SentencePieceTokenizer.fit(CORPUS, 300)
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.mask_id, ours.vocab_size) == (0, 1, 2, 3, 300)
 
