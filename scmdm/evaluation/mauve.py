@@ -48,7 +48,7 @@ def mauve(
 
 
 def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: int = 0) -> float:
-    """MAUVE of features (N, D) float32 each, quantised together into a tenth as many clusters as the smaller set has."""
+    """MAUVE of features (N, D) float32 each, quantised together into a tenth as many clusters as a set has texts."""
     check_mauve()
     from mauve import compute_mauve
 

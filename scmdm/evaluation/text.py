@@ -63,8 +63,8 @@ def evaluate_text(
         perplexity, label = generative_perplexity(texts, scorer, device=device), f"{scorer.name} (transformers)"
     else:
         perplexity, label = NgramModel.fit(held_out, order=NGRAM_ORDER).perplexity(texts), NGRAM_LABEL
-    distinct = (distinct_n(texts, n) for n in (1, 2, 3))
-    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), *distinct, perplexity, label)
+    one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
+    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, perplexity, label)
 
 
 def generative_perplexity(
