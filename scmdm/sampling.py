@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, is_framed
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Samples, sample
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
@@ -37,7 +37,7 @@ class Generated:
     """Samples in order, with what they cost."""
 
     tokens: Tensor  # (N, L) int64, on the CPU
-    texts: list[str]  # up to the first end mark
+    texts: list[str]  # up to the first end mark; of a model of concatenated texts all of them
     framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
     counts: list[int]  # denoiser evaluations of each
     seconds: float
@@ -144,8 +144,9 @@ def generate(
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
-    texts = [loaded.tokenizer.decode(row) for row in tokens.tolist()]
-    framed = [is_framed(row, loaded.tokenizer) for row in tokens.tolist()]
+    blocks, rows = loaded.manifest.framing == "concatenate", tokens.tolist()
+    texts = [block_text(row, loaded.tokenizer) if blocks else loaded.tokenizer.decode(row) for row in rows]
+    framed = [is_block(row, loaded.tokenizer) if blocks else is_framed(row, loaded.tokenizer) for row in rows]
     counts = [part.evaluations for part in drawn for _ in range(len(part.tokens))]
     return Generated(tokens, texts, framed, counts, time.perf_counter() - started)
 

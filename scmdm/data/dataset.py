@@ -25,6 +25,8 @@ from scmdm.data.remote import fetch
 from scmdm.errors import UserError
 
 COLUMN, LABEL = "tokens", "label"
+DOCUMENTS = "documents"  # of packed samples: the number of each token's document within the sample
+GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and a prompt
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 
@@ -50,6 +52,8 @@ class TokenStream(Stream):
 
 class TokenDataset(StreamingDataset):
     """Samples `{"tokens": int64 (L,), "index": int}`, where all noise is keyed on `index`.
+
+    Those of packed data have `documents` (L,), those with prompts `given` ().
 
     It is the sample's place in its split, counted through all streams. A stream that is drawn more than once in an
     epoch gives a repeated sample another index each time (more by a multiple of all samples): else two copies in one
@@ -123,7 +127,9 @@ class TokenDataset(StreamingDataset):
         return ", ".join(str(Path(stream.local) / stream.split) for stream in self.streams)
 
     def _sample(self, at: Any) -> dict[str, Any]:
-        return {"tokens": super().__getitem__(at % self.num_samples)[COLUMN].astype(np.int64), "index": at}
+        found = super().__getitem__(at % self.num_samples)
+        more = {name: np.asarray(found[name]).astype(np.int64) for name in (DOCUMENTS, GIVEN) if name in found}
+        return {"tokens": found[COLUMN].astype(np.int64), "index": at, **more}
 
     def _unreadable(self, at: Any, error: Exception) -> UserError:
         reason, sample = " ".join(str(error).split())[:200], at % self.num_samples

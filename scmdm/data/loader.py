@@ -24,7 +24,7 @@ from streaming import StreamingDataLoader
 from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, LABEL, TokenDataset, TokenStream
+from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.data.remote import fetch_split
@@ -175,7 +175,12 @@ def _plain_errors() -> Iterator[None]:
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]))
-    return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples])}
+    more = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        for name in (DOCUMENTS, GIVEN)
+        if name in samples[0]
+    }
+    return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples]), **more}
 
 
 def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
@@ -183,9 +188,9 @@ def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.
 
     A cache fetches what it lacks of the split, and keeps it. Raises UserError when a file is missing or damaged.
     """
-    found = _read_column(root, split, COLUMN, rows)
+    found = _read(root, split, rows, (COLUMN,))
     manifest = Manifest.read(root)
-    return np.stack(found) if found else np.zeros((0, manifest.length), manifest.dtype)
+    return found[COLUMN] if COLUMN in found else np.zeros((0, manifest.length), manifest.dtype)
 
 
 def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
@@ -195,27 +200,37 @@ def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np
     """
     if not Manifest.read(root).labels:
         raise UserError(f"{root} has no labels; prepare it from a source with classes")
-    return np.array(_read_column(root, split, LABEL, rows), np.int32)
+    found = _read(root, split, rows, (LABEL,))
+    return found[LABEL].astype(np.int32) if LABEL in found else np.zeros(0, np.int32)
 
 
-def _read_column(root: Path, split: str, column: str, rows: Sequence[int] | None) -> list[Any]:
+def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """What a loader's batch would hold of some rows (ascending) but the index, int64. Raises UserError as above."""
+    found = _read(root, split, rows, (COLUMN, DOCUMENTS, GIVEN))
+    return {name: values.astype(np.int64) for name, values in found.items()}
+
+
+def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the columns that the shards have, each with all rows in its first dimension."""
     fetch_split(root, split)
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
-    found: list[Any] = []
+    found: list[dict[str, Any]] = []
     try:
         first = 0
         for entry in json.loads((root / split / "index.json").read_text())["shards"]:
             reader = MDSReader.from_json(str(root), split, entry)
             end = first + reader.samples
-            found += [reader[row - first][column] for row in wanted[len(found) : bisect_left(wanted, end)]]
+            for row in wanted[len(found) : bisect_left(wanted, end)]:
+                sample = reader[row - first]
+                found.append({name: sample[name] for name in names if name in sample})
             first = end
     except (OSError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read {root / split}: {reason}; check it with `scmdm prepare --verify {root}`"
         ) from error
-    return found
+    return {name: np.array([sample[name] for sample in found]) for name in (found[0] if found else ())}
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:

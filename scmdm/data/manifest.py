@@ -71,6 +71,9 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
     counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: they have none
+    # "records": one in a sample; "concatenate": blocks of a stream of them; "packed": several, told apart by the column
+    # `documents`; "prompts": one behind its prompt, and the column `given` counts the leading ids that are never masked
+    framing: str = "records"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
@@ -100,6 +103,8 @@ class Manifest:
         content = asdict(self)
         if not self.labels:
             del content["labels"]  # a run that knew no labels resumes
+        if self.framing == "records":
+            del content["framing"]  # nor other framings
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str, root: Path) -> SplitInfo:

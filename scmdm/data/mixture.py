@@ -13,7 +13,7 @@ from scmdm.data.remote import open_cache
 from scmdm.errors import UserError
 
 # What all streams must have in common: they go through one model, one loss.
-_SHARED = ("vocab_size", "mask_id", "length", "pad_policy", "bos_policy")
+_SHARED = ("vocab_size", "mask_id", "length", "pad_policy", "bos_policy", "framing")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
@@ -25,15 +26,29 @@ from rich.console import Console
 
 from data_prep import make_source
 from scmdm.config.prepare import PrepareConfig
-from scmdm.data import phases
+from scmdm.data.encode import describe, encode
+from scmdm.data.fit import fit, fitted_tokenizer, given_tokenizer, total_counts
 from scmdm.data.manifest import Manifest
 from scmdm.data.records import Part, Source, cut_into_parts, join_parts
 from scmdm.data.remote import upload_dataset
+from scmdm.data.scan import hash_files, scan
 from scmdm.data.shards import check_place, is_up_to_date, join_pieces
+from scmdm.data.splits import splits_of
 from scmdm.data.work import Task, Worker, work_off
+from scmdm.files import sha256_file
 
 # What the data set does not depend on, or says in another way.
-_NOT_IN_SOURCE = ("out", "path", "overwrite", "upload", "workers", "slice", "on_dirty", "species_table")
+_NOT_IN_SOURCE = (
+    "out",
+    "path",
+    "overwrite",
+    "upload",
+    "workers",
+    "slice",
+    "on_dirty",
+    "species_table",
+    "tokenizer_path",
+)
 # Keys that came later are in the description only when they are not at their defaults: older data sets stay valid.
 _ALWAYS_IN_SOURCE = (
     "source",
@@ -131,6 +146,7 @@ class _Preparation:
     source: Source
     parts: list[Part]
     work: Path
+    tokenizer: str | None  # SHA-256 of the one that is given
 
     @staticmethod
     def of(config: PrepareConfig) -> _Preparation:
@@ -139,14 +155,16 @@ class _Preparation:
         if config.limit is not None:
             parts = join_parts(parts)  # the first so many are found one after the other
         found = {name: _identity(path) for name, path in source.files().items()}
-        key = hashlib.sha256(json.dumps([_options(config), found], sort_keys=True).encode()).hexdigest()[:12]
-        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work")
+        tokenizer = _tokenizer_hash(config)
+        what = [_options(config), found, tokenizer]
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
 
     def run(self, worker: Worker, show: Show) -> None:
         """Do a worker's share, and what others leave, until the data set is there, which may be from the start."""
         root = Path(self.config.out)
         groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
-        self._phase("hash", [partial(phases.hash_files, self.source, group) for group in groups], worker, show)
+        self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
         described = self._described(len(groups))
         if described is not None and not is_up_to_date(root, described, self.config.overwrite):
             self._make(described, worker, show)
@@ -158,11 +176,11 @@ class _Preparation:
                 show(f"scanning: {records:,} records of a part")
 
         config, source, parts = self.config, self.source, self.parts
-        self._phase("scan", [partial(phases.scan, config, source, part, on_read) for part in parts], worker, show)
+        self._phase("scan", [partial(scan, config, source, part, on_read) for part in parts], worker, show)
         scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
-        self._phase("fit", [partial(phases.fit, config, source, scans)], worker, show)
+        self._phase("fit", [partial(fit, config, source, scans)], worker, show)
         encodings = [
-            partial(phases.encode, config, source, part, scan, fitted, number)
+            partial(encode, config, source, part, scan, fitted, number)
             for number, (part, scan) in enumerate(zip(parts, scans, strict=True))
         ]
         self._phase("encode", encodings, worker, show)
@@ -186,16 +204,15 @@ class _Preparation:
         except FileNotFoundError:
             return None
         files = {name: digest for hashes in found for name, digest in hashes.items()}
-        return {"name": self.source.name, "files": files, "options": _options(self.config)}
+        described = {"name": self.source.name, "files": files, "options": _options(self.config)}
+        return described if self.tokenizer is None else {**described, "tokenizer": self.tokenizer}
 
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
         encoded = self._results("encode", len(self.parts))
-        counts = phases.total_counts(
-            [*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)]
-        )
-        description = phases.describe(self.config, self.source, described, counts)
-        tokenizer = phases.fitted_tokenizer(self.work / "fit-00000")
-        splits, overwrite = phases.splits_of(self.source), self.config.overwrite
+        counts = total_counts([*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)])
+        description = describe(self.config, self.source, described, counts)
+        tokenizer = fitted_tokenizer(self.work / "fit-00000")
+        splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
@@ -221,6 +238,15 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
         for key, value in asdict(config).items()
         if key not in _NOT_IN_SOURCE and (key in _ALWAYS_IN_SOURCE or value != getattr(default, key))
     }
+
+
+def _tokenizer_hash(config: PrepareConfig) -> str | None:
+    """Of the file that the data set is to hold, which says all of a tokenizer wherever its own files are."""
+    tokenizer = given_tokenizer(config)
+    if tokenizer is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return sha256_file(tokenizer.save(Path(folder)))
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from scmdm.data.tokenizers.levels import Layout
+from scmdm.data.tokenizers import Content, Layout
 from scmdm.errors import UserError
 
 SPLITS = ("train", "validation", "test")  # what every data set has
@@ -18,14 +18,26 @@ SPLITS = ("train", "validation", "test")  # what every data set has
 class Record:
     """One document, molecule, picture or window of a genome."""
 
-    content: str | bytes  # bytes: token values as they are (levels of pixels)
+    content: Content  # bytes: token values as they are (levels of pixels)
     label: int | None = None  # index into the source's `labels`
     group: str | None = None  # records of one group are in one split, which its hash decides; None: the content's
+    prompt: str | None = None  # text that is given before it
+
+    @property
+    def text(self) -> Content:
+        """All of it."""
+        if self.prompt is None:
+            return self.content
+        assert isinstance(self.content, str)
+        return self.prompt + self.content
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes of a file, by its name among the source's files; `end` None: to the end."""
+    """Bytes of a file (row groups, rows of one whose format has them), by a name that the source knows.
+
+    `end` None: to the end.
+    """
 
     file: str
     start: int = 0
@@ -69,7 +81,11 @@ class Source(Protocol):
     name: str
     whole_records: bool  # a record is one sample (a molecule) or is cut into several (text)
     labels: tuple[str, ...]  # names of the classes of records; empty: none
-    published: tuple[str, ...]  # splits that its parts name, beyond SPLITS too; empty: all are drawn by hash
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Splits that its parts name, beyond SPLITS too; empty: all are drawn by hash."""
+        ...
 
     def files(self) -> dict[str, Path]:
         """The raw files by a name that does not depend on where they are, in reading order."""
@@ -91,13 +107,20 @@ class WithLayout(Protocol):
     layout: Layout
 
 
+def cut_bytes(name: str, path: Path, part_bytes: int) -> list[Slice]:
+    """A file in ranges of so many bytes."""
+    found = path.stat().st_size
+    return [Slice(name, at, min(at + part_bytes, found)) for at in range(0, found, part_bytes)]
+
+
 def cut_into_parts(
     files: Mapping[str, Path],
     part_bytes: int,
     divisible: Callable[[Path], bool] | None = None,
     split: str | None = None,
+    cut: Callable[[str, Path, int], list[Slice]] = cut_bytes,
 ) -> list[Part]:
-    """Small files together, large ones that are `divisible` in ranges of `part_bytes`, the rest alone."""
+    """Small files together, large ones that are `divisible` in the slices that `cut` makes of them, the rest alone."""
     parts: list[Part] = []
     gathered: list[Slice] = []
     size = 0
@@ -114,8 +137,7 @@ def cut_into_parts(
         if size + found > part_bytes:
             flush()
         if found > part_bytes and divisible is not None and divisible(path):
-            starts = range(0, found, part_bytes)
-            parts += [Part((Slice(name, at, min(at + part_bytes, found)),), split) for at in starts]
+            parts += [Part((piece,), split) for piece in cut(name, path, part_bytes)]
             continue
         gathered.append(Slice(name))
         size += found

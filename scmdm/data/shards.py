@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from scmdm.data.dataset import COLUMN, LABEL
+from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL
+from scmdm.data.framing import Row
 from scmdm.data.manifest import (
     MANIFEST_FILE,
     VERSION,
@@ -44,6 +45,7 @@ class Description:
     source: dict[str, Any]
     counts: dict[str, int] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    framing: str = "records"
 
 
 def check_place(root: Path) -> None:
@@ -70,14 +72,6 @@ def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
     raise UserError(f"out={root} holds a data set made with other settings; choose another out, or set overwrite=true")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence, before padding."""
-
-    ids: Sequence[int]
-    label: int | None = None
-
-
 class SplitWriter:
     """Writes rows of a split, or of a piece of one, into a directory of its own."""
 
@@ -87,6 +81,10 @@ class SplitWriter:
         columns = {COLUMN: f"ndarray:{self._dtype}:{description.length}"}
         if description.labels:
             columns[LABEL] = "int32"
+        if description.framing == "prompts":
+            columns[GIVEN] = "int32"
+        if description.framing == "packed":
+            columns[DOCUMENTS] = f"ndarray:uint16:{description.length}"
         self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
         self._samples = self._tokens = 0
 
@@ -98,10 +96,18 @@ class SplitWriter:
         if self._description.labels:
             assert row.label is not None
             sample[LABEL] = np.int32(row.label)
+        if row.given is not None:
+            sample[GIVEN] = np.int32(row.given)
+        if row.documents is not None:
+            sample[DOCUMENTS] = documents_L = np.full(length, row.documents[-1] + 1, np.uint16)
+            documents_L[: len(row.documents)] = row.documents
         self._writer.write(sample)
         self._samples += 1
         self._tokens += length if self._description.pad_policy == "loss" else int((row_L != pad_id).sum())
-        self._tokens -= self._description.bos_policy == "given"
+        if row.given is not None:
+            self._tokens -= row.given
+        elif self._description.bos_policy == "given":
+            self._tokens -= 1 if row.documents is None else row.documents[-1] + 1
 
     def finish(self) -> SplitInfo:
         """Close the shards, and hash them."""
@@ -229,4 +235,5 @@ def _manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], de
         source=description.source,
         counts=description.counts,
         labels=list(description.labels),
+        framing=description.framing,
     )

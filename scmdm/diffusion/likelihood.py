@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.objective import Denoiser, self_conditioned_nelbo
+from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 
@@ -34,7 +35,7 @@ class Nelbo:
 @torch.no_grad()
 def estimate_nelbo(
     denoiser: Denoiser,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     schedule: Schedule,
     *,
     mask_id: int,
@@ -46,13 +47,16 @@ def estimate_nelbo(
 ) -> Nelbo:
     """Mean NELBO over `(tokens (B, L), valid (B, L), ids (B,))` batches, with `draws` times per sequence.
 
+    Batches of packed samples have a fourth tensor: the numbers of the documents (B, L).
+
     `condition` gives every sequence the estimate of `passes` no-grad passes, at twice the evaluations: still a bound
     on the likelihood, because the estimate is a function of `z_t`. The same seed gives the same times and masks, so
     two models, or both modes of one, are compared on the same noise.
     """
     sums: list[Tensor] = []
     counts: list[Tensor] = []
-    for tokens_BL, valid_BL, ids_B in batches:
+    for tokens_BL, valid_BL, ids_B, *documents in batches:
+        packing = make_packing(documents[0]) if documents else None
         shares = torch.zeros(len(tokens_BL), dtype=torch.float64, device=tokens_BL.device)
         for draw in range(draws):
             noised = noise_batch(
@@ -66,6 +70,7 @@ def estimate_nelbo(
                 step=draw,
                 rate=1.0 if condition else 0.0,
                 noisier_state=False,
+                packing=packing,
             )
             output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
             shares += output.weighted_nll_B / draws

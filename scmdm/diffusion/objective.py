@@ -6,11 +6,12 @@ Legend: B batch, L length, D width, N masked positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import Schedule, loss_weight
 
@@ -19,13 +20,29 @@ class Denoiser(Protocol):
     """What the objective needs of a network. SUBS holds inside: the mask logit is minus infinity, and only masked
     positions are ever predicted (others carry over: their loss is 0 and their estimate is the token itself)."""
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Expected embedding (B, L, D) of the clean state given the noised one; `None` is the null estimate.
-        `dropout` leaves a network that is in training mode its dropout."""
+        `dropout` leaves a network that is in training mode its dropout. `packing`, here and below, comes only with
+        packed samples: other networks need not know it."""
         ...
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum over masked positions of `weight * -log p(x | z, estimate)` (scalar, differentiable) and the unweighted
         per-token values (B, L), float32, 0 where not masked, without gradient."""
@@ -51,9 +68,15 @@ def clean_state_estimate(denoiser: Denoiser, batch: NoisedBatch, *, passes: int,
     estimate = None
     with torch.no_grad():
         for _ in range(passes):
-            estimate = denoiser.estimate(batch.z_estimate, batch.t_estimate, estimate, dropout=dropout)
+            estimate = denoiser.estimate(
+                batch.z_estimate, batch.t_estimate, estimate, dropout=dropout, **_packing(batch)
+            )
     assert estimate is not None
     return estimate.detach()
+
+
+def _packing(batch: NoisedBatch) -> dict[str, Any]:
+    return {} if batch.packing is None else {"packing": batch.packing}
 
 
 def self_conditioned_nelbo(
@@ -75,6 +98,6 @@ def self_conditioned_nelbo(
         estimate = clean_state_estimate(denoiser, batch, passes=passes, dropout=estimate_dropout)
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
     weight_BL = token_weights(batch, schedule)
-    loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL)
+    loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL, **_packing(batch))
     share_B = (nll_BL.double() * weight_BL).sum(1)
     return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))

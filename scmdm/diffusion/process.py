@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.noise import keyed_permutation, keyed_uniform
+from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 
 
@@ -37,6 +38,7 @@ class NoisedBatch:
     z_estimate: Tensor  # (B, L) int64, the state that pass 1 sees; masks are a superset of those of `z`
     t_estimate: Tensor  # (B,) float64, its time
     conditioned: Tensor  # (B,) bool: pass 2 sees the estimate
+    packing: Packing | None = None  # several documents in each row
 
 
 def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
@@ -60,12 +62,13 @@ def noise_batch(
     step: int,
     rate: float,
     noisier_state: bool,
+    packing: Packing | None = None,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
     `rate` is the probability that a sample's second pass is conditioned. With `noisier_state` the estimate is made
     from an earlier sampler state: a time drawn uniformly between t and 1, with the same uniforms, hence more masks.
-    Tokens that are not valid (ignored padding) are never masked.
+    Tokens that are not valid (ignored padding, a prompt) are never masked.
     """
     u_BL = keyed_uniform(seed, "mask", step, ids_B, x_BL.shape[1])
     z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), valid_BL, mask_id)
@@ -75,7 +78,7 @@ def noise_batch(
         t_estimate = t_B + (1 - t_B) * v_B
         z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
     coin_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
-    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B)
+    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, packing)
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:

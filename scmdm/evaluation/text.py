@@ -20,7 +20,7 @@ from scmdm.evaluation.ngram import NgramModel
 
 NGRAM_ORDER = 5
 NGRAM_LABEL = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on held-out text (not a neural scorer)"
-_SCORER_LENGTH = 1024
+SCORER_LENGTH = 1024  # tokens of the scorer that are read of a text (MDLM)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class TextMetrics:
 
     num_samples: int
     entropy: float  # nats
+    distinct_1: float
     distinct_2: float
+    distinct_3: float
     perplexity: float
     scorer: str
 
@@ -61,17 +63,18 @@ def evaluate_text(
         perplexity, label = generative_perplexity(texts, scorer, device=device), f"{scorer.name} (transformers)"
     else:
         perplexity, label = NgramModel.fit(held_out, order=NGRAM_ORDER).perplexity(texts), NGRAM_LABEL
-    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), distinct_n(texts, 2), perplexity, label)
+    one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
+    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, perplexity, label)
 
 
 def generative_perplexity(
-    texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = _SCORER_LENGTH
+    texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
 ) -> float:
     """Perplexity per scorer token: decode, retokenise, truncate to `max_length`, token-weighted mean (MDLM's protocol).
 
     Raises UserError when `scorer` is not a local `transformers` causal model with its tokenizer.
     """
-    model, tokenizer = _load_scorer(scorer)
+    model, tokenizer = load_scorer(scorer)
     model.to(device).eval()
     nll, count = 0.0, 0
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
@@ -91,7 +94,8 @@ def check_scorer(scorer: Path) -> None:
         )
 
 
-def _load_scorer(scorer: Path) -> tuple[Any, Any]:
+def load_scorer(scorer: Path) -> tuple[Any, Any]:
+    """Causal model and tokenizer of a local `transformers` directory. Raises UserError when it is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_scorer(scorer)

@@ -55,17 +55,28 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: i
     return "sdpa" if flash_unusable_because(device_type, dtype) else "flash"
 
 
-def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str) -> Tensor:
-    """Softmax attention without a causal mask, (B, L, H, K) each, scaled by 1/sqrt(K). Returns (B, L, H, K)."""
+def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, allowed_B1LL: Tensor | None = None) -> Tensor:
+    """Softmax attention without a causal mask, (B, L, H, K) each, scaled by 1/sqrt(K). Returns (B, L, H, K).
+
+    `allowed_B1LL` (bool) says which position (last) one (before it) sees, by default all. Raises UserError for a
+    backend that cannot keep to it.
+    """
     chosen = choose_backend(backend, q_BLHK.device.type, q_BLHK.dtype, q_BLHK.shape[1])
+    if allowed_B1LL is not None and chosen == "flash":
+        if backend == "flash":
+            raise UserError("model.attention=flash has no mask for packed samples (framing=packed); use auto or sdpa")
+        chosen = "sdpa"
     if chosen == "flash":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q_BLHK, k_BLHK, v_BLHK, causal=False)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     if chosen == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    probabilities_BHLL = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1LL).transpose(1, 2)
+    scores_BHLL = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if allowed_B1LL is not None:
+        scores_BHLL = scores_BHLL.masked_fill(~allowed_B1LL, float("-inf"))
+    probabilities_BHLL = scores_BHLL.softmax(-1)
     return (probabilities_BHLL @ v).transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.model.attention import attend, attend_slices
 from scmdm.model.conditioner import Conditioner
@@ -80,9 +81,9 @@ class Rotary(nn.Module):
 
 
 def rotate(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (k, k + K/2) by its position's angle."""
+    """Rotate each pair (k, k + K/2) by its position's angle; the tables are (L, K/2), of packed samples (B, L, K/2)."""
     first, second = x_BLHK.chunk(2, dim=-1)
-    cos, sin = cos[None, :, None].to(x_BLHK.dtype), sin[None, :, None].to(x_BLHK.dtype)
+    cos, sin = cos.unsqueeze(-2).to(x_BLHK.dtype), sin.unsqueeze(-2).to(x_BLHK.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -102,19 +103,26 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
         self.adaLN_modulation = ZeroLinear(config.condition_width, 6 * width)
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], c_RC: Tensor, dropout: bool) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        c_RC: Tensor,
+        dropout: bool,
+        allowed_B1LL: Tensor | None = None,
+    ) -> Tensor:
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = self._attend(modulate(self.norm1(x_BLD), shift_attn, scale_attn), rotary)
+        h = self._attend(modulate(self.norm1(x_BLD), shift_attn, scale_attn), rotary, allowed_B1LL)
         x_BLD = x_BLD + gate_attn * F.dropout(h, self.dropout, dropout)
         h = self.mlp(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
         return x_BLD + gate_mlp * F.dropout(h, self.dropout, dropout)
 
-    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if self.context is None:
-            out_BLHK = attend(q, k, v, self.attention)
+            out_BLHK = attend(q, k, v, self.attention, allowed_B1LL)
         else:
             out_BLHK = attend_slices(q, k, v, self.attention, self.context)
         return self.attn_out(out_BLHK.flatten(2))
@@ -168,29 +176,53 @@ class DiT(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
-    def hidden(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def hidden(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
         x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
         if estimate_BLD is not None:
             assert self.conditioner is not None, "an estimate needs a self-conditioned model"
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
         c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
-        rotary, recompute = self._rotary(z_BL.shape[1]), self.config.activation_checkpointing
+        rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
+        more = () if packing is None else (packing.allowed_B1LL,)
         for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, c_RC, dropout and self.training)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, c_RC, dropout and self.training, *more)
         return self._head_input(self.output_layer(x_BLD, c_RC))
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout)
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
         masked = z_BL == self.mask_id
         return self.embed(z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True)
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, packing=packing)
         masked = z_BL == self.mask_id
         linear = self.output_layer.linear
         total, nll_N = weighted_nll_sum(
@@ -226,8 +258,11 @@ class DiT(nn.Module):
         """Embedding of tokens, any shape in front."""
         return self.vocab_embed(ids)
 
-    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, length: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """The tables' rows for the positions at hand."""
+        if packing is not None:
+            cos, sin = self.rotary_emb(length)
+            return cos[packing.positions_BL], sin[packing.positions_BL]
         if self.context is None:
             return self.rotary_emb(length)
         cos, sin = self.rotary_emb(length * self.context.size())

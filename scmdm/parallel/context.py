@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.diffusion.objective import Denoiser
+from scmdm.diffusion.packing import Packing
+from scmdm.errors import UserError
 
 
 def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
@@ -24,19 +26,41 @@ def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))["context"]
 
 
+def _refuse(packing: Packing | None) -> None:
+    if packing is not None:
+        raise UserError("fsdp.context cuts sequences, which packed samples (framing=packed) do not allow; set it to 1")
+
+
 class SlicedDenoiser:
     """Takes whole sequences and runs the network on this rank's slice; estimates stay slices, NLLs come back whole."""
 
     def __init__(self, denoiser: Denoiser, context: DeviceMesh) -> None:
         self._denoiser, self._context = denoiser, context
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        _refuse(packing)
         return self._denoiser.estimate(self._slice(z_BL), t_B, estimate_BLD, dropout=dropout)
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The sum is this slice's part of the loss: like the ranks' parts of a batch, they are added up later."""
+        _refuse(packing)
         z_BL, x_BL, weight_BL = self._slice(z_BL), self._slice(x_BL), self._slice(weight_BL)
         total, nll_BL = self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()

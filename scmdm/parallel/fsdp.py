@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from scmdm.config.schema import FsdpConfig
 from scmdm.diffusion.objective import Denoiser
+from scmdm.diffusion.packing import Packing
 from scmdm.model.dit import DiT
 from scmdm.parallel.context import SlicedDenoiser, make_context
 from scmdm.parallel.engine import ParallelEngine
@@ -109,17 +110,32 @@ class _TwoPassDenoiser:
     def __init__(self, model: DiT, reshard_after_estimate: bool) -> None:
         self._model, self._reshard = model, reshard_after_estimate
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
         self._free_blocks(self._reshard)
         try:
-            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
+            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
         finally:
             self._free_blocks(True)
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
+        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, packing=packing)
 
     def _free_blocks(self, after_forward: bool) -> None:
         """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""

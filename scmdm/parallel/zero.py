@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.config.schema import RunConfig
+from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.parallel.engine import MOMENTS, ParallelEngine
@@ -234,14 +235,30 @@ class _Denoiser:
     def __init__(self, deepspeed: Any) -> None:
         self._deepspeed = deepspeed
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
-        return self._deepspeed(method="estimate", z_BL=z_BL, t_B=t_B, estimate_BLD=estimate_BLD, dropout=dropout)
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "dropout": dropout, "packing": packing}
+        return self._deepspeed(method="estimate", **arguments)
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "x_BL": x_BL, "weight_BL": weight_BL}
-        return self._deepspeed(method="weighted_nll", **arguments)
+        return self._deepspeed(method="weighted_nll", packing=packing, **arguments)
 
 
 def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:

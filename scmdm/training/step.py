@@ -6,7 +6,7 @@ Legend: B this rank's sequences of the step, L length, N sequences of the global
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from scmdm.config.schema import RunConfig
 from scmdm.diffusion.noise import keyed_int
 from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.errors import UserError
@@ -39,12 +40,14 @@ def train_step(
     ids_B: Tensor,
     step: int,
     clock: Clock | None = None,
+    documents_BL: Tensor | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
     The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
     neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
-    finite; the weights are then untouched. `clock` learns where the time went.
+    finite; the weights are then untouched. `clock` learns where the time went. `documents_BL` numbers the documents of
+    packed samples.
     """
     clock = clock or Clock(engine.device)
     with clock.part("sync"):
@@ -56,6 +59,8 @@ def train_step(
     for start in range(0, len(tokens_BL), size):
         rows = slice(start, start + size)
         batch = _noise(config, schedule, mask_id, tokens_BL[rows], valid_BL[rows], t_B[rows], ids_B[rows], step)
+        if documents_BL is not None:
+            batch = replace(batch, packing=make_packing(documents_BL[rows]))
         with engine.compute():
             output = self_conditioned_nelbo(
                 denoiser,

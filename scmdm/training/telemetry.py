@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scmdm.diffusion.objective import Denoiser
+from scmdm.diffusion.packing import Packing
 from scmdm.model.flops import StepFlops
 from scmdm.parallel.processes import all_gather_object
 
@@ -69,15 +71,34 @@ class TimedDenoiser:
     def __init__(self, denoiser: Denoiser, clock: Clock) -> None:
         self._denoiser, self._clock = denoiser, clock
 
-    def estimate(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, dropout: bool = False) -> Tensor:
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
         with self._clock.part("pass_1"):
-            return self._denoiser.estimate(z_BL, t_B, estimate_BLD, dropout=dropout)
+            return self._denoiser.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, **_given(packing))
 
     def weighted_nll(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, x_BL: Tensor, weight_BL: Tensor
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         with self._clock.part("pass_2"):
-            return self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
+            return self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(packing))
+
+
+def _given(packing: Packing | None) -> dict[str, Any]:
+    return {} if packing is None else {"packing": packing}
 
 
 class Window:

@@ -118,7 +118,10 @@ def _loop(run: Run, saver: Saver, journal: Journal, stop: StopRequest) -> None:
         with clock.part("data"):
             batch = next(batches)
         run.engine.model.train()
-        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, *batch, state.step, clock)
+        tokens, valid, ids, *documents = batch
+        result = train_step(
+            run.engine, config, run.spec.schedule, run.spec.mask_id, tokens, valid, ids, state.step, clock, *documents
+        )
         if run.ema is not None:
             with clock.part("optimizer"):
                 run.ema.update(run.engine)
@@ -146,7 +149,7 @@ def _leave(number: int, when: str) -> NoReturn:
     raise SystemExit(REQUEUE_EXIT)
 
 
-def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(run: Run) -> Iterator[tuple[Tensor, ...]]:
     """This rank's share of each global batch, for ever, epoch after epoch; keeps the loader's position in the state."""
     config = run.config
     loader = build_loader(

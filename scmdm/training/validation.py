@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
-from scmdm.data.loader import read_split, spread_rows
+from scmdm.data.dataset import DOCUMENTS, GIVEN
+from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.diffusion.packing import document_starts
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import Engine
 
@@ -25,29 +26,43 @@ _BATCH = 256
 T = TypeVar("T")
 
 
-def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, valid positions (they may be masked, and count in the likelihood) and sample ids of a loader's batch."""
+def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, ...]:
+    """Tokens, valid positions (they may be masked, and count in the likelihood) and sample ids of a loader's batch.
+
+    Of packed samples the numbers of the documents come behind them. Given are the beginning of every document, where
+    the data set says so, and the leading positions that the column `given` counts.
+    """
     tokens = batch["tokens"].to(device, non_blocking=True)
     valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
+    index, documents, given = (
+        batch[name].to(device, non_blocking=True) if name in batch else None for name in ("index", DOCUMENTS, GIVEN)
+    )
+    assert index is not None
     if manifest.bos_policy == "given":
         valid[:, 0] = False
-    return tokens, valid, batch["index"].to(device, non_blocking=True)
+    if given is not None:
+        valid &= torch.arange(tokens.shape[1], device=device) >= given[:, None]
+    if documents is None:
+        return tokens, valid, index
+    if manifest.bos_policy == "given":
+        valid &= ~document_starts(documents)
+    return tokens, valid, index, documents
 
 
 def validation_batches(
     root: Path, split: str, manifest: Manifest, device: torch.device, samples: int, first_id: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """`samples` sequences spread evenly over a split; a sequence's id is its place in the split after `first_id`."""
     rows = spread_rows(manifest.split(split, root).samples, samples)
-    ids_NL = torch.from_numpy(read_split(root, split, rows).astype(np.int64))
-    index_N = torch.tensor(rows) + first_id
-    for tokens, index in zip(ids_NL.split(_BATCH), index_N.split(_BATCH), strict=True):
-        yield to_device({"tokens": tokens, "index": index}, manifest, device)
+    columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
+    columns["index"] = torch.tensor(rows) + first_id
+    for start in range(0, len(rows), _BATCH):
+        yield to_device({name: found[start : start + _BATCH] for name, found in columns.items()}, manifest, device)
 
 
 def mixed_validation_batches(
     data: Data, split: str, device: torch.device, samples: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """`validation_batches` of every validated stream in turn, its proportion of `samples` from each."""
     first_id = 0
     for source, share in data.validation_shares(samples):

@@ -1,8 +1,10 @@
 """Small data sets of several shards, written directly."""
 
+import hashlib
 import random
 
 from scmdm.data.shards import Description, write_dataset
+from scmdm.data.splits import leading_bits, split_of_hash
 from scmdm.data.tokenizers import SymbolTokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -22,3 +24,8 @@ def write_texts(
     description = Description(root.name, length, pad_policy, bos_policy, {"seed": seed})
     write_dataset(root, tokenizer, splits, description, shard_bytes=shard_bytes)
     return root
+
+
+def split_of(text, validation_fraction, test_fraction):
+    """The split of a text whose source publishes none."""
+    return split_of_hash(leading_bits(hashlib.sha256(text.encode()).digest()), validation_fraction, test_fraction)

@@ -14,8 +14,7 @@ from scmdm.cli import main
 from scmdm.config.prepare import PrepareConfig
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.phases import SPLITS
-from scmdm.data.records import Tally, join_parts
+from scmdm.data.records import SPLITS, Tally, join_parts
 from scmdm.data.tokenizers import UnknownSymbol, load_tokenizer, make_tokenizer
 from scmdm.errors import UserError
 from tests.data.test_prepare import decoded, files

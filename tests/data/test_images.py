@@ -12,7 +12,7 @@ from PIL import Image
 from scmdm.cli import main
 from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.phases import SPLITS
+from scmdm.data.records import SPLITS
 from scmdm.data.tokenizers import Layout, LevelTokenizer, UnknownSymbol, is_framed, load_tokenizer
 from scmdm.errors import UserError
 from tests.conftest import ROOT

@@ -11,11 +11,11 @@ from data_prep.moses import Moses, moses_folder, read_smiles
 from data_prep.smiles import SmilesFiles, canonical_smiles
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.phases import split_of
 from scmdm.data.records import Tally
 from scmdm.data.tokenizers import UnknownSymbol, load_tokenizer, make_tokenizer, symbols_of
 from scmdm.errors import UserError
 from tests.conftest import prepare_qm9
+from tests.data.sets import split_of
 from tests.data.test_prepare import decoded
 
 # Of MOSES: its first lines.

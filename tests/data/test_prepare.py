@@ -12,11 +12,11 @@ from rdkit import Chem
 from scmdm.cli import main
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.phases import split_of
 from scmdm.data.records import SPLITS
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.training.validation import validation_batches
 from tests.conftest import prepare_qm9
+from tests.data.sets import split_of
 
 
 def decoded(root, split):
@@ -201,7 +201,7 @@ def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
     ("keys", "message"),
     [
         (["source=text", "path=/nonexistent/corpus"], "does not exist"),
-        (["source=text", "path={empty}"], "no .txt or .jsonl"),
+        (["source=text", "path={empty}"], "holds no .jsonl"),
         (["source=text", "path={blank}"], "no usable record"),
         (["source=qm9"], "tokenizer='characters' is not possible"),
         (["source=text", "length=2"], "length=2 is not possible"),

@@ -14,18 +14,24 @@ from scmdm.data.tokenizers.base import (
     Tokenizer,
     UnknownSymbol,
     as_text,
+    block_text,
+    is_block,
     is_framed,
     text_ids,
 )
+from scmdm.data.tokenizers.huggingface import HuggingFaceTokenizer
 from scmdm.data.tokenizers.levels import KINDS as LEVEL_KINDS
 from scmdm.data.tokenizers.levels import Layout, LevelTokenizer
+from scmdm.data.tokenizers.octets import ByteTokenizer
 from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
 from scmdm.data.tokenizers.symbols import ALPHABETS, SPLITTERS, SymbolTokenizer
 from scmdm.errors import UserError
 
 __all__ = [
     "SPECIALS",
+    "ByteTokenizer",
     "Content",
+    "HuggingFaceTokenizer",
     "Layout",
     "LevelTokenizer",
     "OwnFraming",
@@ -34,10 +40,13 @@ __all__ = [
     "Tokenizer",
     "UnknownSymbol",
     "as_text",
+    "block_text",
+    "is_block",
     "is_framed",
     "learns_from_text",
     "load_tokenizer",
     "make_tokenizer",
+    "open_tokenizer",
     "symbols_of",
     "text_ids",
 ]
@@ -62,7 +71,16 @@ def make_tokenizer(
         return LevelTokenizer(kind, layout)
     if kind == "sentencepiece":
         return SentencePieceTokenizer.fit(sample, vocab_size)
+    if kind == "bytes":
+        return ByteTokenizer()
     return SymbolTokenizer(kind, ALPHABETS.get(kind) or sorted(symbols))
+
+
+def open_tokenizer(kind: str, path: Path, *, padded: bool) -> Tokenizer:
+    """A tokenizer that was made elsewhere, for a data set whose samples are `padded` or not. Raises UserError."""
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.open(path)
+    return HuggingFaceTokenizer.open(path, padded=padded)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -73,10 +91,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["kind"] in LEVEL_KINDS:
             return LevelTokenizer.parse(content)
+        if content["kind"] == "bytes":
+            return ByteTokenizer()
+        if content["kind"] == "huggingface":
+            return HuggingFaceTokenizer.from_json(content)
         return SymbolTokenizer(content["kind"], content["symbols"])
     except FileNotFoundError as error:
         raise UserError(f"tokenizer {path} is missing; prepare the data set again, or restore the directory") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of JSON and of UTF-8 they are ValueErrors
         raise UserError(
             f"tokenizer {path} is damaged ({error}); prepare the data again, or restore the directory"
         ) from error

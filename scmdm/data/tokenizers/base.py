@@ -61,11 +61,14 @@ def as_text(content: Content) -> str:
 
 
 def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids of the text itself: up to the first end mark, without padding, beginning and mask."""
+    """The ids of the text itself: up to the first end mark, without padding, beginning and mask.
+
+    Where one id marks both, a beginning that stands first is no end.
+    """
     ids = list(ids)
-    if tokenizer.eos_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_id)]
-    return [i for i in ids if i not in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id)]
+    first = 1 if ids[:1] == [tokenizer.bos_id] else 0
+    end = ids.index(tokenizer.eos_id, first) if tokenizer.eos_id in ids[first:] else len(ids)
+    return [i for i in ids[first:end] if i not in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id)]
 
 
 def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
@@ -73,7 +76,30 @@ def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     if isinstance(tokenizer, OwnFraming):
         return tokenizer.is_framed(ids)
     ids = list(ids)
-    end = ids.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in ids else len(ids)
+    end = ids.index(tokenizer.eos_id, 1) + 1 if tokenizer.eos_id in ids[1:] else len(ids)
     text, rest = ids[1:end], ids[end:]
-    marks = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.mask_id)
+    marks = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.mask_id} - {tokenizer.eos_id}
     return ids[:1] == [tokenizer.bos_id] and not any(i in marks for i in text) and set(rest) <= {tokenizer.pad_id}
+
+
+def is_block(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether ids look as a block of concatenated texts does: a beginning first, an end last, no mask."""
+    ids = list(ids)
+    marks = {tokenizer.bos_id, tokenizer.mask_id} - {tokenizer.eos_id}
+    return ids[:1] == [tokenizer.bos_id] and ids[-1:] == [tokenizer.eos_id] and marks.isdisjoint(ids[1:])
+
+
+def block_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The texts of a block of concatenated ones, with the tokenizer's name of the end mark between them.
+
+    A scorer with the same tokenizer reads the mark back: generative perplexity is measured on such texts (MDLM).
+    """
+    texts: list[list[int]] = [[]]
+    for i in ids[1:] if list(ids[:1]) == [tokenizer.bos_id] else ids:
+        if i == tokenizer.eos_id:
+            texts.append([])
+        else:
+            texts[-1].append(i)
+    if not texts[-1]:
+        del texts[-1]
+    return tokenizer.tokens([tokenizer.eos_id])[0].join(tokenizer.decode(part) for part in texts)

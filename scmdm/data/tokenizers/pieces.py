@@ -1,6 +1,7 @@
 """Sentencepiece.
 
-Ids 0 to 3 are padding, beginning, end and mask.
+In a model that we train ids 0 to 3 are padding, beginning, end and mask. Another model keeps the ids that it has for
+them, and gets those that it lacks behind its pieces, the mask first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from scmdm.data.tokenizers.base import SPECIALS, Content, as_text, text_ids
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes
 
+_MASKS = (SPECIALS[3], "<mask>")
+
 
 class SentencePieceTokenizer:
     """A sentencepiece model with our specials among its pieces."""
@@ -24,8 +27,31 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._processor.vocab_size()
-        self.pad_id, self.bos_id, self.eos_id, self.mask_id = (self._processor.piece_to_id(s) for s in SPECIALS)
+        pieces = self._pieces = self.vocab_size = self._processor.vocab_size()
+        masks = (self._processor.piece_to_id(piece) for piece in _MASKS)
+        mask_id = next((i for i in masks if i != self._processor.unk_id()), -1)
+        found = [mask_id, self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()]
+        for role, id_ in enumerate(found):
+            if id_ < 0:
+                found[role] = self.vocab_size
+                self.vocab_size += 1
+        self.mask_id, self.bos_id, self.eos_id, self.pad_id = found
+        names = {
+            self.pad_id: SPECIALS[0],
+            self.bos_id: SPECIALS[1],
+            self.eos_id: SPECIALS[2],
+            self.mask_id: SPECIALS[3],
+        }
+        self._appended = {id_: name for id_, name in names.items() if id_ >= pieces}
+
+    @classmethod
+    def open(cls, path: Path) -> SentencePieceTokenizer:
+        """A model that was trained elsewhere. Raises UserError when the file is missing or none."""
+        try:
+            return cls(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"tokenizer_path={path} is no sentencepiece model: {reason}; give a .model file") from error
 
     @classmethod
     def fit(cls, corpus: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -67,10 +93,10 @@ class SentencePieceTokenizer:
         return self._processor.encode(as_text(content))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([i for i in text_ids(ids, self) if i < self.vocab_size])
+        return self._processor.decode([i for i in text_ids(ids, self) if i < self._pieces])
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        return [self._processor.id_to_piece(int(i)) for i in ids]
+        return [self._appended.get(int(i)) or self._processor.id_to_piece(int(i)) for i in ids]
 
     def save(self, directory: Path) -> Path:
         path = directory / "tokenizer.model"

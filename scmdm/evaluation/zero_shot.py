@@ -1,0 +1,116 @@
+"""Perplexity of a model on texts that it was not trained on, prepared as its own data was.
+
+Legend: N sequences, L length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.text import TextFolder, Units
+from scmdm.data.framing import FRAMERS
+from scmdm.data.manifest import Manifest
+from scmdm.data.records import Tally
+from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
+from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.errors import UserError
+from scmdm.model.weights import LoadedModel
+from scmdm.parallel.engine import compute_context, resolve_precision
+from scmdm.training.validation import to_device
+
+_PART = 1 << 40  # whole files
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """`nelbo` is in nats per token of the model's tokenizer, over the sequences that were made of the texts."""
+
+    nelbo: Nelbo
+    tokens_per_word: float  # of the texts, an end mark for each of them included
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; an upper bound."""
+        return self.nelbo.perplexity
+
+    @property
+    def word_perplexity(self) -> float:
+        """Per word between blanks, which does not depend on the tokenizer (Radford et al., 2019, section 3.1)."""
+        return math.exp(self.nelbo.mean * self.tokens_per_word)
+
+
+def read_texts(
+    path: Path, *, keys: Sequence[str] = ("text",), unit: str = "documents", detokenize: str = "none"
+) -> list[str]:
+    """The texts of a file or a folder, in any format that `scmdm prepare` takes. Raises UserError as it does."""
+    source, tally = TextFolder(path, keys, units=Units(unit, detokenize)), Tally()
+    found = [record.text for part in source.parts(_PART) for record in source.records(part, tally)]
+    if not found:
+        raise UserError(f"{path} holds no usable text ({dict(tally.counts)}); give another file, or another key")
+    return [text for text in found if isinstance(text, str)]
+
+
+def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:
+    """Sequences (N, L) int64 of texts, framed and padded as the data set of `manifest` is; packed ones one by one.
+
+    Raises UserError when a text has a symbol that the vocabulary has not, or when nothing is left of the texts.
+    """
+    framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
+    rows = [row for text in texts for row in framer.add(_encode(tokenizer, text), None)]
+    if not rows:
+        raise UserError(f"the texts are shorter than one block of {manifest.length} tokens; give more text")
+    ids_NL = np.full((len(rows), manifest.length), manifest.pad_id, np.int64)
+    for ids_L, row in zip(ids_NL, rows, strict=True):
+        ids_L[: len(row.ids)] = row.ids
+    return ids_NL
+
+
+def zero_shot(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    t_min: float = 1e-3,
+    condition: bool = False,
+    batch_size: int = 16,
+    precision: str = "auto",
+) -> ZeroShot:
+    """The NELBO of texts under a model, all of them that make whole sequences (MDLM, arXiv 2406.07524, section 5).
+
+    `draws` and `condition` are those of `estimate_nelbo`. Raises UserError as `frame_texts` does.
+    """
+    device = next(loaded.model.parameters()).device
+    ids_NL = torch.from_numpy(frame_texts(texts, loaded.tokenizer, loaded.manifest))
+    with compute_context(device, resolve_precision(precision, device)):
+        nelbo = estimate_nelbo(
+            loaded.model,
+            _batches(ids_NL, loaded.manifest, device, batch_size),
+            loaded.spec.schedule,
+            mask_id=loaded.spec.mask_id,
+            seed=seed,
+            t_min=t_min,
+            draws=draws,
+            condition=condition,
+        )
+    tokens = sum(len(_encode(loaded.tokenizer, text)) + 1 for text in texts)
+    return ZeroShot(nelbo, tokens / max(1, sum(len(text.split()) for text in texts)))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except UnknownSymbol as error:
+        raise UserError(f"{text[:60]!r}: {error}; the model's vocabulary does not have it") from error
+
+
+def _batches(ids_NL: Tensor, manifest: Manifest, device: torch.device, size: int) -> Iterator[tuple[Tensor, ...]]:
+    for tokens, index in zip(ids_NL.split(size), torch.arange(len(ids_NL)).split(size), strict=True):
+        yield to_device({"tokens": tokens, "index": index}, manifest, device)

@@ -1,0 +1,88 @@
+"""Zero-shot perplexity: sequences as the data has them, and a model whose likelihood is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from scmdm.config.schema import DiffusionConfig, ModelConfig
+from scmdm.data.manifest import Manifest, TokenizerRef
+from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
+from scmdm.errors import UserError
+from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
+from scmdm.model.init import init_weights
+from scmdm.model.weights import LoadedModel, ModelSpec
+
+TOKENIZER = SymbolTokenizer("characters", "ab ")  # ids 4 to 6
+
+
+def described(tokenizer, framing="records", pad_policy="ignore", bos_policy="given", length=8):
+    return Manifest(
+        version=2,
+        name="test",
+        tokenizer=TokenizerRef(tokenizer.kind, "tokenizer.json", ""),
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        length=length,
+        dtype="uint16",
+        pad_policy=pad_policy,
+        bos_policy=bos_policy,
+        splits={},
+        framing=framing,
+    )
+
+
+def uniform(tmp_path, tokenizer, **options):
+    """A fresh model: its output layer is zero, so that every token but the mask has the same probability."""
+    manifest = described(tokenizer, **options)
+    config = ModelConfig(width=16, layers=1, heads=2, condition_width=8)
+    spec = ModelSpec(config, DiffusionConfig(), tokenizer.vocab_size, tokenizer.mask_id, manifest.length)
+    model = spec.build().to_empty(device="cpu")
+    init_weights(model, 0)
+    return LoadedModel(spec, tokenizer, manifest, tmp_path, model.eval())
+
+
+def test_sequences_by_hand():
+    texts = ["ab", "a b aba"]
+    records = frame_texts(texts, TOKENIZER, described(TOKENIZER))
+    assert records.tolist() == [[1, 4, 5, 2, 0, 0, 0, 0], [1, 4, 6, 5, 6, 4, 5, 2], [1, 4, 2, 0, 0, 0, 0, 0]]
+    assert np.array_equal(records, frame_texts(texts, TOKENIZER, described(TOKENIZER, "packed")))
+    blocks = frame_texts(texts, TOKENIZER, described(TOKENIZER, "concatenate", "loss"))
+    assert blocks.tolist() == [[1, 4, 5, 2, 4, 6, 5, 2]]
+    with pytest.raises(UserError, match="shorter than one block of 8"):
+        frame_texts(["ab"], TOKENIZER, described(TOKENIZER, "concatenate", "loss"))
+    with pytest.raises(UserError, match="unknown symbol 'c'"):
+        frame_texts(["abc"], TOKENIZER, described(TOKENIZER))
+
+
+@pytest.mark.parametrize("framing", ["records", "concatenate"])
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
+    """Every token costs log(V - 1) whatever is masked: the estimate's error is that of how much is masked."""
+    pad_policy = "loss" if framing == "concatenate" else "ignore"
+    loaded = uniform(tmp_path, TOKENIZER, framing=framing, pad_policy=pad_policy, length=34)
+    texts = ["ab ba " * 20] * 40
+    found = zero_shot(loaded, texts, draws=8)
+    assert found.nelbo.mean == pytest.approx(math.log(TOKENIZER.vocab_size - 1), abs=max(4 * found.nelbo.stderr, 0.02))
+    assert found.tokens_per_word == 121 / 40
+    assert found.word_perplexity == pytest.approx(found.perplexity ** (121 / 40))
+    valid = frame_texts(texts, TOKENIZER, loaded.manifest) != TOKENIZER.pad_id
+    assert found.nelbo.tokens == valid.sum() - len(valid), "padding and the given beginning do not count"
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "a @-@ b"}) + "\n")
+    assert read_texts(tmp_path) == ["one\n\ntwo", "a @-@ b"]
+    assert read_texts(tmp_path / "a.txt", unit="lines") == ["one", "two"]
+    assert read_texts(tmp_path / "b.jsonl", detokenize="wikitext") == ["a-b"]
+    with pytest.raises(UserError, match=r"holds no usable text .*no key body"):
+        read_texts(tmp_path / "b.jsonl", keys=("body",))
+
+
+def test_bytes_need_no_vocabulary(tmp_path):
+    found = zero_shot(uniform(tmp_path, ByteTokenizer(), length=32), ["Grüße, 世界! " * 9] * 9, draws=4)
+    assert found.nelbo.mean == pytest.approx(math.log(259), rel=0.1)
