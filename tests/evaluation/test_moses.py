@@ -165,7 +165,7 @@ def test_filters(filters, smiles, passes):
 def test_filter_files_that_are_missing_or_damaged_are_named(filters, tmp_path):
     assert filter_rate(["Cc1ccccc1", "CC=O", "CCCl", "CC"], filters) == 0.5
     (tmp_path / "wehi_pains.csv").write_text('"C(((",x\n')
-    with pytest.raises(UserError, match="no SMARTS"):
+    with pytest.raises(UserError, match="not SMARTS"):
         Filters.read(tmp_path)
     (tmp_path / "mcf.csv").unlink()
     with pytest.raises(UserError, match=r"mcf\.csv is missing"):
@@ -332,7 +332,7 @@ def test_similarities_of_the_training_set_are_as_published(published_sets):
 @pytest.mark.slow
 def test_fcd_of_the_training_set_is_as_published(published_sets):
     """4,000 of each set. The bias of the FCD falls as one over their number (Chong and Forsyth, CVPR 2020): the line
-    through half and all of them ends at the FCD of endlessly many. Measured, of 2,000, 4,000 and at the line's end:
+    through half and all of them ends at the FCD of endlessly many. Measured, of 2,000, of 4,000 and at its end:
     1.22, 0.62 and 0.016 from test; 1.74, 1.10 and 0.472 from test_scaffolds.
     """
     _, samples = published_sets
