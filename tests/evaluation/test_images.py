@@ -150,6 +150,7 @@ def test_the_floor_is_the_distance_of_training_pictures(dataset, reference):
     found = evaluate_images(train_NL, reference)
     assert found.frechet_classifier == pytest.approx(found.frechet_classifier_floor, rel=1e-6)
     assert 0 < found.frechet_classifier < 1
+    assert reference.features.floor(1000) == reference.features.floor(400) < reference.features.floor(40)
 
 
 def test_what_is_not_framed_is_counted(reference):
