@@ -33,6 +33,7 @@ from scmdm.files import atomic_write_bytes
 COMPARED = 1024  # pictures whose nearest training pictures are looked for: each costs a pass over all of those
 MEMORISED = 1 / 3  # Yoon et al. 2023: so much nearer to one training picture than to the second nearest
 _CHUNK = 128
+_FLOOR_DRAWS = 8  # sets of training pictures whose distances are averaged: those of small sets scatter
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ImageReference:
         manifest = Manifest.read(root)
         tokenizer = picture_tokenizer(root)
         train_NHWC, held_out_NHWC = (tokenizer.pictures(read_split(root, name)) for name in ("train", split))
-        every = 2 if has_mirror_images(manifest) else 1
+        originals_NHWC = train_NHWC[:: mirror_step(manifest)]
         digests = _digests(train_NHWC)
         first = list({digest: row for row, digest in reversed(list(enumerate(digests)))}.values())
         distinct_NHWC = train_NHWC[sorted(first)]
@@ -99,13 +100,13 @@ class ImageReference:
         return cls(
             tokenizer,
             distinct_NHWC,
-            train_NHWC[::every],
+            originals_NHWC,
             frozenset(digests),
             float(np.median(nearest_distances(compared, distinct_NHWC, device=device)[:, 0])),
             ClassFeatures.make(root, split, manifest, train_NHWC, held_out_NHWC, work, seed, device)
             if manifest.labels
             else None,
-            InceptionReference.make(root, tokenizer, train_NHWC[::every], inception, device) if inception else None,
+            InceptionReference.make(root, tokenizer, originals_NHWC, inception, device) if inception else None,
         )
 
 
@@ -116,6 +117,7 @@ class ClassFeatures:
     classifier: Classifier
     accuracy: float
     moments: Moments
+    train_NF: np.ndarray  # features of the training split's originals
     classes_K: np.ndarray  # shares of the classes that it gives the held-out pictures
 
     @classmethod
@@ -133,15 +135,25 @@ class ClassFeatures:
         """From `work`, or trained now."""
         key = ClassifierKey(manifest.fingerprint(), train_NHWC.shape[3], len(manifest.labels), seed)
         classifier = trained_classifier(train_NHWC, read_labels(root, "train"), key, work, device=device)
+        train_NF, _ = classify(classifier, train_NHWC[:: mirror_step(manifest)])
         features_NF, classes_N = classify(classifier, held_out_NHWC)
         accuracy = float((classes_N == read_labels(root, split)).mean())
-        return cls(classifier, accuracy, Moments.of(features_NF), _shares(classes_N, key.classes))
+        return cls(classifier, accuracy, Moments.of(features_NF), train_NF, _shares(classes_N, key.classes))
 
     def distance(self, pictures_NHWC: np.ndarray) -> tuple[float, float]:
         """Frechet distance of pictures to the held-out ones, and total variation distance of their classes."""
         features_NF, classes_N = classify(self.classifier, pictures_NHWC)
         gap_K = _shares(classes_N, len(self.classes_K)) - self.classes_K
         return frechet_distance(Moments.of(features_NF), self.moments), float(np.abs(gap_K).sum() / 2)
+
+    def floor(self, number: int) -> float:
+        """Frechet distance of so many training pictures (all, if there are not so many), a mean over fixed draws.
+
+        As many as the samples: the distance of few pictures is biased upwards.
+        """
+        dice, number = np.random.default_rng(0), min(number, len(self.train_NF))
+        draws = (dice.choice(len(self.train_NF), number, replace=False) for _ in range(_FLOOR_DRAWS))
+        return float(np.mean([frechet_distance(Moments.of(self.train_NF[rows]), self.moments) for rows in draws]))
 
 
 @dataclass(frozen=True)
@@ -182,9 +194,9 @@ def picture_tokenizer(root: Path) -> LevelTokenizer:
     return found
 
 
-def has_mirror_images(manifest: Manifest) -> bool:
-    """Whether every second record of the training split is the mirror image of the one before."""
-    return bool(manifest.source.get("options", {}).get("flips", False))
+def mirror_step(manifest: Manifest) -> int:
+    """2 when every second record of the training split is the mirror image of the one before, else 1."""
+    return 2 if manifest.source.get("options", {}).get("flips", False) else 1
 
 
 def evaluate_images(ids_NL: np.ndarray, reference: ImageReference) -> ImageMetrics:
@@ -213,11 +225,9 @@ def _in_classes(pictures_NHWC: np.ndarray, reference: ImageReference) -> dict[st
     if reference.features is None:
         return {}
     distance, class_distance = reference.features.distance(pictures_NHWC)
-    # As many as the samples: the distance of few pictures is biased upwards.
-    rows = spread_rows(len(reference.originals_NHWC), len(pictures_NHWC))
     return {
         "frechet_classifier": distance,
-        "frechet_classifier_floor": reference.features.distance(reference.originals_NHWC[rows])[0],
+        "frechet_classifier_floor": reference.features.floor(len(pictures_NHWC)),
         "classifier_accuracy": reference.features.accuracy,
         "class_distance": class_distance,
     }

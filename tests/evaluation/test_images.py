@@ -150,6 +150,7 @@ def test_the_floor_is_the_distance_of_training_pictures(dataset, reference):
     found = evaluate_images(train_NL, reference)
     assert found.frechet_classifier == pytest.approx(found.frechet_classifier_floor, rel=1e-6)
     assert 0 < found.frechet_classifier < 1
+    assert reference.features.floor(1000) == reference.features.floor(400) < reference.features.floor(40)
 
 
 def test_what_is_not_framed_is_counted(reference):
@@ -273,6 +274,19 @@ def test_inception_without_its_package(tmp_path, monkeypatch):
         check_inception(tmp_path / "weights.pth")
 
 
+class Pictures(torch.utils.data.Dataset):
+    """As torch-fidelity wants them: (C, H, W) each."""
+
+    def __init__(self, pictures_NHWC):
+        self.pictures_NCHW = torch.from_numpy(pictures_NHWC).movedim(3, 1)
+
+    def __len__(self):
+        return len(self.pictures_NCHW)
+
+    def __getitem__(self, at):
+        return self.pictures_NCHW[at]
+
+
 @pytest.mark.slow
 def test_fid_and_inception_score_with_random_weights(tmp_path, monkeypatch):
     """Against torch-fidelity's own figures; its published weights are not here."""
@@ -288,8 +302,8 @@ def test_fid_and_inception_score_with_random_weights(tmp_path, monkeypatch):
     a, b = dice.integers(0, 256, (12, 8, 8, 3), np.uint8), dice.integers(60, 200, (14, 8, 8, 3), np.uint8)
     network = load_inception(path)
     expected = fidelity.calculate_metrics(
-        input1=torch.utils.data.TensorDataset(torch.from_numpy(a).movedim(3, 1)),
-        input2=torch.utils.data.TensorDataset(torch.from_numpy(b).movedim(3, 1)),
+        input1=Pictures(a),
+        input2=Pictures(b),
         fid=True,
         isc=True,
         cuda=False,
