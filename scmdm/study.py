@@ -225,7 +225,8 @@ class _Jobs:
     def _get_domain(self) -> Domain:
         if self._domain is None:
             manifest = Manifest.read(self._root)
-            asked = Asked(self._config.split, self._config.fcd, self._config.scorer)
+            config = self._config
+            asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.inception)
             self._domain = domain_of(manifest)(self._root, manifest, asked)
         return self._domain
 
@@ -266,7 +267,8 @@ def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str
                 "num": config.num,
                 "sampler": sampler,
                 "fcd": config.fcd,
-                "scorer": config.scorer,
+                # Later keys only when they are set: a row that was made without them stays of use.
+                **{key: getattr(config, key) for key in ("moses", "scorer", "inception") if getattr(config, key)},
             }
 
 

@@ -102,7 +102,7 @@ class EvaluateConfig:
     """What to measure, and how."""
 
     data: str | None = None  # data set; null: the one the model was trained on, if it is still there
-    domain: str = "auto"  # auto (by tokenizer) | molecules | text, to be sure of it
+    domain: str = "auto"  # auto (by tokenizer) | molecules | text | genomes | images, to be sure
     split: str = "test"  # split for the NELBO and the reference properties
     nelbo_samples: int = 2048  # sequences for the NELBO; 0: skip
     nelbo_draws: int = 4  # times per sequence
@@ -111,7 +111,9 @@ class EvaluateConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     batch_size: int | None = None  # samples at once; null: 64 on each CPU core, 1024 on a GPU
     fcd: bool = False  # molecules: Frechet ChemNet distance
+    moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
+    inception: str | None = None  # images: file of Inception's weights, for FID; null: a classifier trained here
     out: str | None = None  # JSON file; null: beside the model, in evaluations/
     weights: str = "ema"
     device: str = "auto"
@@ -120,8 +122,9 @@ class EvaluateConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self) -> None:
-        if self.domain not in ("auto", "molecules", "text"):
-            raise UserError(f"domain={self.domain!r} is not possible; it must be one of auto, molecules, text")
+        domains = ("auto", "molecules", "text", "genomes", "images")
+        if self.domain not in domains:
+            raise UserError(f"domain={self.domain!r} is not possible; it must be one of {', '.join(domains)}")
         for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1), ("threads", 0)):
             _require_least(self, name, least)
         if not 0 < self.t_min < 0.5:

@@ -35,7 +35,9 @@ class StudyConfig:
     nelbo_samples: int = 2048
     split: str = "test"  # what samples and NELBO are measured against
     fcd: bool = False  # molecules: Frechet ChemNet distance
+    moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
+    inception: str | None = None  # images: file of Inception's weights, for FID; null: a classifier trained here
     overrides: list[str] = field(default_factory=list)  # key=value for every adaptation
     base_overrides: list[str] = field(default_factory=list)  # key=value for the base's training
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

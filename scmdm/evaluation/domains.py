@@ -5,16 +5,23 @@ A domain follows from the tokenizer of a data set. Evaluation, study and report 
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
-from scmdm.data.tokenizers import Tokenizer, load_tokenizer
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, load_tokenizer
 from scmdm.errors import UserError
+from scmdm.evaluation.genomes import GenomeReference, evaluate_genomes
+from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules
+from scmdm.evaluation.moses import MosesReference, evaluate_moses
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
 
@@ -37,8 +44,10 @@ class Asked:
     """What an evaluation asks of a domain."""
 
     split: str = "test"  # what samples are compared with
-    fcd: bool = False  # molecules
+    fcd: bool = False  # molecules: Frechet ChemNet distance
+    moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model
+    inception: str | None = None  # images: Inception's weights, for FID
     device: str = "cpu"
 
 
@@ -79,13 +88,16 @@ class Molecules:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        if asked.scorer is not None:
-            raise UserError(f"scorer={asked.scorer} is for text, and this model makes molecules; leave it out")
+        _refuse(self.name, asked, "scorer", "inception")
+        self._moses = MosesReference.published(fcd=asked.fcd) if asked.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", asked.split))
         self._reference = Reference.make(train, held_out, fcd=asked.fcd)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
-        return evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
+        found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
+        if self._moses is not None:
+            found["moses"] = evaluate_moses(drawn.texts, drawn.framed, self._moses).as_dict()
+        return found
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
@@ -104,8 +116,7 @@ class Text:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        if asked.fcd:
-            raise UserError("fcd=true is for molecules, and this model makes text; leave it out")
+        _refuse(self.name, asked, "fcd", "moses", "inception")
         if asked.scorer is not None:
             check_scorer(Path(asked.scorer))
         self._asked, self._pad_id = asked, manifest.pad_id
@@ -127,8 +138,74 @@ class Text:
         return None
 
 
-DOMAINS: Mapping[str, type[Domain]] = {domain.name: domain for domain in (Molecules, Text)}
-_OF_TOKENIZER = {"smiles": "molecules"}
+class Genomes:
+    """Windows of DNA. The distances have a floor that falls with the number of samples: see docs/genomes.md."""
+
+    name: ClassVar[str] = "genomes"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("js_distance_6", "Jensen-Shannon distance of 6-mers", "lower", 1, 4),
+        Metric("js_distance_3", "Jensen-Shannon distance of 3-mers", "lower", 1, 4),
+        Metric("js_divergence_6", "Jensen-Shannon divergence of 6-mers, nats", "lower", 1, 5, in_figure=False),
+        Metric("js_divergence_3", "Jensen-Shannon divergence of 3-mers, nats", "lower", 1, 5, in_figure=False),
+        Metric("gc_distance", "GC content, distance of distributions", "lower", 1, 4),
+        Metric("gc_mean", "GC content", "", 1, 4, in_figure=False),
+    )
+
+    def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
+        _refuse(self.name, asked, "fcd", "moses", "scorer", "inception")
+        self._reference = GenomeReference.make(decode_split(root, manifest, asked.split))
+
+    def measure(self, drawn: Generated) -> dict[str, Any]:
+        return evaluate_genomes(drawn.texts, drawn.framed, self._reference).as_dict()
+
+    @staticmethod
+    def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
+        return None
+
+
+class Images:
+    """Pictures as levels. Without Inception's weights compared in the features of a classifier trained here."""
+
+    name: ClassVar[str] = "images"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("frechet_classifier", "Fréchet distance in a classifier's features (not FID)", "lower", 1, 3),
+        Metric("frechet_classifier_floor", "the same of as many training pictures", "", 1, 3, in_figure=False),
+        Metric("class_distance", "distance of the distributions of classes", "lower", 1, 3),
+        Metric("fid", "FID", "lower", 1, 2),
+        Metric("inception_score", "Inception Score", "higher", 1, 2),
+        Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
+        Metric("copies", "copies of training pictures, %", "lower", 100, 2, in_figure=False),
+        Metric("memorised", "memorised, %", "lower", 100, 2, in_figure=False),
+    )
+
+    def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
+        _refuse(self.name, asked, "fcd", "moses", "scorer")
+        inception = Path(asked.inception) if asked.inception is not None else None
+        work = Path(tempfile.gettempdir()) / f"scmdm-classifiers-{os.getuid()}"
+        work.mkdir(mode=0o700, exist_ok=True)
+        self._reference = ImageReference.make(root, asked.split, work=work, inception=inception, device=asked.device)
+
+    def measure(self, drawn: Generated) -> dict[str, Any]:
+        return evaluate_images(drawn.tokens.numpy(), self._reference).as_dict()
+
+    @staticmethod
+    def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
+        assert isinstance(tokenizer, LevelTokenizer)
+        if tokenizer.kind != "levels":
+            return None
+        drawn = draw_pictures(tokenizer.pictures(np.array([row["tokens"] for row in rows])), path)
+        return f"the first {drawn} samples"
+
+
+def _refuse(domain: str, asked: Asked, *keys: str) -> None:
+    """UserError when something was asked for that belongs to another domain."""
+    for key in keys:
+        if value := getattr(asked, key):
+            raise UserError(f"{key}={value} is not for {domain}, which this model makes; leave it out")
+
+
+DOMAINS: Mapping[str, type[Domain]] = {domain.name: domain for domain in (Molecules, Text, Genomes, Images)}
+_OF_TOKENIZER = {"smiles": "molecules", "selfies": "molecules", "dna": "genomes", "levels": "images"}
 
 
 def domain_name(tokenizer_kind: str) -> str:

@@ -112,7 +112,8 @@ def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: Evaluat
     if config.domain not in ("auto", found.name):
         raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found.name}; leave the key out")
     device = str(next(loaded.model.parameters()).device)
-    return found(root, manifest, Asked(config.split, config.fcd, config.scorer, device))
+    asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.inception, device)
+    return found(root, manifest, asked)
 
 
 def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
