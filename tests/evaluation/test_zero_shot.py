@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from scmdm.config.schema import DiffusionConfig, ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
@@ -12,7 +13,7 @@ from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
 from scmdm.model.init import init_weights
-from scmdm.model.weights import LoadedModel, ModelSpec
+from scmdm.model.weights import LoadedModel, ModelSpec, allocate
 
 TOKENIZER = SymbolTokenizer("characters", "ab ")  # ids 4 to 6
 
@@ -41,7 +42,8 @@ def uniform(tmp_path, tokenizer, **options):
     manifest = described(tokenizer, **options)
     config = ModelConfig(width=16, layers=1, heads=2, condition_width=8)
     spec = ModelSpec(config, DiffusionConfig(), tokenizer.vocab_size, tokenizer.mask_id, manifest.length)
-    model = spec.build().to_empty(device="cpu")
+    model = spec.build()
+    allocate(model, torch.device("cpu"))
     init_weights(model, 0)
     return LoadedModel(spec, tokenizer, manifest, tmp_path, model.eval())
 
