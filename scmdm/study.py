@@ -39,6 +39,7 @@ from scmdm.training.trainer import run_training
 from scmdm.workers import worker_count, worker_processes
 
 console = Console()
+_LATER_KEYS = ("moses", "scorer", "mauve", "inception")
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _Jobs:
         if self._domain is None:
             manifest = Manifest.read(self._root)
             config = self._config
-            asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.inception)
+            asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception)
             self._domain = domain_of(manifest)(self._root, manifest, asked)
         return self._domain
 
@@ -268,7 +269,7 @@ def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str
                 "sampler": sampler,
                 "fcd": config.fcd,
                 # Later keys only when they are set: a row that was made without them stays of use.
-                **{key: getattr(config, key) for key in ("moses", "scorer", "inception") if getattr(config, key)},
+                **{key: value for key in _LATER_KEYS if (value := getattr(config, key))},
             }
 
 

@@ -113,7 +113,9 @@ class EvaluateConfig:
     fcd: bool = False  # molecules: Frechet ChemNet distance
     moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
+    mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: file of Inception's weights, for FID; null: a classifier trained here
+    texts: dict[str, str] = field(default_factory=dict)  # zero-shot perplexity: NAME: file or folder of text
     out: str | None = None  # JSON file; null: beside the model, in evaluations/
     weights: str = "ema"
     device: str = "auto"

@@ -37,6 +37,7 @@ class StudyConfig:
     fcd: bool = False  # molecules: Frechet ChemNet distance
     moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
+    mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: file of Inception's weights, for FID; null: a classifier trained here
     overrides: list[str] = field(default_factory=list)  # key=value for every adaptation
     base_overrides: list[str] = field(default_factory=list)  # key=value for the base's training

@@ -16,10 +16,11 @@ import numpy as np
 
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
-from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, load_tokenizer
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, block_text, load_tokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.genomes import GenomeReference, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
+from scmdm.evaluation.mauve import check_mauve, mauve
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules
 from scmdm.evaluation.moses import MosesReference, evaluate_moses
 from scmdm.evaluation.text import check_scorer, evaluate_text
@@ -47,6 +48,7 @@ class Asked:
     fcd: bool = False  # molecules: Frechet ChemNet distance
     moses: bool = False  # molecules: MOSES' metrics, against its published test sets
     scorer: str | None = None  # text: directory of a transformers causal model
+    mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: Inception's weights, for FID
     device: str = "cpu"
 
@@ -88,7 +90,7 @@ class Molecules:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "scorer", "inception")
+        _refuse(self.name, asked, "scorer", "mauve", "inception")
         self._moses = MosesReference.published(fcd=asked.fcd) if asked.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", asked.split))
         self._reference = Reference.make(train, held_out, fcd=asked.fcd)
@@ -112,19 +114,28 @@ class Text:
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("perplexity", "generative perplexity", "lower", 1, 2),
         Metric("entropy", "entropy, nats", "", 1, 3),
+        Metric("mauve", "MAUVE", "higher", 1, 3),
+        Metric("distinct_1", "distinct words", "higher", 1, 3, in_figure=False),
         Metric("distinct_2", "distinct bigrams", "higher", 1, 3),
+        Metric("distinct_3", "distinct trigrams", "higher", 1, 3, in_figure=False),
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         _refuse(self.name, asked, "fcd", "moses", "inception")
         if asked.scorer is not None:
             check_scorer(Path(asked.scorer))
-        self._asked, self._pad_id = asked, manifest.pad_id
-        self._held_out = [] if asked.scorer is not None else decode_split(root, manifest, asked.split)
+        if asked.mauve and asked.scorer is None:
+            raise UserError("mauve=true needs features of a causal model; give its directory as scorer=...")
+        if asked.mauve:
+            check_mauve()
+        # Blocks of concatenated texts have no padding, and its id may be that of the end mark.
+        self._asked, self._pad_id = asked, -1 if manifest.framing == "concatenate" else manifest.pad_id
+        needed = asked.mauve or asked.scorer is None
+        self._held_out = decode_split(root, manifest, asked.split) if needed else []
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
         scorer = Path(self._asked.scorer) if self._asked.scorer is not None else None
-        return evaluate_text(
+        found = evaluate_text(
             drawn.texts,
             drawn.tokens.numpy(),
             self._pad_id,
@@ -132,6 +143,11 @@ class Text:
             scorer=scorer,
             device=self._asked.device,
         ).as_dict()
+        if self._asked.mauve:
+            assert scorer is not None
+            references = self._held_out[: len(drawn.texts)]
+            found["mauve"] = mauve(drawn.texts, references, scorer, device=self._asked.device)
+        return found
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
@@ -152,7 +168,7 @@ class Genomes:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "fcd", "moses", "scorer", "inception")
+        _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve", "inception")
         self._reference = GenomeReference.make(decode_split(root, manifest, asked.split))
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
@@ -179,7 +195,7 @@ class Images:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "fcd", "moses", "scorer")
+        _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve")
         inception = Path(asked.inception) if asked.inception is not None else None
         work = Path(tempfile.gettempdir()) / f"scmdm-classifiers-{os.getuid()}"
         work.mkdir(mode=0o700, exist_ok=True)
@@ -221,4 +237,7 @@ def domain_of(manifest: Manifest) -> type[Domain]:
 def decode_split(root: Path, manifest: Manifest, split: str) -> list[str]:
     """The texts of a split."""
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
-    return [tokenizer.decode(row) for row in read_split(root, split).tolist()]
+    rows = read_split(root, split).tolist()
+    if manifest.framing == "concatenate":
+        return [block_text(row, tokenizer) for row in rows]
+    return [tokenizer.decode(row) for row in rows]

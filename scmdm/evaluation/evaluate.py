@@ -19,6 +19,7 @@ from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.errors import UserError
 from scmdm.evaluation.domains import Asked, Domain, domain_of
 from scmdm.evaluation.statistics import mean_interval
+from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel
 from scmdm.parallel.engine import compute_context, resolve_precision
@@ -48,6 +49,8 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     }
     if config.nelbo_samples:
         result["nelbo"] = {mode: _as_dict(value) for mode, value in model_nelbo(loaded, root, config).items()}
+    if config.texts:
+        result["zero_shot"] = _zero_shot(loaded, config)
     if config.num:
         result["samples"] = _sample_quality(loaded, domain, config)
     _print(result, domain)
@@ -75,6 +78,21 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
                 draws=config.nelbo_draws,
                 condition=condition,
             )
+    return found
+
+
+def _zero_shot(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
+    """By name and mode: how well the model predicts texts of elsewhere."""
+    modes = {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
+    options: dict[str, Any] = {"draws": config.nelbo_draws, "t_min": config.t_min, "precision": config.precision}
+    found: dict[str, Any] = {}
+    for name, path in config.texts.items():
+        texts = read_texts(Path(path))
+        measured = {mode: zero_shot(loaded, texts, condition=condition, **options) for mode, condition in modes.items()}
+        found[name] = {
+            mode: {"nelbo": asdict(m.nelbo), "perplexity": m.perplexity, "word_perplexity": m.word_perplexity}
+            for mode, m in measured.items()
+        }
     return found
 
 
@@ -112,7 +130,7 @@ def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: Evaluat
     if config.domain not in ("auto", found.name):
         raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found.name}; leave the key out")
     device = str(next(loaded.model.parameters()).device)
-    asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.inception, device)
+    asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device)
     return found(root, manifest, asked)
 
 
@@ -136,6 +154,10 @@ def _print(result: dict[str, Any], domain: Domain) -> None:
     table.add_column("value", justify="right")
     for mode, nelbo in result.get("nelbo", {}).items():
         table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
+    for name, modes in result.get("zero_shot", {}).items():
+        for mode, value in modes.items():
+            both = f"{value['perplexity']:.2f} ({value['word_perplexity']:.2f} per word)"
+            table.add_row(f"zero-shot perplexity of {name}, {mode}", both)
     rows = result.get("samples", [])
     if rows:
         for metric in domain.metrics:

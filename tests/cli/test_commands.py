@@ -210,7 +210,7 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     [
         (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
         (["domain=text"], "domain=text, but the model's tokenizer makes molecules"),
-        (["scorer=/tmp"], "scorer=/tmp is for text"),
+        (["scorer=/tmp"], "scorer=/tmp is not for molecules"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
     ],

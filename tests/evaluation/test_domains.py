@@ -76,8 +76,8 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path):
 
 def test_what_belongs_to_another_domain_is_refused(dataset):
     name, root = dataset
-    own = {"molecules": ("fcd", "moses"), "text": ("scorer",), "images": ("inception",), "genomes": ()}[name]
-    values = {"fcd": True, "moses": True, "scorer": "somewhere", "inception": "weights.pth"}
+    own = {"molecules": ("fcd", "moses"), "text": ("scorer", "mauve"), "images": ("inception",), "genomes": ()}[name]
+    values = {"fcd": True, "moses": True, "scorer": "somewhere", "mauve": True, "inception": "weights.pth"}
     for key, value in values.items():
         if key not in own:
             with pytest.raises(UserError, match=f"{key}={value} is not for {name}"):
