@@ -235,6 +235,7 @@ def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_and_the_file_do_not_change_the_moments(tmp_path, monkeypatch):
     smiles = [*TRAIN, *TEST] * 200
     alone, together = (describe(smiles, fcd=True, workers=workers) for workers in (1, 2))
@@ -313,6 +314,7 @@ def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(pu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_similarities_of_the_training_set_are_as_published(published_sets):
     """2,000 training molecules, the whole test set.
 
@@ -330,6 +332,7 @@ def test_similarities_of_the_training_set_are_as_published(published_sets):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fcd_of_the_training_set_is_as_published(published_sets):
     """4,000 of each set. The bias of the FCD falls as one over their number (Chong and Forsyth, CVPR 2020): the line
     through half and all of them ends at the FCD of endlessly many. Measured, of 2,000, of 4,000 and at its end:

@@ -74,6 +74,7 @@ def undisturbed(tmp_path_factory, adapt):
     return rows
 
 
+@pytest.mark.long
 def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
     keys = ("train.checkpoint_every=1000", "wandb.mode=offline")
     job = submit(adapt(tmp_path / "run", LONG, *keys), "--time", "60", "--signal-before", "120")
@@ -106,7 +107,7 @@ def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yam
     assert not list(tmp_path.glob(".data.*"))
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
     """Also: ranks that srun starts, without torchrun, and another signal."""
     job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
@@ -121,7 +122,7 @@ def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path)
     ]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(20)
@@ -132,7 +133,7 @@ def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
     assert steps_and_losses(job.run) == undisturbed
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(10)
@@ -147,7 +148,7 @@ def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
     assert rows == undisturbed[: len(rows)]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
@@ -161,7 +162,7 @@ def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbed, tmp_path):
     """What srun runs on a node dies with all that belongs to it."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
@@ -177,7 +178,7 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
     """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
@@ -190,7 +191,7 @@ def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed, tmp_path):
     slow = tmp_path / "python"
     slow.write_text(
@@ -206,14 +207,14 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_failures_at_one_place_end_the_job(adapt, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
     assert job.wait_for_end(400) == "FAILED"
     assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     first = submit(adapt(tmp_path / "run", LONG), *QUICK)
     first.wait_for_step(25)
@@ -233,7 +234,7 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
     assert len(rows) > 20 and rows == undisturbed[: len(rows)]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
     """The age of its last sign of life, an hour, would say that it does not."""
     signature = tmp_path / ".owner.json"
