@@ -73,7 +73,7 @@ def children_of(pid):
     return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, undisturbed):
     path, out = study
     # A shell that starts its tests in the background has them ignore Ctrl-C.

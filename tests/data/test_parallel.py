@@ -92,7 +92,7 @@ def test_four_machines_at_once_make_the_same_bytes(corpus, alone, tmp_path, empt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["scan", "encode"])
+@pytest.mark.parametrize("phase", [pytest.param("scan", marks=pytest.mark.long), "encode"])
 def test_killed_and_resumed_it_makes_the_same_bytes(corpus, alone, tmp_path, empty_yaml, phase):
     out = tmp_path / "data"
     process = subprocess.Popen(command(empty_yaml, corpus, out, "workers=2"), start_new_session=True)
