@@ -235,6 +235,7 @@ def test_global_batches_do_not_depend_on_the_ranks_also_at_the_end_of_an_epoch(t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_streams_goes_on_with_another_number_of_ranks(sets, tmp_path):
     assert main(train(tmp_path / "single", sets, "train.steps=12", "threads=1")) == 0
     run = tmp_path / "elastic"

@@ -66,6 +66,7 @@ def prepared(yaml, corpus, out, *keys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_the_same_bytes(corpus, alone, tmp_path, empty_yaml):
     done = prepared(empty_yaml, corpus, tmp_path / "data", "workers=2")
     assert done.returncode == 0, done.stderr

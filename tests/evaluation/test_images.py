@@ -288,6 +288,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fid_and_inception_score_with_random_weights(tmp_path, monkeypatch):
     """Against torch-fidelity's own figures; its published weights are not here."""
     fidelity = pytest.importorskip("torch_fidelity")

@@ -296,6 +296,7 @@ def expected_cosine(a, b):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(published_sets):
     """10,000 of each set; measured 0.99996, 0.9910. Filters: none of 300 training molecules may fail."""
     _, samples = published_sets
