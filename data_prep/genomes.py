@@ -22,7 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from data_prep.cache import user_cache
+from data_prep.packages import user_cache
 from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.cache import user_cache
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory
+
+
+def user_cache(name: str) -> Path:
+    """A directory of the user's cache; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
 
 
 def package_data(

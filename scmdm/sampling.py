@@ -143,12 +143,16 @@ def generate(
     # The number of threads is each thread's own: the pool's work alone, the caller's stays.
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
+    return _decoded(loaded, drawn, time.perf_counter() - started)
+
+
+def _decoded(loaded: LoadedModel, drawn: Sequence[Samples], seconds: float) -> Generated:
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
     blocks, rows = loaded.manifest.framing == "concatenate", tokens.tolist()
     texts = [block_text(row, loaded.tokenizer) if blocks else loaded.tokenizer.decode(row) for row in rows]
     framed = [is_block(row, loaded.tokenizer) if blocks else is_framed(row, loaded.tokenizer) for row in rows]
     counts = [part.evaluations for part in drawn for _ in range(len(part.tokens))]
-    return Generated(tokens, texts, framed, counts, time.perf_counter() - started)
+    return Generated(tokens, texts, framed, counts, seconds)
 
 
 def run_sampling(path: str, config: SampleConfig) -> Generated:

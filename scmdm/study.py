@@ -215,7 +215,8 @@ class _Jobs:
                 "metrics": metrics,
                 "samples_file": str(task.samples.relative_to(self._out)),
             }
-            quality = f"{first.title}: {first.scale * metrics[first.name]:.{first.digits}f}"
+            value = metrics[first.name]
+            quality = f"{first.title}: {'unknown' if value is None else f'{first.scale * value:.{first.digits}f}'}"
             line = f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
         row = {**task.settings, **result}
         task.row.parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from omegaconf import MISSING
@@ -42,15 +43,32 @@ _CHOICES = {
     "splits": ("hash", "names"),
     "framing": ("records", "concatenate", "packed"),
 }
-_OF_GENOMES = (
-    "stride",
-    "block_windows",
-    "max_unknown",
-    "soft_masked",
-    "reverse_complement",
-    "species_from",
-    "species_table",
-)
+_TEXT, _PICTURES = ("text", "huggingface"), ("cifar10", "images", "digits")
+# Keys that some sources alone read.
+_ONLY_FOR = {
+    "smiles_column": ("smiles",),
+    "pattern": ("text",),
+    "text_key": _TEXT,
+    "prompt_key": _TEXT,
+    "response_key": _TEXT,
+    "hf_config": ("huggingface",),
+    "hf_split": ("huggingface",),
+    "unit": _TEXT,
+    "detokenize": _TEXT,
+    "splits": _TEXT,
+    "levels": (*_PICTURES, "codes"),
+    "image_size": ("images",),
+    "on_size": ("images",),
+    "colour": ("images",),
+    "flips": _PICTURES,
+    "stride": ("genomes",),
+    "block_windows": ("genomes",),
+    "max_unknown": ("genomes",),
+    "soft_masked": ("genomes",),
+    "reverse_complement": ("genomes",),
+    "species_from": ("genomes",),
+    "species_table": ("genomes",),
+}
 
 
 @dataclass
@@ -109,88 +127,56 @@ class PrepareConfig:
             if getattr(self, key) not in choices:
                 wanted = ", ".join(choice or "null" for choice in choices)
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {wanted}")
-        self._refuse_keys_of_genomes()
-        fractions, named = self.validation_fraction + self.test_fraction, self.splits == "names"
-        for key, ok, wanted in (
-            ("length", self.length >= 4, "at least 4"),
-            ("validation_fraction", self._possible(self.validation_fraction), "between 0 and 1 (0: with splits=names)"),
-            (
-                "test_fraction",
-                self._possible(self.test_fraction) and fractions < 1,
-                "between 0 and 1, below 1 with validation (0: with splits=names)",
-            ),
-            ("held_out_last", self.held_out_last is None or self.held_out_last > 0, "above 0, or null"),
-            ("held_out_last", self.held_out_last is None or not named, "null with splits=names"),
-            ("splits", not named or self.source in ("text", "huggingface"), "hash: this source has its own splits"),
-            ("pad_policy", self.pad_policy != "ignore" or self.framing != "concatenate", "loss: nothing is padded"),
-            ("pad_policy", self.pad_policy != "loss" or self.framing != "packed", "ignore: padding is no document"),
-            (
-                "tokenizer_path",
-                self.tokenizer_path is None or self.tokenizer in _FROM_FILE,
-                f"null with tokenizer={self.tokenizer}, which has no file",
-            ),
-            (
-                "tokenizer_path",
-                self.tokenizer_path is not None or self.tokenizer != "huggingface",
-                "a tokenizer.json or a folder with one when tokenizer=huggingface",
-            ),
-            ("prompt_key", (self.prompt_key is None) == (self.response_key is None), "given with response_key, or not"),
-            (
-                "response_key",
-                self.response_key is None or self.source in ("text", "huggingface"),
-                f"null when source={self.source}",
-            ),
-            ("framing", self.framing == "records" or self.response_key is None, "records with response_key"),
-            ("limit", self.limit is None or self.limit > 0, "above 0, or null"),
-            ("shard_mb", self.shard_mb >= 1, "at least 1"),
-            ("part_mb", self.part_mb >= 1, "at least 1"),
-            ("workers", self.workers is None or self.workers >= 1, "at least 1, or null"),
-            ("slice", self.slice is None or self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"),
-            ("stride", self.stride is None or self.stride >= 1, "at least 1, or null"),
-            ("block_windows", self.block_windows >= 1, "at least 1"),
-            ("max_unknown", 0 <= self.max_unknown <= 1, "between 0 and 1"),
-            ("species_from", self.species_from is None or self.path is not None, "null without path: it has labels"),
-            (
-                "species_table",
-                self.species_table is None or (self.path is not None and self.species_from is None),
-                "null without path and with species_from",
-            ),
-            ("overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"),
-            ("levels", self.levels is None or 2 <= self.levels <= self._most_levels, f"from 2 to {self._most_levels}"),
-            ("levels", self.levels is not None or self.source != "codes", "the size of the codebook when source=codes"),
-            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
-            (
-                "image_size",
-                (self.image_size is None) == (self.source != "images"),
-                "given when source=images, only then",
-            ),
-            ("flips", not self.flips or self.tokenizer == "levels", "false when there are no pictures"),
-            (
-                "path",
-                self.path is None or self.source in _WITH_PATH,
-                f"null when source={self.source}: a package has it",
-            ),
-            ("path", self.path is not None or self.source not in _NEEDS_PATH, f"given when source={self.source}"),
-            (
-                "tokenizer",
-                self.tokenizer in _SOURCES[self.source],
-                f"one of {', '.join(_SOURCES[self.source])} when source={self.source}",
-            ),
-        ):
+        default = {field.name: field.default for field in fields(self)}
+        for key, sources in _ONLY_FOR.items():
+            if self.source not in sources and getattr(self, key) != default[key]:
+                raise UserError(
+                    f"{key}={getattr(self, key)!r} is not read with source={self.source}, only with "
+                    f"{', '.join(sources)}; leave it out"
+                )
+        for key, ok, wanted in (*self._of_every_source(), *self._of_some_sources()):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
 
-    def _refuse_keys_of_genomes(self) -> None:
-        default = {field.name: field.default for field in fields(self)}
-        for key in _OF_GENOMES if self.source != "genomes" else ():
-            if getattr(self, key) != default[key]:
-                raise UserError(
-                    f"{key}={getattr(self, key)!r} is for source=genomes, not source={self.source}; leave it out"
-                )
+    def _of_every_source(self) -> Iterator[tuple[str, bool, str]]:
+        """Key, whether its value is possible, what it must be."""
+        fractions, named = self.validation_fraction + self.test_fraction, self.splits == "names"
+        zero = " (0: with splits=names)"
+        yield "length", self.length >= 4, "at least 4"
+        yield "validation_fraction", self._possible(self.validation_fraction), f"between 0 and 1{zero}"
+        possible = self._possible(self.test_fraction) and fractions < 1
+        yield "test_fraction", possible, f"between 0 and 1, below 1 with validation{zero}"
+        yield "held_out_last", self.held_out_last is None or self.held_out_last > 0, "above 0, or null"
+        yield "held_out_last", self.held_out_last is None or not named, "null with splits=names"
+        yield "pad_policy", self.pad_policy != "ignore" or self.framing != "concatenate", "loss: nothing is padded"
+        yield "pad_policy", self.pad_policy != "loss" or self.framing != "packed", "ignore: padding is no document"
+        kinds, given = _SOURCES[self.source], self.tokenizer_path is not None
+        yield "tokenizer", self.tokenizer in kinds, f"one of {', '.join(kinds)} when source={self.source}"
+        yield "tokenizer_path", not given or self.tokenizer in _FROM_FILE, f"null with tokenizer={self.tokenizer}"
+        yield "tokenizer_path", given or self.tokenizer != "huggingface", "a tokenizer.json or a folder with one"
+        yield "path", self.path is None or self.source in _WITH_PATH, f"null when source={self.source}: in a package"
+        yield "path", self.path is not None or self.source not in _NEEDS_PATH, f"given when source={self.source}"
+        yield "limit", self.limit is None or self.limit > 0, "above 0, or null"
+        yield "shard_mb", self.shard_mb >= 1, "at least 1"
+        yield "part_mb", self.part_mb >= 1, "at least 1"
+        yield "workers", self.workers is None or self.workers >= 1, "at least 1, or null"
+        yield "slice", self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"
+        yield "overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"
 
-    @property
-    def _most_levels(self) -> int:
-        return {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
+    def _of_some_sources(self) -> Iterator[tuple[str, bool, str]]:
+        yield "prompt_key", (self.prompt_key is None) == (self.response_key is None), "given with response_key, or not"
+        yield "framing", self.framing == "records" or self.response_key is None, "records with response_key"
+        yield "stride", self.stride is None or self.stride >= 1, "at least 1, or null"
+        yield "block_windows", self.block_windows >= 1, "at least 1"
+        yield "max_unknown", 0 <= self.max_unknown <= 1, "between 0 and 1"
+        yield "species_from", self.species_from is None or self.path is not None, "null without path: it has labels"
+        alone = self.species_table is None or (self.path is not None and self.species_from is None)
+        yield "species_table", alone, "null without path and with species_from"
+        most = {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
+        yield "levels", self.levels is None or 2 <= self.levels <= most, f"from 2 to {most}"
+        yield "levels", self.levels is not None or self.source != "codes", "the size of the codebook when source=codes"
+        yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
+        yield "image_size", self.image_size is not None or self.source != "images", "given when source=images"
 
     @property
     def keys(self) -> tuple[str, ...]:

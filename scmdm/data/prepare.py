@@ -35,6 +35,7 @@ from scmdm.data.scan import hash_files, scan
 from scmdm.data.shards import check_place, is_up_to_date, join_pieces
 from scmdm.data.splits import splits_of
 from scmdm.data.work import Task, Worker, work_off
+from scmdm.errors import UserError
 from scmdm.files import sha256_file
 
 # What the data set does not depend on, or says in another way.
@@ -80,8 +81,15 @@ def prepare(config: PrepareConfig) -> Manifest:
     console, started, root = Console(), time.monotonic(), Path(config.out)
     check_place(root)
     before = root.stat().st_ino if root.exists() else None
-    with _display(console) as show:
-        _work_together(config, show)
+    preparation = _Preparation.of(config)
+    try:
+        with _display(console) as show:
+            _work_together(preparation, show)
+    except UserError:
+        if preparation.work.is_dir():
+            kept = f"what is done stays in {preparation.work}, where the same command goes on; else remove it"
+            console.print(kept, highlight=False, soft_wrap=True)
+        raise
     manifest = Manifest.read(root)
     if root.stat().st_ino == before:
         console.print(f"{root} is up to date", highlight=False, soft_wrap=True)
@@ -109,11 +117,11 @@ def _display(console: Console) -> Iterator[Show]:
         yield show
 
 
-def _work_together(config: PrepareConfig, show: Show) -> None:
+def _work_together(preparation: _Preparation, show: Show) -> None:
     """All of the work in this process, or in several that this one watches."""
     from scmdm.workers import worker_processes
 
-    preparation = _Preparation.of(config)
+    config = preparation.config
     if preparation.work.is_dir():
         show(f"going on with what {preparation.work} holds")
     preparation.work.mkdir(parents=True, exist_ok=True)
@@ -166,9 +174,14 @@ class _Preparation:
         groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
         self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
         described = self._described(len(groups))
-        if described is not None and not is_up_to_date(root, described, self.config.overwrite):
-            self._make(described, worker, show)
-        self._remove_work()
+        try:
+            if described is None or is_up_to_date(root, described, self.config.overwrite):
+                return self._remove_work()
+        except UserError:
+            self._remove_work()
+            raise
+        self._make(described, worker, show)
+        return self._remove_work()
 
     def _make(self, described: dict[str, Any], worker: Worker, show: Show) -> None:
         def on_read(records: int) -> None:
@@ -216,13 +229,11 @@ class _Preparation:
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
-        """At once for the other workers, who take its absence for the end; also what other settings have left there."""
-        out = Path(self.config.out)
-        for work in out.parent.glob(f".{out.name}.*.work"):
-            doomed = work.with_suffix(f".{os.getpid()}.old")
-            with suppress(FileNotFoundError):
-                work.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        """At once for the other workers, who take its absence for the end."""
+        doomed = self.work.with_suffix(f".{os.getpid()}.old")
+        with suppress(FileNotFoundError):
+            self.work.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def progress(self) -> str:
         """One line on how far all workers together are."""

@@ -73,11 +73,10 @@ def sample(
         h_BLD = denoiser.hidden(z_BL, step.t_B, estimate)
         evaluations += 1
         reveal_BL, drawn_N = _reveal(denoiser, h_BLD, step, ids_B, settings, seed)
-        before_BL, z_BL = z_BL, z_BL.masked_scatter(reveal_BL, drawn_N)
+        z_BL = z_BL.masked_scatter(reveal_BL, drawn_N)
         if settings.carry:
             estimate = _carried_estimate(denoiser, h_BLD, z_BL, mask_id)
         if step.remask_BL is not None:
-            assert not bool((step.remask_BL & (before_BL == mask_id)).any())
             z_BL = z_BL.masked_fill(step.remask_BL, mask_id)
             if estimate is not None and settings.remasked_estimate == "null":
                 estimate = estimate.masked_fill(step.remask_BL[..., None], 0)

@@ -5,8 +5,6 @@ A domain follows from the tokenizer of a data set. Evaluation, study and report 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from data_prep.packages import user_cache
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, block_text, load_tokenizer
@@ -197,8 +196,8 @@ class Images:
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve")
         inception = Path(asked.inception) if asked.inception is not None else None
-        work = Path(tempfile.gettempdir()) / f"scmdm-classifiers-{os.getuid()}"
-        work.mkdir(mode=0o700, exist_ok=True)
+        work = user_cache("classifiers")
+        work.mkdir(parents=True, exist_ok=True)
         self._reference = ImageReference.make(root, asked.split, work=work, inception=inception, device=asked.device)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:

@@ -12,16 +12,30 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of features."""
+    """Sums of features, from which mean and covariance follow; those of parts add up."""
 
-    mean_F: np.ndarray
-    covariance_FF: np.ndarray
+    count: int
+    sum_F: np.ndarray
+    products_FF: np.ndarray
 
     @classmethod
     def of(cls, features_NF: np.ndarray) -> Moments:
-        """Of at least two samples, in float64; the covariance is the unbiased one."""
+        """Sums in float64."""
         features_NF = features_NF.astype(np.float64)
-        return cls(features_NF.mean(0), np.atleast_2d(np.cov(features_NF, rowvar=False)))
+        return cls(len(features_NF), features_NF.sum(0), features_NF.T @ features_NF)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.sum_F + other.sum_F, self.products_FF + other.products_FF)
+
+    @property
+    def mean_F(self) -> np.ndarray:
+        """The mean."""
+        return self.sum_F / self.count
+
+    @property
+    def covariance_FF(self) -> np.ndarray:
+        """The unbiased covariance, of at least two samples."""
+        return (self.products_FF - self.count * np.outer(self.mean_F, self.mean_F)) / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -31,6 +31,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from scmdm.errors import UserError
+from scmdm.evaluation.frechet import Moments, frechet_distance
 from scmdm.evaluation.molecules import chemnet_activations, parse_molecule
 from scmdm.files import atomic_write_bytes
 from scmdm.workers import worker_processes
@@ -108,34 +109,6 @@ def _catalog(smarts: tuple[str, ...]) -> FilterCatalog:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Sums of vectors, from which follow mean and covariance; those of parts add up."""
-
-    count: int
-    sum_A: np.ndarray
-    products_AA: np.ndarray
-
-    @classmethod
-    def of(cls, values_NA: np.ndarray) -> Moments:
-        """Sums in float64."""
-        values_NA = values_NA.astype(np.float64)
-        return cls(len(values_NA), values_NA.sum(0), values_NA.T @ values_NA)
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.sum_A + other.sum_A, self.products_AA + other.products_AA)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(A,)"""
-        return self.sum_A / self.count
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(A, A), divided by one less than the count."""
-        return (self.products_AA - self.count * np.outer(self.mean, self.mean)) / (self.count - 1)
-
-
-@dataclass(frozen=True)
 class SetStatistics:
     """All that one set of molecules is compared by."""
 
@@ -166,7 +139,7 @@ class SetStatistics:
             arrays[f"{name}_count"] = np.array(list(counter.values()), dtype=np.int64)
         arrays |= {f"property_{name}": values_N for name, values_N in self.properties.items()}
         if self.activations is not None:
-            arrays["activations"] = np.vstack([self.activations.products_AA, self.activations.sum_A])
+            arrays["activations"] = np.vstack([self.activations.products_FF, self.activations.sum_F])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,13 +253,6 @@ def _tanimoto(a_NF: Tensor, b_MF: Tensor) -> Tensor:
     common_NM = a_NF @ b_MF.T
     either_NM = a_NF.sum(1)[:, None] + b_MF.sum(1) - common_NM
     return torch.where(either_NM > 0, common_NM / either_NM, 1.0)
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Between normal distributions of these moments (Preuer et al., J. Chem. Inf. Model. 2018): FCD of ChemNet's."""
-    from fcd import calculate_frechet_distance
-
-    return float(calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
 
 
 @dataclass(frozen=True)

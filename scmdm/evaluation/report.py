@@ -212,6 +212,8 @@ def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: 
     averaged over its sampling seeds: those are not independent of each other.
     """
     own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
+    if not other:
+        return []
     # The base was trained once: it is every adaptation's counterpart.
     counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
     paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]

@@ -225,7 +225,10 @@ def test_tables_that_are_not(tmp_path, content, message):
         (["path={place}/g", "stride=0"], "stride=0 is not possible"),
         (["path={place}/g", "block_windows=0"], "block_windows=0 is not possible"),
         (["path={place}/g", "tokenizer=characters"], "tokenizer='characters' is not possible; it must be one of dna"),
-        (["source=text", "tokenizer=characters", "stride=4"], "stride=4 is for source=genomes"),
+        (
+            ["source=text", "tokenizer=characters", "stride=4"],
+            "stride=4 is not read with source=text",
+        ),
         (["path={place}/g", "length=4096"], "no usable record ({'dropped: sequence shorter than a window': 1})"),
         (["path={place}/g"], "split validation of g is empty"),
     ],

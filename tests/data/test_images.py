@@ -127,7 +127,7 @@ def relabel(folder):
         (lambda folder: None, ["length=3074"], "length=3074 is not possible; .* set length=3073"),
         (lambda folder: None, ["levels=300"], "levels=300 is not possible; it must be from 2 to 256"),
         (lambda folder: None, ["tokenizer=smiles"], "tokenizer='smiles' is not possible"),
-        (lambda folder: None, ["image_size=32"], "image_size=32 is not possible"),
+        (lambda folder: None, ["image_size=32"], "image_size=32 is not read with source=cifar10, only with images"),
         (lambda folder: None, ["path=null"], "path=None is not possible; it must be given"),
     ],
 )

@@ -124,15 +124,30 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, empty_yaml):
     assert peaks[1] < 1.05 * peaks[0]
 
 
+def test_only_its_own_work_is_removed(corpus, tmp_path, empty_yaml, capsys):
+    """`data.b` is another data set, which is being prepared; and a refusal leaves nothing of its own."""
+    other = tmp_path / ".data.b.0123456789ab.work"
+    other.mkdir()
+    keys = [*KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "limit=200"]
+    assert main(["prepare", str(empty_yaml), *keys]) == 0
+    assert main(["prepare", str(empty_yaml), *keys, "length=32"]) == 1
+    assert "made with other settings" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == [other.name, "data"]
+
+
 def test_dirt_can_be_refused(corpus, tmp_path, empty_yaml, capsys):
     keys = [*KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "on_dirty=refuse"]
     assert main(["prepare", str(empty_yaml), *keys]) == 1
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
+    (work,) = tmp_path.glob(".data.*.work")
+    assert f"what is done stays in {work}" in printed
     assert "a.jsonl at byte" in error and "no key text" in error and "on_dirty=skip" in error
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("keys", [("slice=4/4",), ("slice=a/4",), ("slice=0/4", "overwrite=true"), ("workers=0",)])
+@pytest.mark.parametrize(
+    "keys", [("slice=4/4",), ("slice=a/4",), ("slice=0/4", "overwrite=true"), ("workers=0",), ("flips=true",)]
+)
 def test_impossible_shares_are_refused(corpus, tmp_path, empty_yaml, capsys, keys):
     assert main(["prepare", str(empty_yaml), *KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", *keys]) == 1
     assert f"{keys[-1].split('=')[0]}=" in capsys.readouterr().err

@@ -49,7 +49,8 @@ def drawn_from(root, split, count):
     return Generated(torch.from_numpy(rows), texts, framed, [8] * len(rows), 1.0)
 
 
-def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path):
+def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     name, root = dataset
     manifest = Manifest.read(root)
     found = domain_of(manifest)

@@ -32,12 +32,17 @@ POSITIVE = st.lists(st.floats(0.0, 9.0), min_size=3, max_size=3)
 MEANS = st.lists(st.floats(-9.0, 9.0), min_size=3, max_size=3)
 
 
+def moments(mean, covariance):
+    """Those of two samples that have this mean and this covariance."""
+    return Moments(2, 2 * mean, covariance + 2 * np.outer(mean, mean))
+
+
 @given(MEANS, MEANS, POSITIVE, POSITIVE)
 def test_frechet_distance_of_diagonal_gaussians(mean_a, mean_b, std_a, std_b):
     """|m_a - m_b|^2 + |s_a - s_b|^2, with the standard deviations s; in any rotated coordinates."""
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     a, b = (
-        Moments(rotation @ np.array(mean), rotation @ np.diag(np.square(std)) @ rotation.T)
+        moments(rotation @ np.array(mean), rotation @ np.diag(np.square(std)) @ rotation.T)
         for mean, std in ((mean_a, std_a), (mean_b, std_b))
     )
     expected = np.square(np.subtract(mean_a, mean_b)).sum() + np.square(np.subtract(std_a, std_b)).sum()

@@ -15,12 +15,12 @@ from scipy.stats import wasserstein_distance
 
 from scmdm.errors import UserError
 from scmdm.evaluation.figures import distribution_figure
+from scmdm.evaluation.frechet import Moments, frechet_distance
 from scmdm.evaluation.molecules import chemnet_activations
 from scmdm.evaluation.moses import (
     PROPERTIES,
     Comparison,
     Filters,
-    Moments,
     MosesReference,
     SetStatistics,
     cosine_similarity,
@@ -29,7 +29,6 @@ from scmdm.evaluation.moses import (
     filter_rate,
     fingerprints,
     fragments_of,
-    frechet_distance,
     internal_diversity,
     nearest_similarity,
     scaffold_of,
@@ -124,8 +123,8 @@ def test_moments_of_parts_are_those_of_the_whole(count, parts, seed):
     cut = np.sort(dice.integers(0, count + 1, parts - 1))
     pieces = [Moments.of(piece) for piece in np.split(values, cut)]
     together = sum(pieces[1:], pieces[0])
-    assert together.mean == pytest.approx(values.mean(0))
-    assert together.covariance == pytest.approx(np.cov(values.T), abs=1e-9)
+    assert together.mean_F == pytest.approx(values.mean(0))
+    assert together.covariance_FF == pytest.approx(np.cov(values.T), abs=1e-9)
 
 
 def test_frechet_distance_by_hand():
@@ -239,13 +238,13 @@ def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
 def test_workers_and_the_file_do_not_change_the_moments(tmp_path, monkeypatch):
     smiles = [*TRAIN, *TEST] * 200
     alone, together = (describe(smiles, fcd=True, workers=workers) for workers in (1, 2))
-    assert together.activations.products_AA == pytest.approx(alone.activations.products_AA, rel=1e-4)
+    assert together.activations.products_FF == pytest.approx(alone.activations.products_FF, rel=1e-4)
     together.save(tmp_path / "set.npz")
     again = SetStatistics.load(tmp_path / "set.npz")
-    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_A, together.activations.sum_A)
+    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_F, together.activations.sum_F)
     assert frechet_distance(again.activations, alone.activations) == pytest.approx(0, abs=1e-3)
     activations = chemnet_activations(smiles)
-    assert alone.activations.covariance == pytest.approx(np.cov(activations.T), abs=1e-4)
+    assert alone.activations.covariance_FF == pytest.approx(np.cov(activations.T), abs=1e-4)
 
 
 def test_figure_of_distributions(tmp_path):
