@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -27,7 +28,7 @@ from scmdm.config.study import StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.prepare import prepare
 from scmdm.environment import describe_environment
-from scmdm.evaluation.domains import Asked, Domain, domain_of
+from scmdm.evaluation.domains import Asked, Domain, decode_split, domain_of
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
 from scmdm.files import atomic_write_bytes, atomic_write_text
@@ -39,6 +40,7 @@ from scmdm.training.trainer import run_training
 from scmdm.workers import worker_count, worker_processes
 
 console = Console()
+_HELD_OUT = 4096  # at most so many sequences
 _LATER_KEYS = ("moses", "scorer", "mauve", "inception")
 
 
@@ -84,6 +86,7 @@ def run_study(config: StudyConfig) -> Path:
         "title": config.title,
         "domain": domain_of(manifest).name,
         "tokenizer": tokenizer,
+        "held_out": _keep_held_out(root, manifest, config.split, out),
         "config": to_yaml(config),
         "environment": describe_environment(),
         "arms": _describe_arms(config, models, evaluations),
@@ -94,6 +97,15 @@ def run_study(config: StudyConfig) -> Path:
     minutes = (time.perf_counter() - started) / 60
     console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
     return out
+
+
+def _keep_held_out(root: Path, manifest: Manifest, split: str, out: Path) -> str:
+    """Data for the report to draw beside samples, spread evenly over the split; returns its file's name."""
+    texts = decode_split(root, manifest, split)
+    chosen = np.linspace(0, len(texts) - 1, min(len(texts), _HELD_OUT), dtype=np.int64)
+    name = f"held_out_{split}.jsonl"
+    atomic_write_text(out / name, "".join(json.dumps({"text": texts[i], "framed": True}) + "\n" for i in chosen))
+    return name
 
 
 def _check_runs(config: StudyConfig, out: Path, data: str) -> None:

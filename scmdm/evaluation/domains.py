@@ -17,11 +17,12 @@ from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, block_text, load_tokenizer
 from scmdm.errors import UserError
-from scmdm.evaluation.genomes import GenomeReference, evaluate_genomes
+from scmdm.evaluation.figures import distribution_figure, genome_figure
+from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.mauve import check_mauve, mauve
-from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules
-from scmdm.evaluation.moses import MosesReference, evaluate_moses
+from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
+from scmdm.evaluation.moses import MosesReference, evaluate_moses, properties_of
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
 
@@ -71,6 +72,11 @@ class Domain(Protocol):
         """Draw the first samples, not chosen, as a PNG; returns the caption, or None where there is nothing to draw."""
         ...
 
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        """Draw how samples are distributed, the first set being held-out data; the caption, or None as in `draw`."""
+        ...
+
 
 class Molecules:
     """SMILES and SELFIES."""
@@ -104,6 +110,15 @@ class Molecules:
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
         drawn = draw_grid([row["text"] for row in rows if row["framed"]], path)
         return f"the first {drawn} valid molecules"
+
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        parsed = {name: [parse_molecule(row["text"]) for row in rows if row["framed"]] for name, rows in sets.items()}
+        valid = {name: [molecule for molecule in found if molecule is not None] for name, found in parsed.items()}
+        if not all(valid.values()):
+            return None
+        distribution_figure({name: properties_of(found) for name, found in valid.items()}, path, units={"weight": "Da"})
+        return "properties of the valid molecules (SA: synthetic accessibility)"
 
 
 class Text:
@@ -152,6 +167,10 @@ class Text:
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
         return None
 
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        return None
+
 
 class Genomes:
     """Windows of DNA. The distances have a floor that falls with the number of samples: see docs/genomes.md."""
@@ -176,6 +195,13 @@ class Genomes:
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
         return None
+
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        spectra = {name: Spectrum.of([row["text"] for row in rows if row["framed"]]) for name, rows in sets.items()}
+        held_out, *_ = spectra
+        genome_figure(spectra.pop(held_out), spectra, path)
+        return "GC content and 3-mers of the samples and of held-out windows"
 
 
 class Images:
@@ -210,6 +236,10 @@ class Images:
             return None
         drawn = draw_pictures(tokenizer.pictures(np.array([row["tokens"] for row in rows])), path)
         return f"the first {drawn} samples"
+
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        return None
 
 
 def _refuse(domain: str, asked: Asked, *keys: str) -> None:

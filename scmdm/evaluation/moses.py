@@ -187,9 +187,14 @@ def _describe(smiles: Sequence[str], fcd: bool) -> SetStatistics:
             fingerprints(molecules),
             Counter(fragment for molecule in molecules for fragment in fragments_of(molecule)),
             Counter(scaffold for molecule in molecules if (scaffold := scaffold_of(molecule)) is not None),
-            {name: np.array([compute(molecule) for molecule in molecules]) for name, compute in PROPERTIES.items()},
+            properties_of(molecules),
             None if activations is None else Moments.of(activations),
         )
+
+
+def properties_of(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
+    """Each of `PROPERTIES` of each molecule, (N,) float64."""
+    return {name: np.array([compute(molecule) for molecule in molecules]) for name, compute in PROPERTIES.items()}
 
 
 def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:

@@ -23,6 +23,7 @@ from scmdm.training.metrics import format_duration, read_metrics
 from scmdm.training.status import planned_steps
 
 Json = Mapping[str, Any]
+_SHOWN_TEXTS, _SHOWN_LETTERS = 3, 600
 _DESCRIPTIONS = ("config.yaml", "environment.json")
 
 
@@ -286,7 +287,29 @@ def _pictures(directory: Path, study: Json, samples: Sequence[Json], out: Path) 
             caption = domain.draw(_read_samples(directory / own[0]["samples_file"]), tokenizer, path)
             if caption is not None:
                 parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of seed 0, not chosen."))
-    return [heading(domain.name.capitalize()), *parts] if parts else []
+            else:
+                parts += _first_texts(own[0], directory, f"{arm['label']}, T = {steps}")
+    compared = _comparison(directory, study, samples, out / f"{domain.name}_distributions.png")
+    return [heading(domain.name.capitalize()), *compared, *parts] if compared or parts else []
+
+
+def _first_texts(row: Json, directory: Path, title: str) -> list[str]:
+    first = _read_samples(directory / row["samples_file"])[:_SHOWN_TEXTS]
+    texts = [sample["text"][:_SHOWN_LETTERS] for sample in first]
+    shown = f"{title}: the first {len(texts)} samples of seed 0, not chosen, {_SHOWN_LETTERS} letters at most of each."
+    return [paragraph(shown, note=True), preformatted("\n\n".join(texts))]
+
+
+def _comparison(directory: Path, study: Json, samples: Sequence[Json], path: Path) -> list[str]:
+    """Distributions of all samples of each arm at one T beside those of held-out data."""
+    steps = _picture_steps(samples)
+    sets = {"held out": _read_samples(directory / study["held_out"])}
+    for arm in study["arms"]:
+        files = [r["samples_file"] for r in samples if r["arm"] == arm["name"] and r["steps"] == steps]
+        if files:
+            sets[arm["label"]] = [sample for file in files for sample in _read_samples(directory / file)]
+    caption = DOMAINS[study["domain"]].compare(sets, path)
+    return [picture(path, f"T = {steps}, all seeds: {caption}.")] if caption is not None else []
 
 
 def _picture_steps(samples: Sequence[Json]) -> int:

@@ -73,6 +73,10 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     ]
     caption = domain.draw(rows, tokenizer, tmp_path / "samples.png")
     assert (caption is not None) == (tmp_path / "samples.png").is_file() == (name in ("molecules", "images"))
+    caption = domain.compare({"held out": rows, "real": rows[:50]}, tmp_path / "compared.png")
+    assert (caption is not None) == (tmp_path / "compared.png").is_file() == (name in ("molecules", "genomes"))
+    nothing = [{**row, "framed": False} for row in rows]
+    assert domain.compare({"held out": rows, "nothing": nothing}, tmp_path / "nothing.png") in (None, caption)
 
 
 def test_what_belongs_to_another_domain_is_refused(dataset):

@@ -93,7 +93,8 @@ def study(tmp_path):
             (tmp_path / f"{name}-0" / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
     SymbolTokenizer("smiles", ["C", "O"]).save(tmp_path)
     content = {"title": "A <study>", "config": "key: value", "environment": {"python": "3"}}
-    content |= {"domain": "molecules", "tokenizer": "tokenizer.json"}
+    (tmp_path / "held_out_test.jsonl").write_text('{"text": "CCC", "framed": true}\n{"text": "CO", "framed": true}\n')
+    content |= {"domain": "molecules", "tokenizer": "tokenizer.json", "held_out": "held_out_test.jsonl"}
     (tmp_path / "study.json").write_text(json.dumps({**content, "arms": arms, "evaluations": evaluations}))
     return tmp_path
 
@@ -118,13 +119,13 @@ def test_study_report_is_complete_and_self_contained(study, capsys):
     text = (study / "report.html").read_text()
     page = Page(text)
     assert page.links == [] and page.scripts == 0 and "http" not in re.sub(r"data:[^\"]+", "", text)
-    assert len(page.images) == 2 + len(ARMS)
+    assert len(page.images) == 3 + len(ARMS)
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     for label, *_ in ARMS.values():
         assert label in text and label in printed
     assert "A &lt;study&gt;" in text
-    for name in ("quality", "losses", *(f"molecules_{arm}" for arm in ARMS)):
+    for name in ("quality", "losses", "molecules_distributions", *(f"molecules_{arm}" for arm in ARMS)):
         assert (study / f"{name}.png").stat().st_size > 5000
 
 
@@ -154,7 +155,8 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     assert summary.header[4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
     better = [line for line in summary.statements if "against continued vanilla" in line]
     assert len(better) == 2 and all("better" in line and "difference -" in line for line in better)
-    assert "Molecules" not in (study / "report.html").read_text()
+    page = (study / "report.html").read_text()
+    assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
 
 
 def test_several_adaptations_count_as_the_independent_ones(study):
