@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from streaming import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.format import Reader
-from streaming.base.spanner import Spanner
 
 from scmdm.data.manifest import check_dataset, remote_of
 from scmdm.data.mixture import Source
+from scmdm.data.mosaic import Reader, ShardState, Spanner, Stream, StreamingDataset
 from scmdm.data.remote import fetch
 from scmdm.errors import UserError
 
@@ -104,8 +101,8 @@ class TokenDataset(StreamingDataset):
                 raise UserError(f"{path} is missing; restore the shard or prepare again")
             super().prepare_shard(shard_id, blocking)
         except (UserError, *_UNREADABLE) as error:
-            if self._shard_states[shard_id] == _ShardState.PREPARING:
-                self._shard_states[shard_id] = _ShardState.REMOTE
+            if self._shard_states[shard_id] == ShardState.PREPARING:
+                self._shard_states[shard_id] = ShardState.REMOTE
             self._failure = error if isinstance(error, UserError) else UserError(f"cannot prepare {path}: {error}")
             raise self._failure from error
 

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from streaming import StreamingDataLoader
-from streaming.base.format.mds.reader import MDSReader
 from torch import Tensor
 
 from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
+from scmdm.data.mosaic import MDSReader, StreamingDataLoader
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
 from scmdm.parallel.processes import barrier

@@ -20,9 +20,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
-from streaming.base.storage import CloudDownloader, CloudUploader
 
 from scmdm.data.manifest import MANIFEST_FILE, REMOTE_FILE, FileInfo, Manifest, remote_of
+from scmdm.data.mosaic import CloudDownloader, CloudUploader
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, sha256_file
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
 
 from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL
 from scmdm.data.framing import Row
@@ -26,6 +25,7 @@ from scmdm.data.manifest import (
     check_dataset,
     remote_of,
 )
+from scmdm.data.mosaic import MDSWriter
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory, sha256_file

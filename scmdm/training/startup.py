@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from streaming.base.util import bytes_to_int
 
 import scmdm
 from scmdm.config.schema import RunConfig
 from scmdm.data.manifest import remote_of
 from scmdm.data.mixture import Data, Source
+from scmdm.data.mosaic import bytes_to_int
 from scmdm.environment import PACKAGES, installed_version
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text

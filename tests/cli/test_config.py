@@ -173,7 +173,7 @@ def test_every_shipped_configuration_loads(path):
     from scmdm.config.prepare import PrepareConfig
 
     content = yaml.safe_load(path.read_text())
-    schema = StudyConfig if "arms" in content else PrepareConfig if path.parent.name == "data" else RunConfig
+    schema = StudyConfig if "title" in content else PrepareConfig if path.parent.name == "data" else RunConfig
     # The model sizes are parts that a run's file extends.
     keys = {"model": REQUIRED}.get(path.parent.name, ["base=b"] if path.stem.endswith("adapt") else [])
     assert load_config(schema, path, keys)

@@ -171,3 +171,15 @@ def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_rank, 
             other.enter_context(FileLock(lock).acquire(timeout=0))
     with FileLock(lock).acquire(timeout=0):
         pass
+
+
+def test_readers_that_are_not_used_are_not_imported_but_can_be():
+    """They cost seconds at every start."""
+    code = (
+        "import sys, scmdm.training.trainer\n"
+        "print([name for name in ('torchvision', 'sklearn', 'transformers.models.auto') if name in sys.modules])\n"
+        "import streaming.text, streaming.vision\n"
+        "print(streaming.text.StreamingC4.__name__, streaming.vision.StreamingCIFAR10.__name__)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split("\n")[:2] == ["[]", "StreamingC4 StreamingCIFAR10"]

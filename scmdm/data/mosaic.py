@@ -1,0 +1,45 @@
+"""What is used of mosaicml-streaming, without its ready-made data sets.
+
+Its package imports readers of C4, WebVid, ADE20K and others, and with them transformers, scikit-learn and torchvision:
+seconds of every process's start. They are left out here, and can still be imported by who wants them.
+"""
+
+# ruff: noqa: E402 - the order is the point
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+_READERS = ("multimodal", "text", "vision")
+_left_out = () if "streaming" in sys.modules else _READERS
+for _name in _left_out:
+    sys.modules[f"streaming.{_name}"] = ModuleType(f"streaming.{_name}")
+
+import streaming
+
+for _name in _left_out:
+    del sys.modules[f"streaming.{_name}"]
+    delattr(streaming, _name)
+
+from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState as ShardState
+from streaming.base.format import Reader
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.spanner import Spanner
+from streaming.base.storage import CloudDownloader, CloudUploader
+from streaming.base.util import bytes_to_int
+
+__all__ = [
+    "CloudDownloader",
+    "CloudUploader",
+    "MDSReader",
+    "MDSWriter",
+    "Reader",
+    "ShardState",
+    "Spanner",
+    "Stream",
+    "StreamingDataLoader",
+    "StreamingDataset",
+    "bytes_to_int",
+]
