@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import tempfile
 import warnings
 import weakref
@@ -28,7 +29,7 @@ from scmdm.data.mixture import Data
 from scmdm.data.mosaic import MDSReader, StreamingDataLoader
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
-from scmdm.parallel.processes import barrier
+from scmdm.parallel.processes import all_gather_object, barrier, current_world
 from scmdm.signals import heed_parent_only, signals_held
 
 _CONSTRUCTION_S = 60
@@ -123,17 +124,27 @@ def _claim_caches(data: Data) -> list[FileLock]:
 def _construction_lock() -> Iterator[None]:
     """Two runs that start in the same moment on a machine would pick the same names in shared memory.
 
-    The first of a run's ranks on the machine picks them, and the others look for what it picked: all of that while it
-    holds the lock. After a minute it goes on without: two runs that share several machines could wait for each other.
+    The first of a run's ranks on the machine holds the lock while all of them choose or look for the names. After a
+    minute it goes on without: two runs that share several machines could wait for each other.
     """
-    lock = FileLock(Path(tempfile.gettempdir()) / f"scmdm-streaming-{os.getuid()}.lock")
+    folder = Path(tempfile.gettempdir())
+    lock, sharers = FileLock(folder / f"scmdm-streaming-{os.getuid()}.lock"), all_gather_object(_identity(folder))
     with contextlib.ExitStack() as held:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        # Not the local rank: a launcher's nodes may be one machine, and would wait for each other.
+        if sharers.index(_identity(folder)) == current_world().rank:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
         barrier()
         yield
         barrier()
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    """The same for two processes exactly when they mean the same file or folder."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
+    status = path.stat()
+    return machine, status.st_dev, status.st_ino
 
 
 def epochs(

@@ -1,19 +1,17 @@
 """The streaming loader: every sample once an epoch, exact resume, two readers at a time, damaged shards."""
 
-import contextlib
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
 
-from scmdm.data.loader import _construction_lock, build_loader, epochs, read_split, spread_rows
+from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
 from scmdm.data.mixture import Data
 from scmdm.data.shards import Description, write_dataset
 from scmdm.data.tokenizers import SymbolTokenizer
@@ -160,17 +158,41 @@ def test_a_shard_that_goes_bad_while_reading_is_named(molecules, tmp_path):
         list(reader)
 
 
-@pytest.mark.parametrize(("local_rank", "holds"), [("0", True), ("1", False)])
-def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_rank, holds, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with _construction_lock():
-        (lock,) = tmp_path.iterdir() if holds else [tmp_path / "none.lock"]
-        with contextlib.ExitStack() as other, pytest.raises(Timeout) if holds else contextlib.nullcontext():
-            other.enter_context(FileLock(lock).acquire(timeout=0))
-    with FileLock(lock).acquire(timeout=0):
+HOLDING = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from scmdm.data.loader import _construction_lock
+
+dist.init_process_group("gloo")
+started = time.monotonic()
+with _construction_lock():
+    assert time.monotonic() - started < 20, "waited for itself"
+    (lock,) = Path(os.environ["TMPDIR"]).glob("*.lock")
+    try:
+        FileLock(lock).acquire(timeout=0)
+        sys.exit("another run could have started")
+    except Timeout:
         pass
+    dist.barrier()
+FileLock(lock).acquire(timeout=20)
+"""
+
+
+@pytest.mark.parametrize("local_ranks", [("0", "1"), ("0", "0")], ids=["one node", "two nodes of one machine"])
+def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_ranks, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDING], env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": local_rank}
+        )
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
 
 
 def test_readers_that_are_not_used_are_not_imported_but_can_be():
