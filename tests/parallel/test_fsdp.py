@@ -11,6 +11,8 @@ import pytest
 from scmdm.parallel.engine import cpp_compiler
 from scmdm.training.checkpoint import newest_checkpoint
 from tests import kills
+from tests.conftest import TINY
+from tests.data.test_packed import prepared
 from tests.parallel.launching import launch, start, workers
 from tests.parallel.parity import CASES, STEPS, assert_same, rows
 
@@ -88,3 +90,17 @@ def test_impossible_splits_stop_at_the_start(processes, overrides, message, adap
     status, output = launch(processes, *adapt(tmp_path / "run", *overrides))
     assert status != 0 and message in output, output
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("keys", [["engine=fsdp2"], ["engine=deepspeed", "deepspeed.stage=3"]], ids=" ".join)
+def test_packed_documents_and_self_conditioning_on_two_ranks(keys, tmp_path, empty_yaml):
+    lines = [json.dumps({"text": f"{number:03} " + "w" * (number % 37)}) for number in range(800)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepared(tmp_path / "a.jsonl", tmp_path / "data", empty_yaml, "framing=packed", "pad_policy=ignore")
+    common = [f"data.path={tmp_path / 'data'}", *TINY, "precision=float32", f"train.steps={STEPS}"]
+    for processes, name, engine in ((0, "single", ["engine=single"]), (2, "split", keys)):
+        own = [f"run_dir={tmp_path / name}", "self_conditioning.rate=1", "optimizer.lr=3e-3", *engine]
+        status, output = launch(processes, "train", str(empty_yaml), *common, *own)
+        assert status == 0, output
+    assert_same(tmp_path / "split", tmp_path / "single")
