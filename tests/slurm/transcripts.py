@@ -1,0 +1,63 @@
+"""docs/transcripts.md from what the SLURM tests left behind:
+
+python -m pytest tests/slurm --basetemp=PLACE -o tmp_path_retention_policy=all
+python -m tests.slurm.transcripts PLACE > docs/transcripts.md
+"""
+
+import re
+import sys
+from pathlib import Path
+
+SECTIONS = {
+    "test_a_time_limit": "The time limit comes near: save, requeue, finish",
+    "test_preemption": "A job of a higher partition takes the nodes",
+    "test_scancel": "`scancel`: saved, and not requeued",
+    "test_a_signal_before": "A signal before the first step (ranks started by srun, SIGUSR2)",
+    "test_a_killed_rank": "A rank is killed",
+    "test_a_killed_node": "All processes of a node are killed",
+    "test_a_node_without": "A node loses its power, slurmd included, and comes back while the job waits",
+    "test_a_node_that_never": "A node never starts its ranks",
+    "test_failures": "Two failures at one place, `--attempts 2`",
+    "test_a_run_directory": "A second job on the run directory; then the first one dies, and a third goes on",
+    "test_an_array": "Preparation as an array of four tasks, one of which is killed",
+}
+SHOWN = re.compile(
+    r"^(scmdm:|srun: error|slurmstepd)|INFO (resuming|stopped|saved|\d+ ranks)|RuntimeError|in SLURM job|^going on|^wrote"
+)
+SHORTER = (
+    (r"/\S*?/(?=(run\b|data\b|\.data))", ""),
+    (r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ ", r"\1 "),
+    (r"\[/\S+/(pair\.cc:\d+)\]", r"[\1]"),
+)
+
+
+def shown(log):
+    """What tells the story: what SLURM and scmdm say, what ranks say of saves and ends; not more than a few saves."""
+    kept, saves = [], 0
+    for line in log.read_text(errors="replace").splitlines():
+        if not SHOWN.search(line):
+            continue
+        saves = saves + 1 if "INFO saved" in line else 0
+        if saves <= 2:
+            for pattern, short in SHORTER:
+                line = re.sub(pattern, short, line)
+            kept.append(line[:180])
+    return kept
+
+
+def main():
+    place = Path(sys.argv[1])
+    print("# Transcripts\n")
+    print(
+        "Jobs of two nodes on a real SLURM, as `pytest tests/slurm` left them (CPU, gloo, a model of 30,000 parameters;"
+    )
+    print("`tests/slurm/transcripts.py` shortens the logs). Each of these runs has the losses of the undisturbed one.")
+    for name, title in SECTIONS.items():
+        print(f"\n## {title}\n\n```")
+        for log in sorted(place.glob(f"{name}*0/**/job-*.log")):
+            print("\n".join(shown(log)))
+        print("```")
+
+
+if __name__ == "__main__":
+    main()
