@@ -19,8 +19,22 @@ from scmdm.errors import UserError
 
 PREFIX = "backbone."
 # What only a file that wants to run something names. Inert they would be harmless, but such a file is no checkpoint.
-_RUNS_CODE = frozenset(
-    ["os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "code", "pty", "socket", "ctypes", "shutil"]
+_RUNS_CODE = frozenset(  # "commands": what pickle's second protocol calls subprocess
+    [
+        "os",
+        "posix",
+        "nt",
+        "sys",
+        "subprocess",
+        "commands",
+        "importlib",
+        "runpy",
+        "code",
+        "pty",
+        "socket",
+        "ctypes",
+        "shutil",
+    ]
 )
 _BUILTINS_THAT_RUN = frozenset(("eval", "exec", "compile", "open", "getattr", "setattr", "__import__", "breakpoint"))
 
@@ -116,7 +130,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if depth > 16:
         return None
     if isinstance(value, Inert):
-        state = value.state if isinstance(value.state, dict) else {}
+        state: dict[str, Any] = value.state if isinstance(value.state, dict) else {}
         return _plain(state.get("_content", state.get("_val")), depth + 1)
     if isinstance(value, dict):
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}

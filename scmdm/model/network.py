@@ -51,7 +51,7 @@ class Network(nn.Module):
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
 
-    def head(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+    def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the output head."""
         linear = self.output_layer.linear
         if linear is None:

@@ -162,7 +162,7 @@ def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[
     place, prefix, shapes = _stored_shapes(directory, weights)
     names = sorted(shapes)
     while names:
-        batch = {}
+        batch: dict[str, Tensor] = {}
         while names and (not batch or sum(value.nbytes for value in batch.values()) < _READ_AT_ONCE):
             size, dtype = shapes[name := names.pop(0)]
             batch[name] = torch.empty(size, dtype=dtype)

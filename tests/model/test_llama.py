@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers import LlamaConfig as TheirLlama
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers import Qwen2Config as TheirQwen
 
 from scmdm.config.schema import LlamaConfig, ModelConfig

@@ -59,8 +59,11 @@ class HuggingFaceTokenizer:
         padding is the end mark, which then no sample is padded with. `rows` and `mask_id` are those of a model whose
         tokenizer it is. Raises UserError.
         """
-        if path.is_file() and any((path.parent / name).is_file() for name in _SETTINGS):
-            path = path.parent
+        folder = path.parent if path.is_file() else path
+        if any((folder / name).is_file() for name in _SETTINGS):
+            path = folder
+        elif (folder / "tokenizer.json").is_file() and path.is_dir():
+            path = folder / "tokenizer.json"  # `transformers` would ask the model's configuration for the kind
         pipeline, named = _from_folder(path) if path.is_dir() else (_from_file(path), {})
         ids = _pipeline(pipeline)
         found = {role: named.get(role) for role in _NAMES}
