@@ -10,7 +10,7 @@ import torch
 from benchmarks.timing import interleave, show
 from scmdm.config.schema import EmaConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
-from scmdm.model.dit import count_parameters
+from scmdm.model.network import count_parameters
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import resolve_device
 from scmdm.training.checkpoint import TrainState

@@ -76,11 +76,10 @@ def _head(model: ModelConfig, vocab: int, length: int, batch: int, *, loss: bool
 def _loss(dit: DiT, h_ND: Tensor, x_N: Tensor) -> None:
     from scmdm.model.head import weighted_nll_sum
 
-    linear, weights = dit.output_layer.linear, torch.ones(len(h_ND), device=h_ND.device)
+    (weight_VD, bias_V), weights = dit.head(), torch.ones(len(h_ND), device=h_ND.device)
+    assert bias_V is not None
     h_ND = h_ND.detach().requires_grad_()
-    total, _ = weighted_nll_sum(
-        h_ND, linear.weight, linear.bias, x_N, weights, mask_id=dit.mask_id, chunk=dit.config.head_chunk
-    )
+    total, _ = weighted_nll_sum(h_ND, weight_VD, bias_V, x_N, weights, mask_id=dit.mask_id, chunk=dit.config.head_chunk)
     total.backward()
 
 

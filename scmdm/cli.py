@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from scmdm.errors import UserError
+from scmdm.interchange.command import export_schema, import_schema, run_export, run_import
 from scmdm.launch.command import add_launch
 from scmdm.signals import StopRequest
 
@@ -27,6 +28,8 @@ A run is one YAML file and key=value overrides:
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, who runs it
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
+  scmdm import  mdlm-owt models/mdlm-owt tokenizer=gpt2   a published model (MDLM, LLaDA, Dream ...) from its files
+  scmdm export  runs/qm9-scmdm exported format=mdlm       and back, with its conditioner and a model card
   scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory, traffic and time on a cluster
 
 `scmdm COMMAND --help` lists every key with its default. A run that was interrupted goes on when the same command is
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_plan(commands)
     _add_model_commands(commands)
+    _add_interchange(commands)
     _add_report(commands)
     _add_checkpoint(commands)
     add_launch(commands)
@@ -282,6 +286,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     run_evaluation(options.model, load_config(_evaluate_schema(), options.config, options.overrides))
 
 
+def _add_interchange(commands: _Commands) -> None:
+    summary = "Make a model of somebody's published one: MDLM (UDLM, Duo), LLaDA, Dream, LLaMA, Qwen2."
+    parser = _add(commands, "import", run_import, summary, import_schema)
+    parser.add_argument("source", type=Path, help="directory of safetensors, one such file, or a Lightning checkpoint")
+    parser.add_argument("out", type=Path, help="directory to make")
+    _overrides(parser)
+    summary = "Write a model into a new directory, as our own or in a layout that other programs read."
+    parser = _add(commands, "export", run_export, summary, export_schema)
+    parser.add_argument("model", type=Path, help="run directory, checkpoint or exported model")
+    parser.add_argument("out", type=Path, help="directory to make")
+    _overrides(parser)
+
+
 def _add_report(commands: _Commands) -> None:
     parser = _add(commands, "report", _report, "Write a self-contained HTML report of a run or a study.")
     parser.add_argument("directory", type=Path, help="run or study directory")
@@ -345,15 +362,12 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _add_checkpoint(commands: _Commands) -> None:
-    parser = commands.add_parser("checkpoint", help="List, verify or export checkpoints.")
+    parser = commands.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = _add(actions, "list", _checkpoint_list, "List a run's checkpoints and whether they verify.")
     listing.add_argument("run_directory", type=Path)
     verify = _add(actions, "verify", _checkpoint_verify, "Check every byte of a checkpoint or an export.")
     verify.add_argument("model", type=Path, help="checkpoint, export, or run directory (all its checkpoints)")
-    export = _add(actions, "export", _checkpoint_export, "Write model, tokenizer and manifest into a new directory.")
-    export.add_argument("model", type=Path, help="run directory or checkpoint")
-    export.add_argument("out", type=Path, help="directory to make")
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
@@ -376,9 +390,3 @@ def _checkpoint_verify(options: argparse.Namespace) -> None:
         raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")
     for path in found:
         print(f"{path} is whole")
-
-
-def _checkpoint_export(options: argparse.Namespace) -> None:
-    from scmdm.training.checkpoint import export_model
-
-    print(f"wrote {export_model(options.model, options.out)}")

@@ -17,6 +17,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
     "engine": ("auto", "single", "fsdp2", "deepspeed"),
+    "model.kind": ("dit", "llama"),
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.head_precision": ("float32", "compute"),
@@ -30,15 +31,30 @@ CHOICES = {
 
 
 @dataclass
+class LlamaConfig:
+    """Of model.kind=llama."""
+
+    kv_heads: int | None = None  # heads of keys and values; null: as many as model.heads
+    mlp_width: int | None = None  # of the gated perceptron; null: model.mlp_ratio times model.width
+    rotary_base: float = 10_000.0  # base of the rotary angles (rope_theta)
+    norm_eps: float = 1e-5  # added to the mean square in RMS norms
+    attention_bias: bool = False  # of queries, keys and values (Qwen2, Dream)
+    tied: bool = False  # the output head is the embedding
+    logit_shift: bool = False  # a position is predicted from the one before it (Dream, and autoregressive bases)
+
+
+@dataclass
 class ModelConfig:
     """Architecture of the denoiser. An adaptation takes it from its base; then only the last seven may be set."""
 
+    kind: str = "dit"  # dit (MDLM) | llama (LLaDA, Dream)
     width: int = 128
     layers: int = 6
     heads: int = 4
-    condition_width: int = 32  # of the time condition
+    condition_width: int = 32  # of the time condition (dit)
     mlp_ratio: int = 4
-    time_conditioning: bool = False  # let the network see the noise level
+    time_conditioning: bool = False  # let the network see the noise level (dit)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
     self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
     conditioner: str = "projection"  # projection | norm | mlp
     dropout: float | None = None  # null: the base's, or 0 without one
@@ -47,6 +63,21 @@ class ModelConfig:
     head_precision: str = "compute"  # float32 | compute (that of `precision`)
     activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)
     compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++
+
+    @property
+    def head_width(self) -> int:
+        """Of queries, keys and values."""
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Of all heads of keys together."""
+        return (self.llama.kv_heads or self.heads) * self.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        """Of the perceptron's inner layer."""
+        return self.llama.mlp_width or self.mlp_ratio * self.width
 
 
 @dataclass
@@ -192,6 +223,7 @@ class RunConfig:
         model, train = self.model, self.train
         even = model.width % (2 * model.heads) == 0
         _require(even, "model.width", model.width, f"a multiple of 2 x model.heads = {2 * model.heads} (rotary pairs)")
+        self._validate_kind()
         divides = train.global_batch_size % train.micro_batch_size == 0
         _require(
             divides,
@@ -208,6 +240,18 @@ class RunConfig:
         _require(not selective, "model.activation_checkpointing", "selective", reason)
         if self.engine == "deepspeed":
             self._validate_deepspeed()
+
+    def _validate_kind(self) -> None:
+        """A key that the model's kind does not read is a mistake."""
+        model, default = self.model, ModelConfig()
+        others = {"dit": [f"llama.{key}" for key in vars(default.llama)]}
+        unread = others.get(model.kind, ["condition_width", "time_conditioning"])
+        for key in unread:
+            value = _get(model, key)
+            _require(value == _get(default, key), f"model.{key}", value, f"left out with model.kind={model.kind}")
+        shared = self.model.llama.kv_heads or model.heads
+        divides = model.heads % shared == 0
+        _require(divides, "model.llama.kv_heads", shared, f"a divisor of model.heads = {model.heads}")
 
     def _validate_deepspeed(self) -> None:
         for key, default in vars(FsdpConfig()).items():
@@ -227,6 +271,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.heads", 1, 1024),
     ("model.condition_width", 1, 65536),
     ("model.mlp_ratio", 1, 64),
+    ("model.llama.kv_heads", 1, 1024),
+    ("model.llama.mlp_width", 1, 2**20),
+    ("model.llama.rotary_base", 1, 1e12),
+    ("model.llama.norm_eps", 0, 1),
     ("model.dropout", 0, 0.99),
     ("model.head_chunk", 1, 2**31),
     ("diffusion.eps", 0, 0.5),

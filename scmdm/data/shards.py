@@ -153,7 +153,7 @@ def join_pieces(
         for split in splits:
             parts = [(piece / split, info[split]) for piece, info in zip(pieces, found, strict=True) if split in info]
             infos[split] = _join_split(temporary / split, parts)
-        manifest = _manifest(tokenizer, file, infos, description)
+        manifest = make_manifest(tokenizer, file, infos, description)
         manifest.write(temporary)
     return manifest
 
@@ -217,7 +217,8 @@ def _dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def _manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], description: Description) -> Manifest:
+def make_manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], description: Description) -> Manifest:
+    """What a directory with this tokenizer (saved as `file`) and these splits says of itself."""
     return Manifest(
         version=VERSION,
         name=description.name,

@@ -1,6 +1,6 @@
 """MDLM's diffusion transformer (arXiv 2406.07524): rotary positions, adaptive layer norm, bidirectional attention.
 
-Modules are named as in the published checkpoints, so that their weights map one to one (`scmdm.model.weights`).
+Modules are named as in the published checkpoints, so that their weights map one to one (`scmdm.interchange`).
 
 Legend: B batch, L length, D width, H heads, K width of a head, C width of the time condition, V vocabulary with the
 mask, N masked positions, R 1 or B.
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
-from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
-from scmdm.model.attention import attend, attend_slices
 from scmdm.model.conditioner import Conditioner
-from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
 from scmdm.model.init import ZeroLinear
-from scmdm.model.recompute import run_block
+from scmdm.model.network import Network, TokenEmbedding
+from scmdm.model.rotary import Rotary, attend_rotated
 
 _FREQUENCIES = 256
 _SMALLEST_ALPHA = 1e-3  # MDLM's smallest alpha_t: bounds the noise level -log(alpha_t) that the network sees
@@ -59,34 +57,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
-class Rotary(nn.Module):
-    """Cosine and sine tables (L, K/2) of rotary positions (half-split layout, base 10,000)."""
-
-    def __init__(self, head_width: int) -> None:
-        super().__init__()
-        self.head_width = head_width
-        self.inv_freq: Tensor
-        self.register_buffer("inv_freq", torch.empty(head_width // 2), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fill the table; also after `to_empty` on a meta device."""
-        exponent = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
-        with torch.no_grad():
-            self.inv_freq.copy_(1.0 / 10_000**exponent)
-
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        angles = torch.outer(torch.arange(length, device=self.inv_freq.device).float(), self.inv_freq.float())
-        return angles.cos(), angles.sin()
-
-
-def rotate(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (k, k + K/2) by its position's angle; the tables are (L, K/2), of packed samples (B, L, K/2)."""
-    first, second = x_BLHK.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2).to(x_BLHK.dtype), sin.unsqueeze(-2).to(x_BLHK.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class Block(nn.Module):
     """Attention and a perceptron, each between a modulated norm and a gated residual."""
 
@@ -120,23 +90,8 @@ class Block(nn.Module):
 
     def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if self.context is None:
-            out_BLHK = attend(q, k, v, self.attention, allowed_B1LL)
-        else:
-            out_BLHK = attend_slices(q, k, v, self.attention, self.context)
+        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context)
         return self.attn_out(out_BLHK.flatten(2))
-
-
-class TokenEmbedding(nn.Module):
-    """One row per token id, the mask among them."""
-
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.embedding)
 
 
 class OutputLayer(nn.Module):
@@ -153,134 +108,22 @@ class OutputLayer(nn.Module):
         return modulate(self.norm_final(x_BLD), shift, scale)
 
 
-class DiT(nn.Module):
-    """The denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
-
-    Without `config.self_conditioned` it has no conditioner and is the plain MDM. A new one has no weights to speak of:
-    `scmdm.model.init.init_weights`, or those of a file.
-    """
+class DiT(Network):
+    """MDLM's denoiser."""
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, mask_id: int, schedule: Schedule) -> None:
-        super().__init__()
-        self.config, self.mask_id, self.schedule = config, mask_id, schedule
+        super().__init__(config, mask_id=mask_id, schedule=schedule)
         self.vocab_embed = TokenEmbedding(vocab_size, config.width)
         self.sigma_map = TimestepEmbedder(config.condition_width)
-        self.rotary_emb = Rotary(config.width // config.heads)
+        self.rotary_emb = Rotary(config.head_width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.output_layer = OutputLayer(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
-        self.context: DeviceMesh | None = None
 
-    def slice_sequences(self, context: DeviceMesh) -> None:
-        """Take slices of sequences from now on, this rank's among those of `context`."""
-        for module in (self, *self.blocks):
-            module.context = context
-
-    def hidden(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
-        x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
-        if estimate_BLD is not None:
-            assert self.conditioner is not None, "an estimate needs a self-conditioned model"
-            x_BLD = x_BLD + self.conditioner(estimate_BLD)
-        c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
-        rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
-        more = () if packing is None else (packing.allowed_B1LL,)
-        for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, c_RC, dropout and self.training, *more)
-        return self._head_input(self.output_layer(x_BLD, c_RC))
-
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
-        masked = z_BL == self.mask_id
-        return self.embed(z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
-
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Denoiser.weighted_nll`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, packing=packing)
-        masked = z_BL == self.mask_id
-        linear = self.output_layer.linear
-        total, nll_N = weighted_nll_sum(
-            h_BLD[masked],
-            linear.weight,
-            linear.bias,
-            x_BL[masked],
-            weight_BL[masked],
-            mask_id=self.mask_id,
-            chunk=self.config.head_chunk,
-        )
-        return total, weight_BL.new_zeros(z_BL.shape).masked_scatter(masked, nll_N)
-
-    def logits(self, h_ND: Tensor) -> Tensor:
-        """SUBS logits (N, V) float32 of selected hidden states."""
-        linear = self.output_layer.linear
-        with torch.autocast(h_ND.device.type, enabled=False):
-            return subs_logits(h_ND, linear.weight, subs_bias(linear.bias, self.mask_id))
-
-    def expected_embedding(self, h_ND: Tensor) -> Tensor:
-        """Expected embedding (N, D) of the predicted token at selected hidden states."""
-        linear = self.output_layer.linear
-        return expected_embedding(
-            h_ND,
-            linear.weight,
-            linear.bias,
-            self.vocab_embed.embedding,
-            mask_id=self.mask_id,
-            chunk=self.config.head_chunk,
-        )
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Embedding of tokens, any shape in front."""
-        return self.vocab_embed(ids)
-
-    def _rotary(self, length: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
-        """The tables' rows for the positions at hand."""
-        if packing is not None:
-            cos, sin = self.rotary_emb(length)
-            return cos[packing.positions_BL], sin[packing.positions_BL]
-        if self.context is None:
-            return self.rotary_emb(length)
-        cos, sin = self.rotary_emb(length * self.context.size())
-        at = slice(length * self.context.get_local_rank(), length * (self.context.get_local_rank() + 1))
-        return cos[at], sin[at]
+    def _condition(self, t_B: Tensor) -> tuple[Tensor, ...]:
+        return (F.silu(self.sigma_map(self._noise_level(t_B))),)
 
     def _noise_level(self, t_B: Tensor) -> Tensor:
         if not self.config.time_conditioning:
             return torch.zeros(1, device=t_B.device)
         return -self.schedule.alpha(t_B).clamp(min=_SMALLEST_ALPHA).log().float()
-
-    def _head_input(self, h_BLD: Tensor) -> Tensor:
-        if self.config.head_precision == "float32" or not torch.is_autocast_enabled(h_BLD.device.type):
-            return h_BLD.to(self.output_layer.linear.weight.dtype)
-        return h_BLD.to(torch.get_autocast_dtype(h_BLD.device.type))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, of the whole model also where an engine has sharded it."""
-    # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

@@ -45,7 +45,7 @@ def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Sche
     """
     width, masked = config.width, length * _mean_masked(schedule)
     conditioner = 2.0 * width * width * length if config.self_conditioned else 0.0
-    products = 2.0 * (4 + 2 * config.mlp_ratio) * width * width * length
+    products = 2.0 * _block_matrices(config) * length
     attention = 4.0 * length * length * width
     trunk = config.layers * (products + attention)
     logits = 2.0 * masked * width * vocab_size
@@ -53,6 +53,14 @@ def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Sche
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     return StepFlops(3 * (trunk + conditioner + logits), estimate)
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    """Elements of a block's matrices that multiply every position."""
+    width = config.width
+    if config.kind == "llama":
+        return width * (2 * width + 2 * config.kv_width + 3 * config.mlp_width)
+    return width * (4 * width + 2 * config.mlp_width)
 
 
 def _mean_masked(schedule: Schedule) -> float:

@@ -1,35 +1,35 @@
 """Models on disk: `model.json` (what to build), safetensors (weights), the tokenizer and its manifest.
 
-The weights' names are those of MDLM's published checkpoints without their `backbone.` prefix; `from_mdlm` and `to_mdlm`
-map the one onto the other.
+Other people's layouts: `scmdm.interchange`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from scmdm.config.schema import DiffusionConfig, ModelConfig
+from scmdm.config.schema import DiffusionConfig, LlamaConfig, ModelConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_bytes, atomic_write_text
+from scmdm.files import atomic_write_text
 from scmdm.model.dit import DiT
+from scmdm.model.llama import Llama
+from scmdm.model.network import Network
 from scmdm.model.tensors import read_tensors, tensor_shapes
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 TENSORS = "tensors"  # in a checkpoint: directory of sharded weights, averages and optimizer state, by prefix
 WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
 _FORMAT = 1
-_MDLM_PREFIX = "backbone."
-_MDLM_DERIVED = ("rotary_emb.inv_freq",)
+_READ_AT_ONCE = 2**30  # bytes
 
 
 @dataclass
@@ -48,10 +48,13 @@ class ModelSpec:
     def schedule(self) -> Schedule:
         return make_schedule(self.diffusion.schedule, eps=self.diffusion.eps, power=self.diffusion.power)
 
-    def build(self) -> DiT:
+    def build(self) -> Network:
         """The model without weights, on the meta device: see `allocate`."""
+        kinds = {"dit": DiT, "llama": Llama}
         with torch.device("meta"):
-            return DiT(self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule)
+            return kinds[self.model.kind](
+                self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule
+            )
 
 
 @dataclass
@@ -68,7 +71,7 @@ class StoredModel:
 class LoadedModel(StoredModel):
     """A model ready to sample."""
 
-    model: DiT
+    model: Network
 
 
 def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer_file: Path) -> None:
@@ -78,11 +81,6 @@ def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, toke
     shutil.copyfile(tokenizer_file, directory / manifest.tokenizer.file)
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, complete or not at all."""
-    atomic_write_bytes(path, to_safetensors({name: value.contiguous().cpu() for name, value in weights.items()}))
-
-
 def read_spec(directory: Path) -> ModelSpec:
     """Read `model.json`; UserError when it is missing, malformed or of a newer format."""
     path = directory / MODEL_FILE
@@ -90,8 +88,9 @@ def read_spec(directory: Path) -> ModelSpec:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
             raise UserError(f"{path} has an unknown format; expected {_FORMAT}: upgrade scmdm")
-        model, diffusion = ModelConfig(**content.pop("model")), DiffusionConfig(**content.pop("diffusion"))
-        return ModelSpec(model=model, diffusion=diffusion, **content)
+        architecture, diffusion = content.pop("model"), DiffusionConfig(**content.pop("diffusion"))
+        llama = LlamaConfig(**architecture.pop("llama", {}))
+        return ModelSpec(model=ModelConfig(**architecture, llama=llama), diffusion=diffusion, **content)
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a model: it has no {MODEL_FILE}; give a run, checkpoint or export"
@@ -127,7 +126,7 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
     return LoadedModel(**vars(stored), model=model.eval())
 
 
-def allocate(model: DiT, device: torch.device, *, weights_on: torch.device | None = None) -> None:
+def allocate(model: Network, device: torch.device, *, weights_on: torch.device | None = None) -> None:
     """Give a model that was built on the meta device, and perhaps sharded there, its memory; weights are undefined.
 
     `weights_on` puts the weights elsewhere than the tables that the model derives itself.
@@ -138,7 +137,7 @@ def allocate(model: DiT, device: torch.device, *, weights_on: torch.device | Non
 
 
 def read_weights(
-    model: DiT, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
+    model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
 ) -> None:
     """Fill a model, whole or sharded, from a model directory, each rank reading what it holds.
 
@@ -147,44 +146,57 @@ def read_weights(
     """
     place, prefix, found = _stored_shapes(directory, weights)
     own = dict(model.named_parameters())
-    _check_fit({n: p.shape for n, p in own.items()}, found, str(directory), new_conditioner=new_conditioner)
+    shapes = {name: size for name, (size, _) in found.items()}
+    check_fit({n: p.shape for n, p in own.items()}, shapes, str(directory), new_conditioner=new_conditioner)
     into = {prefix + name: own[name].detach() for name in found}
     read_tensors(place, into, alone=alone)
 
 
 def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
     """The whole tensors of an export or, averaged ("ema") or not ("raw"), of a checkpoint, on the CPU."""
+    return dict(iterate_weights(directory, weights=weights))
+
+
+def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:
+    """`weights_of`, in the precision that they are stored in, some at a time: what is not kept takes no memory."""
     place, prefix, shapes = _stored_shapes(directory, weights)
-    found = {name: torch.empty(shape) for name, shape in shapes.items()}
-    read_tensors(place, {prefix + name: value for name, value in found.items()}, alone=True)
-    return found
+    names = sorted(shapes)
+    while names:
+        batch: dict[str, Tensor] = {}
+        while names and (not batch or sum(value.nbytes for value in batch.values()) < _READ_AT_ONCE):
+            size, dtype = shapes[name := names.pop(0)]
+            batch[name] = torch.empty(size, dtype=dtype)
+        read_tensors(place, {prefix + name: value for name, value in batch.items()}, alone=True)
+        yield from batch.items()
 
 
-def _stored_shapes(directory: Path, weights: str) -> tuple[Path, str, dict[str, torch.Size]]:
-    """Where a model directory has its tensors, the prefix of their names there, and names and shapes without it."""
+def _stored_shapes(directory: Path, weights: str) -> tuple[Path, str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Where a model directory has its tensors, the prefix of their names there, and by name without it shape and
+    precision."""
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
     shapes = tensor_shapes(place)
     averaged = weights == "ema" and any(name.startswith(EMA_PREFIX) for name in shapes)
     prefix = "" if place == directory else EMA_PREFIX if averaged else WEIGHTS_PREFIX
-    return place, prefix, {n.removeprefix(prefix): size for n, (size, _) in shapes.items() if n.startswith(prefix)}
+    return place, prefix, {n.removeprefix(prefix): found for n, found in shapes.items() if n.startswith(prefix)}
 
 
-def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
+def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
     """Copy weights into a model; UserError names the first that is missing, unknown or of another shape.
 
     `new_conditioner` keeps the fresh conditioner where `weights` has none: the first step of an adaptation.
     """
     expected = dict(model.named_parameters())
     shapes = {name: value.shape for name, value in weights.items()}
-    _check_fit({n: p.shape for n, p in expected.items()}, shapes, origin, new_conditioner=new_conditioner)
+    check_fit({n: p.shape for n, p in expected.items()}, shapes, origin, new_conditioner=new_conditioner)
     with torch.no_grad():
         for name, value in weights.items():
             expected[name].copy_(value)
 
 
-def _check_fit(
-    expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool
+def check_fit(
+    expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool = False
 ) -> None:
+    """UserError when weights are not those of a model; `new_conditioner`: they may lack the conditioner's."""
     absent = [n for n in expected if n not in found and not (new_conditioner and n.startswith("conditioner."))]
     unknown = [n for n in found if n not in expected]
     wrong = [n for n in found if n in expected and found[n] != expected[n]]
@@ -197,15 +209,3 @@ def _check_fit(
     if absent or unknown:
         problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model does not"
         raise UserError(f"{origin} {problem}; it is of another architecture")
-
-
-def from_mdlm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published MDLM weights (`backbone.*`) under our names; tables that we derive are left out."""
-    names = {name: name.removeprefix(_MDLM_PREFIX) for name in weights}
-    return {ours: weights[theirs] for theirs, ours in names.items() if ours not in _MDLM_DERIVED}
-
-
-def to_mdlm(weights: dict[str, Tensor], head_width: int) -> dict[str, Tensor]:
-    """Our weights under MDLM's names, with the rotary table that it stores; the conditioner's follow suit."""
-    inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    return {_MDLM_PREFIX + name: value for name, value in {**weights, "rotary_emb.inv_freq": inv_freq}.items()}

@@ -19,7 +19,7 @@ from scmdm.config.schema import RunConfig
 from scmdm.diffusion.objective import Denoiser
 from scmdm.errors import UserError
 from scmdm.model.attention import check_backend
-from scmdm.model.dit import DiT
+from scmdm.model.network import Network
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides the number of updates
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
     data_rank: int  # which part of a batch this rank has; several ranks have the same one under context parallelism
     data_size: int  # how many parts there are
     device: torch.device
-    model: DiT
+    model: Network
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser  # what the objective calls
 
@@ -91,7 +91,9 @@ class SingleEngine:
 
     rank, world_size, data_rank, data_size = 0, 1, 0, 1
 
-    def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Network, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
         self.denoiser: Denoiser = model
         self.trained = dict(model.named_parameters())
@@ -148,7 +150,12 @@ class ParallelEngine(SingleEngine):
     """What engines of several processes have in common."""
 
     def __init__(
-        self, model: DiT, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype, context: int = 1
+        self,
+        model: Network,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        context: int = 1,
     ) -> None:
         super().__init__(model, optimizer, device, dtype)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from scmdm.config.schema import FsdpConfig
 from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.packing import Packing
-from scmdm.model.dit import DiT
+from scmdm.model.network import Network
 from scmdm.parallel.context import SlicedDenoiser, make_context
 from scmdm.parallel.engine import ParallelEngine
 
@@ -43,7 +43,7 @@ def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: DiT, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
+def shard(model: Network, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
     """Shard a model in place: one group per block, one for all the rest (both embeddings, so that `p @ E` finds them).
 
     Weights travel in `dtype` (those of the rest in float32 for `head_precision=float32`), gradients are summed in
@@ -73,7 +73,7 @@ class FsdpEngine(ParallelEngine):
 
     def __init__(
         self,
-        model: DiT,
+        model: Network,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         dtype: torch.dtype,
@@ -107,7 +107,7 @@ class _TwoPassDenoiser:
     no-grad pass needs no more memory than one block.
     """
 
-    def __init__(self, model: DiT, reshard_after_estimate: bool) -> None:
+    def __init__(self, model: Network, reshard_after_estimate: bool) -> None:
         self._model, self._reshard = model, reshard_after_estimate
 
     def estimate(

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from scmdm.config.schema import RunConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
-from scmdm.model.dit import DiT
+from scmdm.model.network import Network
 from scmdm.parallel.engine import MOMENTS, ParallelEngine
 
 
@@ -106,7 +106,7 @@ class DeepspeedEngine(ParallelEngine):
 
     def __init__(
         self,
-        model: DiT,
+        model: Network,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         dtype: torch.dtype,
@@ -125,8 +125,9 @@ class DeepspeedEngine(ParallelEngine):
             model=entry, optimizer=optimizer, config=deepspeed_json(config, self.world_size, dtype)
         )
         if self._stage == 3:
-            for parameter in (model.vocab_embed.embedding, *model.output_layer.linear.parameters()):
-                deepspeed.zero.register_external_parameter(entry, parameter)
+            for parameter in dict.fromkeys((model.vocab_embed.embedding, *model.head())):  # of a tied head once
+                if parameter is not None:
+                    deepspeed.zero.register_external_parameter(entry, parameter)
         self.denoiser = _Denoiser(self._deepspeed)
         self._fragments = self._find_fragments()
         self._mesh = init_device_mesh(device.type, (self.world_size,))
@@ -221,7 +222,7 @@ class _EntryPoints(nn.Module):
     Arguments go by keyword, where DeepSpeed leaves them alone.
     """
 
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 

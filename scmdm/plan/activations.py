@@ -1,7 +1,7 @@
 """What the passes of a micro-batch need beside the weights: kept for the backward pass, and for a moment.
 
-Written down from the model's operations (`scmdm/model/dit.py`), tensor by tensor, for fused attention (SDPA's flash
-kernels, flash-attn): probabilities are never kept. The tests count the live bytes of real passes.
+Written down from the models' operations (`scmdm/model/dit.py`, `llama.py`), tensor by tensor, for fused attention
+(SDPA's flash kernels, flash-attn): probabilities are never kept. The tests count the live bytes of real passes.
 
 Legend: T positions of a rank's micro-batch, D width, V vocabulary, C rows of a head chunk; `a` bytes of an element in
 compute, the residual stream and norms are float32.
@@ -22,6 +22,8 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     log_sums = _FLOAT32 * model.heads * tokens  # of attention, one float32 per head and position
     if kind == "full":
         return _FLOAT32 * tokens * model.width
+    if model.kind == "llama":
+        return _kept_by_llama(workload, layout, kind) + log_sums
     if kind == "selective":
         # Input, and the results of: q, k, v; attention; its output map; both maps of the perceptron.
         return (_FLOAT32 + (6 + model.mlp_ratio) * a) * tokens * model.width + log_sums
@@ -33,6 +35,22 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     dropout = 2 * (1 if layout.fused_dropout else a) if model.dropout else 0
     tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if a < _FLOAT32 else 0
     return (float32 + compute + dropout) * tokens * model.width + log_sums + _NORM_STATISTICS * tokens + tables
+
+
+def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
+    """`kept_by_block` of a LLaMA-like block, without attention's log-sums and under no or selective checkpointing."""
+    model, a, tokens = workload.model, layout.width, layout.tokens(workload)
+    width, inner = model.width, model.mlp_width
+    if kind == "selective":
+        # Input, and the results of: q, k, v; attention; its output map; gate and up; down.
+        return (_FLOAT32 * width + (4 * width + 2 * model.kv_width + 2 * inner) * a) * tokens
+    # Both norms' inputs; their outputs, which autocast copies for each of the five maps that they enter.
+    norms = 2 * _FLOAT32 * width + (5 * a if a < _FLOAT32 else 2 * a) * width
+    # Rotated q; rotated k and v for every head of q; the output map's input; gate before and after SiLU, up, product.
+    compute = (4 * width + 4 * inner) * a
+    dropout = 2 * (1 if layout.fused_dropout else a) * width if model.dropout else 0
+    tables = 2 * workload.length // layout.context * model.head_width * a if a < _FLOAT32 else 0
+    return (norms + compute + dropout + _NORM_STATISTICS // 2) * tokens + tables
 
 
 def kept_by_final(workload: Workload, layout: Layout) -> int:
@@ -70,13 +88,15 @@ def head_chunks(workload: Workload, layout: Layout, *, gradient: bool) -> int:
 
 def block_forward(workload: Workload, layout: Layout) -> int:
     """Bytes of the tensors of a block's forward pass when nothing is kept: at most, in its perceptron."""
-    a, positions = layout.width, layout.tokens(workload) * workload.model.width
-    return (2 * _FLOAT32 + (1 + 2 * workload.model.mlp_ratio) * a) * positions
+    model, a, tokens = workload.model, layout.width, layout.tokens(workload)
+    inner = (3 if model.kind == "llama" else 2) * model.mlp_width  # with a gate there are two factors and their product
+    return ((2 * _FLOAT32 + a) * model.width + inner * a) * tokens
 
 
 def block_backward(workload: Workload, layout: Layout) -> int:
     """Bytes of a block's backward pass beside what it kept: gradients of the residual stream and of the perceptron's
     inner layer and output; and what checkpointing makes again of the block's activations."""
-    model, positions = workload.model, layout.tokens(workload) * workload.model.width
-    gradients = (_FLOAT32 + (1 + model.mlp_ratio) * layout.width) * positions
+    model, tokens = workload.model, layout.tokens(workload)
+    inner = (3 if model.kind == "llama" else 1) * model.mlp_width
+    gradients = (_FLOAT32 * model.width + (model.width + inner) * layout.width) * tokens
     return gradients + kept_by_block(workload, layout, "none") - kept_by_block(workload, layout)

@@ -13,7 +13,7 @@ from torch import nn
 
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import Schedule
-from scmdm.model.dit import DiT
+from scmdm.model.network import Network
 from scmdm.model.weights import ModelSpec
 from scmdm.training.optimizer import is_decayed
 
@@ -112,7 +112,7 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
     )
 
 
-def find_parameters(model: DiT) -> tuple[Parameter, ...]:
+def find_parameters(model: Network) -> tuple[Parameter, ...]:
     """In the model's order; it may be on the meta device."""
     plain = {
         f"{path}.{name}"

@@ -16,19 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
-from scmdm.files import atomic_directory, atomic_write_text, sha256_file
+from scmdm.files import atomic_write_text, sha256_file
 from scmdm.model.tensors import read_tensors
-from scmdm.model.weights import (
-    EMA_PREFIX,
-    MODEL_FILE,
-    TENSORS,
-    WEIGHTS_FILE,
-    WEIGHTS_PREFIX,
-    weights_of,
-    write_weights,
-)
+from scmdm.model.weights import EMA_PREFIX, MODEL_FILE, TENSORS, WEIGHTS_PREFIX
 from scmdm.parallel.engine import Engine
 from scmdm.training.ema import Ema
 
@@ -176,20 +167,6 @@ def find_model(path: Path) -> Path:
             f"{path} holds no checkpoint that verifies{reason}; give a run directory, a checkpoint or an export"
         )
     return checkpoint
-
-
-def export_model(path: Path, out: Path) -> Path:
-    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint into a new directory."""
-    source = find_model(path)
-    if out.exists():
-        raise UserError(f"{out} exists; export into a new directory, or remove it first")
-    manifest = Manifest.read(source)
-    with atomic_directory(out) as temporary:
-        for name in (MODEL_FILE, "manifest.json", manifest.tokenizer.file):
-            shutil.copyfile(source / name, temporary / name)
-        write_weights(temporary / WEIGHTS_FILE, weights_of(source))
-        seal(temporary)
-    return out
 
 
 def sha256_of_model(path: Path) -> str:

@@ -15,8 +15,8 @@ from scmdm.data.mixture import Data
 from scmdm.environment import describe_environment
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
-from scmdm.model.dit import count_parameters
 from scmdm.model.flops import peak_flops, step_flops
+from scmdm.model.network import count_parameters
 from scmdm.model.weights import ModelSpec, StoredModel
 from scmdm.parallel.engine import Engine
 from scmdm.parallel.processes import broadcast

@@ -12,8 +12,8 @@ import yaml
 from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
-from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
+from scmdm.model.network import Network
 from scmdm.model.weights import ModelSpec, StoredModel, allocate, read_weights
 from scmdm.parallel.engine import Engine, SingleEngine
 from scmdm.parallel.fsdp import FsdpEngine, make_mesh, shard
@@ -116,6 +116,8 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
             "prepare the data with the base's tokenizer, or take another base"
         )
+    if config.model.llama.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
+        raise UserError("fsdp.context is not possible with model.llama.logit_shift=true; set it to 1")
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
         if number % config.fsdp.context:
             raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
@@ -158,7 +160,7 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     return dataclasses.replace(config, engine=engine)
 
 
-def compile_blocks(model: DiT) -> None:
+def compile_blocks(model: Network) -> None:
     """torch.compile of each block in place: one graph serves all of them, and parameter names stay."""
     for block in model.blocks:
         block.compile()

@@ -27,7 +27,7 @@ from scmdm.data.mosaic import bytes_to_int
 from scmdm.environment import PACKAGES, installed_version
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
-from scmdm.model.dit import count_parameters
+from scmdm.model.network import count_parameters
 from scmdm.model.weights import ModelSpec, StoredModel
 from scmdm.parallel.processes import World, all_gather_object, barrier, broadcast
 from scmdm.training.checkpoint import list_checkpoints, sha256_of_model

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from scmdm.cli import main
+from scmdm.config.interchange import ExportConfig
 from scmdm.config.load import load_config
 from scmdm.config.schema import RunConfig
 from scmdm.errors import UserError
-from scmdm.model.weights import WEIGHTS_FILE, weights_of, write_weights
+from scmdm.interchange.exporting import export_model
+from scmdm.model.shards import write_shards
+from scmdm.model.weights import WEIGHTS_FILE, weights_of
 from scmdm.parallel.processes import World
 from scmdm.parallel.zero import deepspeed_json
-from scmdm.training.checkpoint import SEAL, export_model, seal
+from scmdm.training.checkpoint import SEAL, seal
 from scmdm.training.metrics import read_metrics
 from scmdm.training.setup import resolve_engine
 from tests.parallel.launching import launch
@@ -121,10 +124,10 @@ def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adap
 @installed
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(adapt, base, tmp_path):
-    broken = export_model(base, tmp_path / "broken")
+    broken = export_model(base, tmp_path / "broken", ExportConfig())
     weights = weights_of(broken)
     weights["blocks.0.mlp.0.weight"][0, 0] = float("nan")
-    write_weights(broken / WEIGHTS_FILE, weights)
+    write_shards(broken / WEIGHTS_FILE, weights.items(), limit=10**9)
     (broken / SEAL).unlink()
     seal(broken)
     keys = [f"base={broken}", "engine=deepspeed", "train.micro_batch_size=32"]

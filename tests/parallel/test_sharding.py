@@ -100,7 +100,7 @@ _MEMORY = """
 import resource, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from scmdm.model.dit import count_parameters
+from scmdm.model.network import count_parameters
 from scmdm.model.weights import ModelSpec
 from scmdm.training.setup import build_engine
 

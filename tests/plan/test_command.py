@@ -80,3 +80,14 @@ def test_a_model_that_fits_nowhere_ends_with_the_reason(capsys):
     assert status == 1
     assert "nothing fits" in err and "shard with engine=fsdp2" in err
     assert "NO" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab", "parameters"), [("llada-8b", 126_464, 8.016e9), ("dream-7b", 152_064, 7.616e9)]
+)
+def test_published_sizes_are_counted(capsys, name, vocab, parameters):
+    """Without conditioner; Dream is as large as Qwen2.5 7B, 7.616e9 by its card."""
+    arguments = [MODELS.parent / "llama" / f"{name}.yaml", "--length", 512, "--vocab", vocab, "--json"]
+    status, out, _ = plan(capsys, *arguments)
+    assert status == 0
+    assert json.loads(out)["workload"]["parameters"] == pytest.approx(parameters, rel=1e-3)

@@ -129,8 +129,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
 
 def test_export_samples_the_same_and_refuses_to_overwrite(base, tmp_path, capsys):
     out = tmp_path / "export"
-    assert main(["checkpoint", "export", str(base), str(out)]) == 0
+    assert main(["export", str(base), str(out)]) == 0
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
         "checkpoint.json",
         "manifest.json",
         "model.json",
@@ -141,7 +142,7 @@ def test_export_samples_the_same_and_refuses_to_overwrite(base, tmp_path, capsys
     ours, theirs = scmdm.load(base), scmdm.load(out)
     parameters = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in parameters)
-    assert main(["checkpoint", "export", str(base), str(out)]) == 1
+    assert main(["export", str(base), str(out)]) == 1
     assert "exists" in capsys.readouterr().err
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "open_tokenizer",
     "symbols_of",
     "text_ids",
+    "with_model_ids",
 ]
 
 
@@ -80,7 +81,39 @@ def open_tokenizer(kind: str, path: Path, *, padded: bool) -> Tokenizer:
     """A tokenizer that was made elsewhere, for a data set whose samples are `padded` or not. Raises UserError."""
     if kind == "sentencepiece":
         return SentencePieceTokenizer.open(path)
+    if _is_saved(path):
+        if (saved := load_tokenizer(path)).kind != kind:
+            raise UserError(
+                f"tokenizer_path={path} is of kind {saved.kind}; set tokenizer={saved.kind}, or another path"
+            )
+        return saved
     return HuggingFaceTokenizer.open(path, padded=padded)
+
+
+def with_model_ids(path: Path, rows: int, mask_id: int | None) -> Tokenizer:
+    """The tokenizer of a published model whose embedding has `rows` rows, some perhaps of no token.
+
+    `mask_id` None: its own mask, or the first id that it does not use. Raises UserError.
+    """
+    if path.suffix != ".model" and not _is_saved(path):
+        try:
+            return HuggingFaceTokenizer.open(path, padded=False, rows=rows, mask_id=mask_id)
+        except UserError as error:
+            raise UserError(str(error).replace("tokenizer_path=", "tokenizer=")) from error
+    saved = load_tokenizer(path)
+    if mask_id is not None and mask_id != saved.mask_id:
+        raise UserError(
+            f"tokenizer={path} has its mask at {saved.mask_id}, the model at {mask_id}; give the model's own"
+        )
+    return saved
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a file is one that a tokenizer's `save` has written as JSON."""
+    try:
+        return path.is_file() and isinstance(json.loads(path.read_text()).get("kind"), str)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

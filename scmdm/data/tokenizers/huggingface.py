@@ -42,22 +42,28 @@ class HuggingFaceTokenizer:
 
     kind = "huggingface"
 
-    def __init__(self, pipeline: Mapping[str, Any], specials: SpecialIds) -> None:
+    def __init__(self, pipeline: Mapping[str, Any], specials: SpecialIds, vocab_size: int = 0) -> None:
+        """`vocab_size`: as many ids at least, the last of which no text has (rows that pad a model's embedding)."""
         self._pipeline, self._specials = pipeline, specials
         self._tokenizer = _pipeline(pipeline)
         self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
         self._known = _size(self._tokenizer)
-        self.vocab_size = max(self._known, *(i + 1 for i in asdict(specials).values()))
+        used = max(self._known, *(i + 1 for i in asdict(specials).values()))
+        self.vocab_size, self._padded = max(used, vocab_size), vocab_size > used
 
     @classmethod
-    def open(cls, path: Path, *, padded: bool) -> HuggingFaceTokenizer:
+    def open(cls, path: Path, *, padded: bool, rows: int = 0, mask_id: int | None = None) -> HuggingFaceTokenizer:
         """Read a `tokenizer.json`, or a folder with the files of a `transformers` tokenizer.
 
         A tokenizer that has no padding of its own gets an id for it only when the data set is `padded`; without,
-        padding is the end mark, which then no sample is padded with. Raises UserError.
+        padding is the end mark, which then no sample is padded with. `rows` and `mask_id` are those of a model whose
+        tokenizer it is. Raises UserError.
         """
-        if path.is_file() and any((path.parent / name).is_file() for name in _SETTINGS):
-            path = path.parent
+        folder = path.parent if path.is_file() else path
+        if any((folder / name).is_file() for name in _SETTINGS):
+            path = folder
+        elif (folder / "tokenizer.json").is_file() and path.is_dir():
+            path = folder / "tokenizer.json"  # `transformers` would ask the model's configuration for the kind
         pipeline, named = _from_folder(path) if path.is_dir() else (_from_file(path), {})
         ids = _pipeline(pipeline)
         found = {role: named.get(role) for role in _NAMES}
@@ -65,7 +71,7 @@ class HuggingFaceTokenizer:
             found = {
                 role: next((n for n in names if ids.token_to_id(n) is not None), None) for role, names in _NAMES.items()
             }
-        return cls(pipeline, _special_ids(ids, found, padded))
+        return cls(pipeline, _special_ids(ids, found, padded, mask_id), rows)
 
     def encode(self, content: Content) -> list[int]:
         return self._tokenizer.encode(as_text(content), add_special_tokens=False).ids
@@ -80,13 +86,20 @@ class HuggingFaceTokenizer:
     def save(self, directory: Path) -> Path:
         path = directory / "tokenizer.json"
         content = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
+        if self._padded:
+            content["vocab_size"] = self.vocab_size
         atomic_write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
         return path
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> HuggingFaceTokenizer:
         """What `save` has written. Raises KeyError, TypeError or ValueError when it is not that."""
-        return cls(content["pipeline"], SpecialIds(**content["specials"]))
+        return cls(content["pipeline"], SpecialIds(**content["specials"]), int(content.get("vocab_size", 0)))
+
+    @property
+    def pipeline(self) -> Mapping[str, Any]:
+        """As the `tokenizers` library writes it."""
+        return self._pipeline
 
 
 def _pipeline(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -105,12 +118,14 @@ def _size(tokenizer: tokenizers.Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _special_ids(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | None], padded: bool) -> SpecialIds:
+def _special_ids(
+    tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | None], padded: bool, mask_id: int | None
+) -> SpecialIds:
     """The ids of the names, and those behind the vocabulary for what has none."""
     ids = {role: tokenizer.token_to_id(name) for role, name in names.items() if name is not None}
     end = _size(tokenizer)
-    found: dict[str, int] = {}
-    for role in _NAMES:
+    found: dict[str, int] = {} if mask_id is None else {"mask": mask_id}
+    for role in (role for role in _NAMES if role not in found):
         own = ids.get(role)
         # Many tokenizers without padding name another special for it.
         if own is not None and not (role in ("mask", "pad") and own in (ids.get("bos"), ids.get("eos"))):

@@ -1,0 +1,1 @@
+"""Models as other people publish them: `scmdm import` and `scmdm export`."""

@@ -1,0 +1,177 @@
+"""What all denoisers have in common: embedding, conditioner, blocks one after the other, output head, entry points.
+
+A kind of network (`scmdm.model.dit`, `scmdm.model.llama`) says what its blocks are, and what they see besides the
+residual stream.
+
+Legend: B batch, L length, D width, K width of a head, V vocabulary with the mask, N masked positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.schedule import Schedule
+from scmdm.model.conditioner import Conditioner
+from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
+from scmdm.model.recompute import run_block
+from scmdm.model.rotary import Rotary
+
+
+class TokenEmbedding(nn.Module):
+    """One row per token id, the mask among them."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding)
+
+
+class Network(nn.Module):
+    """A denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
+
+    Without `config.self_conditioned` it has no conditioner and is the plain MDM. A new one has no weights to speak of:
+    `scmdm.model.init.init_weights`, or those of a file.
+    """
+
+    vocab_embed: TokenEmbedding
+    rotary_emb: Rotary
+    blocks: nn.ModuleList
+    output_layer: nn.Module  # with `linear`, None where the head is the embedding
+    conditioner: Conditioner | None
+
+    def __init__(self, config: ModelConfig, *, mask_id: int, schedule: Schedule) -> None:
+        super().__init__()
+        self.config, self.mask_id, self.schedule = config, mask_id, schedule
+        self.context: DeviceMesh | None = None
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the output head."""
+        linear = self.output_layer.linear
+        if linear is None:
+            return self.vocab_embed.embedding, None
+        assert isinstance(linear, nn.Linear)
+        return linear.weight, linear.bias
+
+    def slice_sequences(self, context: DeviceMesh) -> None:
+        """Take slices of sequences from now on, this rank's among those of `context`."""
+        for module in (self, *self.blocks):
+            module.context = context
+
+    def hidden(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
+        x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
+        if estimate_BLD is not None:
+            assert self.conditioner is not None, "an estimate needs a self-conditioned model"
+            x_BLD = x_BLD + self.conditioner(estimate_BLD)
+        condition = self._condition(t_B)
+        rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
+        more = () if packing is None else (packing.allowed_B1LL,)
+        for block in self.blocks:
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, *more)
+        return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
+
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """See `Denoiser.estimate`."""
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
+        masked = z_BL == self.mask_id
+        return self.embed(z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
+
+    def weighted_nll(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.weighted_nll`."""
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, packing=packing)
+        masked = z_BL == self.mask_id
+        total, nll_N = weighted_nll_sum(
+            h_BLD[masked],
+            *self._head_tensors(),
+            x_BL[masked],
+            weight_BL[masked],
+            mask_id=self.mask_id,
+            chunk=self.config.head_chunk,
+        )
+        return total, weight_BL.new_zeros(z_BL.shape).masked_scatter(masked, nll_N)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """SUBS logits (N, V) float32 of selected hidden states."""
+        weight_VD, bias_V = self._head_tensors()
+        with torch.autocast(h_ND.device.type, enabled=False):
+            return subs_logits(h_ND, weight_VD, subs_bias(bias_V, self.mask_id))
+
+    def expected_embedding(self, h_ND: Tensor) -> Tensor:
+        """Expected embedding (N, D) of the predicted token at selected hidden states."""
+        return expected_embedding(
+            h_ND,
+            *self._head_tensors(),
+            self.vocab_embed.embedding,
+            mask_id=self.mask_id,
+            chunk=self.config.head_chunk,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embedding of tokens, any shape in front."""
+        return self.vocab_embed(ids)
+
+    def _condition(self, t_B: Tensor) -> tuple[Tensor, ...]:
+        """What blocks and output layer see besides the residual stream."""
+        return ()
+
+    def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
+        """Put the hidden state that predicts a position at that position."""
+        return h_BLD
+
+    def _head_tensors(self) -> tuple[Tensor, Tensor]:
+        weight_VD, bias_V = self.head()
+        return weight_VD, weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V
+
+    def _rotary(self, length: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
+        """The tables' rows for the positions at hand."""
+        if packing is not None:
+            cos, sin = self.rotary_emb(length)
+            return cos[packing.positions_BL], sin[packing.positions_BL]
+        if self.context is None:
+            return self.rotary_emb(length)
+        cos, sin = self.rotary_emb(length * self.context.size())
+        at = slice(length * self.context.get_local_rank(), length * (self.context.get_local_rank() + 1))
+        return cos[at], sin[at]
+
+    def _head_input(self, h_BLD: Tensor) -> Tensor:
+        if self.config.head_precision == "float32" or not torch.is_autocast_enabled(h_BLD.device.type):
+            return h_BLD.to(self.head()[0].dtype)
+        return h_BLD.to(torch.get_autocast_dtype(h_BLD.device.type))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, of the whole model also where an engine has sharded it."""
+    # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
