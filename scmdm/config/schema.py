@@ -19,6 +19,7 @@ CHOICES = {
     "engine": ("auto", "single", "fsdp2", "deepspeed"),
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
+    "model.inject_at": ("all", "masked"),
     "model.head_precision": ("float32", "compute"),
     "model.activation_checkpointing": ("none", "selective", "full"),
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
@@ -31,7 +32,8 @@ CHOICES = {
 
 @dataclass
 class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only the last seven may be set."""
+    """Architecture of the denoiser. An adaptation takes it from its base; then only those from
+    `conditioner` on may be set."""
 
     width: int = 128
     layers: int = 6
@@ -41,6 +43,8 @@ class ModelConfig:
     time_conditioning: bool = False  # let the network see the noise level
     self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
     conditioner: str = "projection"  # projection | norm | mlp
+    inject_at: str = "all"  # all | masked: positions at which the estimate enters
+    estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
     dropout: float | None = None  # null: the base's, or 0 without one
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
@@ -61,8 +65,9 @@ class DiffusionConfig:
 class SelfConditioningConfig:
     rate: float = 0.0  # probability that pass 2 is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM
     estimate_from: str = "same_state"  # same_state | noisier_state
-    passes: int = 1  # no-grad passes that make the estimate
-    estimate_dropout: bool = True  # dropout in the no-grad passes, as in pass 2
+    passes: int = 1  # passes that make the estimate
+    estimate_dropout: bool = True  # dropout in the passes that make the estimate, as in the one that carries the loss
+    stop_gradient: bool = True  # false: the gradient also flows through the passes that make the estimate
 
 
 @dataclass
@@ -229,6 +234,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.mlp_ratio", 1, 64),
     ("model.dropout", 0, 0.99),
     ("model.head_chunk", 1, 2**31),
+    ("model.estimate_top_k", 1, 2**31),
     ("diffusion.eps", 0, 0.5),
     ("diffusion.power", 0.1, 16),
     ("diffusion.t_min", 1e-9, 0.5),

@@ -189,6 +189,8 @@ class DiT(nn.Module):
         x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
         if estimate_BLD is not None:
             assert self.conditioner is not None, "an estimate needs a self-conditioned model"
+            if self.config.inject_at == "masked":
+                estimate_BLD = estimate_BLD.masked_fill((z_BL != self.mask_id)[..., None], 0)
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
         c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
         rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
@@ -252,6 +254,7 @@ class DiT(nn.Module):
             self.vocab_embed.embedding,
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
+            top_k=self.config.estimate_top_k,
         )
 
     def embed(self, ids: Tensor) -> Tensor:

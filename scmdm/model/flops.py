@@ -31,17 +31,19 @@ class StepFlops:
     """Operations per sequence of a step."""
 
     loss_pass: float  # forward and backward of the pass that carries the loss
-    estimate_passes: float  # all no-grad passes
+    estimate_passes: float  # all passes that make the estimate
 
     @property
     def total(self) -> float:
         return self.loss_pass + self.estimate_passes
 
 
-def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Schedule, *, passes: int) -> StepFlops:
-    """Of a sequence of `length` tokens; `passes` is the number of no-grad passes (0: vanilla).
+def step_flops(
+    config: ModelConfig, vocab_size: int, length: int, schedule: Schedule, *, passes: int, stop_gradient: bool = True
+) -> StepFlops:
+    """Of a sequence of `length` tokens; `passes` is the number of passes that make the estimate (0: vanilla).
 
-    The backward pass counts twice the forward pass; the head counts where tokens are masked, on average over time.
+    A backward pass counts twice its forward pass; the head counts where tokens are masked, on average over time.
     """
     width, masked = config.width, length * _mean_masked(schedule)
     conditioner = 2.0 * width * width * length if config.self_conditioned else 0.0
@@ -52,7 +54,7 @@ def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Sche
     first = trunk + 2 * logits  # logits, then the expected embedding; its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
-    return StepFlops(3 * (trunk + conditioner + logits), estimate)
+    return StepFlops(3 * (trunk + conditioner + logits), estimate if stop_gradient else 3 * estimate)
 
 
 def _mean_masked(schedule: Schedule) -> float:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def subs_bias(bias_V: Tensor, mask_id: int) -> Tensor:
@@ -39,9 +40,9 @@ class _WeightedNLL(torch.autograd.Function):
         need_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         bias = subs_bias(bias_V, mask_id)
-        nll_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        nll_N = bias.new_empty(len(h_ND))
         d_h = torch.empty_like(h_ND) if need_gradient else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_gradient else None
+        d_weight = torch.zeros_like(weight_VD, dtype=bias.dtype) if need_gradient else None
         d_bias = torch.zeros_like(bias) if need_gradient else None
         for start in range(0, len(h_ND), chunk):
             rows = slice(start, start + chunk)
@@ -84,11 +85,41 @@ def weighted_nll_sum(
 
 
 def expected_embedding(
-    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, *, mask_id: int, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    embedding_VD: Tensor,
+    *,
+    mask_id: int,
+    chunk: int,
+    top_k: int | None = None,
 ) -> Tensor:
-    """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding."""
+    """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
+
+    `top_k` takes only so many most probable tokens, whose probabilities are renormalised: the estimate stays a mean of
+    embeddings. Differentiable; logits are then made again in the backward pass, chunk by chunk.
+    """
+    if not len(h_ND):
+        return embedding_VD.new_zeros(0, embedding_VD.shape[1])
     with torch.autocast(h_ND.device.type, enabled=False):
-        bias = subs_bias(bias_V, mask_id)
-        embedding = embedding_VD.to(h_ND.dtype)
-        parts = [subs_logits(h_CD, weight_VD, bias).softmax(1).to(h_CD.dtype) @ embedding for h_CD in h_ND.split(chunk)]
-        return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
+        bias, embedding = subs_bias(bias_V, mask_id), embedding_VD.to(h_ND.dtype)
+        needed = (weight_VD, bias, embedding, top_k)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(_mean_embedding, h_CD, *needed, use_reentrant=False) for h_CD in h_ND.split(chunk)]
+        else:
+            parts = [_mean_embedding(h_CD, *needed) for h_CD in h_ND.split(chunk)]
+        return torch.cat(parts).to(embedding_VD.dtype)
+
+
+def _mean_embedding(
+    h_CD: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int | None
+) -> Tensor:
+    p_CV = _probabilities(subs_logits(h_CD, weight_VD, subs_bias_V), top_k)
+    return p_CV.to(h_CD.dtype) @ embedding_VD
+
+
+def _probabilities(logits_CV: Tensor, top_k: int | None) -> Tensor:
+    if top_k is None:
+        return logits_CV.softmax(1)
+    best_CK, tokens_CK = logits_CV.topk(min(top_k, logits_CV.shape[1]), dim=1)
+    return torch.zeros_like(logits_CV).scatter_(1, tokens_CK, best_CK.softmax(1))

@@ -46,8 +46,15 @@ class Run:
     @property
     def hardware(self) -> Hardware:
         """What utilisation is measured against."""
-        passes = self.config.self_conditioning.passes if self.config.self_conditioning.rate > 0 else 0
-        flops = step_flops(self.spec.model, self.spec.vocab_size, self.spec.length, self.spec.schedule, passes=passes)
+        conditioning = self.config.self_conditioning
+        flops = step_flops(
+            self.spec.model,
+            self.spec.vocab_size,
+            self.spec.length,
+            self.spec.schedule,
+            passes=conditioning.passes if conditioning.rate > 0 else 0,
+            stop_gradient=conditioning.stop_gradient,
+        )
         return Hardware(flops, peak_flops(self.engine.device), self.engine.world_size)
 
     @property

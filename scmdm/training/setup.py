@@ -21,8 +21,11 @@ from scmdm.parallel.processes import World
 from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
+# An adaptation may set these; the first three no more once its base has a conditioner.
 _ADAPTABLE = (
     "conditioner",
+    "inject_at",
+    "estimate_top_k",
     "dropout",
     "attention",
     "head_chunk",
@@ -83,7 +86,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
         raise UserError(
             f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0"
         )
-    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[1:]
+    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[3:]
     _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
     _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
     own = {name: getattr(config.model, name) for name in keep if getattr(config.model, name) is not None}
