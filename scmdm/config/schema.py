@@ -92,6 +92,7 @@ class ScheduleConfig:
 class EmaConfig:
     decay: float = 0.9999  # 0: no averaging
     warmup: bool = True  # decay_k = min(decay, (1 + k) / (10 + k)), k counted from the start of this run
+    reset: bool = True  # false: an adaptation goes on with its base's average, k counted from the start of the base
 
 
 @dataclass
@@ -178,6 +179,8 @@ class RunConfig:
             raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
         if command == "adapt" and self.base is None:
             raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
+        if command == "train" and not self.ema.reset:
+            raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
 
     def check_ranks(self, size: int) -> None:
         """UserError for a batch or a mesh that `size` processes cannot share."""
@@ -211,6 +214,8 @@ class RunConfig:
         selective = model.compile and model.activation_checkpointing == "selective"
         reason = "none or full with model.compile=true: inside a compiled block products cannot be told apart"
         _require(not selective, "model.activation_checkpointing", "selective", reason)
+        counted = self.ema.reset or (self.ema.warmup and self.ema.decay > 0)
+        _require(counted, "ema.reset", False, "true without ema.warmup or averages: nothing else depends on it")
         if self.engine == "deepspeed":
             self._validate_deepspeed()
 
