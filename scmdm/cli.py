@@ -354,6 +354,9 @@ def _add_checkpoint(commands: _Commands) -> None:
     export = _add(actions, "export", _checkpoint_export, "Write model, tokenizer and manifest into a new directory.")
     export.add_argument("model", type=Path, help="run directory or checkpoint")
     export.add_argument("out", type=Path, help="directory to make")
+    adapter = _add(actions, "adapter", _checkpoint_adapter, "Write a run's adapters in the files of peft.")
+    adapter.add_argument("model", type=Path, help="run directory or checkpoint, adapted with model.lora_rank")
+    adapter.add_argument("out", type=Path, help="directory to make")
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
@@ -382,3 +385,9 @@ def _checkpoint_export(options: argparse.Namespace) -> None:
     from scmdm.training.checkpoint import export_model
 
     print(f"wrote {export_model(options.model, options.out)}")
+
+
+def _checkpoint_adapter(options: argparse.Namespace) -> None:
+    from scmdm.training.checkpoint import export_adapter
+
+    print(f"wrote {export_adapter(options.model, options.out)}")

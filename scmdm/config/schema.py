@@ -45,6 +45,9 @@ class ModelConfig:
     conditioner: str = "projection"  # projection | norm | mlp
     inject_at: str = "all"  # all | masked: positions at which the estimate enters
     estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
+    lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
+    lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
+    lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
     dropout: float | None = None  # null: the base's, or 0 without one
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
@@ -98,6 +101,7 @@ class EmaConfig:
 @dataclass
 class TrainConfig:
     steps: int = MISSING  # optimizer steps
+    last_layers: int | None = None  # adapt: train the last so many blocks and the conditioner alone; null: everything
     global_batch_size: int = 64  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 64  # sequences at once on a rank
     log_every: int = 10
@@ -181,6 +185,13 @@ class RunConfig:
             raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
         if command == "train" and not self.ema.reset:
             raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
+        if command == "train" and self.trained_layers is not None:
+            raise UserError("train.last_layers and model.lora_rank are for `scmdm adapt`: leave them out")
+
+    @property
+    def trained_layers(self) -> int | None:
+        """Blocks of the base that are trained when some of its weights stay as they are; None: all is trained."""
+        return 0 if self.model.lora_rank else self.train.last_layers
 
     def check_ranks(self, size: int) -> None:
         """UserError for a batch or a mesh that `size` processes cannot share."""
@@ -216,6 +227,10 @@ class RunConfig:
         _require(not selective, "model.activation_checkpointing", "selective", reason)
         counted = self.ema.reset or (self.ema.warmup and self.ema.decay > 0)
         _require(counted, "ema.reset", False, "true without ema.warmup or averages: nothing else depends on it")
+        both = train.last_layers is not None and model.lora_rank > 0
+        _require(
+            not both, "train.last_layers", train.last_layers, "left out with model.lora_rank: adapters are trained"
+        )
         if self.engine == "deepspeed":
             self._validate_deepspeed()
 
@@ -223,6 +238,9 @@ class RunConfig:
         for key, default in vars(FsdpConfig()).items():
             value = getattr(self.fsdp, key)
             _require(value == default, f"fsdp.{key}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
+        key = "model.lora_rank" if self.model.lora_rank else "train.last_layers"
+        reason = "left out with engine=deepspeed, whose flat groups hold trained weights alone; use engine=fsdp2"
+        _require(self.trained_layers is None, key, _get(self, key), reason)
         reason = "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2"
         _require(not (self.model.compile and self.deepspeed.stage == 3), "model.compile", True, reason)
 
@@ -240,6 +258,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.dropout", 0, 0.99),
     ("model.head_chunk", 1, 2**31),
     ("model.estimate_top_k", 1, 2**31),
+    ("model.lora_rank", 0, 65536),
+    ("model.lora_alpha", 1e-9, 1e9),
     ("diffusion.eps", 0, 0.5),
     ("diffusion.power", 0.1, 16),
     ("diffusion.t_min", 1e-9, 0.5),
@@ -260,6 +280,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("deepspeed.stage", 1, 3),
     ("deepspeed.whole_below", 0, 2**31),
     ("train.steps", 1, 2**40),
+    ("train.last_layers", 0, 1024),
     ("train.global_batch_size", 1, 2**30),
     ("train.micro_batch_size", 1, 2**30),
     ("train.log_every", 1, 2**31),

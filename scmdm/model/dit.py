@@ -283,7 +283,7 @@ class DiT(nn.Module):
         return h_BLD.to(torch.get_autocast_dtype(h_BLD.device.type))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, of the whole model also where an engine has sharded it."""
+def count_parameters(model: nn.Module, *, trained: bool = False) -> int:
+    """Number of parameters, or of those that are trained, of the whole model also where an engine has sharded it."""
     # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)

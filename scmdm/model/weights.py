@@ -22,6 +22,7 @@ from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes, atomic_write_text
 from scmdm.model.dit import DiT
+from scmdm.model.lora import add_adapters, is_added
 from scmdm.model.tensors import read_tensors, tensor_shapes
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
@@ -51,7 +52,10 @@ class ModelSpec:
     def build(self) -> DiT:
         """The model without weights, on the meta device: see `allocate`."""
         with torch.device("meta"):
-            return DiT(self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule)
+            model = DiT(self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule)
+            if self.model.lora_rank:
+                add_adapters(model.blocks, self.model)
+        return model
 
 
 @dataclass
@@ -142,31 +146,32 @@ def read_weights(
 ) -> None:
     """Fill a model, whole or sharded, from a model directory, each rank reading what it holds.
 
-    `new_conditioner` leaves the conditioner alone where the directory has none. All ranks call this together, or one of
-    them `alone`. Raises UserError when files are damaged, or of another architecture.
+    `new_conditioner` leaves conditioner and adapters alone where the directory has none. All ranks call this together,
+    or one of them `alone`. Raises UserError when files are damaged, or of another architecture.
     """
-    place, prefix, found = _stored_shapes(directory, weights)
+    place, keys, found = _stored(directory, weights)
     own = dict(model.named_parameters())
     _check_fit({n: p.shape for n, p in own.items()}, found, str(directory), new_conditioner=new_conditioner)
-    into = {prefix + name: own[name].detach() for name in found}
+    into = {keys[name]: own[name].detach() for name in found}
     read_tensors(place, into, alone=alone)
 
 
 def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
     """The whole tensors of an export or, averaged ("ema") or not ("raw"), of a checkpoint, on the CPU."""
-    place, prefix, shapes = _stored_shapes(directory, weights)
+    place, keys, shapes = _stored(directory, weights)
     found = {name: torch.empty(shape) for name, shape in shapes.items()}
-    read_tensors(place, {prefix + name: value for name, value in found.items()}, alone=True)
+    read_tensors(place, {keys[name]: value for name, value in found.items()}, alone=True)
     return found
 
 
-def _stored_shapes(directory: Path, weights: str) -> tuple[Path, str, dict[str, torch.Size]]:
-    """Where a model directory has its tensors, the prefix of their names there, and names and shapes without it."""
+def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[str, torch.Size]]:
+    """Where a model directory has its tensors, and by name what they are called there and their shapes."""
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
     shapes = tensor_shapes(place)
-    averaged = weights == "ema" and any(name.startswith(EMA_PREFIX) for name in shapes)
-    prefix = "" if place == directory else EMA_PREFIX if averaged else WEIGHTS_PREFIX
-    return place, prefix, {n.removeprefix(prefix): size for n, (size, _) in shapes.items() if n.startswith(prefix)}
+    # What a run does not train has no average.
+    prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
+    keys = {key.removeprefix(prefix): key for prefix in prefixes for key in shapes if key.startswith(prefix)}
+    return place, keys, {name: shapes[key][0] for name, key in keys.items()}
 
 
 def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
@@ -185,7 +190,7 @@ def load_weights(model: DiT, weights: dict[str, Tensor], origin: str, *, new_con
 def _check_fit(
     expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool
 ) -> None:
-    absent = [n for n in expected if n not in found and not (new_conditioner and n.startswith("conditioner."))]
+    absent = [n for n in expected if n not in found and not (new_conditioner and is_added(n))]
     unknown = [n for n in found if n not in expected]
     wrong = [n for n in found if n in expected and found[n] != expected[n]]
     if wrong:

@@ -10,15 +10,17 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory, atomic_write_text, sha256_file
+from scmdm.model.lora import adapted_modules, is_added, merged
 from scmdm.model.tensors import read_tensors
 from scmdm.model.weights import (
     EMA_PREFIX,
@@ -26,7 +28,9 @@ from scmdm.model.weights import (
     TENSORS,
     WEIGHTS_FILE,
     WEIGHTS_PREFIX,
+    read_spec,
     weights_of,
+    write_model_files,
     write_weights,
 )
 from scmdm.parallel.engine import Engine
@@ -74,11 +78,12 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
     """This rank's part of all that a checkpoint keeps. Copies only where the engine has to make them."""
-    return _flat({prefix: engine.pack(group) for prefix, group in _groups(engine, ema).items()})
+    packed = {prefix: engine.pack(group) for prefix, group in _groups(engine, ema).items()}
+    return _flat(packed) | _flat({WEIGHTS_PREFIX: engine.frozen()})
 
 
 def _groups(engine: Engine, ema: Ema | None) -> dict[str, dict[str, Tensor]]:
-    """Weights, averages and moments by prefix, as the engine holds them."""
+    """Trained weights, averages and moments by prefix, as the engine holds them."""
     groups = {WEIGHTS_PREFIX: engine.parameters(), **{f"{kind}.": m for kind, m in engine.moments().items()}}
     if ema is not None:
         groups[EMA_PREFIX] = ema.average
@@ -148,7 +153,7 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
     state = TrainState(**json.loads((path / STATE_FILE).read_text()))
     groups = _groups(engine, ema)
     packed = {prefix: engine.pack(group) for prefix, group in groups.items()}
-    read_tensors(path / TENSORS, _flat(packed))
+    read_tensors(path / TENSORS, _flat(packed) | _flat({WEIGHTS_PREFIX: engine.frozen()}))
     for prefix, group in groups.items():
         engine.unpack(packed[prefix], group)
     engine.load_parameters(groups[WEIGHTS_PREFIX])
@@ -179,17 +184,55 @@ def find_model(path: Path) -> Path:
 
 
 def export_model(path: Path, out: Path) -> Path:
-    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint into a new directory."""
+    """Copy what sampling needs (averaged weights where there are any) out of a checkpoint into a new directory.
+
+    Adapters are merged into the weights that they belong to.
+    """
     source = find_model(path)
-    if out.exists():
-        raise UserError(f"{out} exists; export into a new directory, or remove it first")
-    manifest = Manifest.read(source)
+    _require_new(out)
+    spec, manifest = read_spec(source), Manifest.read(source)
+    weights = merged(weights_of(source), spec.model)
+    spec.model = replace(spec.model, lora_rank=0)
     with atomic_directory(out) as temporary:
-        for name in (MODEL_FILE, "manifest.json", manifest.tokenizer.file):
-            shutil.copyfile(source / name, temporary / name)
-        write_weights(temporary / WEIGHTS_FILE, weights_of(source))
+        write_model_files(temporary, spec, manifest, source / manifest.tokenizer.file)
+        write_weights(temporary / WEIGHTS_FILE, weights)
         seal(temporary)
     return out
+
+
+def export_adapter(path: Path, out: Path) -> Path:
+    """Write the adapters of a run or checkpoint (averaged where they are), and its conditioner, in the files of `peft`.
+
+    UserError when the model has no adapters, or `out` exists.
+    """
+    source = find_model(path)
+    _require_new(out)
+    config, weights = read_spec(source).model, weights_of(source)
+    if not config.lora_rank:
+        raise UserError(f"{source} has no adapters; give a run that was adapted with model.lora_rank")
+    kept = yaml.safe_load((source / "config.yaml").read_text())
+    content = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": kept["base"],
+        "inference_mode": True,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": adapted_modules(weights),
+        "modules_to_save": ["conditioner"] if config.self_conditioned else None,
+    }
+    with atomic_directory(out) as temporary:
+        atomic_write_text(temporary / "adapter_config.json", json.dumps(content, indent=2) + "\n")
+        added = {f"base_model.model.{name}": value for name, value in weights.items() if is_added(name)}
+        write_weights(temporary / "adapter_model.safetensors", added)
+    return out
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists; export into a new directory, or remove it first")
 
 
 def sha256_of_model(path: Path) -> str:

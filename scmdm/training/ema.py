@@ -15,7 +15,7 @@ class Ema:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step.
 
     With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights, in
-    an adaptation those of the base's average, at k = 0: with the base's count of `updates` it stays mostly base for long.
+    an adaptation those of the base's average, at k = 0: with the base's count of `updates` it stays base for long.
     """
 
     def __init__(self, engine: Engine, config: EmaConfig, *, updates: int = 0) -> None:
