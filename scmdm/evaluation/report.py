@@ -53,7 +53,6 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, statements)
     figures = out.parent
     panels = [Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.in_figure]
-    curves = _study_curves(directory, study["arms"], figures / "losses.png")
     parts = [
         paragraph(_protocol(samples, study["arms"])),
         heading("What came out"),
@@ -66,10 +65,7 @@ def study_report(directory: Path, out: Path) -> StudySummary:
             "A conditioned step makes two denoiser evaluations, the first without gradients; sampling makes none more.",
             note=True,
         ),
-        heading("Losses"),
-        picture(
-            curves, "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
-        ),
+        *_study_curves(directory, study["arms"], figures / "losses.png"),
         *_pictures(directory, study, samples, figures),
         heading("How it was made"),
         preformatted(study["config"]),
@@ -297,7 +293,10 @@ def _training_protocol(arms: Sequence[Json]) -> str:
     return f"Adaptations start from the same base and see {tokens}.{others if scratch else ''}"
 
 
-def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> Path:
+def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:
+    """Of no more arms than there are colours: more would hide each other, and each run has its own report."""
+    if len(arms) > len(COLOURS):
+        return []
     train: dict[str, list[dict[str, Any]]] = {}
     validation: dict[str, list[dict[str, Any]]] = {}
     adapted = [arm for arm in arms if arm["name"] != "base" and arm["runs"]]
@@ -306,14 +305,17 @@ def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> Path:
         train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
         validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
     # The base has the first colour everywhere, with or without curves.
-    return loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+    loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+    caption = "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
+    return [heading("Losses"), picture(path, caption)]
 
 
 def _pictures(directory: Path, study: Json, samples: Sequence[Json], out: Path) -> list[str]:
     domain, tokenizer = DOMAINS[study["domain"]], load_tokenizer(directory / study["tokenizer"])
     parts = []
-    steps = _picture_steps(samples)
-    for arm in study["arms"]:
+    steps, arms = _picture_steps(samples), study["arms"]
+    few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], _reference(study))]
+    for arm in few:
         own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
         if own:
             path = out / f"{domain.name}_{arm['name']}.png"
