@@ -24,10 +24,11 @@ from scmdm.config.load import load_config, to_yaml
 from scmdm.config.prepare import PrepareConfig
 from scmdm.config.sampling import EvaluateConfig, SamplerConfig
 from scmdm.config.schema import RunConfig
-from scmdm.config.study import StudyConfig
+from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.prepare import prepare
 from scmdm.environment import describe_environment
+from scmdm.errors import UserError
 from scmdm.evaluation.domains import Asked, Domain, decode_split, domain_of
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
@@ -42,16 +43,17 @@ from scmdm.workers import worker_count, worker_processes
 console = Console()
 _HELD_OUT = 4096  # at most so many sequences
 _LATER_KEYS = ("moses", "scorer", "mauve", "inception")
+_OWN_KEYS = ("run_dir", "data.path", "base", "seed")  # of a run: the study gives them
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model of the study: an arm and the seed it was adapted with."""
+    """A model of the study: an arm and the seed it was trained with."""
 
     arm: str
     seed: int
     path: Path
-    run: Path | None  # None for a base that was not trained here
+    run: Path | None  # None where the arm trains nothing
 
     @property
     def key(self) -> str:
@@ -71,7 +73,7 @@ class Task:
 def run_study(config: StudyConfig) -> Path:
     """Run what is missing and write `report.html`; returns the study directory."""
     started = time.perf_counter()
-    out = Path(config.out)
+    config, out = config.selected(), Path(config.out)
     prepare_config = load_config(PrepareConfig, Path(config.prepare))
     _check_runs(config, out, prepare_config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +91,7 @@ def run_study(config: StudyConfig) -> Path:
         "held_out": _keep_held_out(root, manifest, config.split, out),
         "config": to_yaml(config),
         "environment": describe_environment(),
+        "reference": config.reference,
         "arms": _describe_arms(config, models, evaluations),
         "evaluations": evaluations,
     }
@@ -114,9 +117,13 @@ def _check_runs(config: StudyConfig, out: Path, data: str) -> None:
         _base_config(config, out, data)
     else:
         find_model(Path(config.base))
-    for seed in config.adaptation_seeds:
-        for arm in config.arms:
-            _arm_config(config, out, config.base, data, arm, seed)
+    for arm, seed in _trained_arms(config):
+        _arm_config(config, out, config.base, data, arm, seed)
+
+
+def _trained_arms(config: StudyConfig) -> list[tuple[str, int]]:
+    arms = [name for name, arm in config.arms.items() if arm.samples_of is None]
+    return [(arm, seed) for seed in config.adaptation_seeds for arm in arms]
 
 
 def _base(config: StudyConfig, out: Path, data: str) -> Model:
@@ -133,15 +140,34 @@ def _base_config(config: StudyConfig, out: Path, data: str) -> RunConfig:
 
 
 def _arm_config(config: StudyConfig, out: Path, base: str, data: str, arm: str, seed: int) -> RunConfig:
-    overrides = [
-        f"run_dir={out / f'{arm}-{seed}'}",
-        f"data.path={data}",
-        f"base={base}",
-        f"seed={seed}",
-        f"self_conditioning.rate={config.arms[arm].rate}",
-        *config.overrides,
-    ]
-    return load_config(RunConfig, Path(config.adapt_config), overrides)
+    """The run of an arm that is trained; UserError names the arm."""
+    chosen = config.arms[arm]
+    own = [f"run_dir={out / f'{arm}-{seed}'}", f"data.path={data}", f"seed={seed}"]
+    try:
+        for override in [*config.overrides, *chosen.overrides]:
+            if (key := override.partition("=")[0]) in _OWN_KEYS:
+                raise UserError(f"{key} is the study's to give; leave it out of overrides")
+        adaptation = load_config(
+            RunConfig, Path(config.adapt_config), [*own, f"base={base}", *config.overrides, *chosen.overrides]
+        )
+        if not chosen.from_scratch:
+            adaptation.check_command("adapt")
+            return adaptation
+        steps = _total_steps(config, out, base, data, adaptation)
+        overrides = [*own, *config.base_overrides, f"train.steps={steps}", *chosen.overrides]
+        run = load_config(RunConfig, Path(config.base_config), overrides)
+        run.check_command("train")
+    except UserError as error:
+        raise UserError(f"arms.{arm}: {error}") from error
+    return run
+
+
+def _total_steps(config: StudyConfig, out: Path, base: str, data: str, adaptation: RunConfig) -> int:
+    """Steps of base_config's batches that hold as many sequences as the base and the adaptation have seen."""
+    trained = _base_config(config, out, data).train
+    batch = trained.global_batch_size
+    done = trained.steps if config.from_scratch else open_model(find_model(Path(base))).spec.step
+    return done + -(-adaptation.train.steps * adaptation.train.global_batch_size // batch)
 
 
 class _Jobs:
@@ -156,7 +182,7 @@ class _Jobs:
 
     def run(self) -> tuple[list[Model], list[dict[str, Any]]]:
         """The models in their order, and the rows of their evaluations."""
-        adaptations = self._adaptations()
+        adaptations, order = self._adaptations(), ["base", *self._config.arms]
         # On many cores an adaptation has several.
         threads = max(1, torch.get_num_threads() // max(1, min(len(adaptations), worker_count())))
         display = StudyDisplay(console, [(name, Path(run.run_dir), run.train.steps) for name, run in adaptations])
@@ -166,12 +192,17 @@ class _Jobs:
             def evaluate(model: Model) -> None:
                 self._models[model.key] = model
                 for task in self._open_tasks(model):
-                    running[pool.submit(_measure, task, self._config.sampler, self._root)] = task
+                    running[pool.submit(_measure, task, self._root)] = task
+                for name, arm in self._config.arms.items():
+                    if arm.samples_of == model.arm:
+                        evaluate(dataclasses.replace(model, arm=name, run=None))
 
-            for (_, run), (arm, seed) in zip(adaptations, self._arms(), strict=True):
+            jobs = zip(adaptations, _trained_arms(self._config), strict=True)
+            # The longest first, or it would be alone in the end.
+            for (_, run), (arm, seed) in sorted(jobs, key=lambda job: -_sequences(job[0][1])):
                 model = Model(arm, seed, Path(run.run_dir), Path(run.run_dir))
                 run.threads = run.threads or threads
-                running[pool.submit(_adapt, run, self._base.path)] = model
+                running[pool.submit(_train, run, self._base.path)] = model
             evaluate(self._base)
             while running:
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -182,18 +213,15 @@ class _Jobs:
                     else:
                         display.print(self._finish(job, result))
                 display.update()
-        models = [self._base, *(self._models[f"{arm}-{seed}"] for arm, seed in self._arms())]
+        models = sorted(self._models.values(), key=lambda model: (model.seed, order.index(model.arm)))
         return models, [self._rows[name] for model in models for name in self._names(model)]
-
-    def _arms(self) -> list[tuple[str, int]]:
-        return [(arm, seed) for seed in self._config.adaptation_seeds for arm in self._config.arms]
 
     def _adaptations(self) -> list[tuple[str, RunConfig]]:
         """What to call it, and the run."""
         config, base, data = self._config, str(self._base.path), str(self._root)
         return [
             (f"{config.arms[arm].label}, seed {seed}", _arm_config(config, self._out, base, data, arm, seed))
-            for arm, seed in self._arms()
+            for arm, seed in _trained_arms(config)
         ]
 
     def _open_tasks(self, model: Model) -> Iterator[Task]:
@@ -245,12 +273,16 @@ class _Jobs:
         return self._domain
 
 
-def _adapt(run: RunConfig, base: Path) -> Path:
-    """In a worker: adapt, or go on adapting; returns the checkpoint."""
-    return find_model(run_training(run, open_model(base)))
+def _sequences(run: RunConfig) -> int:
+    return run.train.steps * run.train.global_batch_size
 
 
-def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
+def _train(run: RunConfig, base: Path) -> Path:
+    """In a worker: train, or go on training, from the base if the run has one; returns the checkpoint."""
+    return find_model(run_training(run, open_model(base) if run.base is not None else None))
+
+
+def _measure(task: Task, root: Path) -> dict[str, Any]:
     """In a worker: the NELBO, or samples, written and returned."""
     torch.set_num_threads(1)
     loaded, settings = load(task.model), task.settings
@@ -258,8 +290,7 @@ def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
         asked = EvaluateConfig(split=settings["split"], nelbo_samples=settings["num"])
         found = model_nelbo(loaded, root, asked)
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
-    sampler = dataclasses.replace(sampler, steps=settings["steps"])
-    drawn = generate(loaded, sampler, num=settings["num"], seed=settings["sampling_seed"])
+    drawn = generate(loaded, SamplerConfig(**settings["sampler"]), num=settings["num"], seed=settings["sampling_seed"])
     write_samples(task.samples, drawn, loaded.tokenizer)
     return {"drawn": drawn}
 
@@ -267,11 +298,12 @@ def _measure(task: Task, sampler: SamplerConfig, root: Path) -> dict[str, Any]:
 def _settings(config: StudyConfig, model: Model, data: str) -> Iterator[dict[str, Any]]:
     """What is to be measured, with all but the model that its result depends on."""
     common = {"arm": model.arm, "adaptation_seed": model.seed, "split": config.split, "data_fingerprint": data}
-    yield {**common, "name": f"{model.key}_nelbo", "kind": "nelbo", "num": config.nelbo_samples}
+    if model.arm == "base" or config.arms[model.arm].samples_of is None:
+        yield {**common, "name": f"{model.key}_nelbo", "kind": "nelbo", "num": config.nelbo_samples}
     for steps in config.steps:
         for seed in config.sampling_seeds:
             name = f"{model.key}_T{steps}_s{seed}"
-            sampler = dataclasses.asdict(dataclasses.replace(config.sampler, steps=steps))
+            sampler = dataclasses.asdict(dataclasses.replace(config.sampler_of(model.arm), steps=steps))
             yield {
                 **common,
                 "name": name,
@@ -299,11 +331,15 @@ def _describe_arms(config: StudyConfig, models: list[Model], evaluations: list[d
     for name in dict.fromkeys(model.arm for model in models):
         own = [model for model in models if model.arm == name]
         nelbo = [row["nelbo"] for row in evaluations if row["arm"] == name and row["kind"] == "nelbo"]
+        arm = ArmConfig(label="base") if name == "base" else config.arms[name]
+        source = own[0].arm if arm.samples_of is None else arm.samples_of
         arms.append(
             {
                 "name": name,
-                "label": "base" if name == "base" else config.arms[name].label,
-                "rate": 0.0 if name == "base" else config.arms[name].rate,
+                "label": arm.label,
+                "rate": 0.0 if source == "base" else _settings_of(own[0].path)["self_conditioning"]["rate"],
+                "from_scratch": arm.from_scratch,
+                "samples_of": arm.samples_of,
                 "runs": [str(model.run.relative_to(config.out)) for model in own if model.run is not None],
                 "nelbo": nelbo,
                 "cost": [_cost(model.path) for model in own if model.run is not None],
@@ -314,6 +350,11 @@ def _describe_arms(config: StudyConfig, models: list[Model], evaluations: list[d
 
 def _cost(checkpoint: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / "state.json").read_text())
-    batch = yaml.safe_load((checkpoint / "config.yaml").read_text())["train"]["global_batch_size"]
+    batch = _settings_of(checkpoint)["train"]["global_batch_size"]
     cost = {key: state[key] for key in ("step", "tokens", "seconds", "evaluations")}
     return {**cost, "sequences": state["step"] * batch}
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    return settings

@@ -32,7 +32,19 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
             config = _merge(config, content, f"in {file}")
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), "on the command line")
-    result = cast(Schema, _to_object(config))
+    return cast(Schema, _checked(config))
+
+
+def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
+    """A configuration with `key=value` overrides, which stand `where`. Raises UserError like `load_config`."""
+    merged = OmegaConf.structured(config)
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override, type(config)), where)
+    return cast(Schema, _checked(merged))
+
+
+def _checked(config: DictConfig) -> object:
+    result = _to_object(config)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()

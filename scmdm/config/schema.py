@@ -20,6 +20,7 @@ CHOICES = {
     "model.kind": ("dit", "llama"),
     "model.attention": ("auto", "sdpa", "flash"),
     "model.conditioner": ("projection", "norm", "mlp"),
+    "model.inject_at": ("all", "masked"),
     "model.head_precision": ("float32", "compute"),
     "model.activation_checkpointing": ("none", "selective", "full"),
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
@@ -45,7 +46,8 @@ class LlamaConfig:
 
 @dataclass
 class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only the last seven may be set."""
+    """Architecture of the denoiser. An adaptation takes it from its base; then only those from
+    `conditioner` on may be set."""
 
     kind: str = "dit"  # dit (MDLM) | llama (LLaDA, Dream)
     width: int = 128
@@ -57,6 +59,11 @@ class ModelConfig:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
     conditioner: str = "projection"  # projection | norm | mlp
+    inject_at: str = "all"  # all | masked: positions at which the estimate enters
+    estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
+    lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
+    lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
+    lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
     dropout: float | None = None  # null: the base's, or 0 without one
     attention: str = "auto"  # auto | sdpa | flash
     head_chunk: int = 2048  # masked positions that the output head takes at once
@@ -92,8 +99,9 @@ class DiffusionConfig:
 class SelfConditioningConfig:
     rate: float = 0.0  # probability that pass 2 is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM
     estimate_from: str = "same_state"  # same_state | noisier_state
-    passes: int = 1  # no-grad passes that make the estimate
-    estimate_dropout: bool = True  # dropout in the no-grad passes, as in pass 2
+    passes: int = 1  # passes that make the estimate
+    estimate_dropout: bool = True  # dropout in the passes that make the estimate, as in the one that carries the loss
+    stop_gradient: bool = True  # false: the gradient also flows through the passes that make the estimate
 
 
 @dataclass
@@ -118,11 +126,13 @@ class ScheduleConfig:
 class EmaConfig:
     decay: float = 0.9999  # 0: no averaging
     warmup: bool = True  # decay_k = min(decay, (1 + k) / (10 + k)), k counted from the start of this run
+    reset: bool = True  # false: an adaptation goes on with its base's average, k counted from the start of the base
 
 
 @dataclass
 class TrainConfig:
     steps: int = MISSING  # optimizer steps
+    last_layers: int | None = None  # adapt: train the last so many blocks and the conditioner alone; null: everything
     global_batch_size: int = 64  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 64  # sequences at once on a rank
     log_every: int = 10
@@ -204,6 +214,15 @@ class RunConfig:
             raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
         if command == "adapt" and self.base is None:
             raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
+        if command == "train" and not self.ema.reset:
+            raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
+        if command == "train" and self.trained_layers is not None:
+            raise UserError("train.last_layers and model.lora_rank are for `scmdm adapt`: leave them out")
+
+    @property
+    def trained_layers(self) -> int | None:
+        """Blocks of the base that are trained when some of its weights stay as they are; None: all is trained."""
+        return 0 if self.model.lora_rank else self.train.last_layers
 
     def check_ranks(self, size: int) -> None:
         """UserError for a batch or a mesh that `size` processes cannot share."""
@@ -238,6 +257,12 @@ class RunConfig:
         selective = model.compile and model.activation_checkpointing == "selective"
         reason = "none or full with model.compile=true: inside a compiled block products cannot be told apart"
         _require(not selective, "model.activation_checkpointing", "selective", reason)
+        counted = self.ema.reset or (self.ema.warmup and self.ema.decay > 0)
+        _require(counted, "ema.reset", False, "true without ema.warmup or averages: nothing else depends on it")
+        both = train.last_layers is not None and model.lora_rank > 0
+        _require(
+            not both, "train.last_layers", train.last_layers, "left out with model.lora_rank: adapters are trained"
+        )
         if self.engine == "deepspeed":
             self._validate_deepspeed()
 
@@ -257,6 +282,9 @@ class RunConfig:
         for key, default in vars(FsdpConfig()).items():
             value = getattr(self.fsdp, key)
             _require(value == default, f"fsdp.{key}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
+        key = "model.lora_rank" if self.model.lora_rank else "train.last_layers"
+        reason = "left out with engine=deepspeed, whose flat groups hold trained weights alone; use engine=fsdp2"
+        _require(self.trained_layers is None, key, _get(self, key), reason)
         reason = "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2"
         _require(not (self.model.compile and self.deepspeed.stage == 3), "model.compile", True, reason)
 
@@ -277,6 +305,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.llama.norm_eps", 0, 1),
     ("model.dropout", 0, 0.99),
     ("model.head_chunk", 1, 2**31),
+    ("model.estimate_top_k", 1, 2**31),
+    ("model.lora_rank", 0, 65536),
+    ("model.lora_alpha", 1e-9, 1e9),
     ("diffusion.eps", 0, 0.5),
     ("diffusion.power", 0.1, 16),
     ("diffusion.t_min", 1e-9, 0.5),
@@ -297,6 +328,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("deepspeed.stage", 1, 3),
     ("deepspeed.whole_below", 0, 2**31),
     ("train.steps", 1, 2**40),
+    ("train.last_layers", 0, 1024),
     ("train.global_batch_size", 1, 2**30),
     ("train.micro_batch_size", 1, 2**30),
     ("train.log_every", 1, 2**31),

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from scmdm.config.load import with_overrides
 from scmdm.config.sampling import SamplerConfig
 from scmdm.errors import UserError
 
 
 @dataclass
 class ArmConfig:
+    """A row: an adaptation; or a training from scratch; or a trained arm, or the base, sampled in another way."""
+
     label: str = MISSING  # in figures and tables
-    rate: float = MISSING  # self_conditioning.rate
+    overrides: list[str] = field(default_factory=list)  # key=value of its training, after those of the study
+    from_scratch: bool = False  # trained by base_config instead, on as many sequences as base and adaptation together
+    samples_of: str | None = None  # no training: the arm, or `base`, whose models are sampled
+    sampler: list[str] = field(default_factory=list)  # key=value of its sampler, after those of the study
 
 
 @dataclass
 class StudyConfig:
-    """Arms at equal tokens from one base; samples at equal denoiser evaluations."""
+    """Arms from one base, at equal tokens unless an arm says otherwise; samples at equal denoiser evaluations."""
 
     title: str = MISSING
     out: str = MISSING  # study directory
@@ -26,8 +33,10 @@ class StudyConfig:
     base: str = MISSING  # model to start from, unless from_scratch
     base_config: str = MISSING  # YAML of `scmdm train` that made it
     from_scratch: bool = False  # train the base first
-    adapt_config: str = MISSING  # YAML of `scmdm adapt`, the same for all arms but for the rate
+    adapt_config: str = MISSING  # YAML of `scmdm adapt`; the arms' overrides tell them apart
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)  # run these arms alone; none: all
+    reference: str | None = None  # arm that the others are compared with; null: one with the largest rate
     adaptation_seeds: list[int] = field(default_factory=lambda: [0])
     sampling_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     steps: list[int] = field(default_factory=lambda: [8, 16, 32, 64])  # T
@@ -54,7 +63,37 @@ class StudyConfig:
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+        for key, names in (("only", self.only), ("reference", [self.reference] if self.reference else [])):
+            for name in names:
+                if name not in self.arms:
+                    raise UserError(f"{key}={name} is not possible; it must be one of {', '.join(self.arms)}")
         for name, arm in self.arms.items():
-            if not 0 <= arm.rate <= 1:
-                raise UserError(f"arms.{name}.rate={arm.rate} is not possible; it must be between 0 and 1")
+            self._validate_arm(name, arm)
         self.sampler.validate()
+
+    def _validate_arm(self, name: str, arm: ArmConfig) -> None:
+        if self.sampler_of(name).steps != self.sampler.steps:
+            raise UserError(f"arms.{name}.sampler sets steps, which are the study's: set steps=[...] for all arms")
+        source = arm.samples_of
+        if source is None:
+            return
+        trained = ["base", *(other for other, config in self.arms.items() if config.samples_of is None)]
+        if source not in trained:
+            raise UserError(f"arms.{name}.samples_of={source} is not possible; it must be one of {', '.join(trained)}")
+        if arm.overrides or arm.from_scratch:
+            raise UserError(
+                f"arms.{name} has samples_of={source}, so that nothing is trained; leave overrides and from_scratch out"
+            )
+
+    def sampler_of(self, arm: str) -> SamplerConfig:
+        """The sampler of an arm, or of the base."""
+        if arm not in self.arms:
+            return self.sampler
+        return with_overrides(self.sampler, self.arms[arm].sampler, f"in arms.{arm}.sampler")
+
+    def selected(self) -> StudyConfig:
+        """The study of `only` those arms that were asked for, and the arms whose models they sample."""
+        if not self.only:
+            return self
+        wanted = {*self.only, *(self.arms[name].samples_of for name in self.only)}
+        return dataclasses.replace(self, arms={name: arm for name, arm in self.arms.items() if name in wanted})

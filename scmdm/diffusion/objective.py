@@ -63,16 +63,22 @@ def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
     return loss_weight(schedule, batch.t)[:, None].float() * batch.valid
 
 
-def clean_state_estimate(denoiser: Denoiser, batch: NoisedBatch, *, passes: int, dropout: bool) -> Tensor:
-    """The estimate (B, L, D) after `passes` no-grad passes: the first sees null, each further one the last one's."""
+def clean_state_estimate(
+    denoiser: Denoiser, batch: NoisedBatch, *, passes: int, dropout: bool, stop_gradient: bool = True
+) -> Tensor:
+    """The estimate (B, L, D) after `passes` passes: the first sees null, each further one the last one's.
+
+    With `stop_gradient` they run without gradients. Without it the estimate is a function of the weights like any
+    other: the loss's gradient flows through all passes, the embeddings among their factors included.
+    """
     estimate = None
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
             estimate = denoiser.estimate(
                 batch.z_estimate, batch.t_estimate, estimate, dropout=dropout, **_packing(batch)
             )
     assert estimate is not None
-    return estimate.detach()
+    return estimate
 
 
 def _packing(batch: NoisedBatch) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def self_conditioned_nelbo(
     condition: bool,
     passes: int = 1,
     estimate_dropout: bool = True,
+    stop_gradient: bool = True,
 ) -> ObjectiveOutput:
     """NELBO of the second pass, conditioned where `batch.conditioned` says so (design: one adaptation step).
 
@@ -95,7 +102,9 @@ def self_conditioned_nelbo(
     """
     estimate = None
     if condition:
-        estimate = clean_state_estimate(denoiser, batch, passes=passes, dropout=estimate_dropout)
+        estimate = clean_state_estimate(
+            denoiser, batch, passes=passes, dropout=estimate_dropout, stop_gradient=stop_gradient
+        )
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
     weight_BL = token_weights(batch, schedule)
     loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL, **_packing(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,35 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set_xticklabels([str(tick) for tick in ticks])
     ax.set_xlabel("denoiser evaluations (T)")
     ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
+
+
+def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
+    """Every arm at one T, a row each: mean and 95 % interval over seeds. The dashed line is the first arm's mean."""
+    with plt.rc_context(_STYLE):
+        arms = list(dict.fromkeys(arm for panel in panels for arm in panel.values))
+        size = (2.6 + 3.2 * len(panels), 1.2 + 0.32 * len(arms))
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+        for ax, panel in zip(axes.flat, panels, strict=True):
+            _draw_arms(ax, panel, arms, steps)
+        axes.flat[0].set_yticks(range(len(arms)), arms)
+        axes.flat[0].invert_yaxis()
+        figure.suptitle(f"T = {steps}", fontsize=12)
+        figure.tight_layout()
+        return _save(figure, path)
+
+
+def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
+    for row, arm in enumerate(arms):
+        interval = panel.values.get(arm, {}).get(steps)
+        if interval is None:
+            continue
+        mean, half = interval.mean * panel.scale, interval.half_width * panel.scale
+        if row == 0:
+            ax.axvline(mean, color=COLOURS[0], ls="--", lw=1)
+        error = None if np.isnan(half) else half
+        ax.errorbar(mean, row, xerr=error, fmt="o", color=COLOURS[0 if row == 0 else 6], capsize=3, markersize=5)
+    # Short: the panels stand beside each other.
+    ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
 
 
 def loss_figure(

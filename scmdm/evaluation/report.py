@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.domains import DOMAINS, Metric
-from scmdm.evaluation.figures import Panel, loss_figure, progress_figure, quality_figure
+from scmdm.evaluation.figures import COLOURS, Panel, arms_figure, loss_figure, progress_figure, quality_figure
 from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
 from scmdm.files import atomic_write_text
@@ -49,17 +49,16 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
     header, rows = _quality_table(values, shown, labels, samples)
     cost_header, cost_rows = _cost_table(study["arms"], samples)
-    statements = _statements(samples, study["arms"], domain.metrics[0])
+    reference = _reference(study)
+    statements = _statements(samples, study["arms"], reference, domain.metrics[0])
     summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, statements)
     figures = out.parent
     panels = [Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.in_figure]
-    quality = quality_figure(panels, figures / "quality.png")
-    curves = _study_curves(directory, study["arms"], figures / "losses.png")
     parts = [
-        paragraph(_protocol(samples)),
+        paragraph(_protocol(samples, study["arms"])),
         heading("What came out"),
         bullets(summary.statements),
-        picture(quality, "Quality against denoiser evaluations; bars are 95 % intervals over seeds."),
+        *_quality_pictures(panels, samples, labels, reference["label"], figures),
         table(header, rows, group=True),
         heading("Cost"),
         table(cost_header, cost_rows),
@@ -67,10 +66,7 @@ def study_report(directory: Path, out: Path) -> StudySummary:
             "A conditioned step makes two denoiser evaluations, the first without gradients; sampling makes none more.",
             note=True,
         ),
-        heading("Losses"),
-        picture(
-            curves, "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
-        ),
+        *_study_curves(directory, study["arms"], figures / "losses.png"),
         *_pictures(directory, study, samples, figures),
         heading("How it was made"),
         preformatted(study["config"]),
@@ -78,6 +74,32 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     ]
     atomic_write_text(out, page(study["title"], parts))
     return summary
+
+
+def _reference(study: Json) -> Json:
+    """The arm that the others are compared with."""
+    arms: Sequence[Json] = study["arms"]
+    named = next((arm for arm in arms if arm["name"] == study.get("reference")), None)
+    return named or max(arms, key=lambda arm: arm["rate"])
+
+
+def _quality_pictures(
+    panels: Sequence[Panel], samples: Sequence[Json], labels: Mapping[str, str], reference: str, figures: Path
+) -> list[str]:
+    """Against T; and more models than there are colours a row each, the reference first."""
+    parts = []
+    steps = {row["steps"] for row in samples}
+    if len(labels) <= len(COLOURS) or len(steps) > 1:
+        quality = quality_figure(panels, figures / "quality.png")
+        parts.append(picture(quality, "Quality against denoiser evaluations; bars are 95 % intervals over seeds."))
+    if len(labels) > len(COLOURS):
+        order = [reference, *(label for label in labels.values() if label != reference)]
+        rows = [replace(p, values={label: p.values[label] for label in order if label in p.values}) for p in panels]
+        compared = arms_figure(rows, _picture_steps(samples), figures / "arms.png")
+        parts.append(
+            picture(compared, f"All models; bars are 95 % intervals over seeds, the dashed line is {reference}.")
+        )
+    return parts
 
 
 def print_summary(summary: StudySummary) -> None:
@@ -174,7 +196,7 @@ def _cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str
 
 def _training_cost(arm: Json, vanilla: float | None) -> list[str]:
     if not arm["cost"]:
-        return ["(given)", "-", "-", "-"]
+        return ["(given)" if arm.get("samples_of") is None else f"(samples of {arm['samples_of']})", "-", "-", "-"]
     first = arm["cost"][0]
     relative = f"{_seconds_per_token(arm) / vanilla:.2f}" if vanilla and arm["name"] != "base" else "-"
     return [
@@ -194,15 +216,14 @@ def _nelbo(arm: Json, mode: str) -> str:
     return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
 
 
-def _statements(samples: Sequence[Json], arms: Sequence[Json], metric: Metric) -> list[str]:
-    """The arm with the largest rate against every other, at each T, worded from the numbers."""
-    fullest = max(arms, key=lambda arm: arm["rate"])
+def _statements(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
+    """The reference against every other arm, at each T, worded from the numbers."""
     lines = []
     for other in arms:
-        for steps in sorted({row["steps"] for row in samples}) if other is not fullest else ():
-            pairs = _pairs(samples, fullest["name"], other["name"], steps, metric.name)
+        for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
+            pairs = _pairs(samples, reference["name"], other["name"], steps, metric.name)
             if pairs:
-                lines.append(f"T = {steps}: {fullest['label']} against {other['label']}: {_wording(pairs, metric)}")
+                lines.append(f"T = {steps}: {reference['label']} against {other['label']}: {_wording(pairs, metric)}")
     return lines
 
 
@@ -253,34 +274,49 @@ def _interval_text(compared: Difference, metric: Metric) -> str:
     return f"difference {mean}, paired 95 % interval [{low}, {high}], p = {compared.p_value:.2g}"
 
 
-def _protocol(samples: Sequence[Json]) -> str:
+def _protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
-        "All arms start from the same base, see the same number of tokens, and sample with the same number of denoiser "
-        "evaluations and the same noise. Intervals are over seeds: with one adaptation seed they do not cover the "
-        "randomness of training."
+        f"{_training_protocol(arms)} All arms sample with the same number of denoiser evaluations and the same noise. "
+        "Intervals are over seeds: with one adaptation seed they do not cover the randomness of training."
     )
 
 
-def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> Path:
+def _training_protocol(arms: Sequence[Json]) -> str:
+    scratch = [arm["label"] for arm in arms if arm.get("from_scratch")]
+    adapted = [arm for arm in arms if arm["name"] != "base" and arm["cost"] and not arm.get("from_scratch")]
+    by_seed = zip(*([cost["tokens"] for cost in arm["cost"]] for arm in adapted), strict=True)
+    equal = all(len(set(tokens)) == 1 for tokens in by_seed)
+    tokens = "the same number of tokens" if equal else "not all the same number of tokens (see Cost)"
+    others = f" {', '.join(scratch)}: trained from scratch, on as many sequences as base and adaptation together."
+    return f"Adaptations start from the same base and see {tokens}.{others if scratch else ''}"
+
+
+def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:
+    """Of no more arms than there are colours: more would hide each other, and each run has its own report."""
+    if len(arms) > len(COLOURS):
+        return []
     train: dict[str, list[dict[str, Any]]] = {}
     validation: dict[str, list[dict[str, Any]]] = {}
-    adapted = [arm for arm in arms if arm["name"] != "base"]
+    adapted = [arm for arm in arms if arm["name"] != "base" and arm["runs"]]
     for arm in adapted:
         rows = read_metrics(directory / arm["runs"][0] / "metrics.jsonl")
         train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
         validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
     # The base has the first colour everywhere, with or without curves.
-    return loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+    loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+    caption = "Training loss and validation NELBO of the arms. Null: without an estimate; conditioned: with one."
+    return [heading("Losses"), picture(path, caption)]
 
 
 def _pictures(directory: Path, study: Json, samples: Sequence[Json], out: Path) -> list[str]:
     domain, tokenizer = DOMAINS[study["domain"]], load_tokenizer(directory / study["tokenizer"])
     parts = []
-    steps = _picture_steps(samples)
-    for arm in study["arms"]:
+    steps, arms = _picture_steps(samples), study["arms"]
+    few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], _reference(study))]
+    for arm in few:
         own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
         if own:
             path = out / f"{domain.name}_{arm['name']}.png"

@@ -53,6 +53,11 @@ def _description(stored: StoredModel) -> str:
 def _loading(stored: StoredModel, config: ExportConfig) -> str:
     if config.format == "scmdm":
         return '```python\nimport scmdm\n\nloaded = scmdm.load("THIS DIRECTORY")\n```'
+    if config.format == "peft":
+        return (
+            "Low-rank adapters and the conditioner as `peft` writes them; `adapter_config.json` names the base:\n\n"
+            '```python\npeft.PeftModel.from_pretrained(scmdm.load("BASE").model, "THIS DIRECTORY")\n```'
+        )
     commands = "```bash\nscmdm import THIS_DIRECTORY NEW\nscmdm sample NEW num=8\n```"
     text = f"The weights are in the layout `{config.format}`. With scmdm:\n\n{commands}"
     if stored.spec.model.self_conditioned:

@@ -1,17 +1,18 @@
 """`scmdm export`: a trained model without its run, as a directory of ours or in a layout that other programs read.
 
 A published layout has no place for the conditioner: it lies beside, in `scmdm/`, with all that `scmdm import` needs to
-restore the adapted model.
+restore the adapted model. LoRA's adapters are merged, but for `format=peft`.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from scmdm.config.interchange import ExportConfig
@@ -22,15 +23,10 @@ from scmdm.interchange.card import model_card
 from scmdm.interchange.importing import BESIDE, CONDITIONER_FILE
 from scmdm.interchange.layouts import ALL, Layout, check_writable
 from scmdm.interchange.source import CONFIG_FILE, SINGLE_FILE
+from scmdm.model.lora import adapted_modules, is_added, merged
 from scmdm.model.rotary import inverse_frequencies
 from scmdm.model.shards import write_shards
-from scmdm.model.weights import (
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    StoredModel,
-    iterate_weights,
-    open_model,
-)
+from scmdm.model.weights import WEIGHTS_FILE, ModelSpec, StoredModel, iterate_weights, open_model, write_model_files
 from scmdm.training.checkpoint import find_model, seal
 
 _CONDITIONER = "conditioner."
@@ -42,32 +38,61 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     Raises UserError when `config.format` has no place for such a model.
     """
     stored = open_model(find_model(path))
-    if config.format != "scmdm":
+    if config.format in ALL:
         check_writable(ALL[config.format], stored.spec.model)
+    if config.format == "peft" and not stored.spec.model.lora_rank:
+        raise UserError(f"{path} has no adapters; give a run that was adapted with model.lora_rank, or another format")
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")
     limit = int(config.shard_gb * 1e9)
     with atomic_directory(out) as temporary:
         if config.format == "scmdm":
-            _copy_description(stored, temporary)
+            _write_description(stored, temporary)
             write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
+        elif config.format == "peft":
+            _write_adapters(stored, temporary, config)
         else:
             _write_published(stored, ALL[config.format], temporary, config, limit)
-        atomic_write_text(temporary / "README.md", model_card(stored, config))
+        described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
+        atomic_write_text(temporary / "README.md", model_card(described, config))
         if config.format == "scmdm":
             seal(temporary)
     return out
 
 
-def _copy_description(stored: StoredModel, to: Path) -> None:
-    for name in (MODEL_FILE, "manifest.json", stored.manifest.tokenizer.file):
-        shutil.copyfile(stored.path / name, to / name)
+def _merged_spec(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, model=replace(spec.model, lora_rank=0))
+
+
+def _write_description(stored: StoredModel, to: Path) -> None:
+    write_model_files(to, _merged_spec(stored.spec), stored.manifest, stored.path / stored.manifest.tokenizer.file)
+
+
+def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
+    """Adapters and conditioner in the files of `peft`."""
+    model = stored.spec.model
+    added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
+    content = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": yaml.safe_load((stored.path / "config.yaml").read_text())["base"],
+        "inference_mode": True,
+        "r": model.lora_rank,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": adapted_modules(added),
+        "modules_to_save": ["conditioner"] if model.self_conditioned else None,
+    }
+    atomic_write_text(to / "adapter_config.json", json.dumps(content, indent=2) + "\n")
+    named = ((f"base_model.model.{name}", value) for name, value in added.items())
+    write_shards(to / "adapter_model.safetensors", named, limit=2**63)
 
 
 def _write_published(stored: StoredModel, layout: Layout, to: Path, config: ExportConfig, limit: int) -> None:
     spec, beside = stored.spec, to / BESIDE
     beside.mkdir()
-    _copy_description(stored, beside)
+    _write_description(stored, beside)
     described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     if isinstance(stored.tokenizer, HuggingFaceTokenizer):
@@ -87,6 +112,15 @@ def _published_weights(stored: StoredModel, layout: Layout, config: ExportConfig
 
 
 def _weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    """What is exported, adapters merged."""
+    return _cast(merged(_stored_weights(stored, config), stored.spec.model), config)
+
+
+def _stored_weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    return iterate_weights(stored.path, weights=config.weights)
+
+
+def _cast(weights: Iterable[tuple[str, Tensor]], config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
     dtype: torch.dtype | None = None if config.dtype == "stored" else getattr(torch, config.dtype)
-    for name, value in iterate_weights(stored.path, weights=config.weights):
+    for name, value in weights:
         yield name, value if dtype is None else value.to(dtype)

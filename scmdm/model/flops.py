@@ -30,18 +30,33 @@ PEAK_FLOPS: dict[str, float] = {
 class StepFlops:
     """Operations per sequence of a step."""
 
-    loss_pass: float  # forward and backward of the pass that carries the loss
-    estimate_passes: float  # all no-grad passes
+    forward: float  # of the pass that carries the loss
+    backward: float
+    estimate_passes: float  # all passes that make the estimate
+
+    @property
+    def loss_pass(self) -> float:
+        return self.forward + self.backward
 
     @property
     def total(self) -> float:
         return self.loss_pass + self.estimate_passes
 
 
-def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Schedule, *, passes: int) -> StepFlops:
-    """Of a sequence of `length` tokens; `passes` is the number of no-grad passes (0: vanilla).
+def step_flops(
+    config: ModelConfig,
+    vocab_size: int,
+    length: int,
+    schedule: Schedule,
+    *,
+    passes: int,
+    stop_gradient: bool = True,
+    trained_layers: int | None = None,
+) -> StepFlops:
+    """Of a sequence of `length` tokens; `passes` is the number of passes that make the estimate (0: vanilla).
 
-    The backward pass counts twice the forward pass; the head counts where tokens are masked, on average over time.
+    A backward pass counts twice its forward pass; the head counts where tokens are masked, on average over time. With
+    `trained_layers` the weights of so many blocks alone have a gradient (and adapters, which do not count).
     """
     width, masked = config.width, length * _mean_masked(schedule)
     conditioner = 2.0 * width * width * length if config.self_conditioned else 0.0
@@ -52,7 +67,9 @@ def step_flops(config: ModelConfig, vocab_size: int, length: int, schedule: Sche
     first = trunk + 2 * logits  # logits, then the expected embedding; its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
-    return StepFlops(3 * (trunk + conditioner + logits), estimate)
+    forward = trunk + conditioner + logits
+    frozen = 0.0 if trained_layers is None else (config.layers - trained_layers) * products + logits
+    return StepFlops(forward, 2 * forward - frozen, estimate if stop_gradient else 3 * estimate)
 
 
 def _block_matrices(config: ModelConfig) -> int:

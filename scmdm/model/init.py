@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,8 +18,8 @@ class ZeroLinear(nn.Linear):
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, *, prefix: str = "") -> None:
-    """Fill every parameter (whose name starts with `prefix`), whole or sharded (DTensor), with draws keyed on the seed
+def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda _: True) -> None:
+    """Fill every parameter (whose name `only` accepts), whole or sharded (DTensor), with draws keyed on the seed
     and its name.
 
     A module with own parameters may say what they `starts_at`; otherwise they are uniform within 1 / sqrt(width of the
@@ -28,7 +30,7 @@ def init_weights(model: nn.Module, seed: int, *, prefix: str = "") -> None:
         constant: float | None = getattr(module, "starts_at", None)
         for name, parameter in own.items():
             full_name = f"{path}.{name}"
-            if not full_name.startswith(prefix):
+            if not only(full_name):
                 continue
             value = torch.empty(parameter.shape, dtype=parameter.dtype)
             if constant is not None:

@@ -77,6 +77,8 @@ class Network(nn.Module):
         x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
         if estimate_BLD is not None:
             assert self.conditioner is not None, "an estimate needs a self-conditioned model"
+            if self.config.inject_at == "masked":
+                estimate_BLD = estimate_BLD.masked_fill((z_BL != self.mask_id)[..., None], 0)
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
         condition = self._condition(t_B)
         rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
@@ -136,6 +138,7 @@ class Network(nn.Module):
             self.vocab_embed.embedding,
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
+            top_k=self.config.estimate_top_k,
         )
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ class Network(nn.Module):
         return h_BLD.to(torch.get_autocast_dtype(h_BLD.device.type))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, of the whole model also where an engine has sharded it."""
+def count_parameters(model: nn.Module, *, trained: bool = False) -> int:
+    """Number of parameters, or of those that are trained, of the whole model also where an engine has sharded it."""
     # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)

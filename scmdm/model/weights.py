@@ -22,6 +22,7 @@ from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
 from scmdm.model.dit import DiT
 from scmdm.model.llama import Llama
+from scmdm.model.lora import add_adapters, is_added
 from scmdm.model.network import Network
 from scmdm.model.tensors import read_tensors, tensor_shapes
 
@@ -52,9 +53,12 @@ class ModelSpec:
         """The model without weights, on the meta device: see `allocate`."""
         kinds = {"dit": DiT, "llama": Llama}
         with torch.device("meta"):
-            return kinds[self.model.kind](
+            model: Network = kinds[self.model.kind](
                 self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule
             )
+            if self.model.lora_rank:
+                add_adapters(model.blocks, self.model)
+        return model
 
 
 @dataclass
@@ -141,14 +145,14 @@ def read_weights(
 ) -> None:
     """Fill a model, whole or sharded, from a model directory, each rank reading what it holds.
 
-    `new_conditioner` leaves the conditioner alone where the directory has none. All ranks call this together, or one of
-    them `alone`. Raises UserError when files are damaged, or of another architecture.
+    `new_conditioner` leaves conditioner and adapters alone where the directory has none. All ranks call this together,
+    or one of them `alone`. Raises UserError when files are damaged, or of another architecture.
     """
-    place, prefix, found = _stored_shapes(directory, weights)
+    place, keys, found = _stored(directory, weights)
     own = dict(model.named_parameters())
     shapes = {name: size for name, (size, _) in found.items()}
     check_fit({n: p.shape for n, p in own.items()}, shapes, str(directory), new_conditioner=new_conditioner)
-    into = {prefix + name: own[name].detach() for name in found}
+    into = {keys[name]: own[name].detach() for name in found}
     read_tensors(place, into, alone=alone)
 
 
@@ -158,26 +162,28 @@ def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
 
 
 def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:
-    """`weights_of`, in the precision that they are stored in, some at a time: what is not kept takes no memory."""
-    place, prefix, shapes = _stored_shapes(directory, weights)
+    """`weights_of`, in the precision that they are stored in and the order of their names, some at a time: what is not
+    kept takes no memory.
+    """
+    place, keys, shapes = _stored(directory, weights)
     names = sorted(shapes)
     while names:
         batch: dict[str, Tensor] = {}
         while names and (not batch or sum(value.nbytes for value in batch.values()) < _READ_AT_ONCE):
             size, dtype = shapes[name := names.pop(0)]
             batch[name] = torch.empty(size, dtype=dtype)
-        read_tensors(place, {prefix + name: value for name, value in batch.items()}, alone=True)
+        read_tensors(place, {keys[name]: value for name, value in batch.items()}, alone=True)
         yield from batch.items()
 
 
-def _stored_shapes(directory: Path, weights: str) -> tuple[Path, str, dict[str, tuple[torch.Size, torch.dtype]]]:
-    """Where a model directory has its tensors, the prefix of their names there, and by name without it shape and
-    precision."""
+def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Where a model directory has its tensors, and by name what they are called there, their shape and precision."""
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
     shapes = tensor_shapes(place)
-    averaged = weights == "ema" and any(name.startswith(EMA_PREFIX) for name in shapes)
-    prefix = "" if place == directory else EMA_PREFIX if averaged else WEIGHTS_PREFIX
-    return place, prefix, {n.removeprefix(prefix): found for n, found in shapes.items() if n.startswith(prefix)}
+    # What a run does not train has no average.
+    prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
+    keys = {key.removeprefix(prefix): key for prefix in prefixes for key in shapes if key.startswith(prefix)}
+    return place, keys, {name: shapes[key] for name, key in keys.items()}
 
 
 def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
@@ -196,8 +202,8 @@ def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new
 def check_fit(
     expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool = False
 ) -> None:
-    """UserError when weights are not those of a model; `new_conditioner`: they may lack the conditioner's."""
-    absent = [n for n in expected if n not in found and not (new_conditioner and n.startswith("conditioner."))]
+    """UserError when weights are not those of a model; `new_conditioner`: they may lack what an adaptation adds."""
+    absent = [n for n in expected if n not in found and not (new_conditioner and is_added(n))]
     unknown = [n for n in found if n not in expected]
     wrong = [n for n in found if n in expected and found[n] != expected[n]]
     if wrong:

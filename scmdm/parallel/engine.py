@@ -61,11 +61,15 @@ class Engine(Protocol):
         ...
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's parameters by name, for EMA and checkpoints."""
+        """This rank's part of the parameters that are trained, by name, for EMA and checkpoints."""
+        ...
+
+    def frozen(self) -> dict[str, Tensor]:
+        """This rank's part of those that are not, for checkpoints: of the parameters' shapes, whole or DTensor."""
         ...
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
-        """Overwrite this rank's parameters in place."""
+        """Overwrite this rank's part of the trained parameters in place."""
         ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
@@ -96,7 +100,9 @@ class SingleEngine:
     ) -> None:
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
         self.denoiser: Denoiser = model
-        self.trained = dict(model.named_parameters())
+        own = dict(model.named_parameters())
+        self.trained = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+        self._frozen = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
 
     def all_gather(self, values: Tensor) -> Tensor:
         return values
@@ -119,6 +125,9 @@ class SingleEngine:
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def frozen(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._frozen.items()}
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
         own = self.parameters()

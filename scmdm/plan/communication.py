@@ -55,7 +55,9 @@ def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
     found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]
     for part, times in rounds.items():
         found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * layers * batches))
-    for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, layers)):
+    # Adapters are in every block; without them the last ones are trained, or none.
+    trained = (workload.trained_layers or layers) if weights.block_reduction else 0
+    for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
         found.append(Collective("reduce_scatter", what, BACKWARD, "shard", shards, size, times))
         mine = size // shards
         found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, mine, times))

@@ -59,18 +59,23 @@ class StepTime:
 def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> StepTime:
     """Of one optimizer step, without data, validation and checkpoints."""
     per_sequence = step_flops(
-        workload.model, workload.vocab_size, workload.length, workload.schedule, passes=workload.passes
+        workload.model,
+        workload.vocab_size,
+        workload.length,
+        workload.schedule,
+        passes=workload.passes,
+        trained_layers=workload.trained_layers,
     )
     share = workload.global_batch / layout.ranks
-    flops = StepFlops(per_sequence.loss_pass * share, per_sequence.estimate_passes * share)
+    forward, backward = per_sequence.forward * share, per_sequence.backward * share
+    flops = StepFlops(forward, backward, per_sequence.estimate_passes * share)
     peak = cluster.gpu.flops(layout.dtype)
-    forward = flops.loss_pass / 3
     again = forward if layout.activation_checkpointing == "full" else 0.0
     speed = peak * assumed.efficiency
     compute = {
         ESTIMATE: flops.estimate_passes / speed,
         LOSS: forward / speed,
-        BACKWARD: (2 * forward + again) / speed,
+        BACKWARD: (backward + again) / speed,
         UPDATE: _update_seconds(workload, layout, cluster, assumed),
     }
     collectives = step_collectives(workload, layout)

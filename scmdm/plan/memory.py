@@ -89,7 +89,8 @@ class _Parts:
         accumulates = layout.micro_batches(workload) > 1
         # Without a reduction after every micro-batch FSDP2 and ZeRO's stage 1 keep gradients whole, in float32.
         zero = layout.engine == "deepspeed"
-        whole = workload.numel * FLOAT32 if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
+        trained = sum(parameter.numel for parameter in workload.trained) * FLOAT32
+        whole = trained if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
         self._accumulated = whole if accumulates else 0
         self._at_the_end = whole if zero else self._accumulated
         # DeepSpeed's buffers are made for the first gradients and stay until the update, in stage 3 for good.
@@ -154,6 +155,8 @@ class _Parts:
         return self.moment(gradients=self._state.gradients, gathered=weights.rest, reduced=reduced)
 
     def _head_gradient(self, width: int) -> int:
+        if self._workload.trained_layers is not None:
+            return 0
         return self._workload.vocab_size * self._workload.model.width * width
 
     def _head_input(self) -> int:
@@ -190,15 +193,18 @@ def gathered_weights(workload: Workload, layout: Layout) -> GatheredWeights:
     rest_width = head_width(workload, layout)
     units = workload.units()
     rest, block = (_padded(unit, layout.shards) for unit in units[:2])
+    # Of a part, the last blocks are trained.
+    trained = [tuple(p for p in unit if p.trained) for unit in (units[0], units[-1])]
+    rest_trained, block_trained = (_padded(unit, layout.shards) for unit in trained)
     return GatheredWeights(
         rest=rest * rest_width,
         block=block * width,
         blocks=block * width * workload.model.layers,
         buffers=block * width,  # of the block before in a forward pass, of the next one in the backward pass
-        block_gradients=block * width,
-        block_reduction=block * FLOAT32,
-        rest_gradients=rest * rest_width,
-        rest_reduction=rest * FLOAT32,
+        block_gradients=block_trained * width,
+        block_reduction=block_trained * FLOAT32,
+        rest_gradients=rest_trained * rest_width,
+        rest_reduction=rest_trained * FLOAT32,
         casts=0,
         casts_backward=0,
         rest_width=rest_width,

@@ -56,6 +56,8 @@ def make_plan(
     config: RunConfig, cluster: Cluster, assumed: Assumptions, *, length: int | None = None, vocab: int | None = None
 ) -> Plan:
     """Raises UserError when sequence length or vocabulary cannot be known, or the base does not fit."""
+    if not config.self_conditioning.stop_gradient:
+        raise UserError("self_conditioning.stop_gradient=false is not planned: it is for ablations; leave it out")
     base = open_model(find_model(Path(config.base))) if config.base is not None else None
     config = resolve_config(config, base)
     workload = make_workload(config, _spec(config, base, length, vocab))

@@ -89,9 +89,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Tables of both layouts side by side, what is assumed, and the settings to give the run."""
     work, cluster = plan.workload, plan.cluster
     kind = f"adaptation ({work.passes} no-grad pass{'es' if work.passes > 1 else ''})" if work.passes else "vanilla"
+    trained = sum(parameter.numel for parameter in work.trained)
+    part = f" ({trained / 1e6:,.1f}M trained)" if work.trained_layers is not None else ""
     console.print(
-        f"{work.numel / 1e6:,.1f}M parameters, {kind}, {work.global_batch} sequences of {work.length} tokens per step, "
-        f"vocabulary {work.vocab_size}; {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}",
+        f"{work.numel / 1e6:,.1f}M parameters{part}, {kind}, {work.global_batch} sequences of {work.length} tokens per "
+        f"step, vocabulary {work.vocab_size}; {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}",
         highlight=False,
     )
     columns = {"as configured": plan.as_configured, "best found": plan.found.best}

@@ -33,9 +33,12 @@ def rank_state(workload: Workload, layout: Layout) -> State:
     """Of rank 0."""
     if layout.engine == "deepspeed":
         return _zero_state(workload, layout)
-    held = sum(held_elements(parameter, layout.shards) for parameter in workload.parameters) * FLOAT32
-    moments = 2 * held + _COUNTER * len(workload.parameters)
-    return State(held, held, moments, held if workload.averaged else 0)
+    held, trained = (
+        sum(held_elements(parameter, layout.shards) for parameter in parameters) * FLOAT32
+        for parameters in (workload.parameters, workload.trained)
+    )
+    moments = 2 * trained + _COUNTER * len(workload.trained)
+    return State(held, trained, moments, trained if workload.averaged else 0)
 
 
 def held_elements(parameter: Parameter, shards: int) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.model.lora import freeze
 from scmdm.model.network import Network
 from scmdm.model.weights import ModelSpec
 from scmdm.training.optimizer import is_decayed
@@ -27,6 +28,7 @@ class Parameter:
     block: int | None  # None: in none, sharded with the rest
     group: tuple[bool, bool]  # of the optimizer: in the conditioner, decayed
     plain_linear: bool  # of an `nn.Linear` proper: those DeepSpeed's autocast sends in bfloat16
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -44,12 +46,18 @@ class Workload:
     passes: int  # no-grad passes of a step; 0: vanilla
     averaged: bool  # has averaged weights (ema.decay > 0)
     schedule: Schedule
+    trained_layers: int | None  # None: everything is trained
     parameters: tuple[Parameter, ...] = field(repr=False)
 
     @property
     def numel(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def trained(self) -> tuple[Parameter, ...]:
+        """Those that have gradients, moments and averages."""
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
 
     def units(self) -> tuple[tuple[Parameter, ...], ...]:
         """The parameters that travel together under FSDP2: the rest, then each block."""
@@ -100,6 +108,8 @@ class Layout:
 def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
     """From a resolved configuration."""
     passes = config.self_conditioning.passes if config.self_conditioning.rate > 0 else 0
+    model = spec.build()
+    freeze(model, config)
     return Workload(
         model=spec.model,
         vocab_size=spec.vocab_size,
@@ -108,7 +118,8 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
         passes=passes,
         averaged=config.ema.decay > 0,
         schedule=spec.schedule,
-        parameters=find_parameters(spec.build()),
+        trained_layers=config.trained_layers,
+        parameters=find_parameters(model),
     )
 
 
@@ -127,6 +138,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
             block=int(name.split(".")[1]) if name.startswith("blocks.") else None,
             group=(name.startswith("conditioner."), is_decayed(name, parameter)),
             plain_linear=name in plain,
+            trained=parameter.requires_grad,
         )
         for name, parameter in model.named_parameters()
     )

@@ -65,11 +65,12 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
     """This rank's part of all that a checkpoint keeps. Copies only where the engine has to make them."""
-    return _flat({prefix: engine.pack(group) for prefix, group in _groups(engine, ema).items()})
+    packed = {prefix: engine.pack(group) for prefix, group in _groups(engine, ema).items()}
+    return _flat(packed) | _flat({WEIGHTS_PREFIX: engine.frozen()})
 
 
 def _groups(engine: Engine, ema: Ema | None) -> dict[str, dict[str, Tensor]]:
-    """Weights, averages and moments by prefix, as the engine holds them."""
+    """Trained weights, averages and moments by prefix, as the engine holds them."""
     groups = {WEIGHTS_PREFIX: engine.parameters(), **{f"{kind}.": m for kind, m in engine.moments().items()}}
     if ema is not None:
         groups[EMA_PREFIX] = ema.average
@@ -139,7 +140,7 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
     state = TrainState(**json.loads((path / STATE_FILE).read_text()))
     groups = _groups(engine, ema)
     packed = {prefix: engine.pack(group) for prefix, group in groups.items()}
-    read_tensors(path / TENSORS, _flat(packed))
+    read_tensors(path / TENSORS, _flat(packed) | _flat({WEIGHTS_PREFIX: engine.frozen()}))
     for prefix, group in groups.items():
         engine.unpack(packed[prefix], group)
     engine.load_parameters(groups[WEIGHTS_PREFIX])

@@ -14,13 +14,13 @@ from scmdm.parallel.engine import Engine
 class Ema:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step.
 
-    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights at
-    k = 0: an adaptation that kept the base's counter would average mostly base weights.
+    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights, in
+    an adaptation those of the base's average, at k = 0: with the base's count of `updates` it stays base for long.
     """
 
-    def __init__(self, engine: Engine, config: EmaConfig) -> None:
+    def __init__(self, engine: Engine, config: EmaConfig, *, updates: int = 0) -> None:
         self.config = config
-        self.updates = 0
+        self.updates = updates
         self.average = {name: value.clone() for name, value in engine.parameters().items()}
 
     def decay(self) -> float:

@@ -11,11 +11,12 @@ from scmdm.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Matrices (decayed) and the rest (norms, biases, embeddings), apart for the trunk and the conditioner."""
+    """What is trained: matrices (decayed) and the rest (norms, biases, embeddings), apart for trunk and conditioner."""
     conditioner_lr = config.lr if config.conditioner_lr is None else config.conditioner_lr
     groups = []
     for name, peak_lr, in_conditioner in (("trunk", config.lr, False), ("conditioner", conditioner_lr, True)):
-        chosen = [(n, p) for n, p in model.named_parameters() if n.startswith("conditioner.") == in_conditioner]
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        chosen = [(n, p) for n, p in trained if n.startswith("conditioner.") == in_conditioner]
         for decayed in (True, False):
             parameters = [p for n, p in chosen if is_decayed(n, p) == decayed]
             decay = config.weight_decay if decayed else 0.0
@@ -47,7 +48,7 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to `factor` times its peak; returns the trunk's."""
+    """Set every group's rate to `factor` times its peak; returns the first group's, the trunk's if it is trained."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])

@@ -46,8 +46,16 @@ class Run:
     @property
     def hardware(self) -> Hardware:
         """What utilisation is measured against."""
-        passes = self.config.self_conditioning.passes if self.config.self_conditioning.rate > 0 else 0
-        flops = step_flops(self.spec.model, self.spec.vocab_size, self.spec.length, self.spec.schedule, passes=passes)
+        conditioning = self.config.self_conditioning
+        flops = step_flops(
+            self.spec.model,
+            self.spec.vocab_size,
+            self.spec.length,
+            self.spec.schedule,
+            passes=conditioning.passes if conditioning.rate > 0 else 0,
+            stop_gradient=conditioning.stop_gradient,
+            trained_layers=self.config.trained_layers,
+        )
         return Hardware(flops, peak_flops(self.engine.device), self.engine.world_size)
 
     @property
@@ -96,9 +104,10 @@ def describe(run: Run, base: StoredModel | None) -> None:
     config, info = run.config, run.manifest.splits[run.config.data.train_split]
     origin = f"adapting {base.path} (step {base.spec.step})" if base else "training from scratch"
     epochs = config.train.steps * config.train.global_batch_size / info.samples
-    logger.info(
-        "%s: %.2fM parameters, rate %g", origin, count_parameters(run.engine.model) / 1e6, config.self_conditioning.rate
-    )
+    model = run.engine.model
+    numbers = [count_parameters(model, trained=trained) / 1e6 for trained in (False, True)]
+    part = f", {numbers[1]:.2f}M of them trained" if config.trained_layers is not None else ""
+    logger.info("%s: %.2fM parameters%s, rate %g", origin, numbers[0], part, config.self_conditioning.rate)
     logger.info(
         "engine %s on %d process(es), %s, %s, %d thread(s)",
         config.engine,

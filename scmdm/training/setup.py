@@ -13,6 +13,7 @@ from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
 from scmdm.model.init import init_weights
+from scmdm.model.lora import freeze, is_added
 from scmdm.model.network import Network
 from scmdm.model.weights import ModelSpec, StoredModel, allocate, read_weights
 from scmdm.parallel.engine import Engine, SingleEngine
@@ -21,8 +22,14 @@ from scmdm.parallel.processes import World
 from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
+# An adaptation may set these; the first three no more once its base has a conditioner.
 _ADAPTABLE = (
     "conditioner",
+    "inject_at",
+    "estimate_top_k",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
     "dropout",
     "attention",
     "head_chunk",
@@ -83,7 +90,16 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
         raise UserError(
             f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0"
         )
-    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[1:]
+    if base.spec.model.lora_rank:
+        raise UserError(
+            f"base={base.path} has adapters beside its weights; merge them: `scmdm export RUN OUT`, base=OUT"
+        )
+    if (config.train.last_layers or 0) > base.spec.model.layers:
+        raise UserError(
+            f"train.last_layers={config.train.last_layers} is not possible; base={base.path} has "
+            f"{base.spec.model.layers} blocks"
+        )
+    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[3:]
     _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
     _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
     own = {name: getattr(config.model, name) for name in keep if getattr(config.model, name) is not None}
@@ -132,6 +148,7 @@ def build_engine(
     Under FSDP2 the model is sharded before it has any memory, and each rank fills only what it holds.
     """
     model = spec.build()
+    freeze(model, config)
     if config.model.compile:
         compile_blocks(model)
     if config.engine == "fsdp2":
@@ -141,7 +158,7 @@ def build_engine(
     if base is None:
         init_weights(model, config.seed)
     else:
-        init_weights(model, config.seed, prefix="conditioner.")
+        init_weights(model, config.seed, only=is_added)
         read_weights(model, base.path, new_conditioner=True)
     optimizer = make_optimizer(model, config.optimizer)
     if config.engine == "single":

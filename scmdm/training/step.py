@@ -69,6 +69,7 @@ def train_step(
                 condition=config.self_conditioning.rate > 0,
                 passes=config.self_conditioning.passes,
                 estimate_dropout=config.self_conditioning.estimate_dropout,
+                stop_gradient=config.self_conditioning.stop_gradient,
             )
         with clock.part("backward"):
             engine.backward(output.loss / tokens, last=start + size >= len(tokens_BL))

@@ -82,7 +82,8 @@ def _run(
         with Watchdog(directory, world, config.train.watchdog_minutes) as watchdog:
             started = check_start(config, data, spec, base, directory, world, device)
             engine = build_engine(config, spec, base, device, dtype)
-            ema = Ema(engine, config.ema) if config.ema.decay > 0 else None
+            carried = 0 if base is None or config.ema.reset else base.spec.step
+            ema = Ema(engine, config.ema, updates=carried) if config.ema.decay > 0 else None
             _train(Run(config, directory, data, spec, engine, ema, watchdog, started), base, stop)
     return directory
 

@@ -42,7 +42,11 @@ def write_study(tmp_path, molecules, base):
         "base": str(base),
         "base_config": str(tmp_path / "empty.yaml"),
         "adapt_config": str(tmp_path / "empty.yaml"),
-        "arms": {"vanilla": {"label": "vanilla", "rate": 0.0}, "scmdm": {"label": "rate 1", "rate": 1.0}},
+        "arms": {
+            "vanilla": {"label": "vanilla"},
+            "scmdm": {"label": "rate 1", "overrides": ["self_conditioning.rate=1"]},
+            "float32": {"label": "float32", "samples_of": "scmdm", "sampler": ["gumbel=float32"]},
+        },
         "steps": [2, 4],
         "sampling_seeds": [0, 1],
         "num": 32,
@@ -102,7 +106,32 @@ def test_from_scratch_trains_the_base_first(study):
     path, out = study
     finish(path, "from_scratch=true", "overrides=" + json.dumps([*ADAPTED, "train.steps=4"]))
     assert last_row(out / "base" / METRICS_FILE, "train")["step"] == 6
-    assert len(measured(out)) == 3 * 5
+    assert len(measured(out)) == 3 * 5 + 4
+
+
+def test_arms_from_scratch_and_arms_that_only_sample(study):
+    """`only` trains what it needs; an arm from scratch sees what base and adaptation have seen, one that samples trains
+    nothing."""
+    path, out = study
+    content = yaml.safe_load(path.read_text())
+    overrides = [*TINY, "self_conditioning.rate=1", "model.inject_at=masked"]
+    content["arms"]["scratch"] = {"label": "from scratch", "from_scratch": True, "overrides": overrides}
+    content |= {"steps": [2], "reference": "scmdm", "overrides": [*ADAPTED, "train.steps=4"]}
+    path.write_text(yaml.safe_dump(content))
+    finish(path, "only=[float32,scratch]")
+    assert not (out / "vanilla-0").exists() and not (out / "float32-0").exists()
+    assert last_row(out / "scratch-0" / METRICS_FILE, "train")["step"] == 6 + 4
+    content = json.loads((out / "study.json").read_text())
+    rows = {row["name"]: row for row in content["evaluations"]}
+    ours, theirs = rows["float32-0_T2_s0"], rows["scmdm-0_T2_s0"]
+    assert ours["model_sha256"] == theirs["model_sha256"] and "float32-0_nelbo" not in rows
+    assert (ours["sampler"]["gumbel"], theirs["sampler"]["gumbel"]) == ("float32", "float64")
+    assert {arm["name"]: arm["rate"] for arm in content["arms"]} == {"base": 0, "scmdm": 1, "float32": 1, "scratch": 1}
+    report = (out / "report.html").read_text()
+    assert "from scratch: trained from scratch" in report and "(samples of scmdm)" in report
+    before = {path: path.stat().st_mtime_ns for path in (out / "evaluations").iterdir()}
+    assert "vanilla" in finish(path)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (out / "evaluations").iterdir()}.items()
 
 
 def test_a_mistake_in_a_worker_ends_the_study_in_one_line(study):

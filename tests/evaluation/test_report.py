@@ -188,3 +188,23 @@ def test_report_of_a_run(base, tmp_path, capsys):
     assert "Step 6" in text and "global_batch_size" in text and len(Page(text).images) == 2
     assert main(["report", str(tmp_path)]) == 1
     assert "neither a run" in capsys.readouterr().err
+
+
+def test_many_arms_have_a_row_each_and_are_compared_with_the_reference(study):
+    content = json.loads((study / "study.json").read_text())
+    source = next(arm for arm in content["arms"] if arm["name"] == "scmdm")
+    for number in range(6):
+        name = f"arm{number}"
+        content["arms"].append({**source, "name": name, "label": f"arm {number}", "runs": [], "cost": []})
+        content["arms"][-1] |= {"samples_of": "scmdm"} if number else {"from_scratch": True, "cost": source["cost"]}
+        rows = [row for row in content["evaluations"] if row["arm"] == "scmdm"]
+        content["evaluations"] += [{**row, "arm": name} for row in rows]
+    content["reference"] = "vanilla"
+    (study / "study.json").write_text(json.dumps(content))
+    summary = study_report(study, study / "report.html")
+    assert {line.split(": ")[1].split(" against ")[0] for line in summary.statements} == {"continued vanilla"}
+    assert len(summary.statements) == 2 * (len(content["arms"]) - 1)
+    text = (study / "report.html").read_text()
+    assert "arm 0: trained from scratch" in text and "the dashed line is continued vanilla" in text
+    assert (study / "arms.png").stat().st_size > 5000 and not (study / "losses.png").exists()
+    assert next(row for row in summary.cost_rows if row[0] == "arm 1")[1] == "(samples of scmdm)"

@@ -5,11 +5,21 @@ import dataclasses
 import pytest
 import torch
 
+from scmdm.plan.communication import step_collectives
 from scmdm.plan.state import rank_state
 from scmdm.plan.workload import make_layout, make_workload
 from scmdm.training import setup
 from scmdm.training.ema import Ema
-from tests.plan.measuring import engine_of, fake_ranks, loss_of, masked_batch, run_config, spec_of, storage_bytes
+from tests.plan.measuring import (
+    Collectives,
+    engine_of,
+    fake_ranks,
+    loss_of,
+    masked_batch,
+    run_config,
+    spec_of,
+    storage_bytes,
+)
 
 VOCAB, LENGTH = 61, 8
 
@@ -37,6 +47,28 @@ def test_fsdp2_holds_what_is_planned_to_the_byte(ranks, replicate, dtype, condit
         gradients = sum(parameter.grad.to_local().nbytes for parameter in engine.trained.values())
     expected = planned(config, ranks, dtype=dtype)
     assert dataclasses.astuple(expected) == (weights, gradients, moments, storage_bytes(averages.values()))
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2"])
+@pytest.mark.parametrize("part", [{"lora_rank": 4}, {"last_layers": 1}, {"last_layers": 0}], ids=str)
+def test_what_is_not_trained_has_only_weights(part, engine):
+    """And the reductions that are planned are of what has gradients."""
+    ranks = 8 if engine == "fsdp2" else 1
+    config = run_config(engine, batch=ranks, width=16, **{k: v for k, v in part.items() if k == "lora_rank"})
+    config.train.last_layers = part.get("last_layers")
+    with fake_ranks(ranks), Collectives() as sent:
+        built = engine_of(config, VOCAB, LENGTH)
+        averages = Ema(built, config.ema).average
+        weights = storage_bytes([*built.parameters().values(), *built.frozen().values()])
+        moments = optimizer_bytes(built)
+        built.backward(loss_of(built, config, masked_batch(1, LENGTH, VOCAB)), last=True)
+        gradients = storage_bytes([p.grad for p in built.model.parameters() if p.grad is not None])
+    expected = planned(config, ranks)
+    assert dataclasses.astuple(expected) == (weights, gradients, moments, storage_bytes(averages.values()))
+    assert gradients < weights / 2
+    workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
+    reduced = [c for c in step_collectives(workload, make_layout(config, ranks, torch.float32)) if "reduce" in c.kind]
+    assert sum(one.size * one.times for one in reduced) == sent.bytes("reduce_scatter")
 
 
 @pytest.mark.parametrize("ranks", [5, 1024])

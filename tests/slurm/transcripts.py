@@ -22,7 +22,7 @@ SECTIONS = {
     "test_an_array": "Preparation as an array of four tasks, one of which is killed",
 }
 SHOWN = re.compile(
-    r"^(scmdm:|srun: error|slurmstepd)|INFO (resuming|stopped|saved|\d+ ranks)|RuntimeError|in SLURM job|^going on|^wrote"
+    r"^(scmdm:|srun: error|slurmstepd|going on|wrote)|INFO (resuming|stopped|saved|\d+ ranks)|RuntimeError|in SLURM job"
 )
 SHORTER = (
     (r"/\S*?/(?=(run\b|data\b|\.data))", ""),

@@ -51,9 +51,9 @@ def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
 
 def test_utilisation_by_hand():
     """Two ranks, 10 sequences a second together, 4e12 operations each of which 3e12 in the loss pass, peak 1e14."""
-    found = Hardware(StepFlops(3e12, 1e12), 1e14, 2).utilisation(10)
+    found = Hardware(StepFlops(1e12, 2e12, 1e12), 1e14, 2).utilisation(10)
     assert found == {"tflops": 20, "tflops_loss_pass": 15, "mfu": 0.2, "mfu_loss_pass": 0.15}
-    assert Hardware(StepFlops(3e12, 1e12), None, 1).utilisation(10)["mfu"] is None
+    assert Hardware(StepFlops(1e12, 2e12, 1e12), None, 1).utilisation(10)["mfu"] is None
 
 
 def test_clock_and_window():

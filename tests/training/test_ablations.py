@@ -1,0 +1,172 @@
+"""What the settings of an ablation do, each against an independent computation."""
+
+import pytest
+import torch
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.objective import clean_state_estimate, self_conditioned_nelbo
+from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.process import noise_batch
+from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.model.dit import DiT
+from scmdm.model.flops import step_flops
+from scmdm.model.init import init_weights
+from scmdm.training.step import train_step
+from tests.training.test_step import make as make_engine
+
+MASK = 9
+
+
+def small_model(**overrides):
+    """Every parameter away from its initial value."""
+    config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=True, **overrides)
+    model = DiT(config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return model
+
+
+def make_batch(rows=4, length=6, t=0.6):
+    x = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(0))
+    times = torch.full((rows,), t, dtype=torch.float64)
+    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
+    return noise_batch(x, torch.ones_like(x).bool(), times, torch.arange(rows), **draws)
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """All that is computed in float32 whatever the weights are, norms and logits, in float64 instead."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def slopes(function, model, h=1e-5):
+    """Derivative of `function()` along one random direction of each parameter, by central differences."""
+    found = {}
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 + index)).double()
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * h)
+                values.append(float(function()))
+        with torch.no_grad():
+            parameter.add_(direction, alpha=h)
+        found[name] = ((values[0] - values[1]) / (2 * h), direction)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [({}, 1), ({"estimate_top_k": 3, "inject_at": "masked", "conditioner": "norm"}, 1), ({"conditioner": "mlp"}, 2)],
+)
+def test_without_stop_gradient_the_gradient_is_that_of_the_whole_loss(settings, passes, in_float64):
+    """Float64 finite differences of the loss with the estimate made anew, and with the estimate held."""
+    model, batch = small_model(head_chunk=5, **settings).double(), make_batch()
+    held = clean_state_estimate(model, batch, passes=passes, dropout=False)
+
+    def whole():
+        return self_conditioned_nelbo(model, batch, LogLinear(), condition=True, passes=passes).loss
+
+    def with_the_estimate_held():
+        weight = (1 / batch.t)[:, None] * batch.valid
+        return model.weighted_nll(batch.z, batch.t, held, batch.x, weight)[0]
+
+    expected = {}
+    for stop_gradient, function in ((False, whole), (True, with_the_estimate_held)):
+        model.zero_grad()
+        options = {"condition": True, "passes": passes, "stop_gradient": stop_gradient}
+        self_conditioned_nelbo(model, batch, LogLinear(), **options).loss.backward()
+        expected[stop_gradient] = slopes(function, model)
+        for name, (slope, direction) in expected[stop_gradient].items():
+            gradient = float((model.get_parameter(name).grad * direction).sum())
+            assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-6), (name, stop_gradient)
+    apart = [abs(expected[False][name][0] - slope) > 1e-3 for name, (slope, _) in expected[True].items()]
+    assert sum(apart) > len(apart) / 2
+
+
+def test_the_step_lets_the_gradient_through_when_told(monkeypatch):
+    gradients = []
+    for stop_gradient in (True, False):
+        engine, config = make_engine()
+        config.self_conditioning.stop_gradient = stop_gradient
+        # At the first step the conditioner is zero, and nothing comes back through it.
+        with torch.no_grad():
+            engine.model.conditioner.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+            engine.model.output_layer.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+        monkeypatch.setattr(engine, "step", lambda: None)
+        x = torch.randint(0, MASK, (64, 12), generator=torch.Generator().manual_seed(0))
+        result = train_step(engine, config, LogLinear(), MASK, x, torch.ones_like(x).bool(), torch.arange(64), 0)
+        gradients.append((result.loss, engine.model.output_layer.linear.bias.grad.clone()))
+    (loss, held), (same_loss, whole) = gradients
+    assert loss == same_loss and not torch.allclose(held, whole, rtol=1e-3)
+
+
+def test_an_estimate_with_a_gradient_costs_a_backward_pass():
+    model, schedule = ModelConfig(self_conditioned=True), LogLinear()
+    stopped, through = (step_flops(model, 34, 32, schedule, passes=2, stop_gradient=stop) for stop in (True, False))
+    assert through.estimate_passes == 3 * stopped.estimate_passes and through.loss_pass == stopped.loss_pass
+
+
+def test_only_the_most_probable_tokens_make_the_estimate():
+    model = small_model(estimate_top_k=3)
+    h = torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
+    p = model.logits(h).softmax(1)
+    kept = p * (p >= p.topk(3).values[:, -1:])
+    expected = (kept / kept.sum(1, keepdim=True)) @ model.vocab_embed.embedding
+    torch.testing.assert_close(model.expected_embedding(h), expected)
+    for all_of_them in (10, 1000):  # the mask among them has no probability
+        every = small_model(estimate_top_k=all_of_them)
+        torch.testing.assert_close(every.expected_embedding(h), small_model().expected_embedding(h))
+
+
+def test_injection_at_masked_positions_ignores_the_estimate_elsewhere():
+    model, batch = small_model(inject_at="masked"), make_batch()
+    estimate = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(3))
+    masked = (batch.z == MASK)[..., None]
+    given = model.hidden(batch.z, batch.t, estimate)
+    assert torch.equal(given, model.hidden(batch.z, batch.t, estimate.masked_fill(~masked, 7.0)))
+    assert not torch.equal(given, model.hidden(batch.z, batch.t, estimate.masked_fill(masked, 7.0)))
+    everywhere = small_model()
+    everywhere.load_state_dict(model.state_dict())
+    torch.testing.assert_close(given, everywhere.hidden(batch.z, batch.t, estimate.masked_fill(~masked, 0.0)))
+
+
+@pytest.mark.parametrize("settings", [{"estimate_top_k": 2}, {"inject_at": "masked"}, {"conditioner": "norm"}])
+def test_sampling_carries_what_training_conditions_on(settings):
+    """Two steps from a masked start: the second evaluation sees the estimate that pass 1 would make of the first."""
+    model = small_model(**settings).eval()
+    given, ids, seen = torch.full((8, 6), MASK), torch.arange(8), []
+    hidden = model.hidden
+
+    def record(z, t, estimate):
+        seen.append((z, t, estimate))
+        return hidden(z, t, estimate)
+
+    model.hidden = record
+    options = {"schedule": LogLinear(), "settings": SamplerSettings(steps=2, carry=True), "mask_id": MASK, "seed": 0}
+    sample(model, given, ids, **options)
+    del model.hidden
+    (z0, t0, nothing), (z1, _, carried) = seen
+    assert nothing is None
+    masked = (z1 == MASK)[..., None]
+    with torch.no_grad():
+        expected = torch.where(masked, model.estimate(z0, t0, None), model.embed(z1))
+    torch.testing.assert_close(carried, expected)
+
+
+def test_both_nelbos_use_the_settings_of_the_model():
+    """The conditioned NELBO of a model with top-1 estimates, by hand; the null one does not know of them."""
+    model, plain, batch = small_model(estimate_top_k=1).eval(), small_model().eval(), make_batch()
+    masked = batch.z == MASK
+    with torch.no_grad():
+        best = model.logits(model.hidden(batch.z, batch.t, None)).argmax(-1)
+        estimate = model.embed(torch.where(masked, best, batch.z))
+        weight = (1 / batch.t)[:, None].float() * batch.valid
+        expected, _ = model.weighted_nll(batch.z, batch.t, estimate, batch.x, weight)
+        found = self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss
+        null = [self_conditioned_nelbo(m, batch, LogLinear(), condition=False).loss for m in (model, plain)]
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(*null) and not torch.equal(found, null[0])
