@@ -32,7 +32,17 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
             config = _merge(config, content, f"in {file}")
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), "on the command line")
-    result = cast(Schema, _to_object(config))
+    return _checked(schema, config)
+
+
+def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
+    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request"."""
+    return _checked(schema, _merge(OmegaConf.structured(schema), content, where))
+
+
+def _checked(schema: type[Schema], config: DictConfig) -> Schema:
+    result = _to_object(config)
+    assert isinstance(result, schema)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()
