@@ -36,8 +36,11 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
 
 
 def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
-    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request"."""
-    return _checked(schema, _merge(OmegaConf.structured(schema), content, where))
+    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request".
+
+    Text stands for itself: nothing in it is interpolated.
+    """
+    return _checked(schema, _merge(OmegaConf.structured(schema), _literal(content), where))
 
 
 def _checked(schema: type[Schema], config: DictConfig) -> Schema:
@@ -100,7 +103,14 @@ def _text_of(schema: type, key: str, value: str) -> str | None:
     optional = hint == (str | None)
     if (hint is not str and not optional) or (optional and value == "null"):
         return None
-    return value.replace("${", r"\${")  # no interpolation
+    return _literal(value)
+
+
+def _literal(value: Any) -> Any:
+    """The same keys and texts, without interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(child) for key, child in value.items()}
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _nest(key: str, value: str) -> dict[str, Any]:

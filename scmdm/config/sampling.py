@@ -110,7 +110,8 @@ class DenoiseConfig:
     def validate(self) -> None:
         if self.prompt is not None and self.infill is not None:
             raise UserError("prompt and infill are both set; give one of them")
-        _require_least(self, "seed", 0)
+        if not 0 <= self.seed <= 2**62:
+            raise UserError(f"seed={self.seed} is not possible; it must be between 0 and 2^62")
         self.sampler.validate()
         if self.sampler.steps > _MOST_SHOWN:
             raise UserError(f"sampler.steps={self.sampler.steps} are too many to look at; give {_MOST_SHOWN} or less")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import scmdm
+from tests.conftest import ROOT, scmdm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 PATIENCE_MS = 120_000
@@ -25,8 +25,10 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, adapted):
-    process = scmdm("demo", adapted, "--port", 0)
+def page(browser):
+    """Of a model that has learnt something, beside itself: one after a few steps is undecided everywhere alike."""
+    model = ROOT / "configs/qm9/base-model"
+    process = scmdm("demo", model, "--base", model, "--port", 0)
     try:
         url = process.stdout.readline().split()[0]
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -55,7 +57,7 @@ def test_a_colleague_watches_it_denoise(page, tmp_path):
 
     page.locator("#at").fill("3")  # half way
     hidden = page.locator(".panel.adapted .cell.hidden")
-    assert 0 < hidden.count() < 24 and page.locator(".panel.adapted .cell.new").count() > 0
+    assert 0 < hidden.count() < 32 and page.locator(".panel.adapted .cell.new").count() > 0
     colours = {hidden.nth(i).evaluate("cell => cell.style.background") for i in range(hidden.count())}
     assert len(colours) > 1  # entropy differs from position to position
     assert page.locator(".panel.adapted .cell.given").count() == 3  # [BOS] and the prompt

@@ -95,9 +95,9 @@ function panel(model, sample) {
   made.append(element("h2", {}, `${model.name}, ${kind}`, element("span", { class: "path" }, model.path)));
   made.append(model.layout ? pictures(model, sample, frame) : cells(model, sample, frame));
   if (model.domain === "molecules") made.append(drawing(sample, frame, done));
-  const cost = `${sample.frames.length} denoiser evaluations`;
+  const cost = `${Math.min(state.at, sample.frames.length)} denoiser evaluations`;
   const verdict = sample.framed ? cost : `${cost}; the marks are not where the data has them`;
-  made.append(element("p", { class: "note" }, done ? verdict : "..."));
+  made.append(element("p", { class: "note" }, done ? verdict : cost));
   if (!model.layout) made.append(element("p", { class: "result" }, done ? sample.text : ""));
   return made;
 }
@@ -131,9 +131,13 @@ function piece(sample, id, special) {
   if (id === null) return " ";
   if (special === "pad") return "\u00b7";
   const text = sample.pieces[id];
+  const byte = /^<0x([0-9A-F]{2})>$/.exec(text);
+  if (byte) return ascii(parseInt(byte[1], 16)) ?? byte[1];
   if (special) return { "[BOS]": "\u25b7", "[EOS]": "\u25a0" }[text] ?? text;
   return text.replaceAll("\u2581", " ").replaceAll("\u0120", " ").replaceAll("\u010a", "\u21b5").replaceAll("\n", "\u21b5");
 }
+
+const ascii = (code) => (code >= 32 && code < 127 ? String.fromCharCode(code) : code === 10 ? "\u21b5" : null);
 
 function drawing(sample, frame, done) {
   const place = frame.drawing;
