@@ -88,7 +88,7 @@ def draw_molecule(smiles: str) -> str | None:
     if molecule is None:
         return None
     canvas = rdMolDraw2D.MolDraw2DSVG(_WIDTH, _HEIGHT)
-    canvas.drawOptions().fixedBondLength = _BOND
+    canvas.drawOptions().fixedBondLength = _BOND  # type: ignore[assignment]
     rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule)
     canvas.FinishDrawing()
     svg: str = canvas.GetDrawingText()

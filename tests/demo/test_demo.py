@@ -144,6 +144,7 @@ def test_a_base_of_other_data_is_refused(adapted):
         open_models(adapted, ROOT / "configs/qm9/base-model")
 
 
+@pytest.mark.slow
 def test_the_command_serves_the_page(adapted):
     process = scmdm("demo", adapted, "--port", 0)
     try:

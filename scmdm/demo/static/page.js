@@ -224,4 +224,8 @@ byId("next").addEventListener("click", () => { const seed = byId("settings").ele
 byId("play").addEventListener("click", () => (state.timer === null ? play() : pause()));
 byId("at").addEventListener("input", (event) => { pause(); goTo(Number(event.target.value)); });
 
-fetch("models").then((answer) => answer.json()).then((models) => { state.models = models; return denoise(); });
+fetch("models").then((answer) => answer.json()).then((models) => {
+  state.models = models;
+  document.body.dataset.shows = models[0].layout ? "pictures" : "tokens";
+  return denoise();
+});
