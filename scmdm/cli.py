@@ -24,6 +24,7 @@ A run is one YAML file and key=value overrides:
   scmdm train   configs/qm9/base.yaml                     pretrain a vanilla masked diffusion model
   scmdm adapt   configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm
   scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
+  scmdm demo    runs/qm9-scmdm                            watch it denoise, beside its base, in a browser
   scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, who runs it
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
@@ -262,6 +263,17 @@ def _add_model_commands(commands: _Commands) -> None:
         parser.add_argument("model", help="run directory, checkpoint or exported model")
         parser.add_argument("--config", type=Path, help="YAML file with the keys below")
         _overrides(parser)
+
+    parser = _add(commands, "demo", _demo, "A local web page: a model denoises beside its base, step by step.")
+    parser.add_argument("model", type=Path, help="run directory, checkpoint or exported model")
+    parser.add_argument("--base", type=Path, help="what to show beside it (default: what it was adapted from)")
+    parser.add_argument("--port", type=int, default=7860, help="of this machine alone; 0: a free one (7860)")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from scmdm.demo.server import run_demo
+
+    run_demo(options.model, options.base, options.port)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
-from scmdm.diffusion.sampler import Samples, sample
+from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model
@@ -106,11 +106,13 @@ def generate(
     templates_PL: Tensor | None = None,
     precision: str = "auto",
     progress: bool = False,
+    on_step: StepHook | None = None,
 ) -> Generated:
     """Draw `num` samples for each template, those of the first one first; without templates `num` from nothing.
 
-    Sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal. On a CPU every core draws
-    batches of its own: two small batches side by side are faster than one on two cores.
+    Sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal. `on_step` sees every step of
+    every batch, in the thread that draws it. On a CPU every core draws batches of its own: two small batches side by
+    side are faster than one on two cores.
     """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
@@ -126,6 +128,11 @@ def generate(
     bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
+    def stepped(observation: Observation) -> None:
+        bar.advance(task)
+        if on_step is not None:
+            on_step(observation)
+
     def draw(ids_B: Tensor) -> Samples:
         with compute_context(device, resolve_precision(precision, device)):
             return sample(
@@ -136,7 +143,7 @@ def generate(
                 settings=settings,
                 mask_id=spec.mask_id,
                 seed=seed,
-                on_step=lambda *_: bar.advance(task),
+                on_step=stepped,
             )
 
     started = time.perf_counter()

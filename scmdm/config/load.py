@@ -32,7 +32,7 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
             config = _merge(config, content, f"in {file}")
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), "on the command line")
-    return cast(Schema, _checked(config))
+    return _checked(schema, config)
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
@@ -40,11 +40,20 @@ def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Sche
     merged = OmegaConf.structured(config)
     for override in overrides:
         merged = _merge(merged, _parse_override(override, type(config)), where)
-    return cast(Schema, _checked(merged))
+    return _checked(type(config), merged)
 
 
-def _checked(config: DictConfig) -> object:
+def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
+    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request".
+
+    Text stands for itself: nothing in it is interpolated.
+    """
+    return _checked(schema, _merge(OmegaConf.structured(schema), _literal(content), where))
+
+
+def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     result = _to_object(config)
+    assert isinstance(result, schema)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()
@@ -102,7 +111,14 @@ def _text_of(schema: type, key: str, value: str) -> str | None:
     optional = hint == (str | None)
     if (hint is not str and not optional) or (optional and value == "null"):
         return None
-    return value.replace("${", r"\${")  # no interpolation
+    return _literal(value)
+
+
+def _literal(value: Any) -> Any:
+    """The same keys and texts, without interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(child) for key, child in value.items()}
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _nest(key: str, value: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from scmdm.diffusion.plans import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
+_MOST_SHOWN = 1024  # steps on the demo's page
 _FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png")
 
 
@@ -95,6 +96,25 @@ class SampleConfig:
             _require_least(self, name, least)
         _check_place(self.weights, self.device, self.precision)
         self.sampler.validate()
+
+
+@dataclass
+class DenoiseConfig:
+    """What the page of `scmdm demo` asks for: one sample, step by step."""
+
+    seed: int = 0
+    prompt: str | None = None  # text that the sample starts with
+    infill: str | None = None  # whole text, with [MASK] for each token to fill in
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        if self.prompt is not None and self.infill is not None:
+            raise UserError("prompt and infill are both set; give one of them")
+        if not 0 <= self.seed <= 2**62:
+            raise UserError(f"seed={self.seed} is not possible; it must be between 0 and 2^62")
+        self.sampler.validate()
+        if self.sampler.steps > _MOST_SHOWN:
+            raise UserError(f"sampler.steps={self.sampler.steps} are too many to look at; give {_MOST_SHOWN} or less")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -47,7 +48,18 @@ class Samples:
     evaluations: int
 
 
-StepHook = Callable[[int, Tensor], None]
+@dataclass(frozen=True)
+class Observation:
+    """A step that was taken. What the denoiser predicted in it is computed when it is asked for."""
+
+    evaluations: int  # so far, this step's included
+    t_B: Tensor  # time of the state that the denoiser saw
+    z_BL: Tensor  # the sequence after the step
+    revealed_BL: Tensor  # what the step revealed
+    logits: Callable[[Tensor], Tensor]  # of selected positions (B, L): (N, V), in row-major order
+
+
+StepHook = Callable[[Observation], None]
 
 
 @torch.no_grad()
@@ -65,7 +77,7 @@ def sample(
     """Fill the masked positions of `given_BL` (int64); all other positions (a prompt, an infill frame) stay.
 
     `ids_B` (int64) name the samples: the same id, seed and settings give the same sample in any batch.
-    `on_step(evaluations, z)` is called after every step.
+    `on_step` is called after every step, and cannot change what is drawn.
     """
     z_BL, estimate, evaluations = given_BL, None, 0
     problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed)
@@ -81,9 +93,13 @@ def sample(
             if estimate is not None and settings.remasked_estimate == "null":
                 estimate = estimate.masked_fill(step.remask_BL[..., None], 0)
         if on_step is not None:
-            on_step(evaluations, z_BL)
+            on_step(Observation(evaluations, step.t_B, z_BL, reveal_BL, partial(_logits_at, denoiser, h_BLD)))
     assert not bool((z_BL == mask_id).any())
     return Samples(z_BL, evaluations)
+
+
+def _logits_at(denoiser: SamplingDenoiser, h_BLD: Tensor, select_BL: Tensor) -> Tensor:
+    return denoiser.logits(h_BLD[select_BL])
 
 
 def _reveal(

@@ -42,3 +42,4 @@ def _part(path: Path, number: int) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # as of other files: safetensors makes them for the owner alone

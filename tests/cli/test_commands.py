@@ -28,6 +28,7 @@ def test_help_is_there_for_every_command(capsys):
         ["adapt"],
         ["sample"],
         ["evaluate"],
+        ["demo"],
         ["prepare"],
         ["report"],
         ["study"],

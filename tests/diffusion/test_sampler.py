@@ -149,7 +149,7 @@ def test_what_is_carried_of_a_token_that_is_taken_back(left):
     settings = SamplerSettings(steps=6, carry=True, remask="rescale", remask_eta=1.0, remasked_estimate=left)
     given = torch.full((64, 3), oracle.mask_id)
     kwargs = {"schedule": LogLinear(), "settings": settings, "mask_id": oracle.mask_id, "seed": 0}
-    sample(oracle, given, torch.arange(64), **kwargs, on_step=lambda _, z: states.append(z))
+    sample(oracle, given, torch.arange(64), **kwargs, on_step=lambda step: states.append(step.z_BL))
     taken_back = 0
     for k, (before, after) in enumerate(itertools.pairwise(states), start=2):
         again = (before != oracle.mask_id) & (after == oracle.mask_id)
@@ -166,7 +166,7 @@ def test_blocks_come_one_after_the_other_and_those_of_a_prompt_cost_nothing():
     given = torch.tensor([[0, 1, oracle.mask_id, oracle.mask_id]]).expand(50, -1)
     settings = SamplerSettings(steps=6, block_length=1)
     kwargs = {"schedule": LogLinear(), "settings": settings, "mask_id": oracle.mask_id, "seed": 0}
-    drawn = sample(oracle, given, torch.arange(50), **kwargs, on_step=lambda _, z: states.append(z))
+    drawn = sample(oracle, given, torch.arange(50), **kwargs, on_step=lambda step: states.append(step.z_BL))
     assert drawn.evaluations == len(states) == 2
     assert (states[0][:, 2] != oracle.mask_id).all() and (states[0][:, 3] == oracle.mask_id).all()
     with pytest.raises(ValueError, match="3 steps for 4 blocks"):
@@ -243,7 +243,7 @@ def test_what_is_carried():
         settings=SamplerSettings(steps=4, carry=True),
         mask_id=oracle.mask_id,
         seed=0,
-        on_step=lambda _, z: states.append(z),
+        on_step=lambda step: states.append(step.z_BL),
     )
     assert oracle.estimates[0] is None
     seen = [given, *states]
