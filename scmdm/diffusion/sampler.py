@@ -2,7 +2,8 @@
 
 The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. To carry
 it costs no denoiser evaluation. Every draw is keyed, so that a sample does not depend on its batch. What to reveal is
-decided first, unless by certainty, and logits are needed only there and for the estimate.
+decided first, unless by certainty, and logits are needed only there and for the estimate. Where no estimate is carried
+nothing else of a step is ever used, so that sequences in which it reveals nothing are not evaluated.
 
 A token that is taken back (remasking) was the model's clean-state estimate when the denoiser last saw it, by SUBS, so
 its embedding is what is carried; with `remasked_estimate="null"` nothing is, as if nobody had seen the position.
@@ -13,7 +14,7 @@ Legend: B batch, L length, D width, V vocabulary with the mask, N selected posit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -42,7 +43,8 @@ class SamplingDenoiser(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokens (B, L) without masks, and the denoiser evaluations that made them."""
+    """Tokens (B, L) without masks, and the sampler's denoiser evaluations: one a step, those among them whose result
+    nothing would have used, and which were left out."""
 
     tokens: Tensor
     evaluations: int
@@ -50,7 +52,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Observation:
-    """A step that was taken. What the denoiser predicted in it is computed when it is asked for."""
+    """A step that was taken. What the denoiser predicted is computed when it is asked for, by one more evaluation."""
 
     evaluations: int  # so far, this step's included
     t_B: Tensor  # time of the state that the denoiser saw
@@ -82,24 +84,58 @@ def sample(
     z_BL, estimate, evaluations = given_BL, None, 0
     problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed)
     for step in make_plan(problem, settings):
-        h_BLD = denoiser.hidden(z_BL, step.t_B, estimate)
+        before_BL, seen = z_BL, estimate
         evaluations += 1
-        reveal_BL, drawn_N = _reveal(denoiser, h_BLD, step, ids_B, settings, seed)
-        z_BL = z_BL.masked_scatter(reveal_BL, drawn_N)
         if settings.carry:
+            z_BL, h_BLD = _advance(denoiser, z_BL, estimate, step, ids_B, settings, seed)
             estimate = _carried_estimate(denoiser, h_BLD, z_BL, mask_id)
+        else:
+            z_BL = _advance_where_needed(denoiser, z_BL, step, ids_B, settings, seed)
+        revealed_BL = (before_BL == mask_id) & (z_BL != mask_id)
         if step.remask_BL is not None:
             z_BL = z_BL.masked_fill(step.remask_BL, mask_id)
             if estimate is not None and settings.remasked_estimate == "null":
                 estimate = estimate.masked_fill(step.remask_BL[..., None], 0)
         if on_step is not None:
-            on_step(Observation(evaluations, step.t_B, z_BL, reveal_BL, partial(_logits_at, denoiser, h_BLD)))
+            logits = partial(_logits_at, denoiser, before_BL, step.t_B, seen)
+            on_step(Observation(evaluations, step.t_B, z_BL, revealed_BL, logits))
     assert not bool((z_BL == mask_id).any())
     return Samples(z_BL, evaluations)
 
 
-def _logits_at(denoiser: SamplingDenoiser, h_BLD: Tensor, select_BL: Tensor) -> Tensor:
-    return denoiser.logits(h_BLD[select_BL])
+def _logits_at(
+    denoiser: SamplingDenoiser, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, select_BL: Tensor
+) -> Tensor:
+    return denoiser.logits(denoiser.hidden(z_BL, t_B, estimate_BLD)[select_BL])
+
+
+def _advance(
+    denoiser: SamplingDenoiser,
+    z_BL: Tensor,
+    estimate_BLD: Tensor | None,
+    step: Step,
+    ids_B: Tensor,
+    settings: SamplerSettings,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The sequences with what the step reveals, and the hidden states (B, L, D) that it came from."""
+    h_BLD = denoiser.hidden(z_BL, step.t_B, estimate_BLD)
+    reveal_BL, drawn_N = _reveal(denoiser, h_BLD, step, ids_B, settings, seed)
+    return z_BL.masked_scatter(reveal_BL, drawn_N), h_BLD
+
+
+def _advance_where_needed(
+    denoiser: SamplingDenoiser, z_BL: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
+) -> Tensor:
+    """The sequences with what the step reveals; the denoiser sees only those in which that is something."""
+    needed_B = step.candidates_BL.any(1) if step.count_B is None else step.count_B > 0
+    rows = needed_B.nonzero().squeeze(1)
+    if not len(rows):
+        return z_BL
+    count = step.count_B[rows] if step.count_B is not None else None
+    own = replace(step, t_B=step.t_B[rows], candidates_BL=step.candidates_BL[rows], count_B=count, remask_BL=None)
+    advanced, _ = _advance(denoiser, z_BL[rows], None, own, ids_B[rows], settings, seed)
+    return z_BL.index_copy(0, rows, advanced)
 
 
 def _reveal(

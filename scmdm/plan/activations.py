@@ -72,18 +72,12 @@ def head_width(workload: Workload, layout: Layout) -> int:
     return _FLOAT32 if workload.model.head_precision == "float32" else layout.width
 
 
-def head_chunks(workload: Workload, layout: Layout, *, gradient: bool) -> int:
-    """Bytes of the head's logits and what it makes of them at once, when every position is masked.
-
-    With the gradient: float32 logits, their difference from the log-sum and its exponential, and the last chunk's
-    gradient. Without: logits and probabilities.
-    """
-    tokens, chunk, a = layout.tokens(workload), workload.model.head_chunk, head_width(workload, layout)
-    rows = min(tokens, chunk)
-    if not gradient:
-        return 2 * _FLOAT32 * rows * workload.vocab_size
-    before = a if tokens > chunk else 0  # the last chunk's gradient is still there
-    return (3 * _FLOAT32 + before) * rows * workload.vocab_size
+def head_chunk(workload: Workload, layout: Layout) -> int:
+    """Bytes of a chunk's logits, of which everything else is made in place, when every position is masked; and of
+    their copy in the compute dtype. Only the gradient keeps a whole chunk on a CPU, too."""
+    rows = min(layout.tokens(workload), workload.model.head_chunk)
+    a = head_width(workload, layout)
+    return (_FLOAT32 + (a if a < _FLOAT32 else 0)) * rows * workload.vocab_size
 
 
 def block_forward(workload: Workload, layout: Layout) -> int:

@@ -13,7 +13,7 @@ import torch
 from scmdm.plan.activations import (
     block_backward,
     block_forward,
-    head_chunks,
+    head_chunk,
     head_width,
     kept_by_block,
     kept_by_conditioner,
@@ -107,7 +107,7 @@ class _Parts:
     def estimate(self) -> Moment:
         """The last no-grad pass in its head, or in a block."""
         weights, workload, layout = self._weights, self._workload, self._layout
-        chunks = head_chunks(workload, layout, gradient=False)
+        chunks = head_chunk(workload, layout)
         return self.moment(
             gradients=self._earlier,
             gathered=weights.casts
@@ -121,14 +121,19 @@ class _Parts:
         )
 
     def head(self) -> Moment:
-        """All is kept that the backward pass needs, and the head works on its chunks."""
+        """All is kept that the backward pass needs, and the head works on its chunks; or the last block works, of which
+        with `full` checkpointing nothing is kept."""
         weights, workload, layout = self._weights, self._workload, self._layout
+        final = kept_by_final(workload, layout)
+        head = head_chunk(workload, layout) + self._head_gradient(FLOAT32) + self._head_input()
+        block = block_forward(workload, layout) if layout.activation_checkpointing == "full" else 0
         return self.moment(
             gradients=self._earlier,
             gathered=weights.casts + weights.rest + (0 if self._keeps else weights.buffers),
             reduced=self._accumulated + self._standing,
-            activations=self._kept + kept_by_final(workload, layout),
-            head=head_chunks(workload, layout, gradient=True) + self._head_gradient(FLOAT32) + self._head_input(),
+            activations=self._kept + final,
+            head=head,
+            working=max(0, block - head - final),
             # In the compute dtype it is what the conditioner keeps.
             estimate=self._estimate if weights.rest_width != layout.width else 0,
         )

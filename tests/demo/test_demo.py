@@ -134,7 +134,7 @@ def test_which_models_are_shown(adapted, base, tmp_path):
     assert [shown.name for shown in open_models(checkpoint, None)] == ["base", "adapted"]
     assert [shown.name for shown in open_models(base, None)] == ["base"]
     export = tmp_path / "export"
-    assert main(["checkpoint", "export", str(adapted), str(export)]) == 0
+    assert main(["export", str(adapted), str(export)]) == 0
     assert [shown.name for shown in open_models(export, None)] == ["adapted"]
     assert [shown.path for shown in open_models(export, base)] == [str(base), str(export)]
 

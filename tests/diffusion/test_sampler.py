@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_first_hitting_times_are_those_of_the_process(schedule):
 
 def test_the_denoiser_sees_the_times_of_the_grid():
     oracle = Oracle()
-    draw(oracle, SamplerSettings(steps=4), n=5)
+    draw(oracle, SamplerSettings(steps=4, carry=True), n=5)
     assert torch.stack(oracle.times).tolist() == [[t] * 5 for t in (1.0, 0.75, 0.5, 0.25)]
 
 
@@ -229,6 +230,40 @@ def test_carrying_costs_no_evaluation(steps, carry):
     oracle = Oracle()
     drawn = draw(oracle, SamplerSettings(steps=steps, carry=carry), n=32)
     assert drawn.evaluations == oracle.evaluations == steps
+
+
+class Counting(Oracle):
+    """Remembers the sequences that it was given."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def hidden(self, z_BL, t_B, estimate_BLD):
+        self.seen.append((z_BL, t_B))
+        return super().hidden(z_BL, t_B, estimate_BLD)
+
+
+@pytest.mark.parametrize("settings", [SamplerSettings(steps=40), SamplerSettings("margin", 40)], ids=lambda s: s.kind)
+def test_sequences_that_reveal_nothing_are_not_evaluated(settings):
+    """The oracle is asked at most once for a token, at the step's time, and the samples are those of asking always."""
+    oracle, states = Counting(), []
+    given, ids = torch.full((50, 3), oracle.mask_id), torch.arange(50)
+    kwargs = {"schedule": LogLinear(), "settings": settings, "mask_id": oracle.mask_id, "seed": 0}
+    drawn = sample(oracle, given, ids, **kwargs, on_step=lambda seen: states.append(seen.z_BL))
+    assert drawn.evaluations == len(states) == 40
+    changed = [
+        (before[rows], 1 - k / 40)
+        for k, (before, after) in enumerate(itertools.pairwise([given, *states]))
+        if (rows := (before != after).any(1)).any()
+    ]
+    assert len(oracle.seen) == len(changed)
+    for (z, t), (expected, time) in zip(oracle.seen, changed, strict=True):
+        assert torch.equal(z, expected) and torch.allclose(t, torch.tensor(time).double())
+    assert 50 < sum(len(z) for z, _ in oracle.seen) <= 150
+    # The oracle knows no estimate: to carry one changes nothing but that every sequence is evaluated in every step.
+    always = sample(Oracle(), given, ids, **{**kwargs, "settings": replace(settings, carry=True)})
+    assert torch.equal(always.tokens, drawn.tokens)
 
 
 def test_what_is_carried():

@@ -26,13 +26,19 @@ def problem():
     return h, weight, bias, x + (x >= MASK), torch.rand(N, generator=g) * 5, torch.randn(V, D, generator=g)
 
 
+@pytest.fixture(params=[V, 5, 1], ids=lambda width: f"tile-{width}")
+def tile(request, monkeypatch):
+    """One as on a GPU, several, and among them one that holds the mask alone."""
+    monkeypatch.setattr("scmdm.model.head._CPU_TILE", request.param)
+
+
 def dense_logits(h, weight, bias):
     blocked = torch.zeros(V).index_fill(0, torch.tensor([MASK]), -math.inf)
     return h @ weight.T + bias + blocked
 
 
 @pytest.mark.parametrize("chunk", [1, 5, N, 1000])
-def test_loss_and_gradients_equal_the_dense_head(problem, chunk):
+def test_loss_and_gradients_equal_the_dense_head(problem, chunk, tile):
     h, weight, bias, x, w, _ = problem
     total, nll = weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK, chunk=chunk)
     dense = torch.nn.functional.cross_entropy(dense_logits(h, weight, bias), x, reduction="none")
@@ -47,7 +53,7 @@ def test_loss_and_gradients_equal_the_dense_head(problem, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, N, 1000])
-def test_expected_embedding_equals_the_dense_one(problem, chunk):
+def test_expected_embedding_equals_the_dense_one(problem, chunk, tile):
     h, weight, bias, _, _, embedding = problem
     ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk)
     torch.testing.assert_close(ours, dense_logits(h, weight, bias).softmax(1) @ embedding, rtol=1e-5, atol=1e-5)

@@ -87,7 +87,7 @@ def test_a_model_that_fits_nowhere_ends_with_the_reason(capsys):
 )
 def test_published_sizes_are_counted(capsys, name, vocab, parameters):
     """Without conditioner; Dream is as large as Qwen2.5 7B, 7.616e9 by its card."""
-    arguments = [MODELS.parent / "llama" / f"{name}.yaml", "--length", 512, "--vocab", vocab, "--json"]
+    arguments = [MODELS / f"{name}.yaml", "--length", 512, "--vocab", vocab, "--json"]
     status, out, _ = plan(capsys, *arguments)
     assert status == 0
     assert json.loads(out)["workload"]["parameters"] == pytest.approx(parameters, rel=1e-3)
