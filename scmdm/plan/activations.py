@@ -44,8 +44,8 @@ def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
     if kind == "selective":
         # Input, and the results of: q, k, v; attention; its output map; gate and up; down.
         return (_FLOAT32 * width + (4 * width + 2 * model.kv_width + 2 * inner) * a) * tokens
-    # Both norms' inputs; their outputs, which autocast copies for each of the five maps that they enter.
-    norms = 2 * _FLOAT32 * width + (5 * a if a < _FLOAT32 else 2 * a) * width
+    # Both norms' inputs, and those over their root mean square; outputs, which autocast copies for each of five maps.
+    norms = 4 * _FLOAT32 * width + (5 * a if a < _FLOAT32 else 2 * a) * width
     # Rotated q; rotated k and v for every head of q; the output map's input; gate before and after SiLU, up, product.
     compute = (4 * width + 4 * inner) * a
     dropout = 2 * (1 if layout.fused_dropout else a) * width if model.dropout else 0

@@ -58,14 +58,14 @@ DREAM = {
 PUBLISHED = {"llada": LLADA, "dream": DREAM}
 
 
-def write_published(directory, name, config=None, rows=VOCAB + 3, dtype=torch.bfloat16):
+def write_published(directory, name, config=None, rows=VOCAB + 3, scale=1.0):
     """Random weights of a layout with the names that its authors' files have, in files of 20 kB."""
     directory.mkdir()
     own = LlamaConfig(kv_heads=2, mlp_width=88, attention_bias=name == "dream")
     model = ModelConfig(kind="llama", width=32, layers=2, heads=4, llama=own)
     shapes = {n: p.shape for n, p in ModelSpec(model, DiffusionConfig(), rows, MASK, 8).build().named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    weights = {ALL[name].theirs(n): torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    weights = {ALL[name].theirs(n): (scale * torch.randn(s, generator=generator)).bfloat16() for n, s in shapes.items()}
     write_shards(directory / "model.safetensors", weights.items(), 20_000, index=True)
     (directory / "config.json").write_text(json.dumps(PUBLISHED[name] if config is None else config))
     write_tokenizer(directory / "tokenizer.json")

@@ -13,7 +13,7 @@ from tests.parallel.parity import STEPS, assert_same
 @pytest.mark.slow
 def test_an_imported_model_adapts_on_two_ranks_as_on_one(tmp_path, empty_yaml):
     """Files of 20 kB in bfloat16, read into FSDP2's float32 shards; recomputed blocks, both passes, a shifted head."""
-    write_published(tmp_path / "there", "dream")
+    write_published(tmp_path / "there", "dream", scale=0.1)  # larger weights make training chaotic
     base, data, text = tmp_path / "base", tmp_path / "data", write_texts(tmp_path / "text.jsonl")
     assert main(["import", str(tmp_path / "there"), str(base), "length=16", "bos_policy=given"]) == 0
     keys = [
