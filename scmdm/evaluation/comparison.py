@@ -1,0 +1,194 @@
+"""What a study's rows say, as text: tables, and the reference arm against every other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scmdm.evaluation.domains import Metric
+from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
+from scmdm.training.metrics import format_duration
+
+Json = Mapping[str, Any]
+
+
+def reference_arm(study: Json) -> Json:
+    """The arm that the others are compared with."""
+    arms: Sequence[Json] = study["arms"]
+    named = next((arm for arm in arms if arm["name"] == study.get("reference")), None)
+    return named or max(arms, key=lambda arm: arm["rate"])
+
+
+def intervals_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Interval]]:
+    """Intervals of a metric by label and T, over seeds."""
+    found: dict[str, dict[int, Interval]] = {}
+    for arm, label in labels.items():
+        by_steps: dict[int, Interval] = {}
+        for steps in sorted({row["steps"] for row in samples if row["arm"] == arm}):
+            numbers = _values(samples, arm, steps, metric)
+            if numbers:
+                by_steps[steps] = mean_interval(numbers)
+        if by_steps:
+            found[label] = by_steps
+    return found
+
+
+def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[float]:
+    """One value per sampling seed; with several adaptations one mean per adaptation, the larger source of spread."""
+    by_adaptation: dict[int, list[float]] = {}
+    for row in samples:
+        value = row["metrics"].get(metric)
+        if row["arm"] == arm and row["steps"] == steps and value is not None:
+            by_adaptation.setdefault(row["adaptation_seed"], []).append(float(value))
+    if len(by_adaptation) == 1:
+        return next(iter(by_adaptation.values()))
+    return [float(np.mean(values)) for values in by_adaptation.values()]
+
+
+def quality_table(
+    values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+    shown: Sequence[Metric],
+    labels: Mapping[str, str],
+    samples: Sequence[Json],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: every metric of every arm at every T."""
+    header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
+    rows = []
+    for steps in sorted({row["steps"] for row in samples}):
+        for arm, label in labels.items():
+            own = [row for row in samples if row["arm"] == arm and row["steps"] == steps]
+            if not own:
+                continue
+            cells = [
+                values[m.name][label][steps].text(m.digits, m.scale) if steps in values[m.name].get(label, {}) else "-"
+                for m in shown
+            ]
+            drawn = f"{len(own)} x {own[0]['num']}"
+            rows.append([str(steps), label, str(own[0]["evaluations"]), drawn, *cells])
+    return header, rows
+
+
+def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each arm took to train and to sample, and its NELBO."""
+    header = [
+        "model",
+        "tokens trained on",
+        "denoiser evaluations per sequence",
+        "training time",
+        "time per token / vanilla (jobs ran side by side)",
+        "sampling, ms per sample and evaluation",
+        "NELBO null",
+        "NELBO conditioned",
+    ]
+    vanilla = next((_seconds_per_token(a) for a in arms if a["rate"] == 0 and a["cost"] and a["name"] != "base"), None)
+    rows = []
+    for arm in arms:
+        own = [row for row in samples if row["arm"] == arm["name"]]
+        speed = mean_interval([1e3 * row["seconds"] / row["num"] / row["evaluations"] for row in own]).text(3)
+        rows.append(
+            [arm["label"], *_training_cost(arm, vanilla), speed, *(_nelbo(arm, m) for m in ("null", "conditioned"))]
+        )
+    return header, rows
+
+
+def _training_cost(arm: Json, vanilla: float | None) -> list[str]:
+    if not arm["cost"]:
+        return ["(given)" if arm.get("samples_of") is None else f"(samples of {arm['samples_of']})", "-", "-", "-"]
+    first = arm["cost"][0]
+    relative = f"{_seconds_per_token(arm) / vanilla:.2f}" if vanilla and arm["name"] != "base" else "-"
+    return [
+        f"{first['tokens']:,}",
+        f"{first['evaluations'] / first['sequences']:.0f}",
+        format_duration(first["seconds"]),
+        relative,
+    ]
+
+
+def _seconds_per_token(arm: Json) -> float:
+    return sum(cost["seconds"] for cost in arm["cost"]) / sum(cost["tokens"] for cost in arm["cost"])
+
+
+def _nelbo(arm: Json, mode: str) -> str:
+    values = [entry[mode] for entry in arm["nelbo"] if mode in entry]
+    return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
+
+
+def statements(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
+    """The reference against every other arm, at each T, worded from the numbers."""
+    lines = []
+    for other in arms:
+        for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
+            pairs = _pairs(samples, reference["name"], other["name"], steps, metric.name)
+            if pairs:
+                lines.append(f"T = {steps}: {reference['label']} against {other['label']}: {_wording(pairs, metric)}")
+    return lines
+
+
+def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: str) -> list[tuple[float, float]]:
+    """A metric of two arms, paired.
+
+    With one adaptation each, over sampling seeds (the same noise in both). With several, over adaptation seeds, each
+    averaged over its sampling seeds: those are not independent of each other.
+    """
+    own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
+    if not other:
+        return []
+    # The base was trained once: it is every adaptation's counterpart.
+    counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
+    paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]
+    if len(own) == 1:
+        return paired[0]
+    return [tuple(np.mean(pairs, axis=0)) for pairs in paired if pairs]
+
+
+def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, float]]:
+    """By adaptation seed and sampling seed."""
+    found: dict[int, dict[int, float]] = {}
+    for row in samples:
+        if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
+            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = row["metrics"][metric]
+    return found
+
+
+def _wording(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
+    ours, theirs = (metric.scale * sum(side) / len(side) for side in zip(*pairs, strict=True))
+    unit = metric.unit or f" {metric.title}"
+    means = f"{ours:.{metric.digits}f}{unit} against {theirs:.{metric.digits}f}"
+    compared = paired_difference(pairs)
+    if compared is None:
+        return f"{means} (no interval from {len(pairs)} pair(s))"
+    return f"{_verdict(compared, metric)}: {means}, {_interval_text(compared, metric)}"
+
+
+def _verdict(compared: Difference, metric: Metric) -> str:
+    if compared.low <= 0 <= compared.high:
+        return "no difference seen"
+    return "better" if (compared.mean > 0) == (metric.better == "higher") else "worse"
+
+
+def _interval_text(compared: Difference, metric: Metric) -> str:
+    mean, low, high = (f"{metric.scale * x:+.{metric.digits}f}" for x in (compared.mean, compared.low, compared.high))
+    return f"difference {mean}, paired 95 % interval [{low}, {high}], p = {compared.p_value:.2g}"
+
+
+def protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
+    """How many samples and seeds there are, and what was equal."""
+    seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
+    adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
+    return (
+        f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
+        f"{_training_protocol(arms)} All arms sample with the same number of denoiser evaluations and the same noise. "
+        "Intervals are over seeds: with one adaptation seed they do not cover the randomness of training."
+    )
+
+
+def _training_protocol(arms: Sequence[Json]) -> str:
+    scratch = [arm["label"] for arm in arms if arm.get("from_scratch")]
+    adapted = [arm for arm in arms if arm["name"] != "base" and arm["cost"] and not arm.get("from_scratch")]
+    by_seed = zip(*([cost["tokens"] for cost in arm["cost"]] for arm in adapted), strict=True)
+    equal = all(len(set(tokens)) == 1 for tokens in by_seed)
+    tokens = "the same number of tokens" if equal else "not all the same number of tokens (see Cost)"
+    others = f" {', '.join(scratch)}: trained from scratch, on as many sequences as base and adaptation together."
+    return f"Adaptations start from the same base and see {tokens}.{others if scratch else ''}"
