@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import attention, checkpoint, engines, step
+from benchmarks import attention, checkpoint, engines, memory, profile, samplers, step
 
-PARTS = {"step": step.main, "attention": attention.main, "engines": engines.main, "checkpoint": checkpoint.main}
+PARTS = {
+    "step": step.main,
+    "small": step.small,
+    "memory": memory.main,
+    "head": step.head,
+    "attention": attention.main,
+    "engines": engines.main,
+    "samplers": samplers.main,
+    "sampler1024": samplers.thousand,
+    "checkpoint": checkpoint.main,
+    "profile": profile.main,
+}
 
 
 def main(names: list[str]) -> None:
@@ -18,4 +29,5 @@ def main(names: list[str]) -> None:
         PARTS[name]()
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":  # the processes of `memory` import this module, too
+    main(sys.argv[1:])

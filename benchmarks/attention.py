@@ -22,7 +22,7 @@ def main() -> None:
     for batch, length in SHAPES:
         q = torch.randn(batch, length, HEADS, HEAD_WIDTH, device=device, dtype=dtype, requires_grad=True)
         functions = {backend: functools.partial(_forward_backward, q, backend) for backend in backends}
-        show(f"attention, B = {batch}, L = {length}, {dtype}", interleave(functions, rounds=9), "sdpa")
+        show(f"attention, B = {batch}, L = {length}, {dtype}", interleave(functions), "sdpa")
 
 
 def _forward_backward(q: torch.Tensor, backend: str) -> None:

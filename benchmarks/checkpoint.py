@@ -43,12 +43,10 @@ def main() -> None:
 
         timings = interleave(
             {kind: lambda kind=kind: save(kind) for kind in savers},  # type: ignore[misc]
-            warmup=1,
-            rounds=7,
             after=savers["beside the training"].finish,
         )
     size = 4 * 4 * count_parameters(engine.model) / 2**20
-    show(f"a save of {size:.0f} MiB: how long the training waits", timings, "in line")
+    show(f"a save of {size:.0f} MiB: how long the training waits", timings, "in line", clock="wall")
 
 
 def _train(kind: str) -> TrainConfig:

@@ -1,53 +1,67 @@
-"""Medians with warm-up, and a table that keeps the raw figures."""
+"""Ratios of interleaved rounds, printed and saved.
+
+Other load on the machine makes seconds on the clock worthless but hardly touches the processor's seconds that a process
+has used, so without a GPU those are compared (`cpu`); `wall` is for what waits.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+
+from scmdm.files import atomic_write_text
+
+RESULTS = Path("runs/benchmarks")
+CLOCK = "wall" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call."""
+    """Seconds of each round's call."""
 
-    median: float
-    low: float  # 10th percentile
-    high: float  # 90th percentile
+    wall: list[float]
+    cpu: list[float]  # processor's seconds of all threads
+
+    def of(self, clock: str) -> list[float]:
+        return self.wall if clock == "wall" else self.cpu
 
 
 def interleave(
     functions: Mapping[str, Callable[[], object]],
     *,
-    warmup: int = 3,
-    rounds: int = 15,
+    warmup: int = 1,
+    rounds: int = 7,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time all functions in turn, round by round, so that a slow phase of the machine hits all of them alike.
 
     `after` is called behind each of them and not timed.
     """
-    for function in functions.values():
-        for _ in range(warmup):
-            function()
-            after()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    timings = {name: Timing([], []) for name in functions}
+    for number in range(warmup + rounds):
         for name, function in functions.items():
-            seconds[name].append(_once(function))
+            wall, cpu = _once(function)
             after()
-    return {name: _summary(values) for name, values in seconds.items()}
+            if number >= warmup:
+                timings[name].wall.append(wall)
+                timings[name].cpu.append(cpu)
+    return timings
 
 
-def _once(function: Callable[[], object]) -> float:
+def _once(function: Callable[[], object]) -> tuple[float, float]:
     _synchronize()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     function()
     _synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def _synchronize() -> None:
@@ -55,15 +69,45 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _summary(values: list[float]) -> Timing:
-    deciles = statistics.quantiles(values, n=10)
-    return Timing(statistics.median(values), deciles[0], deciles[-1])
+def ratios(timings: Mapping[str, Timing], reference: str, clock: str = CLOCK) -> dict[str, list[float]]:
+    """Of each round: what a function took over what `reference` took in the same round."""
+    base = timings[reference].of(clock)
+    return {name: [a / b for a, b in zip(one.of(clock), base, strict=True)] for name, one in timings.items()}
 
 
-def show(title: str, timings: Mapping[str, Timing], reference: str) -> None:
-    """Print medians and their ratio to `reference`."""
+def show(title: str, timings: Mapping[str, Timing], reference: str, *, clock: str = CLOCK) -> None:
+    """Print medians and their ratio to `reference`, each with its lowest and highest round; save everything."""
+    print(f"\n{title} [{clock} time]")
+    for name, values in ratios(timings, reference, clock).items():
+        seconds = _spread([1e3 * x for x in timings[name].of(clock)], 1)
+        print(f"  {name:<44}{seconds:>28} ms   {_spread(values, 2)} x {reference}", flush=True)
+    rounds = {name: asdict(timing) for name, timing in timings.items()}
+    save(title, {"reference": reference, "clock": clock, "rounds": rounds})
+
+
+def show_figures(title: str, figures: Mapping[str, str], raw: Mapping[str, object]) -> None:
+    """Print lines that are no timings of interleaved rounds, and save what they come from."""
     print(f"\n{title}")
-    for name, timing in timings.items():
-        ratio = timing.median / timings[reference].median
-        spread = f"[{1e3 * timing.low:.2f}, {1e3 * timing.high:.2f}]"
-        print(f"  {name:<44}{1e3 * timing.median:9.2f} ms {spread:<18} {ratio:6.2f} x {reference}")
+    for name, text in figures.items():
+        print(f"  {name:<44}{text}", flush=True)
+    save(title, {"figures": dict(raw)})
+
+
+def save(title: str, content: Mapping[str, object]) -> None:
+    """Write a part's figures to `RESULTS`, with the machine that they are of."""
+    machine = {
+        "host": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+    }
+    name = "".join(c if c.isalnum() else "-" for c in title.split("(")[0].strip().lower())[:60]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(RESULTS / f"{name}.json", json.dumps({"title": title, **content, "machine": machine}, indent=1))
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

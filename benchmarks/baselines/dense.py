@@ -1,0 +1,111 @@
+"""Dense objective and sampler: logits, log-softmax and draws at all B x L x V places.
+
+Written after MDLM (github.com/kuleshov-group/mdlm, `diffusion.py`: `_subs_parameterization`, `_ddpm_update`,
+`_ddpm_caching_update`, `_sample_categorical`), the code that most of the field builds on. Trunk, weights and optimizer
+are scmdm's own, so that only objective and sampler are compared.
+
+Legend: B batch, L length, D width, V vocabulary with the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.schedule import Schedule
+from scmdm.model.network import Network
+
+
+class DenseDenoiser:
+    """`scmdm.diffusion.objective.Denoiser` on a network's weights, with everything dense."""
+
+    def __init__(self, model: Network) -> None:
+        self._model = model
+
+    def log_probabilities(
+        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, dropout: bool = False
+    ) -> Tensor:
+        """SUBS (B, L, V) float32: no mask, and what is not masked carries over."""
+        model = self._model
+        logits_BLV = F.linear(model.hidden(z_BL, t_B, estimate_BLD, dropout=dropout), *model.head()).float()
+        blocked = torch.zeros(logits_BLV.shape[-1], device=z_BL.device)
+        blocked[model.mask_id] = -torch.inf
+        log_p_BLV = (logits_BLV + blocked).log_softmax(-1)
+        given_BLV = torch.full_like(log_p_BLV, -torch.inf).scatter_(2, z_BL[..., None], 0.0)
+        return torch.where((z_BL == model.mask_id)[..., None], log_p_BLV, given_BLV)
+
+    def estimate(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        *,
+        dropout: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        assert packing is None
+        return self.embed(self.log_probabilities(z_BL, t_B, estimate_BLD, dropout).exp())
+
+    def weighted_nll(
+        self,
+        z_BL: Tensor,
+        t_B: Tensor,
+        estimate_BLD: Tensor | None,
+        x_BL: Tensor,
+        weight_BL: Tensor,
+        *,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert packing is None
+        log_p_BLV = self.log_probabilities(z_BL, t_B, estimate_BLD, dropout=True)
+        nll_BL = -log_p_BLV.gather(2, x_BL[..., None]).squeeze(2)
+        return (nll_BL * weight_BL).sum(), nll_BL.detach()
+
+    def embed(self, p_BLV: Tensor) -> Tensor:
+        """Expected embedding (B, L, D)."""
+        return p_BLV @ self._model.vocab_embed.embedding
+
+
+LogProbabilities = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@torch.no_grad()
+def sample_dense(
+    log_probabilities: LogProbabilities,
+    embed: Callable[[Tensor], Tensor],
+    z_BL: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    mask_id: int,
+    carry: bool,
+    generator: torch.Generator,
+    only: int | None = None,
+    cached: bool = False,
+) -> Tensor:
+    """MDLM's ancestral sampler; `carry` conditions each step on the last one's expected embedding.
+
+    `only` stops after so many steps: each does the same work. `cached` is MDLM's cache: without `carry`, and without
+    time conditioning, a prediction is used again where the last step revealed nothing in the whole batch.
+    """
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=z_BL.device)
+    move = (1 - schedule.alpha(grid)).float()
+    estimate, p_BLV = None, None
+    for k in range(steps if only is None else only):
+        if p_BLV is None:
+            p_BLV = log_probabilities(z_BL, grid[k].expand(len(z_BL)), estimate).exp()
+        q_BLV = p_BLV * (move[k] - move[k + 1])
+        q_BLV[..., mask_id] = move[k + 1]
+        uniform_BLV = torch.rand(q_BLV.shape, generator=generator, device=z_BL.device, dtype=q_BLV.dtype)
+        drawn_BL = (q_BLV / (1e-10 - (uniform_BLV + 1e-10).log())).argmax(-1)
+        next_BL = torch.where(z_BL == mask_id, drawn_BL, z_BL)
+        if carry:
+            estimate = embed(p_BLV)
+        if not cached or not torch.equal(next_BL, z_BL):
+            p_BLV = None
+        z_BL = next_BL
+    return z_BL

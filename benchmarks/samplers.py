@@ -1,0 +1,91 @@
+"""Our samplers against the dense one, on the same weights, to the end of all steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.dense import DenseDenoiser, sample_dense
+from benchmarks.timing import CLOCK, Timing, interleave, ratios, show_figures
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.model.dit import DiT
+from scmdm.model.init import init_weights
+from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
+
+_MODEL = ModelConfig(width=256, layers=4, heads=4, condition_width=64, self_conditioned=True)
+_VOCAB, _LENGTH, _BATCH = 50_258, 256, 1
+_BASELINE_STEPS = 1  # timed; each does the same work
+
+
+def main() -> None:
+    """Print how many times faster each is than the dense sampler, whose time is that of a step times their number."""
+    _run({32: 3, 128: 1})
+
+
+def thousand() -> None:
+    """The same for T = 1024: some minutes."""
+    _run({1024: 1})
+
+
+def _run(rounds: Mapping[int, int]) -> None:
+    device = resolve_device("auto")
+    dtype = resolve_precision("auto", device)
+    model = DiT(_MODEL, vocab_size=_VOCAB, mask_id=_VOCAB - 1, schedule=LogLinear()).to(device).eval()
+    init_weights(model, 0)
+    with compute_context(device, dtype):
+        for steps, number in rounds.items():
+            _compare(model, steps, number, device)
+
+
+def _compare(model: DiT, steps: int, rounds: int, device: torch.device) -> None:
+    functions: dict[str, Callable[[], object]] = {
+        "dense vanilla": lambda: _dense(model, steps, carry=False, device=device),
+        "dense self-conditioned": lambda: _dense(model, steps, carry=True, device=device),
+        "vanilla": lambda: _ours(model, steps, carry=False, device=device),
+        "self-conditioned": lambda: _ours(model, steps, carry=True, device=device),
+    }
+    timings = interleave(functions, warmup=0, rounds=rounds)
+    for name in ("dense vanilla", "dense self-conditioned"):
+        whole = [[x * steps / _BASELINE_STEPS for x in timings[name].of(clock)] for clock in ("wall", "cpu")]
+        timings[name] = Timing(*whole)
+    found = {name: ratios(timings, name)[f"dense {name}"] for name in ("vanilla", "self-conditioned")}
+    show_figures(
+        f"sampler, T = {steps} (V = {_VOCAB}, L = {_LENGTH}, B = {_BATCH}) [{CLOCK} time]",
+        {
+            name: f"{statistics.median(times):6.1f} x faster than dense {[round(x, 1) for x in times]}, "
+            f"{statistics.median(timings[name].of(CLOCK)):.1f} s"
+            for name, times in found.items()
+        },
+        {"times faster": found, "seconds": {name: timing.of(CLOCK) for name, timing in timings.items()}},
+    )
+
+
+def _ours(model: DiT, steps: int, *, carry: bool, device: torch.device) -> Tensor:
+    start, ids = _start(device), torch.arange(_BATCH, device=device)
+    settings = SamplerSettings(steps=steps, carry=carry)
+    return sample(model, start, ids, schedule=LogLinear(), settings=settings, mask_id=model.mask_id, seed=0).tokens
+
+
+def _dense(model: DiT, steps: int, *, carry: bool, device: torch.device) -> Tensor:
+    dense = DenseDenoiser(model)
+    return sample_dense(
+        dense.log_probabilities,
+        dense.embed,
+        _start(device),
+        LogLinear(),
+        steps,
+        mask_id=model.mask_id,
+        carry=carry,
+        generator=torch.Generator(device).manual_seed(0),
+        only=_BASELINE_STEPS,
+    )
+
+
+def _start(device: torch.device) -> Tensor:
+    return torch.full((_BATCH, _LENGTH), _VOCAB - 1, device=device)
