@@ -56,7 +56,7 @@ def test_a_vanilla_sampler_draws_what_the_published_formula_draws(tmp_path, cond
         settings=settings,
         mask_id=loaded.spec.mask_id,
         seed=seed,
-        on_step=lambda _, z: states.append(z),
+        on_step=lambda seen: states.append(seen.z_BL),
     )
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for index in range(steps - 1):  # the last step leaves no mask, whatever the noise
