@@ -43,14 +43,14 @@ class ImportConfig:
 class ExportConfig:
     """How a model is written."""
 
-    format: str = "scmdm"  # scmdm | mdlm | llada | dream | llama | qwen2 | peft (the adapters of LoRA alone)
+    format: str = "scmdm"  # scmdm | mdlm | llada | dream | llama | qwen2 | hub (for AutoModel) | peft (LoRA alone)
     weights: str = "ema"  # ema (averaged, where there are any) | raw
     dtype: str = "stored"  # of the weights: stored (as they are) | float32 | bfloat16 | float16
     shard_gb: float = 5.0  # largest weights file, in 10^9 bytes
 
     def validate(self) -> None:
         """Raise UserError for a value that is not possible."""
-        _require_one_of("format", self.format, ("scmdm", *LAYOUTS, "peft"))
+        _require_one_of("format", self.format, ("scmdm", *LAYOUTS, "hub", "peft"))
         _require_one_of("weights", self.weights, _WEIGHTS)
         _require_one_of("dtype", self.dtype, DTYPES)
         if not self.shard_gb > 0:

@@ -58,6 +58,11 @@ def _loading(stored: StoredModel, config: ExportConfig) -> str:
             "Low-rank adapters and the conditioner as `peft` writes them; `adapter_config.json` names the base:\n\n"
             '```python\npeft.PeftModel.from_pretrained(scmdm.load("BASE").model, "THIS DIRECTORY")\n```'
         )
+    if config.format == "hub":
+        return (
+            "```python\nimport scmdm.hub  # tells transformers what this is\nfrom transformers import AutoModel\n\n"
+            'model = AutoModel.from_pretrained("THIS DIRECTORY")\n```'
+        )
     commands = "```bash\nscmdm import THIS_DIRECTORY NEW\nscmdm sample NEW num=8\n```"
     text = f"The weights are in the layout `{config.format}`. With scmdm:\n\n{commands}"
     if stored.spec.model.self_conditioned:

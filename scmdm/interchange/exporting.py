@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from scmdm.model.weights import WEIGHTS_FILE, ModelSpec, StoredModel, iterate_we
 from scmdm.training.checkpoint import find_model, seal
 
 _CONDITIONER = "conditioner."
+HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 
 
 def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
@@ -51,6 +52,8 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
             write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
         elif config.format == "peft":
             _write_adapters(stored, temporary, config)
+        elif config.format == "hub":
+            _write_for_hub(stored, temporary, config, limit)
         else:
             _write_published(stored, ALL[config.format], temporary, config, limit)
         described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
@@ -89,14 +92,27 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     write_shards(to / "adapter_model.safetensors", named, limit=2**63)
 
 
+def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:
+    """What `scmdm.hub.MaskedDiffusion.save_pretrained` writes, without reading the whole model into memory."""
+    described = {"model_type": HUB_TYPE, "architectures": [HUB_CLASS], "spec": asdict(_merged_spec(stored.spec))}
+    atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+    _write_tokenizer(stored, to)
+    named = ((f"network.{name}", value) for name, value in _weights(stored, config))
+    write_shards(to / SINGLE_FILE, named, limit, index=True)
+
+
+def _write_tokenizer(stored: StoredModel, to: Path) -> None:
+    if isinstance(stored.tokenizer, HuggingFaceTokenizer):
+        atomic_write_text(to / "tokenizer.json", json.dumps(stored.tokenizer.pipeline, ensure_ascii=False) + "\n")
+
+
 def _write_published(stored: StoredModel, layout: Layout, to: Path, config: ExportConfig, limit: int) -> None:
     spec, beside = stored.spec, to / BESIDE
     beside.mkdir()
     _write_description(stored, beside)
     described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
-    if isinstance(stored.tokenizer, HuggingFaceTokenizer):
-        atomic_write_text(to / "tokenizer.json", json.dumps(stored.tokenizer.pipeline, ensure_ascii=False) + "\n")
+    _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
     if spec.model.self_conditioned:
         own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))

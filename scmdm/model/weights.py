@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,13 @@ def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, toke
     shutil.copyfile(tokenizer_file, directory / manifest.tokenizer.file)
 
 
+def spec_of(content: dict[str, Any]) -> ModelSpec:
+    """A spec from what `asdict` made of it; KeyError or TypeError for anything else."""
+    architecture = dict(content["model"])
+    model = ModelConfig(**{**architecture, "llama": LlamaConfig(**architecture.get("llama", {}))})
+    return ModelSpec(**{**content, "model": model, "diffusion": DiffusionConfig(**content["diffusion"])})
+
+
 def read_spec(directory: Path) -> ModelSpec:
     """Read `model.json`; UserError when it is missing, malformed or of a newer format."""
     path = directory / MODEL_FILE
@@ -92,9 +100,7 @@ def read_spec(directory: Path) -> ModelSpec:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
             raise UserError(f"{path} has an unknown format; expected {_FORMAT}: upgrade scmdm")
-        architecture, diffusion = content.pop("model"), DiffusionConfig(**content.pop("diffusion"))
-        llama = LlamaConfig(**architecture.pop("llama", {}))
-        return ModelSpec(model=ModelConfig(**architecture, llama=llama), diffusion=diffusion, **content)
+        return spec_of(content)
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a model: it has no {MODEL_FILE}; give a run, checkpoint or export"
