@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import NoReturn
 
@@ -32,14 +33,20 @@ def worker_processes(count: int) -> Iterator[Executor]:
         pool.shutdown()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        children = multiprocessing.active_children()
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.join()
+        _end(multiprocessing.active_children())
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """Wait for their saves. A worker whose job was stopped takes the next from its queue, hence one SIGTERM a job."""
+    while workers:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(timeout=1.0)
+        workers = [worker for worker in workers if worker.is_alive()]
 
 
 def _start() -> None:

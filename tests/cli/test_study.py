@@ -83,7 +83,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     # A shell that starts its tests in the background has them ignore Ctrl-C.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = scmdm("study", path, start_new_session=True, preexec_fn=heed)
-    metrics = out / "scmdm-0" / METRICS_FILE
+    metrics, waiting = out / "vanilla-0" / METRICS_FILE, out / "scmdm-0" / METRICS_FILE  # there is one worker
     while (row := last_row(metrics, "train")) is None or row["step"] < 8:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -93,6 +93,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     wait_until_gone(workers)
+    assert last_row(waiting, "train") is None
     output = finish(path)
     assert "rate 1 (" not in output and "scmdm-0_T4_s1" in output and "report: " in output
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
