@@ -47,7 +47,7 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int) -> str:
-    """What "auto" means for this input: "flash" where it runs, "matmul" for short bfloat16 ones on a CPU, else "sdpa"."""
+    """What "auto" means for this input: "flash" where it runs, "matmul" for short bfloat16 on a CPU, else "sdpa"."""
     if backend != "auto":
         return backend
     if device_type == "cpu":
