@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from scmdm.errors import UserError
 
 # On CPU in bfloat16 torch's fused kernel takes 15 x as long in its backward as three plain products (L = 32) and loses
-# up to about this length; benchmarks/attention.py prints the ratios.
+# up to about this length. In float32 it wins at any; benchmarks/attention.py prints the ratios.
 _CPU_MATMUL_LENGTH = 256
 
 
@@ -47,11 +47,11 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int) -> str:
-    """What "auto" means for this input: "flash" where it runs, "matmul" for short CPU sequences, else "sdpa"."""
+    """What "auto" means for this input: "flash" where it runs, "matmul" for short bfloat16 on a CPU, else "sdpa"."""
     if backend != "auto":
         return backend
     if device_type == "cpu":
-        return "matmul" if length <= _CPU_MATMUL_LENGTH else "sdpa"
+        return "matmul" if dtype != torch.float32 and length <= _CPU_MATMUL_LENGTH else "sdpa"
     return "sdpa" if flash_unusable_because(device_type, dtype) else "flash"
 
 

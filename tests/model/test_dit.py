@@ -97,7 +97,8 @@ def test_the_null_estimate_adds_exactly_nothing(kind):
 def test_attention_backends_agree(length):
     q, k, v = (torch.randn(2, length, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     torch.testing.assert_close(attend(q, k, v, "matmul"), attend(q, k, v, "sdpa"), rtol=1e-5, atol=1e-5)
-    assert choose_backend("auto", "cpu", torch.float32, length) == ("matmul" if length == 8 else "sdpa")
+    assert choose_backend("auto", "cpu", torch.bfloat16, length) == ("matmul" if length == 8 else "sdpa")
+    assert choose_backend("auto", "cpu", torch.float32, length) == "sdpa"
 
 
 def test_flash_attention_is_refused_where_it_cannot_run():
