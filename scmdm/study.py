@@ -38,7 +38,7 @@ from scmdm.progress import StudyDisplay
 from scmdm.sampling import Generated, generate, load, write_samples
 from scmdm.training.checkpoint import find_model, sha256_of_model
 from scmdm.training.trainer import run_training
-from scmdm.workers import worker_count, worker_processes
+from scmdm.workers import unless_stopped, worker_count, worker_processes
 
 console = Console()
 _HELD_OUT = 4096  # at most so many sequences
@@ -192,7 +192,7 @@ class _Jobs:
             def evaluate(model: Model) -> None:
                 self._models[model.key] = model
                 for task in self._open_tasks(model):
-                    running[pool.submit(_measure, task, self._root)] = task
+                    running[pool.submit(unless_stopped, _measure, task, self._root)] = task
                 for name, arm in self._config.arms.items():
                     if arm.samples_of == model.arm:
                         evaluate(dataclasses.replace(model, arm=name, run=None))
@@ -202,7 +202,7 @@ class _Jobs:
             for (_, run), (arm, seed) in sorted(jobs, key=lambda job: -_sequences(job[0][1])):
                 model = Model(arm, seed, Path(run.run_dir), Path(run.run_dir))
                 run.threads = run.threads or threads
-                running[pool.submit(_train, run, self._base.path)] = model
+                running[pool.submit(unless_stopped, _train, run, self._base.path)] = model
             evaluate(self._base)
             while running:
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)

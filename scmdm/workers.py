@@ -6,14 +6,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from scmdm.signals import REQUEUE_EXIT
+
+T = TypeVar("T")
+_stopped = False  # of this worker
 _MOST = 8  # each has torch in memory, about 0.7 GiB
 
 
@@ -33,20 +36,26 @@ def worker_processes(count: int) -> Iterator[Executor]:
         pool.shutdown()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        _end(multiprocessing.active_children())
+        children = multiprocessing.active_children()
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end(workers: list[BaseProcess]) -> None:
-    """Wait for their saves. A worker whose job was stopped takes the next from its queue, hence one SIGTERM a job."""
-    while workers:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join(timeout=1.0)
-        workers = [worker for worker in workers if worker.is_alive()]
+def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
+    """In a worker: run it, unless a signal stopped an earlier job there: what waits in the queue must not start."""
+    global _stopped
+    if _stopped:
+        raise SystemExit(REQUEUE_EXIT)
+    try:
+        return function(*arguments)
+    except SystemExit:
+        _stopped = True
+        raise
 
 
 def _start() -> None:

@@ -83,7 +83,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     # A shell that starts its tests in the background has them ignore Ctrl-C.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = scmdm("study", path, start_new_session=True, preexec_fn=heed)
-    metrics, waiting = out / "vanilla-0" / METRICS_FILE, out / "scmdm-0" / METRICS_FILE  # there is one worker
+    metrics, waiting = (out / name / METRICS_FILE for name in ("scmdm-0", "vanilla-0"))  # one worker, in this order
     while (row := last_row(metrics, "train")) is None or row["step"] < 8:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
