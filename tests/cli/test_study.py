@@ -103,6 +103,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     assert measured(out) == measured(undisturbed)
 
 
+@pytest.mark.long
 def test_from_scratch_trains_the_base_first(study):
     path, out = study
     finish(path, "from_scratch=true", "overrides=" + json.dumps([*ADAPTED, "train.steps=4"]))

@@ -74,7 +74,7 @@ def test_it_does_what_torchrun_does_and_keeps_the_logs_of_each_rank(local, tmp_p
     assert f"[rank 0] {logs[0].read_text().splitlines()[0]}" in output
 
 
-@pytest.mark.parametrize("whom", ["launcher", "everybody"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("everybody", marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_next_launch_goes_on(local, tmp_path, undisturbed, whom):
     """`everybody`: also loader processes, Python's helpers, and wandb's service, which dies: the save must not."""
     keys = ("train.checkpoint_every=1000", "data.num_workers=1", "wandb.mode=offline")

@@ -86,7 +86,9 @@ def test_losses_and_weights_are_those_of_one_process(case, adapt, single, tmp_pa
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [0, 0.5, 1])
+@pytest.mark.parametrize(
+    "rate", [pytest.param(0, marks=pytest.mark.long), 0.5, pytest.param(1, marks=pytest.mark.long)]
+)
 def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
     """Loss passes with and without a no-grad pass before them, validation with averaged weights in between."""
     keys = [f"self_conditioning.rate={rate}", "train.validate_every=2", "train.micro_batch_size=16", "train.steps=6"]
@@ -104,6 +106,7 @@ def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
 
 @installed
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adapt, single, tmp_path):
     legs = [
         (0, 3, []),

@@ -78,6 +78,7 @@ def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_p
     wait_until_gone(children)
 
 
+@pytest.mark.long
 def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
     """No Python thread runs then, so the end comes from outside of the interpreter, with status 1."""
     run = tmp_path / "run"
@@ -87,6 +88,7 @@ def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
     assert "call_a_library_that_hangs" in stacks(run)["rank_0"]
 
 
+@pytest.mark.long
 def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
     """Suspended for longer than the limit, as schedulers and people do: that is no hang."""
     run = tmp_path / "run"
