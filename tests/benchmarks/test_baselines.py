@@ -34,7 +34,7 @@ def test_dense_objective_and_estimate_are_ours(model):
         total, nll = denoiser.weighted_nll(z, t, estimate, x, weight)
         gradients.append((total.detach(), nll, *torch.autograd.grad(total, list(model.parameters()))))
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # gradients of float32 sums
     ours, theirs = model.estimate(z, t, estimate), dense.estimate(z, t, estimate)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
