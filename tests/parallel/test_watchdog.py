@@ -45,6 +45,7 @@ def test_one_rank_that_hangs_in_a_read_ends_all_with_its_stack(adapt, tmp_path):
     assert "in data, last step 4: rank 1" in log and "in sync, last step 4: rank 0" in log
 
 
+@pytest.mark.long
 def test_the_others_end_a_job_whose_rank_was_stopped(adapt, tmp_path):
     """Nothing runs in a stopped process, no watchdog either: the launcher must kill it."""
     run = tmp_path / "run"
