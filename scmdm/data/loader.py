@@ -26,7 +26,7 @@ from torch import Tensor
 from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
-from scmdm.data.mosaic import MDSReader, StreamingDataLoader
+from scmdm.data.mosaic import LOCK_FILES, MDSReader, StreamingDataLoader
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
 from scmdm.parallel.processes import all_gather_object, barrier, current_world
@@ -134,9 +134,23 @@ def _construction_lock() -> Iterator[None]:
         if sharers.index(_identity(folder)) == current_world().rank:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
+            _skip_remains(folder)
         barrier()
         yield
         barrier()
+
+
+def _skip_remains(folder: Path) -> None:
+    """Have streaming pass over numbers of which a killed run has left some of the names in shared memory.
+
+    Streaming looks for the first free number of each kind of name and takes the largest of those, which need not be
+    free of the other kinds. It passes over a number whose lock file is there, unless somebody has cleaned `folder`.
+    """
+    for piece in Path("/dev/shm").glob("[0-9]" * 6 + "_*"):
+        locks = [folder / f"{piece.name[:6]}_{kind}" for kind in LOCK_FILES]
+        with contextlib.suppress(FileNotFoundError):  # a run that ends takes its names along
+            if piece.stat().st_uid == os.getuid() and not any(lock.exists() for lock in locks):
+                locks[0].touch()
 
 
 def _identity(path: Path) -> tuple[str, int, int]:

@@ -23,6 +23,7 @@ for _name in _left_out:
     delattr(streaming, _name)
 
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK
 from streaming.base.dataset import _ShardState as ShardState
 from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
@@ -30,7 +31,10 @@ from streaming.base.spanner import Spanner
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 
+LOCK_FILES = (CACHE_FILELOCK, BARRIER_FILELOCK)  # endings of their names
+
 __all__ = [
+    "LOCK_FILES",
     "CloudDownloader",
     "CloudUploader",
     "MDSReader",

@@ -6,11 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from scmdm.data.dataset import COLUMN
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
 from scmdm.data.mixture import Data
 from scmdm.data.shards import Description, write_dataset
@@ -193,6 +196,20 @@ def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_ranks,
         for rank, local_rank in enumerate(local_ranks)
     ]
     assert [process.wait(timeout=100) for process in processes] == [0, 0]
+
+
+def test_remains_of_killed_runs_whose_lock_files_are_gone(molecules, tmp_path, monkeypatch):
+    """Of two numbers some names each: without help streaming takes the second, of which `locals` is not free."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    free = next(n for n in itertools.count() if not list(Path("/dev/shm").glob(f"{n:06}_*")))
+    remains = [Path(f"/dev/shm/{free:06}_barrier"), Path(f"/dev/shm/{free + 1:06}_locals")]
+    try:
+        for piece in remains:
+            piece.write_bytes(b"\0" * 12)
+        assert len(next(iter(loader(molecules)))[COLUMN]) == 32
+    finally:
+        for piece in remains:
+            piece.unlink()
 
 
 def test_readers_that_are_not_used_are_not_imported_but_can_be():
