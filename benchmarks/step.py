@@ -17,6 +17,7 @@ from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import interleave, show
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.sequences import Sequences
 from scmdm.model.dit import DiT
 from scmdm.model.head import weighted_nll_sum
 from scmdm.model.init import init_weights
@@ -90,7 +91,8 @@ def make_engine_step(shape: Shape, *, rate: float, engine: str = "single") -> tu
     ids = torch.arange(shape.batch, device=device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
     # The same step number every time: the same times and masks, hence the same work.
-    step = functools.partial(train_step, built, config, LogLinear(), shape.vocab - 1, tokens, valid, ids, 0)
+    batch = Sequences(tokens, valid, ids)
+    step = functools.partial(train_step, built, config, LogLinear(), shape.vocab - 1, batch, 0)
     return built, step
 
 

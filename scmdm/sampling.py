@@ -22,6 +22,7 @@ from torch import Tensor
 from scmdm.config.sampling import SampleConfig, SamplerConfig
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
+from scmdm.diffusion.sequences import NO_LABEL
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model
@@ -29,6 +30,7 @@ from scmdm.parallel.engine import compute_context, resolve_device, resolve_preci
 from scmdm.training.checkpoint import find_model
 
 MASK_WORD = "[MASK]"
+EACH_LABEL = "each"
 _CPU_BATCH, _GPU_BATCH = 64, 1024  # samples at once: what stays in a core's cache; what fills a GPU
 
 
@@ -41,6 +43,7 @@ class Generated:
     framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
     counts: list[int]  # denoiser evaluations of each
     seconds: float
+    labels: list[str] | None = None  # the class that each was drawn for
 
     @property
     def evaluations(self) -> int:
@@ -122,6 +125,7 @@ def generate(
     sampler.check_length(templates_PL.shape[1])
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     ids_N = torch.arange(num * len(templates_PL))
+    labels_N = _labels(loaded, sampler, ids_N % num)
     batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
     masks = int((templates_PL == spec.mask_id).sum(1).max())
     per_batch = masks if settings.kind == "first_hitting" else settings.steps
@@ -143,6 +147,7 @@ def generate(
                 settings=settings,
                 mask_id=spec.mask_id,
                 seed=seed,
+                labels_B=labels_N[ids_B].to(device) if labels_N is not None else None,
                 on_step=stepped,
             )
 
@@ -150,16 +155,35 @@ def generate(
     # The number of threads is each thread's own: the pool's work alone, the caller's stays.
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
-    return _decoded(loaded, drawn, time.perf_counter() - started)
+    return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
 
 
-def _decoded(loaded: LoadedModel, drawn: Sequence[Samples], seconds: float) -> Generated:
+def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:
+    """The class (N,) of every sample of a prompt; None for a model that knows none."""
+    names, label = loaded.manifest.labels, sampler.label
+    if not loaded.spec.model.labels:
+        if label is not None:
+            raise UserError(f"sampler.label={label}, but the model knows no labels; train it with model.labels=true")
+        return None
+    if label is None:
+        return torch.full_like(numbers_N, NO_LABEL)
+    if label == EACH_LABEL:
+        return numbers_N % len(names)
+    if label not in names:
+        raise UserError(f"sampler.label={label} is not possible; it must be {EACH_LABEL} or one of {', '.join(names)}")
+    return torch.full_like(numbers_N, names.index(label))
+
+
+def _decoded(loaded: LoadedModel, drawn: Sequence[Samples], labels_N: Tensor | None, seconds: float) -> Generated:
     tokens = torch.cat([part.tokens.cpu() for part in drawn])
     blocks, rows = loaded.manifest.framing == "concatenate", tokens.tolist()
     texts = [block_text(row, loaded.tokenizer) if blocks else loaded.tokenizer.decode(row) for row in rows]
     framed = [is_block(row, loaded.tokenizer) if blocks else is_framed(row, loaded.tokenizer) for row in rows]
     counts = [part.evaluations for part in drawn for _ in range(len(part.tokens))]
-    return Generated(tokens, texts, framed, counts, seconds)
+    known = None
+    if labels_N is not None and int(labels_N.min()) != NO_LABEL:
+        known = [loaded.manifest.labels[label] for label in labels_N.tolist()]
+    return Generated(tokens, texts, framed, counts, seconds, known)
 
 
 def run_sampling(path: str, config: SampleConfig) -> Generated:
@@ -202,11 +226,19 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def write_samples(path: Path, generated: Generated, tokenizer: Tokenizer) -> None:
-    """One JSON object a line with `text`, `framed`, `tokens`, `evaluations`; or, by the file's name: `.txt` texts a
-    line, `.smi` molecules that are framed, `.fasta` sequences, `.png` a picture of the first samples."""
+    """One JSON object a line with `text`, `framed`, `tokens`, `evaluations` and, if asked for, `label`; or, by the
+    file's name: `.txt` texts a line, `.smi` molecules that are framed, `.fasta` sequences, `.png` a picture of the
+    first samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = zip(generated.texts, generated.framed, generated.tokens.tolist(), generated.counts, strict=True)
-    rows = [dict(zip(("text", "framed", "tokens", "evaluations"), row, strict=True)) for row in columns]
+    columns: dict[str, Sequence[Any]] = {
+        "text": generated.texts,
+        "framed": generated.framed,
+        "tokens": generated.tokens.tolist(),
+        "evaluations": generated.counts,
+    }
+    if generated.labels is not None:
+        columns["label"] = generated.labels
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if path.suffix == ".png":
         from scmdm.evaluation.domains import DOMAINS, domain_name
 
@@ -222,7 +254,8 @@ def _lines(suffix: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             if row["framed"]:
                 yield row["text"]
         elif suffix in (".fasta", ".fa"):
-            yield f">sample_{number} evaluations={row['evaluations']} framed={str(row['framed']).lower()}"
+            label = f" label={row['label']}" if "label" in row else ""
+            yield f">sample_{number} evaluations={row['evaluations']} framed={str(row['framed']).lower()}{label}"
             yield from textwrap.wrap(row["text"], 80)
         elif suffix == ".txt":
             yield row["text"]

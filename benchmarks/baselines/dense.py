@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.model.network import Network
 
 
@@ -45,9 +45,9 @@ class DenseDenoiser:
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
-        assert packing is None
+        assert side is None
         return self.embed(self.log_probabilities(z_BL, t_B, estimate_BLD, dropout).exp())
 
     def weighted_nll(
@@ -58,9 +58,9 @@ class DenseDenoiser:
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert packing is None
+        assert side is None
         log_p_BLV = self.log_probabilities(z_BL, t_B, estimate_BLD, dropout=True)
         nll_BL = -log_p_BLV.gather(2, x_BL[..., None]).squeeze(2)
         return (nll_BL * weight_BL).sum(), nll_BL.detach()

@@ -23,6 +23,8 @@ class SamplerConfig:
     top_k: int | None = None  # draw among so many most probable tokens; null: all
     top_p: float = 1.0  # nucleus
     gumbel: str = "float64"  # float64 | float32 (the truncated draw of older code)
+    label: str | None = None  # class of the samples, of a model with labels; each: all classes in turn; null: none
+    guidance: float = 1.0  # classifier-free: 1 none, more: further towards the label, at two evaluations a step
     carry: str = "auto"  # auto (when the model is self-conditioned) | always | never
 
     def settings(self, self_conditioned: bool) -> SamplerSettings:
@@ -31,7 +33,9 @@ class SamplerConfig:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        return SamplerSettings(**{**asdict(self), "carry": self_conditioned and self.carry != "never"})
+        settings = {**asdict(self), "carry": self_conditioned and self.carry != "never"}
+        del settings["label"]  # which sequences it is for is not the sampler's business
+        return SamplerSettings(**settings)
 
     def check_length(self, length: int) -> None:
         """UserError when sequences of this length have more blocks than there are steps."""
@@ -63,6 +67,8 @@ class SamplerConfig:
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("guidance", self.guidance >= 0, "0 or more"),
+            ("guidance", self.guidance == 1 or self.label is not None, "1 without sampler.label"),
         ):
             if not ok:
                 raise UserError(f"sampler.{name}={getattr(self, name)!r} is not possible; it must be {wanted}")

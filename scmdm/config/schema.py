@@ -56,6 +56,7 @@ class ModelConfig:
     condition_width: int = 32  # of the time condition (dit)
     mlp_ratio: int = 4
     time_conditioning: bool = False  # let the network see the noise level (dit)
+    labels: bool = False  # let the network see the samples' labels (dit), for guidance
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
     conditioner: str = "projection"  # projection | norm | mlp
@@ -132,6 +133,7 @@ class EmaConfig:
 @dataclass
 class TrainConfig:
     steps: int = MISSING  # optimizer steps
+    label_dropout: float = 0.1  # of model.labels: part of the samples whose label is not shown, for guidance
     last_layers: int | None = None  # adapt: train the last so many blocks and the conditioner alone; null: everything
     global_batch_size: int = 64  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 64  # sequences at once on a rank
@@ -270,7 +272,7 @@ class RunConfig:
         """A key that the model's kind does not read is a mistake."""
         model, default = self.model, ModelConfig()
         others = {"dit": [f"llama.{key}" for key in vars(default.llama)]}
-        unread = others.get(model.kind, ["condition_width", "time_conditioning"])
+        unread = others.get(model.kind, ["condition_width", "time_conditioning", "labels"])
         for key in unread:
             value = _get(model, key)
             _require(value == _get(default, key), f"model.{key}", value, f"left out with model.kind={model.kind}")
@@ -328,6 +330,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("deepspeed.stage", 1, 3),
     ("deepspeed.whole_below", 0, 2**31),
     ("train.steps", 1, 2**40),
+    ("train.label_dropout", 0, 1),
     ("train.last_layers", 0, 1024),
     ("train.global_batch_size", 1, 2**30),
     ("train.micro_batch_size", 1, 2**30),

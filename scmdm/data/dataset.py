@@ -24,6 +24,7 @@ from scmdm.errors import UserError
 COLUMN, LABEL = "tokens", "label"
 DOCUMENTS = "documents"  # of packed samples: the number of each token's document within the sample
 GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and a prompt
+MORE = (DOCUMENTS, GIVEN, LABEL)  # columns that not all data sets have
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 
@@ -50,7 +51,7 @@ class TokenStream(Stream):
 class TokenDataset(StreamingDataset):
     """Samples `{"tokens": int64 (L,), "index": int}`, where all noise is keyed on `index`.
 
-    Those of packed data have `documents` (L,), those with prompts `given` ().
+    Those of packed data have `documents` (L,), those with prompts `given` (), those with classes `label` ().
 
     It is the sample's place in its split, counted through all streams. A stream that is drawn more than once in an
     epoch gives a repeated sample another index each time (more by a multiple of all samples): else two copies in one
@@ -125,7 +126,7 @@ class TokenDataset(StreamingDataset):
 
     def _sample(self, at: Any) -> dict[str, Any]:
         found = super().__getitem__(at % self.num_samples)
-        more = {name: np.asarray(found[name]).astype(np.int64) for name in (DOCUMENTS, GIVEN) if name in found}
+        more = {name: np.asarray(found[name]).astype(np.int64) for name in MORE if name in found}
         return {"tokens": found[COLUMN].astype(np.int64), "index": at, **more}
 
     def _unreadable(self, at: Any, error: Exception) -> UserError:

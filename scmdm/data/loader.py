@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL, TokenDataset, TokenStream
+from scmdm.data.dataset import COLUMN, LABEL, MORE, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.data.mosaic import LOCK_FILES, MDSReader, StreamingDataLoader
@@ -201,8 +201,8 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]))
     more = {
         name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in (DOCUMENTS, GIVEN)
-        if name in samples[0]
+        for name in MORE
+        if all(name in sample for sample in samples)  # streams with and without labels may be mixed
     }
     return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples]), **more}
 
@@ -230,7 +230,7 @@ def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np
 
 def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """What a loader's batch would hold of some rows (ascending) but the index, int64. Raises UserError as above."""
-    found = _read(root, split, rows, (COLUMN, DOCUMENTS, GIVEN))
+    found = _read(root, split, rows, (COLUMN, *MORE))
     return {name: values.astype(np.int64) for name, values in found.items()}
 
 

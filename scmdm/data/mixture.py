@@ -132,6 +132,7 @@ def _mixed_manifest(sources: list[Source]) -> Manifest:
         splits={name: _sum([source.manifest.splits[name] for source in sources]) for name in names},
         source={"streams": mixed},
         counts={},
+        labels=first.labels if all(source.manifest.labels == first.labels for source in sources) else [],
     )
 
 

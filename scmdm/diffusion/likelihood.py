@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.objective import Denoiser, self_conditioned_nelbo
-from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Nelbo:
 @torch.no_grad()
 def estimate_nelbo(
     denoiser: Denoiser,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Iterable[Sequences],
     schedule: Schedule,
     *,
     mask_id: int,
@@ -45,9 +45,7 @@ def estimate_nelbo(
     condition: bool = False,
     passes: int = 1,
 ) -> Nelbo:
-    """Mean NELBO over `(tokens (B, L), valid (B, L), ids (B,))` batches, with `draws` times per sequence.
-
-    Batches of packed samples have a fourth tensor: the numbers of the documents (B, L).
+    """Mean NELBO over batches, with `draws` times per sequence.
 
     `condition` gives every sequence the estimate of `passes` no-grad passes, at twice the evaluations: still a bound
     on the likelihood, because the estimate is a function of `z_t`. The same seed gives the same times and masks, so
@@ -55,27 +53,26 @@ def estimate_nelbo(
     """
     sums: list[Tensor] = []
     counts: list[Tensor] = []
-    for tokens_BL, valid_BL, ids_B, *documents in batches:
-        packing = make_packing(documents[0]) if documents else None
-        shares = torch.zeros(len(tokens_BL), dtype=torch.float64, device=tokens_BL.device)
+    for batch in batches:
+        side, shares = batch.side(), torch.zeros(len(batch), dtype=torch.float64, device=batch.ids.device)
         for draw in range(draws):
             noised = noise_batch(
-                tokens_BL,
-                valid_BL,
-                stratified_times(seed, draw, ids_B, t_min),
-                ids_B,
+                batch.tokens,
+                batch.valid,
+                stratified_times(seed, draw, batch.ids, t_min),
+                batch.ids,
                 schedule=schedule,
                 mask_id=mask_id,
                 seed=seed,
                 step=draw,
                 rate=1.0 if condition else 0.0,
                 noisier_state=False,
-                packing=packing,
+                side=side,
             )
             output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
             shares += output.weighted_nll_B / draws
         sums.append(shares.cpu())
-        counts.append(valid_BL.sum(1).double().cpu())
+        counts.append(batch.valid.sum(1).double().cpu())
     return _ratio(torch.cat(sums), torch.cat(counts))
 
 

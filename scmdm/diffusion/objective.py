@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import Schedule, loss_weight
+from scmdm.diffusion.sequences import SideInputs
 
 
 class Denoiser(Protocol):
@@ -27,11 +27,11 @@ class Denoiser(Protocol):
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
         """Expected embedding (B, L, D) of the clean state given the noised one; `None` is the null estimate.
-        `dropout` leaves a network that is in training mode its dropout. `packing`, here and below, comes only with
-        packed samples: other networks need not know it."""
+        `dropout` leaves a network that is in training mode its dropout. `side`, here and below, comes only with
+        packed or labelled samples: other networks need not know it."""
         ...
 
     def weighted_nll(
@@ -42,7 +42,7 @@ class Denoiser(Protocol):
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum over masked positions of `weight * -log p(x | z, estimate)` (scalar, differentiable) and the unweighted
         per-token values (B, L), float32, 0 where not masked, without gradient."""
@@ -74,15 +74,13 @@ def clean_state_estimate(
     estimate = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
-            estimate = denoiser.estimate(
-                batch.z_estimate, batch.t_estimate, estimate, dropout=dropout, **_packing(batch)
-            )
+            estimate = denoiser.estimate(batch.z_estimate, batch.t_estimate, estimate, dropout=dropout, **_side(batch))
     assert estimate is not None
     return estimate
 
 
-def _packing(batch: NoisedBatch) -> dict[str, Any]:
-    return {} if batch.packing is None else {"packing": batch.packing}
+def _side(batch: NoisedBatch) -> dict[str, Any]:
+    return {} if batch.side is None else {"side": batch.side}
 
 
 def self_conditioned_nelbo(
@@ -107,6 +105,6 @@ def self_conditioned_nelbo(
         )
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
     weight_BL = token_weights(batch, schedule)
-    loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL, **_packing(batch))
+    loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL, **_side(batch))
     share_B = (nll_BL.double() * weight_BL).sum(1)
     return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))

@@ -32,6 +32,7 @@ class SamplerSettings:
     top_k: int | None = None
     top_p: float = 1.0  # nucleus: smallest set of tokens with this much probability
     gumbel: str = "float64"  # "float64" | "float32"
+    guidance: float = 1.0  # of labelled samples: 1 draws from p(x | label), more from what tells it apart from p(x)
     carry: bool = False  # condition each step on the previous step's estimate
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.noise import keyed_permutation, keyed_uniform
-from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import SideInputs
 
 
 def stratified_times(seed: int, step: int, ids_N: Tensor, t_min: float) -> Tensor:
@@ -38,7 +38,7 @@ class NoisedBatch:
     z_estimate: Tensor  # (B, L) int64, the state that pass 1 sees; masks are a superset of those of `z`
     t_estimate: Tensor  # (B,) float64, its time
     conditioned: Tensor  # (B,) bool: pass 2 sees the estimate
-    packing: Packing | None = None  # several documents in each row
+    side: SideInputs | None = None
 
 
 def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
@@ -62,7 +62,7 @@ def noise_batch(
     step: int,
     rate: float,
     noisier_state: bool,
-    packing: Packing | None = None,
+    side: SideInputs | None = None,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
@@ -78,7 +78,7 @@ def noise_batch(
         t_estimate = t_B + (1 - t_B) * v_B
         z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
     coin_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
-    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, packing)
+    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, side)
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from scmdm.diffusion.draws import certainty, draw_tokens, most_certain
+from scmdm.diffusion.guidance import Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.plans import Problem, SamplerSettings, Step, make_plan
 from scmdm.diffusion.schedule import Schedule
@@ -29,22 +29,10 @@ from scmdm.diffusion.schedule import Schedule
 _DRAW_ROWS = 512  # positions drawn at once: bounds the float64 block of logits and noise
 
 
-class SamplingDenoiser(Protocol):
-    """What the samplers need of a network; `hidden` is the one costly evaluation."""
-
-    def hidden(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None) -> Tensor: ...
-
-    def logits(self, h_ND: Tensor) -> Tensor: ...
-
-    def expected_embedding(self, h_ND: Tensor) -> Tensor: ...
-
-    def embed(self, ids: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Samples:
-    """Tokens (B, L) without masks, and the sampler's denoiser evaluations: one a step, those among them whose result
-    nothing would have used, and which were left out."""
+    """Tokens (B, L) without masks, and the sampler's denoiser evaluations: one a step (guided: two), those among them
+    whose result nothing would have used, and which were left out."""
 
     tokens: Tensor
     evaluations: int
@@ -74,43 +62,44 @@ def sample(
     settings: SamplerSettings,
     mask_id: int,
     seed: int,
+    labels_B: Tensor | None = None,
     on_step: StepHook | None = None,
 ) -> Samples:
     """Fill the masked positions of `given_BL` (int64); all other positions (a prompt, an infill frame) stay.
 
-    `ids_B` (int64) name the samples: the same id, seed and settings give the same sample in any batch.
+    `ids_B` (int64) name the samples: the same id, seed and settings give the same sample in any batch. `labels_B`
+    (int64) are their classes, of a model that knows them; NO_LABEL is none.
     `on_step` is called after every step, and cannot change what is drawn.
     """
     z_BL, estimate, evaluations = given_BL, None, 0
+    view = Guided(denoiser, labels_B, settings.guidance)
     problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed)
     for step in make_plan(problem, settings):
         before_BL, seen = z_BL, estimate
-        evaluations += 1
+        evaluations += view.evaluations
         if settings.carry:
-            z_BL, h_BLD = _advance(denoiser, z_BL, estimate, step, ids_B, settings, seed)
-            estimate = _carried_estimate(denoiser, h_BLD, z_BL, mask_id)
+            z_BL, h_BLD = _advance(view, z_BL, estimate, step, ids_B, settings, seed)
+            estimate = _carried_estimate(view, h_BLD, z_BL, mask_id)
         else:
-            z_BL = _advance_where_needed(denoiser, z_BL, step, ids_B, settings, seed)
+            z_BL = _advance_where_needed(view, z_BL, step, ids_B, settings, seed)
         revealed_BL = (before_BL == mask_id) & (z_BL != mask_id)
         if step.remask_BL is not None:
             z_BL = z_BL.masked_fill(step.remask_BL, mask_id)
             if estimate is not None and settings.remasked_estimate == "null":
                 estimate = estimate.masked_fill(step.remask_BL[..., None], 0)
         if on_step is not None:
-            logits = partial(_logits_at, denoiser, before_BL, step.t_B, seen)
+            logits = partial(_logits_at, view, before_BL, step.t_B, seen)
             on_step(Observation(evaluations, step.t_B, z_BL, revealed_BL, logits))
     assert not bool((z_BL == mask_id).any())
     return Samples(z_BL, evaluations)
 
 
-def _logits_at(
-    denoiser: SamplingDenoiser, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, select_BL: Tensor
-) -> Tensor:
+def _logits_at(denoiser: Guided, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, select_BL: Tensor) -> Tensor:
     return denoiser.logits(denoiser.hidden(z_BL, t_B, estimate_BLD)[select_BL])
 
 
 def _advance(
-    denoiser: SamplingDenoiser,
+    denoiser: Guided,
     z_BL: Tensor,
     estimate_BLD: Tensor | None,
     step: Step,
@@ -125,7 +114,7 @@ def _advance(
 
 
 def _advance_where_needed(
-    denoiser: SamplingDenoiser, z_BL: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
+    denoiser: Guided, z_BL: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> Tensor:
     """The sequences with what the step reveals; the denoiser sees only those in which that is something."""
     needed_B = step.candidates_BL.any(1) if step.count_B is None else step.count_B > 0
@@ -134,12 +123,12 @@ def _advance_where_needed(
         return z_BL
     count = step.count_B[rows] if step.count_B is not None else None
     own = replace(step, t_B=step.t_B[rows], candidates_BL=step.candidates_BL[rows], count_B=count, remask_BL=None)
-    advanced, _ = _advance(denoiser, z_BL[rows], None, own, ids_B[rows], settings, seed)
+    advanced, _ = _advance(denoiser.at(rows), z_BL[rows], None, own, ids_B[rows], settings, seed)
     return z_BL.index_copy(0, rows, advanced)
 
 
 def _reveal(
-    denoiser: SamplingDenoiser, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
+    denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
     """What is revealed (B, L), and the tokens (N,) there, in row-major order."""
     candidates_BL = step.candidates_BL
@@ -152,7 +141,7 @@ def _reveal(
 
 
 def _draw(
-    denoiser: SamplingDenoiser, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
+    denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens (N,) at the candidates, in row-major order, and how certain they are if that matters."""
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
@@ -177,7 +166,7 @@ def _draw(
     return torch.cat(drawn), torch.cat(scores) if scores else h_ND.new_empty(0)
 
 
-def _carried_estimate(denoiser: SamplingDenoiser, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
+def _carried_estimate(denoiser: Guided, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
     """`p @ E` where still masked, the token's embedding elsewhere: (B, L, D)."""
     masked = z_BL == mask_id
     return denoiser.embed(z_BL).masked_scatter(masked[..., None], denoiser.expected_embedding(h_BLD[masked]))

@@ -64,13 +64,14 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
     device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
     manifest.split(config.split, root)
+    labels = loaded.spec.model.labels
     modes = {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
     found = {}
     for name, condition in modes.items():
         with compute_context(device, resolve_precision(config.precision, device)):
             found[name] = estimate_nelbo(
                 loaded.model,
-                validation_batches(root, config.split, manifest, device, config.nelbo_samples),
+                validation_batches(root, config.split, manifest, device, config.nelbo_samples, labels=labels),
                 loaded.spec.schedule,
                 mask_id=loaded.spec.mask_id,
                 seed=0,

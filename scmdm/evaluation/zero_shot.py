@@ -20,6 +20,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.diffusion.sequences import Sequences
 from scmdm.errors import UserError
 from scmdm.model.weights import LoadedModel
 from scmdm.parallel.engine import compute_context, resolve_precision
@@ -111,6 +112,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         raise UserError(f"{text[:60]!r}: {error}; the model's vocabulary does not have it") from error
 
 
-def _batches(ids_NL: Tensor, manifest: Manifest, device: torch.device, size: int) -> Iterator[tuple[Tensor, ...]]:
+def _batches(ids_NL: Tensor, manifest: Manifest, device: torch.device, size: int) -> Iterator[Sequences]:
     for tokens, index in zip(ids_NL.split(size), torch.arange(len(ids_NL)).split(size), strict=True):
         yield to_device({"tokens": tokens, "index": index}, manifest, device)

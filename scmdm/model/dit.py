@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import NO_LABEL
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.init import ZeroLinear
 from scmdm.model.network import Network, TokenEmbedding
@@ -55,6 +56,18 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=sigma_R.device)
         angles = sigma_R[:, None].float() * torch.exp(-math.log(10_000) * steps / half)[None]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class, and a last one for sequences without a label."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels_R: Tensor) -> Tensor:
+        last = self.embedding_table.num_embeddings - 1
+        return self.embedding_table(torch.where(labels_R == NO_LABEL, last, labels_R))
 
 
 class Block(nn.Module):
@@ -111,17 +124,25 @@ class OutputLayer(nn.Module):
 class DiT(Network):
     """MDLM's denoiser."""
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, mask_id: int, schedule: Schedule) -> None:
+    def __init__(
+        self, config: ModelConfig, *, vocab_size: int, mask_id: int, schedule: Schedule, classes: int = 0
+    ) -> None:
         super().__init__(config, mask_id=mask_id, schedule=schedule)
         self.vocab_embed = TokenEmbedding(vocab_size, config.width)
         self.sigma_map = TimestepEmbedder(config.condition_width)
+        self.cond_map = LabelEmbedder(classes, config.condition_width) if config.labels else None
         self.rotary_emb = Rotary(config.head_width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.output_layer = OutputLayer(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
 
-    def _condition(self, t_B: Tensor) -> tuple[Tensor, ...]:
-        return (F.silu(self.sigma_map(self._noise_level(t_B))),)
+    def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
+        c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))
+        if self.cond_map is None:
+            assert labels_B is None, "a model that was not trained with labels"
+            return (c_RC,)
+        labels = torch.full((1,), NO_LABEL, device=t_B.device) if labels_B is None else labels_B
+        return (c_RC + F.silu(self.cond_map(labels)),)
 
     def _noise_level(self, t_B: Tensor) -> Tensor:
         if not self.config.time_conditioning:

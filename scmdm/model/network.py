@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
 from scmdm.model.recompute import run_block
@@ -71,7 +72,7 @@ class Network(nn.Module):
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
         """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
         x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
@@ -80,7 +81,8 @@ class Network(nn.Module):
             if self.config.inject_at == "masked":
                 estimate_BLD = estimate_BLD.masked_fill((z_BL != self.mask_id)[..., None], 0)
             x_BLD = x_BLD + self.conditioner(estimate_BLD)
-        condition = self._condition(t_B)
+        packing = None if side is None else side.packing
+        condition = self._condition(t_B, None if side is None else side.labels_B)
         rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
         more = () if packing is None else (packing.allowed_B1LL,)
         for block in self.blocks:
@@ -94,10 +96,10 @@ class Network(nn.Module):
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
         """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, side=side)
         masked = z_BL == self.mask_id
         return self.embed(z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
 
@@ -109,10 +111,10 @@ class Network(nn.Module):
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, packing=packing)
+        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, side=side)
         masked = z_BL == self.mask_id
         total, nll_N = weighted_nll_sum(
             h_BLD[masked],
@@ -145,8 +147,9 @@ class Network(nn.Module):
         """Embedding of tokens, any shape in front."""
         return self.vocab_embed(ids)
 
-    def _condition(self, t_B: Tensor) -> tuple[Tensor, ...]:
+    def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
         """What blocks and output layer see besides the residual stream."""
+        assert labels_B is None, "this kind of network knows no labels"
         return ()
 
     def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:

@@ -45,6 +45,7 @@ class ModelSpec:
     length: int
     step: int = 0
     tokens: int = 0
+    classes: int = 0  # that model.labels tells apart
 
     @property
     def schedule(self) -> Schedule:
@@ -52,10 +53,12 @@ class ModelSpec:
 
     def build(self) -> Network:
         """The model without weights, on the meta device: see `allocate`."""
-        kinds = {"dit": DiT, "llama": Llama}
+        common: dict[str, Any] = {"vocab_size": self.vocab_size, "mask_id": self.mask_id, "schedule": self.schedule}
         with torch.device("meta"):
-            model: Network = kinds[self.model.kind](
-                self.model, vocab_size=self.vocab_size, mask_id=self.mask_id, schedule=self.schedule
+            model: Network = (
+                Llama(self.model, **common)
+                if self.model.kind == "llama"
+                else DiT(self.model, **common, classes=self.classes)
             )
             if self.model.lora_rank:
                 add_adapters(model.blocks, self.model)

@@ -7,6 +7,8 @@ on the sample; what each then keeps of it is cut out here, so that neither objec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.errors import UserError
 
 
@@ -26,9 +28,10 @@ def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))["context"]
 
 
-def _refuse(packing: Packing | None) -> None:
-    if packing is not None:
+def _given(side: SideInputs | None) -> dict[str, Any]:
+    if side is not None and side.packing is not None:
         raise UserError("fsdp.context cuts sequences, which packed samples (framing=packed) do not allow; set it to 1")
+    return {} if side is None else {"side": side}
 
 
 class SlicedDenoiser:
@@ -44,10 +47,9 @@ class SlicedDenoiser:
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
-        _refuse(packing)
-        return self._denoiser.estimate(self._slice(z_BL), t_B, estimate_BLD, dropout=dropout)
+        return self._denoiser.estimate(self._slice(z_BL), t_B, estimate_BLD, dropout=dropout, **_given(side))
 
     def weighted_nll(
         self,
@@ -57,12 +59,11 @@ class SlicedDenoiser:
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The sum is this slice's part of the loss: like the ranks' parts of a batch, they are added up later."""
-        _refuse(packing)
         z_BL, x_BL, weight_BL = self._slice(z_BL), self._slice(x_BL), self._slice(weight_BL)
-        total, nll_BL = self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL)
+        total, nll_BL = self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(side))
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
 
     def _slice(self, x_BL: Tensor) -> Tensor:

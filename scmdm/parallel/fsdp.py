@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from scmdm.config.schema import FsdpConfig
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.model.network import Network
 from scmdm.parallel.context import SlicedDenoiser, make_context
 from scmdm.parallel.engine import ParallelEngine
@@ -117,11 +117,11 @@ class _TwoPassDenoiser:
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
         self._free_blocks(self._reshard)
         try:
-            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, packing=packing)
+            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, side=side)
         finally:
             self._free_blocks(True)
 
@@ -133,9 +133,9 @@ class _TwoPassDenoiser:
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, packing=packing)
+        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, side=side)
 
     def _free_blocks(self, after_forward: bool) -> None:
         """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""

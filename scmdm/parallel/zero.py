@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.config.schema import RunConfig
-from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.errors import UserError
 from scmdm.model.network import Network
 from scmdm.parallel.engine import MOMENTS, ParallelEngine
@@ -243,9 +243,9 @@ class _Denoiser:
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
-        arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "dropout": dropout, "packing": packing}
+        arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "dropout": dropout, "side": side}
         return self._deepspeed(method="estimate", **arguments)
 
     def weighted_nll(
@@ -256,10 +256,10 @@ class _Denoiser:
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "x_BL": x_BL, "weight_BL": weight_BL}
-        return self._deepspeed(method="weighted_nll", packing=packing, **arguments)
+        return self._deepspeed(method="weighted_nll", side=side, **arguments)
 
 
 def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:

@@ -132,12 +132,32 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
             "prepare the data with the base's tokenizer, or take another base"
         )
+    _check_labels(config, manifest, base)
     if config.model.llama.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
         raise UserError("fsdp.context is not possible with model.llama.logit_shift=true; set it to 1")
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
         if number % config.fsdp.context:
             raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
-    return ModelSpec(config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length)
+    classes = len(manifest.labels) if config.model.labels else 0
+    return ModelSpec(
+        config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length, classes=classes
+    )
+
+
+def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:
+    """UserError when a model that knows labels meets samples without, or with others than its base's."""
+    if not config.model.labels:
+        return
+    if not manifest.labels:
+        raise UserError(
+            f"model.labels=true, but the samples of {config.data.label} have no labels; prepare data with classes, or "
+            "leave the key out"
+        )
+    if base is not None and base.manifest.labels != manifest.labels:
+        raise UserError(
+            f"base={base.path} knows the labels {', '.join(base.manifest.labels)}, {config.data.label} has "
+            f"{', '.join(manifest.labels)}; prepare data with the base's classes"
+        )
 
 
 def build_engine(

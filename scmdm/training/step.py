@@ -14,9 +14,9 @@ from torch import Tensor
 from scmdm.config.schema import RunConfig
 from scmdm.diffusion.noise import keyed_int
 from scmdm.diffusion.objective import self_conditioned_nelbo
-from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.sequences import Sequences, drop_labels
 from scmdm.errors import UserError
 from scmdm.parallel.engine import Engine
 from scmdm.training.telemetry import Clock, TimedDenoiser
@@ -35,32 +35,26 @@ def train_step(
     config: RunConfig,
     schedule: Schedule,
     mask_id: int,
-    tokens_BL: Tensor,
-    valid_BL: Tensor,
-    ids_B: Tensor,
+    sequences: Sequences,
     step: int,
     clock: Clock | None = None,
-    documents_BL: Tensor | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
     The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
     neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
-    finite; the weights are then untouched. `clock` learns where the time went. `documents_BL` numbers the documents of
-    packed samples.
+    finite; the weights are then untouched. `clock` learns where the time went.
     """
     clock = clock or Clock(engine.device)
     with clock.part("sync"):
-        tokens = engine.all_gather(valid_BL.sum()[None]).sum()
-        t_B = _local_times(engine, config, ids_B, step)
+        tokens = engine.all_gather(sequences.valid.sum()[None]).sum()
+        t_B = _local_times(engine, config, sequences.ids, step)
     denoiser = TimedDenoiser(engine.denoiser, clock)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
-    for start in range(0, len(tokens_BL), size):
+    for start in range(0, len(sequences), size):
         rows = slice(start, start + size)
-        batch = _noise(config, schedule, mask_id, tokens_BL[rows], valid_BL[rows], t_B[rows], ids_B[rows], step)
-        if documents_BL is not None:
-            batch = replace(batch, packing=make_packing(documents_BL[rows]))
+        batch = _noise(config, schedule, mask_id, sequences[rows], t_B[rows], step)
         with engine.compute():
             output = self_conditioned_nelbo(
                 denoiser,
@@ -72,15 +66,15 @@ def train_step(
                 stop_gradient=config.self_conditioning.stop_gradient,
             )
         with clock.part("backward"):
-            engine.backward(output.loss / tokens, last=start + size >= len(tokens_BL))
+            engine.backward(output.loss / tokens, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
     with clock.part("optimizer"):
         loss = float(engine.sum(total) / tokens)
         grad_norm = engine.clip_grad_norm(config.optimizer.clip)
-        _require_finite(loss, grad_norm, step, ids_B)
+        _require_finite(loss, grad_norm, step, sequences.ids)
         engine.step()
-    return StepResult(loss, grad_norm, int(tokens), passes * len(ids_B) * engine.data_size)
+    return StepResult(loss, grad_norm, int(tokens), passes * len(sequences) * engine.data_size)
 
 
 def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
@@ -90,26 +84,24 @@ def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) ->
 
 
 def _noise(
-    config: RunConfig,
-    schedule: Schedule,
-    mask_id: int,
-    tokens_BL: Tensor,
-    valid_BL: Tensor,
-    t_B: Tensor,
-    ids_B: Tensor,
-    step: int,
+    config: RunConfig, schedule: Schedule, mask_id: int, sequences: Sequences, t_B: Tensor, step: int
 ) -> NoisedBatch:
+    if sequences.labels is not None:
+        rate, ids_B = config.train.label_dropout, sequences.ids
+        shown_B = drop_labels(sequences.labels, ids_B, rate=rate, seed=config.seed, step=step)
+        sequences = replace(sequences, labels=shown_B)
     return noise_batch(
-        tokens_BL,
-        valid_BL,
+        sequences.tokens,
+        sequences.valid,
         t_B,
-        ids_B,
+        sequences.ids,
         schedule=schedule,
         mask_id=mask_id,
         seed=config.seed,
         step=step,
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
+        side=sequences.side(),
     )
 
 

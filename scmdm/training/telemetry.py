@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.model.flops import StepFlops
 from scmdm.parallel.processes import all_gather_object
 
@@ -78,10 +78,10 @@ class TimedDenoiser:
         estimate_BLD: Tensor | None,
         *,
         dropout: bool = False,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
         with self._clock.part("pass_1"):
-            return self._denoiser.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, **_given(packing))
+            return self._denoiser.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, **_given(side))
 
     def weighted_nll(
         self,
@@ -91,14 +91,14 @@ class TimedDenoiser:
         x_BL: Tensor,
         weight_BL: Tensor,
         *,
-        packing: Packing | None = None,
+        side: SideInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         with self._clock.part("pass_2"):
-            return self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(packing))
+            return self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(side))
 
 
-def _given(packing: Packing | None) -> dict[str, Any]:
-    return {} if packing is None else {"packing": packing}
+def _given(side: SideInputs | None) -> dict[str, Any]:
+    return {} if side is None else {"side": side}
 
 
 class Window:

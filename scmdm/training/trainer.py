@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
+from scmdm.diffusion.sequences import Sequences
 from scmdm.model.weights import StoredModel
 from scmdm.parallel.engine import check_hardware
 from scmdm.parallel.processes import World, barrier, current_world, largest, process_group
@@ -119,10 +119,7 @@ def _loop(run: Run, saver: Saver, journal: Journal, stop: StopRequest) -> None:
         with clock.part("data"):
             batch = next(batches)
         run.engine.model.train()
-        tokens, valid, ids, *documents = batch
-        result = train_step(
-            run.engine, config, run.spec.schedule, run.spec.mask_id, tokens, valid, ids, state.step, clock, *documents
-        )
+        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, batch, state.step, clock)
         if run.ema is not None:
             with clock.part("optimizer"):
                 run.ema.update(run.engine)
@@ -150,7 +147,7 @@ def _leave(number: int, when: str) -> NoReturn:
     raise SystemExit(REQUEUE_EXIT)
 
 
-def _batches(run: Run) -> Iterator[tuple[Tensor, ...]]:
+def _batches(run: Run) -> Iterator[Sequences]:
     """This rank's share of each global batch, for ever, epoch after epoch; keeps the loader's position in the state."""
     config = run.config
     loader = build_loader(
@@ -168,7 +165,7 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, ...]]:
     )
     for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
         run.state.loader = loader.state_dict()
-        yield to_device(batch, run.manifest, run.engine.device)
+        yield to_device(batch, run.manifest, run.engine.device, labels=config.model.labels)
 
 
 def _validate(run: Run, journal: Journal) -> float:

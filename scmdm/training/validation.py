@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from scmdm.config.schema import RunConfig
-from scmdm.data.dataset import DOCUMENTS, GIVEN
+from scmdm.data.dataset import DOCUMENTS, GIVEN, LABEL
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
+from scmdm.diffusion.sequences import Sequences
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import Engine
 
@@ -26,47 +27,55 @@ _BATCH = 256
 T = TypeVar("T")
 
 
-def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device) -> tuple[Tensor, ...]:
-    """Tokens, valid positions (they may be masked, and count in the likelihood) and sample ids of a loader's batch.
+def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device, *, labels: bool = False) -> Sequences:
+    """A loader's batch as the data set means it, with the samples' labels if a model is to see them.
 
-    Of packed samples the numbers of the documents come behind them. Given are the beginning of every document, where
+    Given, hence not valid, are the beginning of every document, where
     the data set says so, and the leading positions that the column `given` counts.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
     valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
-    index, documents, given = (
-        batch[name].to(device, non_blocking=True) if name in batch else None for name in ("index", DOCUMENTS, GIVEN)
+    index, documents, given, label = (
+        batch[name].to(device, non_blocking=True) if name in batch else None
+        for name in ("index", DOCUMENTS, GIVEN, LABEL)
     )
     assert index is not None
+    assert label is not None or not labels
     if manifest.bos_policy == "given":
         valid[:, 0] = False
     if given is not None:
         valid &= torch.arange(tokens.shape[1], device=device) >= given[:, None]
-    if documents is None:
-        return tokens, valid, index
-    if manifest.bos_policy == "given":
+    if documents is not None and manifest.bos_policy == "given":
         valid &= ~document_starts(documents)
-    return tokens, valid, index, documents
+    return Sequences(tokens, valid, index, documents, label if labels else None)
 
 
 def validation_batches(
-    root: Path, split: str, manifest: Manifest, device: torch.device, samples: int, first_id: int = 0
-) -> Iterator[tuple[Tensor, ...]]:
+    root: Path,
+    split: str,
+    manifest: Manifest,
+    device: torch.device,
+    samples: int,
+    first_id: int = 0,
+    *,
+    labels: bool = False,
+) -> Iterator[Sequences]:
     """`samples` sequences spread evenly over a split; a sequence's id is its place in the split after `first_id`."""
     rows = spread_rows(manifest.split(split, root).samples, samples)
     columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
     columns["index"] = torch.tensor(rows) + first_id
     for start in range(0, len(rows), _BATCH):
-        yield to_device({name: found[start : start + _BATCH] for name, found in columns.items()}, manifest, device)
+        batch = {name: found[start : start + _BATCH] for name, found in columns.items()}
+        yield to_device(batch, manifest, device, labels=labels)
 
 
 def mixed_validation_batches(
-    data: Data, split: str, device: torch.device, samples: int
-) -> Iterator[tuple[Tensor, ...]]:
+    data: Data, split: str, device: torch.device, samples: int, *, labels: bool = False
+) -> Iterator[Sequences]:
     """`validation_batches` of every validated stream in turn, its proportion of `samples` from each."""
     first_id = 0
     for source, share in data.validation_shares(samples):
-        yield from validation_batches(source.root, split, source.manifest, device, share, first_id)
+        yield from validation_batches(source.root, split, source.manifest, device, share, first_id, labels=labels)
         first_id += source.manifest.split(split, source.root).samples
 
 
@@ -84,7 +93,8 @@ def validation_nelbo(
     `alive` hears of every batch.
     """
     samples = config.train.validation_samples
-    batches = mixed_validation_batches(data, config.data.validation_split, engine.device, samples)
+    split, labels = config.data.validation_split, spec.model.labels
+    batches = mixed_validation_batches(data, split, engine.device, samples, labels=labels)
     engine.model.eval()
     with engine.compute():
         return estimate_nelbo(

@@ -121,7 +121,7 @@ def test_validation_takes_all_streams_in_their_proportions_or_one(sets):
         for key, value in keys.items():
             setattr(config, key, value)
         drawn = mixed_validation_batches(open_data(config), "validation", torch.device("cpu"), samples)
-        return torch.cat([ids for _, _, ids in drawn])
+        return torch.cat([batch.ids for batch in drawn])
 
     ids = found(40)
     assert int((ids < 80).sum()) == 30 and len(ids) == 40 == len(set(ids.tolist()))

@@ -66,7 +66,8 @@ def test_every_document_is_in_its_place(packed):
 def test_valid_positions_of_packed_samples(packed, bos_policy):
     manifest = replace(Manifest.read(packed), bos_policy=bos_policy)
     samples = manifest.splits["train"].samples
-    tokens, valid, _, documents = next(validation_batches(packed, "train", manifest, CPU, samples))
+    batch = next(validation_batches(packed, "train", manifest, CPU, samples))
+    tokens, valid, documents = batch.tokens, batch.valid, batch.documents
     beginnings = tokens == manifest.bos_id
     expected = (tokens != manifest.pad_id) & (~beginnings if bos_policy == "given" else torch.ones_like(beginnings))
     assert torch.equal(valid, expected) and documents.shape == tokens.shape
@@ -81,7 +82,7 @@ def test_the_loader_delivers_the_numbers(packed):
     stored = read_columns(packed, "train", sorted(batch["index"].tolist()))
     order = torch.argsort(batch["index"])
     assert np.array_equal(batch["documents"][order].numpy(), stored["documents"])
-    assert len(to_device(batch, data.manifest, CPU)) == 4
+    assert torch.equal(to_device(batch, data.manifest, CPU).documents, batch["documents"])
 
 
 def test_only_responses_are_masked_and_counted(prompted):
@@ -91,7 +92,8 @@ def test_only_responses_are_masked_and_counted(prompted):
     assert dropped == {"dropped: too long": 1, "dropped: no key answer": 1, "dropped: empty": 1}
     tokenizer, total = load_tokenizer(root / "tokenizer.json"), 0
     for split, info in manifest.splits.items():
-        tokens, valid, _ = next(validation_batches(root, split, manifest, CPU, info.samples))
+        batch = next(validation_batches(root, split, manifest, CPU, info.samples))
+        tokens, valid = batch.tokens, batch.valid
         assert int(valid.sum()) == info.tokens
         for row, counted in zip(tokens, valid, strict=True):
             text = tokenizer.decode(row.tolist())

@@ -57,7 +57,8 @@ def test_valid_positions_are_what_the_manifest_counts(tmp_path, pad_policy, bos_
     manifest = Manifest.read(tmp_path / "a")
     samples = manifest.splits["train"].samples
     cpu = torch.device("cpu")
-    tokens, valid, _ = next(validation_batches(tmp_path / "a", "train", manifest, cpu, samples))
+    batch = next(validation_batches(tmp_path / "a", "train", manifest, cpu, samples))
+    tokens, valid = batch.tokens, batch.valid
     assert valid.sum() == manifest.splits["train"].tokens
     assert bool(valid[:, 0].any()) == (bos_policy == "loss")
     assert bool(valid[tokens == manifest.pad_id].any()) == (pad_policy == "loss")

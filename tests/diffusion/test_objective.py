@@ -10,6 +10,7 @@ from scmdm.diffusion.likelihood import estimate_nelbo
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear, make_schedule
+from scmdm.diffusion.sequences import Sequences
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
 from tests.diffusion.oracle import Oracle
@@ -51,7 +52,7 @@ def test_nelbo_of_the_oracle_is_the_entropy(schedule):
     generator = torch.Generator().manual_seed(0)
     rows = torch.multinomial(oracle.joint, 20000, replacement=True, generator=generator)
     x = oracle.sequences[rows]
-    batches = [(x, torch.ones_like(x).bool(), torch.arange(len(x)))]
+    batches = [Sequences(x, torch.ones_like(x).bool(), torch.arange(len(x)))]
     result = estimate_nelbo(oracle, batches, schedule, mask_id=oracle.mask_id, seed=0, t_min=1e-3, draws=4)
     entropy = float(-(oracle.joint * oracle.joint.log()).sum()) / oracle.length
     assert abs(result.mean - entropy) < 3.5 * result.stderr
@@ -149,7 +150,7 @@ def test_dropout_in_the_estimate_is_a_setting():
 
 def test_more_draws_shrink_the_spread_not_the_mean():
     model, x = small_model().eval(), torch.randint(0, 9, (512, 8), generator=torch.Generator().manual_seed(0))
-    batches = [(x, torch.ones_like(x).bool(), torch.arange(512))]
+    batches = [Sequences(x, torch.ones_like(x).bool(), torch.arange(512))]
     few = estimate_nelbo(model, batches, LogLinear(), mask_id=9, seed=0, t_min=1e-3, draws=1)
     many = estimate_nelbo(model, batches, LogLinear(), mask_id=9, seed=1, t_min=1e-3, draws=16)
     assert many.stderr < 0.5 * few.stderr

@@ -13,6 +13,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.interchange.layouts import ALL
 from scmdm.model.conditioner import CONDITIONERS
 from scmdm.model.init import init_weights
@@ -102,7 +103,7 @@ def test_packed_documents_are_as_if_alone(shift):
     lengths = (4, 1, 6)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     z = torch.randint(0, VOCAB, (1, 11), generator=torch.Generator().manual_seed(2))
-    together = ours.hidden(z, TIME[:1], None, packing=make_packing(documents))
+    together = ours.hidden(z, TIME[:1], None, side=SideInputs(make_packing(documents)))
     alone = [ours.hidden(part, TIME[:1], None) for part in z.split(lengths, dim=1)]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
 

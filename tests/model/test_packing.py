@@ -8,6 +8,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import document_starts, make_packing
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.sequences import Sequences, SideInputs
 from scmdm.errors import UserError
 from scmdm.model.attention import attend
 from tests.model.test_dit import MASK, adapted, trained_base
@@ -41,10 +42,10 @@ def test_logits_are_those_of_each_document_alone(attention, conditioned):
         for parameter in model.conditioner.parameters():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     _, z = noised()
-    packing, estimate = make_packing(DOCUMENTS), None
+    side, estimate = SideInputs(make_packing(DOCUMENTS)), None
     if conditioned:
-        estimate = model.estimate(z, TIME, None, packing=packing)
-    together = model.logits(model.hidden(z, TIME, estimate, packing=packing)[0])
+        estimate = model.estimate(z, TIME, None, side=side)
+    together = model.logits(model.hidden(z, TIME, estimate, side=side)[0])
     for start, end in SPANS:
         own = model.estimate(z[:, start:end], TIME, None) if conditioned else None
         alone = model.logits(model.hidden(z[:, start:end], TIME, own)[0])
@@ -52,12 +53,12 @@ def test_logits_are_those_of_each_document_alone(attention, conditioned):
 
 
 def test_nothing_leaks_in_either_direction():
-    model, (_, z), packing = trained_base(), noised(), make_packing(DOCUMENTS)
-    before = model.hidden(z, TIME, None, packing=packing)[0]
+    model, (_, z), side = trained_base(), noised(), SideInputs(make_packing(DOCUMENTS))
+    before = model.hidden(z, TIME, None, side=side)[0]
     for start, end in SPANS:
         changed = z.clone()
         changed[0, start:end] = (changed[0, start:end] + 1) % MASK
-        after = model.hidden(changed, TIME, None, packing=packing)[0]
+        after = model.hidden(changed, TIME, None, side=side)[0]
         outside = torch.ones(z.shape[1]).bool()
         outside[start:end] = False
         assert torch.equal(after[outside], before[outside])
@@ -66,10 +67,10 @@ def test_nothing_leaks_in_either_direction():
 
 def test_without_packing_they_do_see_each_other():
     model, (_, z) = trained_base(), noised()
-    packed = model.hidden(z, TIME, None, packing=make_packing(DOCUMENTS))
+    packed = model.hidden(z, TIME, None, side=SideInputs(make_packing(DOCUMENTS)))
     assert not torch.allclose(packed, model.hidden(z, TIME, None), atol=1e-3)
-    one = make_packing(torch.zeros_like(DOCUMENTS))
-    torch.testing.assert_close(model.hidden(z, TIME, None, packing=one), model.hidden(z, TIME, None))
+    one = SideInputs(make_packing(torch.zeros_like(DOCUMENTS)))
+    torch.testing.assert_close(model.hidden(z, TIME, None, side=one), model.hidden(z, TIME, None))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -78,7 +79,9 @@ def test_loss_and_gradients_of_both_passes_are_those_of_the_documents(checkpoint
     model = adapted(trained_base(), "projection", activation_checkpointing=checkpointing)
     x, _ = noised()
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
-    batch = noise_batch(x, torch.ones_like(x).bool(), TIME, torch.arange(1), packing=make_packing(DOCUMENTS), **draws)
+    batch = noise_batch(
+        x, torch.ones_like(x).bool(), TIME, torch.arange(1), side=SideInputs(make_packing(DOCUMENTS)), **draws
+    )
     packed = self_conditioned_nelbo(model, batch, LogLinear(), condition=True)
     packed.loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -100,9 +103,9 @@ def test_validation_takes_the_numbers_of_the_documents():
     model, (x, _) = trained_base(), noised()
     valid, ids = torch.ones_like(x).bool(), torch.arange(1)
     options = {"mask_id": MASK, "seed": 0, "t_min": 1e-3, "draws": 2}
-    apart = estimate_nelbo(model, [(x, valid, ids, DOCUMENTS)], LogLinear(), **options)
-    one = estimate_nelbo(model, [(x, valid, ids, torch.zeros_like(DOCUMENTS))], LogLinear(), **options)
-    blind = estimate_nelbo(model, [(x, valid, ids)], LogLinear(), **options)
+    apart = estimate_nelbo(model, [Sequences(x, valid, ids, DOCUMENTS)], LogLinear(), **options)
+    one = estimate_nelbo(model, [Sequences(x, valid, ids, torch.zeros_like(DOCUMENTS))], LogLinear(), **options)
+    blind = estimate_nelbo(model, [Sequences(x, valid, ids)], LogLinear(), **options)
     assert one.mean == pytest.approx(blind.mean, rel=1e-5) and apart.mean != pytest.approx(blind.mean, rel=1e-3)
 
 

@@ -9,6 +9,7 @@ from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.sequences import Sequences
 from scmdm.model.dit import DiT
 from scmdm.model.flops import step_flops
 from scmdm.model.init import init_weights
@@ -98,7 +99,8 @@ def test_the_step_lets_the_gradient_through_when_told(monkeypatch):
             engine.model.output_layer.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
         monkeypatch.setattr(engine, "step", lambda: None)
         x = torch.randint(0, MASK, (64, 12), generator=torch.Generator().manual_seed(0))
-        result = train_step(engine, config, LogLinear(), MASK, x, torch.ones_like(x).bool(), torch.arange(64), 0)
+        whole = Sequences(x, torch.ones_like(x).bool(), torch.arange(64))
+        result = train_step(engine, config, LogLinear(), MASK, whole, 0)
         gradients.append((result.loss, engine.model.output_layer.linear.bias.grad.clone()))
     (loss, held), (same_loss, whole) = gradients
     assert loss == pytest.approx(same_loss, rel=1e-5) and not torch.allclose(held, whole, rtol=1e-3)

@@ -7,6 +7,7 @@ import torch
 
 from scmdm.config.schema import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.sequences import Sequences
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
@@ -37,12 +38,12 @@ def make(micro=64, rate=1.0, compiled=False, **optimizer):
 def batch(valid_part=1.0):
     x = torch.randint(0, 9, (64, 12), generator=torch.Generator().manual_seed(0))
     valid = torch.rand(64, 12, generator=torch.Generator().manual_seed(1)) < valid_part
-    return x, valid, torch.arange(1000, 1064)
+    return Sequences(x, valid, torch.arange(1000, 1064))
 
 
 def run(engine, config, steps=3, valid_part=1.0):
     data = batch(valid_part)
-    return [train_step(engine, config, LogLinear(), MASK, *data, step) for step in range(steps)]
+    return [train_step(engine, config, LogLinear(), MASK, data, step) for step in range(steps)]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
@@ -82,7 +83,7 @@ def test_the_loss_falls():
     engine, config = make()
     x = (torch.arange(12) % 9).expand(64, -1)
     valid, ids = torch.ones_like(x).bool(), torch.arange(64)
-    losses = [train_step(engine, config, LogLinear(), MASK, x, valid, ids, step).loss for step in range(60)]
+    losses = [train_step(engine, config, LogLinear(), MASK, Sequences(x, valid, ids), step).loss for step in range(60)]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -113,11 +114,10 @@ def test_parameter_groups():
 
 def test_clipping_bounds_the_gradient():
     engine, config = make(clip=1e-3)
-    x, valid, ids = batch()
     seen = []
     original = engine.step
     engine.step = lambda: (seen.append(engine.clip_grad_norm(0)), original())
-    result = train_step(engine, config, LogLinear(), MASK, x, valid, ids, 0)
+    result = train_step(engine, config, LogLinear(), MASK, batch(), 0)
     assert result.grad_norm > 1e-3 and seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -137,7 +137,7 @@ def test_ema_follows_its_formula_and_starts_anew():
     expected = {name: p.clone() for name, p in engine.parameters().items()}
     data = batch()
     for k in range(5):
-        train_step(engine, config, LogLinear(), MASK, *data, k)
+        train_step(engine, config, LogLinear(), MASK, data, k)
         ema.update(engine)
         decay = min(0.99, (1 + k) / (10 + k))
         expected = {n: decay * v + (1 - decay) * engine.parameters()[n] for n, v in expected.items()}
