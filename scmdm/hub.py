@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.sequences import SideInputs
 from scmdm.interchange.exporting import HUB_TYPE
 from scmdm.model.rotary import Rotary
 from scmdm.model.weights import LoadedModel, ModelSpec, spec_of
@@ -64,22 +65,37 @@ class MaskedDiffusion(PreTrainedModel):
         if isinstance(module, Rotary):
             module.reset_parameters()
 
-    def forward(self, input_ids: Tensor, estimate: Tensor | None = None, t: Tensor | None = None) -> Prediction:
+    def forward(
+        self,
+        input_ids: Tensor,
+        estimate: Tensor | None = None,
+        t: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Prediction:
         """Predict the clean tokens of a state (B, L) int64, given the last `estimate`, or none (null).
 
         `t` (B,) float64 is the noise level, for models with time conditioning; by default the share of masks.
+        `labels` (B,) int64 are the sequences' classes, for models that know them (-1: none).
         Logits are of all positions: at those that are not masked the token itself is certain, whatever they say.
         """
         masked_BL = input_ids == self.spec.mask_id
         t_B = masked_BL.double().mean(1) if t is None else t
-        h_BLD = self.network.hidden(input_ids, t_B, estimate)
+        h_BLD = self.network.hidden(
+            input_ids, t_B, estimate, side=None if labels is None else SideInputs(labels_B=labels)
+        )
         expected_ND = self.network.expected_embedding(h_BLD[masked_BL])
         next_BLD = self.network.embed(input_ids).masked_scatter(masked_BL[..., None], expected_ND)
         return Prediction(self.network.logits(h_BLD.flatten(0, 1)).unflatten(0, input_ids.shape), next_BLD)
 
     @torch.no_grad()
-    def denoise(self, input_ids: Tensor, settings: SamplerSettings | None = None, seed: int = 0) -> Tensor:
-        """Fill the masked positions of `input_ids` (B, L) as `scmdm sample` does, row by row."""
+    def denoise(
+        self,
+        input_ids: Tensor,
+        settings: SamplerSettings | None = None,
+        seed: int = 0,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Fill the masked positions of `input_ids` (B, L) as `scmdm sample` does, row by row, each for its label."""
         carry = self.spec.model.self_conditioned
         return sample(
             self.network,
@@ -89,6 +105,7 @@ class MaskedDiffusion(PreTrainedModel):
             settings=settings or SamplerSettings(kind="ancestral", steps=self.spec.length, carry=carry),
             mask_id=self.spec.mask_id,
             seed=seed,
+            labels_B=labels,
         ).tokens
 
 

@@ -164,7 +164,7 @@ def _mdlm_architecture(source: Source) -> ModelConfig:
 def _refuse_relatives(source: Source) -> None:
     names = source.tensors.shapes()
     if any(name.startswith(f"{_MDLM}cond_map.") for name in names):
-        raise UserError(f"{source.path} is conditioned on classes (cond_map), which scmdm's model is not")
+        raise UserError(f"{source.path} is conditioned on classes (cond_map), which scmdm does not import")
     if f"{_MDLM}sigma_map.mlp.0.weight" not in names and any(name.startswith(_MDLM) for name in names):
         raise UserError(
             f"{source.path} has no sigma_map: it is a causal model, or not MDLM's DiT; give a bidirectional one"
@@ -372,6 +372,11 @@ def check_writable(layout: Layout, config: ModelConfig) -> None:
     if config.kind != layout.kind:
         fitting = "|".join(other.name for other in ALL.values() if other.kind == config.kind)
         raise UserError(f"format={layout.name} is not possible for model.kind={config.kind}; give format={fitting}")
+    if config.labels:
+        raise UserError(
+            f"format={layout.name} is not possible: the model knows labels, which the layout has no place for; give "
+            "format=scmdm|hub"
+        )
     biased = {"llama": False, "qwen2": True, "dream": True}.get(layout.name)
     if biased is not None and biased != config.llama.attention_bias:
         having = "have" if biased else "have no"

@@ -11,6 +11,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
+from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.sequences import NO_LABEL, SideInputs
 from scmdm.model.dit import DiT
@@ -76,6 +77,23 @@ def test_samples_are_of_their_label(of, request, tmp_path):
     assert warm_share(guided) >= warm_share(by_label["warm"])
     free = drawn(model, tmp_path / "c.jsonl")
     assert warm_share(by_label["cold"]) < warm_share(free) < warm_share(by_label["warm"]) and "label" not in free[0]
+
+
+def test_transformers_get_the_label(adapted, tmp_path, capsys):
+    hub = pytest.importorskip("scmdm.hub")
+    assert main(["export", str(adapted), str(tmp_path / "mdlm"), "format=mdlm"]) == 1
+    assert "the model knows labels, which the layout has no place for" in capsys.readouterr().err
+    assert main(["export", str(adapted), str(tmp_path / "hub"), "format=hub"]) == 0
+    theirs, labels = hub.MaskedDiffusion.from_pretrained(tmp_path / "hub").eval(), torch.arange(64) % 2
+    mask_id, warm = theirs.spec.mask_id, torch.tensor([4, 7])  # A and T
+    z = torch.full((64, 18), mask_id)
+    z[:, 0] = 1
+    settings = SamplerSettings(steps=8, guidance=2.0, carry=True)
+    share = torch.isin(theirs.denoise(z, settings, labels=labels)[:, 1:-1], warm).double().mean(1)
+    assert share[labels == 1].mean() > 0.85 and share[labels == 0].mean() < 0.15
+    with torch.no_grad():
+        seen, blind = theirs(z, labels=labels).logits, theirs(z).logits
+    assert not torch.equal(seen, blind)
 
 
 def test_fasta_names_the_label(labelled, tmp_path):
