@@ -17,7 +17,7 @@ from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import interleave, show
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 from scmdm.model.dit import DiT
 from scmdm.model.head import weighted_nll_sum
 from scmdm.model.init import init_weights

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.sampler import sample
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.interchange.exporting import HUB_TYPE
 from scmdm.model.rotary import Rotary
 from scmdm.model.weights import LoadedModel, ModelSpec, spec_of
@@ -80,9 +80,7 @@ class MaskedDiffusion(PreTrainedModel):
         """
         masked_BL = input_ids == self.spec.mask_id
         t_B = masked_BL.double().mean(1) if t is None else t
-        h_BLD = self.network.hidden(
-            input_ids, t_B, estimate, side=None if labels is None else SideInputs(labels_B=labels)
-        )
+        h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
         expected_ND = self.network.expected_embedding(h_BLD[masked_BL])
         next_BLD = self.network.embed(input_ids).masked_scatter(masked_BL[..., None], expected_ND)
         return Prediction(self.network.logits(h_BLD.flatten(0, 1)).unflatten(0, input_ids.shape), next_BLD)

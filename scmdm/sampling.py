@@ -22,7 +22,7 @@ from torch import Tensor
 from scmdm.config.sampling import SampleConfig, SamplerConfig
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
-from scmdm.diffusion.sequences import NO_LABEL
+from scmdm.diffusion.state import NO_LABEL
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.model.network import Network
 
 
@@ -26,42 +26,21 @@ class DenseDenoiser:
     def __init__(self, model: Network) -> None:
         self._model = model
 
-    def log_probabilities(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, dropout: bool = False
-    ) -> Tensor:
+    def log_probabilities(self, state: State, *, dropout: bool = False) -> Tensor:
         """SUBS (B, L, V) float32: no mask, and what is not masked carries over."""
-        model = self._model
-        logits_BLV = F.linear(model.hidden(z_BL, t_B, estimate_BLD, dropout=dropout), *model.head()).float()
+        model, z_BL = self._model, state.z_BL
+        logits_BLV = F.linear(model.hidden(state, dropout=dropout), *model.head()).float()
         blocked = torch.zeros(logits_BLV.shape[-1], device=z_BL.device)
         blocked[model.mask_id] = -torch.inf
         log_p_BLV = (logits_BLV + blocked).log_softmax(-1)
         given_BLV = torch.full_like(log_p_BLV, -torch.inf).scatter_(2, z_BL[..., None], 0.0)
         return torch.where((z_BL == model.mask_id)[..., None], log_p_BLV, given_BLV)
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
-        assert side is None
-        return self.embed(self.log_probabilities(z_BL, t_B, estimate_BLD, dropout).exp())
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        return self.embed(self.log_probabilities(state, dropout=dropout).exp())
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        assert side is None
-        log_p_BLV = self.log_probabilities(z_BL, t_B, estimate_BLD, dropout=True)
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
+        log_p_BLV = self.log_probabilities(state, dropout=True)
         nll_BL = -log_p_BLV.gather(2, x_BL[..., None]).squeeze(2)
         return (nll_BL * weight_BL).sum(), nll_BL.detach()
 
@@ -70,7 +49,7 @@ class DenseDenoiser:
         return p_BLV @ self._model.vocab_embed.embedding
 
 
-LogProbabilities = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+LogProbabilities = Callable[[State], Tensor]
 
 
 @torch.no_grad()
@@ -97,7 +76,7 @@ def sample_dense(
     estimate, p_BLV = None, None
     for k in range(steps if only is None else only):
         if p_BLV is None:
-            p_BLV = log_probabilities(z_BL, grid[k].expand(len(z_BL)), estimate).exp()
+            p_BLV = log_probabilities(State(z_BL, grid[k].expand(len(z_BL)), estimate)).exp()
         q_BLV = p_BLV * (move[k] - move[k + 1])
         q_BLV[..., mask_id] = move[k + 1]
         uniform_BLV = torch.rand(q_BLV.shape, generator=generator, device=z_BL.device, dtype=q_BLV.dtype)

@@ -15,15 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.sequences import NO_LABEL, SideInputs
+from scmdm.diffusion.state import NO_LABEL, State
 
 
 class SamplingDenoiser(Protocol):
-    """What the samplers need of a network; `hidden` is the one costly evaluation. `side` comes only with labels."""
+    """What the samplers need of a network; `hidden` is the one costly evaluation."""
 
-    def hidden(
-        self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, *, side: SideInputs | None = None
-    ) -> Tensor: ...
+    def hidden(self, state: State) -> Tensor: ...
 
     def logits(self, h_ND: Tensor) -> Tensor: ...
 
@@ -50,13 +48,12 @@ class Guided:
         return self if self.labels_B is None else replace(self, labels_B=self.labels_B[rows_N])
 
     def hidden(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None) -> Tensor:
-        if self.labels_B is None:
-            return self.denoiser.hidden(z_BL, t_B, estimate_BLD)
-        if self.evaluations == 1:
-            return self.denoiser.hidden(z_BL, t_B, estimate_BLD, side=SideInputs(labels_B=self.labels_B))
-        labels = torch.cat([self.labels_B, torch.full_like(self.labels_B, NO_LABEL)])
+        labels = self.labels_B
+        if labels is None or self.evaluations == 1:
+            return self.denoiser.hidden(State(z_BL, t_B, estimate_BLD, labels_B=labels))
+        labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
         estimate = None if estimate_BLD is None else torch.cat(estimate_BLD.chunk(2, dim=-1))
-        both = self.denoiser.hidden(z_BL.repeat(2, 1), t_B.repeat(2), estimate, side=SideInputs(labels_B=labels))
+        both = self.denoiser.hidden(State(z_BL.repeat(2, 1), t_B.repeat(2), estimate, labels_B=labels))
         return torch.cat(both.chunk(2), dim=-1)
 
     def logits(self, h_ND: Tensor) -> Tensor:

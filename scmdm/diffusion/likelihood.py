@@ -15,7 +15,7 @@ from torch import Tensor
 from scmdm.diffusion.objective import Denoiser, self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,17 @@ def estimate_nelbo(
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     for batch in batches:
-        side, shares = batch.side(), torch.zeros(len(batch), dtype=torch.float64, device=batch.ids.device)
+        shares = torch.zeros(len(batch), dtype=torch.float64, device=batch.ids.device)
         for draw in range(draws):
             noised = noise_batch(
-                batch.tokens,
-                batch.valid,
+                batch,
                 stratified_times(seed, draw, batch.ids, t_min),
-                batch.ids,
                 schedule=schedule,
                 mask_id=mask_id,
                 seed=seed,
                 step=draw,
                 rate=1.0 if condition else 0.0,
                 noisier_state=False,
-                side=side,
             )
             output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
             shares += output.weighted_nll_B / draws

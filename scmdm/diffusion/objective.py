@@ -6,44 +6,26 @@ Legend: B batch, L length, D width, N masked positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import Schedule, loss_weight
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 
 
 class Denoiser(Protocol):
     """What the objective needs of a network. SUBS holds inside: the mask logit is minus infinity, and only masked
     positions are ever predicted (others carry over: their loss is 0 and their estimate is the token itself)."""
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
-        """Expected embedding (B, L, D) of the clean state given the noised one; `None` is the null estimate.
-        `dropout` leaves a network that is in training mode its dropout. `side`, here and below, comes only with
-        packed or labelled samples: other networks need not know it."""
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        """Expected embedding (B, L, D) of the clean tokens. `dropout` leaves a network that is in training mode its
+        dropout."""
         ...
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over masked positions of `weight * -log p(x | z, estimate)` (scalar, differentiable) and the unweighted
         per-token values (B, L), float32, 0 where not masked, without gradient."""
         ...
@@ -74,13 +56,10 @@ def clean_state_estimate(
     estimate = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
-            estimate = denoiser.estimate(batch.z_estimate, batch.t_estimate, estimate, dropout=dropout, **_side(batch))
+            state = State(batch.z_estimate, batch.t_estimate, estimate, batch.packing, batch.labels)
+            estimate = denoiser.estimate(state, dropout=dropout)
     assert estimate is not None
     return estimate
-
-
-def _side(batch: NoisedBatch) -> dict[str, Any]:
-    return {} if batch.side is None else {"side": batch.side}
 
 
 def self_conditioned_nelbo(
@@ -105,6 +84,7 @@ def self_conditioned_nelbo(
         )
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
     weight_BL = token_weights(batch, schedule)
-    loss, nll_BL = denoiser.weighted_nll(batch.z, batch.t, estimate, batch.x, weight_BL, **_side(batch))
+    state = State(batch.z, batch.t, estimate, batch.packing, batch.labels)
+    loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)
     share_B = (nll_BL.double() * weight_BL).sum(1)
     return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))

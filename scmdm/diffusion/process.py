@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.noise import keyed_permutation, keyed_uniform
+from scmdm.diffusion.packing import Packing, make_packing
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import Sequences
 
 
 def stratified_times(seed: int, step: int, ids_N: Tensor, t_min: float) -> Tensor:
@@ -38,7 +39,8 @@ class NoisedBatch:
     z_estimate: Tensor  # (B, L) int64, the state that pass 1 sees; masks are a superset of those of `z`
     t_estimate: Tensor  # (B,) float64, its time
     conditioned: Tensor  # (B,) bool: pass 2 sees the estimate
-    side: SideInputs | None = None
+    packing: Packing | None = None  # several documents in each row
+    labels: Tensor | None = None  # (B,) int64, classes as the denoiser sees them
 
 
 def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
@@ -51,10 +53,8 @@ def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor
 
 
 def noise_batch(
-    x_BL: Tensor,
-    valid_BL: Tensor,
+    sequences: Sequences,
     t_B: Tensor,
-    ids_B: Tensor,
     *,
     schedule: Schedule,
     mask_id: int,
@@ -62,7 +62,6 @@ def noise_batch(
     step: int,
     rate: float,
     noisier_state: bool,
-    side: SideInputs | None = None,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
@@ -70,6 +69,7 @@ def noise_batch(
     from an earlier sampler state: a time drawn uniformly between t and 1, with the same uniforms, hence more masks.
     Tokens that are not valid (ignored padding, a prompt) are never masked.
     """
+    x_BL, valid_BL, ids_B = sequences.tokens, sequences.valid, sequences.ids
     u_BL = keyed_uniform(seed, "mask", step, ids_B, x_BL.shape[1])
     z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), valid_BL, mask_id)
     z_estimate, t_estimate = z_BL, t_B
@@ -78,7 +78,8 @@ def noise_batch(
         t_estimate = t_B + (1 - t_B) * v_B
         z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
     coin_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
-    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, side)
+    packing = None if sequences.documents is None else make_packing(sequences.documents)
+    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, packing, sequences.labels)
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:

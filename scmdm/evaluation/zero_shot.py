@@ -20,7 +20,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 from scmdm.errors import UserError
 from scmdm.model.weights import LoadedModel
 from scmdm.parallel.engine import compute_context, resolve_precision

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import NO_LABEL
+from scmdm.diffusion.state import NO_LABEL
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.init import ZeroLinear
 from scmdm.model.network import Network, TokenEmbedding

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
 from scmdm.model.recompute import run_block
@@ -65,57 +65,27 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
-    def hidden(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
+    def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
-        x_BLD = self.vocab_embed(z_BL).float()  # the residual stream, whatever the precision of the weights
-        if estimate_BLD is not None:
-            assert self.conditioner is not None, "an estimate needs a self-conditioned model"
-            if self.config.inject_at == "masked":
-                estimate_BLD = estimate_BLD.masked_fill((z_BL != self.mask_id)[..., None], 0)
-            x_BLD = x_BLD + self.conditioner(estimate_BLD)
-        packing = None if side is None else side.packing
-        condition = self._condition(t_B, None if side is None else side.labels_B)
-        rotary, recompute = self._rotary(z_BL.shape[1], packing), self.config.activation_checkpointing
+        packing = state.packing
+        x_BLD = self._embed_state(state)
+        condition = self._condition(state.t_B, state.labels_B)
+        rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         more = () if packing is None else (packing.allowed_B1LL,)
         for block in self.blocks:
             x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, *more)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=dropout, side=side)
-        masked = z_BL == self.mask_id
-        return self.embed(z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
+        h_BLD = self.hidden(state, dropout=dropout)
+        masked = state.z_BL == self.mask_id
+        return self.embed(state.z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
-        h_BLD = self.hidden(z_BL, t_B, estimate_BLD, dropout=True, side=side)
-        masked = z_BL == self.mask_id
+        h_BLD = self.hidden(state, dropout=True)
+        masked = state.z_BL == self.mask_id
         total, nll_N = weighted_nll_sum(
             h_BLD[masked],
             *self._head_tensors(),
@@ -124,7 +94,7 @@ class Network(nn.Module):
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
         )
-        return total, weight_BL.new_zeros(z_BL.shape).masked_scatter(masked, nll_N)
+        return total, weight_BL.new_zeros(x_BL.shape).masked_scatter(masked, nll_N)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """SUBS logits (N, V) float32 of selected hidden states."""
@@ -146,6 +116,17 @@ class Network(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Embedding of tokens, any shape in front."""
         return self.vocab_embed(ids)
+
+    def _embed_state(self, state: State) -> Tensor:
+        """The residual stream (B, L, D) as it enters the blocks: float32, whatever the precision of the weights."""
+        x_BLD = self.vocab_embed(state.z_BL).float()
+        if state.estimate_BLD is None:
+            return x_BLD
+        assert self.conditioner is not None, "an estimate needs a self-conditioned model"
+        estimate_BLD = state.estimate_BLD
+        if self.config.inject_at == "masked":
+            estimate_BLD = estimate_BLD.masked_fill((state.z_BL != self.mask_id)[..., None], 0)
+        return x_BLD + self.conditioner(estimate_BLD)
 
     def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
         """What blocks and output layer see besides the residual stream."""

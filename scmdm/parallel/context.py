@@ -7,7 +7,7 @@ on the sample; what each then keeps of it is cut out here, so that neither objec
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 
 
@@ -28,43 +28,27 @@ def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))["context"]
 
 
-def _given(side: SideInputs | None) -> dict[str, Any]:
-    if side is not None and side.packing is not None:
-        raise UserError("fsdp.context cuts sequences, which packed samples (framing=packed) do not allow; set it to 1")
-    return {} if side is None else {"side": side}
-
-
 class SlicedDenoiser:
     """Takes whole sequences and runs the network on this rank's slice; estimates stay slices, NLLs come back whole."""
 
     def __init__(self, denoiser: Denoiser, context: DeviceMesh) -> None:
         self._denoiser, self._context = denoiser, context
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
-        return self._denoiser.estimate(self._slice(z_BL), t_B, estimate_BLD, dropout=dropout, **_given(side))
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        return self._denoiser.estimate(self._sliced(state), dropout=dropout)
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """The sum is this slice's part of the loss: like the ranks' parts of a batch, they are added up later."""
-        z_BL, x_BL, weight_BL = self._slice(z_BL), self._slice(x_BL), self._slice(weight_BL)
-        total, nll_BL = self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(side))
+        total, nll_BL = self._denoiser.weighted_nll(self._sliced(state), self._slice(x_BL), self._slice(weight_BL))
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
+
+    def _sliced(self, state: State) -> State:
+        """Its estimate is a slice already."""
+        if state.packing is not None:
+            raise UserError(
+                "fsdp.context cuts sequences, which packed samples (framing=packed) do not allow; set it to 1"
+            )
+        return replace(state, z_BL=self._slice(state.z_BL))
 
     def _slice(self, x_BL: Tensor) -> Tensor:
         return x_BL.chunk(self._context.size(), dim=1)[self._context.get_local_rank()]

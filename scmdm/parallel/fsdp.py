@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from scmdm.config.schema import FsdpConfig
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.model.network import Network
 from scmdm.parallel.context import SlicedDenoiser, make_context
 from scmdm.parallel.engine import ParallelEngine
@@ -110,32 +110,15 @@ class _TwoPassDenoiser:
     def __init__(self, model: Network, reshard_after_estimate: bool) -> None:
         self._model, self._reshard = model, reshard_after_estimate
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         self._free_blocks(self._reshard)
         try:
-            return self._model.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, side=side)
+            return self._model.estimate(state, dropout=dropout)
         finally:
             self._free_blocks(True)
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return self._model.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, side=side)
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self._model.weighted_nll(state, x_BL, weight_BL)
 
     def _free_blocks(self, after_forward: bool) -> None:
         """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""

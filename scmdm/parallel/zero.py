@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.config.schema import RunConfig
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.model.network import Network
 from scmdm.parallel.engine import MOMENTS, ParallelEngine
@@ -236,30 +236,11 @@ class _Denoiser:
     def __init__(self, deepspeed: Any) -> None:
         self._deepspeed = deepspeed
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
-        arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "dropout": dropout, "side": side}
-        return self._deepspeed(method="estimate", **arguments)
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        return self._deepspeed(method="estimate", state=state, dropout=dropout)
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = {"z_BL": z_BL, "t_B": t_B, "estimate_BLD": estimate_BLD, "x_BL": x_BL, "weight_BL": weight_BL}
-        return self._deepspeed(method="weighted_nll", side=side, **arguments)
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self._deepspeed(method="weighted_nll", state=state, x_BL=x_BL, weight_BL=weight_BL)
 
 
 def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from scmdm.diffusion.noise import keyed_int
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.sequences import Sequences, drop_labels
+from scmdm.diffusion.state import Sequences, drop_labels
 from scmdm.errors import UserError
 from scmdm.parallel.engine import Engine
 from scmdm.training.telemetry import Clock, TimedDenoiser
@@ -91,17 +91,14 @@ def _noise(
         shown_B = drop_labels(sequences.labels, ids_B, rate=rate, seed=config.seed, step=step)
         sequences = replace(sequences, labels=shown_B)
     return noise_batch(
-        sequences.tokens,
-        sequences.valid,
+        sequences,
         t_B,
-        sequences.ids,
         schedule=schedule,
         mask_id=mask_id,
         seed=config.seed,
         step=step,
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
-        side=sequences.side(),
     )
 
 

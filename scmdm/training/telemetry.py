@@ -11,13 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import State
 from scmdm.model.flops import StepFlops
 from scmdm.parallel.processes import all_gather_object
 
@@ -71,34 +70,13 @@ class TimedDenoiser:
     def __init__(self, denoiser: Denoiser, clock: Clock) -> None:
         self._denoiser, self._clock = denoiser, clock
 
-    def estimate(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        *,
-        dropout: bool = False,
-        side: SideInputs | None = None,
-    ) -> Tensor:
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         with self._clock.part("pass_1"):
-            return self._denoiser.estimate(z_BL, t_B, estimate_BLD, dropout=dropout, **_given(side))
+            return self._denoiser.estimate(state, dropout=dropout)
 
-    def weighted_nll(
-        self,
-        z_BL: Tensor,
-        t_B: Tensor,
-        estimate_BLD: Tensor | None,
-        x_BL: Tensor,
-        weight_BL: Tensor,
-        *,
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         with self._clock.part("pass_2"):
-            return self._denoiser.weighted_nll(z_BL, t_B, estimate_BLD, x_BL, weight_BL, **_given(side))
-
-
-def _given(side: SideInputs | None) -> dict[str, Any]:
-    return {} if side is None else {"side": side}
+            return self._denoiser.weighted_nll(state, x_BL, weight_BL)
 
 
 class Window:

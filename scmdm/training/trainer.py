@@ -17,7 +17,7 @@ from scmdm.config.load import to_yaml
 from scmdm.config.schema import RunConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 from scmdm.model.weights import StoredModel
 from scmdm.parallel.engine import check_hardware
 from scmdm.parallel.processes import World, barrier, current_world, largest, process_group

@@ -19,7 +19,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 from scmdm.model.weights import ModelSpec
 from scmdm.parallel.engine import Engine
 

@@ -7,6 +7,7 @@ from benchmarks.baselines.dense import DenseDenoiser, sample_dense
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import State
 from scmdm.model.dit import DiT
 from tests.diffusion.oracle import Oracle
 from tests.diffusion.test_sampler import chi_squared, exact_distribution
@@ -31,11 +32,11 @@ def test_dense_objective_and_estimate_are_ours(model):
     t, weight, estimate = torch.full((3,), 0.6).double(), torch.rand(3, 12), torch.randn(3, 12, 16)
     dense, gradients = DenseDenoiser(model), []
     for denoiser in (dense, model):
-        total, nll = denoiser.weighted_nll(z, t, estimate, x, weight)
+        total, nll = denoiser.weighted_nll(State(z, t, estimate), x, weight)
         gradients.append((total.detach(), nll, *torch.autograd.grad(total, list(model.parameters()))))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # gradients of float32 sums
-    ours, theirs = model.estimate(z, t, estimate), dense.estimate(z, t, estimate)
+    ours, theirs = model.estimate(State(z, t, estimate)), dense.estimate(State(z, t, estimate))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -44,8 +45,8 @@ def test_dense_sampler_has_the_distribution_of_ours(carry, cached):
     """Of the exact enumeration that scmdm's own sampler is tested against; the oracle ignores what is carried."""
     oracle, steps = Oracle(), 5
 
-    def log_p(z, t, estimate):
-        return oracle.conditionals(z).log().float()
+    def log_p(state):
+        return oracle.conditionals(state.z_BL).log().float()
 
     start = torch.full((20_000, oracle.length), oracle.mask_id)
     tokens = sample_dense(

@@ -27,11 +27,11 @@ class Oracle:
         marginal = torch.einsum("bs,slv->blv", weights, one_hot)
         return marginal / weights.sum(1)[:, None, None]
 
-    def hidden(self, z_BL, t_B, estimate_BLD):
+    def hidden(self, state):
         self.evaluations += 1
-        self.estimates.append(estimate_BLD)
-        self.times.append(t_B)
-        return self.conditionals(z_BL).log()
+        self.estimates.append(state.estimate_BLD)
+        self.times.append(state.t_B)
+        return self.conditionals(state.z_BL).log()
 
     def logits(self, h_ND):
         return h_ND.float()
@@ -42,11 +42,11 @@ class Oracle:
     def embed(self, ids):
         return torch.nn.functional.one_hot(ids, self.vocab).double()
 
-    def estimate(self, z_BL, t_B, estimate_BLD, *, dropout=False):
-        masked = (z_BL == self.mask_id)[..., None]
-        return torch.where(masked, self.conditionals(z_BL), self.embed(z_BL))
+    def estimate(self, state, *, dropout=False):
+        masked = (state.z_BL == self.mask_id)[..., None]
+        return torch.where(masked, self.conditionals(state.z_BL), self.embed(state.z_BL))
 
-    def weighted_nll(self, z_BL, t_B, estimate_BLD, x_BL, weight_BL):
-        probability = self.conditionals(z_BL).gather(2, x_BL[..., None]).squeeze(2)
-        nll = torch.where(z_BL == self.mask_id, -probability.log(), 0.0)
+    def weighted_nll(self, state, x_BL, weight_BL):
+        probability = self.conditionals(state.z_BL).gather(2, x_BL[..., None]).squeeze(2)
+        nll = torch.where(state.z_BL == self.mask_id, -probability.log(), 0.0)
         return (nll * weight_BL).sum(), nll

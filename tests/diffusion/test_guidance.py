@@ -10,7 +10,7 @@ from scmdm.diffusion.guidance import Guided
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import NO_LABEL, drop_labels
+from scmdm.diffusion.state import NO_LABEL, drop_labels
 from tests.diffusion.oracle import Oracle
 
 CLASSES = 2
@@ -29,9 +29,10 @@ class LabelledOracle(Oracle):
         self.joint = self.joints[label]
         return self.conditionals(z_BL)
 
-    def hidden(self, z_BL, t_B, estimate_BLD, *, side=None):
-        labels = [NO_LABEL] * len(z_BL) if side is None else side.labels_B.tolist()
-        self.seen.append((labels, z_BL, estimate_BLD))
+    def hidden(self, state):
+        z_BL = state.z_BL
+        labels = [NO_LABEL] * len(z_BL) if state.labels_B is None else state.labels_B.tolist()
+        self.seen.append((labels, z_BL, state.estimate_BLD))
         p_BLV = torch.empty(*z_BL.shape, self.vocab, dtype=torch.float64)
         for label in set(labels):
             rows = torch.tensor([at == label for at in labels])

@@ -10,7 +10,7 @@ from scmdm.diffusion.likelihood import estimate_nelbo
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear, make_schedule
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences, State
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
 from tests.diffusion.oracle import Oracle
@@ -18,10 +18,8 @@ from tests.diffusion.oracle import Oracle
 
 def make_batch(x, t, rate=1.0, seed=0, mask_id=9, noisier=False):
     return noise_batch(
-        x,
-        torch.ones_like(x).bool(),
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(len(x))),
         t,
-        torch.arange(len(x)),
         schedule=LogLinear(),
         mask_id=mask_id,
         seed=seed,
@@ -66,7 +64,7 @@ def test_nelbo_equals_the_straightforward_formula():
     batch = make_batch(x, t)
     ours = self_conditioned_nelbo(model, batch, LogLinear(), condition=False)
 
-    hidden = model.hidden(batch.z, t, None)
+    hidden = model.hidden(State(batch.z, t))
     logits = hidden @ model.output_layer.linear.weight.T + model.output_layer.linear.bias
     logits = torch.cat([logits[..., :9], torch.full_like(logits[..., 9:], -math.inf)], -1)
     log_p = logits.log_softmax(-1).gather(2, x[..., None]).squeeze(2)
@@ -86,9 +84,14 @@ def test_conditioned_pass_sees_the_expected_embedding():
     def dense(hidden):
         return torch.cat([(hidden @ linear.weight.T + linear.bias)[..., :9], torch.full((16, 12, 1), -math.inf)], -1)
 
-    p = dense(model.hidden(batch.z, t, None)).softmax(-1).detach()
+    p = dense(model.hidden(State(batch.z, t))).softmax(-1).detach()
     p = torch.where((batch.z == 9)[..., None], p, torch.nn.functional.one_hot(batch.z, 10).float())
-    log_p = dense(model.hidden(batch.z, t, (p @ embedding).detach())).log_softmax(-1).gather(2, x[..., None]).squeeze(2)
+    log_p = (
+        dense(model.hidden(State(batch.z, t, (p @ embedding).detach())))
+        .log_softmax(-1)
+        .gather(2, x[..., None])
+        .squeeze(2)
+    )
     plain = (-(batch.z == 9).float() * log_p / t[:, None].float()).sum()
     torch.testing.assert_close(ours.loss, plain, rtol=1e-5, atol=0)
     assert ours.passes == 2
@@ -104,13 +107,13 @@ class Counting:
     def __init__(self, model):
         self.model, self.calls = model, []
 
-    def estimate(self, z, t, estimate, *, dropout=False):
-        self.calls.append(("estimate", z, estimate, torch.is_grad_enabled(), dropout))
-        return self.model.estimate(z, t, estimate, dropout=dropout)
+    def estimate(self, state, *, dropout=False):
+        self.calls.append(("estimate", state.z_BL, state.estimate_BLD, torch.is_grad_enabled(), dropout))
+        return self.model.estimate(state, dropout=dropout)
 
-    def weighted_nll(self, z, t, estimate, x, weight):
-        self.calls.append(("nll", z, estimate, torch.is_grad_enabled(), None))
-        return self.model.weighted_nll(z, t, estimate, x, weight)
+    def weighted_nll(self, state, x, weight):
+        self.calls.append(("nll", state.z_BL, state.estimate_BLD, torch.is_grad_enabled(), None))
+        return self.model.weighted_nll(state, x, weight)
 
 
 def test_rate_zero_skips_pass_one_and_rate_decides_per_sample():
@@ -142,9 +145,9 @@ def test_dropout_in_the_estimate_is_a_setting():
     model = small_model(dropout=0.5).train()
     z, t = torch.full((4, 6), 9), torch.ones(4).double()
     torch.manual_seed(0)
-    first, second = (model.estimate(z, t, None, dropout=True) for _ in range(2))
+    first, second = (model.estimate(State(z, t), dropout=True) for _ in range(2))
     assert not torch.equal(first, second)
-    first, second = (model.estimate(z, t, None, dropout=False) for _ in range(2))
+    first, second = (model.estimate(State(z, t), dropout=False) for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -239,9 +239,9 @@ class Counting(Oracle):
         super().__init__(**options)
         self.seen = []
 
-    def hidden(self, z_BL, t_B, estimate_BLD):
-        self.seen.append((z_BL, t_B))
-        return super().hidden(z_BL, t_B, estimate_BLD)
+    def hidden(self, state):
+        self.seen.append((state.z_BL, state.t_B))
+        return super().hidden(state)
 
 
 @pytest.mark.parametrize("settings", [SamplerSettings(steps=40), SamplerSettings("margin", 40)], ids=lambda s: s.kind)

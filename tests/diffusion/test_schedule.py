@@ -8,6 +8,7 @@ from scipy import stats
 
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import LogLinear, loss_weight, make_schedule, unmask_probability
+from scmdm.diffusion.state import Sequences
 
 SCHEDULES = [make_schedule("log_linear"), make_schedule("cosine"), make_schedule("polynomial", power=2.5)]
 t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
@@ -46,10 +47,8 @@ def test_forward_process_masks_at_the_right_rate(schedule):
     ids, x = torch.arange(4000), torch.zeros(4000, 10, dtype=torch.int64)
     t_B = torch.full((4000,), 0.3, dtype=torch.float64)
     batch = noise_batch(
-        x,
-        torch.ones_like(x).bool(),
+        Sequences(x, torch.ones_like(x).bool(), ids),
         t_B,
-        ids,
         schedule=schedule,
         mask_id=9,
         seed=1,
@@ -68,10 +67,8 @@ def test_invalid_tokens_are_never_masked():
     x = torch.arange(32).reshape(1, 32) % 5
     valid = x != 0
     batch = noise_batch(
-        x,
-        valid,
+        Sequences(x, valid, torch.arange(1)),
         torch.ones(1).double(),
-        torch.arange(1),
         schedule=LogLinear(),
         mask_id=9,
         seed=0,

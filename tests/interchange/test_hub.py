@@ -9,6 +9,7 @@ import scmdm.hub
 from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.state import State
 from scmdm.sampling import generate
 from tests.conftest import ADAPTED
 
@@ -37,8 +38,8 @@ def test_predictions_with_and_without_an_estimate(adapted, exported):
     with torch.no_grad():
         first = theirs(z)
         second = theirs(z, estimate=first.estimate)
-        estimate = ours.model.estimate(z, t, None)
-        hidden = ours.model.hidden(z, t, estimate)
+        estimate = ours.model.estimate(State(z, t))
+        hidden = ours.model.hidden(State(z, t, estimate))
     torch.testing.assert_close(first.estimate, estimate)
     torch.testing.assert_close(second.logits, ours.model.logits(hidden.flatten(0, 1)).unflatten(0, z.shape))
     assert not torch.allclose(first.logits[..., :3], second.logits[..., :3])

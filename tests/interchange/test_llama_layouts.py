@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 import scmdm
 from scmdm.cli import main
 from scmdm.config.schema import DiffusionConfig, LlamaConfig, ModelConfig
+from scmdm.diffusion.state import State
 from scmdm.interchange.layouts import ALL
 from scmdm.model.shards import write_shards
 from scmdm.model.weights import ModelSpec, read_spec, weights_of
@@ -121,7 +122,7 @@ def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
     ids = torch.randint(0, len(WORDS), (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         raw = theirs(ids, attention_mask=see_everything(7)).logits
-        found = ours.model.logits(ours.model.hidden(ids, torch.ones(2).double(), None).flatten(0, 1)).view(2, 7, -1)
+        found = ours.model.logits(ours.model.hidden(State(ids, torch.ones(2).double())).flatten(0, 1)).view(2, 7, -1)
     expected = torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
     torch.testing.assert_close(found[..., : len(WORDS)], expected, rtol=1e-5, atol=1e-5)
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), f"format={kind}"]) == 0

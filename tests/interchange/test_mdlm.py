@@ -12,6 +12,7 @@ from scmdm.data.tokenizers import load_tokenizer
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.state import State
 from scmdm.model.weights import read_spec, weights_of
 from tests.conftest import ADAPTED
 from tests.interchange.published import (
@@ -63,7 +64,7 @@ def test_a_vanilla_sampler_draws_what_the_published_formula_draws(tmp_path, cond
         x, t, s = states[index], float(grid[index]), float(grid[index + 1])
         q = published_update(mdlm_weights(), x, t, s, conditioned)
         masked = x == MASK
-        logits = loaded.model.logits(loaded.model.hidden(x, grid[index].expand(64), None)[masked])
+        logits = loaded.model.logits(loaded.model.hidden(State(x, grid[index].expand(64)))[masked])
         alpha = loaded.spec.schedule.alpha(grid[index : index + 2])
         reveal = float((alpha[1] - alpha[0]) / (1 - alpha[0]))
         ours = logits.softmax(-1) * reveal

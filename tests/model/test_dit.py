@@ -7,6 +7,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
 from scmdm.model.attention import attend, check_backend, choose_backend
 from scmdm.model.conditioner import CONDITIONERS
@@ -47,10 +48,10 @@ def test_adapted_model_equals_its_base_bitwise(kind, dtype):
     z = torch.randint(0, VOCAB, (8, 16))
     t = torch.rand(8).double()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        expected = base.hidden(z, t, None)
-        assert torch.equal(model.hidden(z, t, None), expected)
+        expected = base.hidden(State(z, t))
+        assert torch.equal(model.hidden(State(z, t)), expected)
         for scale in (0.0, 1.0, 100.0):
-            assert torch.equal(model.hidden(z, t, scale * torch.randn(8, 16, 32)), expected)
+            assert torch.equal(model.hidden(State(z, t, scale * torch.randn(8, 16, 32))), expected)
     torch.testing.assert_close(model.logits(expected[0]), base.logits(expected[0]), rtol=0, atol=0)
 
 
@@ -59,10 +60,8 @@ def test_conditioner_learns_from_the_first_step(kind):
     model = adapted(trained_base(), kind)
     x = torch.randint(0, MASK, (16, 16))
     batch = noise_batch(
-        x,
-        torch.ones_like(x).bool(),
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(16)),
         torch.linspace(0.1, 1, 16).double(),
-        torch.arange(16),
         schedule=LogLinear(),
         mask_id=MASK,
         seed=0,
@@ -77,7 +76,7 @@ def test_conditioner_learns_from_the_first_step(kind):
     optimizer.step()
     optimizer.zero_grad()
     estimate = torch.randn(2, 16, 32)
-    assert not torch.equal(model.hidden(x[:2], batch.t[:2], estimate), model.hidden(x[:2], batch.t[:2], None))
+    assert not torch.equal(model.hidden(State(x[:2], batch.t[:2], estimate)), model.hidden(State(x[:2], batch.t[:2])))
     # From the second step on every factor has a gradient: exactly one started at zero.
     self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in model.conditioner.parameters())
@@ -90,7 +89,7 @@ def test_the_null_estimate_adds_exactly_nothing(kind):
         for parameter in model.conditioner.parameters():
             parameter.normal_()
     z, t = torch.randint(0, VOCAB, (4, 16)), torch.rand(4).double()
-    assert torch.equal(model.hidden(z, t, torch.zeros(4, 16, 32)), model.hidden(z, t, None))
+    assert torch.equal(model.hidden(State(z, t, torch.zeros(4, 16, 32))), model.hidden(State(z, t)))
 
 
 @pytest.mark.parametrize("length", [8, 300])
@@ -111,10 +110,10 @@ def test_attention_is_bidirectional_and_knows_positions():
     z, t = torch.randint(0, VOCAB, (1, 16)), torch.ones(1).double()
     later = z.clone()
     later[0, 15] = (later[0, 15] + 1) % VOCAB
-    assert not torch.equal(model.hidden(z, t, None)[0, 0], model.hidden(later, t, None)[0, 0])
+    assert not torch.equal(model.hidden(State(z, t))[0, 0], model.hidden(State(later, t))[0, 0])
     twice = torch.full((1, 16), 3)
     twice[0, 5] = 4
-    hidden = model.hidden(twice, t, None)[0]
+    hidden = model.hidden(State(twice, t))[0]
     assert not torch.allclose(hidden[0], hidden[1], atol=1e-4)
 
 
@@ -125,7 +124,7 @@ def test_positions_need_one_token_that_differs():
     blind = torch.full((1, 16), MASK)
     seeing = blind.clone()
     seeing[0, 0] = 3
-    hidden, seen = model.hidden(blind, t, None)[0], model.hidden(seeing, t, None)[0]
+    hidden, seen = model.hidden(State(blind, t))[0], model.hidden(State(seeing, t))[0]
     assert torch.allclose(hidden, hidden[:1].expand_as(hidden), atol=1e-5)
     assert torch.pdist(seen).min() > 1e-4
 
@@ -134,9 +133,9 @@ def test_time_conditioning_is_a_setting():
     z = torch.randint(0, VOCAB, (2, 16))
     early, late = torch.full((2,), 0.9).double(), torch.full((2,), 0.1).double()
     blind, seeing = trained_base(), trained_base(time_conditioning=True)
-    assert torch.equal(blind.hidden(z, early, None), blind.hidden(z, late, None))
-    assert not torch.equal(seeing.hidden(z, early, None), seeing.hidden(z, late, None))
-    assert torch.isfinite(seeing.hidden(z, torch.ones(2).double(), None)).all(), "alpha_1 = 0 has a finite noise level"
+    assert torch.equal(blind.hidden(State(z, early)), blind.hidden(State(z, late)))
+    assert not torch.equal(seeing.hidden(State(z, early)), seeing.hidden(State(z, late)))
+    assert torch.isfinite(seeing.hidden(State(z, torch.ones(2).double()))).all(), "alpha_1 = 0 has a finite noise level"
 
 
 def test_rotary_is_the_half_split_rotation():
@@ -178,7 +177,7 @@ def gradients_and_kept_bytes(kind, dropout):
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = model.weighted_nll(z, torch.ones(4).double(), torch.ones(4, 16, 32), x, torch.ones(4, 16))
+        loss, _ = model.weighted_nll(State(z, torch.ones(4).double(), torch.ones(4, 16, 32)), x, torch.ones(4, 16))
     held = sum(kept.values())
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, held
@@ -203,7 +202,9 @@ def bfloat16_gradients(kind):
     model = adapted(trained_base(), "projection", activation_checkpointing=kind).train()
     x = torch.randint(0, MASK, (4, 16), generator=torch.Generator().manual_seed(1))
     draws = {"schedule": model.schedule, "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
-    batch = noise_batch(x, torch.ones_like(x).bool(), torch.full((4,), 0.5).double(), torch.arange(4), **draws)
+    batch = noise_batch(
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = self_conditioned_nelbo(model, batch, model.schedule, condition=True).loss
     loss.backward()

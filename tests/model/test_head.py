@@ -11,6 +11,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import Sequences
 from scmdm.model.dit import DiT
 from scmdm.model.head import expected_embedding, weighted_nll_sum
 from scmdm.model.init import init_weights
@@ -89,10 +90,8 @@ def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
     init_weights(model, 0)
     x = torch.randint(0, vocab - 1, (batch_size, length))
     batch = noise_batch(
-        x,
-        torch.ones_like(x).bool(),
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(batch_size)),
         torch.ones(batch_size).double(),
-        torch.arange(batch_size),
         schedule=LogLinear(),
         mask_id=vocab - 1,
         seed=0,

@@ -13,7 +13,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import SideInputs
+from scmdm.diffusion.state import Sequences, State
 from scmdm.interchange.layouts import ALL
 from scmdm.model.conditioner import CONDITIONERS
 from scmdm.model.init import init_weights
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(kind, tied, base, eps, attention):
     with torch.no_grad():
         expected = theirs(ids, attention_mask=see_everything(11)).logits
         causal = theirs(ids).logits
-        found = ours.logits(ours.hidden(ids, TIME, None).flatten(0, 1)).view(2, 11, VOCAB)
+        found = ours.logits(ours.hidden(State(ids, TIME)).flatten(0, 1)).view(2, 11, VOCAB)
     assert not torch.allclose(expected, causal, atol=1e-2), "the causal mask was not off"
     real = torch.arange(VOCAB) != MASK
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
@@ -91,7 +91,7 @@ def test_shifted_logits_come_from_the_position_before():
     ids = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         raw = theirs(ids, attention_mask=see_everything(7)).logits
-        found = ours.logits(ours.hidden(ids, TIME, None).flatten(0, 1)).view(2, 7, VOCAB)
+        found = ours.logits(ours.hidden(State(ids, TIME)).flatten(0, 1)).view(2, 7, VOCAB)
     expected = torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
     real = torch.arange(VOCAB) != MASK
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
@@ -103,8 +103,8 @@ def test_packed_documents_are_as_if_alone(shift):
     lengths = (4, 1, 6)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     z = torch.randint(0, VOCAB, (1, 11), generator=torch.Generator().manual_seed(2))
-    together = ours.hidden(z, TIME[:1], None, side=SideInputs(make_packing(documents)))
-    alone = [ours.hidden(part, TIME[:1], None) for part in z.split(lengths, dim=1)]
+    together = ours.hidden(State(z, TIME[:1], packing=make_packing(documents)))
+    alone = [ours.hidden(State(part, TIME[:1])) for part in z.split(lengths, dim=1)]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
 
 
@@ -115,8 +115,8 @@ def test_adapted_model_equals_its_base_bitwise(kind, dtype):
     adapted, _ = loaded_model("qwen2", shift=True, self_conditioned=True, conditioner=kind)
     z = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        expected = base.hidden(z, TIME, None)
-        assert torch.equal(adapted.hidden(z, TIME, 10 * torch.randn(2, 16, 32)), expected)
+        expected = base.hidden(State(z, TIME))
+        assert torch.equal(adapted.hidden(State(z, TIME, 10 * torch.randn(2, 16, 32))), expected)
 
 
 def gradients(tied, recompute):
@@ -125,7 +125,9 @@ def gradients(tied, recompute):
         model.conditioner.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randint(0, MASK, (4, 16), generator=torch.Generator().manual_seed(1))
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
-    batch = noise_batch(x, torch.ones_like(x).bool(), torch.full((4,), 0.5).double(), torch.arange(4), **draws)
+    batch = noise_batch(
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
+    )
     self_conditioned_nelbo(model.train(), batch, LogLinear(), condition=True).loss.backward()
     return model, batch, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -134,11 +136,11 @@ def gradients(tied, recompute):
 def test_the_loss_and_its_gradients_are_those_of_a_dense_head(tied):
     """The chunked head, of which an embedding may be the weight, against logits of all positions and autograd."""
     model, batch, found = gradients(tied, "none")
-    estimate = model.estimate(batch.z, batch.t, None).detach()
+    estimate = model.estimate(State(batch.z, batch.t)).detach()
     model.zero_grad()
     weight, bias = model.head()
     assert bias is None and (weight is model.vocab_embed.embedding) == tied
-    logits = model.hidden(batch.z, batch.t, estimate) @ weight.T
+    logits = model.hidden(State(batch.z, batch.t, estimate)) @ weight.T
     logits = logits.masked_fill(torch.arange(VOCAB) == MASK, float("-inf"))
     nll = -logits.log_softmax(-1).gather(2, batch.x[..., None]).squeeze(2)
     (2 * nll[batch.z == MASK].sum()).backward()  # w(0.5) = 2

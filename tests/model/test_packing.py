@@ -8,7 +8,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import document_starts, make_packing
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import Sequences, SideInputs
+from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
 from scmdm.model.attention import attend
 from tests.model.test_dit import MASK, adapted, trained_base
@@ -42,23 +42,23 @@ def test_logits_are_those_of_each_document_alone(attention, conditioned):
         for parameter in model.conditioner.parameters():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     _, z = noised()
-    side, estimate = SideInputs(make_packing(DOCUMENTS)), None
+    packing, estimate = make_packing(DOCUMENTS), None
     if conditioned:
-        estimate = model.estimate(z, TIME, None, side=side)
-    together = model.logits(model.hidden(z, TIME, estimate, side=side)[0])
+        estimate = model.estimate(State(z, TIME, packing=packing))
+    together = model.logits(model.hidden(State(z, TIME, estimate, packing=packing))[0])
     for start, end in SPANS:
-        own = model.estimate(z[:, start:end], TIME, None) if conditioned else None
-        alone = model.logits(model.hidden(z[:, start:end], TIME, own)[0])
+        own = model.estimate(State(z[:, start:end], TIME)) if conditioned else None
+        alone = model.logits(model.hidden(State(z[:, start:end], TIME, own))[0])
         torch.testing.assert_close(together[start:end], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_leaks_in_either_direction():
-    model, (_, z), side = trained_base(), noised(), SideInputs(make_packing(DOCUMENTS))
-    before = model.hidden(z, TIME, None, side=side)[0]
+    model, (_, z), packing = trained_base(), noised(), make_packing(DOCUMENTS)
+    before = model.hidden(State(z, TIME, packing=packing))[0]
     for start, end in SPANS:
         changed = z.clone()
         changed[0, start:end] = (changed[0, start:end] + 1) % MASK
-        after = model.hidden(changed, TIME, None, side=side)[0]
+        after = model.hidden(State(changed, TIME, packing=packing))[0]
         outside = torch.ones(z.shape[1]).bool()
         outside[start:end] = False
         assert torch.equal(after[outside], before[outside])
@@ -67,10 +67,10 @@ def test_nothing_leaks_in_either_direction():
 
 def test_without_packing_they_do_see_each_other():
     model, (_, z) = trained_base(), noised()
-    packed = model.hidden(z, TIME, None, side=SideInputs(make_packing(DOCUMENTS)))
-    assert not torch.allclose(packed, model.hidden(z, TIME, None), atol=1e-3)
-    one = SideInputs(make_packing(torch.zeros_like(DOCUMENTS)))
-    torch.testing.assert_close(model.hidden(z, TIME, None, side=one), model.hidden(z, TIME, None))
+    packed = model.hidden(State(z, TIME, packing=make_packing(DOCUMENTS)))
+    assert not torch.allclose(packed, model.hidden(State(z, TIME)), atol=1e-3)
+    one = make_packing(torch.zeros_like(DOCUMENTS))
+    torch.testing.assert_close(model.hidden(State(z, TIME, packing=one)), model.hidden(State(z, TIME)))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -79,16 +79,14 @@ def test_loss_and_gradients_of_both_passes_are_those_of_the_documents(checkpoint
     model = adapted(trained_base(), "projection", activation_checkpointing=checkpointing)
     x, _ = noised()
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
-    batch = noise_batch(
-        x, torch.ones_like(x).bool(), TIME, torch.arange(1), side=SideInputs(make_packing(DOCUMENTS)), **draws
-    )
+    batch = noise_batch(Sequences(x, torch.ones_like(x).bool(), torch.arange(1), DOCUMENTS), TIME, **draws)
     packed = self_conditioned_nelbo(model, batch, LogLinear(), condition=True)
     packed.loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     total = 0.0
     for start, end in SPANS:
-        own = noise_batch(x[:, start:end], torch.ones(1, end - start).bool(), TIME, torch.arange(1), **draws)
+        own = noise_batch(Sequences(x[:, start:end], torch.ones(1, end - start).bool(), torch.arange(1)), TIME, **draws)
         z = batch.z[:, start:end]
         own = type(own)(own.x, z, own.t, own.valid, z, own.t, own.conditioned)
         output = self_conditioned_nelbo(model, own, LogLinear(), condition=True)

@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
+from scmdm.diffusion.state import Sequences
 from scmdm.model.weights import ModelSpec
 from scmdm.training.setup import build_engine
 
@@ -41,7 +42,9 @@ def step(engine, rate=1.0):
     schedule = engine.model.schedule
     x = torch.randint(0, VOCAB - 1, (4, 8))
     draws = {"schedule": schedule, "mask_id": VOCAB - 1, "seed": 0, "step": 0, "rate": rate, "noisier_state": False}
-    batch = noise_batch(x, torch.ones_like(x).bool(), torch.full((4,), 0.5).double(), torch.arange(4), **draws)
+    batch = noise_batch(
+        Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
+    )
     with engine.compute():
         output = self_conditioned_nelbo(engine.denoiser, batch, schedule, condition=rate > 0)
     engine.backward(output.loss, last=True)

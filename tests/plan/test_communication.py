@@ -97,11 +97,9 @@ def test_context_parallelism_exchanges_what_is_planned(kind, monkeypatch):
     assert seen == counted(one for one in planned(config, 4, torch.bfloat16) if one.kind == "all_to_all")
 
 
-def _sliced_nll(self, z_BL, t_B, estimate_BLD, x_BL, weight_BL):
+def _sliced_nll(self, state, x_BL, weight_BL):
     """Without putting the slices' values together, which does the same to a pretended group."""
-    total, nll_BL = self._denoiser.weighted_nll(
-        self._slice(z_BL), t_B, estimate_BLD, self._slice(x_BL), self._slice(weight_BL)
-    )
+    total, nll_BL = self._denoiser.weighted_nll(self._sliced(state), self._slice(x_BL), self._slice(weight_BL))
     return total, torch.cat([nll_BL, nll_BL], 1)
 
 

@@ -9,7 +9,7 @@ from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences, State
 from scmdm.model.dit import DiT
 from scmdm.model.flops import step_flops
 from scmdm.model.init import init_weights
@@ -34,7 +34,7 @@ def make_batch(rows=4, length=6, t=0.6):
     x = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(0))
     times = torch.full((rows,), t, dtype=torch.float64)
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
-    return noise_batch(x, torch.ones_like(x).bool(), times, torch.arange(rows), **draws)
+    return noise_batch(Sequences(x, torch.ones_like(x).bool(), torch.arange(rows)), times, **draws)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_without_stop_gradient_the_gradient_is_that_of_the_whole_loss(settings, 
 
     def with_the_estimate_held():
         weight = (1 / batch.t)[:, None] * batch.valid
-        return model.weighted_nll(batch.z, batch.t, held, batch.x, weight)[0]
+        return model.weighted_nll(State(batch.z, batch.t, held), batch.x, weight)[0]
 
     expected = {}
     for stop_gradient, function in ((False, whole), (True, with_the_estimate_held)):
@@ -128,12 +128,12 @@ def test_injection_at_masked_positions_ignores_the_estimate_elsewhere():
     model, batch = small_model(inject_at="masked"), make_batch()
     estimate = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(3))
     masked = (batch.z == MASK)[..., None]
-    given = model.hidden(batch.z, batch.t, estimate)
-    assert torch.equal(given, model.hidden(batch.z, batch.t, estimate.masked_fill(~masked, 7.0)))
-    assert not torch.equal(given, model.hidden(batch.z, batch.t, estimate.masked_fill(masked, 7.0)))
+    given = model.hidden(State(batch.z, batch.t, estimate))
+    assert torch.equal(given, model.hidden(State(batch.z, batch.t, estimate.masked_fill(~masked, 7.0))))
+    assert not torch.equal(given, model.hidden(State(batch.z, batch.t, estimate.masked_fill(masked, 7.0))))
     everywhere = small_model()
     everywhere.load_state_dict(model.state_dict())
-    torch.testing.assert_close(given, everywhere.hidden(batch.z, batch.t, estimate.masked_fill(~masked, 0.0)))
+    torch.testing.assert_close(given, everywhere.hidden(State(batch.z, batch.t, estimate.masked_fill(~masked, 0.0))))
 
 
 @pytest.mark.parametrize("settings", [{"estimate_top_k": 2}, {"inject_at": "masked"}, {"conditioner": "norm"}])
@@ -143,20 +143,20 @@ def test_sampling_carries_what_training_conditions_on(settings):
     given, ids, seen = torch.full((8, 6), MASK), torch.arange(8), []
     hidden = model.hidden
 
-    def record(z, t, estimate):
-        seen.append((z, t, estimate))
-        return hidden(z, t, estimate)
+    def record(state):
+        seen.append(state)
+        return hidden(state)
 
     model.hidden = record
     options = {"schedule": LogLinear(), "settings": SamplerSettings(steps=2, carry=True), "mask_id": MASK, "seed": 0}
     sample(model, given, ids, **options)
     del model.hidden
-    (z0, t0, nothing), (z1, _, carried) = seen
-    assert nothing is None
-    masked = (z1 == MASK)[..., None]
+    first, second = seen
+    assert first.estimate_BLD is None
+    masked = (second.z_BL == MASK)[..., None]
     with torch.no_grad():
-        expected = torch.where(masked, model.estimate(z0, t0, None), model.embed(z1))
-    torch.testing.assert_close(carried, expected)
+        expected = torch.where(masked, model.estimate(first), model.embed(second.z_BL))
+    torch.testing.assert_close(second.estimate_BLD, expected)
 
 
 def test_both_nelbos_use_the_settings_of_the_model():
@@ -164,10 +164,10 @@ def test_both_nelbos_use_the_settings_of_the_model():
     model, plain, batch = small_model(estimate_top_k=1).eval(), small_model().eval(), make_batch()
     masked = batch.z == MASK
     with torch.no_grad():
-        best = model.logits(model.hidden(batch.z, batch.t, None)).argmax(-1)
+        best = model.logits(model.hidden(State(batch.z, batch.t))).argmax(-1)
         estimate = model.embed(torch.where(masked, best, batch.z))
         weight = (1 / batch.t)[:, None].float() * batch.valid
-        expected, _ = model.weighted_nll(batch.z, batch.t, estimate, batch.x, weight)
+        expected, _ = model.weighted_nll(State(batch.z, batch.t, estimate), batch.x, weight)
         found = self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss
         null = [self_conditioned_nelbo(m, batch, LogLinear(), condition=False).loss for m in (model, plain)]
     torch.testing.assert_close(found, expected)

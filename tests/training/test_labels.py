@@ -13,7 +13,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import NO_LABEL, SideInputs
+from scmdm.diffusion.state import NO_LABEL, State
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
 from scmdm.model.weights import read_spec
@@ -128,8 +128,8 @@ def test_without_a_label_is_the_last_row():
     init_weights(model, 0)
     torch.nn.init.normal_(model.blocks[0].adaLN_modulation.weight)
     z, t = torch.full((2, 4), 9), torch.ones(2).double()
-    none = model.hidden(z, t, None, side=SideInputs(labels_B=torch.tensor([NO_LABEL, 1])))
-    torch.testing.assert_close(model.hidden(z, t, None)[0], none[0])
+    none = model.hidden(State(z, t, labels_B=torch.tensor([NO_LABEL, 1])))
+    torch.testing.assert_close(model.hidden(State(z, t))[0], none[0])
     assert not torch.allclose(none[0], none[1])
     assert model.cond_map.embedding_table.weight.shape == (4, 8)
 

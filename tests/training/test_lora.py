@@ -8,6 +8,7 @@ import torch
 from scmdm.cli import main
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
@@ -44,16 +45,16 @@ def test_a_fresh_adapter_changes_nothing_and_its_merge_what_it_did():
     model = model_of(lora_rank=3, lora_alpha=6.0)
     load_weights(model, dict(base.named_parameters()), "base", new_conditioner=True)
     z, t = torch.randint(0, 10, (4, 8), generator=torch.Generator().manual_seed(0)), torch.rand(4).double()
-    assert torch.equal(model.hidden(z, t, None), base.hidden(z, t, None))
+    assert torch.equal(model.hidden(State(z, t)), base.hidden(State(z, t)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    adapted = model.hidden(z, t, None)
-    assert not torch.allclose(adapted, base.hidden(z, t, None), atol=0.1)
+    adapted = model.hidden(State(z, t))
+    assert not torch.allclose(adapted, base.hidden(State(z, t)), atol=0.1)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     load_weights(base, dict(merged(sorted(weights.items()), model.config)), "merged")
-    torch.testing.assert_close(base.hidden(z, t, None), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(base.hidden(State(z, t)), adapted, rtol=1e-4, atol=1e-4)
     part = model.blocks[1].mlp[2]
     expected = weights["blocks.1.mlp.2.weight"] + 2 * part.lora_B.weight @ part.lora_A.weight
     torch.testing.assert_close(base.blocks[1].mlp[2].weight, expected)
@@ -75,7 +76,7 @@ def test_a_frozen_head_makes_no_gradient(rank):
             parameter.add_(0.1)
     x = torch.randint(0, MASK, (4, 8), generator=torch.Generator().manual_seed(0))
     z = x.masked_fill(torch.arange(8) % 2 == 0, MASK)
-    total, _ = model.weighted_nll(z, torch.ones(4).double(), torch.ones(4, 8, 16), x, torch.ones(4, 8))
+    total, _ = model.weighted_nll(State(z, torch.ones(4).double(), torch.ones(4, 8, 16)), x, torch.ones(4, 8))
     total.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     last = {name for name in dict(model.named_parameters()) if name.startswith("blocks.1.")}
@@ -83,7 +84,7 @@ def test_a_frozen_head_makes_no_gradient(rank):
     assert with_gradient == (added if rank else added | last)
     whole = model_of(self_conditioned=True, lora_rank=rank).train()
     load_weights(whole, dict(model.named_parameters()), "frozen")
-    whole.weighted_nll(z, torch.ones(4).double(), torch.ones(4, 8, 16), x, torch.ones(4, 8))[0].backward()
+    whole.weighted_nll(State(z, torch.ones(4).double(), torch.ones(4, 8, 16)), x, torch.ones(4, 8))[0].backward()
     for name in with_gradient:
         torch.testing.assert_close(model.get_parameter(name).grad, whole.get_parameter(name).grad)
 
@@ -148,7 +149,7 @@ def hidden(model):
     z = torch.randint(0, model.mask_id, (4, 16), generator=torch.Generator().manual_seed(0))
     estimate = torch.randn(4, 16, model.config.width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.hidden(z, torch.ones(4).double(), estimate)
+        return model.hidden(State(z, torch.ones(4).double(), estimate))
 
 
 def test_an_export_is_merged_and_peft_reads_the_adapter(adapted, base, tmp_path, capsys):

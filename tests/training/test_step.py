@@ -7,7 +7,7 @@ import torch
 
 from scmdm.config.schema import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.sequences import Sequences
+from scmdm.diffusion.state import Sequences
 from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
@@ -65,9 +65,10 @@ def test_the_step_passes_its_settings_on(monkeypatch):
     engine, config = make()
     seen = []
 
-    def estimate(z, t, before, *, dropout):
-        seen.append((int((z == MASK).sum()), float(t.sum()), before is None, dropout))
-        return type(engine.model).estimate(engine.model, z, t, before, dropout=dropout)
+    def estimate(state, *, dropout):
+        masks, times = int((state.z_BL == MASK).sum()), float(state.t_B.sum())
+        seen.append((masks, times, state.estimate_BLD is None, dropout))
+        return type(engine.model).estimate(engine.model, state, dropout=dropout)
 
     monkeypatch.setattr(engine.model, "estimate", estimate)
     config.self_conditioning.passes, config.self_conditioning.estimate_dropout = 3, False

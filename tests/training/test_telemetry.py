@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scmdm.cli import main
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import State
 from scmdm.model.dit import DiT
 from scmdm.model.flops import StepFlops, step_flops
 from scmdm.model.init import init_weights
@@ -37,12 +38,12 @@ def test_flops_agree_with_torchs_counter(passes):
     estimate = None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for _ in range(passes):
-            estimate = model.estimate(z, t, estimate)
+            estimate = model.estimate(State(z, t, estimate))
     counted = counter.get_total_flops() / BATCH
     expected = step_flops(config, VOCAB, LENGTH, LogLinear(), passes=passes)
     assert expected.estimate_passes == pytest.approx(counted, rel=0.02)
     with FlopCounterMode(display=False) as counter:
-        model.weighted_nll(z, t, estimate, x, torch.ones(z.shape))[0].backward()
+        model.weighted_nll(State(z, t, estimate), x, torch.ones(z.shape))[0].backward()
     assert expected.loss_pass == pytest.approx(counter.get_total_flops() / BATCH, rel=0.05)
 
 

@@ -1,6 +1,6 @@
-"""Clean sequences with what belongs to them.
+"""Clean sequences, and noised ones as a denoiser sees them, each with what belongs to it.
 
-Legend: B batch, L length.
+Legend: B batch, L length, D width.
 """
 
 from __future__ import annotations
@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.diffusion.packing import Packing, make_packing
+from scmdm.diffusion.packing import Packing
 
 NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class SideInputs:
-    """What a denoiser sees of sequences besides tokens, time and estimate. Made once per batch, used by every pass."""
-
-    packing: Packing | None = None  # several documents in each row
-    labels_B: Tensor | None = None  # int64: class of each sequence, or NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -41,11 +33,16 @@ class Sequences:
         more = {name: column[rows] for name in ("documents", "labels") if (column := getattr(self, name)) is not None}
         return Sequences(self.tokens[rows], self.valid[rows], self.ids[rows], **more)
 
-    def side(self) -> SideInputs | None:
-        """What the denoiser is to see of them; None: nothing."""
-        if self.documents is None and self.labels is None:
-            return None
-        return SideInputs(None if self.documents is None else make_packing(self.documents), self.labels)
+
+@dataclass(frozen=True)
+class State:
+    """All that one denoiser evaluation sees."""
+
+    z_BL: Tensor  # int64, noised tokens
+    t_B: Tensor  # float64, their times
+    estimate_BLD: Tensor | None = None  # expected embedding of the clean tokens; None: the null estimate
+    packing: Packing | None = None  # several documents in each row
+    labels_B: Tensor | None = None  # int64, class of each sequence or NO_LABEL, of a model that knows labels
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:
