@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import NO_LABEL
+from scmdm.model.activation import Gelu
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.init import ZeroLinear
 from scmdm.model.network import Network, TokenEmbedding
@@ -83,7 +84,7 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width))
         self.adaLN_modulation = ZeroLinear(config.condition_width, 6 * width)
 
     def forward(

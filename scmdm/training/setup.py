@@ -22,11 +22,8 @@ from scmdm.parallel.processes import World
 from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
-# An adaptation may set these; the first three no more once its base has a conditioner.
-_ADAPTABLE = (
-    "conditioner",
-    "inject_at",
-    "estimate_top_k",
+_OF_THE_CONDITIONER = ("conditioner", "inject_at", "estimate_top_k")  # an adaptation may set these if its base has none
+_ADAPTABLE = (  # and these in any case
     "lora_rank",
     "lora_alpha",
     "lora_targets",
@@ -99,7 +96,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; base={base.path} has "
             f"{base.spec.model.layers} blocks"
         )
-    keep = _ADAPTABLE if not base.spec.model.self_conditioned else _ADAPTABLE[3:]
+    keep = _ADAPTABLE if base.spec.model.self_conditioned else (*_OF_THE_CONDITIONER, *_ADAPTABLE)
     _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
     _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
     own = {name: getattr(config.model, name) for name in keep if getattr(config.model, name) is not None}

@@ -1,0 +1,25 @@
+"""GELU in its tanh form, faster on a CPU where nothing has to be kept for a backward pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
+
+
+class Gelu(nn.Module):
+    """`x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, any shape (arXiv 1606.08415, section 2).
+
+    torch's CPU kernel spends as long on the tanh as the product before it takes. Its logistic function s is three times
+    as fast, and `(1 + tanh(a)) / 2 = s(2 a)`: in the estimate's pass and in sampling that is used.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
