@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,34 +112,16 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, as in optimizer.lr=3e-4")
 
 
-def _prepare_schema() -> type:
-    from scmdm.config.prepare import PrepareConfig
-
-    return PrepareConfig
-
-
-def _run_schema() -> type:
-    from scmdm.config.schema import RunConfig
-
-    return RunConfig
+def _schema(module: str, name: str) -> Callable[[], type]:
+    """A configuration that is imported when its keys or values are asked for: `scmdm --help` is to be quick."""
+    return lambda: getattr(importlib.import_module(f"scmdm.config.{module}"), name)
 
 
-def _sample_schema() -> type:
-    from scmdm.config.sampling import SampleConfig
-
-    return SampleConfig
-
-
-def _evaluate_schema() -> type:
-    from scmdm.config.sampling import EvaluateConfig
-
-    return EvaluateConfig
-
-
-def _study_schema() -> type:
-    from scmdm.config.study import StudyConfig
-
-    return StudyConfig
+_prepare_schema = _schema("prepare", "PrepareConfig")
+_run_schema = _schema("schema", "RunConfig")
+_sample_schema = _schema("sampling", "SampleConfig")
+_evaluate_schema = _schema("sampling", "EvaluateConfig")
+_study_schema = _schema("study", "StudyConfig")
 
 
 def _add_prepare(commands: _Commands) -> None:
@@ -151,23 +134,7 @@ def _add_prepare(commands: _Commands) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     if options.verify is not None:
-        from scmdm.data.manifest import Manifest, remote_of, verify_dataset
-
-        remote = remote_of(options.verify)
-        manifest = Manifest.read(options.verify)
-        problems = verify_dataset(options.verify, hashes=True)
-        for problem in problems:
-            print(problem)
-        if problems:
-            remedy = (
-                f"remove the files, to fetch them from {remote} again"
-                if remote
-                else "prepare it again with overwrite=true"
-            )
-            raise UserError(f"{options.verify} has {len(problems)} problem(s); {remedy}")
-        counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
-        kind = f"what has been fetched of {remote}, " if remote else ""
-        print(f"{kind}{options.verify} is whole: {counts} sequences of {manifest.length} tokens")
+        _verify(options.verify)
         return
     if options.config is None:
         raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")
@@ -175,6 +142,22 @@ def _prepare(options: argparse.Namespace) -> None:
     from scmdm.data.prepare import prepare
 
     prepare(load_config(_prepare_schema(), options.config, options.overrides))
+
+
+def _verify(root: Path) -> None:
+    from scmdm.data.manifest import Manifest, remote_of, verify_dataset
+
+    remote, manifest = remote_of(root), Manifest.read(root)
+    problems = verify_dataset(root, hashes=True)
+    for problem in problems:
+        print(problem)
+    if problems:
+        fetched = f"remove the files, to fetch them from {remote} again"
+        remedy = fetched if remote else "prepare it again with overwrite=true"
+        raise UserError(f"{root} has {len(problems)} problem(s); {remedy}")
+    counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
+    kind = f"what has been fetched of {remote}, " if remote else ""
+    print(f"{kind}{root} is whole: {counts} sequences of {manifest.length} tokens")
 
 
 def _add_training(commands: _Commands) -> None:
