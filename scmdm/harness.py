@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{error}; pip install 'scmdm[lm-eval]'") from error
 
 _STATES = 32  # of each request, evaluated at once
-_SAMPLER = {"kind": "confidence", "steps": 64}  # LLaDA's order
+_SAMPLER: dict[str, Any] = {"kind": "confidence", "steps": 64}  # LLaDA's order
 T = TypeVar("T")
 
 
@@ -137,7 +137,7 @@ class MaskedDiffusionLM(TemplateLM):
             known = context[1:] if context[:1] == [self.prefix_token_id] else context
             pieces += [_Piece(number, *window) for window in windows(known, ids, self.max_length)]
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
-        for group in self._groups(pieces, lambda piece: len(piece.context) + len(piece.ids), disable_tqdm):
+        for group in self._groups(pieces, _length, disable_tqdm):
             for piece, nll, agrees in zip(group, self._nll(group), self._greedy(group), strict=True):
                 totals[piece.request] -= nll
                 greedy[piece.request] &= agrees
@@ -150,7 +150,7 @@ class MaskedDiffusionLM(TemplateLM):
             ids = self.tok_encode(request.args[0])
             pieces += [_Piece(number, *window) for window in windows([], ids, self.max_length)]
         totals = [0.0] * len(requests)
-        for group in self._groups(pieces, lambda piece: len(piece.context) + len(piece.ids), disable_tqdm):
+        for group in self._groups(pieces, _length, disable_tqdm):
             for piece, nll in zip(group, self._nll(group), strict=True):
                 totals[piece.request] -= nll
         return totals
@@ -201,22 +201,20 @@ class MaskedDiffusionLM(TemplateLM):
     def _compute(self) -> AbstractContextManager[Any]:
         return compute_context(self._device, self._precision)
 
+    def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
+        """Of each state the sequence, what is masked, what of that counts, and the weight: see `masked_states`."""
+        key = _key(piece.context, *piece.ids)
+        states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=key)
+        row, tail = self._row([*piece.context, *piece.ids])
+        counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
+        counted[:, 1 + len(piece.context) : 1 + len(piece.context) + len(piece.ids)] = states.masked_KN
+        share = states.masked_KN.double().mean(1)
+        return row.expand(len(counted), -1), counted | tail, counted, share, states.weight_K
+
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
         """The bound of each piece, in nats."""
-        rows, masks, counts, shares, weights, owners = [], [], [], [], [], []
-        for number, piece in enumerate(group):
-            n, at = len(piece.ids), 1 + len(piece.context)
-            states = masked_states(n, self._draws, seed=self._seed, key=_key(piece.context, *piece.ids))
-            row, tail = self._row([*piece.context, *piece.ids])
-            counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
-            counted[:, at : at + n] = states.masked_KN
-            rows.append(row.expand(len(counted), -1))
-            masks.append(counted | tail)
-            counts.append(counted)
-            shares.append(states.masked_KN.double().mean(1))
-            weights.append(states.weight_K)
-            owners.append(torch.full((len(counted),), number))
-        columns = [torch.cat(parts) for parts in (rows, masks, counts, shares)]
+        parts = [self._states(piece) for piece in group]
+        *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         found = []
         with self._compute():
             for batch in zip(*(column.split(_STATES * self._batch_size) for column in columns), strict=True):
@@ -228,8 +226,8 @@ class MaskedDiffusionLM(TemplateLM):
                     condition=self._settings.carry,
                 )
                 found.append(nll_B.cpu())
-        totals = torch.zeros(len(group), dtype=torch.float64)
-        return totals.index_add(0, torch.cat(owners), torch.cat(found) * torch.cat(weights)).tolist()
+        weighted = torch.cat(found) * weight
+        return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
         rows, asked, tails = [], [], []
@@ -285,6 +283,10 @@ def windows(context: list[int], continuation: list[int], size: int) -> list[tupl
         found.append((known[max(0, len(known) + len(piece) - size) :], piece))
         known += piece
     return found
+
+
+def _length(piece: _Piece) -> int:
+    return len(piece.context) + len(piece.ids)
 
 
 def _key(context: list[int], *more: int) -> int:

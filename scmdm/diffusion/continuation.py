@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +26,6 @@ from scmdm.diffusion.objective import Denoiser, clean_state_estimate
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.sampler import SamplingDenoiser
 from scmdm.diffusion.schedule import Schedule
-
-
-class ScoringDenoiser(Denoiser, SamplingDenoiser, Protocol):
-    """A network that is asked for both."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def masked_states(n: int, draws: int, *, seed: int, key: int) -> States:
         return States(masked_KN, torch.tensor([1 / (k * math.comb(n, k)) for k in counts], dtype=torch.float64))
     own = torch.tensor([key])
     u = keyed_uniform(seed, "continuation-count", 0, own, 1)[0, 0]
-    count_K = 1 + ((u + torch.arange(draws) / draws) % 1.0 * n).long().clamp(max=n - 1)
+    count_K = 1 + ((u + torch.arange(draws).double() / draws) % 1.0 * n).long().clamp(max=n - 1)
     order_KN = keyed_uniform(seed, "continuation-mask", 0, own, draws * n).view(draws, n).argsort(1).argsort(1)
     return States(order_KN < count_K[:, None], n / (count_K.double() * draws))
 
