@@ -94,7 +94,9 @@ class MaskedDiffusionLM(TemplateLM):
         ):
             if value not in choices:
                 raise UserError(f"{name}={value!r} is not possible; it must be one of {', '.join(choices)}")
-        for name, number, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+        # The harness's command line leaves it as text: it may also be "auto".
+        at_once = int(batch_size) if str(batch_size).isdigit() else batch_size
+        for name, number, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", at_once, 1)):
             if not isinstance(number, int) or number < least:
                 raise UserError(f"{name}={number!r} is not possible; it must be a whole number, at least {least}")
         known = [field.name for field in fields(SamplerConfig)]
@@ -108,7 +110,7 @@ class MaskedDiffusionLM(TemplateLM):
             raise UserError(f"{path} makes {self._loaded.tokenizer.kind}, no text; give a model of text")
         self._given = sampler
         self._settings = self._sampler({}).settings(self._loaded.spec.model.self_conditioned)
-        self._draws, self._tail, self._seed, self._batch_size = draws, tail, seed, int(batch_size)
+        self._draws, self._tail, self._seed, self._batch_size = draws, tail, seed, int(at_once)
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(precision, self._device)
 

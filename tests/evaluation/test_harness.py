@@ -94,7 +94,7 @@ def test_tasks_of_the_harness(tmp_path):
         model_args={"path": str(export(tmp_path, "known", known=True)), "draws": 15, "precision": "float32"},
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        batch_size=2,
+        batch_size="2",  # as the command line gives it
         device="cpu",
         bootstrap_iters=0,
     )["results"]
@@ -125,7 +125,7 @@ def test_a_request_has_the_same_result_in_any_batch(tmp_path):
     """A self-conditioned model with random weights; and what it is conditioned on makes a difference."""
     place = export(tmp_path, "random", self_conditioned=True)
     pairs = [("ab", "ba ab ba"), ("ab", "ba ab bb"), ("a", "b"), ("ba b", "ba ab ba"), ("", "ab" * 20)]
-    prompts = [(text, {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}) for text in ("a", "b a")]
+    prompts = [(text, {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 3.0}) for text in ("a", "b a")]
     prompts.append(prompts[0])
 
     def results(pairs, prompts, **options):
