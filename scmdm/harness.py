@@ -105,7 +105,9 @@ class MaskedDiffusionLM(TemplateLM):
                 raise UserError(
                     f"{name} is no argument of the model scmdm; those of its sampler are {', '.join(known)}"
                 )
-        self._loaded = load(str(path), weights=weights, device=device or "auto")
+        # The harness's command line asks for cuda:0 unless it is told otherwise, also where there is none.
+        asked = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
+        self._loaded = load(str(path), weights=weights, device=asked)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} makes {self._loaded.tokenizer.kind}, no text; give a model of text")
         self._given = sampler

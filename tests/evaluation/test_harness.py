@@ -95,7 +95,7 @@ def test_tasks_of_the_harness(tmp_path):
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         batch_size="2",  # as the command line gives it
-        device="cpu",
+        device=None if torch.cuda.is_available() else "cuda:0",  # what the command line asks for
         bootstrap_iters=0,
     )["results"]
     assert results["choices"]["acc,none"] == pytest.approx(2 / 3)
