@@ -64,7 +64,7 @@ def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) 
     Raises UserError when a text has a symbol that the vocabulary has not, or when nothing is left of the texts.
     """
     framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
-    rows = [row for text in texts for row in framer.add(_encode(tokenizer, text), None)]
+    rows = [row for text in texts for row in framer.add(encode_text(tokenizer, text), None)]
     if not rows:
         raise UserError(f"the texts are shorter than one block of {manifest.length} tokens; give more text")
     ids_NL = np.full((len(rows), manifest.length), manifest.pad_id, np.int64)
@@ -101,11 +101,12 @@ def zero_shot(
             draws=draws,
             condition=condition,
         )
-    tokens = sum(len(_encode(loaded.tokenizer, text)) + 1 for text in texts)
+    tokens = sum(len(encode_text(loaded.tokenizer, text)) + 1 for text in texts)
     return ZeroShot(nelbo, tokens / max(1, sum(len(text.split()) for text in texts)))
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text, without specials. UserError names the symbol that the vocabulary has not."""
     try:
         return tokenizer.encode(text)
     except UnknownSymbol as error:

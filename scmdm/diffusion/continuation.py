@@ -1,0 +1,126 @@
+"""The likelihood of a continuation given its context, and whether greedy decoding gives it.
+
+A bound on the likelihood of n tokens that are revealed in a random order: the model predicts each masked one from what
+is not masked, and the next one to be revealed is any of the masked ones alike. It
+is a sum over the sets S of masked tokens,
+
+    -log p(x) <= sum_S  1 / (|S| C(n, |S|))  sum_{i in S} -log p(x_i | x without S),
+
+which is the NELBO of the absorbing process between nothing and everything masked, whatever the schedule. Few sets are
+enumerated. Of many a sample is drawn, with |S| uniform on 1 ... n, each counting n / |S| (LLaDA, arXiv 2502.09992).
+
+Legend: B batch (states), L length, N tokens of a continuation, K states of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.draws import certainty, most_certain
+from scmdm.diffusion.noise import keyed_uniform
+from scmdm.diffusion.objective import Denoiser, clean_state_estimate
+from scmdm.diffusion.process import NoisedBatch
+from scmdm.diffusion.sampler import SamplingDenoiser
+from scmdm.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class States:
+    """Which tokens of a continuation are masked in each of its states, and what their loss counts."""
+
+    masked_KN: Tensor  # bool
+    weight_K: Tensor  # float64
+
+
+def masked_states(n: int, draws: int, *, seed: int, key: int) -> States:
+    """The states of a continuation of `n` tokens: all of them, where those are no more than `draws`, else `draws`.
+
+    The draws depend on `seed` and `key` alone. The numbers of masks are stratified.
+    """
+    assert n >= 1
+    assert draws >= 1
+    if 2**n - 1 <= draws:
+        sets_K = torch.arange(1, 2**n)
+        masked_KN = (sets_K[:, None] >> torch.arange(n)) % 2 == 1
+        counts = masked_KN.sum(1).tolist()
+        return States(masked_KN, torch.tensor([1 / (k * math.comb(n, k)) for k in counts], dtype=torch.float64))
+    own = torch.tensor([key])
+    u = keyed_uniform(seed, "continuation-count", 0, own, 1)[0, 0]
+    count_K = 1 + ((u + torch.arange(draws).double() / draws) % 1.0 * n).long().clamp(max=n - 1)
+    order_KN = keyed_uniform(seed, "continuation-mask", 0, own, draws * n).view(draws, n).argsort(1).argsort(1)
+    return States(order_KN < count_K[:, None], n / (count_K.double() * draws))
+
+
+@torch.no_grad()
+def masked_nll(
+    denoiser: Denoiser,
+    x_BL: Tensor,
+    masked_BL: Tensor,
+    counted_BL: Tensor,
+    share_B: Tensor,
+    *,
+    schedule: Schedule,
+    mask_id: int,
+    condition: bool,
+) -> Tensor:
+    """Sum (B,) float64 of `-log p(x_i | z)` over the counted ones among the masked positions of each state.
+
+    `share_B` is the share of the continuation that is masked; a network with time conditioning sees the time at which
+    the process masks as much. `condition` gives every state the estimate of a first pass over it, as in training.
+    What stands at masked positions that do not count is never looked at, but must not be the mask.
+    """
+    z_BL = x_BL.masked_fill(masked_BL, mask_id)
+    t_B = schedule.inverse(1 - share_B).clamp(max=1)
+    estimate = None
+    if condition:
+        everything_B = torch.ones_like(t_B, dtype=torch.bool)
+        batch = NoisedBatch(x_BL, z_BL, t_B, counted_BL, z_BL, t_B, everything_B)
+        estimate = clean_state_estimate(denoiser, batch, passes=1, dropout=False)
+    _, nll_BL = denoiser.weighted_nll(z_BL, t_B, estimate, x_BL, counted_BL.float())
+    return (nll_BL.double() * counted_BL).sum(1)
+
+
+@torch.no_grad()
+def greedy_agrees(
+    denoiser: SamplingDenoiser,
+    x_BL: Tensor,
+    asked_BL: Tensor,
+    hidden_BL: Tensor,
+    *,
+    schedule: Schedule,
+    mask_id: int,
+    carry: bool,
+) -> Tensor:
+    """Bool (B,): whether revealing one of the asked positions at a time, the most probable token of the most confident
+    one (LLaDA), gives `x_BL` at all of them. `hidden_BL` are positions that stay masked.
+
+    `carry` conditions every evaluation on the one before it, as the samplers do. At most one evaluation per token; a
+    row that went another way is not followed.
+    """
+    agrees_B = torch.ones(len(x_BL), dtype=torch.bool, device=x_BL.device)
+    rows, estimate = agrees_B.nonzero().squeeze(1), None
+    z_BL = x_BL.masked_fill(asked_BL | hidden_BL, mask_id)
+    whole_B = asked_BL.sum(1)
+    while len(rows):
+        open_BL = (z_BL == mask_id) & asked_BL[rows]
+        t_B = schedule.inverse(1 - open_BL.sum(1).double() / whole_B[rows]).clamp(max=1)
+        h_BLD = denoiser.hidden(z_BL, t_B, estimate)
+        logits_NV = denoiser.logits(h_BLD[open_BL])
+        token_N = logits_NV.argmax(1)
+        score_BL = torch.zeros(z_BL.shape, dtype=torch.float64, device=z_BL.device)
+        score_BL = score_BL.masked_scatter(open_BL, certainty("confidence", logits_NV, token_N))
+        chosen_BL = most_certain(score_BL, open_BL, torch.ones_like(rows))
+        z_BL = torch.where(chosen_BL, z_BL.masked_scatter(open_BL, token_N), z_BL)
+        wrong_B = (chosen_BL & (z_BL != x_BL[rows])).any(1)
+        agrees_B[rows[wrong_B]] = False
+        going_B = ~wrong_B & ((z_BL == mask_id) & asked_BL[rows]).any(1)
+        if carry:
+            masked_BL = z_BL == mask_id
+            expected_ND = denoiser.expected_embedding(h_BLD[masked_BL])
+            estimate = denoiser.embed(z_BL).masked_scatter(masked_BL[..., None], expected_ND)[going_B]
+        rows, z_BL = rows[going_B], z_BL[going_B]
+    return agrees_B
