@@ -99,7 +99,7 @@ class MaskedDiffusionLM(TemplateLM):
         for name, number, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", at_once, 1)):
             if not isinstance(number, int) or number < least:
                 raise UserError(f"{name}={number!r} is not possible; it must be a whole number, at least {least}")
-        known = [field.name for field in fields(SamplerConfig)]
+        known = [field.name for field in fields(SamplerConfig) if field.name not in ("label", "guidance")]
         for name in sampler:
             if name not in known:
                 raise UserError(

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.draws import certainty, most_certain
+from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.objective import Denoiser, clean_state_estimate
 from scmdm.diffusion.process import NoisedBatch
-from scmdm.diffusion.sampler import SamplingDenoiser
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.state import State
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def masked_nll(
         everything_B = torch.ones_like(t_B, dtype=torch.bool)
         batch = NoisedBatch(x_BL, z_BL, t_B, counted_BL, z_BL, t_B, everything_B)
         estimate = clean_state_estimate(denoiser, batch, passes=1, dropout=False)
-    _, nll_BL = denoiser.weighted_nll(z_BL, t_B, estimate, x_BL, counted_BL.float())
+    _, nll_BL = denoiser.weighted_nll(State(z_BL, t_B, estimate), x_BL, counted_BL.float())
     return (nll_BL.double() * counted_BL).sum(1)
 
 
@@ -108,7 +109,7 @@ def greedy_agrees(
     while len(rows):
         open_BL = (z_BL == mask_id) & asked_BL[rows]
         t_B = schedule.inverse(1 - open_BL.sum(1).double() / whole_B[rows]).clamp(max=1)
-        h_BLD = denoiser.hidden(z_BL, t_B, estimate)
+        h_BLD = denoiser.hidden(State(z_BL, t_B, estimate))
         logits_NV = denoiser.logits(h_BLD[open_BL])
         token_N = logits_NV.argmax(1)
         score_BL = torch.zeros(z_BL.shape, dtype=torch.float64, device=z_BL.device)

@@ -76,13 +76,14 @@ def test_draws_are_unbiased_and_come_closer_with_their_number():
 class Conditioned(Oracle):
     """Predicts uniformly until it has an estimate, and only the context's and the true tokens' own with a right one."""
 
-    def weighted_nll(self, z_BL, t_B, estimate_BLD, x_BL, weight_BL):
-        if estimate_BLD is None:
-            nll = torch.where(z_BL == self.mask_id, math.log(self.tokens), 0.0)
+    def weighted_nll(self, state, x_BL, weight_BL):
+        if state.estimate_BLD is None:
+            nll = torch.where(state.z_BL == self.mask_id, math.log(self.tokens), 0.0)
             return (nll * weight_BL).sum(), nll
-        expected = self.estimate(z_BL, t_B, None)
-        assert torch.equal(estimate_BLD, expected), "the estimate is that of a first pass on the same state"
-        return super().weighted_nll(z_BL, t_B, None, x_BL, weight_BL)
+        assert torch.equal(state.estimate_BLD, self.estimate(state)), (
+            "the estimate is that of a first pass on the same state"
+        )
+        return super().weighted_nll(state, x_BL, weight_BL)
 
 
 def test_the_estimate_of_a_first_pass():
