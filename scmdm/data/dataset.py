@@ -42,9 +42,9 @@ class TokenStream(Stream):
         self.origin = remote_of(source.root)
         self._files = {file.file: file for file in source.manifest.split(split, source.root).files}
 
-    def get_shards(self, *args: Any) -> list[Reader]:
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
         """The readers of the split's shards, faster ones than streaming's."""
-        return [_faster(reader) for reader in super().get_shards(*args)]
+        return [_faster(reader) for reader in super().get_shards(world, allow_unsafe_types)]
 
     def prepare_shard(self, shard: Reader) -> int:
         """Make a shard's files local; returns how many bytes the directory grew by."""

@@ -38,7 +38,8 @@ class ShardReader(MDSReader):
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """Columns by name, read-only arrays and scalars. Raises ValueError when the bytes are too few."""
-        sample, at = {}, 0
+        sample: dict[str, Any] = {}
+        at = 0
         for name, dtype, shape in self._columns:
             values = np.frombuffer(data, dtype, shape or 1, at)
             sample[name] = values if shape else values[0]
