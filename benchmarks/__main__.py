@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import attention, checkpoint, engines, memory, profile, samplers, step
+from benchmarks import attention, checkpoint, engines, loader, memory, preparation, profile, samplers, start, step
 
 PARTS = {
     "step": step.main,
@@ -15,7 +15,10 @@ PARTS = {
     "engines": engines.main,
     "samplers": samplers.main,
     "sampler1024": samplers.thousand,
+    "loader": loader.main,
+    "preparation": preparation.main,
     "checkpoint": checkpoint.main,
+    "start": start.main,
     "profile": profile.main,
 }
 

@@ -65,11 +65,12 @@ def _rows(
 ) -> Iterator[tuple[str, Row]]:
     """The sequences of one part, each with its split; what is left out goes to the tally."""
     framers = dict[str, Framer]()
+    own = tokenizer if isinstance(tokenizer, OwnFraming) else None  # once: a protocol's check takes long
     for split, record in records:
         framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
         for version in _versions(config, source, split, record):
             try:
-                rows = list(_sequences(config, source, version, tokenizer, framer))
+                rows = list(_sequences(config, source, version, tokenizer, framer, own))
             except _Unusable as error:
                 tally.drop(error.reason, f"{source.name}: {error}")
                 continue
@@ -91,7 +92,7 @@ def _versions(config: PrepareConfig, source: Source, split: str, record: Record)
 
 
 def _sequences(
-    config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer
+    config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer, own: OwnFraming | None
 ) -> Iterator[Row]:
     """What is complete with a record. Raises _Unusable."""
     try:
@@ -99,8 +100,8 @@ def _sequences(
         ids = tokenizer.encode(record.content)
     except UnknownSymbol as error:
         raise _Unusable("unknown symbol", str(error)) from error
-    if isinstance(tokenizer, OwnFraming):
-        yield Row(tokenizer.frame(ids), record.label)
+    if own is not None:
+        yield Row(own.frame(ids), record.label)
         return
     whole = source.whole_records or record.prompt is not None
     if whole and len(prompt) + len(ids) > config.length - 2:

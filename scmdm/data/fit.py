@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -59,8 +60,9 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     return open_tokenizer(config.tokenizer, Path(config.tokenizer_path), padded=config.framing != "concatenate")
 
 
+@lru_cache(maxsize=1)
 def fitted_tokenizer(fitted: Path) -> Tokenizer:
-    """What `fit` has made."""
+    """What `fit` has made; it is read once for all parts that a process encodes."""
     return load_tokenizer(next((fitted / "tokenizer").iterdir()))
 
 

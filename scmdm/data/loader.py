@@ -26,7 +26,8 @@ from torch import Tensor
 from scmdm.data.dataset import COLUMN, LABEL, MORE, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
-from scmdm.data.mosaic import LOCK_FILES, MDSReader, StreamingDataLoader
+from scmdm.data.mosaic import LOCK_FILES, StreamingDataLoader
+from scmdm.data.reader import ShardReader
 from scmdm.data.remote import fetch_split
 from scmdm.errors import UserError
 from scmdm.parallel.processes import all_gather_object, barrier, current_world
@@ -243,7 +244,7 @@ def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[st
     try:
         first = 0
         for entry in json.loads((root / split / "index.json").read_text())["shards"]:
-            reader = MDSReader.from_json(str(root), split, entry)
+            reader = ShardReader.from_json(str(root), split, entry)
             end = first + reader.samples
             for row in wanted[len(found) : bisect_left(wanted, end)]:
                 sample = reader[row - first]

@@ -27,7 +27,6 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK
 from streaming.base.dataset import _ShardState as ShardState
 from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
-from streaming.base.spanner import Spanner
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 
@@ -41,7 +40,6 @@ __all__ = [
     "MDSWriter",
     "Reader",
     "ShardState",
-    "Spanner",
     "Stream",
     "StreamingDataLoader",
     "StreamingDataset",

@@ -1,0 +1,123 @@
+"""Text to packed blocks: `scmdm prepare`, one worker against two, and against `datasets.map` per core."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from benchmarks.timing import Timing, interleave, ratios, show
+from scmdm.config.prepare import PrepareConfig
+from scmdm.data.prepare import prepare
+
+_MIB, _LENGTH, _VOCAB = 16, 256, 8192
+_WORDS, _LINE = 30_000, 100  # different words, and words of a line
+_ROUNDS = 3
+
+
+def main() -> None:
+    """Print the processor's seconds of each, which other load on the machine hardly touches, and ratios."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        root = Path(name)
+        text = write_text(root / "text.txt", _MIB << 20)
+        tokenizer = train_tokenizer(text, root / "tokenizer.json")
+        _against_datasets(root, text, tokenizer)
+        _two_workers(root, text, tokenizer)
+
+
+def write_text(path: Path, size: int) -> Path:
+    """Lines of words of random letters, of which the k-th is drawn in proportion to 1 / k (Zipf)."""
+    dice = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, dice.integers(97, 123, n))) for n in dice.integers(1, 11, _WORDS)])
+    often = 1 / np.arange(1, _WORDS + 1)
+    with open(path, "w") as file:
+        while file.tell() < size:
+            drawn = words[dice.choice(_WORDS, (100, _LINE), p=often / often.sum())]
+            file.writelines(" ".join(line) + ".\n" for line in drawn)
+    return path
+
+
+def train_tokenizer(text: Path, path: Path) -> Path:
+    """Byte-level BPE, as GPT-2's, in a `tokenizer.json`."""
+    pipeline = tokenizers.ByteLevelBPETokenizer()
+    pipeline.train([str(text)], vocab_size=_VOCAB, special_tokens=["<|endoftext|>"], show_progress=False)
+    pipeline.save(str(path))
+    return path
+
+
+def options(text: Path, tokenizer: Path, out: Path, workers: int, length: int = _LENGTH) -> dict[str, object]:
+    """Of `scmdm prepare`, for what the baseline does too."""
+    return {
+        "out": str(out),
+        "source": "text",
+        "path": str(text),
+        "unit": "lines",
+        "tokenizer": "huggingface",
+        "tokenizer_path": str(tokenizer),
+        "length": length,
+        "framing": "concatenate",
+        "bos_policy": "loss",
+        "held_out_last": 10,
+        "deduplicate": False,
+        "part_mb": 2,
+        "workers": workers,
+    }
+
+
+def _against_datasets(root: Path, text: Path, tokenizer: Path) -> None:
+    from benchmarks.baselines import corpus  # `datasets`, which nothing else here needs
+
+    def ours() -> None:
+        shutil.rmtree(root / "ours", ignore_errors=True)
+        config = PrepareConfig(**options(text, tokenizer, root / "ours", 1))  # type: ignore[arg-type]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            prepare(config)
+
+    def theirs() -> None:
+        shutil.rmtree(root / "theirs", ignore_errors=True)
+        corpus.tokenize(text, tokenizer, root / "theirs", _LENGTH)
+
+    functions: dict[str, Callable[[], object]] = {"scmdm prepare, one process": ours, "datasets.map": theirs}
+    title = f"preparation ({_MIB} MiB of text, byte-level BPE of {_VOCAB})"
+    show(title, interleave(functions, warmup=0, rounds=_ROUNDS), "scmdm prepare, one process", clock="cpu")
+
+
+def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
+    """Whole commands, imports of all processes included: 0.5 x the work in the clock's time would be linear."""
+    empty = root / "empty.yaml"
+    empty.write_text("{}\n")
+    timings = {f"workers={workers}": Timing([], []) for workers in (1, 2)}
+    for _ in range(_ROUNDS):
+        for workers, timing in zip((1, 2), timings.values(), strict=True):
+            shutil.rmtree(root / "ours", ignore_errors=True)
+            keys = [f"{key}={value}" for key, value in options(text, tokenizer, root / "ours", workers).items()]
+            wall, cpu = run([sys.executable, "-m", "scmdm", "prepare", str(empty), *keys])
+            timing.wall.append(wall)
+            timing.cpu.append(cpu)
+    for clock in ("cpu", "wall"):
+        show(f"preparation by workers, {clock}", timings, "workers=1", clock=clock)
+    linear = [1 / x for x in ratios(timings, "workers=1", "cpu")["workers=2"]]
+    print(f"  of linear, were both cores idle: {np.median(linear):.2f} [{min(linear):.2f}, {max(linear):.2f}]")
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Seconds of a command, on the clock and of the processor, with the processes that it has waited for."""
+    started, used = time.perf_counter(), _used()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started, _used() - used
+
+
+def _used() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
