@@ -60,10 +60,16 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     return open_tokenizer(config.tokenizer, Path(config.tokenizer_path), padded=config.framing != "concatenate")
 
 
-@lru_cache(maxsize=1)
 def fitted_tokenizer(fitted: Path) -> Tokenizer:
     """What `fit` has made; it is read once for all parts that a process encodes."""
-    return load_tokenizer(next((fitted / "tokenizer").iterdir()))
+    path = next((fitted / "tokenizer").iterdir())
+    return _read_tokenizer(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_tokenizer(path: Path, _written_at: int) -> Tokenizer:
+    """Another preparation in the same place has written another file."""
+    return load_tokenizer(path)
 
 
 def fitted_part(fitted: Path, number: int) -> tuple[np.ndarray, Place]:

