@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from scmdm.diffusion.plans import SamplerSettings
-from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.sampler import carried_estimate, sample
 from scmdm.diffusion.state import State
 from scmdm.interchange.exporting import HUB_TYPE
 from scmdm.model.rotary import Rotary
@@ -78,11 +78,9 @@ class MaskedDiffusion(PreTrainedModel):
         `labels` (B,) int64 are the sequences' classes, for models that know them (-1: none).
         Logits are of all positions: at those that are not masked the token itself is certain, whatever they say.
         """
-        masked_BL = input_ids == self.spec.mask_id
-        t_B = masked_BL.double().mean(1) if t is None else t
+        t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
-        expected_ND = self.network.expected_embedding(h_BLD[masked_BL])
-        next_BLD = self.network.embed(input_ids).masked_scatter(masked_BL[..., None], expected_ND)
+        next_BLD = carried_estimate(self.network, h_BLD, input_ids, self.spec.mask_id)
         return Prediction(self.network.logits(h_BLD.flatten(0, 1)).unflatten(0, input_ids.shape), next_BLD)
 
     @torch.no_grad()

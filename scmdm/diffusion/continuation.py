@@ -25,6 +25,7 @@ from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.objective import Denoiser, clean_state_estimate
 from scmdm.diffusion.process import NoisedBatch
+from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
 
@@ -120,8 +121,6 @@ def greedy_agrees(
         agrees_B[rows[wrong_B]] = False
         going_B = ~wrong_B & ((z_BL == mask_id) & asked_BL[rows]).any(1)
         if carry:
-            masked_BL = z_BL == mask_id
-            expected_ND = denoiser.expected_embedding(h_BLD[masked_BL])
-            estimate = denoiser.embed(z_BL).masked_scatter(masked_BL[..., None], expected_ND)[going_B]
+            estimate = carried_estimate(denoiser, h_BLD, z_BL, mask_id)[going_B]
         rows, z_BL = rows[going_B], z_BL[going_B]
     return agrees_B

@@ -18,16 +18,20 @@ from torch import Tensor
 from scmdm.diffusion.state import NO_LABEL, State
 
 
-class SamplingDenoiser(Protocol):
+class Embedder(Protocol):
+    """What an estimate is made of."""
+
+    def expected_embedding(self, h_ND: Tensor) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+class SamplingDenoiser(Embedder, Protocol):
     """What the samplers need of a network; `hidden` is the one costly evaluation."""
 
     def hidden(self, state: State) -> Tensor: ...
 
     def logits(self, h_ND: Tensor) -> Tensor: ...
-
-    def expected_embedding(self, h_ND: Tensor) -> Tensor: ...
-
-    def embed(self, ids: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.draws import certainty, draw_tokens, most_certain
-from scmdm.diffusion.guidance import Guided, SamplingDenoiser
+from scmdm.diffusion.guidance import Embedder, Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.plans import Problem, SamplerSettings, Step, make_plan
 from scmdm.diffusion.schedule import Schedule
@@ -79,7 +79,7 @@ def sample(
         evaluations += view.evaluations
         if settings.carry:
             z_BL, h_BLD = _advance(view, z_BL, estimate, step, ids_B, settings, seed)
-            estimate = _carried_estimate(view, h_BLD, z_BL, mask_id)
+            estimate = carried_estimate(view, h_BLD, z_BL, mask_id)
         else:
             z_BL = _advance_where_needed(view, z_BL, step, ids_B, settings, seed)
         revealed_BL = (before_BL == mask_id) & (z_BL != mask_id)
@@ -166,7 +166,8 @@ def _draw(
     return torch.cat(drawn), torch.cat(scores) if scores else h_ND.new_empty(0)
 
 
-def _carried_estimate(denoiser: Guided, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
-    """`p @ E` where still masked, the token's embedding elsewhere: (B, L, D)."""
+def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
+    """What an evaluation with hidden states `h_BLD` leaves to the next one, which sees `z_BL`: `p @ E` where that is
+    still masked, the token's embedding elsewhere, (B, L, D)."""
     masked = z_BL == mask_id
     return denoiser.embed(z_BL).masked_scatter(masked[..., None], denoiser.expected_embedding(h_BLD[masked]))

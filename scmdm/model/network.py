@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
 from scmdm.model.conditioner import Conditioner
@@ -79,8 +80,7 @@ class Network(nn.Module):
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
         h_BLD = self.hidden(state, dropout=dropout)
-        masked = state.z_BL == self.mask_id
-        return self.embed(state.z_BL).masked_scatter(masked[..., None], self.expected_embedding(h_BLD[masked]))
+        return carried_estimate(self, h_BLD, state.z_BL, self.mask_id)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
