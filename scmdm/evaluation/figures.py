@@ -190,7 +190,8 @@ def progress_figure(rows: Sequence[Row], path: Path) -> Path:
 def distribution_figure(
     sets: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, units: Mapping[str, str] | None = None
 ) -> Path:
-    """Histograms of each property: the first set is the reference (filled), the others are lines.
+    """Histograms of each property: the first set is the reference (filled), the others are lines,
+    coloured as in the other figures.
 
     `sets` are values by property by name of the set, the same properties in each. The distance is the 1-Wasserstein
     distance from the reference, in the property's unit. What is outside the middle 99.8 % of the
@@ -204,7 +205,7 @@ def distribution_figure(
         for ax, (name, values_N) in zip(axes.flat, values.items(), strict=False):
             edges = _edges([found[name] for found in sets.values()])
             ax.hist(values_N, edges, density=True, color="#cccccc", label=reference)
-            for index, (label, found) in enumerate(others, start=1):
+            for index, (label, found) in enumerate(others):
                 distance = wasserstein_distance(found[name], values_N)
                 ax.hist(
                     found[name],
@@ -216,7 +217,7 @@ def distribution_figure(
                     label=f"{label}, distance {distance:.3g}",
                 )
             ax.set(title=name, ylabel="density", xlabel=(units or {}).get(name, ""))
-            ax.set_ylim(0, 1.12 * ax.get_ylim()[1])
+            ax.set_ylim(0, (1.1 + 0.11 * len(sets)) * ax.get_ylim()[1])  # room for the legend
             ax.legend(fontsize=9)
         for ax in list(axes.flat)[len(values) :]:
             ax.axis("off")
