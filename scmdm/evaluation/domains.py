@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from data_prep.packages import user_cache
-from scmdm.data.loader import read_split
+from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, block_text, load_tokenizer
 from scmdm.errors import UserError
@@ -181,16 +181,23 @@ class Genomes:
         Metric("js_distance_3", "Jensen-Shannon distance of 3-mers", "lower", 1, 4),
         Metric("js_divergence_6", "Jensen-Shannon divergence of 6-mers, nats", "lower", 1, 5, in_figure=False),
         Metric("js_divergence_3", "Jensen-Shannon divergence of 3-mers, nats", "lower", 1, 5, in_figure=False),
+        Metric(
+            "weighted_js_distance_6", "Jensen-Shannon distance of 6-mers by species", "lower", 1, 4, in_figure=False
+        ),
+        Metric(
+            "weighted_js_distance_3", "Jensen-Shannon distance of 3-mers by species", "lower", 1, 4, in_figure=False
+        ),
         Metric("gc_distance", "GC content, distance of distributions", "lower", 1, 4),
         Metric("gc_mean", "GC content", "", 1, 4, in_figure=False),
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve", "inception")
-        self._reference = GenomeReference.make(decode_split(root, manifest, asked.split))
+        species = [manifest.labels[label] for label in read_labels(root, asked.split)] if manifest.labels else None
+        self._reference = GenomeReference.make(decode_split(root, manifest, asked.split), species)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
-        return evaluate_genomes(drawn.texts, drawn.framed, self._reference).as_dict()
+        return evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:

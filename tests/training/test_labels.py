@@ -113,6 +113,19 @@ def test_the_likelihood_is_given_the_label(labelled, data, tmp_path):
     assert nelbo < 0.80 * 16 / 17, "log 2 = 0.69 for 16 letters of 17 tokens, and not much more"
 
 
+def test_genomes_are_compared_by_species(labelled, data, tmp_path):
+    """Those of the other species would be far away, but for letters that neither has."""
+    found = {}
+    for label, num in (("each", 64), ("warm", 32)):
+        out = tmp_path / f"{label}.json"
+        keys = [f"data={data}", f"num={num}", "nelbo_samples=0", "sampler.steps=8", f"sampler.label={label}"]
+        assert main(["evaluate", str(labelled), *keys, "device=cpu", f"out={out}"]) == 0
+        found[label] = json.loads(out.read_text())["samples"][0]["metrics"]
+    assert set(found["each"]["species"]) == set(LETTERS) and set(found["warm"]["species"]) == {"warm"}
+    assert found["each"]["weighted_js_distance_3"] < 0.4 < found["warm"]["js_distance_3"]
+    assert "weighted_js_distance_3" not in found["warm"], "cold ones were not drawn"
+
+
 def test_the_spec_and_the_batches_know_the_classes(labelled, adapted, data):
     for run in (labelled, adapted):
         spec = read_spec(find_model(run))
