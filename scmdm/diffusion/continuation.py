@@ -23,8 +23,7 @@ from torch import Tensor
 from scmdm.diffusion.draws import certainty, most_certain
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.diffusion.objective import Denoiser, clean_state_estimate
-from scmdm.diffusion.process import NoisedBatch
+from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
@@ -77,11 +76,7 @@ def masked_nll(
     """
     z_BL = x_BL.masked_fill(masked_BL, mask_id)
     t_B = schedule.inverse(1 - share_B).clamp(max=1)
-    estimate = None
-    if condition:
-        everything_B = torch.ones_like(t_B, dtype=torch.bool)
-        batch = NoisedBatch(x_BL, z_BL, t_B, counted_BL, z_BL, t_B, everything_B)
-        estimate = clean_state_estimate(denoiser, batch, passes=1, dropout=False)
+    estimate = denoiser.estimate(State(z_BL, t_B)) if condition else None
     _, nll_BL = denoiser.weighted_nll(State(z_BL, t_B, estimate), x_BL, counted_BL.float())
     return (nll_BL.double() * counted_BL).sum(1)
 
