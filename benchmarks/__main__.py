@@ -9,6 +9,7 @@ from benchmarks import attention, checkpoint, engines, loader, memory, preparati
 PARTS = {
     "step": step.main,
     "small": step.small,
+    "billion": step.billion,
     "memory": memory.main,
     "head": step.head,
     "attention": attention.main,

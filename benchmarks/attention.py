@@ -10,18 +10,22 @@ from benchmarks.timing import interleave, show
 from scmdm.model.attention import attend, flash_unusable_because
 from scmdm.parallel.engine import resolve_device, resolve_precision
 
-SHAPES = ((256, 32), (64, 128), (16, 512))
-HEADS, HEAD_WIDTH = 4, 32
+# B, L, H, K
+SHAPES = ((256, 32, 4, 32), (64, 128, 4, 32), (16, 512, 4, 32))
+GPU_SHAPES = ((32, 1024, 12, 64), (16, 1024, 16, 128))
 
 
 def main() -> None:
     """Print the ratios for each shape."""
     device = resolve_device("auto")
     dtype = resolve_precision("auto", device)
-    backends = ["sdpa", "matmul", *([] if flash_unusable_because(device.type, dtype) else ["flash"])]
-    for batch, length in SHAPES:
-        q = torch.randn(batch, length, HEADS, HEAD_WIDTH, device=device, dtype=dtype, requires_grad=True)
+    gpu = device.type == "cuda"
+    flash = flash_unusable_because(device.type, dtype) is None
+    backends = ["sdpa", "matmul", *(["cudnn"] if gpu else []), *(["flash"] if flash else [])]
+    for shape in GPU_SHAPES if gpu else SHAPES:
+        q = torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
         functions = {backend: functools.partial(_forward_backward, q, backend) for backend in backends}
+        batch, length, *_ = shape
         show(f"attention, B = {batch}, L = {length}, {dtype}", interleave(functions), "sdpa")
 
 

@@ -7,18 +7,21 @@ estimate's head makes two products where the loss's forward pass makes one, so a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
-from benchmarks.timing import interleave, show
+from benchmarks.timing import Timing, interleave, show
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.model.dit import DiT
+from scmdm.model.flops import peak_flops, step_flops
 from scmdm.model.head import weighted_nll_sum
 from scmdm.model.init import init_weights
 from scmdm.model.weights import ModelSpec
@@ -36,13 +39,33 @@ class Shape:
     model: ModelConfig
     vocab: int
     length: int
-    batch: int
+    batch: int  # sequences of a step
+    micro: int | None = None  # of a pass; None: all of them
 
 
 QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", ModelConfig(), 34, 32, 256)
 TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", ModelConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
 _SMALL = ModelConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
+_DENSE_MICRO = 8
+# As in configs/text/owt-base.yaml on 8 GPUs.
+_COMPILED = ModelConfig(dropout=0.1, compile=True, condition_width=128)
+SMALL_GPU = Shape(
+    "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
+    replace(_COMPILED, width=768, layers=12, heads=12),
+    50_258,
+    1024,
+    64,
+    32,
+)
+BILLION_GPU = Shape(
+    "a billion parameters on a GPU (V = 50,258, L = 1024, B = 32)",
+    replace(_COMPILED, width=2048, layers=16, heads=16),
+    50_258,
+    1024,
+    32,
+    16,
+)
 
 
 def main() -> None:
@@ -52,34 +75,83 @@ def main() -> None:
 
 
 def small() -> None:
-    """Print those of MDLM's size: some minutes and 8 GiB of memory."""
-    _compare(SMALL, rounds=3)
+    """Print those of MDLM's size: on a CPU some minutes and 8 GiB of memory."""
+    _compare(SMALL_GPU if torch.cuda.is_available() else SMALL, rounds=5 if torch.cuda.is_available() else 3)
 
 
-def _compare(shape: Shape, rounds: int) -> None:
-    dense, dense_step = make_engine_step(shape, rate=0.0)
-    dense.denoiser = DenseDenoiser(dense.model)
+def billion() -> None:
+    """Print those of a billion parameters; for a GPU."""
+    if not torch.cuda.is_available():
+        print("\nbillion: no CUDA device")
+        return
+    _compare(BILLION_GPU, rounds=3, dense=False)
+
+
+def _compare(shape: Shape, rounds: int, *, dense: bool = True) -> None:
+    engines = {name: make_engine_step(shape, rate=rate) for name, rate in (("vanilla", 0.0), ("adaptation", 1.0))}
+    vanilla = "vanilla step (rate 0)"
     steps: dict[str, Callable[[], object]] = {
-        "vanilla step (rate 0)": make_engine_step(shape, rate=0.0)[1],
-        "adaptation step (rate 1)": make_engine_step(shape, rate=1.0)[1],
-        "dense vanilla step": dense_step,
+        vanilla: engines["vanilla"][1],
+        "adaptation step (rate 1)": engines["adaptation"][1],
     }
-    show(f"step: {shape.name}", interleave(steps, rounds=rounds), "vanilla step (rate 0)")
+    if dense:
+        # Smaller micro-batches: four blocks of logits of 32 x 1024 places do not fit a GPU's memory.
+        small = replace(shape, micro=min(shape.micro or shape.batch, _DENSE_MICRO))
+        engine, steps["dense vanilla step"] = make_engine_step(small, rate=0.0)
+        engine.denoiser = DenseDenoiser(engine.model)
+    timings = interleave(steps, rounds=rounds, warmup=2)
+    show(f"step: {shape.name}", timings, vanilla)
+    if (peak := peak_flops(engines["vanilla"][0].device)) is not None:
+        _show_utilisation(shape, {name: timings[name] for name in list(steps)[:2]}, peak)
+
+
+def _show_utilisation(shape: Shape, timings: Mapping[str, Timing], peak: float) -> None:
+    """Tokens a second and the share of the GPU's products that a step reaches, by median time."""
+    for passes, (name, timing) in enumerate(timings.items()):
+        config = replace(shape.model, self_conditioned=passes > 0)
+        flops = step_flops(config, shape.vocab, shape.length, LogLinear(), passes=passes).total * shape.batch
+        seconds = statistics.median(timing.wall)
+        rate = shape.batch * shape.length / seconds
+        print(f"  {name:<44}{rate:>16,.0f} tokens/s   MFU {flops / seconds / peak:.3f}", flush=True)
 
 
 def head() -> None:
-    """Print the output head's share of a step."""
+    """Print the output head's share of a step, on a GPU beside liger-kernel's where that is installed."""
     loss, estimate = "loss with gradients", "expected embedding"
-    for shape in (QM9, TEXT):
+    for shape in (SMALL_GPU,) if torch.cuda.is_available() else (QM9, TEXT):
+        shape = replace(shape, batch=shape.micro or shape.batch)
         parts = {loss: _head(shape, loss=True), estimate: _head(shape, loss=False)}
-        show(f"head: {shape.name}", interleave(parts, rounds=5), loss)
+        if torch.cuda.is_available():
+            eager = replace(shape, model=replace(shape.model, compile=False))
+            parts |= {
+                f"{loss}, not compiled": _head(eager, loss=True),
+                f"{estimate}, not compiled": _head(eager, loss=False),
+            }
+            if importlib.util.find_spec("liger_kernel"):
+                parts["liger's loss with gradients"] = _liger(shape)
+        show(f"head: {shape.name}", interleave(parts, rounds=5, warmup=2), loss)
+
+
+def _liger(shape: Shape) -> Callable[[], object]:
+    """Liger-kernel's fused linear cross-entropy, which knows no weights of positions, on as many rows."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    dit, h_ND, x_N = _head_problem(shape)
+    (weight_VD, bias_V), loss = dit.head(), LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    assert bias_V is not None
+
+    def step() -> None:
+        h = h_ND.detach().requires_grad_()
+        loss(weight_VD.to(h.dtype), h, x_N, bias_V.to(h.dtype)).backward()
+
+    return step
 
 
 def make_engine_step(shape: Shape, *, rate: float, engine: str = "single") -> tuple[Engine, Callable[[], object]]:
     """An engine, and one optimizer step of it on random tokens as a function without arguments."""
     device = resolve_device("auto")
     config = RunConfig()
-    config.train.micro_batch_size = config.train.global_batch_size = shape.batch
+    config.train.global_batch_size, config.train.micro_batch_size = shape.batch, shape.micro or shape.batch
     config.self_conditioning.rate = rate
     model_config = ModelConfig(**{**vars(shape.model), "self_conditioned": rate > 0})
     config.engine, config.model = engine, model_config
@@ -97,19 +169,36 @@ def make_engine_step(shape: Shape, *, rate: float, engine: str = "single") -> tu
 
 
 def _head(shape: Shape, *, loss: bool) -> Callable[[], object]:
-    """The head on half of all positions, as many as are masked on average."""
+    dit, h_ND, x_N = _head_problem(shape)
+    return functools.partial(_loss, dit, h_ND, x_N) if loss else functools.partial(_estimate, dit, h_ND)
+
+
+def _head_problem(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
+    """A model, and half of all positions, as many as are masked on average."""
     device = resolve_device("auto")
     dit = DiT(shape.model, vocab_size=shape.vocab, mask_id=shape.vocab - 1, schedule=LogLinear()).to(device)
     init_weights(dit, 0)
     rows = shape.batch * shape.length // 2
     h_ND = torch.randn(rows, shape.model.width, device=device).to(resolve_precision("auto", device))
-    x_N = torch.randint(0, shape.vocab - 1, (rows,), device=device)
-    return functools.partial(_loss, dit, h_ND, x_N) if loss else functools.partial(dit.expected_embedding, h_ND)
+    return dit, h_ND, torch.randint(0, shape.vocab - 1, (rows,), device=device)
+
+
+@torch.no_grad()
+def _estimate(dit: DiT, h_ND: Tensor) -> Tensor:
+    return dit.expected_embedding(h_ND)
 
 
 def _loss(dit: DiT, h_ND: Tensor, x_N: Tensor) -> None:
     (weight_VD, bias_V), weights = dit.head(), torch.ones(len(h_ND), device=h_ND.device)
     assert bias_V is not None
-    h_ND = h_ND.detach().requires_grad_()
-    total, _ = weighted_nll_sum(h_ND, weight_VD, bias_V, x_N, weights, mask_id=dit.mask_id, chunk=dit.config.head_chunk)
+    total, _ = weighted_nll_sum(
+        h_ND.detach().requires_grad_(),
+        weight_VD,
+        bias_V,
+        x_N,
+        weights,
+        mask_id=dit.mask_id,
+        chunk=dit.config.head_chunk,
+        compiled=dit.config.compile,
+    )
     total.backward()

@@ -169,5 +169,6 @@ def _draw(
 def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
     """What an evaluation with hidden states `h_BLD` leaves to the next one, which sees `z_BL`: `p @ E` where that is
     still masked, the token's embedding elsewhere, (B, L, D)."""
-    masked = z_BL == mask_id
-    return denoiser.embed(z_BL).masked_scatter(masked[..., None], denoiser.expected_embedding(h_BLD[masked]))
+    at_N = (z_BL == mask_id).flatten().nonzero().squeeze(1)
+    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
+    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).view(*z_BL.shape, -1)

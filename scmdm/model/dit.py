@@ -104,7 +104,7 @@ class Block(nn.Module):
 
     def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
-        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context)
+        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
 
 

@@ -65,7 +65,7 @@ class Block(nn.Module):
     def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         maps = (self.attn_q, self.attn_k, self.attn_v)
         q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
-        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context)
+        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
 
 

@@ -19,9 +19,11 @@ from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
 from scmdm.model.conditioner import Conditioner
-from scmdm.model.head import expected_embedding, subs_bias, subs_logits, weighted_nll_sum
+from scmdm.model.head import expected_embedding, weighted_nll_sum
 from scmdm.model.recompute import run_block
 from scmdm.model.rotary import Rotary
+from scmdm.model.rows import take_rows, true_positions
+from scmdm.model.subs import subs_bias, subs_logits
 
 
 class TokenEmbedding(nn.Module):
@@ -84,17 +86,18 @@ class Network(nn.Module):
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
+        at_N = true_positions(state.z_BL == self.mask_id)
         h_BLD = self.hidden(state, dropout=True)
-        masked = state.z_BL == self.mask_id
         total, nll_N = weighted_nll_sum(
-            h_BLD[masked],
+            take_rows(h_BLD.flatten(0, 1), at_N),
             *self._head_tensors(),
-            x_BL[masked],
-            weight_BL[masked],
+            x_BL.flatten()[at_N],
+            weight_BL.flatten()[at_N],
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
+            compiled=self.config.compile,
         )
-        return total, weight_BL.new_zeros(x_BL.shape).masked_scatter(masked, nll_N)
+        return total, weight_BL.new_zeros(x_BL.numel()).index_copy(0, at_N, nll_N).view_as(x_BL)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """SUBS logits (N, V) float32 of selected hidden states."""
@@ -110,6 +113,7 @@ class Network(nn.Module):
             self.vocab_embed.embedding,
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
+            compiled=self.config.compile,
             top_k=self.config.estimate_top_k,
         )
 

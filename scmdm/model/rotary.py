@@ -53,14 +53,16 @@ def attend_rotated(
     backend: str,
     allowed_B1LL: Tensor | None = None,
     context: DeviceMesh | None = None,
+    *,
+    repeated: bool = False,
 ) -> Tensor:
     """Attention (B, L, H, K) in which each of G heads of keys and values serves H / G consecutive heads of queries.
 
-    With a `context` each rank holds a slice of the sequences (`attend_slices`).
+    With a `context` each rank holds a slice of the sequences (`attend_slices`). `repeated`: see `choose_backend`.
     """
     q, k, v = rotate(q_BLHK, *rotary), rotate(k_BLGK, *rotary), v_BLGK
     if (times := q.shape[2] // k.shape[2]) > 1:
         k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)
     if context is None:
-        return attend(q, k, v, backend, allowed_B1LL)
-    return attend_slices(q, k, v, backend, context)
+        return attend(q, k, v, backend, allowed_B1LL, repeated=repeated)
+    return attend_slices(q, k, v, backend, context, repeated=repeated)

@@ -12,9 +12,11 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
+from scmdm.model import wide_head
 from scmdm.model.dit import DiT
 from scmdm.model.head import expected_embedding, weighted_nll_sum
 from scmdm.model.init import init_weights
+from scmdm.model.subs import subs_bias
 
 N, D, V, MASK = 37, 8, 23, 11
 
@@ -30,7 +32,7 @@ def problem():
 @pytest.fixture(params=[V, 5, 1], ids=lambda width: f"tile-{width}")
 def tile(request, monkeypatch):
     """One as on a GPU, several, and among them one that holds the mask alone."""
-    monkeypatch.setattr("scmdm.model.head._CPU_TILE", request.param)
+    monkeypatch.setattr("scmdm.model.tiled_head._TILE", request.param)
 
 
 def dense_logits(h, weight, bias):
@@ -66,6 +68,39 @@ def test_no_masked_position_at_all(problem):
     total.backward()
     assert total == 0 and nll.shape == (0,) and weight.grad.abs().sum() == 0
     assert expected_embedding(h[:0], weight, bias, embedding, mask_id=MASK, chunk=4).shape == (0, D)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_head_equals_the_dense_one(problem, dtype, compiled):
+    """Of which everything but cuBLAS runs here, too; rows of the last chunk are fewer."""
+    h, weight, bias, x, w, embedding = (t.detach() for t in problem)
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    h = h.to(dtype)
+    blocked = subs_bias(bias, MASK)
+    nll, *ours = wide_head.nll_and_gradients(
+        h, weight, blocked, x, w, chunk=10, need_gradient=True, train_head=True, compiled=compiled
+    )
+    dense = [t.float().clone().requires_grad_() for t in (h, weight, bias)]
+    expected = torch.nn.functional.cross_entropy(dense_logits(*dense), x, reduction="none")
+    torch.testing.assert_close(nll, expected.detach(), **bound)
+    for a, b in zip(ours, torch.autograd.grad((expected * w).sum(), dense), strict=True):
+        torch.testing.assert_close(a.float(), b, **bound)
+    assert ours[0].dtype == dtype and ours[1].shape == weight.shape and ours[2][MASK] == 0
+    estimate = wide_head.estimate(h, weight, blocked, embedding, chunk=10, compiled=compiled)
+    probability = dense_logits(*(t.detach() for t in dense)).softmax(1)
+    torch.testing.assert_close(estimate, probability @ embedding, **bound)
+
+
+def test_the_gpu_head_makes_no_gradient_that_nobody_needs(problem):
+    h, weight, bias, x, w, _ = (t.detach() for t in problem)
+    arguments = (h, weight, subs_bias(bias, MASK), x, w)
+    _, *none = wide_head.nll_and_gradients(*arguments, chunk=10, need_gradient=False, train_head=False, compiled=False)
+    assert none == [None, None, None]
+    _, d_h, *none = wide_head.nll_and_gradients(
+        *arguments, chunk=10, need_gradient=True, train_head=False, compiled=False
+    )
+    assert d_h.shape == h.shape and none == [None, None]
 
 
 class LargestTensor(TorchDispatchMode):

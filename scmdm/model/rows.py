@@ -1,0 +1,37 @@
+"""Some rows of a matrix, each at most once: what knows that needs neither sorting nor adding in its backward pass.
+
+Legend: M rows, N of them, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def true_positions(mask_BL: Tensor) -> Tensor:
+    """Where a mask is true, as indices (N,) into its elements in row-major order."""
+    return mask_BL.flatten().nonzero().squeeze(1)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, at_N: Tensor) -> Tensor:
+        ctx.save_for_backward(at_N)
+        ctx.rows = len(x_MD)
+        return x_MD.index_select(0, at_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ND: Tensor) -> tuple[Tensor, None]:
+        (at_N,) = ctx.saved_tensors
+        return d_ND.new_zeros(ctx.rows, d_ND.shape[1]).index_copy_(0, at_N, d_ND), None
+
+
+def take_rows(x_MD: Tensor, at_N: Tensor) -> Tensor:
+    """`x_MD[at_N]` (N, D) for indices that are all different. Differentiable once."""
+    taken: Tensor = _TakeRows.apply(x_MD, at_N)
+    return taken
