@@ -121,14 +121,8 @@ def head() -> None:
     for shape in (SMALL_GPU,) if torch.cuda.is_available() else (QM9, TEXT):
         shape = replace(shape, batch=shape.micro or shape.batch)
         parts = {loss: _head(shape, loss=True), estimate: _head(shape, loss=False)}
-        if torch.cuda.is_available():
-            eager = replace(shape, model=replace(shape.model, compile=False))
-            parts |= {
-                f"{loss}, not compiled": _head(eager, loss=True),
-                f"{estimate}, not compiled": _head(eager, loss=False),
-            }
-            if importlib.util.find_spec("liger_kernel"):
-                parts["liger's loss with gradients"] = _liger(shape)
+        if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+            parts["liger's loss with gradients"] = _liger(shape)
         show(f"head: {shape.name}", interleave(parts, rounds=5, warmup=2), loss)
 
 
@@ -199,6 +193,5 @@ def _loss(dit: DiT, h_ND: Tensor, x_N: Tensor) -> None:
         weights,
         mask_id=dit.mask_id,
         chunk=dit.config.head_chunk,
-        compiled=dit.config.compile,
     )
     total.backward()

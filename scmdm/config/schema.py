@@ -22,6 +22,7 @@ CHOICES = {
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.inject_at": ("all", "masked"),
     "model.head_precision": ("float32", "compute"),
+    "model.estimate_precision": ("compute", "float8"),
     "model.activation_checkpointing": ("none", "selective", "full"),
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
     "self_conditioning.estimate_from": ("same_state", "noisier_state"),
@@ -62,12 +63,15 @@ class ModelConfig:
     conditioner: str = "projection"  # projection | norm | mlp
     inject_at: str = "all"  # all | masked: positions at which the estimate enters
     estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
+    estimate_precision: str = (
+        "compute"  # compute | float8: of the blocks' products in the passes that make the estimate
+    )
     lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
     dropout: float | None = None  # null: the base's, or 0 without one
     attention: str = "auto"  # auto | sdpa | cudnn | flash
-    head_chunk: int = 2048  # masked positions that the output head takes at once
+    head_chunk: int = 8192  # masked positions that the output head takes at once
     head_precision: str = "compute"  # float32 | compute (that of `precision`)
     activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)
     compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++

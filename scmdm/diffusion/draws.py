@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scmdm.fused import fused
+
 
 def draw_tokens(
     logits_NV: Tensor,
@@ -29,6 +31,11 @@ def draw_tokens(
     if gumbel == "float32":
         u = uniform_NV.mul(2**24).floor().mul(2.0**-24).float()
         return (scaled_NV.float() - (1e-10 - (u + 1e-10).log()).log()).argmax(1)
+    return _largest(scaled_NV, uniform_NV)
+
+
+@fused
+def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
     return (scaled_NV - (-uniform_NV.log()).log()).argmax(1)
 
 

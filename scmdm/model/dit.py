@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import NO_LABEL
-from scmdm.model.activation import Gelu
+from scmdm.model.activation import Gelu, gelu_of
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.init import ZeroLinear
+from scmdm.model.linear import Linear
 from scmdm.model.network import Network, TokenEmbedding
 from scmdm.model.rotary import Rotary, attend_rotated
 
@@ -28,12 +29,8 @@ _FREQUENCIES = 256
 _SMALLEST_ALPHA = 1e-3  # MDLM's smallest alpha_t: bounds the noise level -log(alpha_t) that the network sees
 
 
-def modulate(x_BLD: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
-    return x_BLD * (1 + scale_R1D) + shift_R1D
-
-
 class LayerNorm(nn.Module):
-    """Layer norm in float32 with a gain and no bias."""
+    """Layer norm in float32 with a gain and no bias, then `x (1 + scale) + shift`."""
 
     starts_at = 1.0
 
@@ -41,8 +38,12 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float())
+    def forward(self, x_BLD: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
+        x_BLD, width, gain_D = x_BLD.float(), x_BLD.shape[-1:], self.weight.float()
+        if len(shift_R1D) > 1:
+            return F.layer_norm(x_BLD, width, gain_D) * (1 + scale_R1D) + shift_R1D
+        # What all rows share is the norm's own gain and bias, whose gradients its kernels make.
+        return F.layer_norm(x_BLD, width, gain_D * (1 + scale_R1D.flatten()), shift_R1D.flatten().float())
 
 
 class TimestepEmbedder(nn.Module):
@@ -81,10 +82,10 @@ class Block(nn.Module):
         self.dropout = config.dropout or 0.0
         self.context: DeviceMesh | None = None
         self.norm1 = LayerNorm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
+        self.attn_qkv = Linear(width, 3 * width, bias=False)
+        self.attn_out = Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(Linear(width, hidden), Gelu(), Linear(hidden, width))
         self.adaLN_modulation = ZeroLinear(config.condition_width, 6 * width)
 
     def forward(
@@ -93,19 +94,31 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         c_RC: Tensor,
         dropout: bool,
+        float8: bool,
         allowed_B1LL: Tensor | None = None,
     ) -> Tensor:
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = self._attend(modulate(self.norm1(x_BLD), shift_attn, scale_attn), rotary, allowed_B1LL)
-        x_BLD = x_BLD + gate_attn * F.dropout(h, self.dropout, dropout)
-        h = self.mlp(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
-        return x_BLD + gate_mlp * F.dropout(h, self.dropout, dropout)
+        h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, allowed_B1LL, float8)
+        x_BLD = x_BLD + F.dropout(gated(self.attn_out, h, gate_attn, float8), self.dropout, dropout)
+        up, gelu, down = self.mlp
+        h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp), float8=float8)
+        return x_BLD + F.dropout(gated(down, h, gate_mlp, float8), self.dropout, dropout)
 
-    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
-        q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
+    def _attend(
+        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None, float8: bool
+    ) -> Tensor:
+        q, k, v = self.attn_qkv(x_BLD, float8=float8).unflatten(2, (3, self.heads, -1)).unbind(2)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
-        return self.attn_out(out_BLHK.flatten(2))
+        return out_BLHK.flatten(2)
+
+
+def gated(linear: nn.Module, x_BLI: Tensor, gate_R1O: Tensor, float8: bool) -> Tensor:
+    """`gate * linear(x)` (B, L, O)."""
+    if len(gate_R1O) > 1:
+        return gate_R1O * linear(x_BLI, float8=float8)
+    y_BLO: Tensor = linear(x_BLI, gate_R1O.flatten(), float8=float8)
+    return y_BLO
 
 
 class OutputLayer(nn.Module):
@@ -119,7 +132,7 @@ class OutputLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, c_RC: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_RC)[:, None].chunk(2, dim=2)
-        return modulate(self.norm_final(x_BLD), shift, scale)
+        return self.norm_final(x_BLD, shift, scale)
 
 
 class DiT(Network):

@@ -7,7 +7,6 @@ Legend: N masked positions, D width, V vocabulary (with the mask), C rows of a c
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +31,11 @@ class _WeightedNLL(torch.autograd.Function):
         w_N: Tensor,
         mask_id: int,
         chunk: int,
-        compiled: bool,
         need_gradient: bool,
         train_head: bool,
     ) -> tuple[Tensor, Tensor]:
-        on_gpu = partial(wide_head.nll_and_gradients, compiled=compiled)
-        nll_and_gradients = on_gpu if h_ND.device.type == "cuda" else tiled_head.nll_and_gradients
-        nll_N, d_h, d_weight, d_bias = nll_and_gradients(
+        kernels = wide_head if h_ND.device.type == "cuda" else tiled_head
+        nll_N, d_h, d_weight, d_bias = kernels.nll_and_gradients(
             h_ND,
             weight_VD,
             subs_bias(bias_V, mask_id),
@@ -71,18 +68,16 @@ def weighted_nll_sum(
     *,
     mask_id: int,
     chunk: int,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`sum_n w_n * -log softmax(W h_n + b)[x_n]` (float32 scalar) and the unweighted values (N,) without gradient.
 
-    `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`. `compiled`: on a GPU what
-    lies between the products is compiled.
+    `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`.
     """
     # Inside the function gradients are off, and `needs_input_grad` is true even under `no_grad`.
     train_head = torch.is_grad_enabled() and (weight_VD.requires_grad or bias_V.requires_grad)
     need = train_head or (torch.is_grad_enabled() and h_ND.requires_grad)
     with torch.autocast(h_ND.device.type, enabled=False):
-        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk, compiled, need, train_head)
+        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk, need, train_head)
     return total, nll_N
 
 
@@ -94,7 +89,6 @@ def expected_embedding(
     *,
     mask_id: int,
     chunk: int,
-    compiled: bool = False,
     top_k: int | None = None,
 ) -> Tensor:
     """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
@@ -106,9 +100,8 @@ def expected_embedding(
         bias = subs_bias(bias_V, mask_id)
         if torch.is_grad_enabled() or top_k is not None:
             return _by_chunks(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
-        if h_ND.device.type == "cuda":
-            return wide_head.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk, compiled=compiled)
-        return tiled_head.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
+        kernels = wide_head if h_ND.device.type == "cuda" else tiled_head
+        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
 
 
 def _by_chunks(

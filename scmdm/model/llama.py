@@ -17,6 +17,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.model.conditioner import Conditioner
+from scmdm.model.linear import Linear
 from scmdm.model.network import Network, TokenEmbedding
 from scmdm.model.rotary import Rotary, attend_rotated
 
@@ -45,28 +46,36 @@ class Block(nn.Module):
         self.dropout = config.dropout or 0.0
         self.context: DeviceMesh | None = None
         self.norm1 = RMSNorm(width, own.norm_eps)
-        self.attn_q = nn.Linear(width, width, bias=own.attention_bias)
-        self.attn_k = nn.Linear(width, config.kv_width, bias=own.attention_bias)
-        self.attn_v = nn.Linear(width, config.kv_width, bias=own.attention_bias)
-        self.attn_out = nn.Linear(width, width, bias=False)
+        self.attn_q = Linear(width, width, bias=own.attention_bias)
+        self.attn_k = Linear(width, config.kv_width, bias=own.attention_bias)
+        self.attn_v = Linear(width, config.kv_width, bias=own.attention_bias)
+        self.attn_out = Linear(width, width, bias=False)
         self.norm2 = RMSNorm(width, own.norm_eps)
-        self.mlp_gate = nn.Linear(width, config.mlp_width, bias=False)
-        self.mlp_up = nn.Linear(width, config.mlp_width, bias=False)
-        self.mlp_down = nn.Linear(config.mlp_width, width, bias=False)
+        self.mlp_gate = Linear(width, config.mlp_width, bias=False)
+        self.mlp_up = Linear(width, config.mlp_width, bias=False)
+        self.mlp_down = Linear(config.mlp_width, width, bias=False)
 
     def forward(
-        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], dropout: bool, allowed_B1LL: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        dropout: bool,
+        float8: bool,
+        allowed_B1LL: Tensor | None = None,
     ) -> Tensor:
-        x_BLD = x_BLD + F.dropout(self._attend(self.norm1(x_BLD), rotary, allowed_B1LL), self.dropout, dropout)
+        h_BLD = self._attend(self.norm1(x_BLD), rotary, allowed_B1LL, float8)
+        x_BLD = x_BLD + F.dropout(h_BLD, self.dropout, dropout)
         h_BLD = self.norm2(x_BLD)
-        h_BLD = self.mlp_down(F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD))
-        return x_BLD + F.dropout(h_BLD, self.dropout, dropout)
+        h_BLI = F.silu(self.mlp_gate(h_BLD, float8=float8)) * self.mlp_up(h_BLD, float8=float8)
+        return x_BLD + F.dropout(self.mlp_down(h_BLI, float8=float8), self.dropout, dropout)
 
-    def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+    def _attend(
+        self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None, float8: bool
+    ) -> Tensor:
         maps = (self.attn_q, self.attn_k, self.attn_v)
-        q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
+        q, k, v = (linear(h_BLD, float8=float8).unflatten(2, (-1, self.head_width)) for linear in maps)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
-        return self.attn_out(out_BLHK.flatten(2))
+        return self.attn_out(out_BLHK.flatten(2), float8=float8)
 
 
 class OutputLayer(nn.Module):

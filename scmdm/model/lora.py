@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.errors import UserError
 from scmdm.model.init import ZeroLinear
+from scmdm.model.linear import Linear
 
 _ADAPTER = re.compile(r"(.*)\.lora_[AB]\.weight")
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """A linear map with an adapter."""
 
     def __init__(self, width: int, out: int, *, bias: bool, rank: int, alpha: float) -> None:
@@ -30,8 +31,9 @@ class LoraLinear(nn.Linear):
         self.lora_B = ZeroLinear(rank, out, bias=False)
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+    def forward(self, x: Tensor, gate_O: Tensor | None = None, *, float8: bool = False) -> Tensor:
+        added = self.scale * self.lora_B(self.lora_A(x))
+        return super().forward(x, gate_O, float8=float8) + (added if gate_O is None else gate_O * added)
 
 
 def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
@@ -39,7 +41,7 @@ def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
 
     To be called before the model has weights. UserError when a target is no linear map of a block.
     """
-    found = {name: module for name, module in blocks.named_modules() if type(module) is nn.Linear}
+    found = {name: module for name, module in blocks.named_modules() if type(module) is Linear}
     names = sorted({name.partition(".")[2] for name in found})
     for target in config.lora_targets:
         if target not in names:

@@ -68,20 +68,22 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
-    def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
-        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
+    def hidden(self, state: State, *, dropout: bool = False, float8: bool = False) -> Tensor:
+        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation. `float8`, without gradients:
+        the blocks' linear maps from operands of 8 bits."""
         packing = state.packing
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         more = () if packing is None else (packing.allowed_B1LL,)
         for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, *more)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, float8, *more)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(state, dropout=dropout)
+        float8 = self.config.estimate_precision == "float8" and self.training and not torch.is_grad_enabled()
+        h_BLD = self.hidden(state, dropout=dropout, float8=float8)
         return carried_estimate(self, h_BLD, state.z_BL, self.mask_id)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,6 @@ class Network(nn.Module):
             weight_BL.flatten()[at_N],
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
-            compiled=self.config.compile,
         )
         return total, weight_BL.new_zeros(x_BL.numel()).index_copy(0, at_N, nll_N).view_as(x_BL)
 
@@ -113,7 +114,6 @@ class Network(nn.Module):
             self.vocab_embed.embedding,
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
-            compiled=self.config.compile,
             top_k=self.config.estimate_top_k,
         )
 

@@ -1,21 +1,18 @@
 """The output head on a GPU: products over whole chunks, and one pass over the logits for all that lies between.
 
 Logits stay in the dtype of the products, and their gradient takes their place; sums run in float32.
-With `model.compile` each of the element-wise functions is one kernel, else a few. The vocabulary is padded: cuBLAS has
-its fast kernels only where a row is a multiple of 16 bytes, and 50,258 is not.
+The vocabulary is padded: cuBLAS has its fast kernels only where a row is a multiple of 16 bytes, and 50,258 is not.
 
 Legend: V vocabulary (with the mask), P padded to a multiple of 64, D width, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from scmdm.fused import fused
 
 _MULTIPLE = 64
 
@@ -30,7 +27,6 @@ def nll_and_gradients(
     chunk: int,
     need_gradient: bool,
     train_head: bool,
-    compiled: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See `scmdm.model.tiled_head.nll_and_gradients`."""
     vocab_size = len(weight_VD)
@@ -42,10 +38,10 @@ def nll_and_gradients(
     for rows in _chunks(len(h_ND), chunk):
         h_CD, x_C = h_ND[rows], x_N[rows]
         logits_CP = h_CD @ weight_PD.T
-        nll_N[rows], log_sum_C = _call(_nll, compiled)(logits_CP, bias_P, x_C)
+        nll_N[rows], log_sum_C = _nll(logits_CP, bias_P, x_C)
         if d_h is None:
             continue
-        d_logits_CP = _call(_to_gradient, compiled)(logits_CP, bias_P, log_sum_C, x_C, w_N[rows])
+        d_logits_CP = _to_gradient(logits_CP, bias_P, log_sum_C, x_C, w_N[rows])
         torch.mm(d_logits_CP, weight_PD, out=d_h[rows])
         if d_weight is not None and d_bias is not None:
             d_weight += _product_float32(d_logits_CP.T, h_CD)
@@ -55,15 +51,13 @@ def nll_and_gradients(
     return nll_N, d_h, d_weight[:vocab_size], d_bias[:vocab_size]
 
 
-def estimate(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int, compiled: bool
-) -> Tensor:
+def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
     """See `scmdm.model.tiled_head.estimate`."""
     weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V)
     embedding_PD = weight_PD if embedding_VD is weight_VD else _widen(embedding_VD, h_ND.dtype)
     estimate_ND = torch.empty_like(h_ND)
     for rows in _chunks(len(h_ND), chunk):
-        p_CP = _call(_to_probabilities, compiled)(h_ND[rows] @ weight_PD.T, bias_P)
+        p_CP = _to_probabilities(h_ND[rows] @ weight_PD.T, bias_P)
         torch.mm(p_CP, embedding_PD, out=estimate_ND[rows])
     return estimate_ND.to(embedding_VD.dtype)
 
@@ -92,24 +86,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else (a @ b).float()
 
 
-def _call(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return _compiled(function) if compiled else function
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One graph for any number of rows."""
-    fast = torch.compile(function, fullgraph=True)
-
-    def call(logits_CP: Tensor, *more: Tensor) -> Any:
-        torch._dynamo.maybe_mark_dynamic(logits_CP, 0)
-        for tensor in more[1:]:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fast(logits_CP, *more)
-
-    return call
-
-
+@fused
 def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods (C,), and logarithms (C,) of the sums of the softmax, float32."""
     own_C = logits_CP.gather(1, x_C[:, None]).squeeze(1).float() + bias_P[x_C]
@@ -117,6 +94,7 @@ def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor
     return log_sum_C - own_C, log_sum_C
 
 
+@fused
 def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tensor, w_C: Tensor) -> Tensor:
     """The gradient of `sum_c w_c nll_c` by the logits, in their place."""
     p_CP = (logits_CP + bias_P).sub_(log_sum_C[:, None]).exp_()
@@ -124,6 +102,7 @@ def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tens
     return logits_CP.copy_(p_CP.sub_(own_CP.float()).mul_(w_C[:, None]))
 
 
+@fused
 def _to_probabilities(logits_CP: Tensor, bias_P: Tensor) -> Tensor:
     """Softmax (C, P)."""
     return (logits_CP + bias_P).softmax(1).to(logits_CP.dtype)

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from scmdm.config.schema import RunConfig
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
+from scmdm.model.linear import Linear
 from scmdm.model.network import Network
 from scmdm.parallel.engine import MOMENTS, ParallelEngine
 
@@ -49,7 +50,11 @@ def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": zero,
         # Autocast and not "bf16", which would round the weights that an adaptation starts from.
-        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(torch.bfloat16)},
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(torch.bfloat16),
+            "lower_precision_safe_modules": ["torch.nn.Linear", f"{Linear.__module__}.{Linear.__qualname__}"],
+        },
         "timers": {"throughput": {"enabled": False}},
     }
 

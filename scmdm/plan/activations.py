@@ -12,6 +12,7 @@ from __future__ import annotations
 from scmdm.plan.workload import Layout, Workload
 
 _FLOAT32 = 4
+_INDEX = 8  # bytes of a masked position's place
 _NORM_STATISTICS = 16  # bytes per position and block: mean and inverse deviation of two norms
 
 
@@ -27,14 +28,23 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     if kind == "selective":
         # Input, and the results of: q, k, v; attention; its output map; both maps of the perceptron.
         return (_FLOAT32 + (6 + model.mlp_ratio) * a) * tokens * model.width + log_sums
-    float32 = 4 * _FLOAT32  # both norms' inputs and outputs
+    shared = _shares_modulation(workload)
+    gated = (1 + model.mlp_ratio) * model.width**2 * _FLOAT32 if shared and a == _FLOAT32 else 0
+    float32 = (2 if shared else 4) * _FLOAT32  # both norms' inputs, and their outputs where those are modulated
     # Inputs of the four maps' products, q, k, v as they are made (v is a view of that) and q, k rotated, what the two
     # gates multiply, and the perceptron's inner layer before and after GELU.
     attention = 5 if layout.context == 1 else 4
-    compute = (attention + 5 + 2 * model.mlp_ratio) * a
-    dropout = 2 * (1 if layout.fused_dropout else a) if model.dropout else 0
+    compute = (attention + (3 if shared else 5) + 2 * model.mlp_ratio) * a
+    dropout = 2 * (1 if layout.gpu else a) if model.dropout else 0
     tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if a < _FLOAT32 else 0
-    return (float32 + compute + dropout) * tokens * model.width + log_sums + _NORM_STATISTICS * tokens + tables
+    positions = (float32 + compute + dropout) * tokens * model.width + _NORM_STATISTICS * tokens
+    return positions + log_sums + tables + gated
+
+
+def _shares_modulation(workload: Workload) -> bool:
+    """Whether norms and gates have it in their weights, because all sequences have the same (`scmdm.model.dit`)."""
+    model = workload.model
+    return model.kind == "dit" and not (model.time_conditioning or model.labels)
 
 
 def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
@@ -48,15 +58,17 @@ def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
     norms = 4 * _FLOAT32 * width + (5 * a if a < _FLOAT32 else 2 * a) * width
     # Rotated q; rotated k and v for every head of q; the output map's input; gate before and after SiLU, up, product.
     compute = (4 * width + 4 * inner) * a
-    dropout = 2 * (1 if layout.fused_dropout else a) * width if model.dropout else 0
+    dropout = 2 * (1 if layout.gpu else a) * width if model.dropout else 0
     tables = 2 * workload.length // layout.context * model.head_width * a if a < _FLOAT32 else 0
     return (norms + compute + dropout + _NORM_STATISTICS // 2) * tokens + tables
 
 
 def kept_by_final(workload: Workload, layout: Layout) -> int:
-    """Bytes that the final norm keeps, and the head's gradient by its input."""
+    """Bytes that the final norm keeps, the head's gradient by its input and where that belongs, and rotary tables."""
     positions = layout.tokens(workload) * workload.model.width
-    return (2 * _FLOAT32 + head_width(workload, layout)) * positions
+    modulated = 0 if _shares_modulation(workload) else _FLOAT32  # the norm's output
+    tables = workload.length // layout.context * workload.model.head_width * _FLOAT32
+    return (_FLOAT32 + modulated + head_width(workload, layout)) * positions + tables + _INDEX * layout.tokens(workload)
 
 
 def kept_by_conditioner(workload: Workload, layout: Layout) -> int:
@@ -73,18 +85,21 @@ def head_width(workload: Workload, layout: Layout) -> int:
 
 
 def head_chunk(workload: Workload, layout: Layout) -> int:
-    """Bytes of a chunk's logits, of which everything else is made in place, when every position is masked; and of
-    their copy in the compute dtype. Only the gradient keeps a whole chunk on a CPU, too."""
+    """Bytes of a chunk's logits when every position is masked. A GPU has probabilities beside them, in the compute
+    dtype; on a CPU everything else is made in their place, in float32, and only the gradient keeps a whole chunk, of
+    which a copy is in the compute dtype."""
     rows = min(layout.tokens(workload), workload.model.head_chunk)
     a = head_width(workload, layout)
-    return (_FLOAT32 + (a if a < _FLOAT32 else 0)) * rows * workload.vocab_size
+    of_each = 2 * a if layout.gpu else _FLOAT32 + (a if a < _FLOAT32 else 0)
+    return of_each * rows * workload.vocab_size
 
 
 def block_forward(workload: Workload, layout: Layout) -> int:
     """Bytes of the tensors of a block's forward pass when nothing is kept: at most, in its perceptron."""
     model, a, tokens = workload.model, layout.width, layout.tokens(workload)
     inner = (3 if model.kind == "llama" else 2) * model.mlp_width  # with a gate there are two factors and their product
-    return ((2 * _FLOAT32 + a) * model.width + inner * a) * tokens
+    norm = _FLOAT32 if _shares_modulation(workload) else 2 * _FLOAT32
+    return ((norm + a) * model.width + inner * a) * tokens
 
 
 def block_backward(workload: Workload, layout: Layout) -> int:
@@ -93,4 +108,6 @@ def block_backward(workload: Workload, layout: Layout) -> int:
     model, tokens = workload.model, layout.tokens(workload)
     inner = (3 if model.kind == "llama" else 1) * model.mlp_width
     gradients = (_FLOAT32 * model.width + (model.width + inner) * layout.width) * tokens
+    if _shares_modulation(workload):  # of a gated map, and of its weights
+        gradients += 2 * layout.width * model.width**2
     return gradients + kept_by_block(workload, layout, "none") - kept_by_block(workload, layout)

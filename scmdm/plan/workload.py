@@ -13,6 +13,7 @@ from torch import nn
 
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.model.linear import Linear
 from scmdm.model.lora import freeze
 from scmdm.model.network import Network
 from scmdm.model.weights import ModelSpec
@@ -27,7 +28,7 @@ class Parameter:
     shape: tuple[int, ...]
     block: int | None  # None: in none, sharded with the rest
     group: tuple[bool, bool]  # of the optimizer: in the conditioner, decayed
-    plain_linear: bool  # of an `nn.Linear` proper: those DeepSpeed's autocast sends in bfloat16
+    plain_linear: bool  # of an `nn.Linear` or `Linear` proper: those DeepSpeed's autocast sends in bfloat16
     trained: bool = True
 
     @property
@@ -84,7 +85,7 @@ class Layout:
     offload: bool = False
     stage: int = 2
     whole_below: int = 100_000
-    fused_dropout: bool = True  # one byte per kept activation, as on a GPU; a CPU keeps a mask of the activations' type
+    gpu: bool = True  # a CPU keeps larger masks of dropout, and its head float32 logits
 
     @property
     def width(self) -> int:
@@ -128,7 +129,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
     plain = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if module.__class__ is nn.Linear
+        if module.__class__ in (nn.Linear, Linear)
         for name, _ in module.named_parameters(recurse=False)
     }
     return tuple(
@@ -144,7 +145,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
     )
 
 
-def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, fused_dropout: bool = True) -> Layout:
+def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool = True) -> Layout:
     """As a configuration says; engine=auto is what it would be on so many ranks."""
     engine = config.engine if config.engine != "auto" else ("single" if ranks == 1 else "fsdp2")
     return Layout(
@@ -159,5 +160,5 @@ def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, fused_drop
         offload=config.fsdp.offload and engine == "fsdp2",
         stage=config.deepspeed.stage,
         whole_below=config.deepspeed.whole_below,
-        fused_dropout=fused_dropout,
+        gpu=gpu,
     )

@@ -72,22 +72,24 @@ def test_no_masked_position_at_all(problem):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gpu_head_equals_the_dense_one(problem, dtype, compiled):
+def test_the_gpu_head_equals_the_dense_one(problem, dtype, compiled, monkeypatch):
     """Of which everything but cuBLAS runs here, too; rows of the last chunk are fewer."""
+    if compiled:
+        for name in ("_nll", "_to_gradient", "_to_probabilities"):
+            function = getattr(wide_head, name).__wrapped__
+            monkeypatch.setattr(wide_head, name, torch.compile(function, fullgraph=True))
     h, weight, bias, x, w, embedding = (t.detach() for t in problem)
     bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
     h = h.to(dtype)
     blocked = subs_bias(bias, MASK)
-    nll, *ours = wide_head.nll_and_gradients(
-        h, weight, blocked, x, w, chunk=10, need_gradient=True, train_head=True, compiled=compiled
-    )
+    nll, *ours = wide_head.nll_and_gradients(h, weight, blocked, x, w, chunk=10, need_gradient=True, train_head=True)
     dense = [t.float().clone().requires_grad_() for t in (h, weight, bias)]
     expected = torch.nn.functional.cross_entropy(dense_logits(*dense), x, reduction="none")
     torch.testing.assert_close(nll, expected.detach(), **bound)
     for a, b in zip(ours, torch.autograd.grad((expected * w).sum(), dense), strict=True):
         torch.testing.assert_close(a.float(), b, **bound)
     assert ours[0].dtype == dtype and ours[1].shape == weight.shape and ours[2][MASK] == 0
-    estimate = wide_head.estimate(h, weight, blocked, embedding, chunk=10, compiled=compiled)
+    estimate = wide_head.estimate(h, weight, blocked, embedding, chunk=10)
     probability = dense_logits(*(t.detach() for t in dense)).softmax(1)
     torch.testing.assert_close(estimate, probability @ embedding, **bound)
 
@@ -95,11 +97,9 @@ def test_the_gpu_head_equals_the_dense_one(problem, dtype, compiled):
 def test_the_gpu_head_makes_no_gradient_that_nobody_needs(problem):
     h, weight, bias, x, w, _ = (t.detach() for t in problem)
     arguments = (h, weight, subs_bias(bias, MASK), x, w)
-    _, *none = wide_head.nll_and_gradients(*arguments, chunk=10, need_gradient=False, train_head=False, compiled=False)
+    _, *none = wide_head.nll_and_gradients(*arguments, chunk=10, need_gradient=False, train_head=False)
     assert none == [None, None, None]
-    _, d_h, *none = wide_head.nll_and_gradients(
-        *arguments, chunk=10, need_gradient=True, train_head=False, compiled=False
-    )
+    _, d_h, *none = wide_head.nll_and_gradients(*arguments, chunk=10, need_gradient=True, train_head=False)
     assert d_h.shape == h.shape and none == [None, None]
 
 

@@ -19,7 +19,7 @@ PRECISIONS = (torch.float32, torch.bfloat16)
 def prepared(config, ranks, dtype):
     """Workload and layout; dropout keeps on a CPU what it keeps there."""
     workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
-    return workload, make_layout(config, ranks, dtype, fused_dropout=False)
+    return workload, make_layout(config, ranks, dtype, gpu=False)
 
 
 def measured(engine, config, rows):
