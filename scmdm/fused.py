@@ -7,12 +7,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -23,21 +22,18 @@ def can_fuse() -> bool:
     return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
 
 
-def fused(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`function`, whose first argument is a tensor; on a GPU compiled, once for any size of the tensors' first
-    dimension. Where that is not possible it runs as it is."""
-    compiled: Any = torch.compile(function, fullgraph=True)
+def fused(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function`, whose arguments are tensors; on a GPU compiled, once for any size of their first dimensions (but 1).
+    Where that is not possible it runs as it is."""
+    compiled: Any = torch.compile(function)
 
     @functools.wraps(function)
-    def call(*arguments: _P.args, **options: _P.kwargs) -> _T:
-        first = arguments[0]
-        assert isinstance(first, Tensor)
-        if first.device.type != "cuda" or not can_fuse():
-            return function(*arguments, **options)
+    def call(*arguments: Tensor) -> _T:
+        if arguments[0].device.type != "cuda" or not can_fuse():
+            return function(*arguments)
         for tensor in arguments:
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[0] == first.shape[0]:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        result: _T = compiled(*arguments, **options)
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        result: _T = compiled(*arguments)
         return result
 
     return call

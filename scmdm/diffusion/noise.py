@@ -43,23 +43,17 @@ def _key(seed: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def _numbers(seed: int, purpose: str, step: int, device: torch.device) -> Tensor:
-    """Step and key (3,) int64, as the functions take them that are compiled: constants would be compiled in."""
-    return torch.tensor([step & _MASK, *_key(seed, purpose)], device=device)
-
-
-def _words(ids_B: Tensor, numbers_3: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    step, key_0, key_1 = numbers_3.unbind()
-    block = torch.arange(blocks, device=ids_B.device)[None, :]
+@fused
+def _words(ids_B: Tensor, block_K: Tensor, step_and_key_3: Tensor) -> tuple[Tensor, ...]:
+    step, key_0, key_1 = step_and_key_3.unbind()
     low, high = (ids_B & _MASK)[:, None], ((ids_B >> 32) & _MASK)[:, None]
-    counter = torch.broadcast_tensors(block, step, low, high)
+    counter = torch.broadcast_tensors(block_K[None, :], step, low, high)
     return philox_4x32((counter[0], counter[1], counter[2], counter[3]), (key_0, key_1))
 
 
 @fused
-def _uniform(ids_B: Tensor, numbers_3: Tensor, n: int) -> Tensor:
-    w0, w1, w2, w3 = _words(ids_B, numbers_3, (n + 1) // 2)
-    pairs = torch.stack([(w0 << 21) | (w1 >> 11), (w2 << 21) | (w3 >> 11)], dim=-1).flatten(1)[:, :n]
+def _uniform(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    pairs = torch.stack([(w0 << 21) | (w1 >> 11), (w2 << 21) | (w3 >> 11)], dim=-1).flatten(1)
     # 53 bits and the half step that keeps 0 and 1 out need 54 bits of mantissa, so the lowest bit is given up.
     return ((pairs >> 1).double() + 0.5) * 2.0**-52
 
@@ -68,14 +62,14 @@ def keyed_words(seed: int, purpose: str, step: int, ids_B: Tensor, blocks: int) 
     """Four tensors (B, blocks) of 32-bit words for samples `ids_B` (int64, any non-negative value) at `step`."""
     assert ids_B.dtype == torch.int64
     assert ids_B.ndim == 1
-    return _words(ids_B, _numbers(seed, purpose, step, ids_B.device), blocks)
+    # A tensor: as numbers they would be compiled in.
+    step_and_key_3 = torch.tensor([step & _MASK, *_key(seed, purpose)], device=ids_B.device)
+    return _words(ids_B, torch.arange(blocks, device=ids_B.device), step_and_key_3)
 
 
 def keyed_uniform(seed: int, purpose: str, step: int, ids_B: Tensor, n: int) -> Tensor:
     """Uniforms (B, n), float64 with 52 random bits, strictly inside (0, 1)."""
-    assert ids_B.dtype == torch.int64
-    assert ids_B.ndim == 1
-    return _uniform(ids_B, _numbers(seed, purpose, step, ids_B.device), n)
+    return _uniform(*keyed_words(seed, purpose, step, ids_B, (n + 1) // 2))[:, :n]
 
 
 def keyed_permutation(seed: int, purpose: str, step: int, ids_N: Tensor) -> Tensor:

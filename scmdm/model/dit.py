@@ -115,7 +115,7 @@ class Block(nn.Module):
 
 def gated(linear: nn.Module, x_BLI: Tensor, gate_R1O: Tensor, float8: bool) -> Tensor:
     """`gate * linear(x)` (B, L, O)."""
-    if len(gate_R1O) > 1:
+    if len(gate_R1O) > 1 or not isinstance(linear, Linear):  # peft puts modules of its own around ours
         return gate_R1O * linear(x_BLI, float8=float8)
     y_BLO: Tensor = linear(x_BLI, gate_R1O.flatten(), float8=float8)
     return y_BLO

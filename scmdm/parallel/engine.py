@@ -52,12 +52,13 @@ class Engine(Protocol):
         """Accumulate gradients; `last` marks the last micro-batch of the optimizer step."""
         ...
 
-    def clip_grad_norm(self, limit: float) -> float:
-        """The gradient's norm over all ranks, after scaling gradients down to `limit` (0: only measure)."""
+    def clip_grad_norm(self, limit: float) -> Tensor:
+        """The gradient's norm over all ranks (scalar), after scaling gradients down to `limit` (0: only measure)."""
         ...
 
-    def step(self) -> None:
-        """Update the parameters and clear the gradients."""
+    def step(self, skip: Tensor) -> None:
+        """Update the parameters, unless `skip` (scalar, bool) is true, and clear the gradients. The host need not
+        know: it goes on while the device is still in the backward pass."""
         ...
 
     def parameters(self) -> dict[str, Tensor]:
@@ -116,10 +117,12 @@ class SingleEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def clip_grad_norm(self, limit: float) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf")))
+    def clip_grad_norm(self, limit: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
 
-    def step(self) -> None:
+    def step(self, skip: Tensor) -> None:
+        # What torch's gradient scaler tells a fused optimizer.
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

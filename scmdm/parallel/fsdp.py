@@ -91,9 +91,9 @@ class FsdpEngine(ParallelEngine):
         self.sharded.set_requires_gradient_sync(last)
         loss.backward()
 
-    def clip_grad_norm(self, limit: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def clip_grad_norm(self, limit: float) -> Tensor:
+        norm = super().clip_grad_norm(limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
         super().load_parameters(parameters)

@@ -147,17 +147,18 @@ class DeepspeedEngine(ParallelEngine):
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def clip_grad_norm(self, limit: float) -> float:
+    def clip_grad_norm(self, limit: float) -> Tensor:
         """Also updates the parameters, unless the loss or the norm is not finite: then it is NaN."""
         assert limit == self._clip
         loss = self.sum(self._loss)
         self._loss.zero_()
-        if not loss.isfinite():
-            return float("nan")
-        self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else float("nan")
+        norm = float("nan")
+        if loss.isfinite():
+            self._deepspeed.step()
+            norm = float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else norm
+        return torch.tensor(norm, device=self.device)
 
-    def step(self) -> None:
+    def step(self, skip: Tensor) -> None:
         """Nothing: it is done."""
 
     def parameters(self) -> dict[str, Tensor]:

@@ -98,7 +98,8 @@ def block_forward(workload: Workload, layout: Layout) -> int:
     """Bytes of the tensors of a block's forward pass when nothing is kept: at most, in its perceptron."""
     model, a, tokens = workload.model, layout.width, layout.tokens(workload)
     inner = (3 if model.kind == "llama" else 2) * model.mlp_width  # with a gate there are two factors and their product
-    norm = _FLOAT32 if _shares_modulation(workload) else 2 * _FLOAT32
+    # The norm's output stays beside its copy in the compute dtype where it is modulated.
+    norm = _FLOAT32 if _shares_modulation(workload) and a < _FLOAT32 else 2 * _FLOAT32
     return ((norm + a) * model.width + inner * a) * tokens
 
 

@@ -70,11 +70,12 @@ def train_step(
         total += output.loss.detach()
         passes = output.passes
     with clock.part("optimizer"):
-        loss = float(engine.sum(total) / tokens)
+        loss = engine.sum(total) / tokens
         grad_norm = engine.clip_grad_norm(config.optimizer.clip)
-        _require_finite(loss, grad_norm, step, sequences.ids)
-        engine.step()
-    return StepResult(loss, grad_norm, int(tokens), passes * len(sequences) * engine.data_size)
+        engine.step(~(loss.isfinite() & grad_norm.isfinite()))
+        result = StepResult(float(loss), float(grad_norm), int(tokens), passes * len(sequences) * engine.data_size)
+    _require_finite(result, step, sequences.ids)
+    return result
 
 
 def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
@@ -102,10 +103,10 @@ def _noise(
     )
 
 
-def _require_finite(loss: float, grad_norm: float, step: int, ids_B: Tensor) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     raise UserError(
-        f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite (samples {ids_B[:4].tolist()}...); "
-        "nothing was updated; in another run_dir, lower optimizer.lr, set optimizer.clip or try precision=float32"
+        f"step {step}: loss {result.loss} with gradient norm {result.grad_norm} is not finite "
+        f"(samples {ids_B[:4].tolist()}...); nothing was updated; in another run_dir, lower optimizer.lr, set optimizer.clip or try precision=float32"
     )

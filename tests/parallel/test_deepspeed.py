@@ -38,7 +38,8 @@ def test_the_json_says_what_our_configuration_says():
     assert found["train_batch_size"] == 64
     assert found["gradient_clipping"] == 0.5
     assert found["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 7}
-    assert found["torch_autocast"] == {"enabled": True, "dtype": "torch.bfloat16"}
+    assert found["torch_autocast"]["enabled"] and found["torch_autocast"]["dtype"] == "torch.bfloat16"
+    assert "scmdm.model.linear.Linear" in found["torch_autocast"]["lower_precision_safe_modules"]
     assert "optimizer" not in found and "scheduler" not in found
 
 

@@ -62,7 +62,7 @@ def test_the_estimate_needs_no_gathers_of_its_own_unless_asked_for(rate, reshard
         with CommDebugMode() as counter:
             step(engine, rate)
         assert counter.get_comm_counts()[torch.ops.c10d._allgather_base_] == gathers
-        engine.step()
+        engine.step(torch.tensor(False))
 
 
 @pytest.mark.parametrize("head", ["float32", "compute"])

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     with Collectives() as sent:
         engine.backward(loss_of(engine, config, masked_batch(1, LENGTH, VOCAB)), last=True)
     gradients = storage_bytes([parameter.grad for parameter in engine.trained.values()])
-    engine.step()
+    engine.step(torch.tensor(False))
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     mine = [
         storage_bytes(engine.parameters().values()),

@@ -97,7 +97,7 @@ def test_the_step_lets_the_gradient_through_when_told(monkeypatch):
         with torch.no_grad():
             engine.model.conditioner.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
             engine.model.output_layer.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
-        monkeypatch.setattr(engine, "step", lambda: None)
+        monkeypatch.setattr(engine, "step", lambda skip: None)
         x = torch.randint(0, MASK, (64, 12), generator=torch.Generator().manual_seed(0))
         whole = Sequences(x, torch.ones_like(x).bool(), torch.arange(64))
         result = train_step(engine, config, LogLinear(), MASK, whole, 0)
