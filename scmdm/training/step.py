@@ -108,5 +108,6 @@ def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:
         return
     raise UserError(
         f"step {step}: loss {result.loss} with gradient norm {result.grad_norm} is not finite "
-        f"(samples {ids_B[:4].tolist()}...); nothing was updated; in another run_dir, lower optimizer.lr, set optimizer.clip or try precision=float32"
+        f"(samples {ids_B[:4].tolist()}...); nothing was updated; in another run_dir, lower "
+        "optimizer.lr, set optimizer.clip or try precision=float32"
     )
