@@ -7,9 +7,10 @@ estimate's head makes two products where the loss's forward pass makes one, so a
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,9 +48,9 @@ QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", ModelConfig(), 34, 32, 2
 TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", ModelConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
 _SMALL = ModelConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
-_DENSE_MICRO = 8
-# As in configs/text/owt-base.yaml on 8 GPUs.
-_COMPILED = ModelConfig(dropout=0.1, compile=True, condition_width=128)
+_VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
+# As in configs/text/owt-base.yaml on 8 GPUs, but for dropout.
+_COMPILED = ModelConfig(compile=True, condition_width=128)
 SMALL_GPU = Shape(
     "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
     replace(_COMPILED, width=768, layers=12, heads=12),
@@ -59,12 +60,12 @@ SMALL_GPU = Shape(
     32,
 )
 BILLION_GPU = Shape(
-    "a billion parameters on a GPU (V = 50,258, L = 1024, B = 32)",
+    "a billion parameters on a GPU (V = 50,258, L = 1024, B = 64)",
     replace(_COMPILED, width=2048, layers=16, heads=16),
     50_258,
     1024,
+    64,
     32,
-    16,
 )
 
 
@@ -76,43 +77,55 @@ def main() -> None:
 
 def small() -> None:
     """Print those of MDLM's size: on a CPU some minutes and 8 GiB of memory."""
-    _compare(SMALL_GPU if torch.cuda.is_available() else SMALL, rounds=5 if torch.cuda.is_available() else 3)
+    if torch.cuda.is_available():
+        _compare_alone(SMALL_GPU)
+    else:
+        _compare(SMALL, rounds=3)
 
 
 def billion() -> None:
     """Print those of a billion parameters; for a GPU."""
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        _compare_alone(BILLION_GPU)
+    else:
         print("\nbillion: no CUDA device")
-        return
-    _compare(BILLION_GPU, rounds=3, dense=False)
 
 
-def _compare(shape: Shape, rounds: int, *, dense: bool = True) -> None:
-    engines = {name: make_engine_step(shape, rate=rate) for name, rate in (("vanilla", 0.0), ("adaptation", 1.0))}
-    vanilla = "vanilla step (rate 0)"
+def _compare(shape: Shape, rounds: int) -> None:
+    dense, dense_step = make_engine_step(shape, rate=0.0)
+    dense.denoiser = DenseDenoiser(dense.model)
     steps: dict[str, Callable[[], object]] = {
-        vanilla: engines["vanilla"][1],
-        "adaptation step (rate 1)": engines["adaptation"][1],
+        _VANILLA: make_engine_step(shape, rate=0.0)[1],
+        _ADAPTATION: make_engine_step(shape, rate=1.0)[1],
+        "dense vanilla step": dense_step,
     }
-    if dense:
-        # Smaller micro-batches: four blocks of logits of 32 x 1024 places do not fit a GPU's memory.
-        small = replace(shape, micro=min(shape.micro or shape.batch, _DENSE_MICRO))
-        engine, steps["dense vanilla step"] = make_engine_step(small, rate=0.0)
-        engine.denoiser = DenseDenoiser(engine.model)
-    timings = interleave(steps, rounds=rounds, warmup=2)
-    show(f"step: {shape.name}", timings, vanilla)
-    if (peak := peak_flops(engines["vanilla"][0].device)) is not None:
-        _show_utilisation(shape, {name: timings[name] for name in list(steps)[:2]}, peak)
+    show(f"step: {shape.name}", interleave(steps, rounds=rounds), _VANILLA)
 
 
-def _show_utilisation(shape: Shape, timings: Mapping[str, Timing], peak: float) -> None:
-    """Tokens a second and the share of the GPU's products that a step reaches, by median time."""
-    for passes, (name, timing) in enumerate(timings.items()):
-        config = replace(shape.model, self_conditioned=passes > 0)
-        flops = step_flops(config, shape.vocab, shape.length, LogLinear(), passes=passes).total * shape.batch
-        seconds = statistics.median(timing.wall)
-        rate = shape.batch * shape.length / seconds
-        print(f"  {name:<44}{rate:>16,.0f} tokens/s   MFU {flops / seconds / peak:.3f}", flush=True)
+def _compare_alone(shape: Shape) -> None:
+    """One after the other: a GPU is quiet, and has no room for all."""
+    float8 = replace(shape, model=replace(shape.model, estimate_precision="float8"))
+    steps = {_VANILLA: (shape, 0), _ADAPTATION: (shape, 1), "adaptation step, pass 1 in float8": (float8, 1)}
+    timings: dict[str, Timing] = {}
+    lines = []
+    for name, (one, passes) in steps.items():
+        torch.cuda.reset_peak_memory_stats()
+        timings |= interleave({name: make_engine_step(one, rate=float(passes))[1]}, warmup=2, rounds=5)
+        lines.append(f"  {name:<44}{_utilisation(one, passes, timings[name])}")
+        gc.collect()
+        torch.cuda.empty_cache()
+    show(f"step: {shape.name}", timings, _VANILLA)
+    print("\n".join(lines), flush=True)
+
+
+def _utilisation(shape: Shape, passes: int, timing: Timing) -> str:
+    """Tokens a second, the share of the GPU's products that a step reaches, by median time, and the most memory."""
+    config, seconds = replace(shape.model, self_conditioned=passes > 0), statistics.median(timing.wall)
+    flops = step_flops(config, shape.vocab, shape.length, LogLinear(), passes=passes).total * shape.batch
+    peak = peak_flops(torch.device("cuda"))
+    share = f"{flops / seconds / peak:.3f}" if peak is not None else "unknown"
+    gib = torch.cuda.max_memory_allocated() / 2**30
+    return f"{shape.batch * shape.length / seconds:,.0f} tokens/s, MFU {share}, {gib:.1f} GiB"
 
 
 def head() -> None:
