@@ -22,7 +22,6 @@ CHOICES = {
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.inject_at": ("all", "masked"),
     "model.head_precision": ("float32", "compute"),
-    "model.estimate_precision": ("compute", "float8"),
     "model.activation_checkpointing": ("none", "selective", "full"),
     "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
     "self_conditioning.estimate_from": ("same_state", "noisier_state"),
@@ -63,9 +62,6 @@ class ModelConfig:
     conditioner: str = "projection"  # projection | norm | mlp
     inject_at: str = "all"  # all | masked: positions at which the estimate enters
     estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
-    estimate_precision: str = (
-        "compute"  # compute | float8: of the blocks' products in the passes that make the estimate
-    )
     lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all

@@ -28,11 +28,11 @@ class Gelu(nn.Module):
         return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
 
 
-def gelu_of(linear: nn.Module, gelu: nn.Module, x: Tensor, *, float8: bool) -> Tensor:
+def gelu_of(linear: nn.Module, gelu: nn.Module, x: Tensor) -> Tensor:
     """`gelu(linear(x))`. On a GPU, without gradients, the product's kernel makes it before it writes its result."""
     on_gpu = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    if float8 or not on_gpu or torch.is_grad_enabled() or type(linear) is not Linear or linear.bias is None:
-        result: Tensor = gelu(linear(x, float8=float8))
+    if not on_gpu or torch.is_grad_enabled() or type(linear) is not Linear or linear.bias is None:
+        result: Tensor = gelu(linear(x))
         return result
     dtype = torch.get_autocast_dtype("cuda")
     weight, bias = linear.weight.to(dtype), linear.bias.to(dtype)

@@ -94,30 +94,27 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         c_RC: Tensor,
         dropout: bool,
-        float8: bool,
         allowed_B1LL: Tensor | None = None,
     ) -> Tensor:
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, allowed_B1LL, float8)
-        x_BLD = x_BLD + F.dropout(gated(self.attn_out, h, gate_attn, float8), self.dropout, dropout)
+        h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, allowed_B1LL)
+        x_BLD = x_BLD + F.dropout(gated(self.attn_out, h, gate_attn), self.dropout, dropout)
         up, gelu, down = self.mlp
-        h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp), float8=float8)
-        return x_BLD + F.dropout(gated(down, h, gate_mlp, float8), self.dropout, dropout)
+        h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp))
+        return x_BLD + F.dropout(gated(down, h, gate_mlp), self.dropout, dropout)
 
-    def _attend(
-        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None, float8: bool
-    ) -> Tensor:
-        q, k, v = self.attn_qkv(x_BLD, float8=float8).unflatten(2, (3, self.heads, -1)).unbind(2)
+    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+        q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
         return out_BLHK.flatten(2)
 
 
-def gated(linear: nn.Module, x_BLI: Tensor, gate_R1O: Tensor, float8: bool) -> Tensor:
+def gated(linear: nn.Module, x_BLI: Tensor, gate_R1O: Tensor) -> Tensor:
     """`gate * linear(x)` (B, L, O)."""
     if len(gate_R1O) > 1 or not isinstance(linear, Linear):  # peft puts modules of its own around ours
-        return gate_R1O * linear(x_BLI, float8=float8)
-    y_BLO: Tensor = linear(x_BLI, gate_R1O.flatten(), float8=float8)
+        return gate_R1O * linear(x_BLI)
+    y_BLO: Tensor = linear(x_BLI, gate_R1O.flatten())
     return y_BLO
 
 

@@ -60,22 +60,19 @@ class Block(nn.Module):
         x_BLD: Tensor,
         rotary: tuple[Tensor, Tensor],
         dropout: bool,
-        float8: bool,
         allowed_B1LL: Tensor | None = None,
     ) -> Tensor:
-        h_BLD = self._attend(self.norm1(x_BLD), rotary, allowed_B1LL, float8)
+        h_BLD = self._attend(self.norm1(x_BLD), rotary, allowed_B1LL)
         x_BLD = x_BLD + F.dropout(h_BLD, self.dropout, dropout)
         h_BLD = self.norm2(x_BLD)
-        h_BLI = F.silu(self.mlp_gate(h_BLD, float8=float8)) * self.mlp_up(h_BLD, float8=float8)
-        return x_BLD + F.dropout(self.mlp_down(h_BLI, float8=float8), self.dropout, dropout)
+        h_BLI = F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD)
+        return x_BLD + F.dropout(self.mlp_down(h_BLI), self.dropout, dropout)
 
-    def _attend(
-        self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None, float8: bool
-    ) -> Tensor:
+    def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
         maps = (self.attn_q, self.attn_k, self.attn_v)
-        q, k, v = (linear(h_BLD, float8=float8).unflatten(2, (-1, self.head_width)) for linear in maps)
+        q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
-        return self.attn_out(out_BLHK.flatten(2), float8=float8)
+        return self.attn_out(out_BLHK.flatten(2))
 
 
 class OutputLayer(nn.Module):

@@ -31,9 +31,9 @@ class LoraLinear(Linear):
         self.lora_B = ZeroLinear(rank, out, bias=False)
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor, gate_O: Tensor | None = None, *, float8: bool = False) -> Tensor:
+    def forward(self, x: Tensor, gate_O: Tensor | None = None) -> Tensor:
         added = self.scale * self.lora_B(self.lora_A(x))
-        return super().forward(x, gate_O, float8=float8) + (added if gate_O is None else gate_O * added)
+        return super().forward(x, gate_O) + (added if gate_O is None else gate_O * added)
 
 
 def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:

@@ -68,22 +68,20 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
-    def hidden(self, state: State, *, dropout: bool = False, float8: bool = False) -> Tensor:
-        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation. `float8`, without gradients:
-        the blocks' linear maps from operands of 8 bits."""
+    def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
+        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
         packing = state.packing
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         more = () if packing is None else (packing.allowed_B1LL,)
         for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, float8, *more)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, *more)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
-        float8 = self.config.estimate_precision == "float8" and self.training and not torch.is_grad_enabled()
-        h_BLD = self.hidden(state, dropout=dropout, float8=float8)
+        h_BLD = self.hidden(state, dropout=dropout)
         return carried_estimate(self, h_BLD, state.z_BL, self.mask_id)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from scmdm.training.optimizer import make_optimizer
 
 _OF_THE_CONDITIONER = ("conditioner", "inject_at", "estimate_top_k")  # an adaptation may set these if its base has none
 _ADAPTABLE = (  # and these in any case
-    "estimate_precision",
     "lora_rank",
     "lora_alpha",
     "lora_targets",

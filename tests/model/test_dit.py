@@ -209,3 +209,17 @@ def bfloat16_gradients(kind):
         loss = self_conditioned_nelbo(model, batch, model.schedule, condition=True).loss
     loss.backward()
     return [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_modulation_that_all_sequences_share_is_that_of_each():
+    """One sequence has it in the weights of norms and gates, two have it beside their activations."""
+    config = ModelConfig(width=32, layers=2, heads=2, time_conditioning=True)
+    model = DiT(config, vocab_size=20, mask_id=19, schedule=LogLinear())
+    init_weights(model, 0)
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    z = torch.randint(0, 20, (1, 9), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3], dtype=torch.float64)
+    both = model.hidden(State(z.expand(2, -1), t.expand(2)))
+    torch.testing.assert_close(model.hidden(State(z, t)).expand(2, -1, -1), both, rtol=1e-4, atol=1e-5)

@@ -64,8 +64,8 @@ def test_attention_kernels_agree(backend):
 
 
 def test_passes_without_gradients_are_those_with_them():
-    """The perceptron's fused GELU, and products in float8, against bfloat16 as a pass with gradients has it."""
-    config = ModelConfig(width=64, layers=3, heads=2, self_conditioned=True, estimate_precision="float8")
+    """The perceptron's fused GELU."""
+    config = ModelConfig(width=64, layers=3, heads=2)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     for name, parameter in model.named_parameters():
@@ -77,14 +77,12 @@ def test_passes_without_gradients_are_those_with_them():
     with torch.autocast("cuda", torch.bfloat16):
         expected = model.hidden(state).detach().float()
         with torch.no_grad():
-            fused, float8 = model.hidden(state).float(), model.hidden(state, float8=True).float()
+            fused = model.hidden(state).float()
     assert (fused - expected).norm() <= 0.02 * expected.norm()
-    assert 1e-4 * expected.norm() < (float8 - expected).norm() <= 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("precision", ["compute", "float8"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_training_steps_are_those_of_the_cpu(compile, precision):
+def test_training_steps_are_those_of_the_cpu(compile):
     """Two adaptation steps in bfloat16: the losses within 2 %."""
     losses = []
     for device, dtype in ((torch.device("cpu"), torch.float32), (torch.device("cuda"), torch.bfloat16)):
@@ -94,7 +92,6 @@ def test_training_steps_are_those_of_the_cpu(compile, precision):
         config.model = ModelConfig(
             width=64, layers=2, heads=2, self_conditioned=True, compile=compile and device.type == "cuda"
         )
-        config.model.estimate_precision = precision if device.type == "cuda" else "compute"
         spec = ModelSpec(config.model, config.diffusion, VOCAB, MASK, LENGTH)
         engine = build_engine(config, spec, None, device, dtype)
         engine.model.train()
