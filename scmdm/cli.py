@@ -205,7 +205,7 @@ def _add_plan(commands: _Commands) -> None:
     parser.add_argument("--gpu", default="h100", help="h100 | h200 | a100 | b200 | l40s (h100)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: the data set's)")
     parser.add_argument("--vocab", type=int, help="size of the vocabulary with the mask (default: the data set's)")
-    parser.add_argument("--efficiency", type=float, default=0.4, help="achieved fraction of the peak of products (0.4)")
+    parser.add_argument("--efficiency", type=float, help="achieved fraction of the peak of products (measured ones)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _overrides(parser)
 

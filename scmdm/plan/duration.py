@@ -71,7 +71,7 @@ def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Ass
     flops = StepFlops(forward, backward, per_sequence.estimate_passes * share)
     peak = cluster.gpu.flops(layout.dtype)
     again = forward if layout.activation_checkpointing == "full" else 0.0
-    speed = peak * assumed.efficiency
+    speed = peak * assumed.of_products(workload.model.width)
     compute = {
         ESTIMATE: flops.estimate_passes / speed,
         LOSS: forward / speed,

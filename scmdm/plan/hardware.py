@@ -7,6 +7,7 @@ reference designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,7 @@ def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
 class Assumptions:
     """What is not computed but taken for granted; every one is printed with the plan."""
 
-    # Of peak products, in compute alone. torchtitan's 8B reaches 0.33 to 0.39 of an H100 with communication, MosaicML's
-    # 1.3B 0.42, llm.c's 124M about 0.35: 0.4 with communication apart.
-    efficiency: float = 0.4
+    efficiency: float | None = None  # of peak products, in compute alone; None: `measured_efficiency`
     # Of the links' nominal bandwidth. ASTRA-sim's validation on HGX H100 measured at most 741 of 900 GB/s in both
     # directions (astra-sim.github.io, "NCCL over HGX-H100 Systems").
     link_efficiency: float = 0.8
@@ -97,9 +96,25 @@ class Assumptions:
     # Of the GPU's memory, kept free: CUDA's context, NCCL's buffers, cuBLAS' workspaces and fragmentation.
     memory_reserve: float = 0.1
 
+    def of_products(self, width: int) -> float:
+        """The achieved fraction of peak products of a model that is so wide."""
+        return measured_efficiency(width) if self.efficiency is None else self.efficiency
 
-def make_assumptions(efficiency: float) -> Assumptions:
-    """The usual ones but for the achieved fraction of the peak; UserError unless that is one."""
-    if not 0 < efficiency <= 1:
+
+# Width and fraction of peak products, without the update: scmdm's compiled steps of 170M and of a billion parameters on
+# an H100 (docs/performance.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
+_MEASURED = ((768, 0.36), (2048, 0.52))
+
+
+def measured_efficiency(width: int) -> float:
+    """Between the measured widths along the logarithm of the width, outside of them that of the nearest."""
+    (narrow, low), (wide, high) = _MEASURED
+    part = math.log(width / narrow) / math.log(wide / narrow)
+    return low + (high - low) * min(1.0, max(0.0, part))
+
+
+def make_assumptions(efficiency: float | None = None) -> Assumptions:
+    """The usual ones but for the achieved fraction of the peak, if given; UserError unless that is one."""
+    if efficiency is not None and not 0 < efficiency <= 1:
         raise UserError(f"--efficiency {efficiency} is not possible; it must be above 0 and at most 1")
     return Assumptions(efficiency=efficiency)

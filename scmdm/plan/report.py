@@ -184,8 +184,9 @@ def _time_table(shown: dict[str, Candidate]) -> Table:
 
 def _assumptions(plan: Plan) -> str:
     assumed, gpu = plan.assumed, plan.cluster.gpu
+    products = assumed.of_products(plan.workload.model.width)
     return (
-        f"Assumed: products at {assumed.efficiency:.0%} of peak; collectives overlap with the computation of their "
+        f"Assumed: products at {products:.0%} of peak; collectives overlap with the computation of their "
         f"part of the step unless listed as alone; links at {assumed.link_efficiency:.0%} of {gpu.link / _GB:.0f} GB/s "
         f"within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, latencies of NCCL's rings; the "
         f"update at {assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "

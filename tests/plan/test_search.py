@@ -109,7 +109,7 @@ def test_a_step_takes_what_its_products_take_when_nothing_is_sent():
     one = Cluster(GPUS["h100"], 1, 1)
     layout = dataclasses.replace(layout, engine="single", ranks=1, micro_batch_size=8)
     time = step_time(workload, layout, one, ASSUMED)
-    products = time.flops.total / (989e12 * ASSUMED.efficiency)
+    products = time.flops.total / (989e12 * ASSUMED.of_products(768))
     assert time.seconds == pytest.approx(products + time.parts["update"].compute)
     trunk = sum(
         p.numel for p in workload.parameters if p.block is not None and "adaLN" not in p.name and len(p.shape) > 1
