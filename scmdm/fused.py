@@ -25,12 +25,15 @@ def can_fuse() -> bool:
 def fused(function: Callable[..., _T]) -> Callable[..., _T]:
     """`function`, whose arguments are tensors; on a GPU compiled, once for any size of their first dimensions (but 1).
     Where that is not possible it runs as it is."""
-    compiled: Any = torch.compile(function)
+    compiled: Any = None
 
     @functools.wraps(function)
     def call(*arguments: Tensor) -> _T:
+        nonlocal compiled
         if arguments[0].device.type != "cuda" or not can_fuse():
             return function(*arguments)
+        if compiled is None:  # not before it is needed: the compiler takes a second to import
+            compiled = torch.compile(function)
         for tensor in arguments:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         result: _T = compiled(*arguments)

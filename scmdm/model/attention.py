@@ -69,9 +69,12 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: i
     return "cudnn" if repeated and dtype != torch.float32 else "sdpa"
 
 
-@torch.compiler.assume_constant_result
 def _flash_runs(device_type: str, dtype: torch.dtype) -> bool:
     return flash_unusable_because(device_type, dtype) is None
+
+
+# `torch.compiler.assume_constant_result`, which would import the compiler into every process: a second.
+_flash_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(

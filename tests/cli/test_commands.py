@@ -397,3 +397,9 @@ def test_study_end_to_end_and_again(base, tmp_path, capsys):
     }
     assert spent == {"vanilla": 1, "partial": 2, "scmdm": 2}
     assert len({arm["cost"][0]["tokens"] for arm in study["arms"] if arm["cost"]}) == 1
+
+
+def test_a_training_starts_without_importing_the_compiler():
+    """Which takes a second; a run with model.compile imports it when it compiles."""
+    code = "import sys, scmdm.training.trainer, scmdm.sampling; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
