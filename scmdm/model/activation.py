@@ -30,11 +30,6 @@ class Gelu(nn.Module):
 
 def gelu_of(linear: nn.Module, gelu: nn.Module, x: Tensor) -> Tensor:
     """`gelu(linear(x))`. On a GPU, without gradients, the product's kernel makes it before it writes its result."""
-    on_gpu = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    if not on_gpu or torch.is_grad_enabled() or type(linear) is not Linear or linear.bias is None:
-        result: Tensor = gelu(linear(x))
-        return result
-    dtype = torch.get_autocast_dtype("cuda")
-    weight, bias = linear.weight.to(dtype), linear.bias.to(dtype)
-    flat = torch._addmm_activation(bias, x.flatten(0, -2).to(dtype), weight.T, use_gelu=True)
-    return flat.unflatten(0, x.shape[:-1])
+    fused = x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+    result: Tensor = linear(x, gelu=True) if fused and type(linear) is Linear else gelu(linear(x))
+    return result
