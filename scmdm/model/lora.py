@@ -31,7 +31,8 @@ class LoraLinear(Linear):
         self.lora_B = ZeroLinear(rank, out, bias=False)
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor, gate_O: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate_O: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+        assert not gelu, "the adapter comes behind the product's own kernel"
         added = self.scale * self.lora_B(self.lora_A(x))
         return super().forward(x, gate_O) + (added if gate_O is None else gate_O * added)
 
