@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 from scmdm.data.tokenizers.base import Content, as_text, text_ids
+from scmdm.data.tokenizers.words import WordEncoder, words_are_apart
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_text
 
@@ -46,6 +47,7 @@ class HuggingFaceTokenizer:
         """`vocab_size`: as many ids at least, the last of which no text has (rows that pad a model's embedding)."""
         self._pipeline, self._specials = pipeline, specials
         self._tokenizer = _pipeline(pipeline)
+        self._encode = WordEncoder(self._library_ids) if words_are_apart(pipeline) else self._library_ids
         self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
         self._known = _size(self._tokenizer)
         used = max(self._known, *(i + 1 for i in asdict(specials).values()))
@@ -74,7 +76,10 @@ class HuggingFaceTokenizer:
         return cls(pipeline, _special_ids(ids, found, padded, mask_id), rows)
 
     def encode(self, content: Content) -> list[int]:
-        return self._tokenizer.encode(as_text(content), add_special_tokens=False).ids
+        return self._encode(as_text(content))
+
+    def _library_ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([i for i in text_ids(ids, self) if i < self._known], skip_special_tokens=False)
