@@ -23,6 +23,7 @@ from scmdm.data.prepare import prepare
 _MIB, _LENGTH, _VOCAB = 16, 256, 8192
 _WORDS, _LINE = 30_000, 100  # different words, and words of a line
 _ROUNDS = 3
+_COPIES, _COPIES_ROUNDS = 16, 2  # of the text, one after the other, for two workers: imports must not be most of it
 
 
 def main() -> None:
@@ -33,7 +34,9 @@ def main() -> None:
         text = write_text(root / "text.txt", _MIB << 20)
         tokenizer = train_tokenizer(text, root / "tokenizer.json")
         _against_datasets(root, text, tokenizer)
-        _two_workers(root, text, tokenizer)
+        large = root / "large.txt"
+        large.write_bytes(_COPIES * text.read_bytes())
+        _two_workers(root, large, tokenizer)
 
 
 def write_text(path: Path, size: int) -> Path:
@@ -95,10 +98,11 @@ def _against_datasets(root: Path, text: Path, tokenizer: Path) -> None:
 
 def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
     """Whole commands, imports of all processes included: 0.5 x the work in the clock's time would be linear."""
+    size = text.stat().st_size >> 20
     empty = root / "empty.yaml"
     empty.write_text("{}\n")
     timings = {f"workers={workers}": Timing([], []) for workers in (1, 2)}
-    for _ in range(_ROUNDS):
+    for _ in range(_COPIES_ROUNDS):
         for workers, timing in zip((1, 2), timings.values(), strict=True):
             shutil.rmtree(root / "ours", ignore_errors=True)
             keys = [f"{key}={value}" for key, value in options(text, tokenizer, root / "ours", workers).items()]
@@ -106,7 +110,7 @@ def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
             timing.wall.append(wall)
             timing.cpu.append(cpu)
     for clock in ("cpu", "wall"):
-        show(f"preparation by workers, {clock}", timings, "workers=1", clock=clock)
+        show(f"preparation by workers, {clock} ({size} MiB of text)", timings, "workers=1", clock=clock)
     linear = [1 / x for x in ratios(timings, "workers=1", "cpu")["workers=2"]]
     print(f"  of linear, were both cores idle: {np.median(linear):.2f} [{min(linear):.2f}, {max(linear):.2f}]")
 
