@@ -36,6 +36,7 @@ def test_losses_and_weights_do_not_depend_on_the_split(case, adapt, single, tmp_
     assert_same(tmp_path / "run", single)
 
 
+@pytest.mark.long
 def test_the_number_of_ranks_may_change_at_every_restart(adapt, single, tmp_path):
     """1 -> 2 -> 4 -> 1 in mid-epoch (an epoch is 11 steps), on other engines and meshes: same samples, same losses."""
     for processes, steps, mesh in ((0, 6, []), (2, 9, []), (4, 15, ["fsdp.context=2"]), (0, STEPS, [])):

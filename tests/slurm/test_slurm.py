@@ -74,6 +74,7 @@ def undisturbed(tmp_path_factory, adapt):
     return rows
 
 
+@pytest.mark.long
 def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
     keys = ("train.checkpoint_every=1000", "wandb.mode=offline")
     job = submit(adapt(tmp_path / "run", LONG, *keys), "--time", "60", "--signal-before", "120")
