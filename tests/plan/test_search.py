@@ -118,7 +118,7 @@ def test_a_step_takes_what_its_products_take_when_nothing_is_sent():
     again = dataclasses.replace(layout, activation_checkpointing="full")
     slower = step_time(workload, again, one, ASSUMED).parts["backward"].compute / time.parts["backward"].compute
     assert slower == pytest.approx(1.5)
-    assert step_time(workload, again, one, make_assumptions(0.2)).seconds > 1.9 * time.seconds
+    assert step_time(workload, again, one, make_assumptions(0.18)).seconds > 1.9 * time.seconds
 
 
 def test_a_collective_takes_its_bytes_over_the_narrowest_link():
