@@ -25,6 +25,7 @@ from scmdm.diffusion.guidance import Embedder, Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.plans import Problem, SamplerSettings, Step, make_plan
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.state import true_positions
 
 _DRAW_ROWS = 512  # positions drawn at once: bounds the float64 block of logits and noise
 
@@ -169,6 +170,6 @@ def _draw(
 def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
     """What an evaluation with hidden states `h_BLD` leaves to the next one, which sees `z_BL`: `p @ E` where that is
     still masked, the token's embedding elsewhere, (B, L, D)."""
-    at_N = (z_BL == mask_id).flatten().nonzero().squeeze(1)
+    at_N = true_positions(z_BL == mask_id)
     predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
     return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).view(*z_BL.shape, -1)

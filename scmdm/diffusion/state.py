@@ -50,3 +50,8 @@ def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step
     guidance compares with (classifier-free guidance, arXiv 2207.12598, algorithm 1)."""
     dropped_B = keyed_uniform(seed, "label", step, ids_B, 1)[:, 0] < rate
     return torch.where(dropped_B, NO_LABEL, labels_B)
+
+
+def true_positions(mask_BL: Tensor) -> Tensor:
+    """Where a mask is true, as indices (N,) into its elements in row-major order."""
+    return mask_BL.flatten().nonzero().squeeze(1)

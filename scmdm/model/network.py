@@ -17,12 +17,12 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.state import State
+from scmdm.diffusion.state import State, true_positions
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, weighted_nll_sum
 from scmdm.model.recompute import run_block
 from scmdm.model.rotary import Rotary
-from scmdm.model.rows import take_rows, true_positions
+from scmdm.model.rows import take_rows
 from scmdm.model.subs import subs_bias, subs_logits
 
 

@@ -12,11 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def true_positions(mask_BL: Tensor) -> Tensor:
-    """Where a mask is true, as indices (N,) into its elements in row-major order."""
-    return mask_BL.flatten().nonzero().squeeze(1)
-
-
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, at_N: Tensor) -> Tensor:
