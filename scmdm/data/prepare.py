@@ -15,7 +15,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,8 +72,6 @@ _PHASES = {
     "encode": "encoding",
     "join": "joining",
 }
-_POLL_S = 0.5
-
 Show = Callable[[str], None]
 
 
@@ -118,7 +117,7 @@ def _display(console: Console) -> Iterator[Show]:
 
 
 def _work_together(preparation: _Preparation, show: Show) -> None:
-    """All of the work in this process, or in several that this one watches."""
+    """All of the work in this process and, where that is wanted, in others beside it."""
     from scmdm.workers import worker_processes
 
     config = preparation.config
@@ -127,19 +126,29 @@ def _work_together(preparation: _Preparation, show: Show) -> None:
     preparation.work.mkdir(parents=True, exist_ok=True)
     machine, machines = config.machine
     processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
-    if processes == 1:
-        preparation.run(Worker(machine, machines), show)
+    own, *others = (Worker(machine * processes + index, machines * processes) for index in range(processes))
+    if not others:
+        preparation.run(own, show)
         return
-    with worker_processes(processes) as pool:
-        workers = [Worker(machine * processes + index, machines * processes) for index in range(processes)]
-        futures = [pool.submit(_run, config, worker) for worker in workers]
-        while wait(futures, timeout=_POLL_S).not_done:
-            show(preparation.progress())
-            if any(future.done() and future.exception() for future in futures):
-                break
+    with worker_processes(len(others)) as pool:
+        futures = [pool.submit(_run, config, worker) for worker in others]
+
+        def show_unless_failed(text: str) -> None:
+            for future in futures:
+                if future.done():
+                    _raise_error(future)
+            show(text)
+
+        preparation.run(own, show_unless_failed)
         for future in futures:
-            if future.done():
-                future.result()
+            _raise_error(future)
+
+
+def _raise_error(future: Future[None]) -> None:
+    """That of a worker; not that it was killed: what it has left undone, this process does."""
+    error = future.exception()
+    if error is not None and not isinstance(error, BrokenProcessPool):
+        raise error
 
 
 def _run(config: PrepareConfig, worker: Worker) -> None:
@@ -234,12 +243,6 @@ class _Preparation:
         with suppress(FileNotFoundError):
             self.work.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-    def progress(self) -> str:
-        """One line on how far all workers together are."""
-        done = [path.name.split("-")[0] for path in self.work.glob("[a-z]*-?????")] if self.work.is_dir() else []
-        phase = next((name for name in reversed(_PHASES) if name in done), "hash")
-        return f"{_PHASES[phase]}: {done.count(phase)} of {len(self.parts)} parts"
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
