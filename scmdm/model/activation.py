@@ -13,6 +13,7 @@ from scmdm.model.linear import Linear
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
+_PART = 1 << 18  # bfloat16 numbers that are in float32 at once: what a core's cache holds
 
 
 class Gelu(nn.Module):
@@ -23,9 +24,18 @@ class Gelu(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.bfloat16):
             return F.gelu(x, approximate="tanh")
-        return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
+        if x.dtype == torch.float32 or torch.compiler.is_compiling():
+            return _logistic(x.float()).to(x.dtype)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for part, into in zip(x.flatten().split(_PART), result.view(-1).split(_PART), strict=True):
+            into.copy_(_logistic(part.float()))
+        return result
+
+
+def _logistic(x: Tensor) -> Tensor:
+    return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
 
 
 def gelu_of(linear: nn.Module, gelu: nn.Module, x: Tensor) -> Tensor:
