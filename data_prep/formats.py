@@ -5,7 +5,6 @@ A damaged file gives what is whole before the damage, and then says so.
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 import re
@@ -19,7 +18,8 @@ from scmdm.data.records import Slice, cut_bytes, read_lines
 from scmdm.errors import UserError
 
 _UNPACKED = 1 << 20  # bytes unpacked at once
-_PACKED = 1 << 16  # bytes of zstd read at once, each of which may unpack to hundreds
+_PACKED = 1 << 16  # packed bytes read at once, each of which may unpack to hundreds
+_GZIP = 16 + zlib.MAX_WBITS  # with gzip's own header
 _ROWS = 256  # of a parquet file, decoded at once
 _ZSTD_WINDOW = 1 << 31  # the largest that `zstd --long=31` writes
 _DAMAGED = "damaged file"
@@ -66,8 +66,17 @@ def optional(module: str, wanted_by: str) -> Any:
 
 
 def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-    raw = b"".join(line for _, line in read_lines(path, piece))
-    yield _decoded(raw, f"{path} at byte {piece.start}")
+    lines = list(read_lines(path, piece))
+    where = f"{path} at byte {piece.start}"
+    whole = _decoded(b"".join(line for _, line in lines), where)
+    if whole.text is not None:
+        yield whole
+        return
+    found = [_decoded(line, f"{path} at byte {at}") for at, line in lines]
+    yield from (line for line in found if line.text is None)
+    rest = "".join(line.text for line in found if line.text is not None)
+    if rest.strip():
+        yield Found(where, rest)
 
 
 def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
@@ -121,7 +130,18 @@ def of_row(row: Any, keys: Sequence[str], where: str) -> Found:
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
             return Found(where, None, f"no key {key}")
+        if not _is_unicode(value):
+            return Found(where, None, "not UTF-8")
     return Found(where, values[-1], prompt=values[0] if len(keys) == 2 else None)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell half of a pair of surrogates, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _packed_json_lines(unpack: Callable[[IO[bytes]], Iterator[bytes]]) -> Callable[..., Iterator[Found]]:
@@ -146,9 +166,19 @@ def _packed_json_lines(unpack: Callable[[IO[bytes]], Iterator[bytes]]) -> Callab
 
 
 def _gunzipped(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.open(file) as unpacked:
-        while chunk := unpacked.read(_UNPACKED):
-            yield chunk
+    """Member by member: `gzip` gives nothing of the read in which it meets the damage."""
+    member, inside = zlib.decompressobj(_GZIP), False
+    while packed := file.read(_PACKED):
+        # Zeros may stand behind a member, up to the end of a tape's block.
+        while packed := packed if inside else packed.lstrip(b"\0"):
+            yield member.decompress(packed, _UNPACKED)
+            packed, inside = (member.unused_data, False) if member.eof else (member.unconsumed_tail, True)
+            if not inside:
+                member = zlib.decompressobj(_GZIP)
+    if inside:
+        yield member.flush()
+        if not member.eof:
+            raise EOFError("the last member is cut off")
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -184,12 +214,20 @@ def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Fou
             for group in range(piece.start, end):
                 row = 0
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
-                    for found in batch.to_pylist():
-                        yield of_row(found, keys, f"{path}, row {row} of row group {group}")
+                    for at in range(len(batch)):
+                        yield _from_arrow(batch.slice(at, 1), keys, f"{path}, row {row} of row group {group}")
                         row += 1
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         yield Found(f"{path} behind row {row} of row group {group} ({reason})", None, _DAMAGED)
+
+
+def _from_arrow(row: Any, keys: Sequence[str], where: str) -> Found:
+    """Of a record batch of one row: arrow decodes a text only now."""
+    try:
+        return of_row(row.to_pylist()[0], keys, where)
+    except UnicodeDecodeError:
+        return Found(where, None, "not UTF-8")
 
 
 def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:

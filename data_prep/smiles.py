@@ -74,7 +74,7 @@ class SmilesFiles:
             text = line.decode(errors="replace").strip("\r\n")
             if not text.strip() or (at == 0 and delimiter):
                 continue
-            fields = next(csv.reader([text], delimiter=delimiter)) if delimiter else text.split()
+            fields = _fields(text, delimiter)
             yield at, fields[position].strip() if position < len(fields) else None
 
     def _position(self, path: Path) -> int:
@@ -87,3 +87,13 @@ class SmilesFiles:
                 f"smiles_column={self.column} is not in the header of {path} ({', '.join(header)}); give one that is"
             )
         return header.index(self.column)
+
+
+def _fields(line: str, delimiter: str | None) -> list[str]:
+    """None of a line that csv refuses, such as one with a field of more than 131,072 characters."""
+    if delimiter is None:
+        return line.split()
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:
+        return []

@@ -32,8 +32,10 @@ from scmdm.errors import UserError
 from scmdm.evaluation.domains import Asked, Domain, decode_split, domain_of
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
+from scmdm.evaluation.text import check_scorer
 from scmdm.files import atomic_write_bytes, atomic_write_text
 from scmdm.model.weights import open_model
+from scmdm.parallel.engine import resolve_device
 from scmdm.progress import StudyDisplay
 from scmdm.sampling import Generated, generate, load, write_samples
 from scmdm.training.checkpoint import find_model, sha256_of_model
@@ -78,6 +80,7 @@ def run_study(config: StudyConfig) -> Path:
     _check_runs(config, out, prepare_config.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(prepare_config)
+    _check_measures(config, Path(prepare_config.out))
     base = _base(config, out, prepare_config.out)
     models, evaluations = _Jobs(config, out, base, Path(prepare_config.out)).run()
     root = Path(prepare_config.out)
@@ -100,6 +103,15 @@ def run_study(config: StudyConfig) -> Path:
     minutes = (time.perf_counter() - started) / 60
     console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
     return out
+
+
+def _check_measures(config: StudyConfig, root: Path) -> None:
+    """What can be known to be wrong of them before anything is trained."""
+    splits = Manifest.read(root).splits
+    if config.split not in splits:
+        raise UserError(f"split={config.split} is not in {root}; it has {', '.join(splits)}")
+    if config.scorer is not None:
+        check_scorer(Path(config.scorer))
 
 
 def _keep_held_out(root: Path, manifest: Manifest, split: str, out: Path) -> str:
@@ -268,7 +280,8 @@ class _Jobs:
         if self._domain is None:
             manifest = Manifest.read(self._root)
             config = self._config
-            asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception)
+            device = resolve_device("auto").type
+            asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device)
             self._domain = domain_of(manifest)(self._root, manifest, asked)
         return self._domain
 

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from types import FrameType
@@ -61,7 +62,16 @@ def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
 def _start() -> None:
     """What a worker prints is in the files of its run; Ctrl-C is the parent's business, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright cannot end its workers, which would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

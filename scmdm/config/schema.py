@@ -181,6 +181,7 @@ class RunConfig:
 
     run_dir: str = MISSING  # where checkpoints, metrics and logs go
     base: str | None = None  # adapt: run, checkpoint or exported model to start from
+    any_length: bool = False  # adapt a base also to samples of another length than its own
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 where the hardware has it
@@ -254,8 +255,8 @@ class RunConfig:
         )
         warmup, steps = self.schedule.warmup_steps, train.steps
         _require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
-        flash_ok = not (model.attention == "flash" and self.device == "cpu")
-        _require(flash_ok, "model.attention", "flash", "auto or sdpa when device=cpu: flash-attn needs a GPU")
+        runs = self.device != "cpu" or model.attention in ("auto", "sdpa")
+        _require(runs, "model.attention", model.attention, "auto or sdpa when device=cpu: it needs a GPU")
         selective = model.compile and model.activation_checkpointing == "selective"
         reason = "none or full with model.compile=true: inside a compiled block products cannot be told apart"
         _require(not selective, "model.activation_checkpointing", "selective", reason)

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -147,8 +148,16 @@ def _work_together(preparation: _Preparation, show: Show) -> None:
 def _raise_error(future: Future[None]) -> None:
     """That of a worker; not that it was killed: what it has left undone, this process does."""
     error = future.exception()
-    if error is not None and not isinstance(error, BrokenProcessPool):
+    if isinstance(error, BrokenProcessPool):
+        warnings.warn(_KILLED, stacklevel=2)
+    elif error is not None:
         raise error
+
+
+_KILLED = (
+    "a worker was killed, for want of memory perhaps, and so all of them have ended: this process goes on alone; stop "
+    "it and give the same command with fewer workers to have more than one again"
+)
 
 
 def _run(config: PrepareConfig, worker: Worker) -> None:

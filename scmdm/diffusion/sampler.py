@@ -172,4 +172,4 @@ def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: i
     still masked, the token's embedding elsewhere, (B, L, D)."""
     at_N = true_positions(z_BL == mask_id)
     predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
-    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).view(*z_BL.shape, -1)
+    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)

@@ -38,6 +38,11 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for"
         )
+    if manifest.length != loaded.spec.length:
+        raise UserError(
+            f"data={root} has samples of length {manifest.length}, {loaded.path} makes {loaded.spec.length}; give the "
+            "data set that the model was made for, or prepare it with that length"
+        )
     domain = _domain(loaded, manifest, root, config)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
     require_writable(out)

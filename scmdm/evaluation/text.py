@@ -5,6 +5,7 @@ Legend: N texts, L length.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,7 +61,8 @@ def evaluate_text(
 ) -> TextMetrics:
     """All metrics; the scorer is the causal model in directory `scorer`, else an n-gram model fitted on `held_out`."""
     if scorer is not None:
-        perplexity, label = generative_perplexity(texts, scorer, device=device), f"{scorer.name} (transformers)"
+        perplexity, length = generative_perplexity(texts, scorer, device=device), scorer_length(scorer)
+        label = f"{scorer.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
     else:
         perplexity, label = NgramModel.fit(held_out, order=NGRAM_ORDER).perplexity(texts), NGRAM_LABEL
     one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
@@ -70,13 +72,15 @@ def evaluate_text(
 def generative_perplexity(
     texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
 ) -> float:
-    """Perplexity per scorer token: decode, retokenise, truncate to `max_length`, token-weighted mean (MDLM's protocol).
+    """Perplexity per scorer token: decode, retokenise, truncate to `max_length` or the
+    scorer's positions, token-weighted mean (MDLM's protocol).
 
     Raises UserError when `scorer` is not a local `transformers` causal model with its tokenizer.
     """
     model, tokenizer = load_scorer(scorer)
     model.to(device).eval()
     nll, count = 0.0, 0
+    max_length = min(max_length, scorer_length(scorer))
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
     # Sorted by length, so that a batch holds little padding.
     rows = sorted((ids for ids in encoded if len(ids) >= 2), key=len)
@@ -84,6 +88,13 @@ def generative_perplexity(
         batch_nll, batch_count = _score(model, rows[start : start + batch_size], device)
         nll, count = nll + batch_nll, count + batch_count
     return math.exp(nll / count) if count else float("nan")
+
+
+def scorer_length(scorer: Path) -> int:
+    """How many tokens of a text are scored: `SCORER_LENGTH`, or as many as the model has positions for."""
+    config = json.loads((scorer / "config.json").read_text())
+    known = [config[key] for key in ("n_positions", "max_position_embeddings") if isinstance(config.get(key), int)]
+    return min([SCORER_LENGTH, *known])
 
 
 def check_scorer(scorer: Path) -> None:

@@ -50,8 +50,10 @@ def flash_unusable_because(device_type: str, dtype: torch.dtype) -> str | None:
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
     """Raise UserError when `backend` is asked for by name and cannot run."""
     reason = flash_unusable_because(device_type, dtype) if backend == "flash" else None
+    if backend == "cudnn" and (device_type != "cuda" or dtype == torch.float32):
+        reason = f"cuDNN's attention needs a CUDA device and bfloat16, not {device_type} and {dtype}"
     if reason is not None:
-        raise UserError(f"model.attention=flash cannot run: {reason}; use model.attention=auto or sdpa")
+        raise UserError(f"model.attention={backend} cannot run: {reason}; use model.attention=auto or sdpa")
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int, *, repeated: bool = False) -> str:

@@ -111,8 +111,10 @@ class Block(nn.Module):
 
 
 def gated(linear: nn.Module, x_BLI: Tensor, gate_R1O: Tensor) -> Tensor:
-    """`gate * linear(x)` (B, L, O)."""
-    if len(gate_R1O) > 1 or not isinstance(linear, Linear):  # peft puts modules of its own around ours
+    """`gate * linear(x)` (B, L, O). A backward pass needs what the gate multiplies: weights (O, I), or results, where
+    those are fewer."""
+    folds = len(gate_R1O) == 1 and isinstance(linear, Linear)  # peft puts modules of its own around ours
+    if not folds or (torch.is_grad_enabled() and x_BLI.shape[:-1].numel() < x_BLI.shape[-1]):
         return gate_R1O * linear(x_BLI)
     y_BLO: Tensor = linear(x_BLI, gate_R1O.flatten())
     return y_BLO

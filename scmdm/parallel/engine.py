@@ -121,8 +121,10 @@ class SingleEngine:
         return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
 
     def step(self, skip: Tensor) -> None:
-        # What torch's gradient scaler tells a fused optimizer.
-        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        # What torch's gradient scaler tells a fused optimizer. To the device of offloaded weights the optimizer itself
+        # would copy it without waiting for the copy.
+        device = next(iter(self.trained.values())).device
+        self.optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

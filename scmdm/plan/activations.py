@@ -29,16 +29,25 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
         # Input, and the results of: q, k, v; attention; its output map; both maps of the perceptron.
         return (_FLOAT32 + (6 + model.mlp_ratio) * a) * tokens * model.width + log_sums
     shared = _shares_modulation(workload)
-    gated = (1 + model.mlp_ratio) * model.width**2 * _FLOAT32 if shared and a == _FLOAT32 else 0
+    gated = sum(_kept_by_gate(workload, layout, inner) for inner in (model.width, model.mlp_ratio * model.width))
     float32 = (2 if shared else 4) * _FLOAT32  # both norms' inputs, and their outputs where those are modulated
-    # Inputs of the four maps' products, q, k, v as they are made (v is a view of that) and q, k rotated, what the two
-    # gates multiply, and the perceptron's inner layer before and after GELU.
+    # Inputs of the four maps' products, q, k, v as they are made (v is a view of that) and q, k rotated, and the
+    # perceptron's inner layer before and after GELU.
     attention = 5 if layout.context == 1 else 4
-    compute = (attention + (3 if shared else 5) + 2 * model.mlp_ratio) * a
+    compute = (attention + 3 + 2 * model.mlp_ratio) * a
     dropout = 2 * (1 if layout.gpu else a) if model.dropout else 0
     tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if a < _FLOAT32 else 0
     positions = (float32 + compute + dropout) * tokens * model.width + _NORM_STATISTICS * tokens
     return positions + log_sums + tables + gated
+
+
+def _kept_by_gate(workload: Workload, layout: Layout, inner: int) -> int:
+    """Bytes that the gate of a map from `inner` to the width keeps: what it multiplies (`scmdm.model.dit.gated`)."""
+    width, a, tokens = workload.model.width, layout.width, layout.tokens(workload)
+    if not _shares_modulation(workload) or tokens < inner:
+        return a * tokens * width
+    # Gated weights stand in for autocast's copy of them; FSDP2 gathers weights in the dtype of compute.
+    return a * inner * width if a == _FLOAT32 or layout.engine == "fsdp2" else 0
 
 
 def _shares_modulation(workload: Workload) -> bool:

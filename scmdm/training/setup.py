@@ -129,6 +129,11 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
             "prepare the data with the base's tokenizer, or take another base"
         )
+    if base is not None and base.spec.length != manifest.length and not config.any_length:
+        raise UserError(
+            f"{config.data.label} has samples of length {manifest.length}, base={base.path} was trained at "
+            f"{base.spec.length}; prepare the data with that length, or set any_length=true"
+        )
     _check_labels(config, manifest, base)
     if config.model.llama.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
         raise UserError("fsdp.context is not possible with model.llama.logit_shift=true; set it to 1")

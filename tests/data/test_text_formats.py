@@ -185,3 +185,51 @@ def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
     assert files(tmp_path / "1") == files(tmp_path / "2")
     assert Manifest.read(tmp_path / "1").counts["kept"] == 4 * len(DOCUMENTS)
     assert any(text.startswith("3 document") for text in decoded(tmp_path / "1", "train"))
+
+
+def test_a_line_that_is_not_utf_8_costs_no_other_line(tmp_path):
+    lines = [f"line {number}\n".encode() for number in range(50)]
+    lines[20] = b"caf\xe9\n"
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+
+    found, counts = read(tmp_path / "a.txt", unit="lines")
+
+    assert found == [f"line {number}" for number in range(50) if number != 20]
+    assert counts == {"read": 49, "dropped: not UTF-8": 1}
+
+
+def test_a_row_of_parquet_that_is_not_utf_8_costs_no_other_row(tmp_path):
+    texts = [text.encode() for text in DOCUMENTS]
+    texts[3] = b"caf\xe9"
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=60)
+
+    found, counts = read(tmp_path / "a.parquet")
+
+    assert found == DOCUMENTS[:3] + DOCUMENTS[4:]
+    assert counts == {"read": len(DOCUMENTS) - 1, "dropped: not UTF-8": 1}
+
+
+def test_half_a_pair_of_surrogates_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud800"}\n{"text": "whole"}\n')
+
+    assert read(tmp_path / "a.jsonl") == (["whole"], {"read": 1, "dropped: not UTF-8": 1})
+
+
+def test_of_a_gzip_that_is_cut_off_all_that_is_there_is_taken(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+
+    found, counts = read(path)
+
+    assert counts["dropped: damaged file"] == 1
+    assert len(found) > len(DOCUMENTS) // 2
+    assert found == DOCUMENTS[: len(found)]
+
+
+def test_members_of_a_gzip_with_zeros_behind_them(tmp_path):
+    half = LINES.index(b"\n", len(LINES) // 2) + 1
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]) + bytes(1000))
+
+    assert read(tmp_path / "a.jsonl.gz") == (DOCUMENTS, {"read": len(DOCUMENTS)})

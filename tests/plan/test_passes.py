@@ -130,6 +130,18 @@ def test_the_most_memory_of_a_sharded_step(kind, reshard, batches, rate, dtype):
     assert memory.peak.total - other == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_the_most_memory_of_a_wide_model(dtype):
+    """Wider than a pass has positions: its gates' products with weights would be the larger part of what is kept."""
+    config = run_config("fsdp2", micro=1, batch=8, width=512, layers=4, head_chunk=256)
+    workload, layout = prepared(config, 8, dtype)
+    with fake_ranks(8):
+        found = sharded_peak(engine_of(config, VOCAB, LENGTH, dtype), config, 1)
+    memory = rank_memory(workload, layout)
+    other = memory.state.moments + memory.state.averages
+    assert found <= memory.peak.total - other <= 1.12 * found
+
+
 def sharded_peak(engine, config, batches):
     """Bytes: the shards, and the most beside them in a whole step, the second one."""
     batch = masked_batch(1, LENGTH, VOCAB)
