@@ -64,7 +64,8 @@ def step_flops(
     attention = 4.0 * length * length * width
     trunk = config.layers * (products + attention)
     logits = 2.0 * masked * width * vocab_size
-    first = trunk + 2 * logits  # logits, then the expected embedding; its input is the null estimate
+    # Logits, then the expected embedding, of a few tokens a sum of rows; its input is the null estimate.
+    first = trunk + (2 if config.estimate_top_k is None else 1) * logits
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits

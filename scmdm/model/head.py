@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scmdm.model import tiled_head, wide_head
 from scmdm.model.subs import subs_bias, subs_logits
+from scmdm.model.top_tokens import mean_of_best
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -94,13 +95,17 @@ def expected_embedding(
     """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
 
     `top_k` takes only so many most probable tokens, whose probabilities are renormalised: the estimate stays a mean of
-    embeddings. Differentiable; logits are then made again in the backward pass, chunk by chunk.
+    embeddings, and the second product with the vocabulary becomes a sum of `top_k` of its rows.
+    Differentiable; logits are then made again in the backward pass, chunk by chunk.
     """
     with torch.autocast(h_ND.device.type, enabled=False):
         bias = subs_bias(bias_V, mask_id)
-        if torch.is_grad_enabled() or top_k is not None:
+        on_gpu = h_ND.device.type == "cuda"
+        if torch.is_grad_enabled() or (on_gpu and top_k is not None):
             return _by_chunks(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
-        kernels = wide_head if h_ND.device.type == "cuda" else tiled_head
+        if top_k is not None:
+            return tiled_head.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
+        kernels = wide_head if on_gpu else tiled_head
         return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
 
 
@@ -118,12 +123,7 @@ def _by_chunks(
 def _dense_estimate(
     h_CD: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int | None
 ) -> Tensor:
-    p_CV = _probabilities(subs_logits(h_CD, weight_VD, subs_bias_V), top_k)
-    return (p_CV.to(h_CD.dtype) @ embedding_VD.to(h_CD.dtype)).to(embedding_VD.dtype)
-
-
-def _probabilities(logits_CV: Tensor, top_k: int | None) -> Tensor:
-    if top_k is None:
-        return logits_CV.softmax(1)
-    best_CK, tokens_CK = logits_CV.topk(min(top_k, logits_CV.shape[1]), dim=1)
-    return torch.zeros_like(logits_CV).scatter_(1, tokens_CK, best_CK.softmax(1))
+    logits_CV = subs_logits(h_CD, weight_VD, subs_bias_V)
+    if top_k is not None:
+        return mean_of_best(logits_CV, embedding_VD, top_k)
+    return (logits_CV.softmax(1).to(h_CD.dtype) @ embedding_VD.to(h_CD.dtype)).to(embedding_VD.dtype)

@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.model.subs import subs_logits
+from scmdm.model.top_tokens import mean_of_best
 
 _TILE = 4096
 _CHUNK = 1 << 24  # logits of a chunk, 64 MiB
@@ -49,6 +51,23 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
         for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)
     ]
     return torch.cat(parts) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
+
+
+def estimate_of_best(
+    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
+) -> Tensor:
+    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised."""
+    vocab_size = len(subs_bias_V)
+    # One block of logits for all chunks: new pages cost half as much as the product. A smaller one has fewer.
+    chunk = max(64, chunk_rows(chunk, vocab_size) // 4)
+    logits_CV, parts = subs_bias_V.new_empty(min(chunk, len(h_ND)), vocab_size), []
+    for h_CD in h_ND.split(chunk):
+        own_CV = logits_CV[: len(h_CD)]
+        for tile in _tiles(vocab_size):
+            product_CT = F.linear(h_CD, weight_VD[tile].to(h_CD.dtype))
+            torch.add(product_CT, subs_bias_V[tile], out=own_CV[:, tile])
+        parts.append(mean_of_best(own_CV, embedding_VD, top_k))
+    return torch.cat(parts)
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:

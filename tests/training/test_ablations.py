@@ -12,7 +12,9 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.model.dit import DiT
 from scmdm.model.flops import step_flops
+from scmdm.model.head import expected_embedding
 from scmdm.model.init import init_weights
+from scmdm.model.top_tokens import top_tokens
 from scmdm.training.step import train_step
 from tests.training.test_step import make as make_engine
 
@@ -122,6 +124,28 @@ def test_only_the_most_probable_tokens_make_the_estimate():
     for all_of_them in (10, 1000):  # the mask among them has no probability
         every = small_model(estimate_top_k=all_of_them)
         torch.testing.assert_close(every.expected_embedding(h), small_model().expected_embedding(h))
+
+
+@pytest.mark.parametrize(("vocab", "k"), [(5, 8), (200, 3), (1003, 5), (50_258, 16)])
+def test_the_most_probable_tokens_are_those_that_sorting_finds(vocab, k):
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab)).requires_grad_()
+    expected = logits.topk(min(k, vocab), dim=1)
+    values, ids = top_tokens(logits, k)
+    assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
+    (gradient,) = torch.autograd.grad(values.square().sum(), logits)
+    assert torch.equal(gradient.gather(1, ids), 2 * values) and gradient.count_nonzero() == values.numel()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_an_estimate_of_the_best_in_parts_is_that_with_a_gradient(rows):
+    g = torch.Generator().manual_seed(rows)
+    h, weight, bias, embedding = (torch.randn(*s, generator=g) for s in ((rows, 16), (9000, 16), (9000,), (9000, 16)))
+    given = {"mask_id": 8999, "chunk": 512, "top_k": 4}
+    with torch.no_grad():
+        found = expected_embedding(h, weight, bias, embedding, **given)
+    if rows:
+        torch.testing.assert_close(found, expected_embedding(h.requires_grad_(), weight, bias, embedding, **given))
+    assert found.shape == (rows, 16)
 
 
 def test_injection_at_masked_positions_ignores_the_estimate_elsewhere():
