@@ -79,6 +79,14 @@ def test_generative_perplexity_equals_a_plain_loop(scorer):
     assert ours == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
+def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
+    long = " ".join(TEXTS * 3)
+    cut = " ".join(long.split()[:32])
+    assert generative_perplexity([long], scorer) == pytest.approx(generative_perplexity([cut], scorer))
+    label = evaluate_text([long], np.array([[5, 6]]), 0, held_out=[], scorer=scorer, device="cpu").scorer
+    assert "the first 32 tokens" in label
+
+
 def test_scorers_that_are_not(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         generative_perplexity(TEXTS, tmp_path)
