@@ -66,13 +66,12 @@ def optional(module: str, wanted_by: str) -> Any:
 
 
 def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-    lines = list(read_lines(path, piece))
     where = f"{path} at byte {piece.start}"
-    whole = _decoded(b"".join(line for _, line in lines), where)
+    whole = _decoded(b"".join(line for _, line in read_lines(path, piece)), where)
     if whole.text is not None:
         yield whole
         return
-    found = [_decoded(line, f"{path} at byte {at}") for at, line in lines]
+    found = [_decoded(line, f"{path} at byte {at}") for at, line in read_lines(path, piece)]
     yield from (line for line in found if line.text is None)
     rest = "".join(line.text for line in found if line.text is not None)
     if rest.strip():
@@ -214,20 +213,21 @@ def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Fou
             for group in range(piece.start, end):
                 row = 0
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
-                    for at in range(len(batch)):
-                        yield _from_arrow(batch.slice(at, 1), keys, f"{path}, row {row} of row group {group}")
+                    for found in _rows(batch):
+                        where = f"{path}, row {row} of row group {group}"
+                        yield Found(where, None, "not UTF-8") if found is None else of_row(found, keys, where)
                         row += 1
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         yield Found(f"{path} behind row {row} of row group {group} ({reason})", None, _DAMAGED)
 
 
-def _from_arrow(row: Any, keys: Sequence[str], where: str) -> Found:
-    """Of a record batch of one row: arrow decodes a text only now."""
+def _rows(batch: Any) -> list[Any]:
+    """Of an arrow record batch, which decodes texts only now; None for a row in which one is not UTF-8."""
     try:
-        return of_row(row.to_pylist()[0], keys, where)
+        return batch.to_pylist()
     except UnicodeDecodeError:
-        return Found(where, None, "not UTF-8")
+        return [None] if len(batch) == 1 else [row for at in range(len(batch)) for row in _rows(batch.slice(at, 1))]
 
 
 def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:

@@ -107,9 +107,7 @@ def run_study(config: StudyConfig) -> Path:
 
 def _check_measures(config: StudyConfig, root: Path) -> None:
     """What can be known to be wrong of them before anything is trained."""
-    splits = Manifest.read(root).splits
-    if config.split not in splits:
-        raise UserError(f"split={config.split} is not in {root}; it has {', '.join(splits)}")
+    Manifest.read(root).split(config.split, root)
     if config.scorer is not None:
         check_scorer(Path(config.scorer))
 

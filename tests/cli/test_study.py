@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from scmdm.cli import main
 from scmdm.training.metrics import METRICS_FILE, last_row
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
 from tests.parallel.launching import wait_until_gone
@@ -142,3 +143,11 @@ def test_a_mistake_in_a_worker_ends_the_study_in_one_line(study):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.count("\n") == 1 and "model.width=48, but the base has 32" in errors
+
+
+@pytest.mark.parametrize(("key", "told"), [("split=nope", "no split 'nope'"), ("scorer=/nope", "no config.json")])
+def test_what_cannot_be_measured_is_told_before_anything_is_trained(tmp_path, molecules, base, capsys, key, told):
+    path, out = write_study(tmp_path, molecules, base)
+    assert main(["study", str(path), key]) != 0
+    assert told in capsys.readouterr().err
+    assert list(out.iterdir()) == []

@@ -198,3 +198,11 @@ def test_qm9_as_selfies_is_the_same_molecules(molecules, tmp_path):
     assert manifest.tokenizer.kind == "selfies" and manifest.counts["kept"] == 900
     for split in manifest.splits:
         assert decoded(tmp_path / "selfies", split) == decoded(molecules, split)
+
+
+def test_a_field_that_csv_refuses_is_no_molecule(tmp_path):
+    (tmp_path / "a.csv").write_text("SMILES,note\nCCO,\nCCC," + "x" * 200_000 + "\nCCN,\n")
+    source, tally = SmilesFiles(tmp_path, "SMILES"), Tally()
+    found = [record.content for part in source.parts(1 << 40) for record in source.records(part, tally)]
+    assert found == ["CCO", "CCN"]
+    assert tally.counts["dropped: not a molecule"] == 1
