@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+
+from tests.parallel.launching import wait_until_gone
 
 PARENT = """
 import os, signal
@@ -24,16 +25,4 @@ def test_a_parent_that_is_killed_leaves_no_worker(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and runs(worker):
-        time.sleep(0.1)
-    assert not runs(worker)
-
-
-def runs(pid):
-    """Neither gone, nor a zombie that whoever inherits it has not asked after yet."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_until_gone([worker])
