@@ -3,6 +3,7 @@ sampling."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,14 +14,13 @@ from scmdm.model.linear import Linear
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
-_PART = 1 << 18  # bfloat16 numbers that are in float32 at once: what a core's cache holds
 
 
 class Gelu(nn.Module):
     """`x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`, any shape (arXiv 1606.08415, section 2).
 
     torch's CPU kernel spends as long on the tanh as the product before it takes. Its logistic function s is three times
-    as fast, and `(1 + tanh(a)) / 2 = s(2 a)`.
+    as fast, and `(1 + tanh(a)) / 2 = s(2 a)`. Of the 65,536 numbers of bfloat16 all values are in a table.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,10 +28,15 @@ class Gelu(nn.Module):
             return F.gelu(x, approximate="tanh")
         if x.dtype == torch.float32 or torch.compiler.is_compiling():
             return _logistic(x.float()).to(x.dtype)
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for part, into in zip(x.flatten().split(_PART), result.view(-1).split(_PART), strict=True):
-            into.copy_(_logistic(part.float()))
-        return result
+        bits = x.contiguous().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+        return _table().index_select(0, bits.flatten()).view(x.shape)
+
+
+@functools.cache
+def _table() -> Tensor:
+    """GELU (65,536,) of every bfloat16 number, by its bits."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    return F.gelu(bits.view(torch.bfloat16), approximate="tanh")
 
 
 def _logistic(x: Tensor) -> Tensor:

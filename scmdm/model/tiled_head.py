@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.model.subs import subs_logits
@@ -46,26 +45,28 @@ def nll_and_gradients(
 
 def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
     """`softmax(W h + b) @ E` (N, D), without gradients, in the dtype of `embedding_VD`."""
-    parts = [
-        _chunk_estimate(h_ND[rows], weight_VD, subs_bias_V, embedding_VD)
-        for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)
-    ]
-    return torch.cat(parts) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
+    chunks = [_Estimate(h_ND[rows], subs_bias_V) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
+    for tile in _tiles(len(subs_bias_V)):
+        weight_TD, embedding_TD = weight_VD[tile].to(h_ND.dtype), embedding_VD[tile].to(h_ND.dtype)
+        for own in chunks:
+            own.add(weight_TD, subs_bias_V[tile], embedding_TD)
+    parts = [own.mean_CD() for own in chunks]
+    return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
 
 
 def estimate_of_best(
     h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
 ) -> Tensor:
-    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised."""
-    vocab_size = len(subs_bias_V)
+    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised.
+
+    Logits are rounded to the dtype of `h_ND`, once, with the bias in the product.
+    """
+    weight_DV, bias_V = weight_VD.to(h_ND.dtype).T, subs_bias_V.to(h_ND.dtype)
     # One block of logits for all chunks: new pages cost half as much as the product. A smaller one has fewer.
-    chunk = max(64, chunk_rows(chunk, vocab_size) // 4)
-    logits_CV, parts = subs_bias_V.new_empty(min(chunk, len(h_ND)), vocab_size), []
+    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)
+    logits_CV, parts = h_ND.new_empty(min(chunk, len(h_ND)), len(bias_V)), []
     for h_CD in h_ND.split(chunk):
-        own_CV = logits_CV[: len(h_CD)]
-        for tile in _tiles(vocab_size):
-            product_CT = F.linear(h_CD, weight_VD[tile].to(h_CD.dtype))
-            torch.add(product_CT, subs_bias_V[tile], out=own_CV[:, tile])
+        own_CV = torch.addmm(bias_V, h_CD, weight_DV, out=logits_CV[: len(h_CD)])
         parts.append(mean_of_best(own_CV, embedding_VD, top_k))
     return torch.cat(parts)
 
@@ -99,6 +100,22 @@ class _RunningSoftmax:
         tile_CT.sub_(top_C1).exp_()
         self.top_C1, self.sum_C1 = top_C1, self.sum_C1 * factor_C1 + tile_CT.sum(1, keepdim=True)
         return factor_C1
+
+
+class _Estimate:
+    """A chunk's mean of embeddings under its softmax, of tiles that come one by one."""
+
+    def __init__(self, h_CD: Tensor, like: Tensor) -> None:
+        self.h_CD, self.softmax = h_CD, _RunningSoftmax(len(h_CD), like)
+        self.sum_CD = torch.zeros_like(h_CD, dtype=like.dtype)
+
+    def add(self, weight_TD: Tensor, bias_T: Tensor, embedding_TD: Tensor) -> None:
+        tile_CT = subs_logits(self.h_CD, weight_TD, bias_T)
+        self.sum_CD *= self.softmax.add(tile_CT)
+        _add_product(self.sum_CD, tile_CT.to(self.h_CD.dtype), embedding_TD)
+
+    def mean_CD(self) -> Tensor:
+        return self.sum_CD / self.softmax.sum_C1
 
 
 @dataclass(frozen=True)
@@ -152,13 +169,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += (a @ b).float()
-
-
-def _chunk_estimate(h_CD: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor) -> Tensor:
-    softmax = _RunningSoftmax(len(h_CD), subs_bias_V)
-    sum_CD = torch.zeros_like(h_CD, dtype=subs_bias_V.dtype)
-    for tile in _tiles(len(subs_bias_V)):
-        tile_CT = subs_logits(h_CD, weight_VD[tile], subs_bias_V[tile])
-        sum_CD *= softmax.add(tile_CT)
-        _add_product(sum_CD, tile_CT.to(h_CD.dtype), embedding_VD[tile].to(h_CD.dtype))
-    return (sum_CD / softmax.sum_C1).to(embedding_VD.dtype)

@@ -33,14 +33,15 @@ def top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def mean_of_best(logits_NV: Tensor, embedding_VD: Tensor, k: int) -> Tensor:
     """Mean (N, D) of the embeddings of the `k` most probable tokens, weighted by their renormalised probabilities."""
     best_NK, ids_NK = top_tokens(logits_NV, k)
-    p_NK = best_NK.softmax(1).to(embedding_VD.dtype)
+    p_NK = best_NK.float().softmax(1).to(embedding_VD.dtype)
     return F.embedding_bag(ids_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")
 
 
 def _candidates(logits_NV: Tensor, blocks: int, k: int) -> Tensor:
     """Ids of the tokens of `k` blocks, and of those behind the last whole block."""
-    maxima_NM = logits_NV[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
-    inside, device = torch.arange(_BLOCK, device=logits_NV.device), logits_NV.device
-    chosen = (maxima_NM.topk(k, dim=1).indices[:, :, None] * _BLOCK + inside).flatten(1)
-    rest = torch.arange(blocks * _BLOCK, logits_NV.shape[1], device=device)
+    # A block is every `blocks`-th token: neighbours then belong to different ones, whose maxima one instruction makes.
+    maxima_NM = logits_NV[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks)).amax(1)
+    inside = torch.arange(0, blocks * _BLOCK, blocks, device=logits_NV.device)
+    chosen = (maxima_NM.topk(k, dim=1).indices[:, :, None] + inside).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, logits_NV.shape[1], device=logits_NV.device)
     return torch.cat([chosen, rest.expand(len(logits_NV), -1)], 1)
