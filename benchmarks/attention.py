@@ -7,7 +7,8 @@ import functools
 import torch
 
 from benchmarks.timing import interleave, show
-from scmdm.model.attention import attend, flash_unusable_because
+from scmdm.diffusion.packing import make_packing
+from scmdm.model.attention import NO_MASKS, Masks, attend, flash_unusable_because, masks_of
 from scmdm.parallel.engine import resolve_device, resolve_precision
 
 # B, L, H, K
@@ -27,7 +28,16 @@ def main() -> None:
         functions = {backend: functools.partial(_forward_backward, q, backend) for backend in backends}
         batch, length, *_ = shape
         show(f"attention, B = {batch}, L = {length}, {dtype}", interleave(functions), "sdpa")
+        packing = make_packing(
+            torch.arange(length, device=device).div(length // 4, rounding_mode="floor").expand(batch, -1)
+        )
+        packed = {
+            backend: functools.partial(_forward_backward, q, backend, masks_of(packing, backend))
+            for backend in ("sdpa", *(["varlen"] if gpu else []), *(["flash"] if flash else []))
+        }
+        if gpu:
+            show("four documents in each", interleave(packed), "sdpa")
 
 
-def _forward_backward(q: torch.Tensor, backend: str) -> None:
-    attend(q, q, q, backend).sum().backward()
+def _forward_backward(q: torch.Tensor, backend: str, masks: Masks = NO_MASKS) -> None:
+    attend(q, q, q, backend, *masks).sum().backward()

@@ -18,7 +18,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "engine": ("auto", "single", "fsdp2", "deepspeed"),
     "model.kind": ("dit", "llama"),
-    "model.attention": ("auto", "sdpa", "cudnn", "flash"),
+    "model.attention": ("auto", "sdpa", "cudnn", "flash", "varlen"),
     "model.conditioner": ("projection", "norm", "mlp"),
     "model.inject_at": ("all", "masked"),
     "model.head_precision": ("float32", "compute"),
@@ -66,7 +66,7 @@ class ModelConfig:
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
     dropout: float | None = None  # null: the base's, or 0 without one
-    attention: str = "auto"  # auto | sdpa | cudnn | flash
+    attention: str = "auto"  # auto | sdpa | cudnn | flash | varlen (auto, but torch's varlen kernel for packed samples)
     head_chunk: int = 8192  # masked positions that the output head takes at once
     head_precision: str = "compute"  # float32 | compute (that of `precision`)
     activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)

@@ -1,12 +1,14 @@
 """Bidirectional attention behind one function, whatever computes it.
 
-Legend: B batch, L length, H heads, K width of a head.
+Legend: B batch, L length, H heads, K width of a head, C packed documents of a batch and one.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
+
+# `allowed_B1LL` and `bounds_C` of `attend`, of which one at most is given.
+Masks: TypeAlias = tuple[Tensor | None, Tensor | None]
+NO_MASKS: Masks = (None, None)
 
 # On CPU in bfloat16 torch's fused kernel takes 15 x as long in its backward as three plain products (L = 32) and loses
 # up to about this length. In float32 it wins at any; benchmarks/attention.py prints the ratios.
@@ -50,8 +57,9 @@ def flash_unusable_because(device_type: str, dtype: torch.dtype) -> str | None:
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
     """Raise UserError when `backend` is asked for by name and cannot run."""
     reason = flash_unusable_because(device_type, dtype) if backend == "flash" else None
-    if backend == "cudnn" and (device_type != "cuda" or dtype == torch.float32):
-        reason = f"cuDNN's attention needs a CUDA device and bfloat16, not {device_type} and {dtype}"
+    if backend in ("cudnn", "varlen") and (device_type != "cuda" or dtype == torch.float32):
+        kernel = "cuDNN's attention" if backend == "cudnn" else "torch's attention of packed samples"
+        reason = f"{kernel} needs a CUDA device and bfloat16, not {device_type} and {dtype}"
     if reason is not None:
         raise UserError(f"model.attention={backend} cannot run: {reason}; use model.attention=auto or sdpa")
 
@@ -62,6 +70,8 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: i
     `repeated`: many calls will have this shape. cuDNN makes a plan for every new one, which takes longer than many
     calls, and is the fastest of torch's kernels after that.
     """
+    if backend == "varlen":  # says how packed samples are done
+        backend = "auto"
     if backend != "auto":
         return backend
     if device_type == "cpu":
@@ -79,40 +89,69 @@ def _flash_runs(device_type: str, dtype: torch.dtype) -> bool:
 _flash_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def masks_of(packing: Packing | None, backend: str) -> Masks:
+    """What `attend` needs to keep documents apart: a mask, or bounds for kernels that take documents one by one."""
+    if packing is None:
+        return NO_MASKS
+    return (None, packing.bounds_C) if backend in ("flash", "varlen") else (packing.allowed_B1LL, None)
+
+
 def attend(
     q_BLHK: Tensor,
     k_BLHK: Tensor,
     v_BLHK: Tensor,
     backend: str,
     allowed_B1LL: Tensor | None = None,
+    bounds_C: Tensor | None = None,
     *,
     repeated: bool = False,
 ) -> Tensor:
     """Softmax attention without a causal mask, (B, L, H, K) each, scaled by 1/sqrt(K). Returns (B, L, H, K).
 
-    `allowed_B1LL` (bool) says which position (last) one (before it) sees, by default all. Raises UserError for a
-    backend that cannot keep to it. `repeated`: see `choose_backend`.
+    `allowed_B1LL` (bool) says which position (last) one (before it) sees, by default all; `bounds_C` that tokens see
+    those of their own document (`Packing.bounds_C`). At most one is given. `repeated`: see `choose_backend`.
     """
+    if bounds_C is not None:
+        return _attend_documents(q_BLHK, k_BLHK, v_BLHK, bounds_C, backend)
     chosen = choose_backend(backend, q_BLHK.device.type, q_BLHK.dtype, q_BLHK.shape[1], repeated=repeated)
-    if allowed_B1LL is not None and chosen == "flash":
-        if backend == "flash":
-            raise UserError("model.attention=flash has no mask for packed samples (framing=packed); use auto or sdpa")
+    if allowed_B1LL is not None and chosen in ("flash", "cudnn"):
         chosen = "sdpa"
     if chosen == "flash":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q_BLHK, k_BLHK, v_BLHK, causal=False)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    if chosen == "cudnn" and allowed_B1LL is None:
+    if chosen == "cudnn":
         with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if chosen in ("sdpa", "cudnn"):
+    if chosen == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1LL).transpose(1, 2)
     scores_BHLL = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if allowed_B1LL is not None:
         scores_BHLL = scores_BHLL.masked_fill(~allowed_B1LL, float("-inf"))
     probabilities_BHLL = scores_BHLL.softmax(-1)
     return (probabilities_BHLL @ v).transpose(1, 2)
+
+
+def _attend_documents(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, bounds_C: Tensor, backend: str) -> Tensor:
+    length = q_BLHK.shape[1]
+    kernel = _flash_varlen() if backend == "flash" else _torch_varlen()
+    q, k, v = (x.flatten(0, 1) for x in (q_BLHK, k_BLHK, v_BLHK))
+    # No document is longer than a sample; how long the longest is, the host doesn't know.
+    out: Tensor = kernel(q, k, v, bounds_C, bounds_C, length, length)
+    return out.unflatten(0, q_BLHK.shape[:2])
+
+
+def _flash_varlen() -> Callable[..., Any]:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _torch_varlen() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def attend_slices(

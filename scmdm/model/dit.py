@@ -19,6 +19,7 @@ from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.model.activation import Gelu, gelu_of
+from scmdm.model.attention import NO_MASKS, Masks
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.init import ZeroLinear
 from scmdm.model.linear import Linear
@@ -94,19 +95,19 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         c_RC: Tensor,
         dropout: bool,
-        allowed_B1LL: Tensor | None = None,
+        masks: Masks = NO_MASKS,
     ) -> Tensor:
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, allowed_B1LL)
+        h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, masks)
         x_BLD = x_BLD + F.dropout(gated(self.attn_out, h, gate_attn), self.dropout, dropout)
         up, gelu, down = self.mlp
         h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp))
         return x_BLD + F.dropout(gated(down, h, gate_mlp), self.dropout, dropout)
 
-    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
-        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
+        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return out_BLHK.flatten(2)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.model.attention import NO_MASKS, Masks
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.linear import Linear
 from scmdm.model.network import Network, TokenEmbedding
@@ -60,18 +61,18 @@ class Block(nn.Module):
         x_BLD: Tensor,
         rotary: tuple[Tensor, Tensor],
         dropout: bool,
-        allowed_B1LL: Tensor | None = None,
+        masks: Masks = NO_MASKS,
     ) -> Tensor:
-        h_BLD = self._attend(self.norm1(x_BLD), rotary, allowed_B1LL)
+        h_BLD = self._attend(self.norm1(x_BLD), rotary, masks)
         x_BLD = x_BLD + F.dropout(h_BLD, self.dropout, dropout)
         h_BLD = self.norm2(x_BLD)
         h_BLI = F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD)
         return x_BLD + F.dropout(self.mlp_down(h_BLI), self.dropout, dropout)
 
-    def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], allowed_B1LL: Tensor | None) -> Tensor:
+    def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
         maps = (self.attn_q, self.attn_k, self.attn_v)
         q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
-        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, allowed_B1LL, self.context, repeated=self.training)
+        out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
 
 

@@ -18,6 +18,7 @@ from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
+from scmdm.model.attention import masks_of
 from scmdm.model.conditioner import Conditioner
 from scmdm.model.head import expected_embedding, weighted_nll_sum
 from scmdm.model.recompute import run_block
@@ -74,9 +75,9 @@ class Network(nn.Module):
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
-        more = () if packing is None else (packing.allowed_B1LL,)
+        masks = masks_of(packing, self.config.attention)
         for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, *more)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:

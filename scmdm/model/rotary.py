@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmdm.model.attention import attend, attend_slices
+from scmdm.model.attention import NO_MASKS, Masks, attend, attend_slices
 
 
 class Rotary(nn.Module):
@@ -55,18 +55,19 @@ def attend_rotated(
     v_BLGK: Tensor,
     rotary: tuple[Tensor, Tensor],
     backend: str,
-    allowed_B1LL: Tensor | None = None,
+    masks: Masks = NO_MASKS,
     context: DeviceMesh | None = None,
     *,
     repeated: bool = False,
 ) -> Tensor:
     """Attention (B, L, H, K) in which each of G heads of keys and values serves H / G consecutive heads of queries.
 
-    With a `context` each rank holds a slice of the sequences (`attend_slices`). `repeated`: see `choose_backend`.
+    With a `context` each rank holds a slice of the sequences (`attend_slices`). `masks`, `repeated`: see `masks_of` and
+    `choose_backend`.
     """
     q, k, v = rotate(q_BLHK, *rotary), rotate(k_BLGK, *rotary), v_BLGK
     if (times := q.shape[2] // k.shape[2]) > 1:
         k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)
     if context is None:
-        return attend(q, k, v, backend, allowed_B1LL, repeated=repeated)
+        return attend(q, k, v, backend, *masks, repeated=repeated)
     return attend_slices(q, k, v, backend, context, repeated=repeated)

@@ -6,6 +6,7 @@ import torch
 from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.draws import draw_tokens
 from scmdm.diffusion.noise import keyed_uniform
+from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.model.attention import attend
@@ -61,6 +62,18 @@ def test_attention_kernels_agree(backend):
     q, k, v = (torch.randn(2, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     expected = attend(q.float(), k.float(), v.float(), "sdpa")
     assert (attend(q, k, v, backend) - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_the_kernel_of_packed_samples_agrees_with_a_mask():
+    documents = torch.arange(512, device="cuda").div(100, rounding_mode="floor").expand(2, -1)
+    packing = make_packing(documents)
+    q, k, v = (torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    found = []
+    for masks in ((packing.allowed_B1LL, None), (None, packing.bounds_C)):
+        out = attend(q, k, v, "varlen", *masks)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for by_mask, by_bounds in zip(*found, strict=True):
+        assert (by_bounds - by_mask).norm() <= 0.01 * by_mask.norm()
 
 
 def test_passes_without_gradients_are_those_with_them():

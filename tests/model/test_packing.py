@@ -1,5 +1,7 @@
 """Packed documents do not see each other: a sample's logits are those of each of its documents alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
-from scmdm.model.attention import attend
+from scmdm.model import attention as attention_module
+from scmdm.model.attention import attend, check_backend, masks_of
 from tests.model.test_dit import MASK, adapted, trained_base
 
 LENGTHS = (5, 1, 7, 3)
@@ -33,7 +36,21 @@ def test_by_hand():
     assert document_starts(torch.tensor([[3, 3, 4], [0, 1, 2]])).tolist() == [[True, False, True], [True] * 3]
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.fixture(autouse=True)
+def kernels_of_documents(monkeypatch):
+    """In place of flash-attn's and torch's, which need a GPU: the same call, one document after the other."""
+
+    def kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k):
+        assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k)
+        assert longest_q == longest_k >= bounds_q.diff().max()
+        pieces = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in pairwise(bounds_q)]
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*own).transpose(0, 1) for own in pieces])
+
+    monkeypatch.setattr(attention_module, "_flash_varlen", lambda: kernel)
+    monkeypatch.setattr(attention_module, "_torch_varlen", lambda: kernel)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "varlen"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_logits_are_those_of_each_document_alone(attention, conditioned):
     model = trained_base(attention=attention)
@@ -73,10 +90,11 @@ def test_without_packing_they_do_see_each_other():
     torch.testing.assert_close(model.hidden(State(z, TIME, packing=one)), model.hidden(State(z, TIME)))
 
 
+@pytest.mark.parametrize("attention", ["auto", "varlen"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_loss_and_gradients_of_both_passes_are_those_of_the_documents(checkpointing):
+def test_loss_and_gradients_of_both_passes_are_those_of_the_documents(checkpointing, attention):
     """The same noise on the packed sample and on its documents, each a sample of its own."""
-    model = adapted(trained_base(), "projection", activation_checkpointing=checkpointing)
+    model = adapted(trained_base(), "projection", activation_checkpointing=checkpointing, attention=attention)
     x, _ = noised()
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
     batch = noise_batch(Sequences(x, torch.ones_like(x).bool(), torch.arange(1), DOCUMENTS), TIME, **draws)
@@ -107,7 +125,24 @@ def test_validation_takes_the_numbers_of_the_documents():
     assert one.mean == pytest.approx(blind.mean, rel=1e-5) and apart.mean != pytest.approx(blind.mean, rel=1e-3)
 
 
-def test_flash_attention_is_refused():
-    q = torch.randn(1, sum(LENGTHS), 2, 8)
-    with pytest.raises(UserError, match="has no mask for packed samples"):
-        attend(q, q, q, "flash", make_packing(DOCUMENTS).allowed_B1LL)
+def test_bounds_of_a_batch():
+    packing = make_packing(torch.tensor([[3, 3, 4, 4], [4, 5, 5, 5], [0, 0, 0, 0]]))
+    assert packing.bounds_C.tolist() == [0, 2, 4, 5, 8, 12], "the same number in two samples is two documents"
+
+
+def test_kernels_of_documents_agree_in_a_batch():
+    q, k, v = (torch.randn(3, 4, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    packing = make_packing(torch.tensor([[3, 3, 4, 4], [4, 5, 5, 5], [0, 0, 0, 0]]))
+    expected = attend(q, k, v, "sdpa", packing.allowed_B1LL)
+    for backend in ("varlen", "flash"):
+        torch.testing.assert_close(attend(q, k, v, backend, *masks_of(packing, backend)), expected)
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    with pytest.raises(UserError, match="packed samples needs a CUDA device"):
+        check_backend("varlen", "cpu", torch.bfloat16)
+
+
+def test_varlen_is_auto_where_nothing_is_packed():
+    q = torch.randn(1, 16, 2, 8)
+    assert torch.equal(attend(q, q, q, "varlen"), attend(q, q, q, "auto"))
