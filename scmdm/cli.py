@@ -27,7 +27,6 @@ A run is one YAML file and key=value overrides:
   scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
   scmdm demo    runs/qm9-scmdm                            watch it denoise, beside its base, in a browser
   scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
-  scmdm moses   samples.txt                               MOSES' table of molecules in a file
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, who runs it
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
@@ -123,7 +122,6 @@ _run_schema = _schema("schema", "RunConfig")
 _sample_schema = _schema("sampling", "SampleConfig")
 _evaluate_schema = _schema("sampling", "EvaluateConfig")
 _study_schema = _schema("study", "StudyConfig")
-_moses_schema = _schema("moses", "MosesConfig")
 
 
 def _add_prepare(commands: _Commands) -> None:
@@ -249,11 +247,6 @@ def _add_model_commands(commands: _Commands) -> None:
         parser.add_argument("--config", type=Path, help="YAML file with the keys below")
         _overrides(parser)
 
-    summary = "MOSES' metrics of molecules in a file, or of MOSES' own sets."
-    parser = _add(commands, "moses", _moses, summary, _moses_schema)
-    parser.add_argument("samples", help="file with one SMILES on each line; or train, test, test_scaffolds: MOSES' own")
-    _overrides(parser)
-
     parser = _add(commands, "demo", _demo, "A local web page: a model denoises beside its base, step by step.")
     parser.add_argument("model", type=Path, help="run directory, checkpoint or exported model")
     parser.add_argument("--base", type=Path, help="what to show beside it (default: what it was adapted from)")
@@ -286,13 +279,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     from scmdm.evaluation.evaluate import run_evaluation
 
     run_evaluation(options.model, load_config(_evaluate_schema(), options.config, options.overrides))
-
-
-def _moses(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.evaluation.moses_command import run_moses
-
-    run_moses(options.samples, load_config(_moses_schema(), None, options.overrides))
 
 
 def _add_interchange(commands: _Commands) -> None:

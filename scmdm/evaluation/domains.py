@@ -22,8 +22,7 @@ from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.mauve import check_mauve, mauve
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
-from scmdm.evaluation.moses import MosesReference, evaluate_moses
-from scmdm.evaluation.moses_sets import properties_of
+from scmdm.evaluation.moses import MosesReference, evaluate_moses, properties_of
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
 
