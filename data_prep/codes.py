@@ -1,6 +1,6 @@
 """Codes of a discrete autoencoder (VQ-VAE, VQ-GAN, ...) that the user has: `.npy` files of whole numbers.
 
-Legend: N samples, L codes of a sample.
+Legend: N samples, L codes of a sample, H rows of them, W codes of a row.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class Codes:
 
     @cached_property
     def layout(self) -> Layout:
-        """Of the first file; UserError when another one has rows of another length."""
-        lengths = {name: _mapped(path).shape[1] for name, path in self.files().items()}
-        first, length = next(iter(lengths.items()))
-        other = next((name for name, found in lengths.items() if found != length), None)
+        """Of the first file; UserError when samples of another one have another shape."""
+        shapes = {name: _mapped(path).shape[1:] for name, path in self.files().items()}
+        first, shape = next(iter(shapes.items()))
+        other = next((name for name, found in shapes.items() if found != shape), None)
         if other is not None:
             raise UserError(
-                f"{self.path}: {other} has {lengths[other]} codes a row, {first} has {length}; give files of one model"
+                f"{self.path}: {other} has {_size(shapes[other])} codes a sample, {first} has {_size(shape)}; give "
+                "files of one model"
             )
-        return Layout(1, length, 1, self._levels)
+        height, width = (1, *shape)[-2:]
+        return Layout(height, width, 1, self._levels)
 
     def files(self) -> dict[str, Path]:
         """By name. Raises UserError when there is none."""
@@ -63,10 +65,11 @@ class Codes:
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Rows; one with a code that the codebook does not have is left out."""
+        """Samples, row by row; one with a code that the codebook does not have is left out."""
         files = self.files()
         for piece in part.slices:
-            codes_NL = _mapped(files[piece.file])
+            codes = _mapped(files[piece.file])
+            codes_NL = codes.reshape(len(codes), -1)
             for start in range(0, len(codes_NL), _ROWS):
                 for row, codes_L in enumerate(codes_NL[start : start + _ROWS], start):
                     tally.read()
@@ -83,8 +86,13 @@ def _mapped(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}); give a .npy file of whole numbers") from error
-    if codes.ndim != 2 or codes.shape[1] == 0 or codes.dtype.kind not in "ui":
+    if codes.ndim not in (2, 3) or 0 in codes.shape[1:] or codes.dtype.kind not in "ui":
         raise UserError(
-            f"{path} holds {codes.dtype} of shape {codes.shape}; expected whole numbers of shape (samples, codes)"
+            f"{path} holds {codes.dtype} of shape {codes.shape}; expected whole numbers of shape (samples, codes) or "
+            "(samples, rows, codes)"
         )
     return codes
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

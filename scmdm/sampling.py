@@ -5,6 +5,7 @@ Legend: B batch, L length, N samples, P prompts or templates.
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 import time
@@ -14,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from scmdm.config.sampling import SampleConfig, SamplerConfig
-from scmdm.data.tokenizers import Tokenizer, UnknownSymbol, block_text, is_block, is_framed
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, UnknownSymbol, block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text, require_writable
+from scmdm.files import atomic_write_bytes, atomic_write_text, require_writable
 from scmdm.model.weights import LoadedModel, read_model
 from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
 from scmdm.training.checkpoint import find_model
@@ -116,11 +118,14 @@ def generate(
     Sample i depends on `seed` and i, not on `batch_size`. `progress`: a bar on a terminal. `on_step` sees every step of
     every batch, in the thread that draws it. On a CPU every core draws batches of its own: two small batches side by
     side are faster than one on two cores.
+
+    Raises UserError without templates for a model of prompts and responses.
     """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
     if templates_PL is None:
+        _require_prompt(loaded, None)
         templates_PL = loaded_template(loaded, spec.length)[None]
     sampler.check_length(templates_PL.shape[1])
     workers = torch.get_num_threads() if device.type == "cpu" else 1
@@ -156,6 +161,14 @@ def generate(
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
     return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
+
+
+def _require_prompt(loaded: LoadedModel, given: str | None) -> None:
+    if given is None and loaded.manifest.framing == "prompts":
+        raise UserError(
+            f"{loaded.path} was trained on responses to prompts, and has never been asked to make a prompt; give "
+            "prompt=TEXT, prompts=FILE or infill=TEXT"
+        )
 
 
 def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:
@@ -194,6 +207,7 @@ def run_sampling(path: str, config: SampleConfig) -> Generated:
         require_writable(Path(config.out))
     prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
     loaded = load(path, weights=config.weights, device=config.device)
+    _require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
     templates = [loaded_template(loaded, length, prompt, config.infill) for prompt in prompts]
     generated = generate(
@@ -228,7 +242,7 @@ def read_prompts(path: Path) -> list[str]:
 def write_samples(path: Path, generated: Generated, tokenizer: Tokenizer) -> None:
     """One JSON object a line with `text`, `framed`, `tokens`, `evaluations` and, if asked for, `label`; or, by the
     file's name: `.txt` texts a line, `.smi` molecules that are framed, `.fasta` sequences, `.png` a picture of the
-    first samples."""
+    first samples, `.npy` codes (N, rows, codes of a row) of samples that are framed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns: dict[str, Sequence[Any]] = {
         "text": generated.texts,
@@ -245,7 +259,19 @@ def write_samples(path: Path, generated: Generated, tokenizer: Tokenizer) -> Non
         if DOMAINS[domain_name(tokenizer.kind)].draw(rows, tokenizer, path) is None:
             raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
         return
+    if path.suffix == ".npy":
+        atomic_write_bytes(path, _codes(path, generated, tokenizer))
+        return
     atomic_write_text(path, "".join(line + "\n" for line in _lines(path.suffix, rows)))
+
+
+def _codes(path: Path, generated: Generated, tokenizer: Tokenizer) -> bytes:
+    if not isinstance(tokenizer, LevelTokenizer):
+        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer are no codes; give out=NAME.jsonl")
+    codes_NHW = tokenizer.codes(generated.tokens[torch.tensor(generated.framed)].numpy())
+    buffer = io.BytesIO()
+    np.save(buffer, codes_NHW.astype(tokenizer.layout.dtype))
+    return buffer.getvalue()
 
 
 def _lines(suffix: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

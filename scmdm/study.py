@@ -29,7 +29,8 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.prepare import prepare
 from scmdm.environment import describe_environment
 from scmdm.errors import UserError
-from scmdm.evaluation.domains import Asked, Domain, decode_split, domain_of
+from scmdm.evaluation.domain import Asked, Domain, decode_split
+from scmdm.evaluation.domains import domain_of
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
 from scmdm.evaluation.text import check_scorer
@@ -107,7 +108,9 @@ def run_study(config: StudyConfig) -> Path:
 
 def _check_measures(config: StudyConfig, root: Path) -> None:
     """What can be known to be wrong of them before anything is trained."""
-    Manifest.read(root).split(config.split, root)
+    manifest = Manifest.read(root)
+    manifest.split(config.split, root)
+    domain_of(manifest).given(root, manifest, config.split, config.num)
     if config.scorer is not None:
         check_scorer(Path(config.scorer))
 
@@ -301,7 +304,15 @@ def _measure(task: Task, root: Path) -> dict[str, Any]:
         asked = EvaluateConfig(split=settings["split"], nelbo_samples=settings["num"])
         found = model_nelbo(loaded, root, asked)
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}}
-    drawn = generate(loaded, SamplerConfig(**settings["sampler"]), num=settings["num"], seed=settings["sampling_seed"])
+    num, manifest = settings["num"], Manifest.read(root)
+    given = domain_of(manifest).given(root, manifest, settings["split"], num)
+    drawn = generate(
+        loaded,
+        SamplerConfig(**settings["sampler"]),
+        num=num if given is None else 1,
+        seed=settings["sampling_seed"],
+        templates_PL=given,
+    )
     write_samples(task.samples, drawn, loaded.tokenizer)
     return {"drawn": drawn}
 

@@ -8,7 +8,7 @@ from scmdm.diffusion.plans import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
 _MOST_SHOWN = 1024  # steps on the demo's page
-_FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png")
+_FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png", ".npy")
 
 
 @dataclass
@@ -85,7 +85,7 @@ class SampleConfig:
     prompt: str | None = None  # text that every sample starts with
     prompts: str | None = None  # file with a prompt a line (.jsonl: {"prompt": TEXT}): `num` samples for each
     infill: str | None = None  # whole text, with [MASK] for each token to fill in
-    out: str | None = None  # file: .jsonl (all there is to say), .txt, .smi, .fasta, .png; null: print
+    out: str | None = None  # file: .jsonl (all there is to say), .txt, .smi, .fasta, .png, .npy (codes); null: print
     weights: str = "ema"  # ema | raw
     device: str = "auto"
     precision: str = "auto"
@@ -128,7 +128,7 @@ class EvaluateConfig:
     """What to measure, and how."""
 
     data: str | None = None  # data set; null: the one the model was trained on, if it is still there
-    domain: str = "auto"  # auto (by tokenizer) | molecules | text | genomes | images, to be sure
+    domain: str = "auto"  # auto | molecules | text | responses | genomes | images | codes, to be sure
     split: str = "test"  # split for the NELBO and the reference properties
     nelbo_samples: int = 2048  # sequences for the NELBO; 0: skip
     nelbo_draws: int = 4  # times per sequence
@@ -150,7 +150,7 @@ class EvaluateConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self) -> None:
-        domains = ("auto", "molecules", "text", "genomes", "images")
+        domains = ("auto", "molecules", "text", "responses", "genomes", "images", "codes")
         if self.domain not in domains:
             raise UserError(f"domain={self.domain!r} is not possible; it must be one of {', '.join(domains)}")
         for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1), ("threads", 0)):

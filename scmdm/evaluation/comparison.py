@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scmdm.evaluation.domains import Metric
+from scmdm.evaluation.domain import Metric
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
 from scmdm.training.metrics import format_duration
 

@@ -1,84 +1,35 @@
 """What models make - molecules, text ... - and how each is measured, compared and shown.
 
-A domain follows from the tokenizer of a data set. Evaluation, study and report know no domain, only this interface.
+A domain follows from a data set's tokenizer, and from whether its samples have prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
 from data_prep.packages import user_cache
-from scmdm.data.loader import read_labels, read_split
+from scmdm.data.loader import read_labels
 from scmdm.data.manifest import Manifest
-from scmdm.data.tokenizers import LevelTokenizer, Tokenizer, block_text, load_tokenizer
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.errors import UserError
+from scmdm.evaluation.codes import Codes
+from scmdm.evaluation.domain import Asked, Domain, Metric, Undrawn, Unprompted, decode_split, refuse
 from scmdm.evaluation.figures import distribution_figure, genome_figure
 from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.mauve import check_mauve, mauve
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
 from scmdm.evaluation.moses import MosesReference, evaluate_moses, properties_of
+from scmdm.evaluation.responses import Responses
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number of `Domain.measure`, and how it is shown."""
-
-    name: str
-    title: str
-    better: str = ""  # "higher", "lower", or nothing that can be said of it alone
-    scale: float = 1.0  # from the number to what is shown
-    digits: int = 3
-    unit: str = ""  # in sentences
-    in_figure: bool = True
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an evaluation asks of a domain."""
-
-    split: str = "test"  # what samples are compared with
-    fcd: bool = False  # molecules: Frechet ChemNet distance
-    moses: bool = False  # molecules: MOSES' metrics, against its published test sets
-    scorer: str | None = None  # text: directory of a transformers causal model
-    mauve: bool = False  # text: MAUVE in the scorer's features
-    inception: str | None = None  # images: Inception's weights, for FID
-    device: str = "cpu"
-
-
-class Domain(Protocol):
-    """Made once for many evaluations of the same data set; the metrics' first is what models are compared by."""
-
-    name: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]
-
-    def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        """Read what samples are compared with. Raises UserError for what does not go together."""
-        ...
-
-    def measure(self, drawn: Generated) -> dict[str, Any]:
-        """Numbers by name (None: not to be had), and what else is to be kept, as JSON has it."""
-        ...
-
-    @staticmethod
-    def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
-        """Draw the first samples, not chosen, as a PNG; returns the caption, or None where there is nothing to draw."""
-        ...
-
-    @staticmethod
-    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
-        """Draw how samples are distributed, the first set being held-out data; the caption, or None as in `draw`."""
-        ...
-
-
-class Molecules:
+class Molecules(Unprompted):
     """SMILES and SELFIES."""
 
     name: ClassVar[str] = "molecules"
@@ -95,7 +46,7 @@ class Molecules:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "scorer", "mauve", "inception")
+        refuse(self.name, asked, "scorer", "mauve", "inception")
         self._moses = MosesReference.published(fcd=asked.fcd) if asked.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", asked.split))
         self._reference = Reference.make(train, held_out, fcd=asked.fcd)
@@ -121,7 +72,7 @@ class Molecules:
         return "properties of the valid molecules (SA: synthetic accessibility)"
 
 
-class Text:
+class Text(Unprompted, Undrawn):
     """Everything else."""
 
     name: ClassVar[str] = "text"
@@ -135,7 +86,7 @@ class Text:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "fcd", "moses", "inception")
+        refuse(self.name, asked, "fcd", "moses", "inception")
         if asked.scorer is not None:
             check_scorer(Path(asked.scorer))
         if asked.mauve and asked.scorer is None:
@@ -153,7 +104,7 @@ class Text:
             drawn.texts,
             drawn.tokens.numpy(),
             self._pad_id,
-            held_out=self._held_out,
+            fitted_on=self._held_out,
             scorer=scorer,
             device=self._asked.device,
         ).as_dict()
@@ -163,16 +114,8 @@ class Text:
             found["mauve"] = mauve(drawn.texts, references, scorer, device=self._asked.device)
         return found
 
-    @staticmethod
-    def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
-        return None
 
-    @staticmethod
-    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
-        return None
-
-
-class Genomes:
+class Genomes(Unprompted, Undrawn):
     """Windows of DNA. The distances have a floor that falls with the number of samples: see docs/genomes.md."""
 
     name: ClassVar[str] = "genomes"
@@ -192,16 +135,12 @@ class Genomes:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve", "inception")
+        refuse(self.name, asked, "fcd", "moses", "scorer", "mauve", "inception")
         species = [manifest.labels[label] for label in read_labels(root, asked.split)] if manifest.labels else None
         self._reference = GenomeReference.make(decode_split(root, manifest, asked.split), species)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
         return evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
-
-    @staticmethod
-    def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
-        return None
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
@@ -211,7 +150,7 @@ class Genomes:
         return "GC content and 3-mers of the samples and of held-out windows"
 
 
-class Images:
+class Images(Unprompted, Undrawn):
     """Pictures as levels. Without Inception's weights compared in the features of a classifier trained here."""
 
     name: ClassVar[str] = "images"
@@ -227,7 +166,7 @@ class Images:
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        _refuse(self.name, asked, "fcd", "moses", "scorer", "mauve")
+        refuse(self.name, asked, "fcd", "moses", "scorer", "mauve")
         inception = Path(asked.inception) if asked.inception is not None else None
         work = user_cache("classifiers")
         work.mkdir(parents=True, exist_ok=True)
@@ -239,25 +178,14 @@ class Images:
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
         assert isinstance(tokenizer, LevelTokenizer)
-        if tokenizer.kind != "levels":
-            return None
         drawn = draw_pictures(tokenizer.pictures(np.array([row["tokens"] for row in rows])), path)
         return f"the first {drawn} samples"
 
-    @staticmethod
-    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
-        return None
 
-
-def _refuse(domain: str, asked: Asked, *keys: str) -> None:
-    """UserError when something was asked for that belongs to another domain."""
-    for key in keys:
-        if value := getattr(asked, key):
-            raise UserError(f"{key}={value} is not for {domain}, which this model makes; leave it out")
-
-
-DOMAINS: Mapping[str, type[Domain]] = {domain.name: domain for domain in (Molecules, Text, Genomes, Images)}
-_OF_TOKENIZER = {"smiles": "molecules", "selfies": "molecules", "dna": "genomes", "levels": "images"}
+DOMAINS: Mapping[str, type[Domain]] = {
+    domain.name: domain for domain in (Molecules, Text, Responses, Genomes, Images, Codes)
+}
+_OF_TOKENIZER = {"smiles": "molecules", "selfies": "molecules", "dna": "genomes", "levels": "images", "codes": "codes"}
 
 
 def domain_name(tokenizer_kind: str) -> str:
@@ -267,13 +195,4 @@ def domain_name(tokenizer_kind: str) -> str:
 
 def domain_of(manifest: Manifest) -> type[Domain]:
     """The domain of a data set."""
-    return DOMAINS[domain_name(manifest.tokenizer.kind)]
-
-
-def decode_split(root: Path, manifest: Manifest, split: str) -> list[str]:
-    """The texts of a split."""
-    tokenizer = load_tokenizer(root / manifest.tokenizer.file)
-    rows = read_split(root, split).tolist()
-    if manifest.framing == "concatenate":
-        return [block_text(row, tokenizer) for row in rows]
-    return [tokenizer.decode(row) for row in rows]
+    return Responses if manifest.framing == "prompts" else DOMAINS[domain_name(manifest.tokenizer.kind)]

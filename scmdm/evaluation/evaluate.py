@@ -12,12 +12,14 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from scmdm.config.sampling import EvaluateConfig
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.errors import UserError
-from scmdm.evaluation.domains import Asked, Domain, domain_of
+from scmdm.evaluation.domain import Asked, Domain
+from scmdm.evaluation.domains import domain_of
 from scmdm.evaluation.statistics import mean_interval
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.files import atomic_write_text, require_writable
@@ -57,7 +59,8 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     if config.texts:
         result["zero_shot"] = _zero_shot(loaded, config)
     if config.num:
-        result["samples"] = _sample_quality(loaded, domain, config)
+        given = domain.given(root, manifest, config.split, config.num)
+        result["samples"] = _sample_quality(loaded, domain, given, config)
     _print(result, domain)
     atomic_write_text(out, json.dumps(result, indent=2) + "\n")
     Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
@@ -102,15 +105,18 @@ def _zero_shot(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
     return found
 
 
-def _sample_quality(loaded: LoadedModel, domain: Domain, config: EvaluateConfig) -> list[dict[str, Any]]:
+def _sample_quality(
+    loaded: LoadedModel, domain: Domain, given: Tensor | None, config: EvaluateConfig
+) -> list[dict[str, Any]]:
     rows = []
     for seed in config.seeds:
         drawn = generate(
             loaded,
             config.sampler,
-            num=config.num,
+            num=config.num if given is None else 1,
             seed=seed,
             batch_size=config.batch_size,
+            templates_PL=given,
             precision=config.precision,
             progress=True,
         )
@@ -134,7 +140,7 @@ def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
 def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
     found = domain_of(manifest)
     if config.domain not in ("auto", found.name):
-        raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found.name}; leave the key out")
+        raise UserError(f"domain={config.domain}, but the model makes {found.name}; leave the key out")
     device = str(next(loaded.model.parameters()).device)
     asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device)
     return found(root, manifest, asked)

@@ -13,14 +13,14 @@ Legend: N sequences, L letters of a sequence, K = 4^k.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import rel_entr
 from scipy.stats import wasserstein_distance
+
+from scmdm.evaluation.statistics import JensenShannon
 
 KMER_LENGTHS = (3, 6)
 LETTERS = "ACGT"
@@ -28,28 +28,6 @@ _UNKNOWN = len(LETTERS)
 _LETTERS_AT_ONCE = 1 << 20
 _DIGITS = np.full(256, _UNKNOWN, np.int8)
 _DIGITS[np.frombuffer(LETTERS.encode(), np.uint8)] = range(len(LETTERS))
-
-
-@dataclass(frozen=True)
-class JensenShannon:
-    """Of two distributions, with natural logarithms: `divergence` in nats, at most ln 2 = 0.6931; `distance` its root.
-
-    In bits the divergence is 1 / ln 2 times as large.
-    """
-
-    divergence: float
-    distance: float
-
-    @classmethod
-    def between(cls, p_K: np.ndarray, q_K: np.ndarray) -> JensenShannon | None:
-        """`(KL(p | m) + KL(q | m)) / 2` with `m = (p + q) / 2` (Lin 1991) of counts; None where all of one are 0."""
-        if not p_K.any() or not q_K.any():
-            return None
-        p_K, q_K = p_K / p_K.sum(), q_K / q_K.sum()
-        m_K = (p_K + q_K) / 2
-        # Not scipy's jensenshannon: rounding makes the sum of equal distributions negative, and its root nan.
-        divergence = max(0.0, float(rel_entr(p_K, m_K).sum() + rel_entr(q_K, m_K).sum()) / 2)
-        return cls(divergence, math.sqrt(divergence))
 
 
 @dataclass(frozen=True)

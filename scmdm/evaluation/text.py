@@ -20,7 +20,6 @@ from scmdm.errors import UserError
 from scmdm.evaluation.ngram import NgramModel
 
 NGRAM_ORDER = 5
-NGRAM_LABEL = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on held-out text (not a neural scorer)"
 SCORER_LENGTH = 1024  # tokens of the scorer that are read of a text (MDLM)
 
 
@@ -33,7 +32,7 @@ class TextMetrics:
     distinct_1: float
     distinct_2: float
     distinct_3: float
-    perplexity: float
+    perplexity: float | None  # None: no text is long enough to score
     scorer: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,11 +40,12 @@ class TextMetrics:
 
 
 def unigram_entropy(ids_NL: np.ndarray, pad_id: int) -> float:
-    """Mean over sequences of the entropy (nats) of the token frequencies in the sequence, padding left out."""
+    """Mean over sequences of the entropy (nats) of the token frequencies in the sequence, padding left out; 0 for one
+    that is nothing but padding."""
     entropies = []
     for row_L in ids_NL:
         _, counts = np.unique(row_L[row_L != pad_id], return_counts=True)
-        p = counts / counts.sum()
+        p = counts / max(1, counts.sum())
         entropies.append(float(-(p * np.log(p)).sum()))
     return float(np.mean(entropies))
 
@@ -57,16 +57,26 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def evaluate_text(
-    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, *, held_out: Sequence[str], scorer: Path | None, device: str
+    texts: Sequence[str],
+    ids_NL: np.ndarray,
+    pad_id: int,
+    *,
+    fitted_on: Sequence[str],
+    fitted_on_what: str = "held-out text",
+    scorer: Path | None,
+    device: str,
 ) -> TextMetrics:
-    """All metrics; the scorer is the causal model in directory `scorer`, else an n-gram model fitted on `held_out`."""
+    """All metrics; the scorer is the causal model in directory `scorer`, else an n-gram model of the texts in
+    `fitted_on`."""
     if scorer is not None:
         perplexity, length = generative_perplexity(texts, scorer, device=device), scorer_length(scorer)
         label = f"{scorer.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
     else:
-        perplexity, label = NgramModel.fit(held_out, order=NGRAM_ORDER).perplexity(texts), NGRAM_LABEL
+        perplexity = NgramModel.fit(fitted_on, order=NGRAM_ORDER).perplexity(texts)
+        label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {fitted_on_what} (not a neural scorer)"
     one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
-    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, perplexity, label)
+    known = None if math.isnan(perplexity) else perplexity
+    return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, known, label)
 
 
 def generative_perplexity(

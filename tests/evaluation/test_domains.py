@@ -12,7 +12,8 @@ from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import is_framed, load_tokenizer
 from scmdm.errors import UserError
-from scmdm.evaluation.domains import DOMAINS, Asked, domain_name, domain_of
+from scmdm.evaluation.domain import Asked
+from scmdm.evaluation.domains import DOMAINS, domain_name, domain_of
 from scmdm.sampling import Generated
 
 BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))

@@ -13,12 +13,12 @@ from scmdm.evaluation import genomes
 from scmdm.evaluation.figures import genome_figure
 from scmdm.evaluation.genomes import (
     GenomeReference,
-    JensenShannon,
     Spectrum,
     evaluate_genomes,
     gc_contents,
     kmer_counts,
 )
+from scmdm.evaluation.statistics import JensenShannon
 
 DNA = st.lists(st.text("ACGTN", max_size=12), max_size=6)
 COUNTS = st.lists(st.integers(0, 10**6), min_size=5, max_size=5).map(np.array)

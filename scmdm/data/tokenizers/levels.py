@@ -28,7 +28,7 @@ KINDS = ("levels", "codes")
 
 @dataclass(frozen=True)
 class Layout:
-    """What the values of a sample are: a picture of so many levels a channel, or `width` codes (height, channels 1)."""
+    """What the values of a sample are: a picture of so many levels a channel, or rows of codes (channels 1)."""
 
     height: int
     width: int
@@ -102,6 +102,10 @@ class LevelTokenizer:
         """Values (N, V) of sequences; 0 where an id is none: `is_framed` tells."""
         values_NV = ids_NL[:, 1 : self.layout.length].astype(np.int64) - len(SPECIALS)
         return np.maximum(values_NV, 0)
+
+    def codes(self, ids_NL: np.ndarray) -> np.ndarray:
+        """Values (N, H, W) of sequences, in rows; 0 where an id is none, as in `values`."""
+        return self.values(ids_NL).reshape(-1, self.layout.height, self.layout.width * self.layout.channels)
 
     def pictures(self, ids_NL: np.ndarray) -> np.ndarray:
         """Pictures (N, H, W, C) uint8 of sequences: the lowest level is black, the highest 255, and so is between.
