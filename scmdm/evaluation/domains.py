@@ -21,10 +21,12 @@ from scmdm.evaluation.figures import distribution_figure, genome_figure
 from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.mauve import check_mauve, mauve
+from scmdm.evaluation.molecule_sets import Work, properties_of
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
-from scmdm.evaluation.moses import MosesReference, evaluate_moses, properties_of
+from scmdm.evaluation.moses import MosesReference, evaluate_moses
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
+from scmdm.workers import core_count
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Asked:
     mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: Inception's weights, for FID
     device: str = "cpu"
+    alone: bool = False  # nothing else runs meanwhile: measure on all cores, and show how far it is
 
 
 class Domain(Protocol):
@@ -96,14 +99,16 @@ class Molecules:
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         _refuse(self.name, asked, "scorer", "mauve", "inception")
-        self._moses = MosesReference.published(fcd=asked.fcd) if asked.moses else None
+        self._work = Work(core_count() if asked.alone else 1, asked.device, progress=asked.alone)
+        first = Work(core_count(), asked.device, progress=True)
+        self._moses = MosesReference.published(fcd=asked.fcd, work=first) if asked.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", asked.split))
         self._reference = Reference.make(train, held_out, fcd=asked.fcd)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
         found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
         if self._moses is not None:
-            found["moses"] = evaluate_moses(drawn.texts, drawn.framed, self._moses).as_dict()
+            found["moses"] = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._work).as_dict()
         return found
 
     @staticmethod

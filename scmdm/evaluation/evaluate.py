@@ -136,7 +136,9 @@ def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: Evaluat
     if config.domain not in ("auto", found.name):
         raise UserError(f"domain={config.domain}, but the model's tokenizer makes {found.name}; leave the key out")
     device = str(next(loaded.model.parameters()).device)
-    asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device)
+    asked = Asked(
+        config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device, alone=True
+    )
     return found(root, manifest, asked)
 
 
