@@ -214,6 +214,9 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
         (["scorer=/tmp"], "scorer=/tmp is not for molecules"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
+        (["seeds=[0,1,0]"], "seeds=[0, 1, 0] is not possible; it must be a list of at least one seed"),
+        (["seeds=[]"], "seeds=[] is not possible"),
+        (["seeds=[-1]"], "seeds=[-1] is not possible"),
     ],
 )
 def test_evaluation_mistakes(base, capsys, keys, message):
@@ -358,6 +361,10 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
         ("reference=best", "reference=best is not possible"),
         ("nelbo_samples=0", "nelbo_samples=0 is not possible"),
         ("base=/nonexistent", "/nonexistent does not exist"),
+        ("sampling_seeds=[0,0]", "sampling_seeds=[0, 0] is not possible"),
+        ("adaptation_seeds=[]", "adaptation_seeds=[] is not possible"),
+        ("adaptation_seeds=[1,-1]", "adaptation_seeds=[1, -1] is not possible"),
+        ("steps=[4,4]", "steps=[4, 4] is not possible; it must be a list of numbers above 0, each once"),
     ],
 )
 def test_a_study_checks_all_its_runs_before_any_work(base, tmp_path, capsys, monkeypatch, key, message):
