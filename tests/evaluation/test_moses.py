@@ -26,6 +26,7 @@ from scmdm.evaluation.molecule_sets import (
 )
 from scmdm.evaluation.molecules import chemnet_activations
 from scmdm.evaluation.moses import (
+    TRAINING_SET,
     Comparison,
     Filters,
     MosesReference,
@@ -321,17 +322,6 @@ def test_figure_of_distributions(tmp_path):
     assert distribution_figure(constant, tmp_path / "constant.png").is_file()
 
 
-PUBLISHED = {  # of the whole training set; data/samples/train_metrics.csv of molecularsets/moses
-    "FCD/Test": 0.0080,
-    "FCD/TestSF": 0.4755,
-    "SNN/Test": 0.6419,
-    "Frag/Test": 0.99998,
-    "Scaf/Test": 0.9907,
-    "Scaf/TestSF": 0.0,
-    "IntDiv": 0.8567,
-    "IntDiv2": 0.8508,
-    "Filters": 1.0,
-}
 TRAIN_SIZE, TEST_SIZE = 1_584_663, 176_074
 
 
@@ -366,15 +356,15 @@ def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(pu
     parsed = {split: molecules(samples[split]) for split in ("train", "test")}
     fragments = [Counter(f for molecule in found for f in fragments_of(molecule)) for found in parsed.values()]
     scaffolds = [Counter(filter(None, map(scaffold_of, found))) for found in parsed.values()]
-    assert expected_cosine(*fragments) == pytest.approx(PUBLISHED["Frag/Test"], abs=3e-4)
+    assert expected_cosine(*fragments) == pytest.approx(TRAINING_SET["Frag/Test"], abs=3e-4)
     assert cosine_similarity(*fragments) == pytest.approx(expected_cosine(*fragments), abs=2e-3)
-    assert expected_cosine(*scaffolds) == pytest.approx(PUBLISHED["Scaf/Test"], abs=0.02)
+    assert expected_cosine(*scaffolds) == pytest.approx(TRAINING_SET["Scaf/Test"], abs=0.02)
     held_out = Counter(filter(None, map(scaffold_of, molecules(samples["test_scaffolds"]))))
-    assert cosine_similarity(scaffolds[0], held_out) == PUBLISHED["Scaf/TestSF"]
+    assert cosine_similarity(scaffolds[0], held_out) == TRAINING_SET["Scaf/TestSF"]
 
     from data_prep.moses import moses_folder
 
-    assert filter_rate(samples["train"][:300], Filters.read(moses_folder())) == PUBLISHED["Filters"]
+    assert filter_rate(samples["train"][:300], Filters.read(moses_folder())) == TRAINING_SET["Filters"]
 
 
 @pytest.mark.slow
@@ -389,10 +379,10 @@ def test_similarities_of_the_training_set_are_as_published(published_sets):
     sample = fingerprints(molecules(samples["train"][:2000]))
     chunks = (whole["test"][at : at + 5000] for at in range(0, TEST_SIZE, 5000))
     reference = np.concatenate([fingerprints(molecules(chunk)) for chunk in chunks])
-    assert nearest_similarity(sample, reference).mean() == pytest.approx(PUBLISHED["SNN/Test"], abs=0.01)
+    assert nearest_similarity(sample, reference).mean() == pytest.approx(TRAINING_SET["SNN/Test"], abs=0.01)
     one, two = internal_diversity(sample)
-    assert one == pytest.approx(PUBLISHED["IntDiv"], abs=2e-3)
-    assert two == pytest.approx(PUBLISHED["IntDiv2"] - 0.0017, abs=2e-3)
+    assert one == pytest.approx(TRAINING_SET["IntDiv"], abs=2e-3)
+    assert two == pytest.approx(TRAINING_SET["IntDiv2"] - 0.0017, abs=2e-3)
 
 
 @pytest.mark.slow
@@ -410,4 +400,4 @@ def test_fcd_of_the_training_set_is_as_published(published_sets):
 
     for split, name, tolerance in (("test", "FCD/Test", 0.05), ("test_scaffolds", "FCD/TestSF", 0.1)):
         halves = (fcd(split, slice(0, 2000)) + fcd(split, slice(2000, 4000))) / 2
-        assert 2 * fcd(split, slice(0, 4000)) - halves == pytest.approx(PUBLISHED[name], abs=tolerance)
+        assert 2 * fcd(split, slice(0, 4000)) - halves == pytest.approx(TRAINING_SET[name], abs=tolerance)
