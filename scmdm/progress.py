@@ -1,7 +1,9 @@
-"""What a study shows while its jobs run in other processes: their steps, read from the files that they write."""
+"""What is shown of long work: a study's jobs, by the files that they write, and things that are counted."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scmdm.training.metrics import METRICS_FILE, last_row
 
-_PLAIN_LINES = 5  # without a terminal, so many lines per adaptation
+_PLAIN_LINES = 5  # without a terminal, so many lines of each
 
 
 class StudyDisplay:
@@ -56,3 +58,25 @@ class StudyDisplay:
 def _part(row: dict[str, Any] | None, steps: int) -> int:
     """How many fifths of a run are done."""
     return int(row["step"] * _PLAIN_LINES // steps) if row is not None else 0
+
+
+@contextlib.contextmanager
+def count_up(title: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be called with every number that is done: a bar on a terminal, a few plain lines elsewhere."""
+    console, done = Console(), 0
+    with Progress(
+        *(TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()),
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+    ) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            before, done = done * _PLAIN_LINES // total, done + count
+            bar.advance(task, count)
+            if shown and not console.is_terminal and done * _PLAIN_LINES // total > before:
+                console.print(f"{title}: {done:,} of {total:,}", highlight=False, soft_wrap=True)
+
+        yield advance

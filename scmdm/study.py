@@ -196,6 +196,8 @@ class _Jobs:
     def run(self) -> tuple[list[Model], list[dict[str, Any]]]:
         """The models in their order, and the rows of their evaluations."""
         adaptations, order = self._adaptations(), ["base", *self._config.arms]
+        if self._config.moses:
+            self._get_domain()  # its first use on a machine takes all cores for a while
         # On many cores an adaptation has several.
         threads = max(1, torch.get_num_threads() // max(1, min(len(adaptations), worker_count())))
         display = StudyDisplay(console, [(name, Path(run.run_dir), run.train.steps) for name, run in adaptations])

@@ -23,7 +23,12 @@ _MOST = 8  # each has torch in memory, about 0.7 GiB
 
 def worker_count() -> int:
     """Jobs at once: as many as torch would use threads; one where there is a GPU to share."""
-    return 1 if torch.cuda.is_available() else min(torch.get_num_threads(), _MOST)
+    return 1 if torch.cuda.is_available() else core_count()
+
+
+def core_count() -> int:
+    """Jobs at once that need no GPU: as many as torch would use threads."""
+    return min(torch.get_num_threads(), _MOST)
 
 
 @contextlib.contextmanager

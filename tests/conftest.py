@@ -68,6 +68,24 @@ def base(tmp_path_factory, molecules, empty_yaml):
     return run
 
 
+@pytest.fixture
+def published_moses(tmp_path, monkeypatch):
+    """MOSES' package in small, as the user's cache has it; returns that cache."""
+    cache = tmp_path / "cache"
+    folder = cache / "scmdm/molsets-0.3.1"
+    folder.mkdir(parents=True)
+    for split, smiles in (
+        ("train", ["CC1Oc2ccc(Cl)cc2N(CC(O)CO)C1=O", "Cn1cnc2c1c(=O)n(CC(O)CO)c(=O)n2C", "CCO", "CC1CC1"]),
+        ("test", ["COc1ccccc1OC(=O)c1ccccc1OC(C)=O", "CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1", "CCN"]),
+        ("test_scaffolds", ["O=C(C1CCCCC1)N1CC(=O)N2CCCc3ccccc3C2C1", "CCCN"]),
+    ):
+        (folder / f"{split}.csv").write_text("\n".join(["SMILES", *smiles]) + "\n")
+    (folder / "mcf.csv").write_text("names,smarts\nMCF7,[#6&!H0]=[#8]\n")
+    (folder / "wehi_pains.csv").write_text('"c:1:c:c:c:c:c:1-[#7]=[#7]","<regId=azo(1)>"\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
+
+
 def scmdm(*arguments, **options):
     """The command line in its own process."""
     command = [sys.executable, "-m", "scmdm", *map(str, arguments)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from scmdm.diffusion.plans import ORDERS, SamplerSettings
@@ -155,10 +156,19 @@ class EvaluateConfig:
             raise UserError(f"domain={self.domain!r} is not possible; it must be one of {', '.join(domains)}")
         for name, least in (("nelbo_samples", 0), ("nelbo_draws", 1), ("num", 0), ("batch_size", 1), ("threads", 0)):
             _require_least(self, name, least)
+        require_seeds("seeds", self.seeds)
         if not 0 < self.t_min < 0.5:
             raise UserError(f"t_min={self.t_min} is not possible; it must be between 0 and 0.5")
         _check_place(self.weights, self.device, self.precision)
         self.sampler.validate()
+
+
+def require_seeds(key: str, seeds: Sequence[int]) -> None:
+    """UserError unless an interval over these seeds means something."""
+    if not seeds or not all(0 <= seed <= 2**62 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"{key}={list(seeds)} is not possible; it must be a list of at least one seed between 0 and 2^62, each once"
+        )
 
 
 def _require_least(config: object, name: str, least: int) -> None:

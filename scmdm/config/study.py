@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from scmdm.config.load import with_overrides
-from scmdm.config.sampling import SamplerConfig
+from scmdm.config.sampling import SamplerConfig, require_seeds
 from scmdm.errors import UserError
 
 
@@ -55,14 +55,18 @@ class StudyConfig:
     def validate(self) -> None:
         for key, ok, wanted in (
             ("arms", bool(self.arms) and "base" not in self.arms, "at least one arm, none of them called base"),
-            ("steps", bool(self.steps) and min(self.steps) > 0, "a list of numbers above 0"),
-            ("adaptation_seeds", bool(self.adaptation_seeds), "a list of at least one seed"),
-            ("sampling_seeds", bool(self.sampling_seeds), "a list of at least one seed"),
+            (
+                "steps",
+                bool(self.steps) and min(self.steps) > 0 and len(set(self.steps)) == len(self.steps),
+                "a list of numbers above 0, each once",
+            ),
             ("num", self.num > 0, "above 0"),
             ("nelbo_samples", self.nelbo_samples > 0, "above 0"),
         ):
             if not ok:
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+        require_seeds("adaptation_seeds", self.adaptation_seeds)
+        require_seeds("sampling_seeds", self.sampling_seeds)
         for key, names in (("only", self.only), ("reference", [self.reference] if self.reference else [])):
             for name in names:
                 if name not in self.arms:

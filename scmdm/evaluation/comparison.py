@@ -70,6 +70,23 @@ def quality_table(
     return header, rows
 
 
+def protocol_table(
+    values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+    shown: Sequence[Metric],
+    labels: Mapping[str, str],
+    samples: Sequence[Json],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a benchmark's many metrics: a row for each at every T, beside real data's."""
+    header = ["T", "measure", "real data", *labels.values()]
+    rows = []
+    for steps in sorted({row["steps"] for row in samples}):
+        for metric in shown:
+            found = [values[metric.name].get(label, {}).get(steps) for label in labels.values()]
+            cells = ["-" if interval is None else interval.text(metric.digits, metric.scale) for interval in found]
+            rows.append([str(steps), metric.title, metric.real() or "-", *cells])
+    return header, rows
+
+
 def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each arm took to train and to sample, and its NELBO."""
     header = [

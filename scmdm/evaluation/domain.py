@@ -30,6 +30,12 @@ class Metric:
     digits: int = 3
     unit: str = ""  # in sentences
     in_figure: bool = True
+    protocol: str = ""  # of a published benchmark, which has a table and a figure of its own
+    reference: float | None = None  # of real data, as `protocol` publishes it
+
+    def real(self) -> str:
+        """The reference as it is shown, or nothing."""
+        return "" if self.reference is None else f"{self.scale * self.reference:.{self.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Asked:
     mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: Inception's weights, for FID
     device: str = "cpu"
+    alone: bool = False  # nothing else runs meanwhile: measure on all cores, and show how far it is
 
 
 class Domain(Protocol):

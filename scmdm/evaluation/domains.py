@@ -22,11 +22,37 @@ from scmdm.evaluation.figures import distribution_figure, genome_figure
 from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
 from scmdm.evaluation.mauve import check_mauve, mauve
+from scmdm.evaluation.molecule_sets import PROPERTIES, Work, properties_of
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
-from scmdm.evaluation.moses import MosesReference, evaluate_moses, properties_of
+from scmdm.evaluation.moses import SAMPLES as MOSES_SAMPLES
+from scmdm.evaluation.moses import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
 from scmdm.evaluation.responses import Responses
 from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
+from scmdm.workers import core_count
+
+
+def _moses_metric(name: str, better: str = "higher", *, in_figure: bool = False) -> Metric:
+    title = f"MOSES {name}"
+    return Metric(f"moses_{name}", title, better, 1, 4, "", in_figure, MOSES_PROTOCOL, TRAINING_SET.get(name))
+
+
+MOSES_PROTOCOL = f"MOSES ({MOSES_SAMPLES:,} samples; of real data: its training set, as published)"
+_MOSES_METRICS = (
+    _moses_metric("valid"),
+    *(_moses_metric(f"unique@{count}") for count in UNIQUE_AT),
+    *(_moses_metric(f"FCD/{suffix}", "lower", in_figure=True) for suffix in ("Test", "TestSF")),
+    *(
+        _moses_metric(f"{name}/{suffix}", in_figure=True)
+        for name in ("SNN", "Frag", "Scaf")
+        for suffix in ("Test", "TestSF")
+    ),
+    _moses_metric("IntDiv", in_figure=True),
+    _moses_metric("IntDiv2"),
+    _moses_metric("Filters", in_figure=True),
+    _moses_metric("Novelty", in_figure=True),
+    *(_moses_metric(name, "lower") for name in PROPERTIES),
+)
 
 
 class Molecules(Unprompted):
@@ -43,18 +69,22 @@ class Molecules(Unprompted):
         # Valid if all behind the first end mark is ignored, however malformed.
         Metric("parsed", "parsed, % of samples", "higher", 100, 1, in_figure=False),
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
+        *_MOSES_METRICS,
     )
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         refuse(self.name, asked, "scorer", "mauve", "inception")
-        self._moses = MosesReference.published(fcd=asked.fcd) if asked.moses else None
+        self._work = Work(core_count() if asked.alone else 1, asked.device, progress=asked.alone)
+        first = Work(core_count(), asked.device, progress=True)
+        self._moses = MosesReference.published(fcd=asked.fcd, work=first) if asked.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", asked.split))
         self._reference = Reference.make(train, held_out, fcd=asked.fcd)
 
     def measure(self, drawn: Generated) -> dict[str, Any]:
         found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
         if self._moses is not None:
-            found["moses"] = evaluate_moses(drawn.texts, drawn.framed, self._moses).as_dict()
+            table = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._work).as_dict()
+            found |= {f"moses_{name}": value for name, value in table.items()}
         return found
 
     @staticmethod

@@ -142,7 +142,9 @@ def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: Evaluat
     if config.domain not in ("auto", found.name):
         raise UserError(f"domain={config.domain}, but the model makes {found.name}; leave the key out")
     device = str(next(loaded.model.parameters()).device)
-    asked = Asked(config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device)
+    asked = Asked(
+        config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device, alone=True
+    )
     return found(root, manifest, asked)
 
 
@@ -164,18 +166,22 @@ def _print(result: dict[str, Any], domain: Domain) -> None:
     table = Table(title=f"{result['model']} at step {result['step']:,}")
     table.add_column("measure")
     table.add_column("value", justify="right")
+    rows = result.get("samples", [])
+    shown = [m for m in domain.metrics if rows and None not in [row["metrics"].get(m.name) for row in rows]]
+    if any(metric.real() for metric in shown):
+        table.add_column("real data", justify="right")
     for mode, nelbo in result.get("nelbo", {}).items():
         table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
     for name, modes in result.get("zero_shot", {}).items():
         for mode, value in modes.items():
             both = f"{value['perplexity']:.2f} ({value['word_perplexity']:.2f} per word)"
             table.add_row(f"zero-shot perplexity of {name}, {mode}", both)
-    rows = result.get("samples", [])
     if rows:
-        for metric in domain.metrics:
-            values = [row["metrics"].get(metric.name) for row in rows]
-            if None not in values:
-                table.add_row(metric.title, mean_interval(values).text(metric.digits + 1, metric.scale))
+        for metric in shown:
+            interval = mean_interval([row["metrics"][metric.name] for row in rows])
+            real = [metric.real()] if len(table.columns) > 2 else []
+            table.add_row(metric.title, interval.text(metric.digits + 1, metric.scale), *real)
+        table.caption = "; ".join(dict.fromkeys(metric.protocol for metric in shown if metric.protocol)) or None
         if "scorer" in rows[0]["metrics"]:
             table.add_row("perplexity under", rows[0]["metrics"]["scorer"])
             table.add_row("sampler precision", result["config"]["sampler"]["gumbel"])

@@ -48,6 +48,7 @@ class Panel:
     values: Mapping[str, Mapping[int, Interval]]
     better: str  # "higher" or "lower"
     scale: float = 1.0
+    real: float | None = None  # of real data
 
 
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
@@ -87,6 +88,8 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             markersize=5,
             lw=1.6,
         )
+    if panel.real is not None:
+        ax.axhline(panel.real * panel.scale, color=COLOURS[0], ls=":", lw=1.2)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -169,7 +169,7 @@ def _syntax_reason(text: str) -> str:
     return "ring closure" if any(times % 2 for times in labels.values()) else "syntax"
 
 
-def chemnet_activations(smiles: Sequence[str]) -> np.ndarray | None:
+def chemnet_activations(smiles: Sequence[str], device: str = "cpu") -> np.ndarray | None:
     """ChemNet's last hidden layer, (N, 512) float32; None without the package `fcd`, which ships the network."""
     if importlib.util.find_spec("fcd") is None:
         return None
@@ -178,7 +178,7 @@ def chemnet_activations(smiles: Sequence[str]) -> np.ndarray | None:
         from fcd import get_predictions, load_ref_model
 
         # No worker process: for a thousand molecules forking one saves nothing.
-        activations: np.ndarray = get_predictions(load_ref_model(), list(smiles), n_jobs=0)
+        activations: np.ndarray = get_predictions(load_ref_model(), list(smiles), n_jobs=0, device=device)
     return activations
 
 

@@ -18,6 +18,7 @@ from scmdm.evaluation.comparison import (
     cost_table,
     intervals_by_arm,
     protocol,
+    protocol_table,
     quality_table,
     reference_arm,
     statements,
@@ -41,6 +42,7 @@ class StudySummary:
     title: str
     header: list[str]
     rows: list[list[str]]
+    protocols: dict[str, tuple[list[str], list[list[str]]]]  # header and rows of each benchmark
     cost_header: list[str]
     cost_rows: list[list[str]]
     statements: list[str]
@@ -54,19 +56,40 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     domain = DOMAINS[study["domain"]]
     values = {metric.name: intervals_by_arm(samples, labels, metric.name) for metric in domain.metrics}
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
-    header, rows = quality_table(values, shown, labels, samples)
+    own = [metric for metric in shown if not metric.protocol]
+    header, rows = quality_table(values, own, labels, samples)
+    protocols = {
+        name: protocol_table(values, [metric for metric in shown if metric.protocol == name], labels, samples)
+        for name in dict.fromkeys(metric.protocol for metric in shown if metric.protocol)
+    }
     cost_header, cost_rows = cost_table(study["arms"], samples)
     reference = reference_arm(study)
     concluded = statements(samples, study["arms"], reference, domain.metrics[0])
-    summary = StudySummary(study["title"], header, rows, cost_header, cost_rows, concluded)
+    summary = StudySummary(study["title"], header, rows, protocols, cost_header, cost_rows, concluded)
     figures = out.parent
-    panels = [Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.in_figure]
+    panels = {
+        name: [
+            Panel(m.title, values[m.name], m.better, m.scale, m.reference)
+            for m in shown
+            if m.in_figure and m.protocol == name
+        ]
+        for name in ("", *protocols)
+    }
     parts = [
         paragraph(protocol(samples, study["arms"])),
         heading("What came out"),
         bullets(summary.statements),
-        *_quality_pictures(panels, samples, labels, reference["label"], figures),
+        *_quality_pictures(panels[""], samples, labels, reference["label"], figures),
         table(header, rows, group=True),
+        *(
+            part
+            for name, (columns, lines) in protocols.items()
+            for part in (
+                heading(name),
+                *_protocol_picture(panels[name], labels, figures / f"{name.split()[0].lower()}.png"),
+                table(columns, lines, group=True),
+            )
+        ),
         heading("Cost"),
         table(cost_header, cost_rows),
         paragraph(
@@ -102,6 +125,14 @@ def _quality_pictures(
     return parts
 
 
+def _protocol_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:
+    """Against T, of no more models than there are colours."""
+    if not panels or len(labels) > len(COLOURS):
+        return []
+    caption = "Against denoiser evaluations; bars are 95 % intervals over seeds, the dotted line is real data."
+    return [picture(quality_figure(panels, path), caption)]
+
+
 def print_summary(summary: StudySummary) -> None:
     """The tables and statements on the terminal."""
     console = Console()
@@ -109,6 +140,7 @@ def print_summary(summary: StudySummary) -> None:
     console = Console(width=width)
     for title, header, rows in (
         (summary.title, summary.header, summary.rows),
+        *((name, *content) for name, content in summary.protocols.items()),
         ("Cost", summary.cost_header, summary.cost_rows),
     ):
         shown = Table(title=title)

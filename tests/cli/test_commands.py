@@ -11,9 +11,11 @@ import yaml
 
 import scmdm
 from scmdm.cli import main
-from scmdm.data.tokenizers import SymbolTokenizer, is_framed
+from scmdm.data.loader import read_split
+from scmdm.data.tokenizers import SymbolTokenizer, is_framed, load_tokenizer
 from scmdm.errors import UserError
-from scmdm.sampling import template_tokens
+from scmdm.evaluation.statistics import mean_interval
+from scmdm.sampling import Generated, template_tokens
 from tests.conftest import ADAPTED, ROOT, TINY
 
 
@@ -206,6 +208,29 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     assert "NELBO null" in capsys.readouterr().out
 
 
+def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monkeypatch):
+    """Molecules of the data in place of the tiny base's, which makes none: ordinary numbers, with an interval, kept."""
+    rows_N = torch.from_numpy(read_split(molecules, "test").astype("int64"))[:24]
+    tokenizer = load_tokenizer(molecules / "tokenizer.json")
+    texts = [tokenizer.decode(row) for row in rows_N.tolist()]
+
+    def drawn(*_, seed, **__):
+        return Generated(rows_N[seed:], texts[seed:], [True] * (24 - seed), [4] * (24 - seed), 1.0)
+
+    monkeypatch.setattr("scmdm.evaluation.evaluate.generate", drawn)
+    out = tmp_path / "e.json"
+    keys = ["moses=true", "nelbo_samples=0", "num=24", "seeds=[0,4]", f"out={out}"]
+    assert main(["evaluate", str(base), *keys]) == 0
+    metrics = [row["metrics"] for row in json.loads(out.read_text())["samples"]]
+    assert all(row["moses_valid"] == 1 and row["moses_unique@1000"] is None for row in metrics)
+    printed = capsys.readouterr().out
+    snn = mean_interval([row["moses_SNN/Test"] for row in metrics])
+    (line,) = (line.split("│")[1:-1] for line in printed.splitlines() if "MOSES SNN/Test " in line)
+    assert snn.half_width > 0 and [cell.strip() for cell in line] == ["MOSES SNN/Test", snn.text(5), "0.6419"]
+    assert "unique@1000" not in printed and "MOSES (30,000 samples" in printed
+    assert len(list((published_moses / "scmdm/moses").glob("molecules-*.npz"))) == 2
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -214,6 +239,9 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
         (["scorer=/tmp"], "scorer=/tmp is not for molecules"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
+        (["seeds=[0,1,0]"], "seeds=[0, 1, 0] is not possible; it must be a list of at least one seed"),
+        (["seeds=[]"], "seeds=[] is not possible"),
+        (["seeds=[-1]"], "seeds=[-1] is not possible"),
     ],
 )
 def test_evaluation_mistakes(base, capsys, keys, message):
@@ -358,6 +386,10 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
         ("reference=best", "reference=best is not possible"),
         ("nelbo_samples=0", "nelbo_samples=0 is not possible"),
         ("base=/nonexistent", "/nonexistent does not exist"),
+        ("sampling_seeds=[0,0]", "sampling_seeds=[0, 0] is not possible"),
+        ("adaptation_seeds=[]", "adaptation_seeds=[] is not possible"),
+        ("adaptation_seeds=[1,-1]", "adaptation_seeds=[1, -1] is not possible"),
+        ("steps=[4,4]", "steps=[4, 4] is not possible; it must be a list of numbers above 0, each once"),
     ],
 )
 def test_a_study_checks_all_its_runs_before_any_work(base, tmp_path, capsys, monkeypatch, key, message):

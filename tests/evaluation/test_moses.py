@@ -16,22 +16,25 @@ from scipy.stats import wasserstein_distance
 from scmdm.errors import UserError
 from scmdm.evaluation.figures import distribution_figure
 from scmdm.evaluation.frechet import Moments, frechet_distance
+from scmdm.evaluation.molecule_sets import (
+    PROPERTIES,
+    Work,
+    describe,
+    fingerprints,
+    fragments_of,
+    scaffold_of,
+)
 from scmdm.evaluation.molecules import chemnet_activations
 from scmdm.evaluation.moses import (
-    PROPERTIES,
+    TRAINING_SET,
     Comparison,
     Filters,
     MosesReference,
-    SetStatistics,
     cosine_similarity,
-    describe,
     evaluate_moses,
     filter_rate,
-    fingerprints,
-    fragments_of,
     internal_diversity,
     nearest_similarity,
-    scaffold_of,
 )
 
 # Of MOSES' training and test sets.
@@ -80,9 +83,18 @@ def test_blocks_do_not_change_similarities(monkeypatch):
     dice = np.random.default_rng(0)
     sample, reference = dice.integers(0, 256, (37, 128), np.uint8), dice.integers(0, 256, (53, 128), np.uint8)
     whole = nearest_similarity(sample, reference), internal_diversity(sample)
-    monkeypatch.setattr("scmdm.evaluation.moses._BLOCK", 10)
+    monkeypatch.setattr("scmdm.evaluation.moses._ROWS", 10)
+    monkeypatch.setattr("scmdm.evaluation.moses._COLUMNS", 7)
     assert nearest_similarity(sample, reference) == pytest.approx(whole[0])
     assert internal_diversity(sample) == pytest.approx(whole[1])
+
+
+def test_many_bits_in_common_are_counted_exactly():
+    """More than bfloat16 can count: 1,021 of 1,024."""
+    full = np.full((2, 128), 255, np.uint8)
+    full[1, 0] = 0b00011111
+    found = nearest_similarity(full[:1], full[1:])
+    assert found == pytest.approx([1021 / 1024], abs=1e-7)
 
 
 def test_similarities_are_rdkit_s():
@@ -212,39 +224,92 @@ def test_uniqueness_counts_the_first_valid_ones(monkeypatch):
     assert found.unique == {2: 0.5, 4: 0.75, 8: None}
 
 
-def test_statistics_are_kept_and_a_damaged_file_is_named(tmp_path):
-    whole = describe(TEST, fcd=False)
-    path = tmp_path / "deep" / "test.npz"
-    whole.save(path)
-    again = SetStatistics.load(path)
-    assert (again.fragments, again.scaffolds, again.activations) == (whole.fragments, whole.scaffolds, None)
-    assert np.array_equal(again.fingerprints_NW, whole.fingerprints_NW)
-    assert all(np.array_equal(again.properties[name], whole.properties[name]) for name in PROPERTIES)
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"test\.npz is damaged"):
-        SetStatistics.load(path)
+def same(a, b):
+    return (
+        (a.fragments, a.scaffolds) == (b.fragments, b.scaffolds)
+        and np.array_equal(a.fingerprints_NW, b.fingerprints_NW)
+        and all(np.array_equal(a.properties[name], b.properties[name]) for name in PROPERTIES)
+    )
+
+
+def test_statistics_are_kept_by_content_and_a_damaged_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("scmdm.evaluation.molecule_sets._PART", 3)
+    work = Work(cache=tmp_path / "deep")
+    whole = describe([*TRAIN, *TEST], work)
+    files = {path.name: path.stat().st_mtime_ns for path in work.cache.iterdir()}
+    assert len(files) == 3 and same(describe([*TRAIN, *TEST]), whole)
+
+    monkeypatch.setattr("scmdm.evaluation.molecule_sets._describe", None)
+    assert same(describe([*TRAIN, *TEST], work), whole), "nothing is computed again"
+    assert {path.name: path.stat().st_mtime_ns for path in work.cache.iterdir()} == files
+    with pytest.raises(TypeError):  # another molecule in the last part
+        describe([*TRAIN, *TEST[:3], "CCO"], work)
+    with pytest.raises(TypeError):
+        describe([*TRAIN, *TEST], work, detailed=4)
+    for path in work.cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"molecules-.*\.npz is damaged"):
+        describe([*TRAIN, *TEST], work)
+
+
+def test_an_interruption_costs_one_part(tmp_path, monkeypatch):
+    """What was finished before it is there, and nothing else."""
+    from scmdm.evaluation import molecule_sets
+
+    monkeypatch.setattr(molecule_sets, "_PART", 2)
+    calls, describe_chunk = [], molecule_sets._describe
+
+    def interrupted(smiles, detailed):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(smiles)
+        return describe_chunk(smiles, detailed)
+
+    work = Work(cache=tmp_path)
+    monkeypatch.setattr(molecule_sets, "_describe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        describe([*TRAIN, *TEST], work)
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(molecule_sets, "_describe", describe_chunk)
+    assert same(describe([*TRAIN, *TEST], work), describe([*TRAIN, *TEST]))
 
 
 def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
-    whole = describe([*TRAIN, *TEST], fcd=False)
-    monkeypatch.setattr("scmdm.evaluation.moses._CHUNK", 2)
-    parts = describe([*TRAIN, *TEST], fcd=False)
-    assert parts.fragments == whole.fragments and np.array_equal(parts.fingerprints_NW, whole.fingerprints_NW)
+    whole = describe([*TRAIN, *TEST])
+    monkeypatch.setattr("scmdm.evaluation.molecule_sets._CHUNK", 2)
+    parts = describe([*TRAIN, *TEST])
+    assert same(parts, whole)
     assert Comparison.of(parts, whole).frag == pytest.approx(1)
+    few = describe([*TRAIN, *TEST], detailed=3)
+    assert few.fragments == whole.fragments and np.array_equal(few.fingerprints_NW, whole.fingerprints_NW[:3])
+    assert all(np.array_equal(few.properties[name], whole.properties[name][:3]) for name in PROPERTIES)
+
+
+def test_progress_is_shown_of_long_work_alone(monkeypatch, capsys):
+    describe(TEST, Work(progress=True))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("scmdm.evaluation.molecule_sets._CHUNK", 1)
+    describe(TEST, Work())
+    assert capsys.readouterr().out == ""
+    describe(TEST, Work(progress=True))
+    assert "molecules described: 2 of 4\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_workers_and_the_file_do_not_change_the_moments(tmp_path, monkeypatch):
-    smiles = [*TRAIN, *TEST] * 200
-    alone, together = (describe(smiles, fcd=True, workers=workers) for workers in (1, 2))
-    assert together.activations.products_FF == pytest.approx(alone.activations.products_FF, rel=1e-4)
-    together.save(tmp_path / "set.npz")
-    again = SetStatistics.load(tmp_path / "set.npz")
-    assert again.activations.count == 1800 and np.array_equal(again.activations.sum_F, together.activations.sum_F)
-    assert frechet_distance(again.activations, alone.activations) == pytest.approx(0, abs=1e-3)
-    activations = chemnet_activations(smiles)
-    assert alone.activations.covariance_FF == pytest.approx(np.cov(activations.T), abs=1e-4)
+def test_workers_change_nothing(tmp_path, monkeypatch, filters):
+    """Not a bit, ChemNet's rounding neither."""
+    monkeypatch.setattr("scmdm.evaluation.molecule_sets._CHUNK", 1)
+    smiles = [*TRAIN, *TEST]
+    alone, together = (describe(smiles, Work(workers, cache=tmp_path / str(workers)), fcd=True) for workers in (1, 2))
+    assert same(alone, together) and alone.activations.count == 9
+    names = [sorted(path.name for path in (tmp_path / workers).iterdir()) for workers in ("1", "2")]
+    assert len(names[0]) == 2 and names[0] == names[1]
+    kept = describe(smiles, Work(cache=tmp_path / "2"), fcd=True)
+    for other in (together, kept):
+        assert np.array_equal(alone.activations.sum_F, other.activations.sum_F)
+        assert np.array_equal(alone.activations.products_FF, other.activations.products_FF)
+    assert alone.activations.covariance_FF == pytest.approx(np.cov(chemnet_activations(smiles).T), abs=1e-4)
+    assert filter_rate(smiles, filters, Work(2)) == filter_rate(smiles, filters)
 
 
 def test_figure_of_distributions(tmp_path):
@@ -257,17 +322,6 @@ def test_figure_of_distributions(tmp_path):
     assert distribution_figure(constant, tmp_path / "constant.png").is_file()
 
 
-PUBLISHED = {  # of the whole training set; data/samples/train_metrics.csv of molecularsets/moses
-    "FCD/Test": 0.0080,
-    "FCD/TestSF": 0.4755,
-    "SNN/Test": 0.6419,
-    "Frag/Test": 0.99998,
-    "Scaf/Test": 0.9907,
-    "Scaf/TestSF": 0.0,
-    "IntDiv": 0.8567,
-    "IntDiv2": 0.8508,
-    "Filters": 1.0,
-}
 TRAIN_SIZE, TEST_SIZE = 1_584_663, 176_074
 
 
@@ -302,15 +356,15 @@ def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(pu
     parsed = {split: molecules(samples[split]) for split in ("train", "test")}
     fragments = [Counter(f for molecule in found for f in fragments_of(molecule)) for found in parsed.values()]
     scaffolds = [Counter(filter(None, map(scaffold_of, found))) for found in parsed.values()]
-    assert expected_cosine(*fragments) == pytest.approx(PUBLISHED["Frag/Test"], abs=3e-4)
+    assert expected_cosine(*fragments) == pytest.approx(TRAINING_SET["Frag/Test"], abs=3e-4)
     assert cosine_similarity(*fragments) == pytest.approx(expected_cosine(*fragments), abs=2e-3)
-    assert expected_cosine(*scaffolds) == pytest.approx(PUBLISHED["Scaf/Test"], abs=0.02)
+    assert expected_cosine(*scaffolds) == pytest.approx(TRAINING_SET["Scaf/Test"], abs=0.02)
     held_out = Counter(filter(None, map(scaffold_of, molecules(samples["test_scaffolds"]))))
-    assert cosine_similarity(scaffolds[0], held_out) == PUBLISHED["Scaf/TestSF"]
+    assert cosine_similarity(scaffolds[0], held_out) == TRAINING_SET["Scaf/TestSF"]
 
     from data_prep.moses import moses_folder
 
-    assert filter_rate(samples["train"][:300], Filters.read(moses_folder())) == PUBLISHED["Filters"]
+    assert filter_rate(samples["train"][:300], Filters.read(moses_folder())) == TRAINING_SET["Filters"]
 
 
 @pytest.mark.slow
@@ -325,10 +379,10 @@ def test_similarities_of_the_training_set_are_as_published(published_sets):
     sample = fingerprints(molecules(samples["train"][:2000]))
     chunks = (whole["test"][at : at + 5000] for at in range(0, TEST_SIZE, 5000))
     reference = np.concatenate([fingerprints(molecules(chunk)) for chunk in chunks])
-    assert nearest_similarity(sample, reference).mean() == pytest.approx(PUBLISHED["SNN/Test"], abs=0.01)
+    assert nearest_similarity(sample, reference).mean() == pytest.approx(TRAINING_SET["SNN/Test"], abs=0.01)
     one, two = internal_diversity(sample)
-    assert one == pytest.approx(PUBLISHED["IntDiv"], abs=2e-3)
-    assert two == pytest.approx(PUBLISHED["IntDiv2"] - 0.0017, abs=2e-3)
+    assert one == pytest.approx(TRAINING_SET["IntDiv"], abs=2e-3)
+    assert two == pytest.approx(TRAINING_SET["IntDiv2"] - 0.0017, abs=2e-3)
 
 
 @pytest.mark.slow
@@ -346,4 +400,4 @@ def test_fcd_of_the_training_set_is_as_published(published_sets):
 
     for split, name, tolerance in (("test", "FCD/Test", 0.05), ("test_scaffolds", "FCD/TestSF", 0.1)):
         halves = (fcd(split, slice(0, 2000)) + fcd(split, slice(2000, 4000))) / 2
-        assert 2 * fcd(split, slice(0, 4000)) - halves == pytest.approx(PUBLISHED[name], abs=tolerance)
+        assert 2 * fcd(split, slice(0, 4000)) - halves == pytest.approx(TRAINING_SET[name], abs=tolerance)

@@ -145,6 +145,26 @@ def test_conclusions_come_from_the_numbers(study):
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
+def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
+    """A row for each with an interval over seeds, beside the published row of real data."""
+    content = json.loads((study / "study.json").read_text())
+    for row in content["evaluations"]:
+        level = row["sampling_seed"] / 100
+        row["metrics"] |= {"moses_SNN/Test": 0.5 + level, "moses_FCD/Test": None, "moses_logP": 0.1 + level}
+    (study / "study.json").write_text(json.dumps(content))
+    assert main(["report", str(study)]) == 0
+    printed, text = capsys.readouterr().out, (study / "report.html").read_text()
+    assert (study / "moses.png").stat().st_size > 5000 and "MOSES (30,000 samples" in text
+    summary = study_report(study, study / "report.html")
+    assert not any("MOSES" in title for title in summary.header)
+    ((title, (header, rows)),) = summary.protocols.items()
+    assert title in printed.replace("\n", " ") and "0.5100 ± 0.0248" in printed and "<td>0.5100 ± 0.0248</td>" in text
+    assert header == ["T", "measure", "real data", *(label for label, *_ in ARMS.values())]
+    assert [row[:3] for row in rows] == [
+        [steps, *row] for steps in ("8", "32") for row in (["MOSES SNN/Test", "0.6419"], ["MOSES logP", "-"])
+    ]
+
+
 def test_text_is_compared_by_perplexity_where_less_is_better(study):
     content = json.loads((study / "study.json").read_text())
     content["domain"] = "text"
