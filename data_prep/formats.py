@@ -5,24 +5,39 @@ A damaged file gives what is whole before the damage, and then says so.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from data_prep.packages import optional
+from data_prep.packed import PackedLines, Unpack, gunzipped, unzstd
 from scmdm.data.records import Slice, cut_bytes, read_lines
 from scmdm.errors import UserError
 
-_UNPACKED = 1 << 20  # bytes unpacked at once
-_PACKED = 1 << 16  # packed bytes read at once, each of which may unpack to hundreds
-_GZIP = 16 + zlib.MAX_WBITS  # with gzip's own header
+_PEEKED = 1 << 16  # bytes in which an array would begin
 _ROWS = 256  # of a parquet file, decoded at once
-_ZSTD_WINDOW = 1 << 31  # the largest that `zstd --long=31` writes
-_DAMAGED = "damaged file"
+_DAMAGED, _TOO_LONG = "damaged file", "over-long document"
+LONGEST = 1 << 26  # bytes of a line or a document, of which memory holds one
+# Of names whose content would be taken for text.
+_NO_TEXT = (
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".csv",
+    ".tsv",
+    ".arrow",
+    ".pdf",
+    ".npy",
+    ".npz",
+)
 _TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # of an article; a section's heading has more signs on each side
 
 
@@ -52,57 +67,109 @@ class Format:
 
 
 def format_of(path: Path) -> Format:
-    """By the end of the name; any other file is plain text."""
-    return next((FORMATS[suffix] for suffix in FORMATS if path.name.endswith(suffix)), FORMATS[".txt"])
+    """By the end of the name, in capitals or not; a file of any other name is plain text.
+
+    Raises UserError for a name that says that it is something else.
+    """
+    name = path.name.lower()
+    known = FORMATS | _ONLY_NAMED
+    found = next((known[suffix] for suffix in known if name.endswith(suffix)), None)
+    if found is None and name.endswith(_NO_TEXT):
+        raise UserError(f"{path} is no text that can be read; give one of {', '.join(known)}")
+    return found or FORMATS[".txt"]
 
 
-def optional(module: str, wanted_by: str) -> Any:
-    """A module of a package that not everyone has; UserError says who wants it and how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UserError(f"{wanted_by} needs the package {package}; `pip install {package}`") from error
+def is_known(path: Path) -> bool:
+    """Whether a folder's file is taken for one of text."""
+    return path.name.lower().endswith(tuple(FORMATS))
 
 
 def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-    where = f"{path} at byte {piece.start}"
-    whole = _decoded(b"".join(line for _, line in read_lines(path, piece)), where)
-    if whole.text is not None:
+    """The whole slice, or blocks of it where it is a whole file."""
+    lines = read_lines(path, piece, LONGEST)
+    yield from _blocks(((f"{path} at byte {at}", line) for at, line in lines), LONGEST if piece.end is None else None)
+
+
+def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator[Found]:
+    """Text of as many lines, each with its place, as have less than `longest` bytes together."""
+    block: list[tuple[str, bytes]] = []
+    size = 0
+    for where, line in lines:
+        if block and longest is not None and size + len(line) > longest:
+            yield from _block(block)
+            block, size = [], 0
+        block.append((where, line))
+        size += len(line)
+    if block:
+        yield from _block(block)
+
+
+def _block(lines: Sequence[tuple[str, bytes]]) -> Iterator[Found]:
+    where, _ = lines[0]
+    whole = _decoded(b"".join(line for _, line in lines), where)
+    if whole.text is not None and all(len(line) <= LONGEST for _, line in lines):
         yield whole
         return
-    found = [_decoded(line, f"{path} at byte {at}") for at, line in read_lines(path, piece)]
+    found = [_decoded(line, place) if len(line) <= LONGEST else Found(place, None, _TOO_LONG) for place, line in lines]
     yield from (line for line in found if line.text is None)
     rest = "".join(line.text for line in found if line.text is not None)
     if rest.strip():
         yield Found(where, rest)
 
 
+def as_one_document(found: Iterable[Found], where: str) -> Iterator[Found]:
+    """The texts of a file as one, behind what cannot be used of it; one that is too long is not read to its end."""
+    texts: list[str] = []
+    size = 0
+    for place in found:
+        if place.text is None:
+            yield place
+            continue
+        texts.append(place.text)
+        size += len(place.text)
+        if size > LONGEST:
+            yield Found(where, None, _TOO_LONG)
+            return
+    if texts:
+        yield Found(where, "".join(texts))
+
+
 def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
-    for at, line in read_lines(path, piece):
+    for at, line in read_lines(path, piece, LONGEST):
         if line.strip():
             yield _from_json(line, keys, f"{path} at byte {at}")
+
+
+def _read_json(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
+    with open(path, "rb") as file:
+        if file.read(_PEEKED).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
+            raise UserError(f"{path} is one JSON array; write an object on each line, with `jq -c '.[]'` for example")
+    yield from _read_json_lines(path, piece, keys)
 
 
 def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
     """Articles whose title is in the slice, each to the next title; text before the first title is one by itself."""
     article: list[bytes] = []
-    start = piece.start
-    for at, line in read_lines(path, Slice(piece.file, piece.start)):
+    start, size = piece.start, 0
+    for at, line in read_lines(path, Slice(piece.file, piece.start), LONGEST):
         title, outside = _TITLE.fullmatch(line) is not None, piece.end is not None and at >= piece.end
         if title:
-            yield from _article(article, f"{path} at byte {start}")
-            article, start = [], at
+            yield from _article(article, f"{path} at byte {start}", size)
+            article, start, size = [], at, 0
         if outside and not article:
             return
         if title or article or piece.start == 0:
-            article.append(line)
-    yield from _article(article, f"{path} at byte {start}")
+            size += len(line)
+            if size <= LONGEST:
+                article.append(line)
+    yield from _article(article, f"{path} at byte {start}", size)
 
 
-def _article(lines: list[bytes], where: str) -> Iterator[Found]:
+def _article(lines: list[bytes], where: str, size: int) -> Iterator[Found]:
     text = b"".join(lines)
-    if text.strip():
+    if size > LONGEST:
+        yield Found(where, None, _TOO_LONG)
+    elif text.strip():
         yield _decoded(text, where)
 
 
@@ -114,6 +181,8 @@ def _decoded(raw: bytes, where: str) -> Found:
 
 
 def _from_json(line: bytes, keys: Sequence[str], where: str) -> Found:
+    if len(line) > LONGEST:
+        return Found(where, None, _TOO_LONG)
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -143,60 +212,29 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _packed_json_lines(unpack: Callable[[IO[bytes]], Iterator[bytes]]) -> Callable[..., Iterator[Found]]:
-    """A reader of JSON lines out of what `unpack` makes of a file's bytes; it raises EOFError or OSError for damage."""
-
+def _packed_json_lines(unpack: Unpack) -> Callable[..., Iterator[Found]]:
     def read(path: Path, _piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
-        number, rest = 0, b""
-        try:
-            with open(path, "rb") as file:
-                for chunk in unpack(file):
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for number, line in enumerate(lines, number + 1):  # noqa: B020 (goes on counting)
-                        if line.strip():
-                            yield _from_json(line, keys, f"{path}, line {number}")
-        except (EOFError, OSError, zlib.error) as error:
-            yield Found(f"{path} behind line {number} ({' '.join(str(error).split())})", None, _DAMAGED)
-            return
-        if rest.strip():
-            yield _from_json(rest, keys, f"{path}, line {number + 1}")
+        stream = PackedLines(path, unpack, LONGEST)
+        for where, line in stream:
+            if line.strip():
+                yield _from_json(line, keys, where)
+        yield from _damage(stream)
 
     return read
 
 
-def _gunzipped(file: IO[bytes]) -> Iterator[bytes]:
-    """Member by member: `gzip` gives nothing of the read in which it meets the damage."""
-    member, inside = zlib.decompressobj(_GZIP), False
-    while packed := file.read(_PACKED):
-        # Zeros may stand behind a member, up to the end of a tape's block.
-        while packed := packed if inside else packed.lstrip(b"\0"):
-            yield member.decompress(packed, _UNPACKED)
-            packed, inside = (member.unused_data, False) if member.eof else (member.unconsumed_tail, True)
-            if not inside:
-                member = zlib.decompressobj(_GZIP)
-    if inside:
-        yield member.flush()
-        if not member.eof:
-            raise EOFError("the last member is cut off")
+def _packed_text(unpack: Unpack) -> Callable[..., Iterator[Found]]:
+    def read(path: Path, _piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
+        stream = PackedLines(path, unpack, LONGEST)
+        yield from _blocks(stream, LONGEST)
+        yield from _damage(stream)
+
+    return read
 
 
-def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own reader takes the end of the file for the end of a frame that was cut."""
-    zstandard = optional("zstandard", f"{getattr(file, 'name', 'a .zst file')}")
-    unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    frame, inside = unpacker.decompressobj(), False
-    while packed := file.read(_PACKED):
-        while packed:
-            inside = True
-            try:
-                yield frame.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            packed = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame, inside = unpacker.decompressobj(), False
-    if inside:
-        raise EOFError("the last frame is cut off")
+def _damage(stream: PackedLines) -> Iterator[Found]:
+    if stream.damage is not None:
+        yield Found(stream.damage, None, _DAMAGED)
 
 
 def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
@@ -250,10 +288,14 @@ def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
 # A longer end of a name stands before one that it ends in.
 FORMATS = {
     ".jsonl": Format(_read_json_lines, cut_bytes),
-    ".jsonl.gz": Format(_packed_json_lines(_gunzipped), None),
-    ".jsonl.zst": Format(_packed_json_lines(_unzstd), None),
+    ".jsonl.gz": Format(_packed_json_lines(gunzipped), None),
+    ".jsonl.zst": Format(_packed_json_lines(unzstd), None),
+    ".txt.gz": Format(_packed_text(gunzipped), None, whole_text=True),
+    ".txt.zst": Format(_packed_text(unzstd), None, whole_text=True),
     ".parquet": Format(_read_parquet, _cut_row_groups),
     ".raw": Format(_read_articles, cut_bytes),  # wikitext's own files
     ".tokens": Format(_read_articles, cut_bytes),
     ".txt": Format(_read_text, cut_bytes, whole_text=True),
 }
+# In a folder such a file is more often about the texts than one of them.
+_ONLY_NAMED = {".json": Format(_read_json, cut_bytes)}

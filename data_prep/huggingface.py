@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import Found, of_row, optional
+from data_prep.formats import Found, of_row
+from data_prep.packages import optional
 from data_prep.text import Units
 from scmdm.data.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
@@ -89,8 +90,9 @@ def _load(path: str, config: str | None, split: str | None) -> dict[str, Any]:
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # a connection's failure is an OSError
-        reason = " ".join(str(error).split())[:300]
+    # A connection's failure is an OSError; a line that is broken is the cause of a DatasetsError that does not name it.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         wanted = f"hf_config={config}, hf_split={split}" if split else f"hf_config={config}"
         raise UserError(f"path={path} ({wanted}) is no data set that can be loaded: {reason}") from error
     if not isinstance(loaded, dict):

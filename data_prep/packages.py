@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from scmdm.errors import UserError
 from scmdm.files import atomic_directory
@@ -39,3 +41,12 @@ def _pip_download(requirement: str, folder: Path, options: Sequence[str], remedy
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise UserError(f"cannot fetch {requirement}: {reason}; {remedy}")
+
+
+def optional(module: str, wanted_by: str) -> Any:
+    """A module of a package that not everyone has; UserError says who wants it and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"{wanted_by} needs the package {package}; `pip install {package}`") from error

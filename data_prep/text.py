@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.detokenize import DETOKENIZERS
-from data_prep.formats import FORMATS, Found, format_of
+from data_prep.formats import FORMATS, Format, Found, as_one_document, format_of, is_known
 from data_prep.packages import package_data
 from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
@@ -51,8 +51,7 @@ class TextFolder:
             return {self.path.name: self.path}
         if not self.path.is_dir():
             raise UserError(f"path={self.path} does not exist; give a {_KNOWN} file or a folder of them")
-        patterns = [self.pattern] if self.pattern else [f"*{suffix}" for suffix in FORMATS]
-        files = sorted({p for pattern in patterns for p in self.path.rglob(pattern) if p.is_file()})
+        files = sorted(p for p in self.path.rglob(self.pattern or "*") if p.is_file() and (self.pattern or is_known(p)))
         if not files:
             wanted = f"file like {self.pattern}" if self.pattern else f"{_KNOWN} file"
             raise UserError(f"path={self.path} holds no {wanted}; give a folder that does")
@@ -74,11 +73,17 @@ class TextFolder:
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
-            yield from self._units.records(format_of(path).read(path, piece, self.keys), tally)
+            known = format_of(path)
+            found = known.read(path, piece, self.keys)
+            found = as_one_document(found, str(path)) if self._is_one_document(known) else found
+            yield from self._units.records(found, tally)
 
     def _divisible(self, path: Path) -> bool:
         known = format_of(path)
-        return known.cut is not None and not (known.whole_text and self._units.unit == "documents")
+        return known.cut is not None and not self._is_one_document(known)
+
+    def _is_one_document(self, known: Format) -> bool:
+        return known.whole_text and self._units.unit == "documents"
 
 
 def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:

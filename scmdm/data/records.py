@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from scmdm.data.tokenizers import Content, Layout
 from scmdm.errors import UserError
 
 SPLITS = ("train", "validation", "test")  # what every data set has
+_SKIPPED = 1 << 20  # bytes at once
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,32 @@ def join_parts(parts: Sequence[Part]) -> list[Part]:
     return joined
 
 
-def read_lines(path: Path, piece: Slice) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in a slice, each with its offset: slices that touch share nothing and miss nothing."""
+def read_lines(path: Path, piece: Slice, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a slice, each with its offset: slices that touch share nothing and miss nothing.
+
+    Of a line of more than `longest` bytes come the first `longest` and one. A byte order mark is no part of a line.
+    """
     with open(path, "rb") as file:
         at = piece.start
         if at > 0:
             file.seek(at - 1)
-            at += len(file.readline()) - 1
+            at += _skip_line(file) - 1
         while piece.end is None or at < piece.end:
-            line = file.readline()
+            line = file.readline() if longest is None else file.readline(longest + 1)
             if not line:
                 return
-            yield at, line
-            at += len(line)
+            size = len(line)
+            if longest is not None and size > longest and not line.endswith(b"\n"):
+                size += _skip_line(file)
+            yield at, line.removeprefix(codecs.BOM_UTF8) if at == 0 else line
+            at += size
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Go behind the end of the line; returns how many bytes that were."""
+    size = 0
+    while rest := file.readline(_SKIPPED):
+        size += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return size

@@ -235,7 +235,7 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     ("keys", "message"),
     [
         (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
-        (["domain=text"], "domain=text, but the model's tokenizer makes molecules"),
+        (["domain=text"], "domain=text, but the model makes molecules"),
         (["scorer=/tmp"], "scorer=/tmp is not for molecules"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),

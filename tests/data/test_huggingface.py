@@ -269,3 +269,15 @@ def test_mdlm_data_end_to_end(gpt2, end, saved, tmp_path, empty_yaml):
     again = prepared(saved / "one", tmp_path / "b", empty_yaml, f"tokenizer_path={gpt2 / 'tokenizer.json'}", *keys)
     assert again == manifest and files(tmp_path / "a") == files(tmp_path / "b")
     assert np.issubdtype(ids_NL.dtype, np.uint16)
+
+
+def test_a_broken_line_of_a_folder_is_named(tmp_path, empty_yaml, capsys, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    keys = ["source=huggingface", f"path={tmp_path / 'folder'}", "tokenizer=bytes", "length=16"]
+    assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / 'data'}"]) == 1
+    error = capsys.readouterr().err
+    assert "is no data set that can be loaded" in error and "JSON" in error.upper()
+    assert "Traceback" not in error

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+import data_prep.formats
 from data_prep.detokenize import DETOKENIZERS
 from data_prep.formats import format_of
 from data_prep.text import TextFolder, Units, split_of_name
@@ -233,3 +235,83 @@ def test_members_of_a_gzip_with_zeros_behind_them(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]) + bytes(1000))
 
     assert read(tmp_path / "a.jsonl.gz") == (DOCUMENTS, {"read": len(DOCUMENTS)})
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".TXT", ".Txt.GZ"])
+def test_packed_text_and_names_in_capitals(tmp_path, suffix):
+    raw = "".join(f"line {number}\n" for number in range(3000)).encode()
+    pack = {"gz": gzip.compress, "zs": zstandard.ZstdCompressor().compress}.get(suffix.lower()[5:7], bytes)
+    (tmp_path / f"a{suffix}").write_bytes(pack(raw))
+    for path in (tmp_path, tmp_path / f"a{suffix}"):
+        assert read(path, unit="lines")[0] == raw.decode().splitlines()
+    assert read(tmp_path, unit="documents") == ([raw.decode()], {"read": 1})
+    if suffix != ".TXT":
+        (tmp_path / f"a{suffix}").write_bytes(pack(raw)[:-9])
+        found, counts = read(tmp_path, unit="lines")
+        assert counts["dropped: damaged file"] == 1 and found == raw.decode().splitlines()[: len(found)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    raw = b"\xef\xbb\xbf" + (b"one\ntwo\n" if suffix == ".txt" else b'{"text": "one"}\n{"text": "two"}\n')
+    pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}.get(suffix, bytes)
+    (tmp_path / f"a{suffix}").write_bytes(pack(raw))
+    assert read(tmp_path, unit="lines") == (["one", "two"], {"read": 2})
+
+
+def test_json_is_read_by_lines_when_it_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read(tmp_path / "a.json")[0] == ["one", "two"]
+    assert read(tmp_path, pattern="*.json")[0] == ["one", "two"]
+    with pytest.raises(UserError, match="holds no"):
+        read(tmp_path)
+    (tmp_path / "a.json").write_text('\n [{"text": "one"}]')
+    with pytest.raises(UserError, match=r"a\.json is one JSON array; write an object on each line"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.PDF", "a.jsonl.bz2"])
+def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(UserError, match=r"is no text that can be read; give one of \.jsonl,"):
+        read(tmp_path / name)
+    (tmp_path / "README").write_text("any other name is text")
+    assert read(tmp_path / "README")[0] == ["any other name is text"]
+
+
+def test_a_document_that_is_too_long_is_counted_and_not_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.formats, "LONGEST", 100)
+    short, long = "short", "long " * 50
+    for suffix, texts in ((".jsonl", [short, long, short]), (".jsonl.gz", [short, long, short])):
+        assert read(write(tmp_path / f"a{suffix}", texts)) == (
+            [short] * 2,
+            {"read": 2, "dropped: over-long document": 1},
+        )
+    lines = "".join(f"line {number}\n" for number in range(30))
+    for suffix, pack in ((".txt", bytes), (".txt.gz", gzip.compress)):
+        path = tmp_path / f"b{suffix}"
+        path.write_bytes(pack(lines.encode()))
+        assert read(path) == ([], {"dropped: over-long document": 1})
+        assert read(path, unit="lines")[0] == lines.splitlines()
+        path.write_bytes(pack(f"one\n{long}\ntwo\n".encode()))
+        assert read(path, unit="lines") == (["one", "two"], {"read": 2, "dropped: over-long document": 1})
+    (tmp_path / "wiki.raw").write_text(WIKI + " " + " x .\n" * 60 + " = Third = \n end .\n")
+    found, counts = read(tmp_path / "wiki.raw")
+    assert [text.split("\n")[0] for text in found] == [" = First = ", " = Third = "]
+    assert counts["dropped: over-long document"] == 1
+
+
+def test_memory_does_not_grow_with_one_line(tmp_path):
+    """A line of 300 MiB, of which no more than the limit is ever held."""
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(300):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "end"}\n')
+    tracemalloc.start()
+    try:
+        assert read(path) == (["end"], {"read": 1, "dropped: over-long document": 1})
+        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.formats.LONGEST
+    finally:
+        tracemalloc.stop()
