@@ -1,8 +1,9 @@
 """Text of corpora that were published in pieces, as people write it.
 
-Wikitext (Merity et al., 2017) and LM1B (Chelba et al., 2014) have spaces around punctuation. Figures are compared on
-the text without them (Radford et al., 2019; MDLM, arXiv 2406.07524). A detokenizer is a list of substitutions made
-in order.
+Wikitext (Merity et al., 2017), LM1B (Chelba et al., 2014), the Penn Treebank and the scientific papers of arXiv and
+PubMed (Cohan et al., 2018) have spaces around punctuation, LAMBADA (Paperno et al., 2016) typographic quotes. Figures
+are compared on the text without them (Radford et al., 2019; MDLM, arXiv 2406.07524). A detokenizer is a list of
+substitutions made in order.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ _LM1B = _rules(
     *_PAIRS,
     (r"([$£]) ", r"\1"),
 )
+_PTB = _rules(
+    (r" (?='s|n't)", ""),
+    (r"(?<=s) '(?= )", "'"),
+    (r" \n ", "\n"),
+    (r"\\/", "/"),
+    (r"(?<= )N(?= )", "1"),  # stands for any number
+    (r"([$#]) (?=1)", r"\1"),
+    (r"<unk>", "?"),
+)
+_LAMBADA = _rules(("[\u201c\u201d]", '"'))
 
 
 def _apply(rules: Rules) -> Callable[[str], str]:
@@ -59,4 +70,8 @@ DETOKENIZERS: Mapping[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "wikitext": _apply(_WIKITEXT),
     "lm1b": _apply(_LM1B),
+    "ptb": _apply(_PTB),
+    # As GPT-2's evaluation and MDLM's have it: a passage begins behind the end of a line.
+    "lambada": lambda text: "\n" + _apply(_LAMBADA)(text).strip(),
+    "scientific_papers": lambda text: _apply(_LM1B)(_apply(_WIKITEXT)(text)),
 }

@@ -28,7 +28,7 @@ _SOURCES = {
 _NEEDS_PATH = ("smiles", "huggingface", "text8", "cifar10", "images", "codes")
 _WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
 _FROM_FILE = ("sentencepiece", "huggingface")
-_CHOICES = {
+CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
     "pad_policy": ("loss", "ignore"),
@@ -39,7 +39,7 @@ _CHOICES = {
     "on_size": ("crop", "drop"),
     "colour": ("rgb", "grey"),
     "unit": ("passages", "documents", "lines"),
-    "detokenize": ("none", "wikitext", "lm1b"),
+    "detokenize": ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_papers"),
     "splits": ("hash", "names"),
     "framing": ("records", "concatenate", "packed"),
 }
@@ -87,7 +87,8 @@ class PrepareConfig:
     hf_config: str | None = None  # huggingface: name of the data set's configuration
     hf_split: str = "train"  # huggingface: what to read (with splits=names: all of them)
     unit: str = "passages"  # text: a record is passages (of about 4000 characters) | documents | lines
-    detokenize: str = "none"  # none | wikitext | lm1b: take out the spaces that these corpora have around punctuation
+    # none | wikitext | lm1b | ptb | lambada | scientific_papers: as people write it, without the corpus' own spaces
+    detokenize: str = "none"
     # smiles | selfies | characters | sentencepiece | bytes | huggingface | dna | levels (of pixels) | codes
     tokenizer: str = MISSING
     tokenizer_path: str | None = None  # sentencepiece: .model (null: train one); huggingface: tokenizer.json, or folder
@@ -123,7 +124,7 @@ class PrepareConfig:
     slice: str | None = None  # INDEX/COUNT of the machines that prepare it together, as tasks of a SLURM array: 0/4
 
     def validate(self) -> None:
-        for key, choices in _CHOICES.items():
+        for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 wanted = ", ".join(choice or "null" for choice in choices)
                 raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {wanted}")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from omegaconf import MISSING
+
+from scmdm.config.load import read_config
+from scmdm.config.prepare import CHOICES
 from scmdm.diffusion.plans import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
@@ -125,6 +130,22 @@ class DenoiseConfig:
 
 
 @dataclass
+class ZeroShotConfig:
+    """Texts that a model was not trained on, as `scmdm prepare` reads them."""
+
+    path: str = MISSING  # file or folder
+    key: str = "text"  # of a row
+    unit: str = "documents"  # passages | documents | lines
+    detokenize: str = "none"  # none | wikitext | lm1b | ptb | lambada | scientific_papers
+
+    def validate(self) -> None:
+        for key in ("unit", "detokenize"):
+            choices = tuple(map(str, CHOICES[key]))
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {', '.join(choices)}")
+
+
+@dataclass
 class EvaluateConfig:
     """What to measure, and how."""
 
@@ -142,7 +163,8 @@ class EvaluateConfig:
     scorer: str | None = None  # text: directory of a transformers causal model; null: n-gram model on held-out text
     mauve: bool = False  # text: MAUVE in the scorer's features
     inception: str | None = None  # images: file of Inception's weights, for FID; null: a classifier trained here
-    texts: dict[str, str] = field(default_factory=dict)  # zero-shot perplexity: NAME: file or folder of text
+    # zero-shot perplexity: NAME: file or folder of text, or {path: ..., key: ..., unit: ..., detokenize: ...}
+    texts: dict[str, Any] = field(default_factory=dict)
     out: str | None = None  # JSON file; null: beside the model, in evaluations/
     weights: str = "ema"
     device: str = "auto"
@@ -160,7 +182,20 @@ class EvaluateConfig:
         if not 0 < self.t_min < 0.5:
             raise UserError(f"t_min={self.t_min} is not possible; it must be between 0 and 0.5")
         _check_place(self.weights, self.device, self.precision)
+        self.zero_shot_texts()
         self.sampler.validate()
+
+    def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:
+        """By name. Raises UserError for keys and values that are none."""
+        found = {}
+        for name, value in self.texts.items():
+            keys = {"path": value} if isinstance(value, str) else value
+            if not isinstance(keys, dict):
+                raise UserError(
+                    f"texts.{name}={value!r} is not possible; it must be a path, or {{path: ..., key: ...}}"
+                )
+            found[name] = read_config(ZeroShotConfig, keys, f"in texts.{name}")
+        return found
 
 
 def require_seeds(key: str, seeds: Sequence[int]) -> None:

@@ -95,8 +95,8 @@ def _zero_shot(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
     modes = {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
     options: dict[str, Any] = {"draws": config.nelbo_draws, "t_min": config.t_min, "precision": config.precision}
     found: dict[str, Any] = {}
-    for name, path in config.texts.items():
-        texts = read_texts(Path(path))
+    for name, asked in config.zero_shot_texts().items():
+        texts = read_texts(Path(asked.path), keys=(asked.key,), unit=asked.unit, detokenize=asked.detokenize)
         measured = {mode: zero_shot(loaded, texts, condition=condition, **options) for mode, condition in modes.items()}
         found[name] = {
             mode: {"nelbo": asdict(m.nelbo), "perplexity": m.perplexity, "word_perplexity": m.word_perplexity}
@@ -174,8 +174,9 @@ def _print(result: dict[str, Any], domain: Domain) -> None:
         table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
     for name, modes in result.get("zero_shot", {}).items():
         for mode, value in modes.items():
-            both = f"{value['perplexity']:.2f} ({value['word_perplexity']:.2f} per word)"
-            table.add_row(f"zero-shot perplexity of {name}, {mode}", both)
+            error = value["perplexity"] * value["nelbo"]["stderr"]
+            text = f"{value['perplexity']:.2f} ± {error:.2f} (standard error); {value['word_perplexity']:.2f} per word"
+            table.add_row(f"zero-shot perplexity of {name}, {mode}", text)
     if rows:
         for metric in shown:
             interval = mean_interval([row["metrics"][metric.name] for row in rows])

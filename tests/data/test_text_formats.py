@@ -151,6 +151,14 @@ def test_splits_by_name(tmp_path):
         ("wikitext", 'the " best one " of it \'s kind', 'the "best one" of it\'s kind'),
         ("lm1b", 'He said : " I don \'t know " , why ?', 'He said: "I don\'t know", why?'),
         ("lm1b", "It cost $ 5 ( or so ) , see http : / / x.org .", "It cost $5 (or so), see http://x.org."),
+        ("ptb", "the bank 's traders ' N N at $ N \n or <unk>", "the bank's traders' 1 1 at $ N\nor ?"),
+        ("ptb", "did n't pay # N million and\\/or N", "didn't pay #1 million and/or N"),
+        ("lambada", " \u201cyes , \u201d he said . ", '\n"yes , " he said .'),
+        (
+            "scientific_papers",
+            "we use @xmath0 ( see fig . 1 ) , i.e. x @-@ rays",
+            "we use @xmath0 (see fig. 1), i.e. x-rays",
+        ),
         ("none", "as it ( is ) .", "as it ( is ) ."),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from scmdm.cli import main
 from scmdm.config.schema import DiffusionConfig, ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
@@ -14,6 +15,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
 from scmdm.model.init import init_weights
 from scmdm.model.weights import LoadedModel, ModelSpec, allocate
+from scmdm.sampling import load
 
 TOKENIZER = SymbolTokenizer("characters", "ab ")  # ids 4 to 6
 
@@ -88,3 +90,40 @@ def test_files(tmp_path):
 def test_bytes_need_no_vocabulary(tmp_path):
     found = zero_shot(uniform(tmp_path, ByteTokenizer(), length=32), ["Grüße, 世界! " * 9] * 9, draws=4)
     assert found.nelbo.mean == pytest.approx(math.log(259), rel=0.1)
+
+
+def test_texts_each_with_its_own_keys(tmp_path):
+    """By the command line: rows of a column, detokenized, beside a plain path."""
+    rows = (json.dumps({"line": f"they did n't sell {i}"}) + "\n" for i in range(9))
+    (tmp_path / "ptb.jsonl").write_text("".join(rows))
+    (tmp_path / "plain.txt").write_text("".join(f"they didn't sell {i}\n" for i in range(60)))
+    (tmp_path / "empty.yaml").write_text("{}")
+    empty, data, run, out = (tmp_path / name for name in ("empty.yaml", "data", "run", "found.json"))
+    keys = ["source=text", f"path={tmp_path / 'plain.txt'}", "tokenizer=bytes", "length=32", "unit=lines"]
+    fractions = ["validation_fraction=0.2", "test_fraction=0.2", "deduplicate=false"]
+    assert main(["prepare", str(empty), *keys, *fractions, f"out={data}", "workers=1"]) == 0
+    small = ["model.width=16", "model.layers=1", "model.heads=2", "train.steps=1", "train.global_batch_size=8"]
+    micro = "train.micro_batch_size=8"
+    assert main(["train", str(empty), f"data.path={data}", f"run_dir={run}", *small, micro]) == 0
+    own = f"{{path: {tmp_path / 'ptb.jsonl'}, key: line, detokenize: ptb}}"
+    texts = f"texts={{ptb: {own}, plain: {tmp_path / 'plain.txt'}}}"
+    assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", texts]) == 0
+    found = json.loads(out.read_text())["zero_shot"]
+    expected = zero_shot(load(run), [f"they didn't sell {i}" for i in range(9)], draws=4, t_min=1e-4)
+    assert found["ptb"]["null"]["perplexity"] == pytest.approx(expected.perplexity)
+    assert set(found) == {"ptb", "plain"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("{a: {path: x, detokenise: ptb}}", "detokenise"),
+        ("{a: {path: x, detokenize: penn}}", "must be one of none, wikitext, lm1b, ptb"),
+        ("{a: {key: x}}", "path"),
+        ("{a: 3}", "texts.a=3 is not possible"),
+    ],
+)
+def test_mistakes_in_texts(tmp_path, capsys, texts, message):
+    assert main(["evaluate", str(tmp_path), f"texts={texts}"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
