@@ -11,9 +11,7 @@ from scmdm.errors import UserError
 class MosesConfig:
     """What to measure of a set of molecules."""
 
-    num: int | None = (
-        None  # molecules: the first of a file; of a published set some at random, always the same; null: all
-    )
+    num: int | None = None  # the first of a file; of a published set some at random, always the same; null: all
     detailed: int | None = 30000  # SNN, IntDiv, Filters and properties are of so many of them; null: all
     fcd: bool = True  # Frechet ChemNet distance
     out: str | None = None  # JSON file; null: print alone

@@ -25,6 +25,7 @@ from scmdm.evaluation.molecule_sets import SetStatistics, Work, describe
 from scmdm.evaluation.moses import TRAINING_SET, MosesReference, cache_folder, evaluate_moses
 from scmdm.files import atomic_write_text, require_writable
 from scmdm.parallel.engine import resolve_device
+from scmdm.training.metrics import format_duration
 from scmdm.workers import core_count
 
 
@@ -42,8 +43,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
         smiles, size = _published(source, config.num)
         framed, work = [True] * len(smiles), replace(work, cache=cache_folder())
     else:
-        smiles, framed = _read(Path(source), config.num)
-        size = len(smiles)
+        smiles, framed, size = _read(Path(source), config.num)
     reference = MosesReference.published(fcd=config.fcd, work=work)
     found = evaluate_moses(smiles, framed, reference, work, detailed=config.detailed)
     result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.as_dict()}
@@ -66,8 +66,8 @@ def _published(split: str, num: int | None) -> tuple[list[str], int]:
     return [smiles[index] for index in order], len(smiles)
 
 
-def _read(path: Path, num: int | None) -> tuple[list[str], list[bool]]:
-    """SMILES, and whether they are framed as the data is, which only `.jsonl` says. UserError for no such file."""
+def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
+    """SMILES, whether each is framed as the data is, which only `.jsonl` says, and how many there are."""
     try:
         lines = path.read_text().splitlines()
         if path.suffix == ".jsonl":
@@ -86,7 +86,7 @@ def _read(path: Path, num: int | None) -> tuple[list[str], list[bool]]:
         ) from error
     if not found:
         raise UserError(f"{path} holds no molecule; give a file with a SMILES a line")
-    return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]]
+    return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]], len(found)
 
 
 def _of_the_whole(
@@ -136,8 +136,7 @@ def whole_cosine(part: Mapping[str, int], other: Mapping[str, int], factor: floa
 def _print(result: dict[str, Any]) -> None:
     metrics, whole = result["metrics"], result.get("whole", {})
     num, size = metrics["num_samples"], result["of"]
-    title = f"MOSES' metrics of {result['source']}: {num:,} of {size:,}" if whole else f"{result['source']}: {num:,}"
-    table = Table(title=title)
+    table = Table(title=f"MOSES' metrics of {result['source']}, {num:,} of {size:,} molecules")
     table.add_column("measure")
     for name in ("value", *(["of all, estimated"] if whole else []), "training set, published"):
         table.add_column(name, justify="right")
@@ -146,10 +145,9 @@ def _print(result: dict[str, Any]) -> None:
             continue
         estimate = [_number(whole.get(name))] if whole else []
         table.add_row(name, _number(value), *estimate, _number(TRAINING_SET.get(name)))
-    minutes = result["seconds"] / 60
     of = result["config"]["detailed"]
     few = f"; SNN, IntDiv, Filters and properties of {min(of, num):,}" if of is not None and of < num else ""
-    table.caption = f"{minutes:.1f} minutes{few}"
+    table.caption = f"{format_duration(result['seconds'])}{few}"
     Console().print(table)
 
 
