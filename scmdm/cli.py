@@ -121,6 +121,7 @@ _prepare_schema = _schema("prepare", "PrepareConfig")
 _run_schema = _schema("schema", "RunConfig")
 _sample_schema = _schema("sampling", "SampleConfig")
 _evaluate_schema = _schema("sampling", "EvaluateConfig")
+_moses_schema = _schema("moses", "MosesConfig")
 _study_schema = _schema("study", "StudyConfig")
 
 
@@ -247,10 +248,22 @@ def _add_model_commands(commands: _Commands) -> None:
         parser.add_argument("--config", type=Path, help="YAML file with the keys below")
         _overrides(parser)
 
+    summary = "MOSES' metrics of a file of molecules, or of MOSES' own training or test set."
+    parser = _add(commands, "moses", _moses, summary, _moses_schema)
+    parser.add_argument("source", help="SMILES a line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds")
+    _overrides(parser)
+
     parser = _add(commands, "demo", _demo, "A local web page: a model denoises beside its base, step by step.")
     parser.add_argument("model", type=Path, help="run directory, checkpoint or exported model")
     parser.add_argument("--base", type=Path, help="what to show beside it (default: what it was adapted from)")
     parser.add_argument("--port", type=int, default=7860, help="of this machine alone; 0: a free one (7860)")
+
+
+def _moses(options: argparse.Namespace) -> None:
+    from scmdm.config.load import load_config
+    from scmdm.evaluation.moses_table import run_moses
+
+    run_moses(options.source, load_config(_moses_schema(), None, options.overrides))
 
 
 def _demo(options: argparse.Namespace) -> None:

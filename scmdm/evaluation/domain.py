@@ -32,6 +32,7 @@ class Metric:
     in_figure: bool = True
     protocol: str = ""  # of a published benchmark, which has a table and a figure of its own
     reference: float | None = None  # of real data, as `protocol` publishes it
+    most: float | None = None  # that is possible
 
     def real(self) -> str:
         """The reference as it is shown, or nothing."""

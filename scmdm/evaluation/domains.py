@@ -31,13 +31,22 @@ from scmdm.evaluation.text import check_scorer, evaluate_text
 from scmdm.sampling import Generated
 from scmdm.workers import core_count
 
-
-def _moses_metric(name: str, better: str = "higher", *, in_figure: bool = False) -> Metric:
-    title = f"MOSES {name}"
-    return Metric(f"moses_{name}", title, better, 1, 4, "", in_figure, MOSES_PROTOCOL, TRAINING_SET.get(name))
+MOSES_PROTOCOL = f"MOSES (its protocol: {MOSES_SAMPLES:,} samples; real data: its training set, as published)"
 
 
-MOSES_PROTOCOL = f"MOSES ({MOSES_SAMPLES:,} samples; of real data: its training set, as published)"
+def _moses_metric(name: str, better: str = "higher", title: str = "", *, in_figure: bool = False) -> Metric:
+    return Metric(
+        f"moses_{name}",
+        f"MOSES {title or name}",
+        better,
+        digits=4,
+        in_figure=in_figure,
+        protocol=MOSES_PROTOCOL,
+        reference=TRAINING_SET.get(name),
+        most=1 if better == "higher" else None,
+    )
+
+
 _MOSES_METRICS = (
     _moses_metric("valid"),
     *(_moses_metric(f"unique@{count}") for count in UNIQUE_AT),
@@ -51,7 +60,7 @@ _MOSES_METRICS = (
     _moses_metric("IntDiv2"),
     _moses_metric("Filters", in_figure=True),
     _moses_metric("Novelty", in_figure=True),
-    *(_moses_metric(name, "lower") for name in PROPERTIES),
+    *(_moses_metric(name, "lower", f"{name}, distance") for name in PROPERTIES),
 )
 
 
@@ -60,10 +69,10 @@ class Molecules(Unprompted):
 
     name: ClassVar[str] = "molecules"
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("validity", "valid, % of samples", "higher", 100, 1, " % valid"),
-        Metric("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1),
-        Metric("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1),
-        Metric("novelty_of_unique", "novel, % of unique", "higher", 100, 1),
+        Metric("validity", "valid, % of samples", "higher", 100, 1, " % valid", most=1),
+        Metric("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1, most=1),
+        Metric("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1, most=1),
+        Metric("novelty_of_unique", "novel, % of unique", "higher", 100, 1, most=1),
         Metric("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid", "lower", 1, 2),
         Metric("property_distance", "property distance, std", "lower", 1, 3),
         # Valid if all behind the first end mark is ignored, however malformed.

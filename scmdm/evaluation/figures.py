@@ -49,6 +49,7 @@ class Panel:
     better: str  # "higher" or "lower"
     scale: float = 1.0
     real: float | None = None  # of real data
+    most: float | None = None  # that is possible
 
 
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
@@ -63,7 +64,7 @@ def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
             ax.axis("off")
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-        figure.tight_layout(rect=(0, 0.07 if rows > 1 else 0.1, 1, 1))
+        figure.tight_layout(rect=(0, 0.1 / rows, 1, 1))
         return _save(figure, path)
 
 
@@ -90,12 +91,23 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         )
     if panel.real is not None:
         ax.axhline(panel.real * panel.scale, color=COLOURS[0], ls=":", lw=1.2)
+    _limit(ax, panel)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([str(tick) for tick in ticks])
     ax.set_xlabel("denoiser evaluations (T)")
     ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
+
+
+def _limit(ax: Axes, panel: Panel) -> None:
+    """An interval from two or three seeds may reach far beyond what is possible, and would flatten all else."""
+    low, high = ax.get_ylim()
+    means = [interval.mean for by_steps in panel.values.values() for interval in by_steps.values()]
+    most = np.inf if panel.most is None else panel.most * panel.scale
+    if min(means) >= 0:
+        high = min(high, 1.05 * most)
+        ax.set_ylim(max(low, -0.05 * high), high)
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:

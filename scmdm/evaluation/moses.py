@@ -232,9 +232,10 @@ class MosesMetrics:
     test_scaffolds: Comparison | None
     property_distances: dict[str, float]  # 1-Wasserstein, in units of the property, from the test set
     properties: dict[str, np.ndarray]  # (N,) each, for figures
+    smiles: list[str]  # canonical, of the valid molecules
 
     def as_dict(self) -> dict[str, Any]:
-        """Under MOSES' names; without the properties of each molecule."""
+        """Under MOSES' names; without what there is of each molecule."""
         comparisons = {
             f"{label}/{suffix}": getattr(comparison, label.lower()) if comparison is not None else None
             for suffix, comparison in (("Test", self.test), ("TestSF", self.test_scaffolds))
@@ -276,7 +277,7 @@ def evaluate_moses(
     unique = {k: len(set(valid[:k])) / k if len(valid) >= k else None for k in UNIQUE_AT}
     novelty = len(set(valid) - reference.train) / len(set(valid)) if valid else None
     if len(valid) < 2:
-        return MosesMetrics(len(smiles), len(valid), unique, novelty, None, None, None, None, None, {}, {})
+        return MosesMetrics(len(smiles), len(valid), unique, novelty, None, None, None, None, None, {}, {}, valid)
     found = describe(valid, work, fcd=reference.fcd, detailed=detailed)
     others = reference.test_scaffolds
     return MosesMetrics(
@@ -293,6 +294,7 @@ def evaluate_moses(
             for name, values_N in found.properties.items()
         },
         found.properties,
+        valid,
     )
 
 

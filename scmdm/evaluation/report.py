@@ -69,7 +69,7 @@ def study_report(directory: Path, out: Path) -> StudySummary:
     figures = out.parent
     panels = {
         name: [
-            Panel(m.title, values[m.name], m.better, m.scale, m.reference)
+            Panel(m.title, values[m.name], m.better, m.scale, m.reference, m.most)
             for m in shown
             if m.in_figure and m.protocol == name
         ]
@@ -145,7 +145,7 @@ def print_summary(summary: StudySummary) -> None:
     ):
         shown = Table(title=title)
         for index, name in enumerate(header):
-            shown.add_column(name, justify="left" if index == 0 else "right")
+            shown.add_column(name, justify="left" if index == 0 or name in ("model", "measure") else "right")
         before = None
         for row in rows:
             if before not in (None, row[0]) and title != "Cost":

@@ -31,6 +31,7 @@ def test_help_is_there_for_every_command(capsys):
         ["sample"],
         ["evaluate"],
         ["demo"],
+        ["moses"],
         ["prepare"],
         ["report"],
         ["study"],
@@ -208,6 +209,65 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     assert "NELBO null" in capsys.readouterr().out
 
 
+def cells(printed, name):
+    """Of the row of a printed table."""
+    (line,) = (line.split("│")[1:-1] for line in printed.splitlines() if f" {name} " in line)
+    return [cell.strip() for cell in line[1:]]
+
+
+def test_moses_of_a_file(published_moses, tmp_path, capsys):
+    """As `scmdm sample` writes it, and as MOSES does; the fourth sample is not framed, the fifth no molecule."""
+    texts = ["COc1ccccc1OC(=O)c1ccccc1OC(C)=O", "CCO", "OCC", "CCN", "C(("]
+    rows = [{"text": text, "framed": text != "CCN", "tokens": []} for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.csv").write_text("\n".join(["SMILES", *texts[:3], "CC=O", "C(("]))
+    found = {}
+    for name in ("a.jsonl", "a.csv"):
+        out = tmp_path / f"{name}.json"
+        assert main(["moses", str(tmp_path / name), "fcd=false", f"out={out}"]) == 0
+        found[name] = json.loads(out.read_text())
+        printed = capsys.readouterr().out
+        assert cells(printed, "SNN/Test") == [f"{found[name]['metrics']['SNN/Test']:.5f}", "0.64192"]
+        assert "FCD" not in printed and "estimated" not in printed
+    assert [found[name]["metrics"]["valid"] for name in found] == [0.6, 0.8]
+    assert found["a.jsonl"]["metrics"]["Novelty"] == 0.5, "CCO is in the training set"
+    assert found["a.csv"]["metrics"]["Filters"] == 0.75
+
+
+def test_moses_of_part_of_the_training_set(published_moses, tmp_path, capsys):
+    """Always the same molecules, beside an estimate of the whole set; statistics are kept."""
+    out = tmp_path / "out.json"
+    for _ in range(2):
+        assert main(["moses", "train", "num=3", "detailed=2", "fcd=false", f"out={out}"]) == 0
+        result, printed = json.loads(out.read_text()), capsys.readouterr().out
+        kept = {path: path.stat().st_mtime_ns for path in (published_moses / "scmdm/moses").iterdir()}
+        assert (result["metrics"]["valid"], result["metrics"]["Novelty"], result["of"]) == (1, 0, 4)
+        assert set(result["whole"]) == {"Frag/Test", "Frag/TestSF", "Scaf/Test", "Scaf/TestSF"}
+        assert cells(printed, "Frag/Test")[1] == f"{result['whole']['Frag/Test']:.5f}"
+        assert cells(printed, "SNN/Test")[1] == "" and "train, 3 of 4 molecules" in printed.replace("\n", " ")
+    assert kept == {path: path.stat().st_mtime_ns for path in (published_moses / "scmdm/moses").iterdir()}
+    assert main(["moses", "train", "fcd=false", f"out={out}"]) == 0
+    assert "whole" not in json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "num=5"], "num=5 is not possible; train has 4 molecules"),
+        (["train", "detailed=1"], "detailed=1 is not possible; it must be at least 2"),
+        (["training"], "training cannot be read"),
+        (["{tmp}/empty.smi"], "empty.smi holds no molecule"),
+        (["{tmp}/other.jsonl"], "is not what `scmdm sample out=NAME.jsonl` writes"),
+        (["train", "out=/proc/nope/x.json"], "out=/proc/nope/x.json cannot be written"),
+    ],
+)
+def test_mistakes_of_moses(published_moses, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty.smi").write_text("")
+    (tmp_path / "other.jsonl").write_text("[1]\n")
+    assert main(["moses", *(text.format(tmp=tmp_path) for text in arguments)]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monkeypatch):
     """Molecules of the data in place of the tiny base's, which makes none: ordinary numbers, with an interval, kept."""
     rows_N = torch.from_numpy(read_split(molecules, "test").astype("int64"))[:24]
@@ -225,9 +285,8 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     assert all(row["moses_valid"] == 1 and row["moses_unique@1000"] is None for row in metrics)
     printed = capsys.readouterr().out
     snn = mean_interval([row["moses_SNN/Test"] for row in metrics])
-    (line,) = (line.split("│")[1:-1] for line in printed.splitlines() if "MOSES SNN/Test " in line)
-    assert snn.half_width > 0 and [cell.strip() for cell in line] == ["MOSES SNN/Test", snn.text(5), "0.6419"]
-    assert "unique@1000" not in printed and "MOSES (30,000 samples" in printed
+    assert snn.half_width > 0 and cells(printed, "MOSES SNN/Test") == [snn.text(5), "0.6419"]
+    assert "unique@1000" not in printed and "MOSES (its protocol: 30,000 samples" in printed.replace("\n", " ")
     assert len(list((published_moses / "scmdm/moses").glob("molecules-*.npz"))) == 2
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from scmdm.cli import main
 from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.evaluation import figures
 from scmdm.evaluation.report import study_report
 from scmdm.evaluation.statistics import mean_interval, paired_difference
 
@@ -154,15 +155,27 @@ def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     (study / "study.json").write_text(json.dumps(content))
     assert main(["report", str(study)]) == 0
     printed, text = capsys.readouterr().out, (study / "report.html").read_text()
-    assert (study / "moses.png").stat().st_size > 5000 and "MOSES (30,000 samples" in text
+    assert (study / "moses.png").stat().st_size > 5000 and "MOSES (its protocol: 30,000 samples" in text
     summary = study_report(study, study / "report.html")
     assert not any("MOSES" in title for title in summary.header)
     ((title, (header, rows)),) = summary.protocols.items()
     assert title in printed.replace("\n", " ") and "0.5100 ± 0.0248" in printed and "<td>0.5100 ± 0.0248</td>" in text
     assert header == ["T", "measure", "real data", *(label for label, *_ in ARMS.values())]
     assert [row[:3] for row in rows] == [
-        [steps, *row] for steps in ("8", "32") for row in (["MOSES SNN/Test", "0.6419"], ["MOSES logP", "-"])
+        [steps, *row] for steps in ("8", "32") for row in (["MOSES SNN/Test", "0.6419"], ["MOSES logP, distance", "-"])
     ]
+
+
+def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
+    """Two seeds have intervals from -40 to 140 % here; a number below zero stays in sight."""
+    seen = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: seen.extend(ax.get_ylim() for ax in figure.axes))
+    wide = {"a": {8: mean_interval([0.4, 0.6]), 16: mean_interval([0.45, 0.5])}}
+    below = {"a": {8: mean_interval([-0.4, 0.6]), 16: mean_interval([-3.0, -2.9])}}
+    panels = [figures.Panel("valid", wide, "higher", 100, None, 1), figures.Panel("other", below, "lower")]
+    figures.quality_figure(panels, tmp_path / "figure.png")
+    assert seen[0] == pytest.approx((-5.25, 105)) and seen[1][0] < -3 and seen[1][1] > 1
+    figures.plt.close("all")
 
 
 def test_text_is_compared_by_perplexity_where_less_is_better(study):
