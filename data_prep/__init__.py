@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scmdm.config.prepare import PrepareConfig
+from scmdm.config.prepare import DEBIAN, PrepareConfig
 from scmdm.data.records import Source
 
 
@@ -43,7 +43,8 @@ def _smiles(config: PrepareConfig) -> Source:
 
 
 def _genomes(config: PrepareConfig) -> Source:
-    from data_prep.genomes import Genomes, Labels, Windows, bacteria
+    from data_prep.debian import DEFAULT, debian_genomes
+    from data_prep.genomes import Genomes, Labels, Windows
 
     windows = Windows(
         letters=config.length - 2,
@@ -53,8 +54,8 @@ def _genomes(config: PrepareConfig) -> Source:
         soft_masked_unknown=config.soft_masked == "unknown",
         reverse_complement=config.reverse_complement,
     )
-    if config.path is None:
-        return bacteria(windows)
+    if config.path is None or config.path.startswith(DEBIAN):
+        return debian_genomes((config.path or DEFAULT).removeprefix(DEBIAN), windows)
     table = Path(config.species_table) if config.species_table else None
     return Genomes(Path(config.path), windows, Labels(config.species_from, table))
 

@@ -1,4 +1,4 @@
-"""Genomes: windows of FASTA files with their species, or of four bacteria in Debian's package `ragout-examples`.
+"""Genomes: windows of FASTA files with their species.
 
 A window has as many letters as a sample has ids beside [BOS] and [EOS], so that every sample is full. Windows are cut
 within blocks of a sequence, and a block is in one split: windows of different splits never share a letter, whatever the
@@ -11,9 +11,6 @@ from __future__ import annotations
 import gzip
 import mmap
 import re
-import shutil
-import subprocess
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,10 +19,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from data_prep.packages import user_cache
 from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
-from scmdm.files import atomic_directory
 
 _FASTA = re.compile(r"\.(fa|fasta|fna)(\.gz)?$", re.IGNORECASE)
 _READ = 1 << 20  # bytes at once: a line may be a whole chromosome
@@ -33,14 +28,6 @@ _KNOWN, _AMBIGUOUS = b"ACGTU", b"RYSWKMBDHVN"  # IUPAC's letters; U is RNA's T
 _ALPHABET = b"ACGTN"
 _COMPLEMENT = bytes.maketrans(_ALPHABET, b"TGCAN")
 _SPACE = b" \t\r\n\v\f"
-_EXAMPLES = "ragout-examples"
-# Complete genomes without unknown letters, one strain for each species.
-_BACTERIA = {
-    "Escherichia_coli": "E.Coli/references/MG1655-K12.fasta.gz",
-    "Helicobacter_pylori": "H.Pylori/references/G27.fasta.gz",
-    "Staphylococcus_aureus": "S.Aureus/references/COL.fasta.gz",
-    "Vibrio_cholerae": "V.Cholerae/references/O395.fasta.gz",
-}
 
 
 @dataclass(frozen=True)
@@ -272,40 +259,3 @@ def _sequence_starts(path: Path) -> Iterator[int]:
         while at >= 0:
             yield at + 1
             at = content.find(b"\n>", at + 1)
-
-
-def bacteria(windows: Windows) -> Genomes:
-    """Four complete genomes, 13.2 million letters, fetched once with apt-get into the user's cache.
-
-    E. coli K-12 MG1655, H. pylori G27, S. aureus COL and V. cholerae O395 of NCBI, as shipped in Debian's package
-    `ragout-examples`. Raises UserError when apt-get cannot fetch it.
-    """
-    cache = user_cache("bacteria")
-    if not cache.is_dir():
-        with tempfile.TemporaryDirectory() as place, atomic_directory(cache) as folder:
-            examples = _fetch_examples(Path(place))
-            for species, file in _BACTERIA.items():
-                if not (examples / file).is_file():
-                    raise UserError(f"{_EXAMPLES} of this system holds no {file}; give a folder of FASTA as path=...")
-                shutil.copyfile(examples / file, folder / f"{species}.fasta.gz")
-    return Genomes(cache, windows, Labels(by="file"), name="bacteria")
-
-
-def _fetch_examples(place: Path) -> Path:
-    """Nothing is installed: the package is only unpacked."""
-    instead = "give a folder of FASTA as path=... instead"
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise UserError(
-            f"without path, {_EXAMPLES} is fetched with Debian's apt-get, which is not installed; {instead}"
-        )
-    _run(["apt-get", "download", _EXAMPLES], place, f"is {_EXAMPLES} known after `apt-get update`? Or {instead}")
-    package = next(place.glob("*.deb"))
-    _run(["dpkg-deb", "--extract", package.name, "unpacked"], place, instead)
-    return place / "unpacked/usr/share/doc/ragout/examples"
-
-
-def _run(command: list[str], place: Path, remedy: str) -> None:
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"`{' '.join(command)}` failed: {reason}; {remedy}")

