@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.errors import UserError
 from scmdm.model.init import init_weights
@@ -147,8 +147,12 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
 
 
 def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:
-    """UserError when a model that knows labels meets samples without, or with others than its base's."""
+    """UserError when a model that knows labels meets samples without, or with others than its base's; and for a key
+    that is about labels where there are none."""
     if not config.model.labels:
+        rate = config.train.label_dropout
+        if rate not in (0, TrainConfig().label_dropout):
+            raise UserError(f"train.label_dropout={rate} is about labels, which the model does not know; leave it out")
         return
     if not manifest.labels:
         raise UserError(

@@ -6,7 +6,6 @@ them, and gets those that it lacks behind its pieces, the mask first.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import sentencepiece
 from scmdm.data.tokenizers.base import SPECIALS, Content, as_text, text_ids
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes
+from scmdm.pieces_trainer import train_pieces
 
 _MASKS = (SPECIALS[3], "<mask>")
 
@@ -56,37 +56,34 @@ class SentencePieceTokenizer:
     @classmethod
     def fit(cls, corpus: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
         """Train a unigram model with byte fallback: every text has an encoding and decodes to itself."""
-        buffer = io.BytesIO()
         pad, bos, eos, mask = SPECIALS
+        options = {
+            "vocab_size": vocab_size,
+            "model_type": "unigram",
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "allow_whitespace_only_pieces": True,
+            "max_sentence_length": 1 << 20,
+            "num_threads": 1,
+            "pad_id": 0,
+            "pad_piece": pad,
+            "bos_id": 1,
+            "bos_piece": bos,
+            "eos_id": 2,
+            "eos_piece": eos,
+            "unk_id": 4,
+            "control_symbols": [mask],
+            "minloglevel": 2,
+        }
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(corpus),
-                model_writer=buffer,
-                vocab_size=vocab_size,
-                model_type="unigram",
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=1 << 20,
-                num_threads=1,
-                pad_id=0,
-                pad_piece=pad,
-                bos_id=1,
-                bos_piece=bos,
-                eos_id=2,
-                eos_piece=eos,
-                unk_id=4,
-                control_symbols=[mask],
-                minloglevel=2,
-            )
+            return cls(train_pieces(corpus, options))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"vocab_size={vocab_size} does not fit this corpus: {reason}; choose another vocab_size"
             ) from error
-        return cls(buffer.getvalue())
 
     def encode(self, content: Content) -> list[int]:
         # A newline is not a piece of its own in sentencepiece's trainer; byte fallback carries it through.
