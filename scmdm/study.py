@@ -110,7 +110,6 @@ def _check_measures(config: StudyConfig, root: Path) -> None:
     """What can be known to be wrong of them before anything is trained."""
     manifest = Manifest.read(root)
     manifest.split(config.split, root)
-    domain_of(manifest).given(root, manifest, config.split, config.num)
     if config.scorer is not None:
         check_scorer(Path(config.scorer))
 

@@ -1,6 +1,6 @@
 """What evaluation, study and report know of a domain: this interface.
 
-Legend: L length.
+Legend: N samples, L length.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Domain(Protocol):
 
     @staticmethod
     def given(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
-        """Templates (num, L) of what `num` samples are to begin with, each of one; None: they begin with nothing."""
+        """Templates (N, L) of what `num` samples, or fewer, are to begin with; None: they begin with nothing."""
         ...
 
     def measure(self, drawn: Generated) -> dict[str, Any]:

@@ -121,7 +121,15 @@ def _sample_quality(
             progress=True,
         )
         metrics = domain.measure(drawn)
-        rows.append({"seed": seed, "evaluations": drawn.evaluations, "seconds": drawn.seconds, "metrics": metrics})
+        rows.append(
+            {
+                "seed": seed,
+                "num": len(drawn.texts),
+                "evaluations": drawn.evaluations,
+                "seconds": drawn.seconds,
+                "metrics": metrics,
+            }
+        )
     return rows
 
 
@@ -186,6 +194,6 @@ def _print(result: dict[str, Any], domain: Domain) -> None:
         if "scorer" in rows[0]["metrics"]:
             table.add_row("perplexity under", rows[0]["metrics"]["scorer"])
             table.add_row("sampler precision", result["config"]["sampler"]["gumbel"])
-        table.add_row("samples x seeds", f"{result['config']['num']} x {len(rows)}")
+        table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}")
         table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
     Console().print(table)
