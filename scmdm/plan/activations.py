@@ -76,7 +76,7 @@ def kept_by_final(workload: Workload, layout: Layout) -> int:
     """Bytes that the final norm keeps, the head's gradient by its input and where that belongs, and rotary tables."""
     positions = layout.tokens(workload) * workload.model.width
     modulated = 0 if _shares_modulation(workload) else _FLOAT32  # the norm's output
-    tables = workload.length // layout.context * workload.model.head_width * _FLOAT32
+    tables = 2 * workload.length // layout.context * workload.model.head_width * _FLOAT32
     return (_FLOAT32 + modulated + head_width(workload, layout)) * positions + tables + _INDEX * layout.tokens(workload)
 
 

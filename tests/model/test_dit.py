@@ -141,13 +141,18 @@ def test_time_conditioning_is_a_setting():
 def test_rotary_is_the_half_split_rotation():
     """Against complex multiplication: pair (k, k + K/2) at position l turns by l * 10000^(-2k/K)."""
     model = trained_base()
-    cos, sin = model.rotary_emb(5)
+    tables = [table[:, None] for table in model.rotary_emb(5)]
     from scmdm.model.rotary import rotate
 
-    x = torch.randn(1, 5, 1, 8)
+    x = torch.randn(2, 5, 3, 8)
     angle = torch.outer(torch.arange(5).float(), 10_000 ** (-torch.arange(0, 8, 2).float() / 8))
-    turned = torch.complex(x[0, :, 0, :4], x[0, :, 0, 4:]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(rotate(x, cos, sin)[0, :, 0], torch.cat([turned.real, turned.imag], -1))
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    expected = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(rotate(x, *tables), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(rotate(x, *tables), expected)
+        packed = [table.expand(2, -1, -1, -1) for table in tables]
+        torch.testing.assert_close(rotate(x, *packed), expected)
 
 
 def test_wrong_weights_are_named():
