@@ -72,8 +72,8 @@ BILLION_GPU = Shape(
 
 def main() -> None:
     """Print the ratios of two shapes that a laptop can do in a minute."""
-    _compare(QM9, rounds=7)
-    _compare(TEXT, rounds=3)
+    _compare(QM9, rounds=15)
+    _compare(TEXT, rounds=15)
 
 
 def small() -> None:
