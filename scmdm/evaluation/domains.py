@@ -15,19 +15,18 @@ from data_prep.packages import user_cache
 from scmdm.data.loader import read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
-from scmdm.errors import UserError
 from scmdm.evaluation.codes import Codes
 from scmdm.evaluation.domain import Asked, Domain, Metric, Undrawn, Unprompted, decode_split, refuse
 from scmdm.evaluation.figures import distribution_figure, genome_figure
 from scmdm.evaluation.genomes import GenomeReference, Spectrum, evaluate_genomes
 from scmdm.evaluation.images import ImageReference, draw_pictures, evaluate_images
-from scmdm.evaluation.mauve import check_mauve, mauve
+from scmdm.evaluation.mauve import check_measures, mauve
 from scmdm.evaluation.molecule_sets import PROPERTIES, Work, properties_of
 from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, evaluate_molecules, parse_molecule
 from scmdm.evaluation.moses import SAMPLES as MOSES_SAMPLES
 from scmdm.evaluation.moses import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
 from scmdm.evaluation.responses import Responses
-from scmdm.evaluation.text import check_scorer, evaluate_text
+from scmdm.evaluation.text import evaluate_text
 from scmdm.sampling import Generated
 from scmdm.workers import core_count
 
@@ -126,12 +125,7 @@ class Text(Unprompted, Undrawn):
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         refuse(self.name, asked, "fcd", "moses", "inception")
-        if asked.scorer is not None:
-            check_scorer(Path(asked.scorer))
-        if asked.mauve and asked.scorer is None:
-            raise UserError("mauve=true needs features of a causal model; give its directory as scorer=...")
-        if asked.mauve:
-            check_mauve()
+        check_measures(asked.scorer, asked.mauve)
         # Blocks of concatenated texts have no padding, and its id may be that of the end mark.
         self._asked, self._pad_id = asked, -1 if manifest.framing == "concatenate" else manifest.pad_id
         needed = asked.mauve or asked.scorer is None

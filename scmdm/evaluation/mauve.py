@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from scmdm.errors import UserError
-from scmdm.evaluation.text import SCORER_LENGTH, load_scorer
+from scmdm.evaluation.text import SCORER_LENGTH, check_scorer, load_scorer
 
 _SCALING = 5  # of the divergences, as in the paper
 
@@ -22,6 +22,17 @@ def check_mauve() -> None:
     """UserError when the package is not there: known before anything is sampled."""
     if importlib.util.find_spec("mauve") is None:
         raise UserError("MAUVE needs the package mauve-text; `pip install mauve-text`, or leave MAUVE out")
+
+
+def check_measures(scorer: str | None, wanted: bool) -> None:
+    """UserError when texts cannot be scored as they are asked to be, with MAUVE if it is `wanted`: known before
+    anything is sampled."""
+    if scorer is not None:
+        check_scorer(Path(scorer))
+    if wanted and scorer is None:
+        raise UserError("mauve=true needs features of a causal model; give its directory as scorer=...")
+    if wanted:
+        check_mauve()
 
 
 def mauve(

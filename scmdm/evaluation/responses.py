@@ -21,10 +21,9 @@ from scmdm.data.dataset import COLUMN, GIVEN
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
-from scmdm.errors import UserError
 from scmdm.evaluation.domain import Asked, Metric, Undrawn, refuse
-from scmdm.evaluation.mauve import check_mauve, mauve
-from scmdm.evaluation.text import check_scorer, evaluate_text
+from scmdm.evaluation.mauve import check_measures, mauve
+from scmdm.evaluation.text import evaluate_text
 from scmdm.sampling import Generated
 
 _FITTED_ON = 20_000  # training responses, at most, that the n-gram model sees
@@ -47,12 +46,7 @@ class Responses(Undrawn):
 
     def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
         refuse(self.name, asked, "fcd", "moses", "inception")
-        if asked.scorer is not None:
-            check_scorer(Path(asked.scorer))
-        if asked.mauve and asked.scorer is None:
-            raise UserError("mauve=true needs features of a causal model; give its directory as scorer=...")
-        if asked.mauve:
-            check_mauve()
+        check_measures(asked.scorer, asked.mauve)
         self._root, self._manifest, self._asked = root, manifest, asked
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         self._fitted_on: list[str] = []
