@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,11 +168,16 @@ def test_a_signal_ends_the_fit_of_a_tokenizer(tmp_path, empty_yaml, workers, sen
     text = "\n".join("".join(letters.choices("abcdefghijklmnopqrstuvwxyz ", k=80)) for _ in range(150_000))
     (tmp_path / "corpus/b.txt").write_text(text)
     keys = ["tokenizer=sentencepiece", "vocab_size=8000", "unit=lines", f"workers={workers}"]
-    process = subprocess.Popen(command(empty_yaml, tmp_path / "corpus", tmp_path / "data", *keys))
-    (trainer,) = wait_for_child(process, "scmdm.pieces_trainer")
-    time.sleep(1)  # it has begun
-    process.send_signal(sent)
-    assert process.wait(timeout=25) != 0
+    # A shell's background jobs, and what they start, ignore SIGINT.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command(empty_yaml, tmp_path / "corpus", tmp_path / "data", *keys), preexec_fn=heard)
+    try:
+        (trainer,) = wait_for_child(process, "scmdm.pieces_trainer")
+        time.sleep(1)  # it has begun
+        process.send_signal(sent)
+        assert process.wait(timeout=25) != 0
+    finally:
+        process.kill()
     wait_until_gone([trainer])
     (work,) = tmp_path.glob(".data.*.work")
     assert not list(work.glob("fit*")) and not (tmp_path / "data").exists()
