@@ -28,14 +28,13 @@ def main() -> None:
         functions = {backend: functools.partial(_forward_backward, q, backend) for backend in backends}
         batch, length, *_ = shape
         show(f"attention, B = {batch}, L = {length}, {dtype}", interleave(functions), "sdpa")
-        packing = make_packing(
-            torch.arange(length, device=device).div(length // 4, rounding_mode="floor").expand(batch, -1)
-        )
-        packed = {
-            backend: functools.partial(_forward_backward, q, backend, masks_of(packing, backend))
-            for backend in ("sdpa", *(["varlen"] if gpu else []), *(["flash"] if flash else []))
-        }
         if gpu:
+            documents_L = torch.arange(length, device=device).div(length // 4, rounding_mode="floor")
+            packing = make_packing(documents_L.expand(batch, -1))
+            packed = {
+                backend: functools.partial(_forward_backward, q, backend, masks_of(packing, backend))
+                for backend in ("sdpa", "varlen", *(["flash"] if flash else []))
+            }
             show("four documents in each", interleave(packed), "sdpa")
 
 

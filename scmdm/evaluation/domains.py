@@ -6,6 +6,7 @@ A domain follows from a data set's tokenizer, and from whether its samples have 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from scmdm.evaluation.molecules import FCD_MOLECULES, Reference, draw_grid, eval
 from scmdm.evaluation.moses import SAMPLES as MOSES_SAMPLES
 from scmdm.evaluation.moses import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
 from scmdm.evaluation.responses import Responses
-from scmdm.evaluation.text import evaluate_text
+from scmdm.evaluation.text import NgramScorer, evaluate_text
 from scmdm.sampling import Generated
 from scmdm.workers import core_count
 
@@ -131,20 +132,18 @@ class Text(Unprompted, Undrawn):
         needed = asked.mauve or asked.scorer is None
         self._held_out = decode_split(root, manifest, asked.split) if needed else []
 
+    @cached_property
+    def _scorer(self) -> Path | NgramScorer:
+        asked = self._asked.scorer
+        return Path(asked) if asked is not None else NgramScorer.fit(self._held_out, "held-out text")
+
     def measure(self, drawn: Generated) -> dict[str, Any]:
-        scorer = Path(self._asked.scorer) if self._asked.scorer is not None else None
-        found = evaluate_text(
-            drawn.texts,
-            drawn.tokens.numpy(),
-            self._pad_id,
-            fitted_on=self._held_out,
-            scorer=scorer,
-            device=self._asked.device,
-        ).as_dict()
+        scorer, device = self._scorer, self._asked.device
+        found = evaluate_text(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=device).as_dict()
         if self._asked.mauve:
-            assert scorer is not None
+            assert isinstance(scorer, Path)
             references = self._held_out[: len(drawn.texts)]
-            found["mauve"] = mauve(drawn.texts, references, scorer, device=self._asked.device)
+            found["mauve"] = mauve(drawn.texts, references, scorer, device=device)
         return found
 
 

@@ -9,7 +9,7 @@ Legend: N samples, L length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.evaluation.domain import Asked, Metric, Undrawn, refuse
 from scmdm.evaluation.mauve import check_measures, mauve
-from scmdm.evaluation.text import evaluate_text
+from scmdm.evaluation.text import NgramScorer, evaluate_text
 from scmdm.sampling import Generated
 
 _FITTED_ON = 20_000  # training responses, at most, that the n-gram model sees
@@ -49,10 +49,13 @@ class Responses(Undrawn):
         check_measures(asked.scorer, asked.mauve)
         self._root, self._manifest, self._asked = root, manifest, asked
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
-        self._fitted_on: list[str] = []
-        if asked.scorer is None:
-            rows, given_N = _rows(root, manifest, "train", _FITTED_ON)
-            self._fitted_on, _ = responses(rows, given_N, self._tokenizer)
+
+    @cached_property
+    def _scorer(self) -> Path | NgramScorer:
+        if self._asked.scorer is not None:
+            return Path(self._asked.scorer)
+        rows, given_N = _rows(self._root, self._manifest, "train", _FITTED_ON)
+        return NgramScorer.fit(responses(rows, given_N, self._tokenizer)[0], "training responses")
 
     @staticmethod
     def given(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
@@ -72,22 +75,12 @@ class Responses(Undrawn):
         found |= {f"{name}_held_out": held_out[name] for name in held_out if name not in ("num_samples", "scorer")}
         found |= {"framed": sum(drawn.framed) / count, "empty": sum(not text.strip() for text in texts)}
         if self._asked.mauve:
-            found["mauve"] = mauve(texts, real_texts, Path(str(self._asked.scorer)), device=self._asked.device)
+            assert isinstance(self._scorer, Path)
+            found["mauve"] = mauve(texts, real_texts, self._scorer, device=self._asked.device)
         return found
 
     def _text_metrics(self, texts: Sequence[str], ids_NL: np.ndarray) -> dict[str, Any]:
-        scorer = Path(self._asked.scorer) if self._asked.scorer is not None else None
-        return asdict(
-            evaluate_text(
-                texts,
-                ids_NL,
-                self._tokenizer.pad_id,
-                fitted_on=self._fitted_on,
-                fitted_on_what="training responses",
-                scorer=scorer,
-                device=self._asked.device,
-            )
-        )
+        return evaluate_text(texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._asked.device).as_dict()
 
 
 def responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:

@@ -56,24 +56,29 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+@dataclass(frozen=True)
+class NgramScorer:
+    """What scores where no neural model is given; fit it once for many evaluations."""
+
+    model: NgramModel
+    label: str
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], what: str) -> NgramScorer:
+        """`what` says of which texts it knows."""
+        label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {what} (not a neural scorer)"
+        return cls(NgramModel.fit(texts, order=NGRAM_ORDER), label)
+
+
 def evaluate_text(
-    texts: Sequence[str],
-    ids_NL: np.ndarray,
-    pad_id: int,
-    *,
-    fitted_on: Sequence[str],
-    fitted_on_what: str = "held-out text",
-    scorer: Path | None,
-    device: str,
+    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, scorer: Path | NgramScorer, *, device: str
 ) -> TextMetrics:
-    """All metrics; the scorer is the causal model in directory `scorer`, else an n-gram model of the texts in
-    `fitted_on`."""
-    if scorer is not None:
+    """All metrics; `scorer` is the directory of a causal model, or an n-gram model."""
+    if isinstance(scorer, NgramScorer):
+        perplexity, label = scorer.model.perplexity(texts), scorer.label
+    else:
         perplexity, length = generative_perplexity(texts, scorer, device=device), scorer_length(scorer)
         label = f"{scorer.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
-    else:
-        perplexity = NgramModel.fit(fitted_on, order=NGRAM_ORDER).perplexity(texts)
-        label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {fitted_on_what} (not a neural scorer)"
     one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
     known = None if math.isnan(perplexity) else perplexity
     return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, known, label)

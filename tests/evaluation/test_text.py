@@ -8,7 +8,7 @@ import torch
 
 from scmdm.errors import UserError
 from scmdm.evaluation.ngram import NgramModel
-from scmdm.evaluation.text import distinct_n, evaluate_text, generative_perplexity, unigram_entropy
+from scmdm.evaluation.text import NgramScorer, distinct_n, evaluate_text, generative_perplexity, unigram_entropy
 
 TEXTS = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat sat on a mat"] * 2 + ["the end of it"]
 
@@ -83,7 +83,7 @@ def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
     long = " ".join(TEXTS * 3)
     cut = " ".join(long.split()[:32])
     assert generative_perplexity([long], scorer) == pytest.approx(generative_perplexity([cut], scorer))
-    label = evaluate_text([long], np.array([[5, 6]]), 0, fitted_on=[], scorer=scorer, device="cpu").scorer
+    label = evaluate_text([long], np.array([[5, 6]]), 0, scorer, device="cpu").scorer
     assert "the first 32 tokens" in label
 
 
@@ -104,5 +104,5 @@ def test_entropy_and_distinct():
 
 def test_the_scorer_is_always_named(scorer):
     ids = np.array([[5, 6]])
-    assert "transformers" in evaluate_text(TEXTS, ids, 0, fitted_on=[], scorer=scorer, device="cpu").scorer
-    assert "not a neural scorer" in evaluate_text(TEXTS, ids, 0, fitted_on=TEXTS, scorer=None, device="cpu").scorer
+    assert "transformers" in evaluate_text(TEXTS, ids, 0, scorer, device="cpu").scorer
+    assert "not a neural scorer" in evaluate_text(TEXTS, ids, 0, NgramScorer.fit(TEXTS, "a"), device="cpu").scorer
