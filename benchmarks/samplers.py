@@ -11,11 +11,13 @@ from torch import Tensor
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
 from benchmarks.timing import CLOCK, Timing, interleave, ratios, show_figures
 from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
+from scmdm.model.replay import ReplayedDenoiser
 from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
 
 _MODEL = ModelConfig(width=256, layers=4, heads=4, condition_width=64, self_conditioned=True)
@@ -44,17 +46,21 @@ def _run(rounds: Mapping[int, int]) -> None:
 
 
 def _compare(model: DiT, steps: int, rounds: int, device: torch.device) -> None:
+    replayed: SamplingDenoiser = ReplayedDenoiser(model) if device.type == "cuda" else model
     functions: dict[str, Callable[[], object]] = {
         "dense vanilla": lambda: _dense(model, steps, carry=False, device=device),
         "dense self-conditioned": lambda: _dense(model, steps, carry=True, device=device),
         "vanilla": lambda: _ours(model, steps, carry=False, device=device),
         "self-conditioned": lambda: _ours(model, steps, carry=True, device=device),
     }
+    if device.type == "cuda":
+        functions["self-conditioned, CUDA graphs"] = lambda: _ours(replayed, steps, carry=True, device=device)
     timings = interleave(functions, warmup=0, rounds=rounds)
     for name in ("dense vanilla", "dense self-conditioned"):
         whole = [[x * steps / _BASELINE_STEPS for x in timings[name].of(clock)] for clock in ("wall", "cpu")]
         timings[name] = Timing(*whole)
-    found = {name: ratios(timings, name)[f"dense {name}"] for name in ("vanilla", "self-conditioned")}
+    ours = [name for name in functions if not name.startswith("dense")]
+    found = {name: ratios(timings, name)[f"dense {name.split(',')[0]}"] for name in ours}
     show_figures(
         f"sampler, T = {steps} (V = {_VOCAB}, L = {_LENGTH}, B = {_BATCH}) [{CLOCK} time]",
         {
@@ -66,10 +72,10 @@ def _compare(model: DiT, steps: int, rounds: int, device: torch.device) -> None:
     )
 
 
-def _ours(model: DiT, steps: int, *, carry: bool, device: torch.device) -> Tensor:
+def _ours(model: SamplingDenoiser, steps: int, *, carry: bool, device: torch.device) -> Tensor:
     start, ids = _start(device), torch.arange(_BATCH, device=device)
     settings = SamplerSettings(steps=steps, carry=carry)
-    return sample(model, start, ids, schedule=LogLinear(), settings=settings, mask_id=model.mask_id, seed=0).tokens
+    return sample(model, start, ids, schedule=LogLinear(), settings=settings, mask_id=_VOCAB - 1, seed=0).tokens
 
 
 def _dense(model: DiT, steps: int, *, carry: bool, device: torch.device) -> Tensor:

@@ -27,6 +27,8 @@ from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.errors import UserError
 from scmdm.files import atomic_write_bytes, atomic_write_text, require_writable
+from scmdm.model.network import Network
+from scmdm.model.replay import ReplayedDenoiser
 from scmdm.model.weights import LoadedModel, read_model
 from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
 from scmdm.training.checkpoint import find_model
@@ -119,11 +121,12 @@ def generate(
     every batch, in the thread that draws it. On a CPU every core draws batches of its own: two small batches side by
     side are faster than one on two cores.
 
-    Raises UserError without templates for a model of prompts and responses.
+    Raises UserError without templates for a model of prompts and responses, and for CUDA graphs without a GPU.
     """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
     settings = sampler.settings(spec.model.self_conditioned)
+    denoiser = _replayed(model, device) if sampler.cuda_graphs else model
     if templates_PL is None:
         _require_prompt(loaded, None)
         templates_PL = loaded_template(loaded, spec.length)[None]
@@ -145,7 +148,7 @@ def generate(
     def draw(ids_B: Tensor) -> Samples:
         with compute_context(device, resolve_precision(precision, device)):
             return sample(
-                model,
+                denoiser,
                 templates_PL[ids_B // num].to(device),
                 ids_B.to(device),
                 schedule=spec.schedule,
@@ -161,6 +164,12 @@ def generate(
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         drawn = list(pool.map(draw, batches))
     return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
+
+
+def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
+    if device.type != "cuda":
+        raise UserError(f"sampler.cuda_graphs=true needs a CUDA device, not {device.type}; leave it out")
+    return ReplayedDenoiser(model)
 
 
 def _require_prompt(loaded: LoadedModel, given: str | None) -> None:

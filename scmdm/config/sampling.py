@@ -32,6 +32,7 @@ class SamplerConfig:
     label: str | None = None  # class of the samples, of a model with labels; each: all classes in turn; null: none
     guidance: float = 1.0  # classifier-free: 1 none, more: further towards the label, at two evaluations a step
     carry: str = "auto"  # auto (when the model is self-conditioned) | always | never
+    cuda_graphs: bool = False  # a GPU replays evaluations of a repeated shape: faster for small batches
 
     def settings(self, self_conditioned: bool) -> SamplerSettings:
         """The pure sampler's settings for a model; UserError when the model cannot carry an estimate."""
@@ -40,7 +41,8 @@ class SamplerConfig:
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
         settings = {**asdict(self), "carry": self_conditioned and self.carry != "never"}
-        del settings["label"]  # which sequences it is for is not the sampler's business
+        for name in ("label", "cuda_graphs"):  # which sequences it is for, and who computes, is not its business
+            del settings[name]
         return SamplerSettings(**settings)
 
     def check_length(self, length: int) -> None:

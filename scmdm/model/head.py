@@ -100,12 +100,11 @@ def expected_embedding(
     """
     with torch.autocast(h_ND.device.type, enabled=False):
         bias = subs_bias(bias_V, mask_id)
-        on_gpu = h_ND.device.type == "cuda"
-        if torch.is_grad_enabled() or (on_gpu and top_k is not None):
+        if torch.is_grad_enabled():
             return _by_chunks(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
+        kernels = wide_head if h_ND.device.type == "cuda" else tiled_head
         if top_k is not None:
-            return tiled_head.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
-        kernels = wide_head if on_gpu else tiled_head
+            return kernels.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
         return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
 
 
@@ -115,8 +114,7 @@ def _by_chunks(
     parts = []
     for h_CD in h_ND.split(tiled_head.chunk_rows(chunk, len(subs_bias_V)) if h_ND.device.type == "cpu" else chunk):
         needed = (h_CD, weight_VD, subs_bias_V, embedding_VD, top_k)
-        keep = not torch.is_grad_enabled()
-        parts.append(_dense_estimate(*needed) if keep else checkpoint(_dense_estimate, *needed, use_reentrant=False))
+        parts.append(checkpoint(_dense_estimate, *needed, use_reentrant=False))
     return torch.cat(parts)
 
 

@@ -94,6 +94,27 @@ def test_the_gpu_head_equals_the_dense_one(problem, dtype, compiled, monkeypatch
     torch.testing.assert_close(estimate, probability @ embedding, **bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_head_takes_the_most_probable_tokens_in_the_dtype_of_its_states(dtype):
+    """4,099 tokens, which it pads; no result has more than a chunk's padded logits, and none of those float32."""
+    vocab, rows, top_k = 4099, 25, 16
+    g = torch.Generator().manual_seed(0)
+    h, weight, embedding = (torch.randn(n, 8, generator=g) for n in (rows, vocab, vocab))
+    bias, h = torch.randn(vocab, generator=g), h.to(dtype)
+    blocked = subs_bias(bias, vocab - 1)
+    with LargestTensor() as largest:
+        found = wide_head.estimate_of_best(h, weight, blocked, embedding, top_k, chunk=10)
+    assert largest.numel <= max(10 * 4160, weight.numel() + 8 * 64)
+    logits = torch.addmm(blocked.to(dtype), h, weight.to(dtype).T).float()
+    best = logits.topk(top_k, dim=1)
+    expected = (best.values.softmax(1)[:, :, None] * embedding[best.indices]).sum(1)
+    assert found.dtype == embedding.dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:  # rounded alike, but for the order of sums; which of two equal logits is the sixteenth does not matter much
+        assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_the_gpu_head_makes_no_gradient_that_nobody_needs(problem):
     h, weight, bias, x, w, _ = (t.detach() for t in problem)
     arguments = (h, weight, subs_bias(bias, MASK), x, w)
