@@ -26,7 +26,7 @@ Record = Callable[[Callable[[], Tensor]], Replay]
 
 
 class ReplayedDenoiser:
-    """`denoiser`, which must not change, with `hidden` replayed. In one thread, under one autocast, without gradients."""
+    """`denoiser`, which must not change, with `hidden` replayed: in one thread, one autocast, without gradients."""
 
     def __init__(self, denoiser: SamplingDenoiser, record: Record | None = None) -> None:
         self.denoiser, self.record = denoiser, record or CudaRecorder()

@@ -1,5 +1,7 @@
 """Replaying evaluations of a shape that comes again; CUDA's own graphs: test_gpu.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,8 +14,9 @@ from scmdm.errors import UserError
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
 from scmdm.model.replay import ReplayedDenoiser
-from scmdm.sampling import _replayed
+from scmdm.sampling import generate, load
 
+ROOT = Path(__file__).parents[2]
 VOCAB, MASK, LENGTH = 12, 11, 16
 
 
@@ -75,7 +78,7 @@ def test_shapes_that_do_not_come_again_are_not_recorded(model):
     assert len(recorder.functions) == 8
 
 
-def test_a_cpu_has_no_graphs(model):
-    assert not SamplerConfig().cuda_graphs
+def test_a_cpu_has_no_graphs():
+    loaded = load(ROOT / "configs" / "qm9" / "base-model", device="cpu")
     with pytest.raises(UserError, match="cuda_graphs=true needs a CUDA device, not cpu"):
-        _replayed(model, torch.device("cpu"))
+        generate(loaded, SamplerConfig(cuda_graphs=True), num=1, seed=0)
