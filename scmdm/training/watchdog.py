@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -35,8 +37,10 @@ STACKS = "stacks"
 PATIENCE = 4.0
 _SLOW = ("start", "checkpoint", "end")
 _ALARM = ".hang"
+_SUMMED = ".summed"
 _HEADER = "=== "
 _SLOWEST_POLL_S = 5.0
+_ANSWER_S = 5.0  # for the other ranks' stacks, once they have seen the alarm
 _LAST_RESORT_S = 15.0
 
 logger = logging.getLogger("scmdm")
@@ -156,8 +160,7 @@ class Watchdog:
 
     def _end(self, sign: _Sign, waited: float) -> None:
         """Write the stacks, call the others, and leave, whatever this meets on the way."""
-        answer = 2 * self._poll  # in which the other ranks see the alarm
-        threading.Thread(target=_leave, args=(answer + _LAST_RESORT_S,), daemon=True).start()
+        threading.Thread(target=_leave, args=(2 * self._poll + _LAST_RESORT_S,), daemon=True).start()
         with contextlib.suppress(OSError):
             self._dump(sign, waited)
             self._alarm.touch()
@@ -172,10 +175,14 @@ class Watchdog:
             place,
             HANG_EXIT,
         )
-        # Whoever leaves makes the launcher end the others: not before they have written theirs.
-        time.sleep(answer)
-        if self._world.is_main:
-            logger.error("watchdog: %s", _summary(place, self._world.size))
+        # Whoever leaves makes the launcher end the others: not before they have written theirs, and rank 0 its summary.
+        with contextlib.suppress(OSError):
+            if self._world.is_main:
+                time.sleep(2 * self._poll)  # in which they see the alarm
+                _wait_for(lambda: len(written_stacks(place.parent)) == self._world.size, _ANSWER_S)
+                logger.error("watchdog: %s", _summary(place, self._world.size))
+                (place / _SUMMED).touch()
+            _wait_for((place / _SUMMED).exists, math.inf)
         _leave(0)
 
     def _dump(self, sign: _Sign, waited: float) -> None:
@@ -206,6 +213,12 @@ def _leave(seconds: float) -> None:
     """End the process after so long, without a word to whoever may hang."""
     time.sleep(seconds)
     os._exit(HANG_EXIT)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def _main_stack() -> str:

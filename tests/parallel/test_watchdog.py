@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,6 +19,15 @@ pytestmark = pytest.mark.slow
 MINUTES = 0.1  # four times as long at the start: a slow machine must not look like a hang
 LONG = ["train.steps=100000", f"train.watchdog_minutes={MINUTES}", "train.checkpoint_every=1000"]
 HALVED = ["train.micro_batch_size=32", *LONG]
+
+HANGS_AS_RANK_1 = """
+import sys, time
+from pathlib import Path
+from scmdm.parallel.processes import World
+from scmdm.training.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), World(1, 2, 0), minutes=0.02):
+    time.sleep(600)
+"""
 
 
 def stacks(run):
@@ -102,6 +113,19 @@ def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
     output = end_of(process)
     assert process.returncode == 0, output
     assert not (run / "stacks").exists() or not stacks(run)
+
+
+def test_a_rank_leaves_only_after_rank_0_has_said_who_hangs_where(tmp_path):
+    """The first to leave makes the launcher end the others, and rank 0 with its summary to come."""
+    process = subprocess.Popen([sys.executable, "-c", HANGS_AS_RANK_1, tmp_path])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "stacks" / ".hang").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    (tmp_path / "stacks" / ".summed").touch()
+    assert process.wait(timeout=2) == HANG_EXIT
 
 
 def test_the_stacks_of_a_hang_are_kept_through_the_next_start(adapt, tmp_path):
