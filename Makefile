@@ -19,7 +19,7 @@ quickstart: $(STAMP)
 	$(QUICKSTART)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest

@@ -9,14 +9,16 @@ from dataclasses import replace
 import torch
 
 from benchmarks.baselines.dense import DenseDenoiser
-from benchmarks.step import TEXT, make_engine_step
+from benchmarks.step import TEXT, Shape, make_engine_step
 from benchmarks.timing import show_figures
+from scmdm.config.schema import ModelConfig
 
 _BATCHES = (4, 8)
+_TINY = ModelConfig(width=16, layers=1, heads=1)
 
 
 def main() -> None:
-    """Print what each adds to a process that has imported everything: weights, gradients, moments, activations."""
+    """Print what each adds to a process that has trained a tiny model: weights, gradients, moments, activations."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         mib = {batch: [pool.apply(peak, (batch, dense)) for dense in (True, False)] for batch in _BATCHES}
@@ -27,15 +29,20 @@ def main() -> None:
 
 
 def peak(batch: int, dense: bool) -> float:
-    """MiB of two steps."""
+    """MiB of two steps beyond those of a tiny model, which bring the libraries' code into memory."""
     torch.set_num_threads(1)
+    _two_steps(replace(TEXT, model=_TINY, vocab=128, length=16, batch=1), dense)
     before = _peak()
-    engine, step = make_engine_step(replace(TEXT, batch=batch), rate=0.0)
+    _two_steps(replace(TEXT, batch=batch), dense)
+    return _peak() - before
+
+
+def _two_steps(shape: Shape, dense: bool) -> None:
+    engine, step = make_engine_step(shape, rate=0.0)
     if dense:
         engine.denoiser = DenseDenoiser(engine.model)
     step()
     step()
-    return _peak() - before
 
 
 def _peak() -> float:
