@@ -92,7 +92,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         c_RC: Tensor,
         dropout: bool,
         masks: Masks = NO_MASKS,
@@ -105,7 +105,7 @@ class Block(nn.Module):
         h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp))
         return x_BLD + F.dropout(gated(down, h, gate_mlp), self.dropout, dropout)
 
-    def _attend(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
+    def _attend(self, x_BLD: Tensor, rotary: Tensor, masks: Masks) -> Tensor:
         q, k, v = self.attn_qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return out_BLHK.flatten(2)

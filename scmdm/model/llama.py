@@ -59,7 +59,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         dropout: bool,
         masks: Masks = NO_MASKS,
     ) -> Tensor:
@@ -69,7 +69,7 @@ class Block(nn.Module):
         h_BLI = F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD)
         return x_BLD + F.dropout(self.mlp_down(h_BLI), self.dropout, dropout)
 
-    def _attend(self, h_BLD: Tensor, rotary: tuple[Tensor, Tensor], masks: Masks) -> Tensor:
+    def _attend(self, h_BLD: Tensor, rotary: Tensor, masks: Masks) -> Tensor:
         maps = (self.attn_q, self.attn_k, self.attn_v)
         q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)

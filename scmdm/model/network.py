@@ -144,16 +144,14 @@ class Network(nn.Module):
         weight_VD, bias_V = self.head()
         return weight_VD, weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V
 
-    def _rotary(self, length: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
-        """The tables' rows for the positions at hand."""
+    def _rotary(self, length: int, packing: Packing | None) -> Tensor:
+        """The table's rows for the positions at hand."""
         if packing is not None:
-            cos, sin = self.rotary_emb(length)
-            return cos[packing.positions_BL], sin[packing.positions_BL]
+            return self.rotary_emb(length)[packing.positions_BL]
         if self.context is None:
             return self.rotary_emb(length)
-        cos, sin = self.rotary_emb(length * self.context.size())
-        at = slice(length * self.context.get_local_rank(), length * (self.context.get_local_rank() + 1))
-        return cos[at], sin[at]
+        start = length * self.context.get_local_rank()
+        return self.rotary_emb(length * self.context.size())[start : start + length]
 
     def _head_input(self, h_BLD: Tensor) -> Tensor:
         if self.config.head_precision == "float32" or not torch.is_autocast_enabled(h_BLD.device.type):

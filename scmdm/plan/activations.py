@@ -36,7 +36,7 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     attention = 5 if layout.context == 1 else 4
     compute = (attention + 3 + 2 * model.mlp_ratio) * a
     dropout = 2 * (1 if layout.gpu else a) if model.dropout else 0
-    tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if a < _FLOAT32 else 0
+    tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if layout.gpu else 0
     positions = (float32 + compute + dropout) * tokens * model.width + _NORM_STATISTICS * tokens
     return positions + log_sums + tables + gated
 
@@ -68,7 +68,7 @@ def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
     # Rotated q; rotated k and v for every head of q; the output map's input; gate before and after SiLU, up, product.
     compute = (4 * width + 4 * inner) * a
     dropout = 2 * (1 if layout.gpu else a) * width if model.dropout else 0
-    tables = 2 * workload.length // layout.context * model.head_width * a if a < _FLOAT32 else 0
+    tables = 2 * workload.length // layout.context * model.head_width * a if layout.gpu else 0
     return (norms + compute + dropout + _NORM_STATISTICS // 2) * tokens + tables
 
 
@@ -76,7 +76,7 @@ def kept_by_final(workload: Workload, layout: Layout) -> int:
     """Bytes that the final norm keeps, the head's gradient by its input and where that belongs, and rotary tables."""
     positions = layout.tokens(workload) * workload.model.width
     modulated = 0 if _shares_modulation(workload) else _FLOAT32  # the norm's output
-    tables = 2 * workload.length // layout.context * workload.model.head_width * _FLOAT32
+    tables = workload.length // layout.context * workload.model.head_width * _FLOAT32
     return (_FLOAT32 + modulated + head_width(workload, layout)) * positions + tables + _INDEX * layout.tokens(workload)
 
 

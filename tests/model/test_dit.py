@@ -13,6 +13,7 @@ from scmdm.model.attention import attend, check_backend, choose_backend
 from scmdm.model.conditioner import CONDITIONERS
 from scmdm.model.dit import DiT
 from scmdm.model.init import init_weights
+from scmdm.model.rotary import rotate
 from scmdm.model.weights import load_weights
 
 MASK, VOCAB = 12, 13
@@ -140,19 +141,23 @@ def test_time_conditioning_is_a_setting():
 
 def test_rotary_is_the_half_split_rotation():
     """Against complex multiplication: pair (k, k + K/2) at position l turns by l * 10000^(-2k/K)."""
-    model = trained_base()
-    tables = [table[:, None] for table in model.rotary_emb(5)]
-    from scmdm.model.rotary import rotate
-
-    x = torch.randn(2, 5, 3, 8)
+    table = trained_base().rotary_emb(5)
+    x, d = torch.randn(2, 5, 3, 8).requires_grad_(), torch.randn(2, 5, 8, 3)
     angle = torch.outer(torch.arange(5).float(), 10_000 ** (-torch.arange(0, 8, 2).float() / 8))
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
-    expected = torch.cat([turned.real, turned.imag], -1)
-    torch.testing.assert_close(rotate(x, *tables), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(rotate(x, *tables), expected)
-        packed = [table.expand(2, -1, -1, -1) for table in tables]
-        torch.testing.assert_close(rotate(x, *packed), expected)
+    # Compiled, and on a GPU, halves stay where they are; a CPU leaves pairs side by side.
+    (halves,) = torch.compile(rotate, backend="eager", fullgraph=True)(table, x)
+    torch.testing.assert_close(halves, torch.cat([turned.real, turned.imag], -1))
+    expected = torch.view_as_real(turned).flatten(-2)
+    for given in (table, table.expand(2, -1, -1, -1)):
+        (found,) = rotate(given, x)
+        torch.testing.assert_close(found, expected)
+        for gradient in (d.transpose(-1, -2), d.transpose(-1, -2).contiguous()):
+            back = [torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (found, expected)]
+            torch.testing.assert_close(*back)
+    (rounded,) = rotate(table, x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_wrong_weights_are_named():

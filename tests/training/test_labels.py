@@ -71,7 +71,7 @@ def test_samples_are_of_their_label(of, request, tmp_path):
     rows = drawn(model, tmp_path / "a.jsonl", "sampler.label=each")
     assert [row["label"] for row in rows] == ["cold", "warm"] * 32
     by_label = {label: [row for row in rows if row["label"] == label] for label in LETTERS}
-    assert warm_share(by_label["warm"]) > 0.85 and warm_share(by_label["cold"]) < 0.15
+    assert warm_share(by_label["warm"]) > 0.75 and warm_share(by_label["cold"]) < 0.25
     guided = drawn(model, tmp_path / "b.jsonl", "sampler.label=warm", "sampler.guidance=3")
     assert {row["evaluations"] for row in guided} == {16} and {row["evaluations"] for row in rows} == {8}
     assert warm_share(guided) >= warm_share(by_label["warm"])
