@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.state import NO_LABEL
+from scmdm.diffusion.state import NO_LABEL, State
 from scmdm.model.activation import Gelu, gelu_of
 from scmdm.model.attention import NO_MASKS, Masks
 from scmdm.model.conditioner import Conditioner
@@ -96,10 +96,15 @@ class Block(nn.Module):
         c_RC: Tensor,
         dropout: bool,
         masks: Masks = NO_MASKS,
+        at_N: Tensor | None = None,
     ) -> Tensor:
+        """`at_N` goes on with these positions (1, N, D) after attention, where all rows share the modulation."""
         modulation = self.adaLN_modulation(c_RC)[:, None].chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         h = self._attend(self.norm1(x_BLD, shift_attn, scale_attn), rotary, masks)
+        if at_N is not None:
+            assert len(c_RC) == 1
+            x_BLD, h = (y.flatten(0, 1).index_select(0, at_N)[None] for y in (x_BLD, h))
         x_BLD = x_BLD + F.dropout(gated(self.attn_out, h, gate_attn), self.dropout, dropout)
         up, gelu, down = self.mlp
         h = gelu_of(up, gelu, self.norm2(x_BLD, shift_mlp, scale_mlp))
@@ -157,6 +162,10 @@ class DiT(Network):
             return (c_RC,)
         labels = torch.full((1,), NO_LABEL, device=t_B.device) if labels_B is None else labels_B
         return (c_RC + F.silu(self.cond_map(labels)),)
+
+    def _ends_by_rows(self, state: State) -> bool:
+        # A compiled block would be compiled anew for every number of positions.
+        return state.labels_B is None and not (self.config.time_conditioning or self.config.compile)
 
     def _noise_level(self, t_B: Tensor) -> Tensor:
         if not self.config.time_conditioning:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.schema import ModelConfig
 from scmdm.diffusion.packing import Packing
-from scmdm.diffusion.sampler import carried_estimate
+from scmdm.diffusion.sampler import carried_estimate, estimate_of_rows
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.model.attention import masks_of
@@ -71,19 +71,33 @@ class Network(nn.Module):
 
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
+        return self._hidden(state, None, dropout)
+
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        """See `Denoiser.estimate`."""
+        # A GPU would wait for the host to learn which positions are masked, before it has the pass to do.
+        if state.z_BL.device.type != "cpu" or torch.is_grad_enabled() or not self._ends_by_rows(state):
+            return carried_estimate(self, self.hidden(state, dropout=dropout), state.z_BL, self.mask_id)
+        at_N = true_positions(state.z_BL == self.mask_id)
+        return estimate_of_rows(self, self._hidden(state, at_N, dropout).squeeze(0), at_N, state.z_BL)
+
+    def _hidden(self, state: State, at_N: Tensor | None, dropout: bool) -> Tensor:
+        """(B, L, D), or (1, N, D) of the positions `at_N` alone, which the last block then goes on with."""
         packing = state.packing
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         masks = masks_of(packing, self.config.attention)
-        for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
+        more: list[tuple[Tensor, ...]] = [()] * len(self.blocks)
+        if at_N is not None:
+            more[-1] = (at_N,)
+        for block, own in zip(self.blocks, more, strict=True):
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks, *own)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
-    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
-        """See `Denoiser.estimate`."""
-        h_BLD = self.hidden(state, dropout=dropout)
-        return carried_estimate(self, h_BLD, state.z_BL, self.mask_id)
+    def _ends_by_rows(self, state: State) -> bool:
+        """Whether the last block can go on with some positions alone, once it has attended to all."""
+        return False
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
