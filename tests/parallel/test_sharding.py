@@ -74,7 +74,12 @@ def test_bfloat16_leaves_the_residual_stream_and_a_float32_head_alone(head, rank
     linear = model.blocks[1].mlp[0]
     linear.register_forward_hook(lambda m, _arguments, out: seen.update(weight=m.weight.dtype, product=out.dtype))
     as_it_was = model._head_input
-    model._head_input = lambda h: seen.setdefault("head", as_it_was(h))
+
+    def watched(h):
+        seen["head"] = as_it_was(h)
+        return seen["head"]
+
+    model._head_input = watched
     step(engine)
     assert (seen["x"], seen["y"]) == (torch.float32, torch.float32)
     assert (seen["weight"], seen["product"]) == (torch.bfloat16, torch.bfloat16)
