@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from tests.parallel.launching import wait_until_gone
+from tests.parallel.launching import are_gone
 
 PARENT = """
 import os, signal
@@ -25,4 +25,4 @@ def test_a_parent_that_is_killed_leaves_no_worker(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    wait_until_gone([worker])
+    assert are_gone([worker])

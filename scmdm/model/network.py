@@ -88,10 +88,8 @@ class Network(nn.Module):
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         masks = masks_of(packing, self.config.attention)
-        more: list[tuple[Tensor, ...]] = [()] * len(self.blocks)
-        if at_N is not None:
-            more[-1] = (at_N,)
-        for block, own in zip(self.blocks, more, strict=True):
+        for block in self.blocks:
+            own = (at_N,) if at_N is not None and block is self.blocks[-1] else ()
             x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks, *own)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 

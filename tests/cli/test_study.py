@@ -13,7 +13,7 @@ import yaml
 from scmdm.cli import main
 from scmdm.training.metrics import METRICS_FILE, last_row
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
-from tests.parallel.launching import wait_until_gone
+from tests.parallel.launching import are_gone
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +93,7 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    wait_until_gone(workers)
+    assert are_gone(workers)
     assert last_row(waiting, "train") is None
     output = finish(path)
     assert "rate 1 (" not in output and "scmdm-0_T4_s1" in output and "report: " in output

@@ -17,7 +17,7 @@ import pytest
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest, verify_dataset
 from tests.data.test_prepare import files
-from tests.parallel.launching import wait_until_gone
+from tests.parallel.launching import are_gone
 
 KEYS = ("source=text", "tokenizer=characters", "length=64", "part_mb=1", "validation_fraction=0.2", "test_fraction=0.2")
 
@@ -178,7 +178,7 @@ def test_a_signal_ends_the_fit_of_a_tokenizer(tmp_path, empty_yaml, workers, sen
         assert process.wait(timeout=25) != 0
     finally:
         process.kill()
-    wait_until_gone([trainer])
+    assert are_gone([trainer])
     (work,) = tmp_path.glob(".data.*.work")
     assert not list(work.glob("fit*")) and not (tmp_path / "data").exists()
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from scmdm.training.watchdog import HANG_EXIT
-from tests.parallel.launching import launch, start, wait_until_gone, workers
+from tests.parallel.launching import are_gone, launch, start, workers
 from tests.parallel.test_fsdp import wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_p
     (text,) = stacks(run).values()
     assert "in data, last step" in text
     assert "get_sample_data" in text.split("--- process")[1]
-    wait_until_gone(children)
+    assert are_gone(children)
 
 
 @pytest.mark.long
@@ -118,14 +118,17 @@ def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
 def test_a_rank_leaves_only_after_rank_0_has_said_who_hangs_where(tmp_path):
     """The first to leave makes the launcher end the others, and rank 0 with its summary to come."""
     process = subprocess.Popen([sys.executable, "-c", HANGS_AS_RANK_1, tmp_path])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "stacks" / ".hang").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
-    (tmp_path / "stacks" / ".summed").touch()
-    assert process.wait(timeout=2) == HANG_EXIT
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "stacks" / ".hang").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        (tmp_path / "stacks" / ".summed").touch()
+        assert process.wait(timeout=2) == HANG_EXIT
+    finally:
+        process.kill()
 
 
 def test_the_stacks_of_a_hang_are_kept_through_the_next_start(adapt, tmp_path):
