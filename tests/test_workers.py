@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 
-from tests.parallel.launching import are_gone
+import pytest
+
+from tests.parallel.launching import are_gone, wait_for_descendants
 
 PARENT = """
 import os, signal
@@ -26,3 +28,26 @@ def test_a_parent_that_is_killed_leaves_no_worker(tmp_path):
     parent.wait()
     parent.stdout.close()
     assert are_gone([worker])
+
+
+FITTING = """
+import itertools
+from scmdm.pieces_trainer import train_pieces
+from scmdm.workers import worker_processes
+def fit():
+    train_pieces(itertools.repeat("for ever"), {"vocab_size": 9})
+if __name__ == "__main__":
+    with worker_processes(1) as pool:
+        pool.submit(fit).result()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tokenizer_that_a_worker_fits_ends_with_the_parent(tmp_path, sent):
+    (tmp_path / "fitting.py").write_text(FITTING)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "fitting.py")], env=environment)
+    (trainer,) = wait_for_descendants(parent, "scmdm.pieces_trainer")
+    parent.send_signal(sent)
+    parent.wait()
+    assert are_gone([trainer])

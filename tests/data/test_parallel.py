@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest, verify_dataset
 from tests.data.test_prepare import files
-from tests.parallel.launching import are_gone
+from tests.parallel.launching import are_gone, wait_for_descendants
 
 KEYS = ("source=text", "tokenizer=characters", "length=64", "part_mb=1", "validation_fraction=0.2", "test_fraction=0.2")
 
@@ -128,31 +126,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, empty_yaml):
     assert peaks[1] < 1.05 * peaks[0]
 
 
-def children(pid, word):
-    """Processes that `pid` started, whose command has the word in it."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == pid and word in (place / "cmdline").read_text():
-                found.append(int(place.name))
-    return found
-
-
-def wait_for_child(process, word):
-    end = time.monotonic() + 120
-    while not (found := children(process.pid, word)):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    return found
-
-
 @pytest.mark.slow
 def test_a_killed_worker_is_told_and_the_other_makes_the_same(corpus, alone, tmp_path, empty_yaml):
     process = subprocess.Popen(
         command(empty_yaml, corpus, tmp_path / "data", "workers=2"), stderr=subprocess.PIPE, text=True
     )
-    (worker,) = wait_for_child(process, "spawn_main")
+    (worker,) = wait_for_descendants(process, "spawn_main")
     os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0 and "a worker was killed" in error, error
@@ -172,7 +151,7 @@ def test_a_signal_ends_the_fit_of_a_tokenizer(tmp_path, empty_yaml, workers, sen
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command(empty_yaml, tmp_path / "corpus", tmp_path / "data", *keys), preexec_fn=heard)
     try:
-        (trainer,) = wait_for_child(process, "scmdm.pieces_trainer")
+        (trainer,) = wait_for_descendants(process, "scmdm.pieces_trainer")  # the fit is whoever's is first
         time.sleep(1)  # it has begun
         process.send_signal(sent)
         assert process.wait(timeout=25) != 0

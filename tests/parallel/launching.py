@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 
 def command(processes, *arguments, module="scmdm"):
@@ -41,8 +43,29 @@ def _command_line(pid):
     try:
         with open(f"/proc/{pid}/cmdline") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "torch.distributed.run"  # it is gone: no rank any more
+
+
+def wait_for_descendants(process, word):
+    """Processes below `process` whose command has the word in it, once there are any; within two minutes."""
+    end = time.monotonic() + 120
+    while not (found := [pid for pid in _descendants(process.pid) if word in _command_line(pid)]):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+def _descendants(pid):
+    children = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(place.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def are_gone(pids):
