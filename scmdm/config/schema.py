@@ -62,6 +62,9 @@ class ModelConfig:
     conditioner: str = "projection"  # projection | norm | mlp
     inject_at: str = "all"  # all | masked: positions at which the estimate enters
     estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
+    estimate_rank: int | None = (
+        None  # seek those along so many principal axes of the output head; null: among all logits
+    )
     lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
@@ -246,6 +249,13 @@ class RunConfig:
         even = model.width % (2 * model.heads) == 0
         _require(even, "model.width", model.width, f"a multiple of 2 x model.heads = {2 * model.heads} (rotary pairs)")
         self._validate_kind()
+        rank = model.estimate_rank
+        _require(
+            rank is None or model.estimate_top_k is not None,
+            "model.estimate_rank",
+            rank,
+            "set with model.estimate_top_k",
+        )
         divides = train.global_batch_size % train.micro_batch_size == 0
         _require(
             divides,
@@ -309,6 +319,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.dropout", 0, 0.99),
     ("model.head_chunk", 1, 2**31),
     ("model.estimate_top_k", 1, 2**31),
+    ("model.estimate_rank", 1, 65536),
     ("model.lora_rank", 0, 65536),
     ("model.lora_alpha", 1e-9, 1e9),
     ("diffusion.eps", 0, 0.5),

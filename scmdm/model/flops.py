@@ -65,12 +65,19 @@ def step_flops(
     trunk = config.layers * (products + attention)
     logits = 2.0 * masked * width * vocab_size
     # Logits, then the expected embedding, of a few tokens a sum of rows; its input is the null estimate.
-    first = trunk + (2 if config.estimate_top_k is None else 1) * logits
+    first = trunk + _estimate_products(config) * logits
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits
     frozen = 0.0 if trained_layers is None else (config.layers - trained_layers) * products + logits
     return StepFlops(forward, 2 * forward - frozen, estimate if stop_gradient else 3 * estimate)
+
+
+def _estimate_products(config: ModelConfig) -> float:
+    """The head's, in those that logits take; without the head's own product with its axes, one for all positions."""
+    if config.estimate_top_k is None:
+        return 2.0
+    return 1.0 if config.estimate_rank is None else config.estimate_rank / config.width
 
 
 def _block_matrices(config: ModelConfig) -> int:

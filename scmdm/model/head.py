@@ -91,11 +91,13 @@ def expected_embedding(
     mask_id: int,
     chunk: int,
     top_k: int | None = None,
+    rank: int | None = None,
 ) -> Tensor:
     """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
 
     `top_k` takes only so many most probable tokens, whose probabilities are renormalised: the estimate stays a mean of
-    embeddings, and the second product with the vocabulary becomes a sum of `top_k` of its rows.
+    embeddings, and the second product with the vocabulary becomes a sum of `top_k` of its rows. `rank` seeks them along
+    so many principal axes of the head, without gradients and where there are enough positions for that to be less work.
     Differentiable; logits are then made again in the backward pass, chunk by chunk.
     """
     with torch.autocast(h_ND.device.type, enabled=False):
@@ -104,7 +106,7 @@ def expected_embedding(
             return _by_chunks(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
         kernels = wide_head if h_ND.device.type == "cuda" else tiled_head
         if top_k is not None:
-            return kernels.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
+            return kernels.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, rank, chunk=chunk)
         return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
 
 

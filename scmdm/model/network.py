@@ -126,6 +126,7 @@ class Network(nn.Module):
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
             top_k=self.config.estimate_top_k,
+            rank=self.config.estimate_rank,
         )
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scmdm.model import top_tokens
 from scmdm.model.subs import subs_logits
-from scmdm.model.top_tokens import mean_of_best
 
 _TILE = 4096
 _CHUNK = 1 << 24  # logits of a chunk, 64 MiB
@@ -55,20 +55,22 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
 
 
 def estimate_of_best(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    rank: int | None,
+    *,
+    chunk: int,
 ) -> Tensor:
-    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised.
+    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised; `rank`: see `top_tokens`.
 
     Logits are rounded to the dtype of `h_ND`, once, with the bias in the product.
     """
-    weight_DV, bias_V = weight_VD.to(h_ND.dtype).T, subs_bias_V.to(h_ND.dtype)
-    # One block of logits for all chunks: new pages cost half as much as the product. A smaller one has fewer.
-    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)
-    logits_CV, parts = h_ND.new_empty(min(chunk, len(h_ND)), len(bias_V)), []
-    for h_CD in h_ND.split(chunk):
-        own_CV = torch.addmm(bias_V, h_CD, weight_DV, out=logits_CV[: len(h_CD)])
-        parts.append(mean_of_best(own_CV, embedding_VD, top_k))
-    return torch.cat(parts)
+    weight_VD, bias_V = weight_VD.to(h_ND.dtype), subs_bias_V.to(h_ND.dtype)
+    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller block has fewer new pages
+    return top_tokens.estimate_of_best(h_ND, weight_VD, bias_V, embedding_VD, top_k, rank, chunk=chunk)
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.fused import fused
-from scmdm.model.top_tokens import mean_of_best
+from scmdm.model import top_tokens
 
 _MULTIPLE = 64
 
@@ -64,16 +64,18 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
 
 
 def estimate_of_best(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    rank: int | None,
+    *,
+    chunk: int,
 ) -> Tensor:
     """See `scmdm.model.tiled_head.estimate_of_best`."""
-    vocab_size = len(weight_VD)
     weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V).to(h_ND.dtype)
-    estimate_ND = embedding_VD.new_empty(len(h_ND), embedding_VD.shape[1])
-    for rows in _chunks(len(h_ND), chunk):
-        logits_CP = torch.addmm(bias_P, h_ND[rows], weight_PD.T)
-        estimate_ND[rows] = mean_of_best(logits_CP[:, :vocab_size], embedding_VD, top_k)
-    return estimate_ND
+    return top_tokens.estimate_of_best(h_ND, weight_PD, bias_P, embedding_VD, top_k, rank, chunk=chunk)
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:

@@ -22,7 +22,8 @@ from scmdm.parallel.processes import World
 from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
 from scmdm.training.optimizer import make_optimizer
 
-_OF_THE_CONDITIONER = ("conditioner", "inject_at", "estimate_top_k")  # an adaptation may set these if its base has none
+# An adaptation may set these if its base has none.
+_OF_THE_CONDITIONER = ("conditioner", "inject_at", "estimate_top_k", "estimate_rank")
 _ADAPTABLE = (  # and these in any case
     "lora_rank",
     "lora_alpha",

@@ -1,0 +1,86 @@
+"""The most probable tokens, sought along the principal axes of the output head."""
+
+import pytest
+import torch
+
+from scmdm.config.schema import ModelConfig
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.model import tiled_head, wide_head
+from scmdm.model.flops import step_flops
+from scmdm.model.head import expected_embedding
+from scmdm.model.preview import Preview
+from scmdm.model.subs import subs_bias
+
+VOCAB, WIDTH, RANK, MASK = 9001, 32, 8, 7
+
+
+@pytest.fixture
+def head():
+    """States, weight, bias, embedding: a head whose axes have powers that fall, as those of trained ones do."""
+    g = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=g)).Q
+    weight = torch.randn(VOCAB, WIDTH, generator=g) * torch.logspace(0.5, -4, WIDTH) @ axes.T
+    embedding = torch.randn(VOCAB, WIDTH, generator=g)
+    return torch.randn(300, WIDTH, generator=g), weight + 0.5, torch.randn(VOCAB, generator=g), embedding
+
+
+def test_axes_are_those_of_the_weights_about_their_mean(head):
+    weight = head[1]
+    preview = Preview.of(weight, RANK)
+    torch.testing.assert_close(preview.axes_DR.T @ preview.axes_DR, torch.eye(RANK), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(preview.weight_VR, weight @ preview.axes_DR)
+    centred = weight - weight.mean(0)
+    best = torch.linalg.svd(centred, full_matrices=False).Vh[:RANK].T
+    assert (centred @ preview.axes_DR).norm() >= 0.999 * (centred @ best).norm()
+    assert Preview.of(torch.zeros(100, WIDTH), RANK).weight_VR.abs().max() == 0  # a new head
+
+
+@pytest.mark.parametrize("kernels", [tiled_head, wide_head])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_estimate_of_nearly_the_same_tokens(head, kernels, dtype):
+    h, weight, bias, embedding = head
+    given = (h.to(dtype), weight, subs_bias(bias, MASK), embedding)
+    exact = kernels.estimate_of_best(*given, 4, None, chunk=100)
+    found = kernels.estimate_of_best(*given, 4, RANK, chunk=100)
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    same = ((found - exact).norm(dim=1) < (1e-4 if dtype == torch.float32 else 0.05) * exact.norm(dim=1)).float().mean()
+    assert 0.9 < same <= 1, same  # all four tokens, by their true logits
+    assert (found - exact).norm() < 0.1 * exact.norm()
+    one = kernels.estimate_of_best(*given, 4, 1, chunk=100)  # along one axis they are not found
+    assert (one - exact).norm() > 0.3 * exact.norm()
+
+
+def test_chunks_change_nothing(head):
+    h, weight, bias, embedding = head
+    found = [
+        expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk, top_k=4, rank=RANK)
+        for chunk in (512, 8192)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [RANK, WIDTH, 1000])
+def test_few_positions_and_many_axes_take_all_logits(head, rank):
+    h, weight, bias, embedding = head
+    few = h[:8] if rank == RANK else h
+    given = {"mask_id": MASK, "chunk": 512, "top_k": 4}
+    with torch.no_grad():
+        assert Preview.where_it_pays(weight, rank, len(few)) is None
+        expected = expected_embedding(few, weight, bias, embedding, **given)
+        assert torch.equal(expected_embedding(few, weight, bias, embedding, rank=rank, **given), expected)
+
+
+def test_a_small_vocabulary_has_them_all_among_its_candidates():
+    g = torch.Generator().manual_seed(1)
+    h, weight, embedding = (torch.randn(n, WIDTH, generator=g) for n in (200, 12, 12))
+    bias = subs_bias(torch.zeros(12), MASK)
+    exact = tiled_head.estimate_of_best(h, weight, bias, embedding, 16, None, chunk=100)
+    torch.testing.assert_close(tiled_head.estimate_of_best(h, weight, bias, embedding, 16, 4, chunk=100), exact)
+
+
+def test_its_products_are_counted():
+    every, best, sought = (
+        step_flops(ModelConfig(self_conditioned=True, **keys), 50_258, 32, LogLinear(), passes=1).estimate_passes
+        for keys in ({}, {"estimate_top_k": 16}, {"estimate_top_k": 16, "estimate_rank": 32})
+    )
+    assert sought - (2 * best - every) == pytest.approx((every - best) / 4)  # a quarter of 128
