@@ -13,6 +13,7 @@ from scmdm.model.preview import Preview
 
 _BLOCK = 64
 _CANDIDATES = 4  # of a preview, for each token that is wanted
+_PREVIEWED = 1024  # positions at once: the rows of their candidates are as large as their logits
 
 
 def top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,8 @@ def estimate_of_best(
     longer than the embedding.
     """
     preview = Preview.where_it_pays(weight_VD, rank, len(h_ND))
+    if preview is not None:
+        chunk = min(chunk, _PREVIEWED)
     # One block of logits for all chunks: new pages cost a CPU half as much as the product.
     block_CV, parts = h_ND.new_empty(min(chunk, len(h_ND)), len(bias_V)), []
     for h_CD in h_ND.split(chunk):
