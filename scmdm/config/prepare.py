@@ -28,7 +28,7 @@ _SOURCES = {
 DEBIAN = "debian:"  # begins a path of genomes that a package has
 _NEEDS_PATH = ("smiles", "huggingface", "text8", "cifar10", "images", "codes")
 _WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
-_FROM_FILE = ("sentencepiece", "huggingface")
+_FROM_FILE = ("sentencepiece", "huggingface", "characters", "smiles", "selfies")
 CHOICES = {
     "source": tuple(_SOURCES),
     "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
@@ -94,7 +94,8 @@ class PrepareConfig:
     detokenize: str = "none"
     # smiles | selfies | characters | sentencepiece | bytes | huggingface | dna | levels (of pixels) | codes
     tokenizer: str = MISSING
-    tokenizer_path: str | None = None  # sentencepiece: .model (null: train one); huggingface: tokenizer.json, or folder
+    # huggingface: tokenizer.json, or folder; sentencepiece: .model; null: a new one, else a model's own tokenizer.json
+    tokenizer_path: str | None = None
     vocab_size: int = 2048  # of the sentencepiece model that is trained
     levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size
     image_size: int | None = None  # images: height and width in pixels

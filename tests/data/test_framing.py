@@ -126,6 +126,7 @@ def test_concatenated_data_has_no_padding_and_counts_what_is_left(corpus, tmp_pa
         (["validation_fraction=0.0"], "validation_fraction=0.0 is not possible"),
         (["tokenizer=huggingface"], "tokenizer_path=None is not possible"),
         (["tokenizer_path=x"], "tokenizer_path='x' is not possible"),
+        (["tokenizer=characters", "tokenizer_path=x"], "tokenizer_path=x is no tokenizer of scmdm's"),
         (["source=huggingface", "path=null"], "path=None is not possible; it must be given"),
     ],
 )
@@ -133,3 +134,19 @@ def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, m
     options = ["source=text", f"path={corpus}", f"out={tmp_path / 'a'}", "tokenizer=bytes", "length=64"]
     assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml):
+    (tmp_path / "one.txt").write_text("abc\n" * 40)
+    (tmp_path / "two.txt").write_text("".join(f"{'ab' * i}\n" for i in range(1, 30)) + "abd\n")
+    keys = ["source=text", "unit=lines", "deduplicate=false", "length=64", "validation_fraction=0.2"]
+
+    def of(name, *more):
+        options = [*keys, f"path={tmp_path / f'{name}.txt'}", f"out={tmp_path / name}", "tokenizer=characters", *more]
+        assert main(["prepare", str(empty_yaml), *options]) == 0
+        return Manifest.read(tmp_path / name)
+
+    first = of("one")
+    second = of("two", f"tokenizer_path={tmp_path / 'one/tokenizer.json'}")
+    assert second.tokenizer.sha256 == first.tokenizer.sha256
+    assert second.counts["dropped: unknown symbol"] == 1 and second.counts["kept"] == 29

@@ -87,6 +87,10 @@ def open_tokenizer(kind: str, path: Path, *, padded: bool) -> Tokenizer:
                 f"tokenizer_path={path} is of kind {saved.kind}; set tokenizer={saved.kind}, or another path"
             )
         return saved
+    if kind in SPLITTERS:
+        raise UserError(
+            f"tokenizer_path={path} is no tokenizer of scmdm's; give the tokenizer.json of a model or data set"
+        )
     return HuggingFaceTokenizer.open(path, padded=padded)
 
 
