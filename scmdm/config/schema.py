@@ -62,9 +62,7 @@ class ModelConfig:
     conditioner: str = "projection"  # projection | norm | mlp
     inject_at: str = "all"  # all | masked: positions at which the estimate enters
     estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
-    estimate_rank: int | None = (
-        None  # seek those along so many principal axes of the output head; null: among all logits
-    )
+    estimate_rank: int | None = None  # seek those along so many principal axes of the head; null: among all logits
     lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
     lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from scmdm.config.help import describe_keys
 from scmdm.config.load import load_config, to_yaml
+from scmdm.config.prepare import PrepareConfig
 from scmdm.config.sampling import EvaluateConfig, SampleConfig
 from scmdm.config.schema import RunConfig
 from scmdm.config.study import StudyConfig
@@ -168,10 +169,15 @@ def test_help_lists_every_key(schema):
         assert f"  {key}=" in text
 
 
+def test_help_says_what_a_key_is_also_where_the_line_has_no_room():
+    lines = {line.split("=")[0].strip(): line for line in describe_keys(PrepareConfig).splitlines()}
+    assert lines["shard_mb"].endswith("=64") and lines["out"].endswith("directory to make")
+    assert "file or folder; null: a package's" in lines["path"]
+    assert "characters, smiles, selfies: the tokenizer.json of a model" in lines["tokenizer_path"]  # of two lines
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_shipped_configuration_loads(path):
-    from scmdm.config.prepare import PrepareConfig
-
     content = yaml.safe_load(path.read_text())
     schema = StudyConfig if "title" in content else PrepareConfig if path.parent.name == "data" else RunConfig
     # The model sizes are parts that a run's file extends.

@@ -137,7 +137,7 @@ def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, m
 
 
 def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml):
-    (tmp_path / "one.txt").write_text("abc\n" * 40)
+    (tmp_path / "one.txt").write_text("".join(f"{'abc' * i}\n" for i in range(1, 40)))
     (tmp_path / "two.txt").write_text("".join(f"{'ab' * i}\n" for i in range(1, 30)) + "abd\n")
     keys = ["source=text", "unit=lines", "deduplicate=false", "length=64", "validation_fraction=0.2"]
 
