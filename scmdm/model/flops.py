@@ -77,7 +77,7 @@ def _estimate_products(config: ModelConfig) -> float:
     """The head's, in those that logits take; without the head's own product with its axes, one for all positions."""
     if config.estimate_top_k is None:
         return 2.0
-    return 1.0 if config.estimate_rank is None else config.estimate_rank / config.width
+    return 1.0 if config.estimate_rank is None else min(1.0, config.estimate_rank / config.width)
 
 
 def _block_matrices(config: ModelConfig) -> int:

@@ -2,7 +2,7 @@
 
 Enough to see which tokens may be the most probable, for a fraction of the products.
 
-Legend: N positions, D width, V vocabulary, R axes, S rows of the head.
+Legend: D width, V vocabulary, R axes, S rows of the head.
 """
 
 from __future__ import annotations

@@ -79,8 +79,14 @@ def test_a_small_vocabulary_has_them_all_among_its_candidates():
 
 
 def test_its_products_are_counted():
-    every, best, sought = (
+    every, best, sought, at_all = (
         step_flops(ModelConfig(self_conditioned=True, **keys), 50_258, 32, LogLinear(), passes=1).estimate_passes
-        for keys in ({}, {"estimate_top_k": 16}, {"estimate_top_k": 16, "estimate_rank": 32})
+        for keys in (
+            {},
+            {"estimate_top_k": 16},
+            {"estimate_top_k": 16, "estimate_rank": 32},
+            {"estimate_top_k": 16, "estimate_rank": 999},
+        )
     )
+    assert at_all == best
     assert sought - (2 * best - every) == pytest.approx((every - best) / 4)  # a quarter of 128
