@@ -1,15 +1,22 @@
 """The most probable tokens, sought along the principal axes of the output head."""
 
+import re
+
 import pytest
 import torch
 
-from scmdm.config.schema import ModelConfig
+from scmdm.config.load import load_config
+from scmdm.config.schema import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.errors import UserError
 from scmdm.model import tiled_head, top_tokens, wide_head
+from scmdm.model.dit import DiT
 from scmdm.model.flops import step_flops
 from scmdm.model.head import expected_embedding
+from scmdm.model.init import init_weights
 from scmdm.model.preview import Preview
 from scmdm.model.subs import subs_bias
+from tests.cli.test_config import REQUIRED
 
 VOCAB, WIDTH, RANK, MASK = 9001, 32, 8, 7
 
@@ -76,6 +83,28 @@ def test_a_small_vocabulary_has_them_all_among_its_candidates():
     bias = subs_bias(torch.zeros(12), MASK)
     exact = tiled_head.estimate_of_best(h, weight, bias, embedding, 16, None, chunk=100)
     torch.testing.assert_close(tiled_head.estimate_of_best(h, weight, bias, embedding, 16, 4, chunk=100), exact)
+
+
+def test_a_model_seeks_its_estimate_as_it_is_configured():
+    def estimate(**keys):
+        config = ModelConfig(width=WIDTH, layers=1, heads=2, self_conditioned=True, **keys)
+        model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+        init_weights(model, 0)
+        g = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            model.output_layer.linear.weight.copy_(torch.randn(VOCAB, WIDTH, generator=g))  # all axes alike
+            return model.expected_embedding(torch.randn(300, WIDTH, generator=g))
+
+    best = estimate(estimate_top_k=4)
+    assert (estimate(estimate_top_k=4, estimate_rank=2) - best).norm() > 0.3 * best.norm()
+    torch.testing.assert_close(estimate(estimate_top_k=4, estimate_rank=WIDTH), best)
+
+
+def test_axes_without_a_number_of_tokens_are_a_mistake():
+    keys = [*REQUIRED, "model.estimate_rank=8"]
+    with pytest.raises(UserError, match=re.escape("model.estimate_rank=8 is not possible; it must be set with")):
+        load_config(RunConfig, None, keys)
+    assert load_config(RunConfig, None, [*keys, "model.estimate_top_k=4"]).model.estimate_rank == 8
 
 
 def test_its_products_are_counted():
