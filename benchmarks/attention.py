@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.timing import interleave, show
 from scmdm.diffusion.packing import make_packing
-from scmdm.model.attention import NO_MASKS, Masks, attend, flash_unusable_because, masks_of
-from scmdm.parallel.engine import resolve_device, resolve_precision
+from scmdm.distributed.engine import resolve_device, resolve_precision
+from scmdm.models.attention import NO_MASKS, Masks, attend, flash_unusable_because, masks_of
 
 # B, L, H, K
 SHAPES = ((256, 32, 4, 32), (64, 128, 4, 32), (16, 512, 4, 32))

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import interleave, show
-from scmdm.config.schema import EmaConfig, ModelConfig, RunConfig, TrainConfig
+from scmdm.checkpoint.checkpoint import TrainState
+from scmdm.checkpoint.writer import Saver, snapshot
+from scmdm.config.run import EmaConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
-from scmdm.model.network import count_parameters
-from scmdm.model.weights import ModelSpec
-from scmdm.parallel.engine import resolve_device
-from scmdm.training.checkpoint import TrainState
-from scmdm.training.ema import Ema
-from scmdm.training.saver import Saver, snapshot
+from scmdm.distributed.ema import Ema
+from scmdm.distributed.engine import resolve_device
+from scmdm.models.model_files import ModelSpec
+from scmdm.models.network import count_parameters
 from scmdm.training.setup import build_engine
 
 _MODEL = ModelConfig(width=512, layers=8, heads=8, condition_width=128)

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import interleave, show
-from scmdm.parallel.engine import resolve_device
-from scmdm.parallel.processes import World, process_group
+from scmdm.distributed.engine import resolve_device
+from scmdm.system.process_group import World, process_group
 
 
 def main() -> None:

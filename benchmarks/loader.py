@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import CLOCK, interleave, ratios, show, show_figures
-from scmdm.config.data import DataConfig
-from scmdm.data.framing import Row
+from scmdm.config.dataset_config import DataConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
-from scmdm.data.shards import Description, join_pieces, write_piece
+from scmdm.data.preparation.framing import Row
+from scmdm.data.preparation.shard_writer import Description, join_pieces, write_piece
 from scmdm.data.tokenizers import SymbolTokenizer
 
 _SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123"  # 34 ids with the specials, as QM9

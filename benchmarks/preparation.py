@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 
 from benchmarks.timing import Timing, interleave, ratios, show
-from scmdm.config.prepare import PrepareConfig
-from scmdm.data.prepare import prepare
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.preparation.prepare import prepare
 
 _MIB, _LENGTH, _VOCAB = 16, 256, 8192
 _WORDS, _LINE = 30_000, 100  # different words, and words of a line

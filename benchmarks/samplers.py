@@ -10,15 +10,15 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
 from benchmarks.timing import CLOCK, Timing, interleave, ratios, show_figures
-from scmdm.config.schema import ModelConfig
+from scmdm.config.run import ModelConfig
 from scmdm.diffusion.guidance import SamplingDenoiser
-from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.model.dit import DiT
-from scmdm.model.init import init_weights
-from scmdm.model.replay import ReplayedDenoiser
-from scmdm.parallel.engine import compute_context, resolve_device, resolve_precision
+from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
+from scmdm.ops.cuda_graphs import ReplayedDenoiser
 
 _MODEL = ModelConfig(width=256, layers=4, heads=4, condition_width=64, self_conditioned=True)
 _VOCAB, _LENGTH, _BATCH = 50_258, 256, 1

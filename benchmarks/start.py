@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.step import QM9
 from benchmarks.timing import show_figures
-from scmdm.data.shards import Description, write_dataset
+from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import SymbolTokenizer
 
 _ROUNDS, _SAMPLES = 3, 10_000

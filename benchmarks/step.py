@@ -18,15 +18,15 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import Timing, interleave, show
-from scmdm.config.schema import ModelConfig, RunConfig
+from scmdm.config.run import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
-from scmdm.model.dit import DiT
-from scmdm.model.flops import peak_flops, step_flops
-from scmdm.model.head import weighted_nll_sum
-from scmdm.model.init import init_weights
-from scmdm.model.weights import ModelSpec
-from scmdm.parallel.engine import Engine, resolve_device, resolve_precision
+from scmdm.distributed.engine import Engine, resolve_device, resolve_precision
+from scmdm.models.dit import DiT
+from scmdm.models.flops import peak_flops, step_flops
+from scmdm.models.initialization import init_weights
+from scmdm.models.model_files import ModelSpec
+from scmdm.ops.output_head import weighted_nll_sum
 from scmdm.training.optimizer import set_lr
 from scmdm.training.setup import build_engine
 from scmdm.training.step import train_step

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from scmdm.files import atomic_write_text
+from scmdm.system.files import atomic_write_text
 
 RESULTS = Path("runs/benchmarks")
 CLOCK = "wall" if torch.cuda.is_available() else "cpu"

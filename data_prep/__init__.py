@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scmdm.config.prepare import DEBIAN, PrepareConfig
-from scmdm.data.records import Source
+from scmdm.config.preparation import DEBIAN, PrepareConfig
+from scmdm.data.preparation.records import Source
 
 
 def make_source(config: PrepareConfig) -> Source:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.images import check_length
-from scmdm.config.prepare import PrepareConfig
-from scmdm.data.records import Part, Record, Tally, cut_into_parts
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.tokenizers import Layout
 from scmdm.errors import UserError
 

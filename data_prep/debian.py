@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.genomes import Genomes, Labels, Windows
-from data_prep.packages import user_cache
-from scmdm.config.prepare import DEBIAN
+from scmdm.config.preparation import DEBIAN
 from scmdm.errors import UserError
-from scmdm.files import atomic_directory
+from scmdm.system.files import atomic_directory
+from scmdm.system.package_data import user_cache
 
 DEFAULT = "ragout-examples"
 

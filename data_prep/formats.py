@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.packages import optional
 from data_prep.packed import PackedLines, Unpack, gunzipped, unzstd
-from scmdm.data.records import Slice, cut_bytes, read_lines
+from scmdm.data.preparation.records import Slice, cut_bytes, read_lines
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional
 
 _PEEKED = 1 << 16  # bytes in which an array would begin
 _ROWS = 256  # of a parquet file, decoded at once

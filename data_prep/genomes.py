@@ -19,7 +19,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
+from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
 
 _FASTA = re.compile(r"\.(fa|fasta|fna)(\.gz)?$", re.IGNORECASE)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats import Found, of_row
-from data_prep.packages import optional
 from data_prep.text import Units
-from scmdm.data.records import Part, Record, Slice, Tally
+from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional
 
 _ROWS = 256  # decoded at once
 _SPLITS = {"train": None, "validation": "validation", "test": "test"}  # theirs: ours (None: by hash)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from scmdm.config.prepare import PrepareConfig
-from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.data.tokenizers import Layout
 from scmdm.errors import UserError
 

@@ -11,9 +11,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.packages import package_data
-from scmdm.data.records import Part, Record, Tally, cut_into_parts, read_lines
+from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts, read_lines
 from scmdm.errors import UserError
+from scmdm.system.package_data import package_data
 
 FILTER_FILES = ("mcf.csv", "wehi_pains.csv")  # SMARTS of unwanted groups, for the metrics
 _REQUIREMENT = "molsets==0.3.1"

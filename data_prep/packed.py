@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from data_prep.packages import optional
+from scmdm.system.package_data import optional
 
 _UNPACKED = 1 << 20  # bytes unpacked at once
 _PACKED = 1 << 16  # packed bytes read at once, each of which may unpack to hundreds

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.smiles import canonical_smiles
-from scmdm.data.records import Part, Record, Tally, cut_into_parts
+from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.errors import UserError
 
 _FILES = tuple(f"qm9_part{part}.csv" for part in (1, 2, 3))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rdkit import Chem, rdBase
 
-from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
+from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
 from scmdm.errors import UserError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from data_prep.detokenize import DETOKENIZERS
 from data_prep.formats import FORMATS, Format, Found, as_one_document, format_of, is_known
-from data_prep.packages import package_data
-from scmdm.data.records import Part, Record, Slice, Tally, cut_into_parts
+from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.errors import UserError
+from scmdm.system.package_data import package_data
 
 PASSAGE_CHARACTERS = 4000  # a document is cut at blank lines into passages of about this size: the unit of the split
 _KNOWN = " or ".join([", ".join([*FORMATS][:-1]), [*FORMATS][-1]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from scmdm.data.records import Part, Record, Slice, Tally
+from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
 
 _SHARES = (("train", 0, 90), ("validation", 90, 95), ("test", 95, 100))  # percent of the file

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from scmdm.convert.convert_command import export_schema, import_schema, run_export, run_import
 from scmdm.errors import UserError
-from scmdm.interchange.command import export_schema, import_schema, run_export, run_import
-from scmdm.launch.command import add_launch
-from scmdm.signals import StopRequest
+from scmdm.launch.submit import add_launch
+from scmdm.system.signals import StopRequest
 
 if TYPE_CHECKING:
-    from scmdm.config.sampling import SampleConfig
-    from scmdm.config.schema import RunConfig
+    from scmdm.config.run import RunConfig
+    from scmdm.config.sampler import SampleConfig
 
 _EPILOG = """\
 A run is one YAML file and key=value overrides:
@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if self.schema is None:
             return text
-        from scmdm.config.help import describe_keys
+        from scmdm.config.help_text import describe_keys
 
         return f"{text}\nkeys, in the YAML file or as key=value:\n{describe_keys(self.schema())}\n"
 
@@ -114,15 +114,15 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
 
 def _schema(module: str, name: str) -> Callable[[], type]:
     """A configuration that is imported when its keys or values are asked for: `scmdm --help` is to be quick."""
-    return lambda: getattr(importlib.import_module(f"scmdm.config.{module}"), name)
+    return lambda: getattr(importlib.import_module(f"scmdm.{module}"), name)
 
 
-_prepare_schema = _schema("prepare", "PrepareConfig")
-_run_schema = _schema("schema", "RunConfig")
-_sample_schema = _schema("sampling", "SampleConfig")
-_evaluate_schema = _schema("sampling", "EvaluateConfig")
-_moses_schema = _schema("moses", "MosesConfig")
-_study_schema = _schema("study", "StudyConfig")
+_prepare_schema = _schema("config.preparation", "PrepareConfig")
+_run_schema = _schema("config.run", "RunConfig")
+_sample_schema = _schema("config.sampler", "SampleConfig")
+_evaluate_schema = _schema("config.sampler", "EvaluateConfig")
+_moses_schema = _schema("domains.molecules.moses_config", "MosesConfig")
+_study_schema = _schema("config.study_config", "StudyConfig")
 
 
 def _add_prepare(commands: _Commands) -> None:
@@ -139,8 +139,8 @@ def _prepare(options: argparse.Namespace) -> None:
         return
     if options.config is None:
         raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")
-    from scmdm.config.load import load_config
-    from scmdm.data.prepare import prepare
+    from scmdm.config.loading import load_config
+    from scmdm.data.preparation.prepare import prepare
 
     prepare(load_config(_prepare_schema(), options.config, options.overrides))
 
@@ -177,7 +177,7 @@ def _add_training(commands: _Commands) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     with StopRequest() as stop:  # before the imports, which take seconds
-        from scmdm.config.load import load_config
+        from scmdm.config.loading import load_config
         from scmdm.training.trainer import run_training
 
         config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
@@ -187,9 +187,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _adapt(options: argparse.Namespace) -> None:
     with StopRequest() as stop:
-        from scmdm.config.load import load_config
-        from scmdm.model.weights import open_model
-        from scmdm.training.checkpoint import find_model
+        from scmdm.checkpoint.checkpoint import find_model
+        from scmdm.config.loading import load_config
+        from scmdm.models.model_files import open_model
         from scmdm.training.trainer import run_training
 
         config: RunConfig = load_config(_run_schema(), options.config, options.overrides)
@@ -216,10 +216,10 @@ def _plan(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from scmdm.config.load import load_config
-    from scmdm.plan.hardware import make_assumptions, make_cluster
-    from scmdm.plan.plan import PlanConfig, make_plan
-    from scmdm.plan.report import as_json, print_plan
+    from scmdm.config.loading import load_config
+    from scmdm.planner.hardware import make_assumptions, make_cluster
+    from scmdm.planner.plan import PlanConfig, make_plan
+    from scmdm.planner.plan_report import as_json, print_plan
 
     cluster = make_cluster(options.gpu, options.nodes, options.gpus_per_node)
     assumed = make_assumptions(options.efficiency)
@@ -260,21 +260,21 @@ def _add_model_commands(commands: _Commands) -> None:
 
 
 def _moses(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.evaluation.moses_table import run_moses
+    from scmdm.config.loading import load_config
+    from scmdm.domains.molecules.moses_table import run_moses
 
     run_moses(options.source, load_config(_moses_schema(), None, options.overrides))
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from scmdm.demo.server import run_demo
+    from scmdm.integrations.demo.server import run_demo
 
     run_demo(options.model, options.base, options.port)
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.sampling import run_sampling
+    from scmdm.config.loading import load_config
+    from scmdm.sampling.generate import run_sampling
 
     config: SampleConfig = load_config(_sample_schema(), options.config, options.overrides)
     generated = run_sampling(options.model, config)
@@ -288,7 +288,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
+    from scmdm.config.loading import load_config
     from scmdm.evaluation.evaluate import run_evaluation
 
     run_evaluation(options.model, load_config(_evaluate_schema(), options.config, options.overrides))
@@ -340,15 +340,15 @@ def _status(options: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from scmdm.training.status import describe_status, read_status
+    from scmdm.runtime.status import describe_status, read_status
 
     status = read_status(options.directory, hashes=not options.quick)
     print(json.dumps(dataclasses.asdict(status), indent=2) if options.json else "\n".join(describe_status(status)))
 
 
 def _study(options: argparse.Namespace) -> None:
-    from scmdm.config.load import load_config
-    from scmdm.study import run_study
+    from scmdm.config.loading import load_config
+    from scmdm.study.run_study import run_study
 
     run_study(load_config(_study_schema(), options.config, options.overrides))
 
@@ -356,7 +356,7 @@ def _study(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from scmdm.environment import examine
+    from scmdm.doctor import examine
 
     findings = examine(options.directory)
     console = Console()
@@ -379,7 +379,7 @@ def _add_checkpoint(commands: _Commands) -> None:
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
-    from scmdm.training.checkpoint import list_checkpoints, verify_checkpoint
+    from scmdm.checkpoint.checkpoint import list_checkpoints, verify_checkpoint
 
     found = list_checkpoints(options.run_directory / "checkpoints")
     if not found:
@@ -390,7 +390,7 @@ def _checkpoint_list(options: argparse.Namespace) -> None:
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> None:
-    from scmdm.training.checkpoint import list_checkpoints, verify_checkpoint
+    from scmdm.checkpoint.checkpoint import list_checkpoints, verify_checkpoint
 
     found = list_checkpoints(options.model / "checkpoints") or [options.model]
     problems = [problem for path in found for problem in verify_checkpoint(path)]

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from scmdm.model.tensors import read_tensors, tensor_shapes
-from scmdm.model.weights import TENSORS
-from scmdm.training.checkpoint import find_model, list_checkpoints, verify_checkpoint
-from scmdm.training.metrics import METRICS_FILE, last_row, read_metrics
+from scmdm.checkpoint.checkpoint import find_model, list_checkpoints, verify_checkpoint
+from scmdm.models.model_files import TENSORS
+from scmdm.models.tensor_files import read_tensors, tensor_shapes
+from scmdm.observability.metrics import METRICS_FILE, last_row, read_metrics
 from tests.conftest import ADAPTED, small_base
-from tests.parallel.launching import launch, start, workers
+from tests.distributed.launching import launch, start, workers
 
 KEPT_ROWS = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
 _START_UP_S = 6.0  # a moment in the start-up lies within so many seconds

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
-from scmdm.model.network import Network
+from scmdm.models.network import Network
 
 
 class DenseDenoiser:

@@ -19,9 +19,9 @@ import numpy as np
 
 from scmdm.data.manifest import check_dataset, remote_of
 from scmdm.data.mixture import Source
-from scmdm.data.mosaic import Reader, ShardState, Stream, StreamingDataset
-from scmdm.data.reader import ShardReader
+from scmdm.data.mosaic_streaming import Reader, ShardState, Stream, StreamingDataset
 from scmdm.data.remote import fetch
+from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
 
 COLUMN, LABEL = "tokens", "label"

@@ -26,12 +26,12 @@ from torch import Tensor
 from scmdm.data.dataset import COLUMN, LABEL, MORE, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
-from scmdm.data.mosaic import LOCK_FILES, StreamingDataLoader
-from scmdm.data.reader import ShardReader
+from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
 from scmdm.data.remote import fetch_split
+from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
-from scmdm.parallel.processes import all_gather_object, barrier, current_world
-from scmdm.signals import heed_parent_only, signals_held
+from scmdm.system.process_group import all_gather_object, barrier, current_world
+from scmdm.system.signals import heed_parent_only, signals_held
 
 _CONSTRUCTION_S = 60
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because its default depends on the number of nodes

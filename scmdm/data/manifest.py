@@ -16,7 +16,7 @@ import numpy as np
 
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text, sha256_file
+from scmdm.system.files import atomic_write_text, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 REMOTE_FILE = "remote.json"  # in a directory that is the cache of a remote data set (see remote.py)

@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from scmdm.data.manifest import MANIFEST_FILE, REMOTE_FILE, FileInfo, Manifest, remote_of
-from scmdm.data.mosaic import CloudDownloader, CloudUploader
+from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text, sha256_file
+from scmdm.system.files import atomic_write_text, sha256_file
 
 _TIMEOUT = 60.0  # seconds without an answer
 _INDEX = "index.json"

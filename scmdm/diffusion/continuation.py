@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.draws import certainty, most_certain
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
+from scmdm.diffusion.token_draw import certainty, most_certain
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from scmdm.fused import fused
+from scmdm.diffusion.fused import fused
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

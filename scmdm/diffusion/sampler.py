@@ -20,12 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.draws import certainty, draw_tokens, most_certain
 from scmdm.diffusion.guidance import Embedder, Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.diffusion.plans import Problem, SamplerSettings, Step, make_plan
+from scmdm.diffusion.reveal_order import Problem, SamplerSettings, Step, make_plan
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import true_positions
+from scmdm.diffusion.token_draw import certainty, draw_tokens, most_certain
 
 _DRAW_ROWS = 512  # positions drawn at once: bounds the float64 block of logits and noise
 

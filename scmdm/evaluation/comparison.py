@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from scmdm.evaluation.domain import Metric
+from scmdm.domains.interface import Metric
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
-from scmdm.training.metrics import format_duration
+from scmdm.observability.metrics import format_duration
 
 Json = Mapping[str, Any]
 

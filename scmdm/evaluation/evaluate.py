@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from scmdm.config.sampling import EvaluateConfig
+from scmdm.config.sampler import EvaluateConfig
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.domains.interface import Asked, Domain
+from scmdm.domains.registry import domain_of
 from scmdm.errors import UserError
-from scmdm.evaluation.domain import Asked, Domain
-from scmdm.evaluation.domains import domain_of
 from scmdm.evaluation.statistics import mean_interval
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
-from scmdm.files import atomic_write_text, require_writable
-from scmdm.model.weights import LoadedModel
-from scmdm.parallel.engine import compute_context, resolve_precision
-from scmdm.sampling import generate, load
+from scmdm.models.model_files import LoadedModel
+from scmdm.sampling.generate import generate, load
+from scmdm.system.files import atomic_write_text, require_writable
 from scmdm.training.validation import validation_batches
 
 

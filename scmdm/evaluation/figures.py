@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import wasserstein_distance
 
-from scmdm.evaluation.genomes import Spectrum
+from scmdm.domains.genomes.spectra import Spectrum
 from scmdm.evaluation.statistics import Interval
-from scmdm.files import atomic_write_bytes
+from scmdm.system.files import atomic_write_bytes
 
 # Okabe and Ito's palette: tells apart for all common kinds of colour blindness.
 COLOURS = ("#555555", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2")

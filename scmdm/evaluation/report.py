@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.domains.registry import DOMAINS
 from scmdm.errors import UserError
 from scmdm.evaluation.comparison import (
     Json,
@@ -23,13 +24,12 @@ from scmdm.evaluation.comparison import (
     reference_arm,
     statements,
 )
-from scmdm.evaluation.domains import DOMAINS
 from scmdm.evaluation.figures import COLOURS, Panel, arms_figure, loss_figure, progress_figure, quality_figure
-from scmdm.evaluation.page import bullets, heading, page, paragraph, picture, preformatted, table
+from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.statistics import mean_interval
-from scmdm.files import atomic_write_text
-from scmdm.training.metrics import format_duration, read_metrics
-from scmdm.training.status import planned_steps
+from scmdm.observability.metrics import format_duration, read_metrics
+from scmdm.runtime.status import planned_steps
+from scmdm.system.files import atomic_write_text
 
 _SHOWN_TEXTS, _SHOWN_LETTERS = 3, 600
 _DESCRIPTIONS = ("config.yaml", "environment.json")

@@ -1,7 +1,4 @@
-"""Means with intervals, differences with their uncertainty, and the Jensen-Shannon distance.
-
-Legend: K outcomes.
-"""
+"""Means with intervals, and paired differences with their uncertainty."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from scipy.special import rel_entr
 
 LEVEL = 0.95
 
@@ -58,25 +54,3 @@ def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None
     result = stats.ttest_1samp(gaps, 0.0)
     interval = result.confidence_interval(LEVEL)
     return Difference(float(np.mean(gaps)), float(interval.low), float(interval.high), float(result.pvalue))
-
-
-@dataclass(frozen=True)
-class JensenShannon:
-    """Of two distributions, with natural logarithms: `divergence` in nats, at most ln 2 = 0.6931; `distance` its root.
-
-    In bits the divergence is 1 / ln 2 times as large.
-    """
-
-    divergence: float
-    distance: float
-
-    @classmethod
-    def between(cls, p_K: np.ndarray, q_K: np.ndarray) -> JensenShannon | None:
-        """`(KL(p | m) + KL(q | m)) / 2` with `m = (p + q) / 2` (Lin 1991) of counts; None where all of one are 0."""
-        if not p_K.any() or not q_K.any():
-            return None
-        p_K, q_K = p_K / p_K.sum(), q_K / q_K.sum()
-        m_K = (p_K + q_K) / 2
-        # Not scipy's jensenshannon: rounding makes the sum of equal distributions negative, and its root nan.
-        divergence = max(0.0, float(rel_entr(p_K, m_K).sum() + rel_entr(q_K, m_K).sum()) / 2)
-        return cls(divergence, math.sqrt(divergence))

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from data_prep.text import TextFolder, Units
-from scmdm.data.framing import FRAMERS
 from scmdm.data.manifest import Manifest
-from scmdm.data.records import Tally
+from scmdm.data.preparation.framing import FRAMERS
+from scmdm.data.preparation.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.state import Sequences
+from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
-from scmdm.model.weights import LoadedModel
-from scmdm.parallel.engine import compute_context, resolve_precision
+from scmdm.models.model_files import LoadedModel
 from scmdm.training.validation import to_device
 
 _PART = 1 << 40  # whole files

@@ -13,13 +13,13 @@ from datetime import datetime
 from pathlib import Path
 
 from data_prep import make_source
-from scmdm.config.load import load_config, to_yaml
-from scmdm.config.prepare import PrepareConfig
-from scmdm.config.schema import RunConfig
-from scmdm.data.shards import check_place
+from scmdm.config.loading import load_config, to_yaml
+from scmdm.config.preparation import PrepareConfig
+from scmdm.config.run import RunConfig
+from scmdm.data.preparation.shard_writer import check_place
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text
-from scmdm.revision import REVISION_FILE, git_revision
+from scmdm.observability.git_revision import REVISION_FILE, git_revision
+from scmdm.system.files import atomic_write_text
 
 COMMANDS = ("train", "adapt")
 _PACKAGES = ("scmdm", "data_prep")

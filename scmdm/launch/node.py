@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from scmdm.signals import REQUEUE_EXIT, stop_signals
+from scmdm.system.signals import REQUEUE_EXIT, stop_signals
 
 
 @dataclass(frozen=True)

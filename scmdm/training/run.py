@@ -8,25 +8,25 @@ from pathlib import Path
 
 import torch
 
-from scmdm.config.load import to_yaml
-from scmdm.config.schema import RunConfig
+from scmdm.checkpoint.checkpoint import TrainState, load_checkpoint, newest_checkpoint
+from scmdm.config.loading import to_yaml
+from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
-from scmdm.environment import describe_environment
+from scmdm.distributed.ema import Ema
+from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
-from scmdm.files import atomic_write_text
-from scmdm.model.flops import peak_flops, step_flops
-from scmdm.model.network import count_parameters
-from scmdm.model.weights import ModelSpec, StoredModel
-from scmdm.parallel.engine import Engine
-from scmdm.parallel.processes import broadcast
-from scmdm.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint
-from scmdm.training.ema import Ema
-from scmdm.training.metrics import logger
+from scmdm.models.flops import peak_flops, step_flops
+from scmdm.models.model_files import ModelSpec, StoredModel
+from scmdm.models.network import count_parameters
+from scmdm.observability.clock import Hardware
+from scmdm.observability.environment import describe_environment
+from scmdm.observability.metrics import logger
+from scmdm.runtime.preflight import Started
+from scmdm.runtime.watchdog import Watchdog
+from scmdm.system.files import atomic_write_text
+from scmdm.system.process_group import broadcast
 from scmdm.training.setup import check_same_run
-from scmdm.training.startup import Started
-from scmdm.training.telemetry import Hardware
-from scmdm.training.watchdog import Watchdog
 
 
 @dataclass

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 import yaml
 
-from scmdm.config.schema import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from scmdm.config.loading import flatten
+from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest
+from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
+from scmdm.distributed.engine import Engine, SingleEngine
+from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
-from scmdm.model.init import init_weights
-from scmdm.model.lora import freeze, is_added
-from scmdm.model.network import Network
-from scmdm.model.weights import ModelSpec, StoredModel, allocate, read_weights
-from scmdm.parallel.engine import Engine, SingleEngine
-from scmdm.parallel.fsdp import FsdpEngine, make_mesh, shard
-from scmdm.parallel.processes import World
-from scmdm.parallel.zero import DeepspeedEngine, require_deepspeed
+from scmdm.models.initialization import init_weights
+from scmdm.models.lora import freeze, is_added
+from scmdm.models.model_files import ModelSpec, StoredModel, allocate, read_weights
+from scmdm.models.network import Network
+from scmdm.system.process_group import World
 from scmdm.training.optimizer import make_optimizer
 
 # An adaptation may set these if its base has none.
@@ -227,14 +228,3 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
 def _may_change(key: str) -> bool:
     """Whether a resumed run may have another value. Where a stream lies may change: what it holds is checked."""
     return key in _MAY_CHANGE_ON_RESUME or (key.startswith("data.streams.") and key.endswith((".path", ".remote")))
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

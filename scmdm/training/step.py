@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scmdm.config.schema import RunConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.noise import keyed_int
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
+from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
-from scmdm.parallel.engine import Engine
-from scmdm.training.telemetry import Clock, TimedDenoiser
+from scmdm.observability.clock import Clock, TimedDenoiser
 
 
 @dataclass(frozen=True)

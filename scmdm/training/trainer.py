@@ -13,30 +13,30 @@ from typing import NoReturn
 
 import torch
 
-from scmdm.config.load import to_yaml
-from scmdm.config.schema import RunConfig
+from scmdm.checkpoint.checkpoint import sha256_of_model
+from scmdm.checkpoint.writer import Saver, snapshot
+from scmdm.config.loading import to_yaml
+from scmdm.config.run import RunConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.diffusion.state import Sequences
-from scmdm.model.weights import StoredModel
-from scmdm.parallel.engine import check_hardware
-from scmdm.parallel.processes import World, barrier, current_world, largest, process_group
-from scmdm.signals import REQUEUE_EXIT, StopRequest
-from scmdm.training.checkpoint import sha256_of_model
-from scmdm.training.claim import claim_for_all
-from scmdm.training.ema import Ema
-from scmdm.training.journal import Journal
-from scmdm.training.metrics import log_to, logger
+from scmdm.distributed.ema import Ema
+from scmdm.distributed.engine import check_hardware
+from scmdm.models.model_files import StoredModel
+from scmdm.observability.clock import Profiler
+from scmdm.observability.metrics import log_to, logger
+from scmdm.runtime.preflight import check_start, log_start
+from scmdm.runtime.run_lock import claim_for_all
+from scmdm.runtime.start_log import record_start
+from scmdm.runtime.watchdog import Watchdog, longest_silence, set_aside_stacks
+from scmdm.system.process_group import World, barrier, current_world, largest, process_group
+from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.optimizer import lr_factor, set_lr
 from scmdm.training.run import Run, describe, resume
-from scmdm.training.saver import Saver, snapshot
+from scmdm.training.run_reporting import Journal
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
-from scmdm.training.starts import record_start
-from scmdm.training.startup import check_start, log_start
 from scmdm.training.step import train_step
-from scmdm.training.telemetry import Profiler
 from scmdm.training.validation import to_device, validation_nelbo
-from scmdm.training.watchdog import Watchdog, longest_silence, set_aside_stacks
 
 
 def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:

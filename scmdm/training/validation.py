@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scmdm.config.schema import RunConfig
+from scmdm.config.run import RunConfig
 from scmdm.data.dataset import DOCUMENTS, GIVEN, LABEL
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
@@ -20,8 +20,8 @@ from scmdm.data.mixture import Data
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences
-from scmdm.model.weights import ModelSpec
-from scmdm.parallel.engine import Engine
+from scmdm.distributed.engine import Engine
+from scmdm.models.model_files import ModelSpec
 
 _BATCH = 256
 T = TypeVar("T")

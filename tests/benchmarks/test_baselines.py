@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
-from scmdm.config.schema import ModelConfig
-from scmdm.diffusion.plans import SamplerSettings
+from scmdm.config.run import ModelConfig
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.model.dit import DiT
+from scmdm.models.dit import DiT
 from tests.diffusion.oracle import Oracle
 from tests.diffusion.test_sampler import chi_squared, exact_distribution
 

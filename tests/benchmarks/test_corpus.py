@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks.loader import read_batches, write
 from benchmarks.preparation import options, train_tokenizer, write_text
-from scmdm.config.prepare import PrepareConfig
+from scmdm.config.preparation import PrepareConfig
 from scmdm.data.loader import read_split
-from scmdm.data.prepare import prepare
+from scmdm.data.preparation.prepare import prepare
 
 corpus = pytest.importorskip("benchmarks.baselines.corpus", reason="needs datasets")
 

@@ -15,7 +15,7 @@ from scmdm.data.loader import read_split
 from scmdm.data.tokenizers import SymbolTokenizer, is_framed, load_tokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.statistics import mean_interval
-from scmdm.sampling import Generated, template_tokens
+from scmdm.sampling.generate import GeneratedSamples, template_tokens
 from tests.conftest import ADAPTED, ROOT, TINY
 
 
@@ -275,7 +275,7 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     texts = [tokenizer.decode(row) for row in rows_N.tolist()]
 
     def drawn(*_, seed, **__):
-        return Generated(rows_N[seed:], texts[seed:], [True] * (24 - seed), [4] * (24 - seed), 1.0)
+        return GeneratedSamples(rows_N[seed:], texts[seed:], [True] * (24 - seed), [4] * (24 - seed), 1.0)
 
     monkeypatch.setattr("scmdm.evaluation.evaluate.generate", drawn)
     out = tmp_path / "e.json"
@@ -328,7 +328,7 @@ def test_raw_weights_are_not_the_averages(base):
 def test_a_model_trained_with_flash_attention_loads_anywhere(base, tmp_path):
     import shutil
 
-    from scmdm.training.checkpoint import find_model, seal
+    from scmdm.checkpoint.checkpoint import find_model, seal
 
     copy = tmp_path / "model"
     shutil.copytree(find_model(base), copy)
@@ -492,5 +492,5 @@ def test_study_end_to_end_and_again(base, tmp_path, capsys):
 
 def test_a_training_starts_without_importing_the_compiler():
     """Which takes a second; a run with model.compile imports it when it compiles."""
-    code = "import sys, scmdm.training.trainer, scmdm.sampling; sys.exit('torch._dynamo' in sys.modules)"
+    code = "import sys, scmdm.training.trainer, scmdm.sampling.generate; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

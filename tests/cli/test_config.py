@@ -8,14 +8,13 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scmdm.config.help import describe_keys
-from scmdm.config.load import load_config, to_yaml
-from scmdm.config.prepare import PrepareConfig
-from scmdm.config.sampling import EvaluateConfig, SampleConfig
-from scmdm.config.schema import RunConfig
-from scmdm.config.study import StudyConfig
+from scmdm.config.help_text import describe_keys
+from scmdm.config.loading import flatten, load_config, to_yaml
+from scmdm.config.preparation import PrepareConfig
+from scmdm.config.run import RunConfig
+from scmdm.config.sampler import EvaluateConfig, SampleConfig
+from scmdm.config.study_config import StudyConfig
 from scmdm.errors import UserError
-from scmdm.training.setup import flatten
 from tests.conftest import ROOT
 
 REQUIRED = ["run_dir=r", "data.path=d", "train.steps=10"]

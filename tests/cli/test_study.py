@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from scmdm.cli import main
-from scmdm.training.metrics import METRICS_FILE, last_row
+from scmdm.observability.metrics import METRICS_FILE, last_row
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
-from tests.parallel.launching import are_gone
+from tests.distributed.launching import are_gone
 
 pytestmark = pytest.mark.slow
 

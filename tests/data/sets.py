@@ -3,8 +3,8 @@
 import hashlib
 import random
 
-from scmdm.data.shards import Description, write_dataset
-from scmdm.data.splits import leading_bits, split_of_hash
+from scmdm.data.preparation.shard_writer import Description, write_dataset
+from scmdm.data.preparation.splits import leading_bits, split_of_hash
 from scmdm.data.tokenizers import SymbolTokenizer
 
 SPLITS = ("train", "validation", "test")

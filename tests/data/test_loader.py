@@ -16,7 +16,7 @@ import torch
 from scmdm.data.dataset import COLUMN
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
 from scmdm.data.mixture import Data
-from scmdm.data.shards import Description, write_dataset
+from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.errors import UserError
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from scmdm.diffusion.guidance import Guided
-from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, drop_labels

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from scmdm.config.schema import ModelConfig
+from scmdm.config.run import ModelConfig
 from scmdm.diffusion.likelihood import estimate_nelbo
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear, make_schedule
 from scmdm.diffusion.state import Sequences, State
-from scmdm.model.dit import DiT
-from scmdm.model.init import init_weights
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
 from tests.diffusion.oracle import Oracle
 
 

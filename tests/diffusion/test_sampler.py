@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from scmdm.diffusion.draws import draw_tokens, most_probable, nucleus
-from scmdm.diffusion.plans import ORDERS, SamplerSettings
+from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear, make_schedule, remask_probability, unmask_probability
+from scmdm.diffusion.token_draw import draw_tokens, most_probable, nucleus
 from tests.diffusion.oracle import Oracle
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.schema import DiffusionConfig, ModelConfig
+from scmdm.config.run import DiffusionConfig, ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
-from scmdm.model.init import init_weights
-from scmdm.model.weights import LoadedModel, ModelSpec, allocate
-from scmdm.sampling import load
+from scmdm.models.initialization import init_weights
+from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
+from scmdm.sampling.generate import load
 
 TOKENIZER = SymbolTokenizer("characters", "ab ")  # ids 4 to 6
 

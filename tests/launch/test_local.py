@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scmdm.signals import REQUEUE_EXIT
-from scmdm.training.checkpoint import newest_checkpoint
+from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.system.signals import REQUEUE_EXIT
 from tests.conftest import scmdm
+from tests.distributed.launching import launch
 from tests.kills import adapt_arguments, last_step, train_rows
-from tests.parallel.launching import launch
 
 pytestmark = pytest.mark.slow
 STEPS = 40

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from scmdm.cli import main
-from scmdm.config.load import load_config
-from scmdm.config.schema import RunConfig
+from scmdm.config.loading import load_config
+from scmdm.config.run import RunConfig
 from scmdm.launch.freeze import freeze, place
 from tests.conftest import ROOT
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from scmdm.checkpoint.checkpoint import newest_checkpoint
 from scmdm.cli import main
-from scmdm.training.checkpoint import newest_checkpoint
-from scmdm.training.claim import Owner, job_state, lives
-from tests.data.test_parallel import write_corpus
-from tests.data.test_prepare import files
+from scmdm.runtime.run_lock import Owner, job_state, lives
+from tests.data.preparation.test_prepare import files
+from tests.data.preparation.test_prepare_parallel import write_corpus
+from tests.distributed.launching import launch
 from tests.kills import adapt_arguments
-from tests.parallel.launching import launch
 from tests.slurm import cluster
 from tests.slurm.cluster import saved_state, slurm, steps_and_losses, submit, wandb_ids
 

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from scmdm.config.schema import ModelConfig
+from scmdm.config.run import ModelConfig
 from scmdm.diffusion.objective import clean_state_estimate, self_conditioned_nelbo
-from scmdm.diffusion.plans import SamplerSettings
 from scmdm.diffusion.process import noise_batch
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
-from scmdm.model.dit import DiT
-from scmdm.model.flops import step_flops
-from scmdm.model.head import expected_embedding
-from scmdm.model.init import init_weights
-from scmdm.model.top_tokens import top_tokens
+from scmdm.models.dit import DiT
+from scmdm.models.flops import step_flops
+from scmdm.models.initialization import init_weights
+from scmdm.ops.output_head import expected_embedding
+from scmdm.ops.top_k import top_tokens
 from scmdm.training.step import train_step
 from tests.training.test_step import make as make_engine
 

@@ -6,18 +6,18 @@ import random
 import pytest
 import torch
 
+from scmdm.checkpoint.checkpoint import find_model
 from scmdm.cli import main
-from scmdm.config.schema import ModelConfig
+from scmdm.config.run import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data
-from scmdm.diffusion.plans import SamplerSettings
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, State
-from scmdm.model.dit import DiT
-from scmdm.model.init import init_weights
-from scmdm.model.weights import read_spec
-from scmdm.training.checkpoint import find_model
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
+from scmdm.models.model_files import read_spec
 from tests.conftest import ADAPTED, TINY
 
 LETTERS = {"cold": "CG", "warm": "AT"}
@@ -80,7 +80,7 @@ def test_samples_are_of_their_label(of, request, tmp_path):
 
 
 def test_transformers_get_the_label(adapted, tmp_path, capsys):
-    hub = pytest.importorskip("scmdm.hub")
+    hub = pytest.importorskip("scmdm.integrations.transformers")
     assert main(["export", str(adapted), str(tmp_path / "mdlm"), "format=mdlm"]) == 1
     assert "the model knows labels, which the layout has no place for" in capsys.readouterr().err
     assert main(["export", str(adapted), str(tmp_path / "hub"), "format=hub"]) == 0

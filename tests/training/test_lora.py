@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
+from scmdm.checkpoint.checkpoint import find_model
 from scmdm.cli import main
-from scmdm.config.schema import ModelConfig, RunConfig
+from scmdm.config.run import ModelConfig, RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
-from scmdm.model.dit import DiT
-from scmdm.model.init import init_weights
-from scmdm.model.lora import add_adapters, freeze, is_added, merged
-from scmdm.model.tensors import tensor_shapes
-from scmdm.model.weights import load_weights, read_model, weights_of
-from scmdm.training.checkpoint import find_model
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
+from scmdm.models.lora import add_adapters, freeze, is_added, merged
+from scmdm.models.model_files import load_weights, read_model, weights_of
+from scmdm.models.tensor_files import tensor_shapes
 from tests.conftest import ADAPTED
 
 MASK = 9

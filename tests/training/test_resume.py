@@ -8,11 +8,11 @@ import time
 import pytest
 import yaml
 
+from scmdm.checkpoint.checkpoint import find_model, newest_checkpoint
 from scmdm.cli import main
-from scmdm.config.load import load_config
-from scmdm.config.schema import RunConfig
+from scmdm.config.loading import load_config
+from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
-from scmdm.training.checkpoint import find_model, newest_checkpoint
 from scmdm.training.setup import check_same_run
 from scmdm.training.trainer import REQUEUE_EXIT
 from tests import kills

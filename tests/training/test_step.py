@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from scmdm.config.schema import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from scmdm.config.run import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
+from scmdm.distributed.ema import Ema
+from scmdm.distributed.engine import SingleEngine, cpp_compiler
 from scmdm.errors import UserError
-from scmdm.model.dit import DiT
-from scmdm.model.init import init_weights
-from scmdm.parallel.engine import SingleEngine, cpp_compiler
-from scmdm.training.ema import Ema
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
 from scmdm.training.setup import compile_blocks
 from scmdm.training.step import train_step

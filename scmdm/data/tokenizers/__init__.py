@@ -19,12 +19,12 @@ from scmdm.data.tokenizers.base import (
     is_framed,
     text_ids,
 )
-from scmdm.data.tokenizers.huggingface import HuggingFaceTokenizer
-from scmdm.data.tokenizers.levels import KINDS as LEVEL_KINDS
-from scmdm.data.tokenizers.levels import Layout, LevelTokenizer
-from scmdm.data.tokenizers.octets import ByteTokenizer
-from scmdm.data.tokenizers.pieces import SentencePieceTokenizer
-from scmdm.data.tokenizers.symbols import ALPHABETS, SPLITTERS, SymbolTokenizer
+from scmdm.data.tokenizers.byte_tokenizer import ByteTokenizer
+from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from scmdm.data.tokenizers.level_tokenizer import KINDS as LEVEL_KINDS
+from scmdm.data.tokenizers.level_tokenizer import Layout, LevelTokenizer
+from scmdm.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from scmdm.data.tokenizers.symbol_tokenizer import ALPHABETS, SPLITTERS, SymbolTokenizer
 from scmdm.errors import UserError
 
 __all__ = [

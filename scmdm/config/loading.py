@@ -1,0 +1,199 @@
+"""From a YAML file and `key=value` overrides to a checked data class."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from scmdm.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
+    """Merge defaults < YAML file < overrides into an instance of the data class `schema`.
+
+    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win.
+
+    Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
+    wrong type, a value outside an enumeration, or a mandatory key that nobody set. If `schema` has a method
+    `validate`, it is called last and may raise UserError for impossible combinations.
+    """
+    config = OmegaConf.structured(schema)
+    if path is not None:
+        for file, content in _read_chain(path):
+            config = _merge(config, content, f"in {file}")
+    for override in overrides:
+        config = _merge(config, _parse_override(override, schema), "on the command line")
+    return _checked(schema, config)
+
+
+def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
+    """A configuration with `key=value` overrides, which stand `where`. Raises UserError like `load_config`."""
+    merged = OmegaConf.structured(config)
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override, type(config)), where)
+    return _checked(type(config), merged)
+
+
+def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
+    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request".
+
+    Text stands for itself: nothing in it is interpolated.
+    """
+    return _checked(schema, _merge(OmegaConf.structured(schema), _literal(content), where))
+
+
+def _checked(schema: type[Schema], config: DictConfig) -> Schema:
+    result = _to_object(config)
+    assert isinstance(result, schema)
+    validate = getattr(result, "validate", None)
+    if validate is not None:
+        validate()
+    return result
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `extends` goes round in a circle; remove one of the `extends` lines")
+    content = _read_yaml(path)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return [(path, content)]
+    if not isinstance(parent, str):
+        raise UserError(f"extends={parent!r} in {path} is not possible; it must be the name of one YAML file")
+    return [*_read_chain(path.parent / parent, (*seen, path.resolve())), (path, content)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no configuration file {path}; `ls configs` shows those that come with scmdm") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
+    return content or {}
+
+
+def _parse_override(override: str, schema: type) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, as in optimizer.lr=3e-4")
+    text = _text_of(schema, key, value)
+    if text is not None:
+        return _nest(key, text)
+    try:
+        nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:  # IndexError: a key such as "["
+        raise UserError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
+    return cast(dict[str, Any], nested)
+
+
+def _text_of(schema: type, key: str, value: str) -> str | None:
+    """The value as it stands, if `key` is a text: `prompt=[NH3+]CC` and `prompt=NO` are no YAML. None otherwise."""
+    hint: Any = schema
+    for part in key.split("."):
+        fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if part not in fields:
+            return None
+        hint = fields[part]
+    optional = hint == (str | None)
+    if (hint is not str and not optional) or (optional and value == "null"):
+        return None
+    return _literal(value)
+
+
+def _literal(value: Any) -> Any:
+    """The same keys and texts, without interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(child) for key, child in value.items()}
+    return value.replace("${", r"\${") if isinstance(value, str) else value
+
+
+def _nest(key: str, value: str) -> dict[str, Any]:
+    *sections, last = key.split(".")
+    nested: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
+
+
+def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfig:
+    _reject_unknown(config, content, where, prefix="")
+    try:
+        return cast(DictConfig, OmegaConf.merge(config, content))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or next(iter(content), "?")
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}={_lookup(content, key)!r} {where}: {reason}") from error
+
+
+def _reject_unknown(config: DictConfig, content: dict[str, Any], where: str, prefix: str) -> None:
+    names = set(config)  # `in config` is false for a mandatory key without a value
+    for key, value in content.items():
+        if key not in names:
+            raise UserError(_unknown_key_message(config, str(key), value, where, prefix))
+        child = config._get_node(key)
+        if (
+            isinstance(value, dict)
+            and isinstance(child, DictConfig)
+            and dataclasses.is_dataclass(OmegaConf.get_type(child))
+        ):
+            _reject_unknown(child, value, where, f"{prefix}{key}.")
+
+
+def _unknown_key_message(config: DictConfig, key: str, value: object, where: str, prefix: str) -> str:
+    names = [str(name) for name in config]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean `{prefix}{near[0]}`?" if near else "see `scmdm <command> --help`"
+    return f"unknown key `{prefix}{key}` (={value!r}) {where}; {hint} (allowed: {', '.join(prefix + n for n in names)})"
+
+
+def _lookup(content: dict[str, Any], dotted: str) -> object:
+    value: Any = content
+    for part in dotted.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return value
+        value = value[part]
+    return value
+
+
+def _to_object(config: DictConfig) -> object:
+    try:
+        return OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", "?")
+        raise UserError(
+            f"key `{key}` is not set; give it in the YAML file or as {key}=... on the command line"
+        ) from error
+    except OmegaConfBaseException as error:  # such as an interpolation of what is not there
+        key = getattr(error, "full_key", None) or "?"
+        raise UserError(f"key `{key}` cannot be resolved: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: object) -> str:
+    """The resolved configuration as YAML, every key written out."""
+    assert dataclasses.is_dataclass(config)
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,149 @@
+"""`scmdm export`: a trained model without its run, as a directory of ours or in a layout that other programs read.
+
+A published layout has no place for the conditioner: it lies beside, in `scmdm/`, with all that `scmdm import` needs to
+restore the adapted model. LoRA's adapters are merged, but for `format=peft`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from scmdm.checkpoint.checkpoint import find_model, seal
+from scmdm.config.conversion import ExportConfig
+from scmdm.convert.importer import BESIDE, CONDITIONER_FILE
+from scmdm.convert.layouts import ALL, Layout, check_writable
+from scmdm.convert.model_card import model_card
+from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
+from scmdm.data.tokenizers import HuggingFaceTokenizer
+from scmdm.errors import UserError
+from scmdm.models.lora import adapted_modules, is_added, merged
+from scmdm.models.model_files import (
+    WEIGHTS_FILE,
+    ModelSpec,
+    StoredModel,
+    iterate_weights,
+    open_model,
+    write_model_files,
+)
+from scmdm.models.rotary import inverse_frequencies
+from scmdm.models.safetensors_shards import write_shards
+from scmdm.system.files import atomic_directory, atomic_write_text
+
+_CONDITIONER = "conditioner."
+HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
+
+
+def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
+    """Write the model of a run, a checkpoint or an export into the new directory `out`, with a model card.
+
+    Raises UserError when `config.format` has no place for such a model.
+    """
+    stored = open_model(find_model(path))
+    if config.format in ALL:
+        check_writable(ALL[config.format], stored.spec.model)
+    if config.format == "peft" and not stored.spec.model.lora_rank:
+        raise UserError(f"{path} has no adapters; give a run that was adapted with model.lora_rank, or another format")
+    if out.exists():
+        raise UserError(f"{out} exists; export into a new directory, or remove it first")
+    limit = int(config.shard_gb * 1e9)
+    with atomic_directory(out) as temporary:
+        if config.format == "scmdm":
+            _write_description(stored, temporary)
+            write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
+        elif config.format == "peft":
+            _write_adapters(stored, temporary, config)
+        elif config.format == "hub":
+            _write_for_hub(stored, temporary, config, limit)
+        else:
+            _write_published(stored, ALL[config.format], temporary, config, limit)
+        described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
+        atomic_write_text(temporary / "README.md", model_card(described, config))
+        if config.format == "scmdm":
+            seal(temporary)
+    return out
+
+
+def _merged_spec(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, model=replace(spec.model, lora_rank=0))
+
+
+def _write_description(stored: StoredModel, to: Path) -> None:
+    write_model_files(to, _merged_spec(stored.spec), stored.manifest, stored.path / stored.manifest.tokenizer.file)
+
+
+def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
+    """Adapters and conditioner in the files of `peft`."""
+    model = stored.spec.model
+    added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
+    content = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": yaml.safe_load((stored.path / "config.yaml").read_text())["base"],
+        "inference_mode": True,
+        "r": model.lora_rank,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": adapted_modules(added),
+        "modules_to_save": ["conditioner"] if model.self_conditioned else None,
+    }
+    atomic_write_text(to / "adapter_config.json", json.dumps(content, indent=2) + "\n")
+    named = ((f"base_model.model.{name}", value) for name, value in added.items())
+    write_shards(to / "adapter_model.safetensors", named, limit=2**63)
+
+
+def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:
+    """Write what `MaskedDiffusion.save_pretrained` writes, without reading the whole model into memory."""
+    described = {"model_type": HUB_TYPE, "architectures": [HUB_CLASS], "spec": asdict(_merged_spec(stored.spec))}
+    atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+    _write_tokenizer(stored, to)
+    named = ((f"network.{name}", value) for name, value in _weights(stored, config))
+    write_shards(to / SINGLE_FILE, named, limit, index=True)
+
+
+def _write_tokenizer(stored: StoredModel, to: Path) -> None:
+    if isinstance(stored.tokenizer, HuggingFaceTokenizer):
+        atomic_write_text(to / "tokenizer.json", json.dumps(stored.tokenizer.pipeline, ensure_ascii=False) + "\n")
+
+
+def _write_published(stored: StoredModel, layout: Layout, to: Path, config: ExportConfig, limit: int) -> None:
+    spec, beside = stored.spec, to / BESIDE
+    beside.mkdir()
+    _write_description(stored, beside)
+    described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
+    atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+    _write_tokenizer(stored, to)
+    write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
+    if spec.model.self_conditioned:
+        own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))
+        write_shards(beside / CONDITIONER_FILE, own, limit=2**63)
+
+
+def _published_weights(stored: StoredModel, layout: Layout, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, value in _weights(stored, config):
+        if not name.startswith(_CONDITIONER):
+            yield layout.theirs(name), value
+    if layout.name == "mdlm":
+        yield layout.theirs("rotary_emb.inv_freq"), inverse_frequencies(stored.spec.model.head_width)
+
+
+def _weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    """What is exported, adapters merged."""
+    return _cast(merged(_stored_weights(stored, config), stored.spec.model), config)
+
+
+def _stored_weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    return iterate_weights(stored.path, weights=config.weights)
+
+
+def _cast(weights: Iterable[tuple[str, Tensor]], config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+    dtype: torch.dtype | None = None if config.dtype == "stored" else getattr(torch, config.dtype)
+    for name, value in weights:
+        yield name, value if dtype is None else value.to(dtype)

@@ -1,0 +1,95 @@
+"""The README.md of an export: what the model is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import yaml
+
+from scmdm.config.conversion import ExportConfig
+from scmdm.models.model_files import StoredModel
+from scmdm.models.network import count_parameters
+
+_RUN_CONFIG = "config.yaml"  # of a checkpoint
+_SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
+
+
+def model_card(stored: StoredModel, config: ExportConfig) -> str:
+    """Markdown, with the front matter that the Hugging Face hub reads."""
+    spec, model = stored.spec, stored.spec.model
+    adapted = "self-conditioned" if model.self_conditioned else "vanilla"
+    front = {"library_name": "scmdm", "tags": ["masked-diffusion", model.kind, adapted]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {stored.manifest.name}: {adapted} masked diffusion model",
+        _description(stored),
+        "## Loading\n\n" + _loading(stored, config),
+        "## Training\n\n" + _training(stored),
+        "## Architecture\n\n```json\n" + json.dumps(asdict(model), indent=1) + "\n```",
+    ]
+    if spec.tokens:
+        parts.insert(3, f"Trained for {spec.step:,} steps on {spec.tokens:,} tokens in its last run.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _description(stored: StoredModel) -> str:
+    spec, manifest = stored.spec, stored.manifest
+    parameters = count_parameters(spec.build())
+    lines = [
+        f"- {parameters:,} parameters, {spec.vocab_size:,} tokens with the mask ({spec.mask_id}), length {spec.length}",
+        f"- tokenizer: {manifest.tokenizer.kind}; samples are {manifest.framing}; beginning of a sample: "
+        f"{manifest.bos_policy}",
+        f"- noise: {spec.diffusion.schedule}, eps {spec.diffusion.eps:g}",
+    ]
+    if spec.model.self_conditioned:
+        lines.append(
+            "- self-conditioned (SCMDM, arXiv 2604.26985): each denoising step sees the last prediction of the clean "
+            f"sequence through a conditioner ({spec.model.conditioner}); without it the weights are a plain model"
+        )
+    return "\n".join(lines)
+
+
+def _loading(stored: StoredModel, config: ExportConfig) -> str:
+    if config.format == "scmdm":
+        return '```python\nimport scmdm\n\nloaded = scmdm.load("THIS DIRECTORY")\n```'
+    if config.format == "peft":
+        return (
+            "Low-rank adapters and the conditioner as `peft` writes them; `adapter_config.json` names the base:\n\n"
+            '```python\npeft.PeftModel.from_pretrained(scmdm.load("BASE").model, "THIS DIRECTORY")\n```'
+        )
+    if config.format == "hub":
+        return (
+            "```python\nimport scmdm.integrations.transformers  # registers the class\n"
+            "from transformers import AutoModel\n\n"
+            'model = AutoModel.from_pretrained("THIS DIRECTORY")\n```'
+        )
+    commands = "```bash\nscmdm import THIS_DIRECTORY NEW\nscmdm sample NEW num=8\n```"
+    text = f"The weights are in the layout `{config.format}`. With scmdm:\n\n{commands}"
+    if stored.spec.model.self_conditioned:
+        text += (
+            "\n\nThat restores the conditioner, which is in `scmdm/`. A program that reads the layout alone gets the "
+            "denoiser without its estimate (the null mode)."
+        )
+    if config.format in ("llama", "qwen2"):
+        text += (
+            "\n\n`transformers` loads them as a causal model, which this is not: attention must see all positions"
+            + (", and a position is predicted from the one before it." if stored.spec.model.llama.logit_shift else ".")
+        )
+    return text
+
+
+def _training(stored: StoredModel) -> str:
+    """The keys of its run that matter, if it comes from one."""
+    path = stored.path / _RUN_CONFIG
+    if not path.is_file():
+        origin = stored.manifest.source.get("imported_from")
+        return f"Imported from the layout {origin}, not trained since." if origin else "Not recorded in this model."
+    run = yaml.safe_load(path.read_text())
+    shown = {}
+    for key in _SHOWN:
+        value = run
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        shown[key] = value
+    return "```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```"

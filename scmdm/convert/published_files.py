@@ -1,0 +1,154 @@
+"""Where a published model's tensors are: read one at a time, from files that need not be trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scmdm.convert.lightning import checkpoint_weights, hyper_parameters, read_checkpoint
+from scmdm.errors import UserError
+
+CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+_LARGEST_JSON = 2**26  # bytes
+
+
+class Tensors(Protocol):
+    """Tensors by name, in groups that are read together."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all of them."""
+        ...
+
+    def groups(self) -> list[list[str]]:
+        """Names by the file that they are in."""
+        ...
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one group."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published model: its configuration, as far as it has one, and its tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Tensors
+
+
+def open_source(path: Path, weights: str) -> Source:
+    """A directory of safetensors with `config.json`, one such file, or a Lightning checkpoint.
+
+    `weights` is for the last kind: see `checkpoint_weights`. Raises UserError for a file that cannot be read safely.
+    """
+    if path.is_dir():
+        return Source(path, read_json(path / CONFIG_FILE, required=False), _Files(path, _files_of(path)))
+    if path.suffix == ".safetensors":
+        return Source(path, read_json(path.parent / CONFIG_FILE, required=False), _Files(path.parent, [path.name]))
+    content = read_checkpoint(path)
+    return Source(path, hyper_parameters(content), _Loaded(checkpoint_weights(path, content, weights)))
+
+
+def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """A JSON object; empty for a missing file unless it is `required`. Raises UserError."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise UserError(f"{path} has {path.stat().st_size} bytes, far too many for what it should be")
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        if not required:
+            return {}
+        raise UserError(f"{path} is missing; download the whole model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def _files_of(directory: Path) -> list[str]:
+    """Names of the weights files: those of the index, else the one."""
+    if not (directory / INDEX_FILE).is_file():
+        if not (directory / SINGLE_FILE).is_file():
+            raise UserError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with the weights"
+            )
+        return [SINGLE_FILE]
+    listed = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{directory / INDEX_FILE} has no `weight_map`; download it again")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory")
+    return sorted(set(listed.values()))
+
+
+class _Files:
+    """Safetensors files of one directory, of which at most one is open."""
+
+    def __init__(self, directory: Path, files: list[str]) -> None:
+        self._directory, self._where = directory, dict[str, str]()
+        self._shapes: dict[str, torch.Size] = {}
+        for file in files:
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    if name in self._where:
+                        raise UserError(f"{directory}: {name} is in {self._where[name]} and in {file}; which is it?")
+                    self._where[name] = file
+                    self._shapes[name] = torch.Size(opened.get_slice(name).get_shape())
+        self._check_index()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return self._shapes
+
+    def groups(self) -> list[list[str]]:
+        files: dict[str, list[str]] = {}
+        for name, file in self._where.items():
+            files.setdefault(file, []).append(name)
+        return list(files.values())
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        with self._open(self._where[names[0]]) as opened:
+            for name in names:
+                yield name, opened.get_tensor(name)
+
+    def _check_index(self) -> None:
+        """A tensor that the index lists must be there: a shard may have been cut off or mixed up."""
+        path = self._directory / INDEX_FILE
+        listed = read_json(path, required=False).get("weight_map", {})
+        for name, file in listed.items() if len(set(self._where.values())) > 1 else ():
+            if self._where.get(name) != file:
+                raise UserError(f"{path} says that {name} is in {file}, which does not have it; download it again")
+
+    def _open(self, file: str) -> Any:
+        path = self._directory / file
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is no whole safetensors file ({reason}); download it again") from error
+
+
+class _Loaded:
+    """Tensors of a checkpoint, mapped into memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in self._tensors.items()}
+
+    def groups(self) -> list[list[str]]:
+        return [list(self._tensors)]
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, self._tensors[name].detach()

@@ -1,0 +1,128 @@
+"""The last pass over a corpus, part by part: records -> ids -> sequences -> shards.
+
+Legend: N records of a part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.preparation.fit_tokenizer import fitted_part, fitted_tokenizer
+from scmdm.data.preparation.framing import FRAMERS, Framer, Row
+from scmdm.data.preparation.records import Part, Record, Source, Tally, WithLayout
+from scmdm.data.preparation.scan import scanned_records
+from scmdm.data.preparation.shard_writer import Description, write_piece
+from scmdm.data.preparation.splits import split_of
+from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
+
+
+class _Unusable(ValueError):
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def encode(
+    config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, to: Path
+) -> None:
+    """Shards of one part's records, by split."""
+    tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
+    records = _records(config, source, part, scanned, fitted, number, tally)
+    rows = _rows(config, source, tokenizer, records, tally)
+    write_piece(to, rows, tokenizer, describe(config, source), config.shard_mb << 20)
+    (to / "counts.json").write_text(json.dumps({"counts": tally.counts}))
+
+
+def _records(
+    config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, tally: Tally
+) -> Iterator[tuple[str, Record]]:
+    """The records of a part that are no repetitions, each with its split."""
+    repeated_N, place = fitted_part(fitted, number)
+    hashes_N = np.load(scanned / "hashes.npy")
+    columns = zip(scanned_records(scanned), hashes_N.tolist(), repeated_N.tolist(), strict=True)
+    for at, (record, hash_, repeated) in enumerate(columns, place.first):
+        if repeated:
+            tally.leave_out("duplicate")
+        elif place.held_out is not None:
+            yield "validation" if at >= place.held_out else "train", record
+        else:
+            yield split_of(config, source, part, record, hash_), record
+
+
+def _rows(
+    config: PrepareConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    records: Iterator[tuple[str, Record]],
+    tally: Tally,
+) -> Iterator[tuple[str, Row]]:
+    """The sequences of one part, each with its split; what is left out goes to the tally."""
+    framers = dict[str, Framer]()
+    own = tokenizer if isinstance(tokenizer, OwnFraming) else None  # once: a protocol's check takes long
+    for split, record in records:
+        framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
+        for version in _versions(config, source, split, record):
+            try:
+                rows = list(_sequences(config, source, version, tokenizer, framer, own))
+            except _Unusable as error:
+                tally.drop(error.reason, f"{source.name}: {error}")
+                continue
+            tally.counts["kept" if version is record else "mirrored"] += 1
+            yield from ((split, row) for row in rows)
+    for split, framer in framers.items():
+        yield from ((split, row) for row in framer.finish())
+        if framer.dropped:
+            tally.counts["tokens left over"] += framer.dropped
+
+
+def _versions(config: PrepareConfig, source: Source, split: str, record: Record) -> Iterator[Record]:
+    """A record, and behind it its mirror image, if they are wanted: after the split, which must not part the two."""
+    yield record
+    if config.flips and split == "train":
+        assert isinstance(source, WithLayout)
+        assert isinstance(record.content, bytes)
+        yield replace(record, content=source.layout.mirrored(record.content))
+
+
+def _sequences(
+    config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer, own: OwnFraming | None
+) -> Iterator[Row]:
+    """What is complete with a record. Raises _Unusable."""
+    try:
+        prompt = tokenizer.encode(record.prompt) if record.prompt else []
+        ids = tokenizer.encode(record.content)
+    except UnknownSymbol as error:
+        raise _Unusable("unknown symbol", str(error)) from error
+    if own is not None:
+        yield Row(own.frame(ids), record.label)
+        return
+    whole = source.whole_records or record.prompt is not None
+    if whole and len(prompt) + len(ids) > config.length - 2:
+        raise _Unusable("too long", f"{record.text[:80]!r} has {len(prompt) + len(ids)} tokens")
+    if record.prompt is not None:
+        yield Row([tokenizer.bos_id, *prompt, *ids, tokenizer.eos_id], record.label, given=1 + len(prompt))
+    else:
+        yield from framer.add(ids, record.label)
+
+
+def describe(
+    config: PrepareConfig, source: Source, described: dict[str, Any] | None = None, counts: dict[str, int] | None = None
+) -> Description:
+    """What the manifest is to say."""
+    return Description(
+        source.name,
+        config.length,
+        config.pad_policy,
+        config.bos_policy,
+        described or {},
+        counts or {},
+        source.labels,
+        "prompts" if config.response_key else config.framing,
+    )

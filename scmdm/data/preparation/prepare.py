@@ -1,0 +1,289 @@
+"""`scmdm prepare`: a corpus -> tokenizer -> sequences -> splits -> shards, by any number of processes and machines.
+
+The corpus is cut into parts. Each phase is a set of tasks, one per part, that `task_queue` distributes: hash the files,
+scan (clean, hash, collect symbols), fit (repetitions, tokenizer), encode into shards. The shards then get one index and
+one manifest, and the directory its final name. Finished tasks are kept in `.OUT.KEY.work` beside `out`: a preparation
+that was killed continues from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data_prep import make_source
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.manifest import Manifest
+from scmdm.data.preparation.encode import describe, encode
+from scmdm.data.preparation.fit_tokenizer import fit, fitted_tokenizer, given_tokenizer, total_counts
+from scmdm.data.preparation.records import Part, Source, cut_into_parts, join_parts
+from scmdm.data.preparation.scan import hash_files, scan
+from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
+from scmdm.data.preparation.splits import splits_of
+from scmdm.data.preparation.task_queue import Task, Worker, work_off
+from scmdm.data.remote import upload_dataset
+from scmdm.errors import UserError
+from scmdm.system.files import sha256_file
+
+# What the data set does not depend on, or says in another way.
+_NOT_IN_SOURCE = (
+    "out",
+    "path",
+    "overwrite",
+    "upload",
+    "workers",
+    "slice",
+    "on_dirty",
+    "species_table",
+    "tokenizer_path",
+)
+# Keys that came later are in the description only when they are not at their defaults: older data sets stay valid.
+_ALWAYS_IN_SOURCE = (
+    "source",
+    "text_key",
+    "tokenizer",
+    "vocab_size",
+    "length",
+    "pad_policy",
+    "bos_policy",
+    "validation_fraction",
+    "test_fraction",
+    "limit",
+    "shard_mb",
+)
+_PHASES = {
+    "hash": "hashing",
+    "scan": "scanning",
+    "fit": "fitting the tokenizer",
+    "encode": "encoding",
+    "join": "joining",
+}
+Show = Callable[[str], None]
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Make the data set that `config` describes, or find that it is there already; upload it if that is wanted."""
+    console, started, root = Console(), time.monotonic(), Path(config.out)
+    check_place(root)
+    before = root.stat().st_ino if root.exists() else None
+    preparation = _Preparation.of(config)
+    try:
+        with _display(console) as show:
+            _work_together(preparation, show)
+    except UserError:
+        if preparation.work.is_dir():
+            kept = f"what is done stays in {preparation.work}, where the same command goes on; else remove it"
+            console.print(kept, highlight=False, soft_wrap=True)
+        raise
+    manifest = Manifest.read(root)
+    if root.stat().st_ino == before:
+        console.print(f"{root} is up to date", highlight=False, soft_wrap=True)
+    else:
+        _summarise(console, root, manifest, time.monotonic() - started)
+    if config.upload is not None and config.machine[0] == 0:
+        upload_dataset(root, config.upload)
+        console.print(f"uploaded to {config.upload}", highlight=False, soft_wrap=True)
+    return manifest
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Show]:
+    """A line that changes on a terminal; elsewhere a line for every phase."""
+    shown: list[str] = []
+    with console.status("") as status:
+
+        def show(text: str) -> None:
+            status.update(text)
+            phase = text.split(":")[0]
+            if phase not in shown and not console.is_terminal:
+                console.print(phase, highlight=False, soft_wrap=True)
+                shown.append(phase)
+
+        yield show
+
+
+def _work_together(preparation: _Preparation, show: Show) -> None:
+    """All of the work in this process and, where that is wanted, in others beside it."""
+    from scmdm.system.worker_processes import worker_processes
+
+    config = preparation.config
+    if preparation.work.is_dir():
+        show(f"going on with what {preparation.work} holds")
+    preparation.work.mkdir(parents=True, exist_ok=True)
+    machine, machines = config.machine
+    processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
+    own, *others = (Worker(machine * processes + index, machines * processes) for index in range(processes))
+    if not others:
+        preparation.run(own, show)
+        return
+    with worker_processes(len(others)) as pool:
+        futures = [pool.submit(_run, config, worker) for worker in others]
+
+        def show_unless_failed(text: str) -> None:
+            for future in futures:
+                if future.done():
+                    _raise_error(future)
+            show(text)
+
+        preparation.run(own, show_unless_failed)
+        for future in futures:
+            _raise_error(future)
+
+
+def _raise_error(future: Future[None]) -> None:
+    """That of a worker; not that it was killed: what it has left undone, this process does."""
+    error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        warnings.warn(_KILLED, stacklevel=2)
+    elif error is not None:
+        raise error
+
+
+_KILLED = (
+    "a worker was killed, for want of memory perhaps, and so all of them have ended: this process goes on alone; stop "
+    "it and give the same command with fewer workers to have more than one again"
+)
+
+
+def _run(config: PrepareConfig, worker: Worker) -> None:
+    _Preparation.of(config).run(worker, lambda _: None)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """One corpus, the parts that it is cut into, and the directory of the results."""
+
+    config: PrepareConfig
+    source: Source
+    parts: list[Part]
+    work: Path
+    tokenizer: str | None  # SHA-256 of the one that is given
+
+    @staticmethod
+    def of(config: PrepareConfig) -> _Preparation:
+        source, out = make_source(config), Path(config.out)
+        parts = source.parts(config.part_mb << 20)
+        if config.limit is not None:
+            parts = join_parts(parts)  # the first so many are found one after the other
+        found = {name: _identity(path) for name, path in source.files().items()}
+        tokenizer = _tokenizer_hash(config)
+        what = [_options(config), found, tokenizer]
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
+
+    def run(self, worker: Worker, show: Show) -> None:
+        """Do a worker's share, and what others leave, until the data set is there, which may be from the start."""
+        root = Path(self.config.out)
+        groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
+        self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
+        described = self._described(len(groups))
+        try:
+            if described is None or is_up_to_date(root, described, self.config.overwrite):
+                return self._remove_work()
+        except UserError:
+            self._remove_work()
+            raise
+        self._make(described, worker, show)
+        return self._remove_work()
+
+    def _make(self, described: dict[str, Any], worker: Worker, show: Show) -> None:
+        def on_read(records: int) -> None:
+            if records % 10_000 == 0:
+                show(f"scanning: {records:,} records of a part")
+
+        config, source, parts = self.config, self.source, self.parts
+        self._phase("scan", [partial(scan, config, source, part, on_read) for part in parts], worker, show)
+        scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
+        self._phase("fit", [partial(fit, config, source, scans)], worker, show)
+        encodings = [
+            partial(encode, config, source, part, scan, fitted, number)
+            for number, (part, scan) in enumerate(zip(parts, scans, strict=True))
+        ]
+        self._phase("encode", encodings, worker, show)
+        self._phase("join", [partial(self._join, described, scans)], worker, show)
+
+    def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: Show) -> None:
+        def on_done(count: int) -> None:
+            show(f"{_PHASES[name]}: {count} of {len(runs)} parts")
+
+        show(_PHASES[name])
+        tasks = [Task(path.name, run) for path, run in zip(self._results(name, len(runs)), runs, strict=True)]
+        work_off(self.work, tasks, worker, on_done)
+
+    def _results(self, phase: str, count: int) -> list[Path]:
+        return [self.work / f"{phase}-{number:05}" for number in range(count)]
+
+    def _described(self, groups: int) -> dict[str, Any] | None:
+        """What the data set is made of; None when other workers have just finished it."""
+        try:
+            found = [json.loads((path / "hashes.json").read_text()) for path in self._results("hash", groups)]
+        except FileNotFoundError:
+            return None
+        files = {name: digest for hashes in found for name, digest in hashes.items()}
+        described = {"name": self.source.name, "files": files, "options": _options(self.config)}
+        return described if self.tokenizer is None else {**described, "tokenizer": self.tokenizer}
+
+    def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
+        encoded = self._results("encode", len(self.parts))
+        counts = total_counts([*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)])
+        description = describe(self.config, self.source, described, counts)
+        tokenizer = fitted_tokenizer(self.work / "fit-00000")
+        splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
+        join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
+
+    def _remove_work(self) -> None:
+        """At once for the other workers, who take its absence for the end."""
+        doomed = self.work.with_suffix(f".{os.getpid()}.old")
+        with suppress(FileNotFoundError):
+            self.work.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    default = PrepareConfig()
+    return {
+        key: value
+        for key, value in asdict(config).items()
+        if key not in _NOT_IN_SOURCE and (key in _ALWAYS_IN_SOURCE or value != getattr(default, key))
+    }
+
+
+def _tokenizer_hash(config: PrepareConfig) -> str | None:
+    """Of the file that the data set is to hold, which says all of a tokenizer wherever its own files are."""
+    tokenizer = given_tokenizer(config)
+    if tokenizer is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return sha256_file(tokenizer.save(Path(folder)))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Enough to notice, when work goes on, that a file is another one; the manifest has hashes."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _summarise(console: Console, root: Path, manifest: Manifest, seconds: float) -> None:
+    console.print(f"{manifest.tokenizer.kind} tokenizer with {manifest.vocab_size} ids", highlight=False)
+    for name, split in manifest.splits.items():
+        text = f"{name:<12}{split.samples:>10,} sequences {split.tokens:>13,} tokens {len(split.files) - 1:>4} shards"
+        console.print(text, highlight=False)
+    records = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
+    console.print(f"records: {records}", highlight=False, soft_wrap=True)
+    rate = manifest.counts["read"] / seconds
+    console.print(f"wrote {root} in {seconds:.1f} s, {rate:,.0f} records a second", highlight=False, soft_wrap=True)

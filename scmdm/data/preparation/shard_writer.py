@@ -1,0 +1,240 @@
+"""Writing a data set: MDS shards by mosaicml-streaming and a manifest, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL
+from scmdm.data.manifest import (
+    MANIFEST_FILE,
+    VERSION,
+    FileInfo,
+    Manifest,
+    SplitInfo,
+    TokenizerRef,
+    check_dataset,
+    remote_of,
+)
+from scmdm.data.mosaic_streaming import MDSWriter
+from scmdm.data.preparation.framing import Row
+from scmdm.data.tokenizers import Tokenizer
+from scmdm.errors import UserError
+from scmdm.system.files import atomic_directory, sha256_file
+
+_INDEX = "index.json"
+_PIECE = "piece.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the manifest says besides the shards."""
+
+    name: str
+    length: int
+    pad_policy: str
+    bos_policy: str
+    source: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    framing: str = "records"
+
+
+def check_place(root: Path) -> None:
+    """UserError when `root` is something else than a data set, or than nothing: that is never replaced."""
+    if not root.exists():
+        return
+    if not (root / MANIFEST_FILE).is_file():
+        raise UserError(f"out={root} exists and is not a data set; choose another out, or remove it")
+    if (remote := remote_of(root)) is not None:
+        raise UserError(f"out={root} is a cache of {remote}; choose another out")
+
+
+def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `root` already holds this data set, at a glance whole.
+
+    UserError when it holds something else and may not be replaced; what is not a data set may never be.
+    """
+    check_place(root)
+    if overwrite or not root.exists():
+        return False
+    if Manifest.read(root).source == source:
+        check_dataset(root)
+        return True
+    raise UserError(f"out={root} holds a data set made with other settings; choose another out, or set overwrite=true")
+
+
+class SplitWriter:
+    """Writes rows of a split, or of a piece of one, into a directory of its own."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, description: Description, shard_bytes: int) -> None:
+        self._directory, self._tokenizer, self._description = directory, tokenizer, description
+        self._dtype = _dtype(tokenizer)
+        columns = {COLUMN: f"ndarray:{self._dtype}:{description.length}"}
+        if description.labels:
+            columns[LABEL] = "int32"
+        if description.framing == "prompts":
+            columns[GIVEN] = "int32"
+        if description.framing == "packed":
+            columns[DOCUMENTS] = f"ndarray:uint16:{description.length}"
+        self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
+        self._samples = self._tokens = 0
+
+    def write(self, row: Row) -> None:
+        pad_id, length = self._tokenizer.pad_id, self._description.length
+        row_L = np.full(length, pad_id, self._dtype)
+        row_L[: len(row.ids)] = row.ids
+        sample: dict[str, Any] = {COLUMN: row_L}
+        if self._description.labels:
+            assert row.label is not None
+            sample[LABEL] = np.int32(row.label)
+        if row.given is not None:
+            sample[GIVEN] = np.int32(row.given)
+        if row.documents is not None:
+            sample[DOCUMENTS] = documents_L = np.full(length, row.documents[-1] + 1, np.uint16)
+            documents_L[: len(row.documents)] = row.documents
+        self._writer.write(sample)
+        self._samples += 1
+        self._tokens += length if self._description.pad_policy == "loss" else int((row_L != pad_id).sum())
+        if row.given is not None:
+            self._tokens -= row.given
+        elif self._description.bos_policy == "given":
+            self._tokens -= 1 if row.documents is None else row.documents[-1] + 1
+
+    def finish(self) -> SplitInfo:
+        """Close the shards, and hash them."""
+        self._writer.finish()
+        files = [_file_info(path, path.name) for path in sorted(self._directory.iterdir())]
+        return SplitInfo(self._samples, self._tokens, files)
+
+
+def write_piece(
+    directory: Path, rows: Iterable[tuple[str, Row]], tokenizer: Tokenizer, description: Description, shard_bytes: int
+) -> None:
+    """Shards of the rows, each with the name of its split, in `directory`; `join_pieces` makes a data set of many."""
+    writers: dict[str, SplitWriter] = {}
+    for split, row in rows:
+        if split not in writers:
+            writers[split] = SplitWriter(directory / split, tokenizer, description, shard_bytes)
+        writers[split].write(row)
+    content = {split: asdict(writer.finish()) for split, writer in writers.items()}
+    (directory / _PIECE).write_text(json.dumps(content))
+
+
+def join_pieces(
+    root: Path,
+    pieces: Sequence[Path],
+    splits: Sequence[str],
+    tokenizer: Tokenizer,
+    description: Description,
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Make the data set `root` of what `write_piece` has written, in the order of the pieces; they keep their files.
+
+    Nothing appears at `root` until all of it is there. Raises UserError for an empty split, and when a piece is not
+    what its writer has hashed.
+    """
+    found = [_read_piece(piece) for piece in pieces]
+    for split in splits:
+        if not any(split in infos for infos in found):
+            raise UserError(f"split {split} of {description.name} is empty; give more data or a larger fraction")
+    with atomic_directory(root, replace=overwrite) as temporary:
+        file = tokenizer.save(temporary)
+        infos = {}
+        for split in splits:
+            parts = [(piece / split, info[split]) for piece, info in zip(pieces, found, strict=True) if split in info]
+            infos[split] = _join_split(temporary / split, parts)
+        manifest = make_manifest(tokenizer, file, infos, description)
+        manifest.write(temporary)
+    return manifest
+
+
+def write_dataset(
+    root: Path,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Sequence[Sequence[int]]],
+    description: Description,
+    *,
+    shard_bytes: int,
+) -> Manifest:
+    """Write sequences of ids, split by split, as the data set `root`. Raises UserError for an empty split."""
+    rows = ((name, Row(ids)) for name, sequences in splits.items() for ids in sequences)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as piece:
+        write_piece(Path(piece), rows, tokenizer, description, shard_bytes)
+        return join_pieces(root, [Path(piece)], list(splits), tokenizer, description)
+
+
+def _read_piece(piece: Path) -> dict[str, SplitInfo]:
+    content = json.loads((piece / _PIECE).read_text())
+    return {split: SplitInfo.parse(info) for split, info in content.items()}
+
+
+def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> SplitInfo:
+    """Gather shards under new numbers, with one index of them all."""
+    directory.mkdir()
+    shards: list[dict[str, Any]] = []
+    files: list[FileInfo] = []
+    for place, info in pieces:
+        hashes = {file.file: file for file in info.files}
+        for shard in json.loads((place / _INDEX).read_text())["shards"]:
+            was = shard["raw_data"]["basename"]
+            name = f"shard.{len(shards):05}.mds"
+            _link(place / was, directory / name)
+            if (directory / name).stat().st_size != hashes[was].bytes:
+                raise UserError(f"{place / was} is not as it was written; remove {place.parent.parent} and start again")
+            shard["raw_data"]["basename"] = name
+            shards.append(shard)
+            files.append(FileInfo(f"{directory.name}/{name}", hashes[was].bytes, hashes[was].sha256))
+    # As streaming's writer writes it.
+    (directory / _INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    index = _file_info(directory / _INDEX, f"{directory.name}/{_INDEX}")
+    samples, tokens = (sum(getattr(info, key) for _, info in pieces) for key in ("samples", "tokens"))
+    return SplitInfo(samples, tokens, [index, *files])
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _file_info(path: Path, name: str) -> FileInfo:
+    return FileInfo(name, path.stat().st_size, sha256_file(path))
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def make_manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], description: Description) -> Manifest:
+    """What a directory with this tokenizer (saved as `file`) and these splits says of itself."""
+    return Manifest(
+        version=VERSION,
+        name=description.name,
+        tokenizer=TokenizerRef(tokenizer.kind, file.name, sha256_file(file)),
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        length=description.length,
+        dtype=_dtype(tokenizer),
+        pad_policy=description.pad_policy,
+        bos_policy=description.bos_policy,
+        splits=splits,
+        source=description.source,
+        counts=description.counts,
+        labels=list(description.labels),
+        framing=description.framing,
+    )

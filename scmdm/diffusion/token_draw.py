@@ -1,0 +1,80 @@
+"""Drawing tokens from logits, and how certain a prediction is.
+
+Legend: N positions, V vocabulary with the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.fused import fused
+
+
+def draw_tokens(
+    logits_NV: Tensor,
+    uniform_NV: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    gumbel: str = "float64",
+) -> Tensor:
+    """Gumbel-max draw (N,) from `softmax(logits / temperature)` cut to its `top_k` tokens, then to its nucleus.
+
+    float64 by default: a float32 uniform has 24 bits, cuts the Gumbel tail and so lowers the temperature
+    (arXiv 2409.02908). Temperature 0: the most probable token.
+    """
+    if temperature == 0:
+        return logits_NV.argmax(1)
+    scaled_NV = nucleus(most_probable(logits_NV.double() / temperature, top_k), top_p)
+    if gumbel == "float32":
+        u = uniform_NV.mul(2**24).floor().mul(2.0**-24).float()
+        return (scaled_NV.float() - (1e-10 - (u + 1e-10).log()).log()).argmax(1)
+    return _largest(scaled_NV, uniform_NV)
+
+
+@fused
+def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
+    return (scaled_NV - (-uniform_NV.log()).log()).argmax(1)
+
+
+def most_probable(logits_NV: Tensor, top_k: int | None) -> Tensor:
+    """Logits with minus infinity outside the `top_k` most probable tokens, and those that equal the last of them."""
+    if top_k is None or top_k >= logits_NV.shape[1]:
+        return logits_NV
+    least_N1 = logits_NV.topk(top_k, dim=1).values[:, -1:]
+    return logits_NV.masked_fill(logits_NV < least_N1, float("-inf"))
+
+
+def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
+    """Logits with minus infinity outside the smallest set of most probable tokens that holds at least `top_p`."""
+    if top_p >= 1:
+        return logits_NV
+    ordered, order = logits_NV.sort(dim=1, descending=True)
+    probability = ordered.softmax(1)
+    outside = probability.cumsum(1) - probability >= top_p
+    return logits_NV.masked_fill(outside.gather(1, order.argsort(1)), float("-inf"))
+
+
+def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor) -> Tensor:
+    """How certain each prediction is (N,), float64; of the whole distribution, not of what temperature leaves of it.
+
+    "confidence": probability of the drawn token (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992); "margin": of the
+    most probable token less that of the next (arXiv 2502.06768); "entropy": minus the entropy (Dream).
+    """
+    p_NV = logits_NV.double().softmax(1)
+    if kind == "confidence":
+        return p_NV.gather(1, drawn_N[:, None]).squeeze(1)
+    if kind == "margin":
+        best_N2 = p_NV.topk(2, dim=1).values
+        return best_N2[:, 0] - best_N2[:, 1]
+    assert kind == "entropy", kind
+    return -torch.special.entr(p_NV).sum(1)
+
+
+def most_certain(score_BL: Tensor, candidates_BL: Tensor, count_B: Tensor) -> Tensor:
+    """Bool (B, L): in each row the `count_B` candidates with the highest score; of equal ones the first."""
+    score_BL = score_BL.masked_fill(~candidates_BL, float("-inf"))
+    rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return candidates_BL & (rank_BL < count_B[:, None])

@@ -1,0 +1,264 @@
+"""DeepSpeed's ZeRO, stages 1 to 3, with the same losses, averages and checkpoints as the other engines.
+
+What DeepSpeed does its own way, and how it is met here:
+
+- It averages gradients over the ranks; our loss is already divided by the valid tokens of the global batch, so it is
+  multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed is told the boundary and divides nothing.
+- Its hooks sit on `forward` of modules, our entry points are methods: `_EntryPoints` is the module that it sees.
+- It holds float32 weights and moments as flat fragments of parameters, cut where no row ends. Averages live on the same
+  fragments (`Fragment`), and only a checkpoint sees parameters of their own shape: see `pack`.
+- Its `step` measures, clips and updates in one, so that happens in `clip_grad_norm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from scmdm.config.run import RunConfig
+from scmdm.diffusion.state import State
+from scmdm.distributed.engine import MOMENTS, ParallelEngine
+from scmdm.errors import UserError
+from scmdm.models.linear import Linear
+from scmdm.models.network import Network
+
+
+def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration. It names no optimizer and no schedule: those are ours."""
+    train = config.train
+    zero: dict[str, Any] = {"stage": config.deepspeed.stage}
+    if config.deepspeed.stage == 3:
+        zero["stage3_param_persistence_threshold"] = config.deepspeed.whole_below
+        if config.self_conditioning.rate > 0:
+            # The two passes do not run the same modules, so that what one foresees of the other is gathered in vain.
+            zero["stage3_prefetch_bucket_size"] = 0
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (world_size * train.micro_batch_size),
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": zero,
+        # Autocast and not "bf16", which would round the weights that an adaptation starts from.
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(torch.bfloat16),
+            "lower_precision_safe_modules": ["torch.nn.Linear", f"{Linear.__module__}.{Linear.__qualname__}"],
+        },
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def require_deepspeed() -> None:
+    """Raise UserError where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "engine=deepspeed needs DeepSpeed, which is not installed; `pip install -c constraints.txt -e "
+            "'.[deepspeed]'`, or choose engine=fsdp2"
+        )
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """The package, quiet, on the device that the run is on."""
+    require_deepspeed()
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process without torchrun
+    import deepspeed
+
+    # Else it compiles, with whatever compiler there is, a collective for inference on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that it still uses
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of a parameter: a range of its elements, of the float32 weights and of each moment.
+
+    All are flat views of what DeepSpeed updates, empty where the rank has no part.
+    """
+
+    shape: torch.Size  # of the whole parameter
+    start: int
+    weights: Tensor
+    moments: dict[str, Tensor]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The whole parameter, or average or moment, from every rank's part."""
+        whole = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
+        self.of(whole).copy_(values)
+        dist.all_reduce(whole)
+        return whole.view(self.shape)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter, as a view."""
+        return whole.view(-1).narrow(0, self.start, len(self.weights))
+
+
+class DeepspeedEngine(ParallelEngine):
+    """One rank of a model in DeepSpeed's hands."""
+
+    def __init__(
+        self,
+        model: Network,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: RunConfig,
+    ) -> None:
+        super().__init__(model, optimizer, device, dtype)
+        if config.deepspeed.stage == 3 and dtype != torch.float32 and model.config.head_precision == "float32":
+            raise UserError(
+                "model.head_precision=float32 is not possible with deepspeed.stage=3 and precision=bfloat16, which "
+                "gathers weights in bfloat16; use head_precision=compute, stage 1 or 2, or precision=float32"
+            )
+        deepspeed = _import_deepspeed(device)
+        self._stage, self._clip = config.deepspeed.stage, config.optimizer.clip
+        entry = _EntryPoints(model)
+        self._deepspeed, self._zero, _, _ = deepspeed.initialize(
+            model=entry, optimizer=optimizer, config=deepspeed_json(config, self.world_size, dtype)
+        )
+        if self._stage == 3:
+            for parameter in dict.fromkeys((model.vocab_embed.embedding, *model.head())):  # of a tied head once
+                if parameter is not None:
+                    deepspeed.zero.register_external_parameter(entry, parameter)
+        self.denoiser = _Denoiser(self._deepspeed)
+        self._fragments = self._find_fragments()
+        self._mesh = init_device_mesh(device.type, (self.world_size,))
+        self._loss = torch.zeros((), device=device)
+
+    def compute(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing: DeepSpeed's forward has its own autocast."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._loss += loss.detach()
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def clip_grad_norm(self, limit: float) -> Tensor:
+        """Also updates the parameters, unless the loss or the norm is not finite: then it is NaN."""
+        assert limit == self._clip
+        loss = self.sum(self._loss)
+        self._loss.zero_()
+        norm = float("nan")
+        if loss.isfinite():
+            self._deepspeed.step()
+            norm = float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else norm
+        return torch.tensor(norm, device=self.device)
+
+    def step(self, skip: Tensor) -> None:
+        """Nothing: it is done."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Flat fragments of the float32 weights."""
+        return {name: fragment.weights for name, fragment in self._fragments.items()}
+
+    def load_parameters(self, parameters: dict[str, Tensor]) -> None:
+        if self._stage == 3:
+            self._deepspeed.empty_partition_cache()  # whole parameters that are kept for the next pass
+        super().load_parameters(parameters)
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        parameter: Any  # DeepSpeed adds attributes
+        for parameter in self.trained.values():
+            parameter.ds_tensor.data.copy_(_local(parameter))
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}
+
+    def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole parameters are put together one at a time, and of each the rank keeps its rows."""
+        return {name: _rows(self._fragments[name].gather(value), self._mesh) for name, value in values.items()}
+
+    def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            rows = packed[name]
+            assert isinstance(rows, DTensor)
+            value.copy_(self._fragments[name].of(rows.full_tensor()))
+
+    def _find_fragments(self) -> dict[str, Fragment]:
+        """Where DeepSpeed keeps what; the moments are made here, which it would do at the first step."""
+        flat = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        for group in flat:
+            state = self.optimizer.state[group]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+            state.update({kind: torch.zeros_like(group, requires_grad=False) for kind in MOMENTS})
+        if self._stage == 3:
+            return {name: self._fragment_of_stage_3(parameter) for name, parameter in self.trained.items()}
+        return {name: self._fragment_of_stages_1_and_2(parameter) for name, parameter in self.trained.items()}
+
+    def _fragment_of_stages_1_and_2(self, parameter: Any) -> Fragment:
+        """All parameters of a group lie end to end, and a rank owns a range of that."""
+        place = parameter._hp_mapping
+        if place is None:
+            empty = torch.empty(0, device=self.device)
+            return Fragment(parameter.shape, 0, empty, {kind: empty.clone() for kind in MOMENTS})
+        group = self._zero.single_partition_of_fp32_groups[place.param_group_index]
+        where = place.hp_fragment_address
+        moments = {kind: self.optimizer.state[group][kind].narrow(0, where.start, where.numel) for kind in MOMENTS}
+        return Fragment(parameter.shape, place.lp_fragment_address.start, place.hp_fragment.detach(), moments)
+
+    def _fragment_of_stage_3(self, parameter: Any) -> Fragment:
+        """Every parameter is padded and cut into as many parts as there are ranks."""
+        padded = len(_local(parameter))
+        start = min(self.rank * padded, parameter.ds_numel)
+        size = min(padded, parameter.ds_numel - start)
+        moments = {kind: _local(parameter, kind)[:size] for kind in MOMENTS}
+        return Fragment(parameter.ds_shape, start, _local(parameter)[:size], moments)
+
+
+class _EntryPoints(nn.Module):
+    """The module that DeepSpeed sees: its `forward` is any of the model's methods, by name.
+
+    Arguments go by keyword, where DeepSpeed leaves them alone.
+    """
+
+    def __init__(self, model: Network) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *, method: str, **arguments: Any) -> Any:
+        return getattr(self.model, method)(**arguments)
+
+
+class _Denoiser:
+    """The objective's view of the model in DeepSpeed's hands."""
+
+    def __init__(self, deepspeed: Any) -> None:
+        self._deepspeed = deepspeed
+
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        return self._deepspeed(method="estimate", state=state, dropout=dropout)
+
+    def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self._deepspeed(method="weighted_nll", state=state, x_BL=x_BL, weight_BL=weight_BL)
+
+
+def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
+    """Stage 3: this rank's float32 weights of a parameter or a moment of them, flat and padded; a view."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    found = safe_get_local_fp32_param(parameter) if kind is None else safe_get_local_optimizer_state(parameter, kind)
+    return found.detach()
+
+
+def _rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's rows of a tensor that all ranks hold, without the memory of the others'."""
+    parts = whole.chunk(mesh.size())
+    mine = parts[mesh.get_rank()].clone() if mesh.get_rank() < len(parts) else whole.new_empty(0, *whole.shape[1:])
+    return DTensor.from_local(mine, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride())

@@ -1,0 +1,47 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scmdm.config.run import EmaConfig
+from scmdm.distributed.engine import Engine
+
+
+class Ema:
+    """`average = decay * average + (1 - decay) * weights` after every optimizer step.
+
+    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights, in
+    an adaptation those of the base's average, at k = 0: with the base's count of `updates` it stays base for long.
+    """
+
+    def __init__(self, engine: Engine, config: EmaConfig, *, updates: int = 0) -> None:
+        self.config = config
+        self.updates = updates
+        self.average = {name: value.clone() for name, value in engine.parameters().items()}
+
+    def decay(self) -> float:
+        """The decay of the next update."""
+        if not self.config.warmup:
+            return self.config.decay
+        return min(self.config.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, engine: Engine) -> None:
+        """Take the current weights into the average."""
+        current = engine.parameters()
+        torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, engine: Engine) -> Iterator[None]:
+        """Run a block with the averaged weights in the model."""
+        current = {name: value.clone() for name, value in engine.parameters().items()}
+        engine.load_parameters(self.average)
+        try:
+            yield
+        finally:
+            engine.load_parameters(current)

@@ -1,0 +1,128 @@
+"""A small convolutional classifier of a data set's pictures, trained here: features where no published network fits.
+
+Legend: N pictures, B batch, H height, W width, C channels, K classes, F features.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from scmdm.errors import UserError
+from scmdm.system.files import atomic_write_bytes
+
+FEATURES = 64
+_BATCH, _STEPS, _EPOCHS, _LR = 128, 400, 6, 3e-3
+_FORWARD_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class ClassifierKey:
+    """All that a trained classifier depends on."""
+
+    fingerprint: str  # of the data set
+    channels: int
+    classes: int
+    seed: int
+    version: int = 1  # of the code below
+
+    def file(self, work: Path) -> Path:
+        """Where it is kept."""
+        return work / f"classifier-{self.fingerprint[:12]}-{self.seed}.safetensors"
+
+
+class Classifier(nn.Module):
+    """Three convolutions, a mean over the picture, and one linear layer, of pictures of any size."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_layer(channels, 16, stride=1),
+            *_layer(16, 32, stride=2),
+            *_layer(32, FEATURES, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, pictures_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, F), which the Frechet distance is taken in, and logits (B, K) of uint8 pictures."""
+        features_BF = self.trunk(pictures_BHWC.movedim(3, 1).float() / 127.5 - 1)
+        return features_BF, self.head(features_BF)
+
+
+def _layer(inside: int, outside: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inside, outside, 3, stride, 1), nn.GroupNorm(8, outside), nn.SiLU()
+
+
+def trained_classifier(
+    pictures_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, work: Path, *, device: str = "cpu"
+) -> Classifier:
+    """The classifier of a training split, from `work` when it is there; all that is random follows from the seed.
+
+    Raises UserError when the file there is damaged or cannot be written.
+    """
+    path = key.file(work)
+    if path.is_file():
+        return _read(path, key).to(device)
+    classifier = train_classifier(pictures_NHWC, labels_N, key, device=device)
+    work.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous().cpu() for name, value in classifier.state_dict().items()}
+    atomic_write_bytes(path, to_safetensors(weights, metadata={"key": json.dumps(asdict(key))}))
+    return classifier
+
+
+def train_classifier(
+    pictures_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, *, device: str = "cpu"
+) -> Classifier:
+    """Train on uint8 pictures: AdamW, one cycle of the learning rate, `_EPOCHS` epochs and at least `_STEPS` steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key.seed)
+        classifier = Classifier(key.channels, key.classes).to(device)
+    steps = max(_STEPS, _EPOCHS * len(labels_N) // _BATCH)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LR)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
+    dice = np.random.default_rng(key.seed)
+    for _ in range(steps):
+        rows_B = dice.integers(0, len(labels_N), _BATCH)
+        _, logits_BK = classifier(torch.from_numpy(pictures_NHWC[rows_B]).to(device))
+        loss = F.cross_entropy(logits_BK, torch.from_numpy(labels_N[rows_B].astype(np.int64)).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval()
+
+
+def classify(classifier: Classifier, pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, F) and the most probable classes (N,) of uint8 pictures."""
+    device = next(classifier.parameters()).device
+    features, classes = [], []
+    with torch.no_grad():
+        for pictures in torch.from_numpy(pictures_NHWC).split(_FORWARD_BATCH):
+            features_BF, logits_BK = classifier(pictures.to(device))
+            features.append(features_BF.cpu().numpy())
+            classes.append(logits_BK.argmax(1).cpu().numpy())
+    return np.concatenate(features), np.concatenate(classes)
+
+
+def _read(path: Path, key: ClassifierKey) -> Classifier:
+    classifier = Classifier(key.channels, key.classes)
+    try:
+        with safe_open(path, "pt") as file:
+            kept = json.loads((file.metadata() or {})["key"])
+            classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({reason}); remove it: it is made again") from error
+    if kept != asdict(key):
+        raise UserError(f"{path} is of another data set or version ({kept}); remove it: it is made again")
+    return classifier.eval()

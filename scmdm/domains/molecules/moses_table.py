@@ -1,0 +1,155 @@
+"""`scmdm moses`: MOSES' table of a file of molecules or of a published set, beside MOSES' own figures of its training
+set."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.moses import Moses, read_smiles
+from scmdm.distributed.engine import resolve_device
+from scmdm.domains.frechet import frechet_distance
+from scmdm.domains.molecules.moses_config import MosesConfig
+from scmdm.domains.molecules.moses_metrics import TRAINING_SET, MosesReference, cache_folder, evaluate_moses
+from scmdm.domains.molecules.set_statistics import SetStatistics, Work, describe
+from scmdm.errors import UserError
+from scmdm.observability.metrics import format_duration
+from scmdm.system.files import atomic_write_text, require_writable
+from scmdm.system.worker_processes import core_count
+
+
+def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
+    """Measure `source`, a published set's name or a file, print it and keep it; returns what was written."""
+    started = time.perf_counter()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.out is not None:
+        require_writable(Path(config.out))
+    device = resolve_device(config.device).type
+    work = Work(core_count(), device, progress=True)
+    published = source in Moses.published
+    if published:
+        smiles, size = _published(source, config.num)
+        framed, work = [True] * len(smiles), replace(work, cache=cache_folder())
+    else:
+        smiles, framed, size = _read(Path(source), config.num)
+    reference = MosesReference.published(fcd=config.fcd, work=work)
+    found = evaluate_moses(smiles, framed, reference, work, detailed=config.detailed)
+    result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.as_dict()}
+    if published and len(smiles) < size:
+        result["whole"] = _of_the_whole(found.smiles, size, config, reference, work)
+    result["seconds"] = time.perf_counter() - started
+    _print(result)
+    if config.out is not None:
+        atomic_write_text(Path(config.out), json.dumps(result, indent=2) + "\n")
+        Console().print(f"wrote {config.out}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _published(split: str, num: int | None) -> tuple[list[str], int]:
+    """The first `num` of one fixed order, which is random, as the file's is not; and how many there are."""
+    smiles = read_smiles(split)
+    if num is not None and num > len(smiles):
+        raise UserError(f"num={num} is not possible; {split} has {len(smiles)} molecules")
+    order = np.random.default_rng(0).permutation(len(smiles))[:num]
+    return [smiles[index] for index in order], len(smiles)
+
+
+def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
+    """SMILES, whether each is framed as the data is, which only `.jsonl` says, and how many there are."""
+    try:
+        lines = path.read_text().splitlines()
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines]
+            found = [(row["text"], row.get("framed", True)) for row in rows]
+        else:
+            found = [(line.replace(",", " ").split(" ")[0].strip(), True) for line in lines]
+            found = found[1:] if found[:1] == [("SMILES", True)] else found
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(Moses.published)}"
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what `scmdm sample out=NAME.jsonl` writes ({error!r}); give such a file"
+        ) from error
+    if not found:
+        raise UserError(f"{path} holds no molecule; give a file with a SMILES a line")
+    return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]], len(found)
+
+
+def _of_the_whole(
+    smiles: list[str], size: int, config: MosesConfig, reference: MosesReference, work: Work
+) -> dict[str, float]:
+    """What depends on the size: FCD, Frag and Scaf of the whole set, of which `smiles` are a random part."""
+    part = describe(smiles, work, fcd=config.fcd, detailed=config.detailed)
+    half = describe(smiles[: len(smiles) // 2], work, fcd=config.fcd, detailed=config.detailed)
+    found: dict[str, float] = {}
+    for suffix, other in (("Test", reference.test), ("TestSF", reference.test_scaffolds)):
+        if other is None:
+            continue
+        if (distance := _whole_distance(part, half, other, size)) is not None:
+            found[f"FCD/{suffix}"] = distance
+        for name, counts in (("Frag", "fragments"), ("Scaf", "scaffolds")):
+            ours, theirs = getattr(part, counts), getattr(other, counts)
+            found[f"{name}/{suffix}"] = whole_cosine(ours, theirs, size / len(smiles))
+    return found
+
+
+def _whole_distance(part: SetStatistics, half: SetStatistics, other: SetStatistics, size: int) -> float | None:
+    """The bias of the distance falls as one over the number of molecules (Chong and Forsyth, CVPR 2020)."""
+    if part.activations is None or half.activations is None or other.activations is None:
+        return None
+    (x, a), (y, b) = (
+        (1 / moments.count, frechet_distance(moments, other.activations))
+        for moments in (part.activations, half.activations)
+    )
+    return a + (b - a) / (y - x) * (1 / size - x)
+
+
+def whole_cosine(part: Mapping[str, int], other: Mapping[str, int], factor: float) -> float:
+    """The cosine similarity to `other` that counts of a set would have, from those of a random part of it.
+
+    `factor`: how many times as many there are in the set. Of p, the frequencies, the part's product of counts is an
+    unbiased measure of p.q, but the squared norm of its frequencies exceeds p.p by (1 - p.p) / count.
+    """
+    counts, others = Counter(part), Counter(other)
+    if counts.total() < 2 or not others.total():
+        return math.nan
+    product = sum(count * others[name] for name, count in counts.items()) / counts.total()
+    pairs = sum(count * (count - 1) for count in counts.values()) / counts.total() / (counts.total() - 1)
+    norm = math.sqrt(pairs + (1 - pairs) / (counts.total() * factor))
+    return product / norm / math.sqrt(sum(count * count for count in others.values()))
+
+
+def _print(result: dict[str, Any]) -> None:
+    metrics, whole = result["metrics"], result.get("whole", {})
+    num, size = metrics["num_samples"], result["of"]
+    table = Table(title=f"MOSES' metrics of {result['source']}, {num:,} of {size:,} molecules")
+    table.add_column("measure")
+    for name in ("value", *(["of all, estimated"] if whole else []), "training set, published"):
+        table.add_column(name, justify="right")
+    for name, value in metrics.items():
+        if name.startswith("num_") or value is None:
+            continue
+        estimate = [_number(whole.get(name))] if whole else []
+        table.add_row(name, _number(value), *estimate, _number(TRAINING_SET.get(name)))
+    of = result["config"]["detailed"]
+    few = f"; SNN, IntDiv, Filters and properties of {min(of, num):,}" if of is not None and of < num else ""
+    table.caption = f"{format_duration(result['seconds'])}{few}"
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"

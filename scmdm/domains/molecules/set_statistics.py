@@ -1,0 +1,282 @@
+"""What sets of molecules are compared by: of many molecules, by worker processes, part by part, and kept on disk.
+
+Legend: N molecules, W bytes of a fingerprint, F features of ChemNet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import rdkit
+import torch
+from rdkit import Chem, rdBase
+from rdkit.Chem import QED, AllChem, Crippen, Descriptors, rdFingerprintGenerator
+from rdkit.Chem.Scaffolds import MurckoScaffold
+
+from scmdm.domains.frechet import Moments
+from scmdm.domains.molecules.quality import chemnet_activations
+from scmdm.errors import UserError
+from scmdm.observability.environment import installed_version
+from scmdm.observability.progress import count_up
+from scmdm.system.files import atomic_write_bytes
+from scmdm.system.worker_processes import worker_processes
+
+T = TypeVar("T")
+_SCAFFOLD_RINGS = 2  # fewer are no scaffold
+_BITS, _RADIUS = 1024, 2
+_CHUNK = 512  # molecules of a job
+_JOBS = 4  # of a worker at least: it takes seconds to start
+_PART = 16_384  # of a file: what an interruption costs
+_VERSION = 2  # of the files
+
+
+def synthetic_accessibility(molecule: Chem.Mol) -> float:
+    """SA score, 1 (easy) to 10 (Ertl and Schuffenhauer, J. Cheminform. 2009), by RDKit's contributed code."""
+    from rdkit.Contrib.SA_Score import sascorer
+
+    return float(sascorer.calculateScore(molecule))
+
+
+PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
+    "logP": Crippen.MolLogP,  # type: ignore[attr-defined]
+    "SA": synthetic_accessibility,
+    "QED": QED.qed,
+    "weight": Descriptors.MolWt,  # type: ignore[attr-defined]
+}
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """All that one set of molecules is compared by. Fingerprints and properties may be of its first molecules alone."""
+
+    fingerprints_NW: np.ndarray  # Morgan, radius 2, 1024 bits packed into 128 bytes
+    fragments: Counter[str]  # BRICS
+    scaffolds: Counter[str]  # Bemis and Murcko's, of two rings or more
+    properties: dict[str, np.ndarray]  # (N,) each
+    activations: Moments | None = None  # of ChemNet; None: not asked for, or the package fcd is not installed
+
+    @classmethod
+    def join(cls, parts: Sequence[SetStatistics]) -> SetStatistics:
+        """Of the union, without activations; `parts` must not be empty."""
+        fragments, scaffolds = Counter[str](), Counter[str]()
+        for part in parts:
+            fragments.update(part.fragments)
+            scaffolds.update(part.scaffolds)
+        return cls(
+            np.concatenate([part.fingerprints_NW for part in parts]),
+            fragments,
+            scaffolds,
+            {name: np.concatenate([part.properties[name] for part in parts]) for name in PROPERTIES},
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Plain arrays of all but the activations."""
+        arrays = {"fingerprints": self.fingerprints_NW}
+        for name, counter in (("fragments", self.fragments), ("scaffolds", self.scaffolds)):
+            arrays[name] = np.array(list(counter), dtype=np.str_)
+            arrays[f"{name}_count"] = np.array(list(counter.values()), dtype=np.int64)
+        return arrays | {f"property_{name}": values_N for name, values_N in self.properties.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Arrays) -> SetStatistics:
+        """What `arrays` made. Raises KeyError or ValueError for anything else."""
+        fragments, scaffolds = (
+            Counter(dict(zip(arrays[name].tolist(), arrays[f"{name}_count"].tolist(), strict=True)))
+            for name in ("fragments", "scaffolds")
+        )
+        properties = {name: arrays[f"property_{name}"] for name in PROPERTIES}
+        return cls(arrays["fingerprints"], fragments, scaffolds, properties)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How many molecules are gone through. What comes out does not depend on it, but for a GPU's rounding."""
+
+    workers: int = 1  # processes
+    device: str = "cpu"  # of ChemNet and of similarities
+    cache: Path | None = None  # folder where what is finished is kept, by its content
+    progress: bool = False  # show it
+
+
+def describe(
+    smiles: Sequence[str], work: Work | None = None, *, fcd: bool = False, detailed: int | None = None
+) -> SetStatistics:
+    """Statistics of SMILES that RDKit can read, at least one; the same with any number of workers.
+
+    Fingerprints and properties are those of the first `detailed` molecules (None: all). Raises UserError for a damaged
+    file of the cache.
+    """
+    work = work or Work()
+    whole = len(smiles) if detailed is None else detailed
+    name = f"molecules-{_VERSION}-rdkit-{rdkit.__version__}"
+    task = _Task(
+        name, "molecules described", _describe, SetStatistics.join, SetStatistics.arrays, SetStatistics.of_arrays
+    )
+    found, version = _run(task, smiles, whole, work), installed_version("fcd")
+    if not fcd or version is None:
+        return found
+    # Processes would fight for a GPU.
+    once = work if work.device == "cpu" else replace(work, workers=1)
+    network = _Task(
+        f"chemnet-{_VERSION}-fcd-{version}",
+        "molecules through ChemNet",
+        partial(_moments, device=work.device),
+        lambda parts: sum(parts[1:], parts[0]),
+        lambda moments: {"count": np.array(moments.count), "sum": moments.sum_F, "products": moments.products_FF},
+        lambda arrays: Moments(int(arrays["count"]), arrays["sum"], arrays["products"]),
+    )
+    return replace(found, activations=_run(network, smiles, len(smiles), once))
+
+
+def in_chunks(title: str, of: Callable[[Sequence[str]], T], smiles: Sequence[str], work: Work) -> list[T]:
+    """What a function makes of a few molecules at a time, in their order."""
+    chunks = [(smiles[at : at + _CHUNK],) for at in range(0, len(smiles), _CHUNK)]
+    with _results(of, chunks, work) as results, _count(title, len(smiles), work) as step:
+        found = []
+        for (chunk,), result in zip(chunks, results, strict=True):
+            found.append(result)
+            step(len(chunk))
+    return found
+
+
+@dataclass(frozen=True)
+class _Task(Generic[T]):
+    """What is made of many molecules."""
+
+    name: str  # of its files, with all versions that they depend on
+    title: str
+    of: Callable[[Sequence[str], int], T]  # of a few molecules, the first so many of them in detail; in a worker
+    join: Callable[[Sequence[T]], T]
+    pack: Callable[[T], dict[str, np.ndarray]]
+    unpack: Callable[[Arrays], T]
+
+
+def _run(task: _Task[T], smiles: Sequence[str], detailed: int, work: Work) -> T:
+    """Part by part, so that what is finished is kept."""
+    parts = [
+        (smiles[start : start + _PART], min(max(detailed - start, 0), _PART, len(smiles) - start))
+        for start in range(0, len(smiles), _PART)
+    ]
+    files = [_file(task.name, work.cache, *part) for part in parts]
+    missing = [index for index, file in enumerate(files) if file is None or not file.is_file()]
+    jobs = {index: _jobs(*parts[index]) for index in missing}
+    total = sum(len(parts[index][0]) for index in missing)
+    made: dict[int, T] = {}
+    with (
+        _results(task.of, [job for own in jobs.values() for job in own], work) as results,
+        _count(task.title, total, work) as step,
+    ):
+        for index, own in jobs.items():
+            chunks = []
+            for chunk, _ in own:
+                chunks.append(next(results))
+                step(len(chunk))
+            made[index] = task.join(chunks)
+            if (file := files[index]) is not None:
+                _save(file, task.pack(made[index]))
+    return task.join([made[i] if i in made else _load(file, task.unpack) for i, file in enumerate(files)])
+
+
+def _file(name: str, cache: Path | None, smiles: Sequence[str], detailed: int) -> Path | None:
+    if cache is None:
+        return None
+    content = json.dumps([detailed, list(smiles)]).encode()
+    return cache / f"{name}-{hashlib.sha256(content).hexdigest()[:24]}.npz"
+
+
+def _jobs(smiles: Sequence[str], detailed: int) -> list[tuple[Sequence[str], int]]:
+    return [(smiles[at : at + _CHUNK], max(0, detailed - at)) for at in range(0, len(smiles), _CHUNK)]
+
+
+def _count(title: str, total: int, work: Work) -> AbstractContextManager[Callable[[int], None]]:
+    return count_up(title, total, shown=work.progress and total > _CHUNK)
+
+
+@contextmanager
+def _results(of: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work: Work) -> Iterator[Iterator[T]]:
+    """What the jobs make, in their order."""
+    workers = min(work.workers, len(jobs) // _JOBS)
+    if workers <= 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker: another number of threads rounds otherwise
+        try:
+            yield (of(*job) for job in jobs)
+        finally:
+            torch.set_num_threads(before)
+        return
+    with worker_processes(workers) as pool:
+        yield pool.map(partial(_in_worker, of), *zip(*jobs, strict=True))
+
+
+def _in_worker(of: Callable[..., T], *arguments: Any) -> T:
+    torch.set_num_threads(1)  # the other cores have workers of their own
+    return of(*arguments)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def _load(path: Path | None, unpack: Callable[[Arrays], T]) -> T:
+    assert path is not None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return unpack(dict(file))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and it will be made again") from error
+
+
+def _describe(smiles: Sequence[str], detailed: int) -> SetStatistics:
+    with rdBase.BlockLogs():
+        molecules = [Chem.MolFromSmiles(text) for text in smiles]
+        return SetStatistics(
+            fingerprints(molecules[:detailed]),
+            Counter(fragment for molecule in molecules for fragment in fragments_of(molecule)),
+            Counter(scaffold for molecule in molecules if (scaffold := scaffold_of(molecule)) is not None),
+            properties_of(molecules[:detailed]),
+        )
+
+
+def _moments(smiles: Sequence[str], _detailed: int, *, device: str) -> Moments:
+    activations = chemnet_activations(smiles, device)
+    assert activations is not None
+    return Moments.of(activations)
+
+
+def properties_of(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
+    """Each of `PROPERTIES` of each molecule, (N,) float64."""
+    return {name: np.array([compute(m) for m in molecules], np.float64) for name, compute in PROPERTIES.items()}
+
+
+def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
+    """Morgan fingerprints of radius 2, 1024 bits packed into (N, 128) uint8."""
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=_RADIUS, fpSize=_BITS)
+    bits = [generator.GetFingerprintAsNumPy(molecule) for molecule in molecules]
+    return np.packbits(np.array(bits, np.uint8).reshape(-1, _BITS), axis=1)
+
+
+def fragments_of(molecule: Chem.Mol) -> list[str]:
+    """SMILES of what BRICS' rules cut a molecule into (Degen et al., ChemMedChem 2008), repetitions included."""
+    cut = AllChem.FragmentOnBRICSBonds(molecule)  # type: ignore[attr-defined]
+    return Chem.MolToSmiles(cut).split(".")
+
+
+def scaffold_of(molecule: Chem.Mol) -> str | None:
+    """SMILES of Bemis and Murcko's scaffold (J. Med. Chem. 1996); None when it has fewer than two rings."""
+    scaffold = MurckoScaffold.GetScaffoldForMol(molecule)
+    return Chem.MolToSmiles(scaffold) if scaffold.GetRingInfo().NumRings() >= _SCAFFOLD_RINGS else None

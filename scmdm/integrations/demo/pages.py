@@ -1,0 +1,95 @@
+"""What the page is told: trajectories as JSON, with pictures where the domain has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rdkit.Chem.Draw import rdMolDraw2D
+
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
+from scmdm.domains.molecules.quality import parse_molecule
+from scmdm.domains.registry import domain_name
+from scmdm.integrations.demo.trajectory import Frame, Trajectory, best_guess
+from scmdm.models.model_files import LoadedModel
+
+Json = dict[str, Any]
+_WIDTH, _HEIGHT, _BOND = 320, 220, 42  # pixels
+
+
+def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
+    """What does not change between samples: who this is, and how its ids are to be shown."""
+    tokenizer = loaded.tokenizer
+    specials = {tokenizer.pad_id: "pad", tokenizer.bos_id: "mark", tokenizer.eos_id: "mark"}
+    return {
+        "name": name,
+        "path": path,
+        "carries": loaded.spec.model.self_conditioned,
+        "step": loaded.spec.step,
+        "domain": domain_name(tokenizer.kind),
+        "mask_id": tokenizer.mask_id,
+        "specials": {str(i): kind for i, kind in specials.items()},
+        "layout": _layout(tokenizer),
+    }
+
+
+def _layout(tokenizer: Tokenizer) -> Json | None:
+    """How a sequence is a picture: its ids behind [BOS] are levels, row by row; None where it is none."""
+    if not isinstance(tokenizer, LevelTokenizer) or tokenizer.kind != "levels":
+        return None
+    layout = tokenizer.layout
+    sizes = {"height": layout.height, "width": layout.width, "channels": layout.channels}
+    return {**sizes, "levels": layout.levels, "first_id": tokenizer.vocab_size - layout.levels}
+
+
+def describe_trajectory(trajectory: Trajectory, tokenizer: Tokenizer) -> Json:
+    """The frames of a sample; `pieces` has the text of every id in them."""
+    frames = trajectory.frames
+    shown = sorted({i for frame in frames for i in (*frame.tokens, *best_guess(frame))})
+    drawings, drawing_of = _drawings(frames, tokenizer)
+    generated = trajectory.generated
+    return {
+        "given": trajectory.given,
+        "pieces": dict(zip(map(str, shown), tokenizer.tokens(shown), strict=True)),
+        "frames": [_frame(frame, drawn) for frame, drawn in zip(frames, drawing_of, strict=True)],
+        "drawings": drawings,
+        "text": generated.texts[0],
+        "framed": generated.framed[0],
+        "evaluations": generated.evaluations,
+        "seconds": round(generated.seconds, 2),
+    }
+
+
+def _frame(frame: Frame, drawing: int | None) -> Json:
+    rounded = [None if value is None else round(value, 3) for value in frame.entropy]
+    return {
+        "t": round(frame.t, 4),
+        "tokens": frame.tokens,
+        "revealed": frame.revealed,
+        "entropy": rounded,
+        "guess": frame.guess,
+        "drawing": drawing,
+    }
+
+
+def _drawings(frames: Sequence[Frame], tokenizer: Tokenizer) -> tuple[list[str], list[int | None]]:
+    """Each different molecule that the frames' best guesses are, drawn; and which of them a frame has, if any."""
+    if domain_name(tokenizer.kind) != "molecules":
+        return [], [None] * len(frames)
+    smiles = [tokenizer.decode(best_guess(frame)) for frame in frames]
+    drawn = {text: svg for text in dict.fromkeys(smiles) if (svg := draw_molecule(text)) is not None}
+    places = {text: place for place, text in enumerate(drawn)}
+    return list(drawn.values()), [places.get(text) for text in smiles]
+
+
+def draw_molecule(smiles: str) -> str | None:
+    """A molecule as SVG; None for what is none."""
+    molecule = parse_molecule(smiles)
+    if molecule is None:
+        return None
+    canvas = rdMolDraw2D.MolDraw2DSVG(_WIDTH, _HEIGHT)
+    canvas.drawOptions().fixedBondLength = _BOND  # type: ignore[assignment]
+    rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule)
+    canvas.FinishDrawing()
+    svg: str = canvas.GetDrawingText()
+    return svg[svg.index("<svg") :]

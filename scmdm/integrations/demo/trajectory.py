@@ -1,0 +1,88 @@
+"""How one sample came to be: what every step of the sampler saw, revealed and still expected.
+
+Legend: L length, N masked positions, V vocabulary with the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scmdm.config.sampler import DenoiseConfig
+from scmdm.diffusion.sampler import Observation
+from scmdm.models.model_files import LoadedModel
+from scmdm.sampling.generate import GeneratedSamples, generate, loaded_template
+
+_ROWS = 512  # positions looked at at once: bounds the block of logits
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The sequence after a step. Where it is masked, the estimate that the step made: the one that is carried."""
+
+    t: float  # time of the state that the denoiser saw
+    tokens: list[int]
+    revealed: list[int]  # positions
+    entropy: list[float | None]  # of the estimate, nats; None where a token stands
+    guess: list[int | None]  # most probable token of the estimate
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sample and its frames, one per denoiser evaluation."""
+
+    given: list[int]  # the sequence at the start
+    frames: list[Frame]
+    generated: GeneratedSamples  # the sample alone
+
+
+@dataclass
+class Recorder:
+    """Sees the steps of one sample: the `on_step` of a sampler."""
+
+    mask_id: int
+    frames: list[Frame] = field(default_factory=list)
+
+    def __call__(self, step: Observation) -> None:
+        assert len(step.z_BL) == 1, "one sample is recorded at a time"
+        masked_BL = step.z_BL == self.mask_id
+        logits_NV = step.logits(masked_BL)
+        entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_ROWS)])
+        revealed = step.revealed_BL[0].nonzero().squeeze(1).tolist()
+        tokens, masked = step.z_BL[0].tolist(), masked_BL[0].tolist()
+        entropies, guesses = iter(entropy_N.tolist()), iter(logits_NV.argmax(1).tolist())
+        self.frames.append(
+            Frame(
+                float(step.t_B[0]),
+                tokens,
+                revealed,
+                [next(entropies) if hidden else None for hidden in masked],
+                [next(guesses) if hidden else None for hidden in masked],
+            )
+        )
+
+
+def entropy(logits_NV: Tensor) -> Tensor:
+    """Entropy (N,) of each row's distribution, nats, float64."""
+    return torch.special.entr(logits_NV.double().softmax(1)).sum(1)
+
+
+def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
+    """The sample that `scmdm sample MODEL num=1` draws with these keys, and how it came to be.
+
+    Raises UserError for a prompt that the model cannot read, and for settings that it cannot follow.
+    """
+    template_L = loaded_template(loaded, loaded.spec.length, config.prompt, config.infill)
+    recorder = Recorder(loaded.spec.mask_id)
+    generated = generate(
+        loaded, config.sampler, num=1, seed=config.seed, templates_PL=template_L[None], on_step=recorder
+    )
+    return Trajectory(template_L.tolist(), recorder.frames, generated)
+
+
+def best_guess(frame: Frame) -> Sequence[int]:
+    """The sequence with the most probable token of the estimate at every masked position."""
+    return [token if guess is None else guess for token, guess in zip(frame.tokens, frame.guess, strict=True)]

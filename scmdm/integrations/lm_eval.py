@@ -1,0 +1,318 @@
+"""Evaluate scmdm models in EleutherAI's lm-evaluation-harness.
+
+`python -m scmdm.integrations.lm_eval` is its command line, extended by the model `scmdm`.
+
+A sequence is `[BOS] context continuation`. What comes behind it, up to the length of the model, is unknown: masked, as
+it is to the samplers. `tail=none` ends it there, as LLaDA is evaluated.
+
+Legend: B sequences, L length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scmdm.config.sampler import SamplerConfig
+from scmdm.data.tokenizers import OwnFraming
+from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
+from scmdm.diffusion.sampler import sample
+from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.errors import UserError
+from scmdm.evaluation.zero_shot import encode_text
+from scmdm.sampling.generate import load
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}; pip install 'scmdm[lm-eval]'") from error
+
+_STATES = 32  # of each request, evaluated at once
+_SAMPLER: dict[str, Any] = {"kind": "confidence", "steps": 64}  # LLaDA's order
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a continuation that fits into a sequence."""
+
+    request: int
+    context: list[int]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    request: int
+    context: list[int]
+    room: int  # tokens behind it that are wanted
+    until: list[str]
+    sampler: SamplerConfig
+    key: int  # of the draws
+
+
+@register_model("scmdm")
+class MaskedDiffusionLM(TemplateLM):
+    """A run, checkpoint or export of ours, on one device.
+
+    `draws`: states per continuation, all of them where there are no more. `carry` and the other keys of `sampler.*`
+    without that prefix: how to generate; `carry` says also whether likelihoods are conditioned. What a task asks for
+    (temperature, top_k, top_p) gives way to them. `batch_size`: requests at once. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        draws: int = 128,
+        tail: str = "masked",
+        seed: int = 0,
+        weights: str = "ema",
+        precision: str = "auto",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **sampler: Any,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("tail", tail, ("masked", "none")),
+            ("weights", weights, ("ema", "raw")),
+            ("precision", precision, ("auto", "float32", "bfloat16")),
+        ):
+            if value not in choices:
+                raise UserError(f"{name}={value!r} is not possible; it must be one of {', '.join(choices)}")
+        # The harness's command line leaves it as text: it may also be "auto".
+        at_once = int(batch_size) if str(batch_size).isdigit() else batch_size
+        for name, number, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", at_once, 1)):
+            if not isinstance(number, int) or number < least:
+                raise UserError(f"{name}={number!r} is not possible; it must be a whole number, at least {least}")
+        known = [field.name for field in fields(SamplerConfig) if field.name not in ("label", "guidance")]
+        for name in sampler:
+            if name not in known:
+                raise UserError(
+                    f"{name} is no argument of the model scmdm; those of its sampler are {', '.join(known)}"
+                )
+        # The harness's command line asks for cuda:0 unless it is told otherwise, also where there is none.
+        asked = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
+        self._loaded = load(str(path), weights=weights, device=asked)
+        if isinstance(self._loaded.tokenizer, OwnFraming):
+            raise UserError(f"{path} makes {self._loaded.tokenizer.kind}, no text; give a model of text")
+        self._given = sampler
+        self._settings = self._sampler({}).settings(self._loaded.spec.model.self_conditioned)
+        self._draws, self._tail, self._seed, self._batch_size = draws, tail, seed, int(at_once)
+        self._device = next(self._loaded.model.parameters()).device
+        self._precision = resolve_precision(precision, self._device)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._loaded.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._loaded.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence behind [BOS]."""
+        return self._loaded.spec.length - 1
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text. No text spells a special token, and [BOS] comes with the sequence."""
+        return encode_text(self._loaded.tokenizer, string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        pieces = []
+        for number, (_texts, context, ids) in enumerate(requests):
+            known = context[1:] if context[:1] == [self.prefix_token_id] else context
+            pieces += [_Piece(number, *window) for window in windows(known, ids, self.max_length)]
+        totals, greedy = [0.0] * len(requests), [True] * len(requests)
+        for group in self._groups(pieces, _length, disable_tqdm):
+            for piece, nll, agrees in zip(group, self._nll(group), self._greedy(group), strict=True):
+                totals[piece.request] -= nll
+                greedy[piece.request] &= agrees
+        return list(zip(totals, greedy, strict=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts behind [BOS]."""
+        pieces = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            pieces += [_Piece(number, *window) for window in windows([], ids, self.max_length)]
+        totals = [0.0] * len(requests)
+        for group in self._groups(pieces, _length, disable_tqdm):
+            for piece, nll in zip(group, self._nll(group), strict=True):
+                totals[piece.request] -= nll
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the strings that a task names, drawn by the sampler."""
+        seen: Counter[str] = Counter()
+        prompts = []
+        for number, request in enumerate(requests):
+            context, asked = request.args
+            prompts.append(self._prompt(number, context, normalize_gen_kwargs(asked), seen[repr(request.args)]))
+            seen[repr(request.args)] += 1
+        texts = [""] * len(requests)
+        for group in self._groups(prompts, lambda p: (len(p.context) + p.room, repr(p.sampler)), disable_tqdm):
+            for prompt, text in zip(group, self._generate(group), strict=True):
+                texts[prompt.request] = text
+        return texts
+
+    def _sampler(self, asked: dict[str, Any]) -> SamplerConfig:
+        wanted = {"temperature": asked.get("temperature", 0.0), "top_p": asked.get("top_p", 1.0)}
+        config = SamplerConfig(**{**_SAMPLER, **wanted, "top_k": asked.get("top_k") or None, **self._given})
+        config.validate()
+        return config
+
+    def _prompt(self, number: int, context: str, asked: Any, repeat: int) -> _Prompt:
+        """A context is cut from the left; at most half of a sequence is kept free for what follows it."""
+        ids = self.tok_encode(context)
+        room = min(asked["max_gen_toks"], self._loaded.spec.length // 2)
+        ids = ids[max(0, len(ids) - (self.max_length - room)) :]
+        return _Prompt(number, ids, room, asked["until"], self._sampler(asked), _key(ids, repeat))
+
+    def _groups(self, items: Sequence[T], alike: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
+        """Items that are alike, so many as there are requests at once."""
+        with tqdm(total=len(items), disable=quiet) as bar:
+            for _, same in itertools.groupby(sorted(items, key=alike), alike):
+                while group := list(itertools.islice(same, self._batch_size)):
+                    yield group
+                    bar.update(len(group))
+
+    def _row(self, ids: list[int], masks: int = 0) -> tuple[Tensor, Tensor]:
+        """`[BOS] ids`, masks, and the tail, (L,); and which positions are the tail's."""
+        tokenizer = self._loaded.tokenizer
+        row = torch.tensor([tokenizer.bos_id, *ids, *[tokenizer.mask_id] * masks])
+        rest = self._loaded.spec.length - len(row) if self._tail == "masked" else 0
+        tail = torch.arange(len(row) + rest) >= len(row)
+        return torch.cat([row, row.new_full((rest,), tokenizer.eos_id)]), tail
+
+    def _compute(self) -> AbstractContextManager[Any]:
+        return compute_context(self._device, self._precision)
+
+    def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
+        """Of each state the sequence, what is masked, what of that counts, and the weight: see `masked_states`."""
+        key = _key(piece.context, *piece.ids)
+        states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=key)
+        row, tail = self._row([*piece.context, *piece.ids])
+        counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
+        counted[:, 1 + len(piece.context) : 1 + len(piece.context) + len(piece.ids)] = states.masked_KN
+        share = states.masked_KN.double().mean(1)
+        return row.expand(len(counted), -1), counted | tail, counted, share, states.weight_K
+
+    def _nll(self, group: Sequence[_Piece]) -> list[float]:
+        """The bound of each piece, in nats."""
+        parts = [self._states(piece) for piece in group]
+        *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        found = []
+        with self._compute():
+            for batch in zip(*(column.split(_STATES * self._batch_size) for column in columns), strict=True):
+                nll_B = masked_nll(
+                    self._loaded.model,
+                    *(part.to(self._device) for part in batch),
+                    schedule=self._loaded.spec.schedule,
+                    mask_id=self._loaded.spec.mask_id,
+                    condition=self._settings.carry,
+                )
+                found.append(nll_B.cpu())
+        weighted = torch.cat(found) * weight
+        return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
+
+    def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
+        rows, asked, tails = [], [], []
+        for piece in group:
+            row, tail = self._row([*piece.context, *piece.ids])
+            rows.append(row)
+            asked.append((torch.arange(len(row)) > len(piece.context)) & ~tail)
+            tails.append(tail)
+        with self._compute():
+            agrees_B = greedy_agrees(
+                self._loaded.model,
+                *(torch.stack(parts).to(self._device) for parts in (rows, asked, tails)),
+                schedule=self._loaded.spec.schedule,
+                mask_id=self._loaded.spec.mask_id,
+                carry=self._settings.carry,
+            )
+        return [bool(agrees) for agrees in agrees_B]
+
+    def _generate(self, group: Sequence[_Prompt]) -> list[str]:
+        spec, tokenizer = self._loaded.spec, self._loaded.tokenizer
+        templates = []
+        for prompt in group:
+            row, tail = self._row(prompt.context, prompt.room)
+            templates.append(row.masked_fill(tail, spec.mask_id))
+        templates_BL = torch.stack(templates)
+        group[0].sampler.check_length(templates_BL.shape[1])
+        with self._compute():
+            drawn = sample(
+                self._loaded.model,
+                templates_BL.to(self._device),
+                torch.tensor([prompt.key for prompt in group], device=self._device),
+                schedule=spec.schedule,
+                settings=group[0].sampler.settings(spec.model.self_conditioned),
+                mask_id=spec.mask_id,
+                seed=self._seed,
+            )
+        texts = []
+        for prompt, row_L in zip(group, drawn.tokens.tolist(), strict=True):
+            end = 1 + len(prompt.context)
+            text = tokenizer.decode(row_L[: end + prompt.room])[len(tokenizer.decode(row_L[:end])) :]
+            texts.append(_cut(text, prompt.until))
+        return texts
+
+
+def windows(context: list[int], continuation: list[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs of context and continuation, at most `size` ids together: what is too long is cut from the context's left.
+
+    A continuation that is too long is cut into pieces, each behind as much of what precedes it as there is room for.
+    """
+    found, known = [], list(context)
+    for at in range(0, len(continuation), size):
+        piece = continuation[at : at + size]
+        found.append((known[max(0, len(known) + len(piece) - size) :], piece))
+        known += piece
+    return found
+
+
+def _length(piece: _Piece) -> int:
+    return len(piece.context) + len(piece.ids)
+
+
+def _key(context: list[int], *more: int) -> int:
+    """What keys the draws of a request, whatever is asked beside it. 40 bits: samplers multiply it by a length."""
+    return int.from_bytes(hashlib.sha256(repr((context, more)).encode()).digest()[:5], "little")
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """What comes before the first of the strings."""
+    return text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
+
+
+def main() -> int:
+    """The harness's command line; returns the exit status."""
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"scmdm: error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

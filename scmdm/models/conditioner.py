@@ -1,0 +1,44 @@
+"""How the clean-state estimate enters the network: `h0 = E[z] + g(s)`, `g(null) = 0`.
+
+Every kind is free of biases, so that the null estimate is simply `s = 0`, and has exactly one factor that starts at
+zero: the adapted model equals the base bitwise, and that factor has a gradient at the first step.
+
+Legend: B batch, L length, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scmdm.models.initialization import ZeroLinear
+
+CONDITIONERS = ("projection", "norm", "mlp")
+
+
+class Conditioner(nn.Module):
+    """`g` in one of three kinds.
+
+    - "projection": `W s`, `W = 0`.
+    - "norm": `gain * LayerNorm(W s)`, `gain = 0` (as Loopholing carries its hidden state).
+    - "mlp": `W2 gelu(W1 s)`, `W2 = 0`.
+    """
+
+    starts_at = 0.0  # the gain: maps have their own
+
+    def __init__(self, width: int, kind: str) -> None:
+        super().__init__()
+        assert kind in CONDITIONERS, kind
+        self.kind = kind
+        self.proj = (ZeroLinear if kind == "projection" else nn.Linear)(width, width, bias=False)
+        if kind == "norm":
+            self.gain = nn.Parameter(torch.empty(width))
+        if kind == "mlp":
+            self.out = ZeroLinear(width, width, bias=False)
+
+    def forward(self, estimate_BLD: Tensor) -> Tensor:
+        h = self.proj(estimate_BLD)
+        if self.kind == "norm":
+            return self.gain * F.layer_norm(h.float(), h.shape[-1:])
+        return self.out(F.gelu(h)) if self.kind == "mlp" else h

@@ -1,0 +1,101 @@
+"""Rotary positions (arXiv 2104.09864), half-split layout, and attention between rotated queries and keys.
+
+Legend: B batch, L length, H heads, G heads of keys and values, K width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from scmdm.models.attention import NO_MASKS, Masks, attend, attend_slices
+
+
+class Rotary(nn.Module):
+    """The table (L, K/2, 2) of rotary positions: cosine and sine of each pair's angle."""
+
+    def __init__(self, head_width: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.head_width, self.base = head_width, base
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", torch.empty(head_width // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the table; also after `to_empty` on a meta device."""
+        with torch.no_grad():
+            self.inv_freq.copy_(inverse_frequencies(self.head_width, self.base))
+
+    def forward(self, length: int) -> Tensor:
+        angles = torch.outer(torch.arange(length, device=self.inv_freq.device).float(), self.inv_freq.float())
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def inverse_frequencies(head_width: int, base: float = 10_000.0) -> Tensor:
+    """Radians per position (K/2,) of the pairs of a head."""
+    exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width
+    return 1.0 / base**exponent
+
+
+class _ComplexRotation(torch.autograd.Function):
+    """Pairs as complex numbers, which leave side by side: one product instead of two, a sum and a swapped copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLHK: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        turned = torch.complex(*x_BLHK.float().chunk(2, dim=-1)).mul_(torch.view_as_complex(table))
+        return torch.view_as_real(turned).flatten(-2).to(x_BLHK.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_BLHK: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        turned = d_BLHK.to(torch.float32, copy=True, memory_format=torch.contiguous_format).unflatten(-1, (-1, 2))
+        torch.view_as_complex(turned).mul_(torch.view_as_complex(table).conj())
+        d_x = torch.empty_like(d_BLHK, memory_format=torch.contiguous_format)
+        d_x.unflatten(-1, (2, -1)).copy_(turned.transpose(-1, -2))
+        return d_x, None
+
+
+def rotate(rotary: Tensor, *tensors_BLHK: Tensor) -> tuple[Tensor, ...]:
+    """Rotate each pair (k, k + K/2) by its position's angle; the table is (L, K/2, 2), of packed ones (B, L, K/2, 2).
+
+    On a CPU, where it is differentiable once, pair k is then at (2 k, 2 k + 1): attention does not see an order that
+    queries and keys share.
+    """
+    like, table = tensors_BLHK[0], rotary.unsqueeze(-3)
+    if like.device.type == "cpu" and not torch.compiler.is_compiling():
+        return tuple(_ComplexRotation.apply(x, table) for x in tensors_BLHK)
+    cos, sin = table.to(like.dtype).unbind(-1)
+    cosines, sines = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    halves = (x.chunk(2, dim=-1) for x in tensors_BLHK)
+    swapped = (torch.cat([second, first], dim=-1) for first, second in halves)
+    return tuple(x * cosines + y * sines for x, y in zip(tensors_BLHK, swapped, strict=True))
+
+
+def attend_rotated(
+    q_BLHK: Tensor,
+    k_BLGK: Tensor,
+    v_BLGK: Tensor,
+    rotary: Tensor,
+    backend: str,
+    masks: Masks = NO_MASKS,
+    context: DeviceMesh | None = None,
+    *,
+    repeated: bool = False,
+) -> Tensor:
+    """Attention (B, L, H, K) in which each of G heads of keys and values serves H / G consecutive heads of queries.
+
+    With a `context` each rank holds a slice of the sequences (`attend_slices`). `masks`, `repeated`: see `masks_of` and
+    `choose_backend`.
+    """
+    (q, k), v = rotate(rotary, q_BLHK, k_BLGK), v_BLGK
+    if (times := q.shape[2] // k.shape[2]) > 1:
+        k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)
+    if context is None:
+        return attend(q, k, v, backend, *masks, repeated=repeated)
+    return attend_slices(q, k, v, backend, context, repeated=repeated)

@@ -1,0 +1,45 @@
+"""Tensors into safetensors files of limited size, one after the other: memory holds one file's at most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scmdm.system.files import atomic_write_text
+
+
+def write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], limit: int, *, index: bool = False) -> None:
+    """Write `path`, or `NAME-00001-of-00003.safetensors` and so on beside it when `limit` bytes do not hold all.
+
+    `index`: with `NAME.safetensors.index.json` in the second case, as on the hub. Each file holds at least one tensor.
+    """
+    where: dict[str, int] = {}
+    total, size, count, batch = 0, 0, 0, dict[str, Tensor]()
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > limit:
+            _write(_part(path, count), batch)
+            count, size, batch = count + 1, 0, {}
+        # A copy: of a view safetensors would refuse the storage it shares, and a mapped file's pages would stay.
+        batch[name] = tensor.detach().cpu().contiguous().clone()
+        where[name], size, total = count, size + tensor.nbytes, total + tensor.nbytes
+    _write(_part(path, count), batch)
+    count += 1
+    names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05}-of-{count:05}{path.suffix}" for i in range(count)]
+    for number, name in enumerate(names):
+        _part(path, number).rename(path.with_name(name))
+    if index and count > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in where.items()}}
+        atomic_write_text(path.with_name(f"{path.name}.index.json"), json.dumps(content, indent=2) + "\n")
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f".{path.stem}.{number}")
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # as of other files: safetensors makes them for the owner alone

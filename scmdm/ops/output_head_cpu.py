@@ -1,0 +1,173 @@
+"""The output head on a CPU: chunks of rows, cut along the vocabulary, too.
+
+What is made of a tile's logits is made in their place while they are in the cache. Softmax runs along the tiles as in
+FlashAttention (arXiv 2205.14135).
+
+Legend: N masked positions, D width, V vocabulary (with the mask), C rows of a chunk, T columns of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scmdm.ops import top_k as top_k_ops
+from scmdm.ops.subs_logits import subs_logits
+
+_TILE = 4096
+_CHUNK = 1 << 24  # logits of a chunk, 64 MiB
+
+
+def nll_and_gradients(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    x_N: Tensor,
+    w_N: Tensor,
+    *,
+    chunk: int,
+    need_gradient: bool,
+    train_head: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Negative log-likelihoods (N,) and the gradients of their sum weighted by `w_N`, by hidden states, weight and
+    bias, where they are needed."""
+    nll_N = subs_bias_V.new_empty(len(h_ND))
+    d_h = torch.empty_like(h_ND) if need_gradient else None
+    d_weight = torch.zeros_like(weight_VD, dtype=subs_bias_V.dtype) if train_head else None
+    d_bias = torch.zeros_like(subs_bias_V) if train_head else None
+    for rows in _chunks(len(h_ND), len(subs_bias_V), chunk):
+        own = _Gradients(d_h[rows], d_weight, d_bias) if d_h is not None else None
+        nll_N[rows] = _chunk_nll(h_ND[rows], weight_VD, subs_bias_V, x_N[rows, None], w_N[rows, None], own)
+    return nll_N, d_h, d_weight, d_bias
+
+
+def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
+    """`softmax(W h + b) @ E` (N, D), without gradients, in the dtype of `embedding_VD`."""
+    chunks = [_Estimate(h_ND[rows], subs_bias_V) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
+    for tile in _tiles(len(subs_bias_V)):
+        weight_TD, embedding_TD = weight_VD[tile].to(h_ND.dtype), embedding_VD[tile].to(h_ND.dtype)
+        for own in chunks:
+            own.add(weight_TD, subs_bias_V[tile], embedding_TD)
+    parts = [own.mean_CD() for own in chunks]
+    return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
+
+
+def estimate_of_best(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    rank: int | None,
+    *,
+    chunk: int,
+) -> Tensor:
+    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised; `rank`: see `top_tokens`.
+
+    Logits are rounded to the dtype of `h_ND`, once, with the bias in the product.
+    """
+    weight_VD, bias_V = weight_VD.to(h_ND.dtype), subs_bias_V.to(h_ND.dtype)
+    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller block has fewer new pages
+    return top_k_ops.estimate_of_best(h_ND, weight_VD, bias_V, embedding_VD, top_k, rank, chunk=chunk)
+
+
+def chunk_rows(chunk: int, vocab_size: int) -> int:
+    """How many rows are done at once where `chunk` are asked for."""
+    return min(chunk, max(64, _CHUNK // vocab_size))
+
+
+def _chunks(rows: int, vocab_size: int, chunk: int) -> list[slice]:
+    chunk = chunk_rows(chunk, vocab_size)
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
+
+
+def _tiles(vocab_size: int) -> list[slice]:
+    return [slice(start, min(start + _TILE, vocab_size)) for start in range(0, vocab_size, _TILE)]
+
+
+class _RunningSoftmax:
+    """Of rows of logits that come tile by tile: the largest so far, and the sum of `exp(logit - largest)`."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        # Not minus infinity: a tile may hold the mask alone.
+        self.top_C1 = like.new_full((rows, 1), torch.finfo(like.dtype).min)
+        self.sum_C1 = torch.zeros_like(self.top_C1)
+
+    def add(self, tile_CT: Tensor) -> Tensor:
+        """Turn logits into `exp(logit - largest)` in place; returns the factor (C, 1) for what earlier tiles gave."""
+        top_C1 = torch.maximum(self.top_C1, tile_CT.amax(1, keepdim=True))
+        factor_C1 = (self.top_C1 - top_C1).exp_()
+        tile_CT.sub_(top_C1).exp_()
+        self.top_C1, self.sum_C1 = top_C1, self.sum_C1 * factor_C1 + tile_CT.sum(1, keepdim=True)
+        return factor_C1
+
+
+class _Estimate:
+    """A chunk's mean of embeddings under its softmax, of tiles that come one by one."""
+
+    def __init__(self, h_CD: Tensor, like: Tensor) -> None:
+        self.h_CD, self.softmax = h_CD, _RunningSoftmax(len(h_CD), like)
+        self.sum_CD = torch.zeros_like(h_CD, dtype=like.dtype)
+
+    def add(self, weight_TD: Tensor, bias_T: Tensor, embedding_TD: Tensor) -> None:
+        tile_CT = subs_logits(self.h_CD, weight_TD, bias_T)
+        self.sum_CD *= self.softmax.add(tile_CT)
+        _add_product(self.sum_CD, tile_CT.to(self.h_CD.dtype), embedding_TD)
+
+    def mean_CD(self) -> Tensor:
+        return self.sum_CD / self.softmax.sum_C1
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Float32 sums that the chunks add to; `h_ND` they fill. A frozen head has none."""
+
+    h_ND: Tensor
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+def _chunk_nll(
+    h_CD: Tensor, weight_VD: Tensor, bias_V: Tensor, x_C1: Tensor, w_C1: Tensor, gradients: _Gradients | None
+) -> Tensor:
+    """Negative log-likelihoods (C,) of a chunk, whose gradients, weighted by `w_C1`, are added to `gradients`."""
+    softmax, own_C1 = _RunningSoftmax(len(h_CD), bias_V), torch.zeros_like(x_C1, dtype=bias_V.dtype)
+    kept = []
+    for tile in _tiles(len(bias_V)):
+        logits_CT = subs_logits(h_CD, weight_VD[tile], bias_V[tile])
+        inside_C1, at_C1 = _within(tile, x_C1)
+        own_C1 = torch.where(inside_C1, logits_CT.gather(1, at_C1), own_C1)
+        softmax.add(logits_CT)
+        if gradients is not None:
+            kept.append((tile, logits_CT, softmax.top_C1))
+    nll_C = (softmax.sum_C1.log() + softmax.top_C1 - own_C1).squeeze(1)
+    if gradients is None:
+        return nll_C
+    scale_C1, d_h_CD = w_C1 / softmax.sum_C1, torch.zeros_like(h_CD, dtype=bias_V.dtype)
+    for tile, d_logits_CT, top_C1 in kept:
+        inside_C1, at_C1 = _within(tile, x_C1)
+        d_logits_CT.mul_((top_C1 - softmax.top_C1).exp_() * scale_C1)
+        d_logits_CT.scatter_add_(1, at_C1, torch.where(inside_C1, -w_C1, 0))
+        cast_CT = d_logits_CT.to(h_CD.dtype)
+        _add_product(d_h_CD, cast_CT, weight_VD[tile].to(h_CD.dtype))
+        if gradients.weight_VD is not None and gradients.bias_V is not None:
+            gradients.bias_V[tile] += d_logits_CT.sum(0)
+            _add_product(gradients.weight_VD[tile], cast_CT.T, h_CD)
+    gradients.h_ND.copy_(d_h_CD)
+    return nll_C
+
+
+def _within(tile: slice, x_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows' ids a tile holds, and their columns in it (any, where it does not)."""
+    at_C1 = x_C1 - tile.start
+    return (x_C1 >= tile.start) & (x_C1 < tile.stop), at_C1.clamp(0, tile.stop - tile.start - 1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += (a @ b).float()

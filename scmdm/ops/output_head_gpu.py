@@ -1,0 +1,124 @@
+"""The output head on a GPU: products over whole chunks, and one pass over the logits for all that lies between.
+
+Logits stay in the dtype of the products, and their gradient takes their place; sums run in float32.
+The vocabulary is padded: cuBLAS has its fast kernels only where a row is a multiple of 16 bytes, and 50,258 is not.
+
+Legend: V vocabulary (with the mask), P padded to a multiple of 64, D width, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scmdm.diffusion.fused import fused
+from scmdm.ops import top_k as top_k_ops
+
+_MULTIPLE = 64
+
+
+def nll_and_gradients(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    x_N: Tensor,
+    w_N: Tensor,
+    *,
+    chunk: int,
+    need_gradient: bool,
+    train_head: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """See `scmdm.ops.output_head_cpu.nll_and_gradients`."""
+    vocab_size = len(weight_VD)
+    weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V)
+    nll_N = subs_bias_V.new_empty(len(h_ND))
+    d_h = torch.empty_like(h_ND) if need_gradient else None
+    d_weight = torch.zeros_like(weight_PD, dtype=bias_P.dtype) if train_head else None
+    d_bias = torch.zeros_like(bias_P) if train_head else None
+    for rows in _chunks(len(h_ND), chunk):
+        h_CD, x_C = h_ND[rows], x_N[rows]
+        logits_CP = h_CD @ weight_PD.T
+        nll_N[rows], log_sum_C = _nll(logits_CP, bias_P, x_C)
+        if d_h is None:
+            continue
+        d_logits_CP = _to_gradient(logits_CP, bias_P, log_sum_C, x_C, w_N[rows])
+        torch.mm(d_logits_CP, weight_PD, out=d_h[rows])
+        if d_weight is not None and d_bias is not None:
+            d_weight += _product_float32(d_logits_CP.T, h_CD)
+            d_bias += d_logits_CP.sum(0, dtype=d_bias.dtype)
+    if d_weight is None or d_bias is None:
+        return nll_N, d_h, None, None
+    return nll_N, d_h, d_weight[:vocab_size], d_bias[:vocab_size]
+
+
+def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
+    """See `scmdm.ops.output_head_cpu.estimate`."""
+    weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V)
+    embedding_PD = weight_PD if embedding_VD is weight_VD else _widen(embedding_VD, h_ND.dtype)
+    estimate_ND = torch.empty_like(h_ND)
+    for rows in _chunks(len(h_ND), chunk):
+        p_CP = _to_probabilities(h_ND[rows] @ weight_PD.T, bias_P)
+        torch.mm(p_CP, embedding_PD, out=estimate_ND[rows])
+    return estimate_ND.to(embedding_VD.dtype)
+
+
+def estimate_of_best(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    rank: int | None,
+    *,
+    chunk: int,
+) -> Tensor:
+    """See `scmdm.ops.output_head_cpu.estimate_of_best`."""
+    weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V).to(h_ND.dtype)
+    return top_k_ops.estimate_of_best(h_ND, weight_PD, bias_P, embedding_VD, top_k, rank, chunk=chunk)
+
+
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
+
+
+def _widen(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight_VD` (P, D) in `dtype`, with zeros behind its rows."""
+    rows, width = weight_VD.shape
+    weight_PD = weight_VD.new_zeros((rows + -rows % _MULTIPLE, width), dtype=dtype)
+    weight_PD[:rows] = weight_VD
+    return weight_PD
+
+
+def _pad_bias(subs_bias_V: Tensor) -> Tensor:
+    """What is behind the vocabulary has probability 0."""
+    return F.pad(subs_bias_V, (0, -len(subs_bias_V) % _MULTIPLE), value=float("-inf"))
+
+
+def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32, which a GPU sums in anyway."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else (a @ b).float()
+
+
+@fused
+def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (C,), and logarithms (C,) of the sums of the softmax, float32."""
+    own_C = logits_CP.gather(1, x_C[:, None]).squeeze(1).float() + bias_P[x_C]
+    log_sum_C = torch.logsumexp(logits_CP + bias_P, 1)
+    return log_sum_C - own_C, log_sum_C
+
+
+@fused
+def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tensor, w_C: Tensor) -> Tensor:
+    """The gradient of `sum_c w_c nll_c` by the logits, in their place."""
+    p_CP = (logits_CP + bias_P).sub_(log_sum_C[:, None]).exp_()
+    own_CP = torch.arange(len(bias_P), device=x_C.device) == x_C[:, None]
+    return logits_CP.copy_(p_CP.sub_(own_CP.float()).mul_(w_C[:, None]))
+
+
+@fused
+def _to_probabilities(logits_CP: Tensor, bias_P: Tensor) -> Tensor:
+    """Softmax (C, P)."""
+    return (logits_CP + bias_P).softmax(1).to(logits_CP.dtype)

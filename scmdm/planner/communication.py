@@ -1,0 +1,122 @@
+"""What the ranks of a run send each other in one optimizer step: which collectives, how often, how large.
+
+Left out: the few numbers that are agreed on per step (token counts, sample ids, times, loss, gradient norm).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scmdm.planner.memory import ZERO_LIVE, gathered_weights
+from scmdm.planner.model_state import FLOAT32
+from scmdm.planner.workload import Layout, Workload
+
+ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The same collective, so many times in one part of a step."""
+
+    kind: str  # all_gather | reduce_scatter | all_reduce | all_to_all
+    what: str
+    part: str
+    group: str  # shard | replicate | context
+    ranks: int  # of the group
+    size: int  # bytes of the whole: gathered, reduced, or (all_to_all) what a rank exchanges
+    times: int  # per optimizer step
+    overlaps: bool = True  # runs beside the computation of its part
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each rank sends in a step, by the best algorithms (rings)."""
+        rounds = 2 if self.kind == "all_reduce" else 1
+        return rounds * self.size * self.times * (self.ranks - 1) // self.ranks
+
+
+def step_collectives(workload: Workload, layout: Layout) -> tuple[Collective, ...]:
+    """All of one step, in the order of its parts."""
+    found = {"single": lambda *_: [], "fsdp2": _fsdp, "deepspeed": _zero}[layout.engine](workload, layout)
+    found += _context(workload, layout)
+    return tuple(one for one in found if one.ranks > 1 and one.times)
+
+
+def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
+    weights, layers = gathered_weights(workload, layout), workload.model.layers
+    shards, batches = layout.shards, layout.micro_batches(workload)
+    block = weights.blocks // layers
+    rounds = {ESTIMATE: 0, LOSS: 1, BACKWARD: 1}
+    if workload.passes:
+        # Kept, the weights of the first no-grad pass serve all forward passes.
+        rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 1}
+        if not layout.reshard_after_estimate:
+            rounds = {ESTIMATE: 1, LOSS: 0, BACKWARD: 1}
+    first = ESTIMATE if workload.passes else LOSS
+    found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]
+    for part, times in rounds.items():
+        found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * layers * batches))
+    # Adapters are in every block; without them the last ones are trained, or none.
+    trained = (workload.trained_layers or layers) if weights.block_reduction else 0
+    for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
+        found.append(Collective("reduce_scatter", what, BACKWARD, "shard", shards, size, times))
+        mine = size // shards
+        found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, mine, times))
+    return found
+
+
+def _zero(workload: Workload, layout: Layout) -> list[Collective]:
+    if layout.stage == 3:
+        return _zero_3(workload, layout)
+    ranks = layout.ranks
+    reduced = sum(p.numel * (layout.width if p.plain_linear else FLOAT32) for p in workload.parameters)
+    # Stage 2 reduces what each micro-batch has made, stage 1 once. Both all-reduce their buckets and keep a part.
+    times = layout.micro_batches(workload) if layout.stage == 2 else 1
+    return [
+        Collective("all_reduce", "gradients", BACKWARD, "shard", ranks, reduced, times, overlaps=False),
+        Collective("all_gather", "weights", UPDATE, "shard", ranks, workload.numel * FLOAT32, 1, overlaps=False),
+    ]
+
+
+def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
+    ranks, batches = layout.ranks, layout.micro_batches(workload)
+    padded = {p: -(-p.numel // ranks) * ranks for p in workload.parameters}
+    width = {p: layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
+    large = [p for p in workload.parameters if p.numel > layout.whole_below]
+    gathered = sum(padded[p] * width[p] for p in large)
+    persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.whole_below)
+    reduced = sum(padded[p] * width[p] for p in workload.parameters)
+    overlaps = not workload.passes  # with two passes nothing is fetched ahead
+    # A vanilla step's backward pass finds the weights that its forward pass has gathered, up to a limit.
+    again = 0 if not workload.passes and workload.numel <= ZERO_LIVE else 1
+    found = [
+        Collective("all_gather", "weights", part, "shard", ranks, gathered, times * batches, overlaps=overlaps)
+        for part, times in ((ESTIMATE, workload.passes), (LOSS, 1), (BACKWARD, again))
+    ]
+    return [
+        *found,
+        Collective("reduce_scatter", "gradients", BACKWARD, "shard", ranks, reduced, batches),
+        Collective("all_gather", "small weights", UPDATE, "shard", ranks, persistent, 1, overlaps=False),
+    ]
+
+
+def _context(workload: Workload, layout: Layout) -> list[Collective]:
+    """Two exchanges around the attention of every block: q, k and v together, and the result."""
+    if layout.context == 1:
+        return []
+    batches, again = layout.micro_batches(workload), layout.activation_checkpointing != "none"
+    size = layout.tokens(workload) * workload.model.width * layout.width
+    rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 2 if again else 1}
+    return [
+        Collective(
+            "all_to_all",
+            what,
+            part,
+            "context",
+            layout.context,
+            factor * size,
+            times * workload.model.layers * batches,
+            overlaps=False,
+        )
+        for part, times in rounds.items()
+        for what, factor in (("q, k, v", 3), ("attention", 1))
+    ]

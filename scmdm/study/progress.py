@@ -1,0 +1,57 @@
+"""What is shown of long work: a study's jobs, by the files that they write, and things that are counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scmdm.observability.metrics import METRICS_FILE, last_row
+from scmdm.observability.progress import PLAIN_LINES
+
+
+class StudyDisplay:
+    """A bar per adaptation on a terminal, a few plain lines elsewhere (all of them are in each run's `train.log`)."""
+
+    def __init__(self, console: Console, runs: list[tuple[str, Path, int]]) -> None:
+        self._console = console
+        columns = (
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._runs = [(*run, self._bars.add_task(run[0], total=run[2], numbers="")) for run in runs]
+        self._shown = {name: _part(last_row(place / METRICS_FILE, "train"), steps) for name, place, steps in runs}
+
+    def __enter__(self) -> StudyDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def print(self, line: str) -> None:
+        """A line above the bars."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def update(self) -> None:
+        """Read how far the runs are."""
+        for name, directory, steps, bar in self._runs:
+            row = last_row(directory / METRICS_FILE, "train")
+            if row is None:
+                continue
+            numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+            self._bars.update(bar, completed=row["step"], numbers=numbers)
+            if not self._console.is_terminal and _part(row, steps) > self._shown[name]:
+                self._shown[name] = _part(row, steps)
+                self.print(f"{name}: step {row['step']}/{steps}  {numbers}")
+
+
+def _part(row: dict[str, Any] | None, steps: int) -> int:
+    """How many fifths of a run are done."""
+    return int(row["step"] * PLAIN_LINES // steps) if row is not None else 0

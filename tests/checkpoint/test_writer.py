@@ -1,0 +1,111 @@
+"""Saving beside the training: retention, disks that fill up and empty again, the same files as a save in line."""
+
+import json
+import resource
+import time
+
+import pytest
+import safetensors
+
+from scmdm.checkpoint.checkpoint import checkpoint_name, find_model, list_checkpoints, verify_checkpoint
+from scmdm.checkpoint.writer import retire
+from scmdm.cli import main
+from scmdm.config.run import TrainConfig
+from scmdm.observability.metrics import read_metrics
+from tests.conftest import TINY, scmdm
+
+
+def arguments(run, molecules, config, *overrides):
+    return ["train", str(config), f"run_dir={run}", f"data.path={molecules}", *TINY, *overrides]
+
+
+def names(run):
+    return [int(path.name[5:]) for path in list_checkpoints(run / "checkpoints")]
+
+
+def tensors(checkpoint):
+    """Every tensor's bytes by file and name; the order in the header is safetensors' affair."""
+    files = {path.name: safetensors.deserialize(path.read_bytes()) for path in (checkpoint / "tensors").iterdir()}
+    return {(file, name): bytes(entry["data"]) for file, entries in files.items() for name, entry in entries}
+
+
+def test_a_save_beside_the_training_holds_the_step_it_was_asked_for(molecules, empty_yaml, tmp_path):
+    """The weights move on while it is written; the files must not."""
+    for run, key in (("a", "true"), ("b", "false")):
+        keys = ("train.steps=8", "train.checkpoint_every=2", "train.keep_last=9", f"train.async_checkpoint={key}")
+        assert main(arguments(tmp_path / run, molecules, empty_yaml, *keys)) == 0
+    assert names(tmp_path / "a") == names(tmp_path / "b") == [2, 4, 6, 8]
+    for ours, theirs in zip(*(list_checkpoints(tmp_path / run / "checkpoints") for run in "ab"), strict=True):
+        assert verify_checkpoint(ours) == []
+        assert tensors(ours) == tensors(theirs)
+        states = [json.loads((path / "state.json").read_text()) for path in (ours, theirs)]
+        assert all(states[0][key] == states[1][key] for key in ("step", "tokens", "ema_updates", "loader", "loss_sum"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "best", "kept"),
+    [
+        ({"keep_last": 2}, 30, [60, 70]),
+        ({"keep_last": 1, "keep_every": 20}, 30, [20, 40, 60, 70]),
+        ({"keep_last": 1, "keep_best": True}, 30, [30, 70]),
+        ({"keep_last": 1, "keep_best": True}, None, [70]),
+        ({"keep_last": 9}, None, [10, 20, 30, 40, 50, 60, 70]),
+    ],
+)
+def test_retention(tmp_path, keys, best, kept):
+    """80 comes after the newest: the resume skipped it as damaged."""
+    for step in range(10, 90, 10):
+        (tmp_path / checkpoint_name(step)).mkdir()
+    retire(tmp_path, tmp_path / checkpoint_name(70), TrainConfig(steps=70, **keys), best)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in kept]
+    assert len(list(tmp_path.iterdir())) == len(kept)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation(molecules, empty_yaml, tmp_path):
+    """A rate that ruins the model after a few steps: the best is not the last."""
+    keys = ["train.steps=12", "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=64"]
+    keys += ["train.keep_last=1", "train.keep_best=true", "optimizer.lr=0.3", "optimizer.clip=0", "ema.decay=0"]
+    assert main(arguments(tmp_path / "run", molecules, empty_yaml, *keys)) == 0
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "validation"]
+    best = min(rows, key=lambda row: row["nelbo_null"])["step"]
+    assert names(tmp_path / "run") == sorted({best, 12})
+    state = json.loads((find_model(tmp_path / "run") / "state.json").read_text())
+    assert state["best_step"] == best
+
+
+def wait_for(run, text, process):
+    log = run / "train.log"
+    deadline = time.monotonic() + 120
+    while not log.exists() or text not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynchronous):
+    """Files may not grow beyond 64 KiB at first (the kernel's EFBIG, an OSError like ENOSPC); then space is made."""
+    run = tmp_path / "run"
+    keys = ["train.steps=400", "train.checkpoint_every=4", "train.on_save_error=continue"]
+    process = scmdm(
+        *arguments(run, molecules, empty_yaml, *keys, f"train.async_checkpoint={asynchronous}"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY)),
+    )
+    wait_for(run, "going on with the checkpoint before it", process)
+    assert names(run) == [] and "free space" in (run / "train.log").read_text()
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_for(run, "saved ", process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 85 and verify_checkpoint(find_model(run)) == []
+
+
+def test_the_last_save_must_succeed(molecules, empty_yaml, tmp_path):
+    process = scmdm(
+        *arguments(tmp_path / "run", molecules, empty_yaml, "train.steps=4", "train.on_save_error=continue"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1].startswith("scmdm: error: cannot write") and "Traceback" not in errors
+    assert names(tmp_path / "run") == []

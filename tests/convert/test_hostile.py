@@ -1,0 +1,191 @@
+"""Files that nobody should trust: refused with the reason, and nothing in them runs."""
+
+import json
+import os
+import pickle
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scmdm.cli import main
+from tests.convert.published import LAYERS, VOCAB, WIDTH, mdlm_weights, write_lightning, write_mdlm
+
+
+class Payload:
+    """Runs a function when it is unpickled by a loader that lets it."""
+
+    def __init__(self, function, *arguments):
+        self._call = (function, arguments)
+
+    def __reduce__(self):
+        return self._call
+
+
+def refuse(source, out, capsys, *keys):
+    """The one line that import ends with."""
+    assert main(["import", str(source), str(out), *keys]) == 1
+    assert not out.exists()
+    captured = capsys.readouterr().err
+    assert captured.startswith("scmdm: error: ") and captured.count("\n") == 1
+    return captured
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (os.system, "touch {mark}", "posix.system"),
+        (subprocess.check_call, "touch {mark}", "commands.check_call"),
+        (eval, "open('{mark}', 'w')", "builtins.eval"),
+    ],
+)
+@pytest.mark.parametrize("where", ["hyper_parameters", "state_dict"])
+def test_a_payload_does_not_run(tmp_path, capsys, function, arguments, name, where):
+    mark = tmp_path / "mark"
+    payload = Payload(function, arguments.format(mark=mark))
+    checkpoint = write_lightning(tmp_path / "last.ckpt", **{where: {"config": payload}})
+    control = Payload(os.system, f"touch {tmp_path / 'control'}")
+    pickle.loads(pickle.dumps(control))
+    assert (tmp_path / "control").exists(), "the payload works where a loader runs it"
+    message = refuse(checkpoint, tmp_path / "out", capsys)
+    assert not mark.exists()
+    assert f"would call {name}: that is no checkpoint but a program" in message
+
+
+def test_unknown_classes_are_inert(tmp_path):
+    """A class whose construction and state would leave a mark leaves none."""
+    mark = tmp_path / "mark"
+    checkpoint = write_lightning(tmp_path / "last.ckpt", callbacks=Loud(str(mark)))
+    mark.unlink()
+    assert main(["import", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert not mark.exists()
+
+
+class Loud:
+    def __init__(self, path):
+        self.path = path
+        open(path, "w").close()
+
+    def __reduce__(self):
+        return Loud, (self.path,)
+
+
+def test_other_pickles_are_refused(tmp_path, capsys):
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    assert "no checkpoint that can be read safely" in refuse(tmp_path / "plain.ckpt", tmp_path / "out", capsys)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.ckpt")
+    assert "torchscript" in refuse(tmp_path / "script.ckpt", tmp_path / "out", capsys)
+    torch.save([1], tmp_path / "list.ckpt")
+    assert "has no `state_dict`" in refuse(tmp_path / "list.ckpt", tmp_path / "out", capsys)
+    whole = write_lightning(tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path / "cut.ckpt", tmp_path / "out", capsys)
+    assert "does not exist" in refuse(tmp_path / "absent.ckpt", tmp_path / "out", capsys)
+    with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"nonsense")
+    refuse(tmp_path / "zip.ckpt", tmp_path / "out", capsys)
+
+
+def test_averages_must_fit(tmp_path, capsys):
+    few = {"shadow_params": [torch.zeros(1)]}
+    assert "1 averaged tensors for" in refuse(write_lightning(tmp_path / "a.ckpt", ema=few), tmp_path / "out", capsys)
+    wrong = {"shadow_params": [torch.zeros(1) for name in mdlm_weights() if "inv_freq" not in name]}
+    assert "has shape (1,), its parameter" in refuse(
+        write_lightning(tmp_path / "b.ckpt", ema=wrong), tmp_path / "out", capsys
+    )
+
+
+def test_absurd_sizes(tmp_path, capsys):
+    """A tensor of one number that says that it is a million million of them; a header that says so."""
+    weights = mdlm_weights()
+    weights["backbone.vocab_embed.embedding"] = torch.zeros(1, 1).expand(10**6, 10**6)
+    checkpoint = write_lightning(tmp_path / "last.ckpt", state_dict=weights)
+    assert "does not hold so many numbers" in refuse(checkpoint, tmp_path / "out", capsys, "weights=raw")
+    source = write_mdlm(tmp_path / "mdlm")
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].replace(b"[13,32]", b"[13,99999999999]")
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + len(header) :])
+    assert "no whole safetensors file" in refuse(source, tmp_path / "out", capsys)
+    file.write_bytes((2**60).to_bytes(8, "little") + content[8:])
+    assert "no whole safetensors file" in refuse(source, tmp_path / "out", capsys)
+
+
+def test_damaged_weights(tmp_path, capsys):
+    source = write_mdlm(tmp_path / "mdlm")
+    file, out = source / "model.safetensors", tmp_path / "out"
+    content, weights = file.read_bytes(), load_file(file)
+    file.write_bytes(content[:-100])
+    assert "no whole safetensors file" in refuse(source, out, capsys)
+    name = "backbone.blocks.1.attn_out.weight"
+    save_file({n: w for n, w in weights.items() if n != name}, file)
+    assert "lacks blocks.1.attn_out.weight" in refuse(source, out, capsys)
+    save_file({**weights, "backbone.surprise": torch.zeros(2)}, file)
+    assert "has backbone.surprise" in refuse(source, out, capsys)
+    save_file({**weights, name: torch.zeros(WIDTH, WIDTH + 1)}, file)
+    assert "blocks.1.attn_out.weight has shape (32, 33)" in refuse(source, out, capsys)
+    save_file({**weights, "backbone.cond_map.embedding_table.weight": torch.zeros(2, 2)}, file)
+    assert "conditioned on classes" in refuse(source, out, capsys)
+    save_file({n: w for n, w in weights.items() if "sigma_map" not in n}, file)
+    assert "causal" in refuse(source, out, capsys)
+    save_file({n.replace("blocks.1", "blocks.7"): w for n, w in weights.items()}, file)
+    assert "no blocks numbered" in refuse(source, out, capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_heads", 7), ("n_heads", 10**12), ("n_heads", "4"), ("dropout", 3), ("time_conditioning", "yes")],
+)
+def test_a_configuration_that_cannot_be(tmp_path, capsys, key, value):
+    source = write_mdlm(tmp_path / "mdlm", **{key: value})
+    assert f"{key}=" in refuse(source, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", 3, "x.bin"])
+def test_an_index_stays_in_its_directory(tmp_path, capsys, file):
+    source = write_mdlm(tmp_path / "mdlm")
+    save_file(mdlm_weights(), tmp_path / "outside.safetensors")
+    (source / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(mdlm_weights(), file)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is no file of this directory" in refuse(source, tmp_path / "out", capsys)
+
+
+def test_an_index_that_is_wrong(tmp_path, capsys):
+    source, weights = write_mdlm(tmp_path / "mdlm"), mdlm_weights()
+    index, out = source / "model.safetensors.index.json", tmp_path / "out"
+    for content in ("[]", "{", "{}", '{"weight_map": []}', "[" * 100_000):
+        index.write_text(content)
+        refuse(source, out, capsys)
+    names = list(weights)
+    save_file({n: weights[n] for n in names[:9]}, source / "a.safetensors")
+    save_file({n: weights[n] for n in names[9:]}, source / "b.safetensors")
+    index.write_text(json.dumps({"weight_map": {n: "ab"[i > 9] + ".safetensors" for i, n in enumerate(names)}}))
+    assert f"says that {names[9]} is in a.safetensors" in refuse(source, out, capsys)
+    save_file(weights, source / "b.safetensors")
+    assert "which is it?" in refuse(source, out, capsys)
+
+
+def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):
+    assert main(["import", str(write_mdlm(tmp_path / "mdlm")), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "there"), "format=mdlm"]) == 0
+    beside, out = tmp_path / "there" / "scmdm", tmp_path / "out"
+    manifest, model = (json.loads((beside / name).read_text()) for name in ("manifest.json", "model.json"))
+    manifest["tokenizer"]["file"] = "../../../escaped.json"
+    (beside / "manifest.json").write_text(json.dumps(manifest))
+    assert "has no tokenizer" in refuse(tmp_path / "there", out, capsys)
+    manifest["tokenizer"]["file"] = "tokenizer.json"
+    (beside / "manifest.json").write_text(json.dumps(manifest))
+    for changes in ({"layers": 10**9}, {"width": WIDTH * 2}, {"layers": LAYERS + 1}, {"kind": "llama"}):
+        (beside / "model.json").write_text(json.dumps({**model, "model": {**model["model"], **changes}}))
+        refuse(tmp_path / "there", out, capsys)
+    (beside / "model.json").write_text(json.dumps({**model, "vocab_size": VOCAB + 1}))
+    assert "different vocabularies" in refuse(tmp_path / "there", out, capsys)
+
+
+def test_another_models_tokenizer(tmp_path, capsys):
+    source = write_mdlm(tmp_path / "mdlm", mdlm_weights(rows=VOCAB - 4))
+    assert f"embedding {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
+    assert "tokenizer=" in refuse(source, tmp_path / "out", capsys, f"tokenizer={tmp_path / 'none.json'}")

@@ -1,0 +1,152 @@
+"""Framings: what becomes of records, token by token; nothing is lost or doubled; what is held out."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scmdm.cli import main
+from scmdm.data.loader import read_split
+from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.preparation.framing import FRAMERS
+from scmdm.data.tokenizers import SymbolTokenizer, block_text, is_block
+from tests.data.preparation.test_prepare import decoded
+
+TOKENIZER = SymbolTokenizer("characters", "abcdefgh")  # ids 4 to 11
+RECORDS = st.lists(st.lists(st.integers(4, 11), min_size=1, max_size=30), min_size=1, max_size=40)
+
+
+def framed(kind, records, length):
+    framer = FRAMERS[kind](length, TOKENIZER)
+    rows = [row for ids in records for row in framer.add(ids, None)]
+    return [*rows, *framer.finish()], framer.dropped
+
+
+def test_by_hand():
+    records = [[4, 5], [6], [7, 8, 9]]
+    assert [row.ids for row in framed("records", records, 4)[0]] == [[1, 4, 5, 2], [1, 6, 2], [1, 7, 8, 2], [1, 9, 2]]
+    blocks, dropped = framed("concatenate", records, 6)
+    assert [row.ids for row in blocks] == [[1, 4, 5, 2, 6, 2], [1, 2, 7, 8, 9, 2]] and dropped == 1
+    packed, _ = framed("packed", records, 8)
+    assert [(row.ids, row.documents) for row in packed] == [
+        ([1, 4, 5, 2, 1, 6, 2], [0, 0, 0, 0, 1, 1, 1]),
+        ([1, 7, 8, 9, 2], [0] * 5),
+    ]
+
+
+@given(RECORDS, st.integers(4, 20))
+def test_concatenated_blocks_are_the_stream(records, length):
+    rows, dropped = framed("concatenate", records, length)
+    stream = [i for ids in records for i in [*ids, 2]]
+    assert all(len(row.ids) == length and row.ids[0] == 1 and row.ids[-1] == 2 for row in rows)
+    assert [i for row in rows for i in row.ids[1:-1]] == stream[: len(stream) - dropped] and dropped < length - 2
+
+
+@given(RECORDS, st.integers(4, 20))
+def test_packed_samples_hold_every_record_once_and_whole(records, length):
+    rows, dropped = framed("packed", records, length)
+    assert dropped == 0 and all(len(row.ids) == len(row.documents) <= length for row in rows)
+    documents = []
+    for row in rows:
+        numbers = np.array(row.documents)
+        assert numbers[0] == 0 and set(np.diff(numbers)) <= {0, 1}
+        documents += [tuple(np.array(row.ids)[numbers == number].tolist()) for number in range(numbers[-1] + 1)]
+    alone, _ = framed("records", records, length)
+    assert sorted(documents) == sorted(tuple(row.ids) for row in alone)
+
+
+def test_packing_closes_the_fullest_when_too_many_are_open():
+    records = [[4] * 8] * 300
+    rows, _ = framed("packed", records, 12)
+    assert len(rows) == 300
+    rows, _ = framed("packed", [[4] * 8, [5] * 2] * 300, 14)
+    assert len(rows) == 300 and all(len(row.ids) == 14 for row in rows)
+
+
+def test_blocks_as_text():
+    a, b, c = TOKENIZER.encode("abc")
+    assert block_text([1, a, b, 2, c, a, 2], TOKENIZER) == "ab[EOS]ca"
+    assert block_text([1, 2, a, 2], TOKENIZER) == "[EOS]a", "a block may begin with the end of a document"
+    assert is_block([1, a, 2, c, 2], TOKENIZER)
+    for ids in ([a, 2, c, 2], [1, a, 2, c], [1, a, 3, 2], [1, a, 1, 2], []):
+        assert not is_block(ids, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "a.jsonl"
+    texts = [f"{number:04} " + "word " * (number % 40) for number in range(4000)]
+    path.write_text("".join(json.dumps({"text": text + "x" * 400}) + "\n" for text in texts))
+    return path
+
+
+def prepared(corpus, out, empty_yaml, *keys):
+    options = [f"path={corpus}", f"out={out}", "source=text", "unit=documents", "part_mb=1", "workers=1"]
+    assert main(["prepare", str(empty_yaml), "tokenizer=bytes", "length=128", *options, *keys]) == 0
+    assert not verify_dataset(out, hashes=True)
+    return Manifest.read(out)
+
+
+def test_the_last_records_of_the_corpus_are_held_out(corpus, tmp_path, empty_yaml):
+    """The corpus has two parts: numbers count through them."""
+    manifest = prepared(corpus, tmp_path / "a", empty_yaml, "held_out_last=700", "framing=records")
+    assert list(manifest.splits) == ["train", "validation"]
+    numbers = {
+        split: {int(text[:4]) for text in decoded(tmp_path / "a", split) if text[:4].isdigit()}
+        for split in manifest.splits
+    }
+    assert numbers["validation"] == set(range(3300, 4000)) and numbers["train"] == set(range(3300))
+
+
+def test_holding_out_everything_is_refused(corpus, tmp_path, empty_yaml, capsys):
+    options = [f"path={corpus}", f"out={tmp_path / 'a'}", "source=text", "tokenizer=bytes", "length=64"]
+    assert main(["prepare", str(empty_yaml), *options, "held_out_last=4000", "unit=documents"]) == 1
+    assert "held_out_last=4000, but the corpus has 4000 records" in capsys.readouterr().err
+
+
+def test_concatenated_data_has_no_padding_and_counts_what_is_left(corpus, tmp_path, empty_yaml):
+    manifest = prepared(corpus, tmp_path / "a", empty_yaml, "framing=concatenate", "held_out_last=100")
+    assert manifest.framing == "concatenate" and 0 < manifest.counts["tokens left over"] < 126 * 4
+    ids_NL = np.concatenate([read_split(tmp_path / "a", split) for split in ("train", "validation")])
+    assert not (ids_NL == manifest.pad_id).any() and (ids_NL[:, 0] == 1).all() and (ids_NL[:, -1] == 2).all()
+    stream = sum(len(json.loads(line)["text"].encode()) + 1 for line in corpus.open())
+    assert len(ids_NL) * 126 + manifest.counts["tokens left over"] == stream
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["framing=concatenate", "pad_policy=ignore"], "pad_policy='ignore' is not possible; it must be loss"),
+        (["framing=packed"], "pad_policy='loss' is not possible; it must be ignore"),
+        (["framing=chunks"], "framing='chunks' is not possible"),
+        (["held_out_last=0"], "held_out_last=0 is not possible"),
+        (["held_out_last=5", "splits=names"], "null with splits=names"),
+        (["validation_fraction=0.0"], "validation_fraction=0.0 is not possible"),
+        (["tokenizer=huggingface"], "tokenizer_path=None is not possible"),
+        (["tokenizer_path=x"], "tokenizer_path='x' is not possible"),
+        (["tokenizer=characters", "tokenizer_path=x"], "tokenizer_path=x is no tokenizer of scmdm's"),
+        (["source=huggingface", "path=null"], "path=None is not possible; it must be given"),
+    ],
+)
+def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, message):
+    options = ["source=text", f"path={corpus}", f"out={tmp_path / 'a'}", "tokenizer=bytes", "length=64"]
+    assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml):
+    (tmp_path / "one.txt").write_text("".join(f"{'abc' * i}\n" for i in range(1, 40)))
+    (tmp_path / "two.txt").write_text("".join(f"{'ab' * i}\n" for i in range(1, 30)) + "abd\n")
+    keys = ["source=text", "unit=lines", "deduplicate=false", "length=64", "validation_fraction=0.2"]
+
+    def of(name, *more):
+        options = [*keys, f"path={tmp_path / f'{name}.txt'}", f"out={tmp_path / name}", "tokenizer=characters", *more]
+        assert main(["prepare", str(empty_yaml), *options]) == 0
+        return Manifest.read(tmp_path / name)
+
+    first = of("one")
+    second = of("two", f"tokenizer_path={tmp_path / 'one/tokenizer.json'}")
+    assert second.tokenizer.sha256 == first.tokenizer.sha256
+    assert second.counts["dropped: unknown symbol"] == 1 and second.counts["kept"] == 29

@@ -1,0 +1,325 @@
+"""Formats of text: each gives the same documents; damage is counted or refused; parts change nothing."""
+
+import gzip
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+import data_prep.formats
+from data_prep.detokenize import DETOKENIZERS
+from data_prep.formats import format_of
+from data_prep.text import TextFolder, Units, split_of_name
+from data_prep.text8 import Text8
+from scmdm.cli import main
+from scmdm.data.manifest import Manifest
+from scmdm.data.preparation.records import Slice, Tally
+from scmdm.errors import UserError
+from tests.data.preparation.test_prepare import decoded, files
+
+DOCUMENTS = [f"document {number}: " + "some words, " * (number % 7 + 1) for number in range(500)]
+LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in DOCUMENTS)
+
+
+def write(path, texts=DOCUMENTS):
+    """In the format that the name speaks of."""
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"number": range(len(texts)), "text": texts}), path, row_group_size=60)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".zst":
+        half = len(lines) // 2
+        compress = zstandard.ZstdCompressor(write_content_size=False).compress
+        path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+def read(path, piece=None, unit="documents", **options):
+    """Records of a file, and what was counted."""
+    source, tally = TextFolder(path, units=Units(unit), **options), Tally()
+    parts = source.parts(1 << 40)
+    return [record.content for part in parts for record in source.records(part, tally)], dict(tally.counts)
+
+
+PACKED = [".jsonl.gz", ".jsonl.zst"]
+NAMES = [".jsonl", *PACKED, ".parquet"]
+
+
+@pytest.mark.parametrize("suffix", NAMES)
+def test_every_format_gives_the_documents(tmp_path, suffix):
+    assert read(write(tmp_path / f"a{suffix}")) == (DOCUMENTS, {"read": len(DOCUMENTS)})
+
+
+@pytest.mark.parametrize("suffix", NAMES)
+@pytest.mark.parametrize("part_bytes", [700, 5000])
+def test_parts_together_are_the_whole(tmp_path, suffix, part_bytes):
+    source, tally = TextFolder(write(tmp_path / f"a{suffix}"), units=Units("documents")), Tally()
+    parts = source.parts(part_bytes)
+    assert (len(parts) > 1) == (suffix not in PACKED)
+    assert [record.content for part in parts for record in source.records(part, tally)] == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_a_truncated_stream_gives_what_came_whole_and_is_counted(tmp_path, suffix):
+    texts = [f"{number} {hash(str(number))}" * 20 for number in range(2000)]
+    path = write(tmp_path / f"a{suffix}", texts)
+    whole = path.read_bytes()
+    for end in (len(whole) - 1, len(whole) * 3 // 4, 3):
+        path.write_bytes(whole[:end])
+        found, counts = read(path)
+        assert counts.pop("dropped: damaged file") == 1 and counts.get("read", 0) == len(found)
+        assert found == texts[: len(found)]
+    tally = Tally(refuse=True)
+    with pytest.raises(UserError, match="damaged file; correct it"):
+        list(TextFolder(path).records(TextFolder(path).parts(1 << 40)[0], tally))
+
+
+@pytest.mark.parametrize("suffix", [*PACKED, ".parquet"])
+def test_flipped_bytes_are_counted(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}")
+    damaged = bytearray(path.read_bytes())
+    for at in range(len(damaged) // 3, len(damaged) // 3 + 40):
+        damaged[at] ^= 0x55
+    path.write_bytes(damaged)
+    found, counts = read(path)
+    assert len(found) < len(DOCUMENTS) or counts.get("dropped: damaged file")
+    assert set(found) <= set(DOCUMENTS) or counts.get("dropped: damaged file")
+
+
+def test_no_parquet_at_all_is_counted(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else" * 100)
+    assert read(tmp_path / "a.parquet") == ([], {"dropped: damaged file": 1})
+    assert len(TextFolder(tmp_path / "a.parquet").parts(10)) == 1
+
+
+def test_a_missing_key_is_counted(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    assert read(path, keys=("body",)) == ([], {"dropped: no key body": 1})
+    pq.write_table(pa.table({"text": ["a", None, "b", " "]}), path)
+    assert read(path) == (["a", "b"], {"read": 2, "dropped: no key text": 1, "dropped: empty": 1})
+    (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
+    assert read(tmp_path / "a.jsonl") == (["kept"], {"read": 1, "dropped: no key text": 4})
+
+
+def test_units(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n\nthree\n")
+    assert read(tmp_path / "a.txt", unit="lines")[0] == ["one", "two", "three"]
+    assert read(tmp_path / "a.txt", unit="documents")[0] == ["one\ntwo\n\nthree\n"]
+    assert len(TextFolder(tmp_path / "a.txt", units=Units("documents")).parts(4)) == 1, "a document is never cut"
+    assert len(TextFolder(tmp_path / "a.txt", units=Units("lines")).parts(4)) == 4
+
+
+WIKI = " \n = First = \n \n Some text . \n = = Part = = \n More . \n = Second title = \n Text . \n"
+
+
+@pytest.mark.parametrize("size", [1, 5, 17, 40, 1000])
+def test_wikitext_is_cut_into_articles_wherever_its_parts_end(tmp_path, size):
+    path = tmp_path / "wiki.train.raw"
+    path.write_text(WIKI)
+    first, second = WIKI[2:].split(" = Second")  # the blank line in front belongs to nothing
+    source, tally = TextFolder(path, units=Units("documents")), Tally()
+    found = [record.content for part in source.parts(size) for record in source.records(part, tally)]
+    assert found == [first, " = Second" + second]
+
+
+def test_splits_by_name(tmp_path):
+    for name in ("wiki.valid.raw", "wiki.train.raw", "wiki.test.raw"):
+        (tmp_path / name).write_text(WIKI)
+    parts = TextFolder(tmp_path, split_by_name=True).parts(1 << 20)
+    assert [part.split for part in parts] == [None, "validation", "test"]
+    assert split_of_name("heldout-monolingual/news.en.heldout-00000-of-00050") == "test"
+    assert split_of_name("contest/devil.txt") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "text"),
+    [
+        ("wikitext", " = Valkyria III = \n", "= Valkyria III =\n"),
+        ("wikitext", " = = Gameplay = = \n", "== Gameplay ==\n"),
+        (
+            "wikitext",
+            "a role @-@ playing game , 1 @,@ 000 @.@ 5 copies ; sold .",
+            "a role-playing game, 1,000.5 copies; sold.",
+        ),
+        ("wikitext", "Chronicles 3 : War ( Japanese : X , lit . Y ) is", "Chronicles 3: War (Japanese: X, lit. Y) is"),
+        ("wikitext", 'the " best one " of it \'s kind', 'the "best one" of it\'s kind'),
+        ("lm1b", 'He said : " I don \'t know " , why ?', 'He said: "I don\'t know", why?'),
+        ("lm1b", "It cost $ 5 ( or so ) , see http : / / x.org .", "It cost $5 (or so), see http://x.org."),
+        ("ptb", "the bank 's traders ' N N at $ N \n or <unk>", "the bank's traders' 1 1 at $ N\nor ?"),
+        ("ptb", "did n't pay # N million and\\/or N", "didn't pay #1 million and/or N"),
+        ("lambada", " \u201cyes , \u201d he said . ", '\n"yes , " he said .'),
+        (
+            "scientific_papers",
+            "we use @xmath0 ( see fig . 1 ) , i.e. x @-@ rays",
+            "we use @xmath0 (see fig. 1), i.e. x-rays",
+        ),
+        ("none", "as it ( is ) .", "as it ( is ) ."),
+    ],
+)
+def test_detokenizers(kind, raw, text):
+    assert DETOKENIZERS[kind](raw) == text
+
+
+def test_text8_has_its_conventional_splits(tmp_path):
+    text = "".join(chr(ord("a") + number % 26) for number in range(2000))
+    (tmp_path / "text8").write_text(text)
+    source, tally = Text8(tmp_path / "text8", 30), Tally()
+    found = {"train": "", "validation": "", "test": ""}
+    for part in source.parts(100):
+        found[part.split] += "".join(record.content for record in source.records(part, tally))
+    assert found == {"train": text[:1800], "validation": text[1800:1890], "test": text[1900:1990]}
+    with pytest.raises(UserError, match="is no file"):
+        Text8(tmp_path, 30).parts(100)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; `pip install zstandard`"):
+        list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), ("text",)))
+
+
+def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, suffix in enumerate(NAMES):
+        write(corpus / f"{number}{suffix}", [f"{number} {text}" for text in DOCUMENTS])
+    keys = ["source=text", f"path={corpus}", "tokenizer=bytes", "length=64", "unit=documents"]
+    for workers in (1, 2):
+        assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / str(workers)}", f"workers={workers}"]) == 0
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert Manifest.read(tmp_path / "1").counts["kept"] == 4 * len(DOCUMENTS)
+    assert any(text.startswith("3 document") for text in decoded(tmp_path / "1", "train"))
+
+
+def test_a_line_that_is_not_utf_8_costs_no_other_line(tmp_path):
+    lines = [f"line {number}\n".encode() for number in range(50)]
+    lines[20] = b"caf\xe9\n"
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+
+    found, counts = read(tmp_path / "a.txt", unit="lines")
+
+    assert found == [f"line {number}" for number in range(50) if number != 20]
+    assert counts == {"read": 49, "dropped: not UTF-8": 1}
+
+
+def test_a_row_of_parquet_that_is_not_utf_8_costs_no_other_row(tmp_path):
+    texts = [text.encode() for text in DOCUMENTS]
+    texts[3] = b"caf\xe9"
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=60)
+
+    found, counts = read(tmp_path / "a.parquet")
+
+    assert found == DOCUMENTS[:3] + DOCUMENTS[4:]
+    assert counts == {"read": len(DOCUMENTS) - 1, "dropped: not UTF-8": 1}
+
+
+def test_half_a_pair_of_surrogates_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud800"}\n{"text": "whole"}\n')
+
+    assert read(tmp_path / "a.jsonl") == (["whole"], {"read": 1, "dropped: not UTF-8": 1})
+
+
+def test_of_a_gzip_that_is_cut_off_all_that_is_there_is_taken(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+
+    found, counts = read(path)
+
+    assert counts["dropped: damaged file"] == 1
+    assert len(found) > len(DOCUMENTS) // 2
+    assert found == DOCUMENTS[: len(found)]
+
+
+def test_members_of_a_gzip_with_zeros_behind_them(tmp_path):
+    half = LINES.index(b"\n", len(LINES) // 2) + 1
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]) + bytes(1000))
+
+    assert read(tmp_path / "a.jsonl.gz") == (DOCUMENTS, {"read": len(DOCUMENTS)})
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".TXT", ".Txt.GZ"])
+def test_packed_text_and_names_in_capitals(tmp_path, suffix):
+    raw = "".join(f"line {number}\n" for number in range(3000)).encode()
+    pack = {"gz": gzip.compress, "zs": zstandard.ZstdCompressor().compress}.get(suffix.lower()[5:7], bytes)
+    (tmp_path / f"a{suffix}").write_bytes(pack(raw))
+    for path in (tmp_path, tmp_path / f"a{suffix}"):
+        assert read(path, unit="lines")[0] == raw.decode().splitlines()
+    assert read(tmp_path, unit="documents") == ([raw.decode()], {"read": 1})
+    if suffix != ".TXT":
+        (tmp_path / f"a{suffix}").write_bytes(pack(raw)[:-9])
+        found, counts = read(tmp_path, unit="lines")
+        assert counts["dropped: damaged file"] == 1 and found == raw.decode().splitlines()[: len(found)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    raw = b"\xef\xbb\xbf" + (b"one\ntwo\n" if suffix == ".txt" else b'{"text": "one"}\n{"text": "two"}\n')
+    pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}.get(suffix, bytes)
+    (tmp_path / f"a{suffix}").write_bytes(pack(raw))
+    assert read(tmp_path, unit="lines") == (["one", "two"], {"read": 2})
+
+
+def test_json_is_read_by_lines_when_it_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read(tmp_path / "a.json")[0] == ["one", "two"]
+    assert read(tmp_path, pattern="*.json")[0] == ["one", "two"]
+    with pytest.raises(UserError, match="holds no"):
+        read(tmp_path)
+    (tmp_path / "a.json").write_text('\n [{"text": "one"}]')
+    with pytest.raises(UserError, match=r"a\.json is one JSON array; write an object on each line"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.PDF", "a.jsonl.bz2"])
+def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(UserError, match=r"is no text that can be read; give one of \.jsonl,"):
+        read(tmp_path / name)
+    (tmp_path / "README").write_text("any other name is text")
+    assert read(tmp_path / "README")[0] == ["any other name is text"]
+
+
+def test_a_document_that_is_too_long_is_counted_and_not_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.formats, "LONGEST", 100)
+    short, long = "short", "long " * 50
+    for suffix, texts in ((".jsonl", [short, long, short]), (".jsonl.gz", [short, long, short])):
+        assert read(write(tmp_path / f"a{suffix}", texts)) == (
+            [short] * 2,
+            {"read": 2, "dropped: over-long document": 1},
+        )
+    lines = "".join(f"line {number}\n" for number in range(30))
+    for suffix, pack in ((".txt", bytes), (".txt.gz", gzip.compress)):
+        path = tmp_path / f"b{suffix}"
+        path.write_bytes(pack(lines.encode()))
+        assert read(path) == ([], {"dropped: over-long document": 1})
+        assert read(path, unit="lines")[0] == lines.splitlines()
+        path.write_bytes(pack(f"one\n{long}\ntwo\n".encode()))
+        assert read(path, unit="lines") == (["one", "two"], {"read": 2, "dropped: over-long document": 1})
+    (tmp_path / "wiki.raw").write_text(WIKI + " " + " x .\n" * 60 + " = Third = \n end .\n")
+    found, counts = read(tmp_path / "wiki.raw")
+    assert [text.split("\n")[0] for text in found] == [" = First = ", " = Third = "]
+    assert counts["dropped: over-long document"] == 1
+
+
+def test_memory_does_not_grow_with_one_line(tmp_path):
+    """A line of 300 MiB, of which no more than the limit is ever held."""
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(300):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "end"}\n')
+    tracemalloc.start()
+    try:
+        assert read(path) == (["end"], {"read": 1, "dropped: over-long document": 1})
+        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.formats.LONGEST
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,63 @@
+"""`scmdm` with an odd rank 1: `torchrun ... -m tests.distributed.odd_rank KIND VALUE ARGUMENT ...`.
+
+Without torchrun the only process is the odd one.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+
+
+def another_package(path, arguments):
+    """Runs the copy of scmdm that lies in a directory."""
+    environment = {**os.environ, "PYTHONPATH": path}
+    os.chdir(path)
+    os.execve(sys.executable, [sys.executable, "-m", "scmdm", *arguments], environment)
+
+
+def another_key(override, arguments):
+    return scmdm([*arguments, override])
+
+
+def blocked_read(fifo, arguments):
+    """Its disk hangs: the 150th sample comes from a pipe into which nobody writes."""
+    from scmdm.data.dataset import TokenDataset
+
+    read, count = TokenDataset.__getitem__, itertools.count(1)
+
+    def read_from_a_disk_that_hangs(dataset, at):
+        if next(count) == 150:
+            with open(fifo) as pipe:
+                pipe.read()
+        return read(dataset, at)
+
+    TokenDataset.__getitem__ = read_from_a_disk_that_hangs
+    return scmdm(arguments)
+
+
+def stuck_library(step, arguments):
+    """A C call that keeps the interpreter's lock does not come back."""
+    from scmdm.training import trainer
+
+    train_step, count = trainer.train_step, itertools.count(1)
+
+    def call_a_library_that_hangs(*given):
+        if next(count) == int(step):
+            ctypes.PyDLL(None).sleep(3600)
+        return train_step(*given)
+
+    trainer.train_step = call_a_library_that_hangs
+    return scmdm(arguments)
+
+
+def scmdm(arguments):
+    from scmdm.cli import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    kind, value, *rest = sys.argv[1:]
+    odd = os.environ.get("RANK", "1") == "1"
+    sys.exit(globals()[kind](value, rest) if odd else scmdm(rest))

@@ -1,0 +1,142 @@
+"""Runs that hang, in real processes: they end by themselves, with the stacks of every rank."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scmdm.runtime.watchdog import HANG_EXIT
+from tests.distributed.launching import are_gone, launch, start, workers
+from tests.distributed.test_fsdp import wait_for_step
+
+pytestmark = pytest.mark.slow
+
+MINUTES = 0.1  # four times as long at the start: a slow machine must not look like a hang
+LONG = ["train.steps=100000", f"train.watchdog_minutes={MINUTES}", "train.checkpoint_every=1000"]
+HALVED = ["train.micro_batch_size=32", *LONG]
+
+HANGS_AS_RANK_1 = """
+import sys, time
+from pathlib import Path
+from scmdm.system.process_group import World
+from scmdm.runtime.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), World(1, 2, 0), minutes=0.02):
+    time.sleep(600)
+"""
+
+
+def stacks(run):
+    return {path.stem: path.read_text() for path in (run / "stacks").glob("rank_*.txt")}
+
+
+def end_of(process):
+    """Output, once the watchdog has ended it; generously late is a hang of the watchdog."""
+    output, _ = process.communicate(timeout=180)
+    return output
+
+
+def test_one_rank_that_hangs_in_a_read_ends_all_with_its_stack(adapt, tmp_path):
+    run, fifo = tmp_path / "run", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    odd = ["blocked_read", fifo, *adapt(run, *HALVED)]
+    status, output = launch(2, *odd, module="tests.distributed.odd_rank")
+    assert status != 0 and f"exitcode  : {HANG_EXIT}" in output, output
+    found = stacks(run)
+    assert set(found) == {"rank_0", "rank_1"}
+    assert "read_from_a_disk_that_hangs" in found["rank_1"] and "in data, last step 4" in found["rank_1"]
+    assert "all_gather" in found["rank_0"] and "read_from_a_disk_that_hangs" not in found["rank_0"]
+    assert all("no sign of life for" in text and "Thread 0x" in text for text in found.values())
+    log = (run / "train.log").read_text()
+    assert f"the stacks of all ranks are in {run / 'stacks'}; ending with status {HANG_EXIT}" in log
+    assert "in data, last step 4: rank 1" in log and "in sync, last step 4: rank 0" in log
+
+
+@pytest.mark.long
+def test_the_others_end_a_job_whose_rank_was_stopped(adapt, tmp_path):
+    """Nothing runs in a stopped process, no watchdog either: the launcher must kill it."""
+    run = tmp_path / "run"
+    process = start(2, *adapt(run, *HALVED))
+    wait_for_step(process, run, 5)
+    stopped = workers(process)[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    output = end_of(process)
+    assert process.returncode != 0 and f"exitcode  : {HANG_EXIT}" in output, output
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+    assert "train_step" in stacks(run)["rank_0"]
+    assert "no stacks (stopped, or its machine is gone): rank 1" in (run / "train.log").read_text()
+
+
+def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_path):
+    """What hangs is a child of the rank: its stack is there, too, and it does not outlive the run."""
+    run, data, fifo = tmp_path / "run", tmp_path / "qm9", tmp_path / "fifo"
+    shutil.copytree(molecules, data)
+    os.mkfifo(fifo)
+    process = start(0, *adapt(run, *LONG, f"data.path={data}", "data.num_workers=1", "train.micro_batch_size=64"))
+    wait_for_step(process, run, 3)
+    (shard,) = (data / "train").glob("*.mds")
+    os.replace(fifo, shard)
+    children = workers(process)
+    output = end_of(process)
+    assert process.returncode == HANG_EXIT, output
+    (text,) = stacks(run).values()
+    assert "in data, last step" in text
+    assert "get_sample_data" in text.split("--- process")[1]
+    assert are_gone(children)
+
+
+@pytest.mark.long
+def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
+    """No Python thread runs then, so the end comes from outside of the interpreter, with status 1."""
+    run = tmp_path / "run"
+    odd = ["stuck_library", "3", *adapt(run, *LONG, "train.micro_batch_size=64")]
+    status, output = launch(0, *odd, module="tests.distributed.odd_rank")
+    assert status == 1, output
+    assert "call_a_library_that_hangs" in stacks(run)["rank_0"]
+
+
+@pytest.mark.long
+def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
+    """Suspended for longer than the limit, as schedulers and people do: that is no hang."""
+    run = tmp_path / "run"
+    arguments = adapt(run, "train.steps=100", f"train.watchdog_minutes={MINUTES}", "train.micro_batch_size=64")
+    process = start(0, *arguments)
+    wait_for_step(process, run, 3)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(2 * 60 * MINUTES)
+    os.kill(process.pid, signal.SIGCONT)
+    output = end_of(process)
+    assert process.returncode == 0, output
+    assert not (run / "stacks").exists() or not stacks(run)
+
+
+def test_a_rank_leaves_only_after_rank_0_has_said_who_hangs_where(tmp_path):
+    """The first to leave makes the launcher end the others, and rank 0 with its summary to come."""
+    process = subprocess.Popen([sys.executable, "-c", HANGS_AS_RANK_1, tmp_path])
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "stacks" / ".hang").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        (tmp_path / "stacks" / ".summed").touch()
+        assert process.wait(timeout=2) == HANG_EXIT
+    finally:
+        process.kill()
+
+
+def test_the_stacks_of_a_hang_are_kept_through_the_next_start(adapt, tmp_path):
+    run = tmp_path / "run"
+    arguments = adapt(run, "train.micro_batch_size=64", "train.steps=4")
+    (run / "stacks").mkdir(parents=True)
+    (run / "stacks" / "rank_0.txt").write_text("where it hung\n")
+    (run / "stacks" / ".hang").touch()
+    assert launch(0, *arguments)[0] == 0
+    assert (run / "stacks.before" / "rank_0.txt").read_text() == "where it hung\n"
+    assert json.loads((run / "starts.jsonl").read_text())["step"] == 0 and not stacks(run)

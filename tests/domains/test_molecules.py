@@ -1,0 +1,84 @@
+"""Molecule metrics against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+from scmdm.domains.molecules import quality
+from scmdm.domains.molecules.quality import (
+    Reference,
+    draw_grid,
+    evaluate_molecules,
+    invalid_reasons,
+    normalised_distance,
+    properties,
+)
+
+TRAIN = ["CCO", "c1ccccc1", "CC(C)C"]
+HELD_OUT = ["CCN", "CCCO", "c1ccncc1", "CC=O", "C#N"]
+
+
+def evaluate(smiles, reference):
+    return evaluate_molecules(smiles, [True] * len(smiles), reference)
+
+
+def test_counts_and_both_denominators():
+    """Nine samples: ethanol and benzene in two spellings each, pyridine, methane, and three that are invalid."""
+    samples = ["OCC", "CCO", "C1=CC=CC=C1", "c1ccccc1", "c1ccncc1", "C", "CC(C)(C)(C)C", "C1CC", ""]
+    metrics = evaluate(samples, Reference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
+    assert (metrics["num_samples"], metrics["num_valid"], metrics["num_unique"], metrics["num_novel"]) == (9, 6, 4, 2)
+    assert metrics["validity"] == pytest.approx(6 / 9)
+    assert metrics["uniqueness_of_valid"] == pytest.approx(4 / 6)
+    assert metrics["uniqueness_of_samples"] == pytest.approx(4 / 9)
+    assert metrics["novelty_of_unique"] == pytest.approx(2 / 4)
+    assert metrics["novelty_of_samples"] == pytest.approx(2 / 9)
+    assert metrics["invalid_reasons"] == {"valence": 1, "ring closure": 1, "empty": 1}
+    assert metrics["fcd"] is None
+
+
+def test_malformed_samples_are_not_valid_whatever_their_fragment_is():
+    """Ethanol whole, ethanol as a fragment of something longer, an invalid fragment, an invalid whole."""
+    samples, framed = ["CCO", "CCO", "C1C", "C(("], [True, False, False, True]
+    metrics = evaluate_molecules(samples, framed, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    assert (metrics.num_framed, metrics.num_parsed, metrics.num_valid) == (2, 2, 1)
+    assert metrics.invalid_reasons == {"framing": 2, "parentheses": 1}
+
+
+def test_nothing_valid():
+    metrics = evaluate(["(", "CC(C)(C)(C)C"], Reference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
+    assert metrics["num_valid"] == 0 and metrics["uniqueness_of_valid"] == 0.0
+    assert metrics["property_distance"] is None and metrics["fcd"] is None
+
+
+def test_reasons():
+    assert invalid_reasons(["C(", "F(C)C", ""]) == {"parentheses": 1, "valence": 1, "empty": 1}
+    assert invalid_reasons(["c1ccc1c", "c1cccc1", "O(C)(C)C"])["valence"] == 1
+
+
+def test_property_distance_by_hand():
+    """Moving all mass by two, in units of the reference's standard deviation (1/2 here)."""
+    assert normalised_distance(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == pytest.approx(2 / 0.5)
+    found = properties(["CCO", "C"])
+    assert found["heavy atoms"].tolist() == [3, 1]
+    assert found["molecular weight"] == pytest.approx([46.07, 16.04], abs=0.01)
+    same = evaluate(HELD_OUT, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    assert same.property_distance == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
+    monkeypatch.setattr(quality, "FCD_MOLECULES", 60)
+    alkanes = ["C" * n for n in range(1, 31)] + ["C" * n + "O" for n in range(1, 31)]
+    aromatics = ["c1ccccc1" + "C" * n for n in range(30)] + ["c1ccncc1" + "C" * n for n in range(30)]
+    reference = Reference.make(TRAIN, alkanes, fcd=True)
+    assert evaluate(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
+    assert evaluate(aromatics, reference).fcd > 5
+    # Neither invalid strings in between nor more valid molecules behind change it.
+    assert evaluate(["C(", *alkanes, *aromatics], reference).fcd == pytest.approx(0.0, abs=1e-2)
+    few = evaluate(alkanes[:59], reference)
+    assert few.fcd is None and few.fcd_note == "59 valid molecules, fewer than 60"
+
+
+def test_grid_draws_valid_molecules_only(tmp_path):
+    assert draw_grid(["CCO", "C1CC", "OCC", "c1ccccc1"], tmp_path / "grid.png") == 2
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_grid(["("], tmp_path / "empty.png") == 0

@@ -1,0 +1,89 @@
+"""Every domain through the one interface: real data measured against itself, drawn, and what belongs to another."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from scmdm.cli import main
+from scmdm.data.loader import read_split
+from scmdm.data.manifest import Manifest
+from scmdm.data.tokenizers import is_framed, load_tokenizer
+from scmdm.domains.interface import Asked, GeneratedSamples
+from scmdm.domains.registry import DOMAINS, domain_name, domain_of
+from scmdm.errors import UserError
+
+BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))
+SETS = {
+    "genomes": ("source=genomes", "tokenizer=dna", "length=34", "path={folder}", "block_windows=8"),
+    "images": ("source=digits", "tokenizer=levels", "length=65", "limit=400"),
+    "molecules": ("source=qm9", "tokenizer=smiles", "length=24", "limit=400"),
+    "text": ("source=text", "tokenizer=bytes", "length=64", "path={folder}"),
+}
+
+
+@pytest.fixture(scope="module", params=SETS)
+def dataset(request, tmp_path_factory):
+    """Its domain's name, and where it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "a.fa").write_text(f">one\n{BACTERIUM}\n")
+    (folder / "a.txt").write_text("\n\n".join(f"{i} green bottles hanging on the wall " * 50 for i in range(60)))
+    (folder / "empty.yaml").write_text("{}")
+    keys = [key.format(folder=folder) for key in SETS[request.param]]
+    fractions = ("validation_fraction=0.2", "test_fraction=0.3")
+    out = folder / "data"
+    assert main(["prepare", str(folder / "empty.yaml"), *keys, *fractions, f"out={out}", "workers=1"]) == 0
+    return request.param, out
+
+
+def drawn_from(root, split, count):
+    manifest = Manifest.read(root)
+    tokenizer = load_tokenizer(root / manifest.tokenizer.file)
+    rows = read_split(root, split).astype("int64")[:count]
+    texts, framed = (
+        [tokenizer.decode(row) for row in rows.tolist()],
+        [is_framed(row, tokenizer) for row in rows.tolist()],
+    )
+    return GeneratedSamples(torch.from_numpy(rows), texts, framed, [8] * len(rows), 1.0)
+
+
+def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name, root = dataset
+    manifest = Manifest.read(root)
+    found = domain_of(manifest)
+    assert found.name == name == domain_name(manifest.tokenizer.kind)
+    domain = found(root, manifest, Asked())
+    drawn = drawn_from(root, "test", 100)
+    real = domain.measure(drawn)
+    json.dumps(real)
+    first = domain.metrics[0]
+    assert all(drawn.framed) and real[first.name] is not None
+    noise = torch.randint(4, manifest.vocab_size, drawn.tokens.shape, generator=torch.Generator().manual_seed(0))
+    noise[:, 0] = manifest.bos_id
+    tokenizer = load_tokenizer(root / manifest.tokenizer.file)
+    texts, framed = zip(*((tokenizer.decode(r), is_framed(r, tokenizer)) for r in noise.tolist()), strict=True)
+    random = domain.measure(dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed)))
+    assert (real[first.name] > random[first.name]) == (first.better == "higher")
+    rows = [
+        {"text": text, "framed": True, "tokens": row}
+        for text, row in zip(drawn.texts, drawn.tokens.tolist(), strict=True)
+    ]
+    caption = domain.draw(rows, tokenizer, tmp_path / "samples.png")
+    assert (caption is not None) == (tmp_path / "samples.png").is_file() == (name in ("molecules", "images"))
+    caption = domain.compare({"held out": rows, "real": rows[:50]}, tmp_path / "compared.png")
+    assert (caption is not None) == (tmp_path / "compared.png").is_file() == (name in ("molecules", "genomes"))
+    nothing = [{**row, "framed": False} for row in rows]
+    assert domain.compare({"held out": rows, "nothing": nothing}, tmp_path / "nothing.png") in (None, caption)
+
+
+def test_what_belongs_to_another_domain_is_refused(dataset):
+    name, root = dataset
+    own = {"molecules": ("fcd", "moses"), "text": ("scorer", "mauve"), "images": ("inception",), "genomes": ()}[name]
+    values = {"fcd": True, "moses": True, "scorer": "somewhere", "mauve": True, "inception": "weights.pth"}
+    for key, value in values.items():
+        if key not in own:
+            with pytest.raises(UserError, match=f"{key}={value} is not for {name}"):
+                DOMAINS[name](root, Manifest.read(root), Asked(**{key: value}))

@@ -1,0 +1,114 @@
+"""Text metrics: n-gram model by hand and by enumeration, perplexity under a real causal model, entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scmdm.domains.text.ngram import NgramModel
+from scmdm.domains.text.text_quality import (
+    NgramScorer,
+    distinct_n,
+    evaluate_text,
+    generative_perplexity,
+    unigram_entropy,
+)
+from scmdm.errors import UserError
+
+TEXTS = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat sat on a mat"] * 2 + ["the end of it"]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("split", [list, str.split])
+def test_probabilities_sum_to_one_in_every_context(order, split):
+    model = NgramModel.fit(TEXTS, order=order, split=split)
+    units = list(dict.fromkeys(u for text in TEXTS for u in split(text)))
+    contexts = [tuple(units[i : i + order - 1]) for i in range(6)] + [("never", "seen", "before", "here")[: order - 1]]
+    contexts += [tuple(split(TEXTS[0])[: order - 1]), ("<s>",) * (order - 1)]
+    for context in contexts:
+        assert sum(model.probability(u, context) for u in model.vocabulary) == pytest.approx(1.0)
+        assert all(model.probability(u, context) > 0 for u in model.vocabulary)
+
+
+def test_bigram_by_hand():
+    """Corpus "a b a b a c": with counts of counts that are too few, the discounts are 0.5, 1 and 1.5.
+
+    Bigrams <s>a 1, ab 2, ba 2, ac 1. Continuations of a: 2 (<s>, b), b: 1, c: 1; total 4.
+    p1(b) = (1 - 0.5 + freed * 1/4) / 4 with freed = 0.5 * 2 + 1 * 1 = 2 and four units (a, b, c, <unk>).
+    p(b | a) = (2 - 1 + freed * p1(b)) / 3 with freed = 1 (for ab) + 0.5 (for ac).
+    """
+    model = NgramModel.fit(["ababac"], order=2)
+    unigram = (1 - 0.5 + 2 * 0.25) / 4
+    assert model.probability("b", ()) == pytest.approx(unigram)
+    assert model.probability("b", ("a",)) == pytest.approx((2 - 1 + 1.5 * unigram) / 3)
+    assert model.probability("z", ("a",)) == pytest.approx(1.5 * (2 * 0.25 / 4) / 3)
+    assert model.log_prob("ab")[1] == 2
+
+
+def test_familiar_text_is_less_surprising():
+    model = NgramModel.fit(TEXTS, order=5)
+    assert model.perplexity(["the dog sat on the mat"]) < model.perplexity(["tam eht no tas god eht"])
+    assert math.isnan(model.perplexity([]))
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    """A small random GPT-2 with a word tokenizer, saved as anyone would."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = sorted({w for text in TEXTS for w in text.split()})
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, **{w: i + 1 for i, w in enumerate(words)}}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("scorer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(words) + 1, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+def test_generative_perplexity_equals_a_plain_loop(scorer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(scorer).eval(), AutoTokenizer.from_pretrained(scorer)
+    nll, count = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"][:8]])
+        with torch.no_grad():
+            nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    ours = generative_perplexity([*TEXTS, "", "cat"], scorer, batch_size=2, max_length=8)
+    assert ours == pytest.approx(math.exp(nll / count), rel=1e-5)
+
+
+def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
+    long = " ".join(TEXTS * 3)
+    cut = " ".join(long.split()[:32])
+    assert generative_perplexity([long], scorer) == pytest.approx(generative_perplexity([cut], scorer))
+    label = evaluate_text([long], np.array([[5, 6]]), 0, scorer, device="cpu").scorer
+    assert "the first 32 tokens" in label
+
+
+def test_scorers_that_are_not(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        generative_perplexity(TEXTS, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="is not a causal language model"):
+        generative_perplexity(TEXTS, tmp_path)
+
+
+def test_entropy_and_distinct():
+    ids = np.array([[5, 5, 5, 5], [5, 6, 0, 0], [5, 6, 7, 8]])
+    assert unigram_entropy(ids, pad_id=0) == pytest.approx((0 + math.log(2) + math.log(4)) / 3)
+    assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+    assert distinct_n(["one"], 2) == 0.0
+
+
+def test_the_scorer_is_always_named(scorer):
+    ids = np.array([[5, 6]])
+    assert "transformers" in evaluate_text(TEXTS, ids, 0, scorer, device="cpu").scorer
+    assert "not a neural scorer" in evaluate_text(TEXTS, ids, 0, NgramScorer.fit(TEXTS, "a"), device="cpu").scorer

@@ -1,0 +1,169 @@
+"""What runs on a GPU alone, against the same on the CPU."""
+
+import pytest
+import torch
+
+from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.diffusion.noise import keyed_uniform
+from scmdm.diffusion.packing import make_packing
+from scmdm.diffusion.reveal_order import SamplerSettings
+from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import Sequences, State
+from scmdm.diffusion.token_draw import draw_tokens
+from scmdm.distributed.engine import compute_context
+from scmdm.models.attention import attend
+from scmdm.models.dit import DiT
+from scmdm.models.initialization import init_weights
+from scmdm.models.model_files import ModelSpec
+from scmdm.ops.cuda_graphs import ReplayedDenoiser
+from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
+from scmdm.training.optimizer import set_lr
+from scmdm.training.setup import build_engine
+from scmdm.training.step import train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+VOCAB, MASK, LENGTH = 1003, 1002, 64  # no multiple of 64: the head pads
+
+
+def on_gpu(*tensors):
+    return [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head(dtype):
+    g = torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(*s, generator=g).div(4).requires_grad_() for s in ((700, 64), (VOCAB, 64), (VOCAB,)))
+    x, w = torch.randint(0, MASK, (700,), generator=g), torch.rand(700, generator=g)
+    embedding = torch.randn(VOCAB, 64, generator=g)
+    found = []
+    for tensors in ((h, weight, bias, x, w, embedding), on_gpu(h, weight, bias, x, w, embedding)):
+        h_, weight_, bias_, x_, w_, embedding_ = tensors
+        states = h_.to(dtype if h_.is_cuda else torch.float32)
+        total, nll = weighted_nll_sum(states, weight_, bias_, x_, w_, mask_id=MASK, chunk=300)
+        gradients = torch.autograd.grad(total, (h_, weight_, bias_))
+        with torch.no_grad():
+            estimate = expected_embedding(states, weight_, bias_, embedding_, mask_id=MASK, chunk=300)
+            best = expected_embedding(states, weight_, bias_, embedding_, mask_id=MASK, chunk=300, top_k=16)
+        # Which of two nearly equal logits is the sixteenth depends on rounding.
+        found.append([total, nll, *gradients, estimate, *([best] if dtype == torch.float32 else [])])
+    for cpu, gpu in zip(*found, strict=True):
+        assert (cpu - gpu.cpu()).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * cpu.norm()
+
+
+def test_tokens_sought_along_axes_of_the_head():
+    g = torch.Generator().manual_seed(0)
+    h, embedding, bias = (torch.randn(*s, generator=g) for s in ((700, 64), (VOCAB, 64), (VOCAB,)))
+    weight = torch.randn(VOCAB, 64, generator=g) * torch.logspace(0.5, -4, 64)
+    given = {"mask_id": MASK, "chunk": 300, "top_k": 16}
+    with torch.no_grad():
+        cpu, gpu = (
+            expected_embedding(*tensors, **given, rank=8)
+            for tensors in ((h, weight, bias, embedding), on_gpu(h, weight, bias, embedding))
+        )
+        exact = expected_embedding(h, weight, bias, embedding, **given)
+    assert 0.01 * exact.norm() < (cpu - exact).norm() < 0.1 * exact.norm()
+    assert (cpu - gpu.cpu()).norm() <= 0.01 * cpu.norm()  # which of two nearly equal previews is the last candidate
+
+
+@pytest.mark.parametrize("n", [1, 2, 33, 1000])
+def test_draws_are_those_of_the_cpu(n):
+    ids = torch.tensor([0, 1, 7, 2**31, 2**32 + 5, 2**40])
+    for rows in (6, 3, 1):
+        for step in (0, 1, 12345):
+            cpu, gpu = (keyed_uniform(3, "token", step, ids[:rows].to(d), n) for d in ("cpu", "cuda"))
+            assert torch.equal(cpu, gpu.cpu())
+    logits = torch.randn(6, n, generator=torch.Generator().manual_seed(0))
+    uniform = keyed_uniform(3, "token", 0, ids, n)
+    assert torch.equal(draw_tokens(logits, uniform), draw_tokens(logits.cuda(), uniform.cuda()).cpu())
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "matmul"])
+def test_attention_kernels_agree(backend):
+    q, k, v = (torch.randn(2, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = attend(q.float(), k.float(), v.float(), "sdpa")
+    assert (attend(q, k, v, backend) - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_the_kernel_of_packed_samples_agrees_with_a_mask():
+    documents = torch.arange(512, device="cuda").div(100, rounding_mode="floor").expand(2, -1)
+    packing = make_packing(documents)
+    q, k, v = (torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    found = []
+    for masks in ((packing.allowed_B1LL, None), (None, packing.bounds_C)):
+        out = attend(q, k, v, "varlen", *masks)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for by_mask, by_bounds in zip(*found, strict=True):
+        assert (by_bounds - by_mask).norm() <= 0.01 * by_mask.norm()
+
+
+def test_passes_without_gradients_are_those_with_them():
+    """The perceptron's fused GELU."""
+    config = ModelConfig(width=64, layers=3, heads=2)
+    model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.cuda().train()
+    z = torch.randint(0, VOCAB, (4, LENGTH), device="cuda")
+    state = State(z, torch.full((4,), 0.5, device="cuda", dtype=torch.float64))
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model.hidden(state).detach().float()
+        with torch.no_grad():
+            fused = model.hidden(state).float()
+    assert (fused - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_training_steps_are_those_of_the_cpu(compile):
+    """Two adaptation steps in bfloat16 where nothing starts at zero: losses within 2 %, norms of gradients 5 %."""
+    losses, norms = [], []
+    for device, dtype in ((torch.device("cpu"), torch.float32), (torch.device("cuda"), torch.bfloat16)):
+        config = RunConfig()
+        config.train.global_batch_size, config.train.micro_batch_size = 32, 16
+        config.self_conditioning.rate, config.engine = 1.0, "single"
+        config.model = ModelConfig(
+            width=64, layers=2, heads=2, self_conditioned=True, compile=compile and device.type == "cuda"
+        )
+        spec = ModelSpec(config.model, config.diffusion, VOCAB, MASK, LENGTH)
+        engine = build_engine(config, spec, None, device, dtype)
+        for name, parameter in engine.trained.items():
+            if any(part in name for part in ("adaLN", "output_layer", "conditioner")):
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter.data.copy_(0.2 * drawn)
+        engine.model.train()
+        set_lr(engine.optimizer, 1.0)
+        tokens = torch.arange(32 * LENGTH).view(32, LENGTH).remainder(MASK).to(device)
+        batch = Sequences(tokens, torch.ones_like(tokens).bool(), torch.arange(32, device=device))
+        steps = [train_step(engine, config, LogLinear(), MASK, batch, step) for step in range(2)]
+        losses.append([step.loss for step in steps])
+        norms.append([step.grad_norm for step in steps])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("carry", [True, False])
+def test_samples_of_replayed_graphs_are_the_same(dtype, carry):
+    model = DiT(
+        ModelConfig(width=64, layers=3, heads=2, self_conditioned=True),
+        vocab_size=VOCAB,
+        mask_id=MASK,
+        schedule=LogLinear(),
+    )
+    init_weights(model, 0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    model.cuda().eval()
+    settings = SamplerSettings(steps=12, carry=carry)
+    replayed = ReplayedDenoiser(model)
+
+    def draw(denoiser, seed):
+        start, ids = torch.full((8, LENGTH), MASK, device="cuda"), torch.arange(8, device="cuda")
+        with compute_context(torch.device("cuda"), dtype):  # its copies of weights end here, the graphs do not
+            return sample(denoiser, start, ids, schedule=LogLinear(), settings=settings, mask_id=MASK, seed=seed).tokens
+
+    for seed in range(3):
+        assert torch.equal(draw(replayed, seed), draw(model, seed))
+    assert replayed.recorded

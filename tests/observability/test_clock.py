@@ -1,0 +1,104 @@
+"""Telemetry: where a step's time goes, utilisation counted against torch's own counter, stragglers, traces."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scmdm.cli import main
+from scmdm.config.run import ModelConfig
+from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import State
+from scmdm.models.dit import DiT
+from scmdm.models.flops import StepFlops, step_flops
+from scmdm.models.initialization import init_weights
+from scmdm.observability import clock as telemetry
+from scmdm.observability.clock import PARTS, Clock, Hardware, Window, step_parts
+from scmdm.observability.metrics import read_metrics
+from tests.conftest import TINY
+
+VOCAB, MASK, LENGTH, BATCH = 50, 49, 32, 8
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_flops_agree_with_torchs_counter(passes, monkeypatch):
+    """Every position masked half of the time, as the log-linear schedule has it; within 2 %: the time condition and the
+    projections of single rows are left out. All positions go through the whole trunk, as on a GPU."""
+    monkeypatch.setattr(DiT, "_ends_by_rows", lambda self, state: False)
+    # Plain products: the counter does not know the CPU's fused attention.
+    config = ModelConfig(
+        width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul"
+    )
+    model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
+    z = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
+    z[:, ::2] = MASK
+    x, t = z.clamp(max=VOCAB - 2), torch.full((BATCH,), 0.5).double()
+    estimate = None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for _ in range(passes):
+            estimate = model.estimate(State(z, t, estimate))
+    counted = counter.get_total_flops() / BATCH
+    expected = step_flops(config, VOCAB, LENGTH, LogLinear(), passes=passes)
+    assert expected.estimate_passes == pytest.approx(counted, rel=0.02)
+    with FlopCounterMode(display=False) as counter:
+        model.weighted_nll(State(z, t, estimate), x, torch.ones(z.shape))[0].backward()
+    assert expected.loss_pass == pytest.approx(counter.get_total_flops() / BATCH, rel=0.05)
+
+
+def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
+    config = ModelConfig(width=512, layers=24, heads=8, self_conditioned=True)
+    flops = step_flops(config, 34, 128, LogLinear(), passes=1)
+    assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_utilisation_by_hand():
+    """Two ranks, 10 sequences a second together, 4e12 operations each of which 3e12 in the loss pass, peak 1e14."""
+    found = Hardware(StepFlops(1e12, 2e12, 1e12), 1e14, 2).utilisation(10)
+    assert found == {"tflops": 20, "tflops_loss_pass": 15, "mfu": 0.2, "mfu_loss_pass": 0.15}
+    assert Hardware(StepFlops(1e12, 2e12, 1e12), None, 1).utilisation(10)["mfu"] is None
+
+
+def test_clock_and_window():
+    started = time.perf_counter()
+    clock, window = Clock(torch.device("cpu")), Window()
+    with clock.part("data"):
+        time.sleep(0.05)
+    with window.paused():
+        time.sleep(0.2)
+    window.add(7)
+    assert 0.05 <= window.seconds() <= time.perf_counter() - started - 0.2
+    assert (window.steps, window.tokens) == (1, 7)
+    seconds = clock.read()
+    assert seconds["data"] >= 0.05 and sum(seconds.values()) == seconds["data"]
+    assert sum(clock.read().values()) == 0
+
+
+def test_the_slowest_rank_is_the_one_that_waits_least(monkeypatch):
+    ranks = [{**dict.fromkeys(PARTS, 0.0), "sync": wait, "data": 2.0} for wait in (4.0, 4.2, 0.1, 4.1)]
+    monkeypatch.setattr(telemetry, "all_gather_object", lambda _: ranks)
+    found = step_parts(ranks[0], steps=2)
+    assert (found["slowest_rank"], found["data_s"]) == (2, 1.0)
+    assert found["slowest_rank_lag_s"] == pytest.approx((4.05 - 0.1) / 2)
+
+
+def test_a_run_says_where_its_time_went_and_writes_a_trace(molecules, empty_yaml, tmp_path):
+    run = tmp_path / "run"
+    keys = ["train.steps=8", "train.profile_step=3", "self_conditioning.rate=1", *TINY, "train.checkpoint_every=4"]
+    assert main(["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys]) == 0
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    for row in rows:
+        assert all(row[f"{name}_s"] > 0 for name in ("data", "sync", "pass_1", "pass_2", "backward", "optimizer"))
+        assert 0 < row["tflops_loss_pass"] < row["tflops"] and row["mfu"] is None
+        assert row["peak_memory_gib"] > 0.05 and row["slowest_rank"] is None
+    # A save falls behind its step's row: into the next one.
+    assert [row["step"] for row in rows if row["checkpoint_s"] > 0] == [5]
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "step_00000003_rank_0.json"
+    assert any("attn" in event.get("name", "") or "mm" in event.get("name", "") for event in events(trace))
+
+
+def events(trace):
+    return json.loads(trace.read_text())["traceEvents"]

@@ -1,0 +1,148 @@
+"""What a pass really allocates and sends, for the plan to be compared with."""
+
+import collections
+import contextlib
+import typing
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import NoisedBatch
+from scmdm.models.model_files import ModelSpec
+from scmdm.training.setup import build_engine
+
+CPU = torch.device("cpu")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators have made since the start and that still exist, and the most there were."""
+
+    def __init__(self, known=()):
+        """`known` tensors were there before, and do not count."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes = {}
+        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._track(tensor.untyped_storage())
+        return made
+
+    def _track(self, storage):
+        key = storage._cdata
+        if key not in self._sizes and key not in self._known:
+            self._change(key, storage.nbytes())
+            weakref.finalize(storage, self._change, key, 0)
+
+    def _change(self, key, size):
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        if not size:
+            del self._sizes[key]
+        self.peak = max(self.peak, self.live)
+
+    @contextlib.contextmanager
+    def following_resizes(self):
+        """Storages that FSDP2 frees and allocates again in place count, too."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage, size):
+            result = resize(storage, size)
+            if storage._cdata in self._sizes or size:
+                known = storage._cdata in self._sizes
+                self._change(storage._cdata, size)
+                if not known:
+                    weakref.finalize(storage, self._change, storage._cdata, 0)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize
+
+
+@contextlib.contextmanager
+def fake_ranks(size, rank=0):
+    """This process as one of so many that do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_config(engine="single", *, rate=1.0, micro=1, batch=None, fsdp=None, deepspeed=None, **model):
+    config = RunConfig(run_dir="unused", engine=engine)
+    given = {"width": 64, "layers": 3, "heads": 4, "condition_width": 8, "attention": "sdpa", **model}
+    config.model = ModelConfig(self_conditioned=rate > 0, **given)
+    config.self_conditioning.rate = rate
+    config.train.micro_batch_size, config.train.global_batch_size = micro, batch or micro
+    for section, values in ((config.fsdp, fsdp), (config.deepspeed, deepspeed)):
+        for key, value in (values or {}).items():
+            setattr(section, key, value)
+    return config
+
+
+def spec_of(config, vocab, length):
+    return ModelSpec(config.model, DiffusionConfig(), vocab, vocab - 1, length)
+
+
+def engine_of(config, vocab, length, dtype=torch.float32):
+    return build_engine(config, spec_of(config, vocab, length), None, CPU, dtype)
+
+
+def masked_batch(rows, length, vocab):
+    """A batch of which every position is masked: the most that a pass can need."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, vocab - 1, (rows, length), generator=generator)
+    z, t = torch.full_like(x, vocab - 1), torch.ones(rows).double()
+    return NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(rows).bool())
+
+
+def loss_of(engine, config, batch):
+    with engine.compute():
+        return self_conditioned_nelbo(
+            engine.denoiser,
+            batch,
+            engine.model.schedule,
+            condition=config.self_conditioning.rate > 0,
+            passes=config.self_conditioning.passes,
+        ).loss
+
+
+class Collectives(TorchDispatchMode):
+    """Counts torch.distributed's collectives by kind and the bytes of their whole tensor."""
+
+    KINDS: typing.ClassVar = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d."):
+            kind = next((kind for name, kind in self.KINDS.items() if name in str(function)), None)
+            tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+            if kind and max(tensor.numel() for tensor in tensors) > 1:  # not single numbers, such as a norm
+                self.seen[kind, max(tensor.nbytes for tensor in tensors)] += 1
+        return function(*args, **(kwargs or {}))
+
+    def bytes(self, kind):
+        return sum(size * times for (seen, size), times in self.seen.items() if seen == kind)
+
+
+def storage_bytes(tensors):
+    """Of the storages of this rank's parts of tensors, each once."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in local]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

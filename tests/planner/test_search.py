@@ -1,0 +1,158 @@
+"""Which layout is taken, and what is said when none fits; how the time of a step hangs together."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from scmdm.errors import UserError
+from scmdm.planner.communication import Collective
+from scmdm.planner.duration import collective_seconds, step_time
+from scmdm.planner.hardware import GPUS, Assumptions, Cluster, make_assumptions, make_cluster
+from scmdm.planner.search import evaluate, impossible_because, search, usable_memory
+from scmdm.planner.workload import make_layout, make_workload
+from tests.planner.measuring import run_config, spec_of
+
+ASSUMED = Assumptions()
+VOCAB, LENGTH = 1000, 256
+
+
+def case(ranks=16, batch=64, **keys):
+    config = run_config("fsdp2", batch=batch, width=256, layers=8, dropout=0.1, **keys)
+    workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
+    return workload, make_layout(config, ranks, torch.bfloat16), Cluster(GPUS["h100"], ranks // 8, 8)
+
+
+def with_memory(cluster, bytes_):
+    return dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, memory=bytes_))
+
+
+def test_what_is_found_fits_and_is_not_slower_than_any_other_that_fits():
+    workload, layout, cluster = case()
+    found = search(workload, layout, cluster, ASSUMED)
+    assert found.best.fits and found.reason is None
+    assert found.best.memory.peak.total <= usable_memory(cluster, ASSUMED)
+    assert impossible_because(workload, found.best.layout) is None
+    for size in (1, 2, 4):
+        for kind in ("none", "full"):
+            other = dataclasses.replace(layout, micro_batch_size=size, activation_checkpointing=kind)
+            assert found.best.time.seconds <= evaluate(workload, other, cluster, ASSUMED).time.seconds * 1.01
+
+
+def test_less_memory_means_slower_layouts_with_recomputation_and_offloading_last():
+    workload, layout, cluster = case()
+    largest = search(workload, layout, cluster, ASSUMED).best
+    before, steps = largest.time.seconds, []
+    bytes_ = largest.memory.peak.total
+    while True:
+        found = search(workload, layout, with_memory(cluster, bytes_ / 0.9), ASSUMED)
+        if found.best is None:
+            break
+        assert found.best.time.seconds >= before / 1.011
+        before = found.best.time.seconds
+        steps.append(found.best.layout)
+        bytes_ = found.best.memory.peak.total * 0.9
+    assert len(steps) > 3 and steps[0].activation_checkpointing == "none"
+    assert [layout.offload for layout in steps] == sorted(layout.offload for layout in steps)
+    assert steps[-1].offload and steps[-1].activation_checkpointing != "none"
+
+
+def test_nothing_fits_with_a_reason_and_a_number_of_nodes_that_would_do():
+    workload, layout, cluster = case(ranks=8, batch=64)
+    state = evaluate(workload, layout, cluster, ASSUMED).memory.state.total
+    tiny = with_memory(cluster, state / 20)
+    found = search(workload, layout, tiny, ASSUMED)
+    assert found.best is None
+    assert "the smallest needs" in found.reason and "most of it" in found.reason
+    assert "it would fit on" in found.reason or "use a GPU with more memory" in found.reason
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named():
+    workload, layout, cluster = case(ranks=16, batch=4)
+    found = search(workload, dataclasses.replace(layout, ranks=16), cluster, ASSUMED)
+    # Context parallelism divides the ranks: 16 / 4 parts share 4 sequences.
+    assert found.best is not None and found.best.layout.context == 4
+    workload, layout, cluster = case(ranks=16, batch=7)
+    reason = search(workload, layout, cluster, ASSUMED).reason
+    assert "train.global_batch_size=7" in reason and "choose a global batch" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"replicate": 3}, "fsdp.replicate=3"),
+        ({"context": 32}, "fsdp.context=32"),
+        ({"engine": "single"}, "engine=single"),
+        ({"micro_batch_size": 8}, "train.micro_batch_size=8"),
+        ({"context": 8}, "model.heads"),
+    ],
+)
+def test_what_a_run_would_refuse_is_named(change, named):
+    workload, layout, _ = case()
+    workload = dataclasses.replace(workload, model=dataclasses.replace(workload.model, heads=4))
+    assert named in impossible_because(workload, dataclasses.replace(layout, **change))
+
+
+def test_every_engine_is_planned():
+    workload, layout, cluster = case()
+    for engine in ("fsdp2", "deepspeed"):
+        best = search(workload, dataclasses.replace(layout, engine=engine), cluster, ASSUMED).best
+        assert best.fits and best.layout.engine == engine
+    one = Cluster(GPUS["h100"], 1, 1)
+    best = search(workload, dataclasses.replace(layout, engine="single", ranks=1), one, ASSUMED).best
+    assert best.fits and best.time.exposed == 0
+
+
+def test_a_step_takes_what_its_products_take_when_nothing_is_sent():
+    """170M parameters: 6 operations per parameter of the trunk and token, and a third of that for the estimate."""
+    workload, layout, _ = case(batch=8)
+    one = Cluster(GPUS["h100"], 1, 1)
+    layout = dataclasses.replace(layout, engine="single", ranks=1, micro_batch_size=8)
+    time = step_time(workload, layout, one, ASSUMED)
+    products = time.flops.total / (989e12 * ASSUMED.of_products(workload.model.width))
+    assert time.seconds == pytest.approx(products + time.parts["update"].compute)
+    trunk = sum(
+        p.numel for p in workload.parameters if p.block is not None and "adaLN" not in p.name and len(p.shape) > 1
+    )
+    assert time.flops.loss_pass > 6 * trunk * 8 * LENGTH
+    again = dataclasses.replace(layout, activation_checkpointing="full")
+    slower = step_time(workload, again, one, ASSUMED).parts["backward"].compute / time.parts["backward"].compute
+    assert slower == pytest.approx(1.5)
+    assert step_time(workload, again, one, make_assumptions(0.18)).seconds > 1.9 * time.seconds
+
+
+def test_a_collective_takes_its_bytes_over_the_narrowest_link():
+    gathered = Collective("all_gather", "blocks", "backward", "shard", 8, 8_000_000_000, 1)
+    layout = dataclasses.replace(case()[1], ranks=8)
+    seconds = collective_seconds(gathered, Cluster(GPUS["h100"], 1, 8), layout, ASSUMED)
+    assert seconds == pytest.approx(7e9 / (450e9 * 0.8) + 8.4e-6 + 7 * 3.4e-6)
+    wide = dataclasses.replace(gathered, ranks=16)
+    between = collective_seconds(wide, Cluster(GPUS["h100"], 2, 8), dataclasses.replace(layout, ranks=16), ASSUMED)
+    assert between == pytest.approx(7.5e9 / (400e9 * 0.8) + 8.4e-6 + 14 * 3.4e-6 + 14e-6)
+    slow = collective_seconds(wide, Cluster(GPUS["h100"], 16, 1), dataclasses.replace(layout, ranks=16), ASSUMED)
+    assert slow == pytest.approx(7.5e9 / (50e9 * 0.8) + 8.4e-6 + 15 * 14e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("abacus", 1, 8), "--gpu abacus"), (("h100", 0, 8), "--nodes 0"), (("h100", 1, 0), "--gpus-per-node 0")],
+)
+def test_impossible_clusters_are_named(arguments, named):
+    with pytest.raises(UserError, match=named):
+        make_cluster(*arguments)
+
+
+def test_an_impossible_efficiency_is_named():
+    with pytest.raises(UserError, match="--efficiency 2"):
+        make_assumptions(2.0)
+
+
+def test_efficiency_is_the_measured_one_by_width_unless_given():
+    assert [round(Assumptions().of_products(width), 2) for width in (64, 768, 1254, 2048, 8192)] == [
+        0.36,
+        0.36,
+        0.44,
+        0.52,
+        0.52,
+    ]
+    assert make_assumptions(0.2).of_products(768) == 0.2

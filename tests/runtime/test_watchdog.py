@@ -1,0 +1,88 @@
+"""What counts as life: the watchdog in a process of its own, because it ends it."""
+
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from scmdm.config.loading import load_config
+from scmdm.config.run import RunConfig
+from scmdm.data.mixture import open_data
+from scmdm.observability.clock import Clock
+from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, longest_silence
+from scmdm.system.process_group import World
+from scmdm.training import validation
+from scmdm.training.setup import build_engine, build_spec
+from tests.conftest import TINY
+
+LIMIT_S = 3
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from scmdm.system.process_group import World
+from scmdm.runtime.watchdog import Watchdog
+
+def hang_here():
+    time.sleep(600)
+
+with Watchdog(Path(sys.argv[1]), World(0, 1, 0), {minutes}) as watchdog:
+    {body}
+"""
+
+
+def run(place, body, minutes=LIMIT_S / 60):
+    script = SCRIPT.format(minutes=minutes, body=body)
+    return subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, timeout=120)
+
+
+def test_silence_ends_the_process_with_its_stacks(tmp_path):
+    done = run(tmp_path, "watchdog.count(7); watchdog.beat('sync'); hang_here()")
+    assert done.returncode == HANG_EXIT, done.stderr
+    text = (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert "| in sync, last step 7" in text
+    assert "line 8 in hang_here" in text.split("\n\n")[0] and text.count("in hang_here") == 2
+    assert "in sync, last step 7: rank 0" in done.stderr
+
+
+def test_a_crash_leaves_its_stacks_where_a_hang_does(tmp_path):
+    done = run(tmp_path, "import ctypes; ctypes.string_at(0)", minutes=10)
+    assert done.returncode < 0, done.stderr
+    text = (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert "Segmentation fault" in text and "in string_at" in text
+
+
+@pytest.mark.slow
+def test_signs_of_life_and_patience_with_a_checkpoint(tmp_path):
+    """Longer than the limit in small parts, longer than it in a part that may take long; nothing is left then."""
+    small = f"watchdog.count(1); [(time.sleep(0.5), watchdog.beat('validation')) for _ in range({3 * LIMIT_S})]"
+    done = run(tmp_path, f"{small}; watchdog.beat('checkpoint'); time.sleep({LIMIT_S + 2})")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_off_means_no_file_and_no_thread(tmp_path):
+    before = threading.active_count()
+    with Watchdog(tmp_path, World(0, 1, 0), 0) as watchdog:
+        watchdog.beat("data")
+        assert threading.active_count() == before and list(tmp_path.iterdir()) == []
+    assert longest_silence(0) is None and longest_silence(10).total_seconds() > 4 * 600
+
+
+def test_every_batch_of_a_validation_and_every_part_of_a_step_is_a_sign(molecules, tmp_path, monkeypatch):
+    keys = [f"run_dir={tmp_path}", f"data.path={molecules}", "train.steps=2", "train.validation_samples=64", *TINY]
+    config = load_config(RunConfig, None, keys)
+    config.engine = "single"
+    data = open_data(config.data)
+    spec = build_spec(config, data.manifest, None)
+    engine = build_engine(config, spec, None, torch.device("cpu"), torch.float32)
+    signs = []
+    monkeypatch.setattr(validation, "_BATCH", 16)
+    validation.validation_nelbo(engine, config, spec, data, condition=False, alive=signs.append)
+    assert signs == ["validation"] * (1 + 64 // 16)
+    clock = Clock(engine.device, signs.append)
+    with clock.part("data"):
+        assert signs[-1] == "data"
+    assert Counter(signs)["after data"] == 1
