@@ -17,7 +17,7 @@ from scmdm.ops import top_k as top_k_ops
 from scmdm.ops.output_head import expected_embedding
 from scmdm.ops.preview import Preview
 from scmdm.ops.subs_logits import subs_bias
-from tests.cli.test_config import REQUIRED
+from tests.config.test_config import REQUIRED
 
 VOCAB, WIDTH, RANK, MASK = 9001, 32, 8, 7
 

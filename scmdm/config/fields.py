@@ -1,0 +1,143 @@
+"""Configuration keys: everything known about a key stands with its field.
+
+A configuration is a dataclass whose fields are declared with `key`. Validation, `--help`, the check of a resumed run
+and the check of an adaptation against its base read the field's metadata; there is no second table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from scmdm.errors import UserError
+
+_METADATA = "scmdm.key"
+
+
+class OnAdapt(Enum):
+    """What an adaptation may do with a key of its base's model."""
+
+    FROM_BASE = "taken from the base"
+    CONDITIONER = "settable if the base has no conditioner"
+    OWN = "settable"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Rules of one key.
+
+    Bounds apply to numbers, and to each element of a list of numbers. `None` is accepted exactly where the field's type
+    is optional.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()  # empty: any value
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    on_resume: bool = False  # may change when a run is resumed
+    on_adapt: OnAdapt = OnAdapt.FROM_BASE
+
+    def wanted(self) -> str:
+        """Allowed values, as in `at least 1 and below 2`."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None) or "a finite number"
+
+    def allows(self, value: object) -> bool:
+        """Whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
+        if isinstance(value, list | tuple):
+            return all(self.allows(element) for element in value)
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def key(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    factory: Any = dataclasses.MISSING,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    on_resume: bool = False,
+    on_adapt: OnAdapt = OnAdapt.FROM_BASE,
+) -> Any:
+    """Declare a configuration key: a dataclass field with its default, its help text and its rules."""
+    rules = Key(help, tuple(choices), at_least, at_most, above, below, on_resume, on_adapt)
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata={_METADATA: rules})
+    return dataclasses.field(default=default, metadata={_METADATA: rules})
+
+
+def rules_of(field: dataclasses.Field[Any]) -> Key | None:
+    """The rules of a field that `key` declared; None for a section or a plain field."""
+    return field.metadata.get(_METADATA)
+
+
+def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
+    """Dotted name, rules and value of every key of a configuration and its sections, in declaration order."""
+    assert dataclasses.is_dataclass(config)
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        rules = rules_of(field)
+        if rules is not None:
+            yield name, rules, value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from walk_keys(value, f"{name}.")
+        elif isinstance(value, dict):
+            for part, section in value.items():
+                if dataclasses.is_dataclass(section) and not isinstance(section, type):
+                    yield from walk_keys(section, f"{name}.{part}.")
+
+
+def validate_keys(config: object, prefix: str = "") -> None:
+    """Raise UserError for the first key whose value its rules do not allow."""
+    for name, rules, value in walk_keys(config, prefix):
+        if value is not None and not rules.allows(value):
+            raise UserError(f"{name}={value!r} is not possible; it must be {rules.wanted()}")
+
+
+def describe_keys(schema: type, prefix: str = "") -> str:
+    """Keys of a configuration class for `--help`: a line each with its default and its help text."""
+    lines = []
+    for field in dataclasses.fields(schema):
+        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+            lines.append(describe_keys(field.default_factory, f"{prefix}{field.name}."))
+            continue
+        rules = rules_of(field)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        lines.append(f"  {prefix + field.name + '=' + _shown(default):<44} {_help(rules)}".rstrip())
+    return "\n".join(lines)
+
+
+def _help(rules: Key | None) -> str:
+    if rules is None:
+        return ""
+    return f"{' | '.join(rules.choices)}: {rules.help}" if rules.choices else rules.help
+
+
+def _shown(default: object) -> str:
+    return {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(default), str(default))
