@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
@@ -42,6 +43,8 @@ class Key:
     below: float | None = None
     on_resume: bool = False  # may change when a run is resumed
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
+    registry: Registry | None = None  # of a section: its class is that of the name under `selector`
+    selector: str = "name"
 
     def wanted(self) -> str:
         """Allowed values, as in `at least 1 and below 2`."""
@@ -84,9 +87,17 @@ def key(
     below: float | None = None,
     on_resume: bool = False,
     on_adapt: OnAdapt = OnAdapt.FROM_BASE,
+    registry: Registry | None = None,
+    selector: str = "name",
 ) -> Any:
-    """Declare a configuration key: a dataclass field with its default, its help text and its rules."""
-    rules = Key(help, tuple(choices), at_least, at_most, above, below, on_resume, on_adapt)
+    """Declare a configuration key: a dataclass field with its default, its help text and its rules.
+
+    With `registry` the field is a section whose class depends on the name that the user gives under `selector`;
+    `factory` makes the section when the user gives none.
+    """
+    rules = Key(
+        help, tuple(choices), at_least, at_most, above, below, on_resume, on_adapt, registry=registry, selector=selector
+    )
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata={_METADATA: rules})
     return dataclasses.field(default=default, metadata={_METADATA: rules})

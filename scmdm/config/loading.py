@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from scmdm.config.fields import rules_of, validate_keys
 from scmdm.errors import UserError
 
 Schema = TypeVar("Schema")
@@ -26,21 +27,66 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
     wrong type, a value outside an enumeration, or a mandatory key that nobody set. If `schema` has a method
     `validate`, it is called last and may raise UserError for impossible combinations.
     """
-    config = OmegaConf.structured(schema)
-    if path is not None:
-        for file, content in _read_chain(path):
-            config = _merge(config, content, f"in {file}")
-    for override in overrides:
-        config = _merge(config, _parse_override(override, schema), "on the command line")
-    return _checked(schema, config)
+    layers = [(f"in {file}", content) for file, content in _read_chain(path)] if path is not None else []
+    return _merged(schema, layers, overrides, "on the command line")
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
-    """A configuration with `key=value` overrides, which stand `where`. Raises UserError like `load_config`."""
-    merged = OmegaConf.structured(config)
+    """A configuration with `key=value` overrides; `where` says in errors where they stand. Raises as `load_config`."""
+    assert dataclasses.is_dataclass(config)
+    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+    return _merged(type(config), [("in the configuration", _literal(content))], overrides, where)
+
+
+def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
+    schema = _concrete(schema, [content for _, content in layers], overrides)
+    config = OmegaConf.structured(schema)
+    for place, content in layers:
+        config = _merge(config, content, place)
     for override in overrides:
-        merged = _merge(merged, _parse_override(override, type(config)), where)
-    return _checked(type(config), merged)
+        config = _merge(config, _parse_override(override, schema), where)
+    return _checked(schema, config)
+
+
+def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
+    """`schema` in which each section of a registry has the class of its name, the last one given."""
+    assert dataclasses.is_dataclass(schema)
+    chosen: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(schema):
+        rules = rules_of(field)
+        if rules is None or rules.registry is None:
+            continue
+        sections = [layer[field.name] for layer in layers if field.name in layer]
+        sections += list(_sections_of(field.name, rules.selector, overrides))
+        for section in sections:
+            if not isinstance(section, dict):
+                raise UserError(
+                    f"{field.name}={section!r} is not possible; it is a section: "
+                    f"{field.name}: {{{rules.selector}: {section}, ...}}, or {field.name}.{rules.selector}={section}"
+                )
+        names = [section[rules.selector] for section in sections if rules.selector in section]
+        if not names and field.default_factory is not dataclasses.MISSING:
+            continue  # the default's class
+        if not names:
+            raise UserError(
+                f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
+            )
+        section_schema = rules.registry.schema(names[-1])
+        default = dataclasses.field(default_factory=section_schema, metadata=field.metadata)
+        chosen.append((field.name, section_schema, default))
+    if not chosen:
+        return schema
+    return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+
+
+def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:
+    """What overrides say of a section as a whole, or of the name that selects its class."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == f"{field}.{selector}":
+            yield {selector: value}
+        elif key == field:
+            yield _parse_override(override, object)[field]
 
 
 def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
@@ -48,12 +94,13 @@ def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Sc
 
     Text stands for itself: nothing in it is interpolated.
     """
-    return _checked(schema, _merge(OmegaConf.structured(schema), _literal(content), where))
+    return _merged(schema, [(where, _literal(content))], (), where)
 
 
 def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     result = _to_object(config)
     assert isinstance(result, schema)
+    validate_keys(result)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()

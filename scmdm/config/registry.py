@@ -1,0 +1,50 @@
+"""Implementations by name: sources, tokenizers, denoisers, domains.
+
+An entry names a class as `module:Class`, which is imported when it is used, so that nobody pays for, or has to install,
+what another name needs. The class has an attribute `Config`: the dataclass of the keys that belong to it. Packages of
+others add entries by an entry point of the registry's group, without a change here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from scmdm.errors import UserError
+
+
+class Registry:
+    """Classes by name, imported lazily.
+
+    `key` is the configuration key that selects one, as in `source.name`; `group` the entry point group through which
+    other packages add theirs, as in `scmdm.sources`.
+    """
+
+    def __init__(self, key: str, group: str, entries: Mapping[str, str]) -> None:
+        self.key = key
+        self._group, self._own = group, dict(entries)
+
+    @cached_property
+    def _entries(self) -> dict[str, str]:
+        found = {point.name: point.value for point in importlib.metadata.entry_points(group=self._group)}
+        return found | self._own
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the project's own first."""
+        return tuple(dict.fromkeys((*self._own, *self._entries)))
+
+    def load(self, name: object) -> Any:
+        """Import the class called `name`. Raises UserError, which lists the names, when there is none."""
+        if not isinstance(name, str) or name not in self._entries:
+            raise UserError(f"{self.key}={name!r} is not possible; it must be one of {', '.join(self.names)}")
+        module, _, attribute = self._entries[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def schema(self, name: object) -> type:
+        """The dataclass of the keys that belong to `name`. Raises UserError as `load` does."""
+        schema: type = self.load(name).Config
+        return schema

@@ -1,0 +1,70 @@
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from scmdm.config.fields import key
+from scmdm.config.loading import load_config, read_config, to_yaml, with_overrides
+from scmdm.config.registry import Registry
+from scmdm.errors import UserError
+
+
+@dataclass
+class CircleConfig:
+    name: str = key("circle", help="Shape.")
+    radius: float = key(1.0, help="Radius.", above=0)
+
+
+@dataclass
+class SquareConfig:
+    name: str = key("square", help="Shape.")
+    side: str = key("a", help="Side.")
+
+
+class Circle:
+    Config = CircleConfig
+
+
+class Square:
+    Config = SquareConfig
+
+
+SHAPES = Registry("shape.name", "tests.shapes", {name: f"{__name__}:{name.title()}" for name in ("circle", "square")})
+
+
+@dataclass
+class Drawing:
+    shape: Any = key(help="What is drawn.", factory=CircleConfig, registry=SHAPES)
+
+
+@dataclass
+class Required:
+    shape: Any = key(help="What is drawn.", registry=SHAPES)
+
+
+def test_the_section_has_the_class_of_its_name(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("shape: {name: square, side: b}\n")
+    found = load_config(Drawing, path, ["shape.side=[x"])
+    assert isinstance(found, Drawing)
+    assert found.shape == SquareConfig("square", "[x")
+    assert load_config(Drawing, None).shape == CircleConfig()
+    assert read_config(Drawing, {"shape": {"name": "square"}}, "here").shape == SquareConfig()
+    assert with_overrides(found, ["shape.side=c"], "here").shape.side == "c"
+    assert "side: '[x'" in to_yaml(found)
+
+
+@pytest.mark.parametrize(
+    ("schema", "overrides", "named"),
+    [
+        (Drawing, ["shape.name=oval"], "shape.name='oval'"),
+        (Drawing, ["shape.name=square", "shape.radius=2"], "shape.radius"),
+        (Drawing, ["shape.radius=-1"], "shape.radius=-1"),
+        (Drawing, ["shape=square"], "shape.name=square"),
+        (Required, [], "shape.name"),
+    ],
+)
+def test_mistakes_name_the_key(schema, overrides, named):
+    with pytest.raises(UserError) as error:
+        load_config(schema, None, overrides)
+    assert named in str(error.value)
