@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from scmdm.config.loading import flatten
-from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import DiffusionConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
 from scmdm.distributed.engine import Engine, SingleEngine

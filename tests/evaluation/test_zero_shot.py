@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.run import DiffusionConfig, ModelConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import DiffusionConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from scmdm.errors import UserError

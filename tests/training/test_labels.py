@@ -8,7 +8,7 @@ import torch
 
 from scmdm.checkpoint.checkpoint import find_model
 from scmdm.cli import main
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import Data

@@ -7,7 +7,8 @@ import torch
 
 from scmdm.checkpoint.checkpoint import find_model
 from scmdm.cli import main
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from scmdm.config.run import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
