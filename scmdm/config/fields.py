@@ -45,6 +45,7 @@ class Key:
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
     registry: Registry | None = None  # of a section: its class is that of the name under `selector`
     selector: str = "name"
+    formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
     def wanted(self) -> str:
         """Allowed values, as in `at least 1 and below 2`."""
@@ -89,14 +90,26 @@ def key(
     on_adapt: OnAdapt = OnAdapt.FROM_BASE,
     registry: Registry | None = None,
     selector: str = "name",
+    formerly: Sequence[str] = (),
 ) -> Any:
     """Declare a configuration key: a dataclass field with its default, its help text and its rules.
 
     With `registry` the field is a section whose class depends on the name that the user gives under `selector`;
-    `factory` makes the section when the user gives none.
+    `factory` makes the section when the user gives none. `formerly` lists earlier names of the key, dotted from the
+    root of the configuration: they are refused with the present name.
     """
     rules = Key(
-        help, tuple(choices), at_least, at_most, above, below, on_resume, on_adapt, registry=registry, selector=selector
+        help,
+        tuple(choices),
+        at_least,
+        at_most,
+        above,
+        below,
+        on_resume,
+        on_adapt,
+        registry=registry,
+        selector=selector,
+        formerly=tuple(formerly),
     )
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata={_METADATA: rules})
@@ -124,6 +137,36 @@ def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]
                     yield from walk_keys(section, f"{name}.{part}.")
 
 
+def section_of(field: dataclasses.Field[Any]) -> type | None:
+    """The dataclass of a field that is a section; None for a key."""
+    factory = field.default_factory
+    return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
+
+
+def walk_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Dotted name and field of every key of a configuration class and its sections, in declaration order."""
+    for field in dataclasses.fields(schema):
+        section = section_of(field)
+        if section is None:
+            yield f"{prefix}{field.name}", field
+        else:
+            yield from walk_fields(section, f"{prefix}{field.name}.")
+
+
+def replaced_keys(schema: type) -> dict[str, str]:
+    """Keys that were renamed or removed, each with the remedy, as in `write metrics.fcd`.
+
+    Renamed keys say so with `key(formerly=...)`. Keys without a successor that a field could name stand in the class
+    attribute `removed_keys` of `schema`, a mapping from the dotted name to the remedy.
+    """
+    remedies = dict(getattr(schema, "removed_keys", {}))
+    for name, field in walk_fields(schema):
+        rules = rules_of(field)
+        for old in rules.formerly if rules is not None else ():
+            remedies[old] = f"write `{name}`"
+    return remedies
+
+
 def validate_keys(config: object, prefix: str = "") -> None:
     """Raise UserError for the first key whose value its rules do not allow."""
     for name, rules, value in walk_keys(config, prefix):
@@ -135,8 +178,9 @@ def describe_keys(schema: type, prefix: str = "") -> str:
     """Keys of a configuration class for `--help`: a line each with its default and its help text."""
     lines = []
     for field in dataclasses.fields(schema):
-        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
-            lines.append(describe_keys(field.default_factory, f"{prefix}{field.name}."))
+        section = section_of(field)
+        if section is not None:
+            lines.append(describe_keys(section, f"{prefix}{field.name}."))
             continue
         rules = rules_of(field)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
