@@ -4,60 +4,148 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from scmdm.config.fields import OnAdapt, key
+
 
 @dataclass
 class LlamaConfig:
-    """Of model.kind=llama."""
+    """Keys of `model.kind=llama`."""
 
-    kv_heads: int | None = None  # heads of keys and values; null: as many as model.heads
-    mlp_width: int | None = None  # of the gated perceptron; null: model.mlp_ratio times model.width
-    rotary_base: float = 10_000.0  # base of the rotary angles (rope_theta)
-    norm_eps: float = 1e-5  # added to the mean square in RMS norms
-    attention_bias: bool = False  # of queries, keys and values (Qwen2, Dream)
-    tied: bool = False  # the output head is the embedding
-    logit_shift: bool = False  # a position is predicted from the one before it (Dream, and autoregressive bases)
+    kv_heads: int | None = key(
+        None, help="heads of keys and values; null: the number of model.heads", at_least=1, at_most=1024
+    )
+    mlp_width: int | None = key(
+        None,
+        help="width of the gated perceptron; null: model.mlp_ratio times model.width",
+        at_least=1,
+        at_most=2**20,
+    )
+    rotary_base: float = key(10_000.0, help="base of the rotary angles (rope_theta)", at_least=1, at_most=1e12)
+    norm_eps: float = key(1e-5, help="added to the mean square in RMS norms", at_least=0, at_most=1)
+    attention_bias: bool = key(False, help="biases of queries, keys and values (Qwen2, Dream)")
+    tied: bool = key(False, help="share the weights of output head and embedding")
+    logit_shift: bool = key(False, help="predict a position from the one before it (Dream, and autoregressive bases)")
 
 
 @dataclass
 class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only those from
-    `conditioner` on may be set."""
+    """Architecture of the denoiser.
 
-    kind: str = "dit"  # dit (MDLM) | llama (LLaDA, Dream)
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    condition_width: int = 32  # of the time condition (dit)
-    mlp_ratio: int = 4
-    time_conditioning: bool = False  # let the network see the noise level (dit)
-    labels: bool = False  # let the network see the samples' labels (dit), for guidance
+    An adaptation takes it from its base, except for the keys declared with another `on_adapt`.
+    """
+
+    kind: str = key("dit", help="network: dit (MDLM) or llama (LLaDA, Dream)", choices=("dit", "llama"))
+    width: int = key(128, help="width of the hidden states", at_least=2, at_most=65536)
+    layers: int = key(6, help="number of blocks", at_least=1, at_most=1024)
+    heads: int = key(4, help="attention heads", at_least=1, at_most=1024)
+    condition_width: int = key(32, help="width of the time condition (dit)", at_least=1, at_most=65536)
+    mlp_ratio: int = key(4, help="width of the perceptron over model.width", at_least=1, at_most=64)
+    time_conditioning: bool = key(False, help="condition the network on the noise level (dit)")
+    labels: bool = key(False, help="condition the network on the samples' labels (dit), for guidance")
     llama: LlamaConfig = field(default_factory=LlamaConfig)
-    self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
-    conditioner: str = "projection"  # projection | norm | mlp
-    inject_at: str = "all"  # all | masked: positions at which the estimate enters
-    estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
-    estimate_rank: int | None = None  # seek those along so many principal axes of the head; null: among all logits
-    lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
-    lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
-    lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
-    dropout: float | None = None  # null: the base's, or 0 without one
-    attention: str = "auto"  # auto | sdpa | cudnn | flash | varlen (auto, but torch's varlen kernel for packed samples)
-    head_chunk: int = 8192  # masked positions that the output head takes at once
-    head_precision: str = "compute"  # float32 | compute (that of `precision`)
-    activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)
-    compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++
+    self_conditioned: bool = key(
+        False,
+        help="whether the model has a conditioner; follows from self_conditioning.rate, not to be set by hand",
+        on_adapt=OnAdapt.OWN,
+    )
+    conditioner: str = key(
+        "projection",
+        help="network that adds the estimate to the embedding",
+        choices=("projection", "norm", "mlp"),
+        on_adapt=OnAdapt.CONDITIONER,
+    )
+    inject_at: str = key(
+        "all",
+        help="positions at which the estimate is added",
+        choices=("all", "masked"),
+        on_adapt=OnAdapt.CONDITIONER,
+    )
+    estimate_top_k: int | None = key(
+        None,
+        help="restrict the estimate to this number of most probable tokens, renormalised; null: all tokens",
+        at_least=1,
+        at_most=2**31,
+        on_adapt=OnAdapt.CONDITIONER,
+    )
+    estimate_rank: int | None = key(
+        None,
+        help="search the tokens of estimate_top_k along this number of principal axes of the head; null: exactly",
+        at_least=1,
+        at_most=65536,
+        on_adapt=OnAdapt.CONDITIONER,
+    )
+    lora_rank: int = key(
+        0,
+        help="adapt: rank of the LoRA adapters, which are then trained with the conditioner alone; 0: no adapters",
+        at_least=0,
+        at_most=65536,
+        on_adapt=OnAdapt.OWN,
+    )
+    lora_alpha: float = key(
+        16.0,
+        help="adapt: scale of the LoRA adapters, multiplied by lora_alpha / lora_rank",
+        at_least=1e-9,
+        at_most=1e9,
+        on_adapt=OnAdapt.OWN,
+    )
+    lora_targets: list[str] = key(
+        factory=list,
+        help="adapt: names of the linear layers of a block that get LoRA adapters; empty: all",
+        on_adapt=OnAdapt.OWN,
+    )
+    dropout: float | None = key(
+        None,
+        help="dropout probability; null: that of the base, or 0 without one",
+        at_least=0,
+        at_most=0.99,
+        on_adapt=OnAdapt.OWN,
+    )
+    attention: str = key(
+        "auto",
+        help="attention kernel (varlen: as auto, with torch's variable-length kernel for packed samples)",
+        choices=("auto", "sdpa", "cudnn", "flash", "varlen"),
+        on_resume=True,
+        on_adapt=OnAdapt.OWN,
+    )
+    head_chunk: int = key(
+        8192,
+        help="masked positions per call of the output head",
+        at_least=1,
+        at_most=2**31,
+        on_resume=True,
+        on_adapt=OnAdapt.OWN,
+    )
+    head_precision: str = key(
+        "compute",
+        help="precision of the output head; compute: that of the key `precision`",
+        choices=("float32", "compute"),
+        on_adapt=OnAdapt.OWN,
+    )
+    activation_checkpointing: str = key(
+        "none",
+        help="activations recomputed in the backward pass: none, all but matrix products, or all of a block",
+        choices=("none", "selective", "full"),
+        on_resume=True,
+        on_adapt=OnAdapt.OWN,
+    )
+    compile: bool = key(
+        False,
+        help="compile each block with torch.compile: a slower start, faster steps; on a CPU it needs a C++ compiler",
+        on_resume=True,
+        on_adapt=OnAdapt.OWN,
+    )
 
     @property
     def head_width(self) -> int:
-        """Of queries, keys and values."""
+        """Width of each head's queries, keys and values."""
         return self.width // self.heads
 
     @property
     def kv_width(self) -> int:
-        """Of all heads of keys together."""
+        """Width of the keys of all heads together."""
         return (self.llama.kv_heads or self.heads) * self.head_width
 
     @property
     def mlp_width(self) -> int:
-        """Of the perceptron's inner layer."""
+        """Inner width of the perceptron."""
         return self.llama.mlp_width or self.mlp_ratio * self.width
