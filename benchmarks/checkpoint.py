@@ -11,7 +11,8 @@ from benchmarks.timing import interleave, show
 from scmdm.checkpoint.checkpoint import TrainState
 from scmdm.checkpoint.writer import Saver, snapshot
 from scmdm.config.model import ModelConfig
-from scmdm.config.run import EmaConfig, RunConfig, TrainConfig
+from scmdm.config.run import RunConfig
+from scmdm.config.training import EmaConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import resolve_device

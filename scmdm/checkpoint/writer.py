@@ -31,7 +31,7 @@ from scmdm.checkpoint.checkpoint import (
     seal,
     step_of,
 )
-from scmdm.config.run import TrainConfig
+from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from omegaconf import MISSING
 
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
@@ -48,16 +50,19 @@ class Key:
     formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
     def wanted(self) -> str:
-        """Allowed values, as in `at least 1 and below 2`."""
+        """Allowed values, as in `between 0 and 1` or `above 0`."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {_number(self.at_least)} and {_number(self.at_most)}"
         bounds = (
             ("at least", self.at_least),
             ("above", self.above),
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None) or "a finite number"
+        given = [f"{name} {_number(bound)}" for name, bound in bounds if bound is not None]
+        return " and ".join(given) or "a finite number"
 
     def allows(self, value: object) -> bool:
         """Whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
@@ -74,6 +79,10 @@ class Key:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def key(
@@ -159,33 +168,84 @@ def replaced_keys(schema: type) -> dict[str, str]:
     Renamed keys say so with `key(formerly=...)`. Keys without a successor that a field could name stand in the class
     attribute `removed_keys` of `schema`, a mapping from the dotted name to the remedy.
     """
-    remedies = dict(getattr(schema, "removed_keys", {}))
+    renamed = {old: f"write `{name}`" for old, name in renamed_keys(schema).items()}
+    return dict(getattr(schema, "removed_keys", {})) | renamed
+
+
+def renamed_keys(schema: type) -> dict[str, str]:
+    """Present name of every earlier one, both dotted from the root of the configuration."""
+    found = {}
     for name, field in walk_fields(schema):
         rules = rules_of(field)
         for old in rules.formerly if rules is not None else ():
-            remedies[old] = f"write `{name}`"
-    return remedies
+            found[old] = name
+    return found
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise UserError, which says what the key must be, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
 
 
 def validate_keys(config: object, prefix: str = "") -> None:
     """Raise UserError for the first key whose value its rules do not allow."""
     for name, rules, value in walk_keys(config, prefix):
-        if value is not None and not rules.allows(value):
-            raise UserError(f"{name}={value!r} is not possible; it must be {rules.wanted()}")
+        require(value is None or rules.allows(value), name, value, rules.wanted())
 
 
 def describe_keys(schema: type, prefix: str = "") -> str:
-    """Keys of a configuration class for `--help`: a line each with its default and its help text."""
-    lines = []
-    for field in dataclasses.fields(schema):
-        section = section_of(field)
-        if section is not None:
-            lines.append(describe_keys(section, f"{prefix}{field.name}."))
+    """Keys of a configuration class for `--help`: a line each with its default, allowed names and help text.
+
+    For a section whose class depends on a name, the keys that all names share come first, then those of each name.
+    """
+    return "\n".join(_lines(dataclasses.fields(schema), prefix))
+
+
+def _lines(fields: Iterable[dataclasses.Field[Any]], prefix: str) -> Iterator[str]:
+    for field in fields:
+        rules, section = rules_of(field), section_of(field)
+        if rules is not None and rules.registry is not None:
+            yield from _lines_by_name(rules, rules.registry, section, f"{prefix}{field.name}.")
+        elif section is not None:
+            yield from _lines(dataclasses.fields(section), f"{prefix}{field.name}.")
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield _line(f"{prefix}{field.name}", default, _help(rules))
+
+
+def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix: str) -> Iterator[str]:
+    selected = getattr(default, rules.selector, MISSING)
+    yield _line(f"{prefix}{rules.selector}", selected, f"{' | '.join(registry.names)}: {rules.help}")
+    fields = {name: _fields_by_name(registry, name, rules.selector) for name in registry.names}
+    known = [found for found in fields.values() if found is not None]
+    first = known[0] if len(known) > 1 else {}
+    shared = {name for name, field in first.items() if all(_same(field, other.get(name)) for other in known)}
+    yield from _lines((first[name] for name in first if name in shared), prefix)
+    for name, own in fields.items():
+        yield f"  with {prefix}{rules.selector}={name}:"
+        if own is None:
+            yield "    (a package that it needs is not installed; see `scmdm doctor`)"
             continue
-        rules = rules_of(field)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        lines.append(f"  {prefix + field.name + '=' + _shown(default):<44} {_help(rules)}".rstrip())
-    return "\n".join(lines)
+        lines = [f"  {line}" for line in _lines((own[key] for key in own if key not in shared), prefix)]
+        yield from lines or ["    (no other keys)"]
+
+
+def _fields_by_name(registry: Registry, name: str, selector: str) -> dict[str, dataclasses.Field[Any]] | None:
+    """Fields of the class of `name`, except for the selector; None when a package that it needs is missing."""
+    try:
+        schema = registry.schema(name)
+    except ImportError:
+        return None
+    return {field.name: field for field in dataclasses.fields(schema) if field.name != selector}
+
+
+def _same(one: dataclasses.Field[Any], other: dataclasses.Field[Any] | None) -> bool:
+    return other is not None and rules_of(one) == rules_of(other) and one.default == other.default
+
+
+def _line(name: str, default: object, text: str) -> str:
+    return f"  {f'{name}={_shown(default)}':<44} {text}".rstrip()
 
 
 def _help(rules: Key | None) -> str:

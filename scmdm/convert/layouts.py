@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import LlamaConfig, ModelConfig
-from scmdm.config.run import DiffusionConfig
 from scmdm.convert.published_files import Source
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from signal import Signals
 
-from scmdm.config.launch_config import Ranks, SlurmJob
+from scmdm.config.launch import Ranks, SlurmJob
 from scmdm.launch.freeze import Frozen
 from scmdm.system.signals import REQUEUE_EXIT, VARIABLE
 
@@ -133,7 +133,7 @@ def render(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path)
         environment=_assignments(environment),
         python=quote(_python(job)),
         trapped=" ".join(signals),
-        grace=ranks.grace_s,
+        grace=ranks.grace,
         srun=_srun(frozen, ranks, job, working_directory),
         requeue=_requeue(job),
         stopped="|".join(map(str, stopped)),
@@ -174,18 +174,18 @@ def _directives(
         "account": job.account,
         "qos": job.qos,
         "array": f"0-{array - 1}" if array is not None else None,
-        "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before_s}" if job.signal_before_s else None,
+        "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before}" if job.signal_before else None,
         "chdir": working_directory,
         "output": f"{frozen.directory}/job-{'%j' if array is None else '%A-%a'}.log",
         "open-mode": "append",
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    return [*given, "requeue", *job.directives]
+    return [*given, "requeue", *job.sbatch]
 
 
 def _srun(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
     """The command that starts the ranks, an option a line."""
-    lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace_s}"]
+    lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace}"]
     if ranks.cpus_per_rank is not None:
         lines.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')  # srun does not take it from the job since SLURM 22.05
     if ranks.starter == "srun":
@@ -196,7 +196,7 @@ def _srun(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) 
         f"--starter {ranks.starter}",
         f"--ranks-per-node {ranks.per_node}",
         '--head "$head" --port "$port"',
-        f"--start-timeout {ranks.start_timeout_s}",
+        f"--start-timeout {ranks.start_timeout}",
         '--logs "$launch/logs/start-$((attempt + 1))"',
     ]
     command = f'-- {frozen.command} "$launch/config.yaml"'
@@ -208,7 +208,7 @@ def _container(frozen: Frozen, job: SlurmJob, working_directory: Path) -> list[s
     if container.image is None:
         return []
     own = [f"{path}:{path}" for path in (working_directory, frozen.target)]
-    mounts = quote(",".join([*dict.fromkeys(own), *container.mounts]))
+    mounts = quote(",".join([*dict.fromkeys(own), *container.mount]))
     if container.runtime == "pyxis":
         return [
             f"--container-image={quote(container.image)}",

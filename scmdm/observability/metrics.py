@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scmdm.config.run import WandbConfig
+from scmdm.config.training import WandbConfig
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
 from scmdm.system.signals import signals_held

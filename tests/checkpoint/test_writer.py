@@ -10,7 +10,7 @@ import safetensors
 from scmdm.checkpoint.checkpoint import checkpoint_name, find_model, list_checkpoints, verify_checkpoint
 from scmdm.checkpoint.writer import retire
 from scmdm.cli import main
-from scmdm.config.run import TrainConfig
+from scmdm.config.training import TrainConfig
 from scmdm.observability.metrics import read_metrics
 from tests.conftest import TINY, scmdm
 

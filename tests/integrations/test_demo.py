@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.sampler import DenoiseConfig, SamplerConfig
+from scmdm.config.sampling import DenoiseConfig, SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
@@ -18,7 +18,7 @@ from scmdm.errors import UserError
 from scmdm.integrations.demo.pages import draw_molecule
 from scmdm.integrations.demo.server import make_app, open_models
 from scmdm.integrations.demo.trajectory import best_guess, entropy, record
-from scmdm.sampling.generate import load
+from scmdm.sampling.generation import load
 from tests.conftest import ROOT, scmdm
 from tests.diffusion.oracle import Oracle
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import scmdm
 from scmdm.checkpoint.checkpoint import seal
+from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.config.run import DiffusionConfig
 from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scmdm.config.model import ModelConfig
-from scmdm.config.run import EmaConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from scmdm.config.run import RunConfig
+from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
