@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,9 +191,14 @@ COMMANDS = (
 )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    return make_parser("scmdm", COMMANDS, _DESCRIPTION, _EPILOG)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = make_parser("scmdm", COMMANDS, _DESCRIPTION, _EPILOG).parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         run_command(options)
     except UserError as error:

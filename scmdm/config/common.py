@@ -16,12 +16,21 @@ def seed_key() -> Any:
 
 def device_key(*, on_resume: bool = False) -> Any:
     """Device to compute on; auto: the GPU, if there is one."""
-    return key("auto", help="auto: the GPU, if there is one", choices=("auto", "cpu", "cuda"), on_resume=on_resume)
+    return key(
+        "auto",
+        help="device to compute on; auto: the GPU, if there is one",
+        choices=("auto", "cpu", "cuda"),
+        on_resume=on_resume,
+    )
 
 
 def precision_key() -> Any:
     """Precision of the network's computations."""
-    return key("auto", help="auto: bfloat16 where the hardware has it", choices=("auto", "float32", "bfloat16"))
+    return key(
+        "auto",
+        help="precision of the network; auto: bfloat16 where the hardware has it",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 def threads_key(*, on_resume: bool = False) -> Any:
@@ -31,7 +40,7 @@ def threads_key(*, on_resume: bool = False) -> Any:
 
 def weights_key() -> Any:
     """Which weights of a model to use."""
-    return key("ema", help="averaged weights, where the model has them, or raw ones", choices=("ema", "raw"))
+    return key("ema", help="weights to use; ema: the averages, where the model has them", choices=("ema", "raw"))
 
 
 def batch_size_key() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +20,7 @@ from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
+_WIDTH, _TEXT_COLUMN = 120, 47  # of the help's lines
 
 
 class OnAdapt(Enum):
@@ -195,7 +197,7 @@ def validate_keys(config: object, prefix: str = "") -> None:
 
 
 def describe_keys(schema: type, prefix: str = "") -> str:
-    """Keys of a configuration class for `--help`: a line each with its default, allowed names and help text.
+    """Keys of a configuration class for `--help`, each with its default, help text and allowed names.
 
     For a section whose class depends on a name, the keys that all names share come first, then those of each name.
     """
@@ -216,7 +218,7 @@ def _lines(fields: Iterable[dataclasses.Field[Any]], prefix: str) -> Iterator[st
 
 def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix: str) -> Iterator[str]:
     selected = getattr(default, rules.selector, MISSING)
-    yield _line(f"{prefix}{rules.selector}", selected, f"{' | '.join(registry.names)}: {rules.help}")
+    yield _line(f"{prefix}{rules.selector}", selected, f"{rules.help} [{' | '.join(registry.names)}]")
     fields = {name: _fields_by_name(registry, name, rules.selector) for name in registry.names}
     known = [found for found in fields.values() if found is not None]
     first = known[0] if len(known) > 1 else {}
@@ -227,7 +229,8 @@ def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix:
         if own is None:
             yield "    (a package that it needs is not installed; see `scmdm doctor`)"
             continue
-        lines = [f"  {line}" for line in _lines((own[key] for key in own if key not in shared), prefix)]
+        own_lines = _lines((own[key] for key in own if key not in shared), prefix)
+        lines = [textwrap.indent(line, "  ") for line in own_lines]
         yield from lines or ["    (no other keys)"]
 
 
@@ -245,13 +248,16 @@ def _same(one: dataclasses.Field[Any], other: dataclasses.Field[Any] | None) -> 
 
 
 def _line(name: str, default: object, text: str) -> str:
-    return f"  {f'{name}={_shown(default)}':<44} {text}".rstrip()
+    """`  name=default   text`, with the text wrapped in its own column."""
+    start = f"  {f'{name}={_shown(default)}':<{_TEXT_COLUMN - 3}} "
+    wrapped = textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _TEXT_COLUMN)
+    return (wrapped if text else start).rstrip()
 
 
 def _help(rules: Key | None) -> str:
     if rules is None:
         return ""
-    return f"{' | '.join(rules.choices)}: {rules.help}" if rules.choices else rules.help
+    return f"{rules.help} [{' | '.join(rules.choices)}]" if rules.choices else rules.help
 
 
 def _shown(default: object) -> str:

@@ -28,7 +28,7 @@ class RunConfig:
     precision: str = precision_key()
     engine: str = key(
         "auto",
-        help="auto: fsdp2 under torchrun, else single",
+        help="distributed engine; auto: fsdp2 under torchrun, else single",
         choices=("auto", "single", "fsdp2", "deepspeed"),
         on_resume=True,
     )
