@@ -71,8 +71,8 @@ COMMANDS = (
         (argument("config", "YAML file of a run, or of a model, such as configs/model/8b.yaml", Path),),
         "planner.plan:PlanConfig",
         (
-            argument("--nodes", "machines", int, 1, at_least=1),
-            argument("--gpus-per-node", "GPUs per machine", int, 8, at_least=1),
+            argument("--nodes", "machines", int, 1, at_least=1, at_most=65536),
+            argument("--gpus-per-node", "GPUs per machine", int, 8, at_least=1, at_most=1024),
             argument("--gpu", "h100, h200, a100, b200 or l40s", str, "h100"),
             argument("--length", "tokens per sequence (default: those of the data set)", int, None, at_least=1),
             argument("--vocab", "vocabulary size with the mask (default: of the data set)", int, None, at_least=2),
@@ -176,7 +176,7 @@ COMMANDS = (
         "launch.submit:launch_slurm",
         (_LAUNCHED, _CONFIG),
         overrides=True,
-        options=(_DRY_RUN, argument("--array", "prepare: number of array tasks", int, 1, at_least=1)),
+        options=(_DRY_RUN, argument("--array", "prepare: number of array tasks", int, 1, at_least=1, at_most=65536)),
         option_groups={"ranks": Ranks, "job": SlurmJob},
     ),
     Command(
@@ -185,7 +185,10 @@ COMMANDS = (
         "launch.submit:launch_local",
         (_LAUNCHED, _CONFIG),
         overrides=True,
-        options=(_DRY_RUN, argument("--attempts", "starts at most, when ranks fail", int, 1, at_least=1)),
+        options=(
+            _DRY_RUN,
+            argument("--attempts", "starts at most, when ranks fail", int, 1, at_least=1, at_most=65536),
+        ),
         option_groups={"ranks": LocalRanks},
     ),
 )

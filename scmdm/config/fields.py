@@ -84,7 +84,11 @@ class Key:
 
 
 def _number(bound: float) -> str:
-    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
+    if not float(bound).is_integer():
+        return f"{bound:g}"
+    whole = int(bound)
+    power = whole.bit_length() - 1
+    return f"2^{power}" if power >= 20 and whole == 2**power else str(whole)
 
 
 def key(

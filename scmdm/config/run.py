@@ -97,7 +97,7 @@ class RunConfig:
             model.estimate_rank is None or model.estimate_top_k is not None,
             "model.estimate_rank",
             model.estimate_rank,
-            "null without model.estimate_top_k",
+            "set with model.estimate_top_k",
         )
         require(
             self.device != "cpu" or model.attention in ("auto", "sdpa"),

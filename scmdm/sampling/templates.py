@@ -88,4 +88,4 @@ def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     try:
         return tokenizer.encode(text) if text else []
     except UnknownSymbol as error:
-        raise UserError(f"{name}={text!r} cannot be encoded: {error} is not in the model's vocabulary") from error
+        raise UserError(f"{name}={text!r} cannot be encoded with the model's vocabulary: {error}") from error
