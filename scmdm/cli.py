@@ -74,8 +74,22 @@ COMMANDS = (
             argument("--nodes", "machines", int, 1, at_least=1, at_most=65536),
             argument("--gpus-per-node", "GPUs per machine", int, 8, at_least=1, at_most=1024),
             argument("--gpu", "h100, h200, a100, b200 or l40s", str, "h100"),
-            argument("--length", "tokens per sequence (default: those of the data set)", int, None, at_least=1),
-            argument("--vocab", "vocabulary size with the mask (default: of the data set)", int, None, at_least=2),
+            argument(
+                "--length",
+                "tokens per sequence (default: those of the data set)",
+                int,
+                None,
+                at_least=1,
+                at_most=2**31,
+            ),
+            argument(
+                "--vocab",
+                "vocabulary size, mask included (default: that of the data set)",
+                int,
+                None,
+                at_least=2,
+                at_most=2**31,
+            ),
             argument(
                 "--efficiency",
                 "achieved fraction of the peak of matrix products (default: measured ones)",
@@ -187,7 +201,7 @@ COMMANDS = (
         overrides=True,
         options=(
             _DRY_RUN,
-            argument("--attempts", "starts at most, when ranks fail", int, 1, at_least=1, at_most=65536),
+            argument("--attempts", "starts at most, when ranks fail", int, 1, at_least=1, at_most=1000),
         ),
         option_groups={"ranks": LocalRanks},
     ),

@@ -81,6 +81,13 @@ class Command:
     option_groups: dict[str, type] = field(default_factory=dict)  # dataclasses whose keys are options, by parameter
     overrides: bool = False  # takes key=value without having a schema
 
+    def all_arguments(self) -> Iterator[Argument]:
+        """Positional arguments, options, and the options of groups."""
+        yield from self.arguments
+        yield from self.options
+        for group in self.option_groups.values():
+            yield from _options_of(group)
+
     def load_schema(self) -> type:
         """Import the dataclass of the configuration."""
         assert self.schema is not None
@@ -124,7 +131,7 @@ def _add(commands: _Commands, name: str, command: Command) -> None:
     parser = commands.add_parser(name, help=command.summary, description=command.summary, formatter_class=layout)
     parser.command = command
     parser.set_defaults(command=command)
-    for declared in _all_arguments(command):
+    for declared in command.all_arguments():
         declared.add_to(parser)
     if command.schema is not None or command.overrides:
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, as in optimizer.lr=3e-4")
@@ -137,7 +144,7 @@ def run_command(options: argparse.Namespace) -> None:
     """
     values = dict(vars(options))
     command: Command = values.pop("command")
-    for declared in _all_arguments(command):
+    for declared in command.all_arguments():
         declared.check(values[declared.attribute])
     positional = [values.pop(declared.attribute) for declared in command.arguments]
     if command.schema is not None:
@@ -164,13 +171,6 @@ def _with_config(command: Command, values: dict[str, Any], positional: list[Any]
 def _load(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(f"scmdm.{module}"), attribute)
-
-
-def _all_arguments(command: Command) -> Iterator[Argument]:
-    yield from command.arguments
-    yield from command.options
-    for group in command.option_groups.values():
-        yield from _options_of(group)
 
 
 def _options_of(group: type, prefix: str = "--") -> Iterator[Argument]:
