@@ -15,7 +15,7 @@ from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
-from scmdm.integrations.demo.pages import draw_molecule
+from scmdm.integrations.demo.serialization import draw_molecule
 from scmdm.integrations.demo.server import make_app, open_models
 from scmdm.integrations.demo.trajectory import best_guess, entropy, record
 from scmdm.sampling.generation import load
@@ -163,4 +163,4 @@ def test_a_port_that_is_taken(base, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["demo", str(base), "--port", str(port)]) == 1
-    assert f"port={port} cannot be had" in capsys.readouterr().err
+    assert f"port={port} is not available" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the page is told: trajectories as JSON, with pictures where the domain has them."""
+"""Models and trajectories as JSON, for the page of the demo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH, _HEIGHT, _BOND = 320, 220, 42  # pixels
 
 
 def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
-    """What does not change between samples: who this is, and how its ids are to be shown."""
+    """The model's name, path and step, and how the page displays its token ids."""
     tokenizer = loaded.tokenizer
     specials = {tokenizer.pad_id: "pad", tokenizer.bos_id: "mark", tokenizer.eos_id: "mark"}
     return {
@@ -34,7 +34,7 @@ def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
 
 
 def _layout(tokenizer: Tokenizer) -> Json | None:
-    """How a sequence is a picture: its ids behind [BOS] are levels, row by row; None where it is none."""
+    """Layout of a picture: the ids after [BOS] are levels, row by row. None if sequences are not pictures."""
     if not isinstance(tokenizer, LevelTokenizer) or tokenizer.kind != "levels":
         return None
     layout = tokenizer.layout
@@ -43,7 +43,7 @@ def _layout(tokenizer: Tokenizer) -> Json | None:
 
 
 def describe_trajectory(trajectory: Trajectory, tokenizer: Tokenizer) -> Json:
-    """The frames of a sample; `pieces` has the text of every id in them."""
+    """Frames, text and cost of a sample. `pieces` maps each id that occurs in a frame to its text."""
     frames = trajectory.frames
     shown = sorted({i for frame in frames for i in (*frame.tokens, *best_guess(frame))})
     drawings, drawing_of = _drawings(frames, tokenizer)
