@@ -1,4 +1,4 @@
-"""Packed files, line by line, in bounded memory. A damaged one gives what is whole before the damage."""
+"""Lines of compressed files in bounded memory. Of a damaged file, the lines before the damage are read."""
 
 from __future__ import annotations
 
@@ -10,70 +10,73 @@ from typing import IO
 
 from scmdm.system.package_data import optional
 
-_UNPACKED = 1 << 20  # bytes unpacked at once
-_PACKED = 1 << 16  # packed bytes read at once, each of which may unpack to hundreds
-_GZIP = 16 + zlib.MAX_WBITS  # with gzip's own header
-_ZSTD_WINDOW = 1 << 31  # the largest that `zstd --long=31` writes
+_OUTPUT_BYTES = 1 << 20  # decompressed at once
+_INPUT_BYTES = 1 << 16  # read at once; each may decompress to hundreds
+_GZIP = 16 + zlib.MAX_WBITS  # expect a gzip header
+_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31`, the largest
 
-Unpack = Callable[[IO[bytes]], Iterator[bytes]]  # bytes of a file; EOFError or OSError for damage
+Decompress = Callable[[IO[bytes]], Iterator[bytes]]  # raises EOFError, OSError or zlib.error for damage
 
 
-class PackedLines:
-    """The lines of a packed file, each with its place; of one of more than `longest` bytes come the first `longest` and
-    one. A byte order mark is no part of a line, and a line that damage cuts off is left out."""
+class CompressedLines:
+    """Iterable of the lines of a compressed file, each with a description of its place.
 
-    def __init__(self, path: Path, unpack: Unpack, longest: int) -> None:
-        self._path, self._unpack, self._longest = path, unpack, longest
-        self.damage: str | None = None  # known at the end: where, and what
+    A line of more than `longest` bytes is cut after `longest + 1`. A leading byte order mark is removed. An incomplete
+    line before damage is dropped.
+    """
+
+    def __init__(self, path: Path, decompress: Decompress, longest: int) -> None:
+        self._path, self._decompress, self._longest = path, decompress, longest
+        self.damage: str | None = None  # place and reason; set at the end of the iteration
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         number, rest, first = 0, b"", True
         try:
             with open(self._path, "rb") as file:
-                for chunk in self._unpack(file):
+                for chunk in self._decompress(file):
                     if first and chunk:
                         chunk, first = chunk.removeprefix(codecs.BOM_UTF8), False
                     *whole, rest = (rest + chunk).split(b"\n")
-                    for number, line in enumerate(whole, number + 1):  # noqa: B020 (goes on counting)
+                    for number, line in enumerate(whole, number + 1):  # noqa: B020 (continues the count)
                         yield f"{self._path}, line {number}", line[: self._longest] + b"\n"
                     rest = rest[: self._longest + 1]
         except (EOFError, OSError, zlib.error) as error:
-            self.damage = f"{self._path} behind line {number} ({' '.join(str(error).split())})"
+            self.damage = f"{self._path} after line {number} ({' '.join(str(error).split())})"
             return
         if rest:
             yield f"{self._path}, line {number + 1}", rest
 
 
-def gunzipped(file: IO[bytes]) -> Iterator[bytes]:
-    """Member by member: `gzip` gives nothing of the read in which it meets the damage."""
+def gunzip(file: IO[bytes]) -> Iterator[bytes]:
+    """Decompress gzip member by member. `gzip.open` would lose the bytes of the read in which it finds damage."""
     member, inside = zlib.decompressobj(_GZIP), False
-    while packed := file.read(_PACKED):
-        # Zeros may stand behind a member, up to the end of a tape's block.
-        while packed := packed if inside else packed.lstrip(b"\0"):
-            yield member.decompress(packed, _UNPACKED)
-            packed, inside = (member.unused_data, False) if member.eof else (member.unconsumed_tail, True)
+    while compressed := file.read(_INPUT_BYTES):
+        # Tapes pad a member with zeros to the end of a block.
+        while compressed := compressed if inside else compressed.lstrip(b"\0"):
+            yield member.decompress(compressed, _OUTPUT_BYTES)
+            compressed, inside = (member.unused_data, False) if member.eof else (member.unconsumed_tail, True)
             if not inside:
                 member = zlib.decompressobj(_GZIP)
     if inside:
         yield member.flush()
         if not member.eof:
-            raise EOFError("the last member is cut off")
+            raise EOFError("the last member is truncated")
 
 
 def unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own reader takes the end of the file for the end of a frame that was cut."""
-    zstandard = optional("zstandard", f"{getattr(file, 'name', 'a .zst file')}")
-    unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    frame, inside = unpacker.decompressobj(), False
-    while packed := file.read(_PACKED):
-        while packed:
+    """Decompress zstandard frame by frame. The reader of `zstandard` would accept a truncated frame."""
+    zstandard = optional("zstandard", str(getattr(file, "name", "a .zst file")), "text")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    frame, inside = decompressor.decompressobj(), False
+    while compressed := file.read(_INPUT_BYTES):
+        while compressed:
             inside = True
             try:
-                yield frame.decompress(packed)
+                yield frame.decompress(compressed)
             except zstandard.ZstdError as error:
                 raise OSError(str(error)) from error
-            packed = frame.unused_data if frame.eof else b""
+            compressed = frame.unused_data if frame.eof else b""
             if frame.eof:
-                frame, inside = unpacker.decompressobj(), False
+                frame, inside = decompressor.decompressobj(), False
     if inside:
-        raise EOFError("the last frame is cut off")
+        raise EOFError("the last frame is truncated")

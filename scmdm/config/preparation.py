@@ -50,6 +50,10 @@ TOKENIZERS = Registry(
     },
 )
 
+# Choices of the text sources, which evaluation on texts shares.
+TEXT_UNITS = ("passages", "documents", "lines")
+TEXT_DETOKENIZERS = ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_papers")
+
 
 @dataclass
 class SectionConfig:

@@ -17,7 +17,7 @@ from scmdm.data.dataset import COLUMN
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
 from scmdm.data.mixture import Data
 from scmdm.data.preparation.shard_writer import Description, write_dataset
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_reading_a_damaged_split_names_it(molecules, tmp_path):
 
 
 def test_rows_of_a_split_over_several_shards(tmp_path):
-    tokenizer = SymbolTokenizer("characters", "abcdefgh")
+    tokenizer = CharacterTokenizer("abcdefgh")
     texts = {name: [[4 + (i * k) % 8 for k in range(6)] for i in range(500)] for name in ("train", "validation")}
     write_dataset(tmp_path / "data", tokenizer, texts, Description("x", 8, "loss", "given", {}), shard_bytes=2000)
     whole = read_split(tmp_path / "data", "train")

@@ -28,8 +28,13 @@ def genomes(place, letters, empty_yaml, *keys):
     for number, (species, alphabet) in enumerate(letters.items()):
         text = "".join(random.Random(number).choices(alphabet, k=6000))
         (place / "fasta" / f"{species}.fa").write_text(f">{species}\n{text}\n")
-    keys = ("source=genomes", "tokenizer=dna", "length=18", "workers=1", "block_windows=4", *keys)
-    options = [f"path={place / 'fasta'}", f"out={place / 'data'}", "validation_fraction=0.2", "test_fraction=0.1"]
+    keys = ("source.name=genomes", "tokenizer.name=dna", "length=18", "workers=1", "source.block_windows=4", *keys)
+    options = [
+        f"source.path={place / 'fasta'}",
+        f"out={place / 'data'}",
+        "validation_fraction=0.2",
+        "test_fraction=0.1",
+    ]
     assert main(["prepare", str(empty_yaml), *keys, *options]) == 0
     return place / "data"
 

@@ -38,7 +38,9 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 class HuggingFaceConfig(TokenizerConfig):
     """Keys of Hugging Face tokenizers."""
 
-    path: str = key(MISSING, formerly=("tokenizer_path",), help="tokenizer.json, or the folder of a transformers tokenizer")
+    path: str = key(
+        MISSING, formerly=("tokenizer_path",), help="tokenizer.json, or the folder of a transformers tokenizer"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> Path:
         path = directory / "tokenizer.json"
-        content = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
+        content: dict[str, Any] = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
         if self._padded:
             content["vocab_size"] = self.vocab_size
         atomic_write_text(path, json.dumps(content, ensure_ascii=False) + "\n")

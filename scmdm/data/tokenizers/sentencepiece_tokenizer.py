@@ -28,7 +28,9 @@ class SentencePieceConfig(TokenizerConfig):
     """Keys of sentencepiece tokenizers."""
 
     path: str | None = key(None, formerly=("tokenizer_path",), help=".model file; null: train a model on the corpus")
-    vocab_size: int = key(2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1)
+    vocab_size: int = key(
+        2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1
+    )
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -73,7 +73,9 @@ class CorpusSymbolsConfig(TokenizerConfig):
     """Keys of tokenizers whose vocabulary is the set of symbols of the corpus."""
 
     path: str | None = key(
-        None, formerly=("tokenizer_path",), help="tokenizer.json of a model or a data set, for its vocabulary; null: the symbols of the corpus"
+        None,
+        formerly=("tokenizer_path",),
+        help="tokenizer.json of a model or a data set, for its vocabulary; null: the symbols of the corpus",
     )
 
 

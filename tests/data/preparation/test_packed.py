@@ -19,7 +19,14 @@ CPU = torch.device("cpu")
 
 
 def prepared(path, out, empty_yaml, *keys):
-    options = [f"path={path}", f"out={out}", "source=text", "unit=documents", "tokenizer=bytes", "length=64"]
+    options = [
+        f"source.path={path}",
+        f"out={out}",
+        "source.name=text",
+        "source.unit=documents",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
     fractions = ["validation_fraction=0.2", "test_fraction=0.2", "workers=1"]
     assert main(["prepare", str(empty_yaml), *options, *fractions, *keys]) == 0
     assert not verify_dataset(out, hashes=True)
@@ -41,7 +48,7 @@ def prompted(tmp_path_factory, empty_yaml):
     rows = [{"ask": f"{number:03}?" + "q" * (number % 20), "answer": "a" * (number % 9 + 1)} for number in range(400)]
     rows += [{"ask": "q" * 60, "answer": "too long for a sample"}, {"ask": "no answer"}, {"ask": "1", "answer": " "}]
     (place / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    keys = ("prompt_key=ask", "response_key=answer", "pad_policy=ignore")
+    keys = ("source.prompt_key=ask", "source.response_key=answer", "pad_policy=ignore")
     return place / "data", prepared(place / "a.jsonl", place / "data", empty_yaml, *keys)
 
 
@@ -122,10 +129,19 @@ def test_whole_splits_are_read_as_before(packed):
 
 
 def test_prompts_are_not_cut_or_packed(tmp_path, empty_yaml, capsys):
-    options = ["source=text", f"path={tmp_path}", f"out={tmp_path / 'a'}", "tokenizer=bytes", "length=64"]
+    options = [
+        "source.name=text",
+        f"source.path={tmp_path}",
+        f"out={tmp_path / 'a'}",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
     for keys, message in (
-        (["prompt_key=a"], "prompt_key='a' is not possible; it must be given with response_key"),
-        (["prompt_key=a", "response_key=b", "framing=concatenate"], "it must be records with response_key"),
+        (["source.prompt_key=a"], "source.prompt_key='a' is not possible"),
+        (
+            ["source.prompt_key=a", "source.response_key=b", "framing=concatenate"],
+            "it must be records with response_key",
+        ),
     ):
         assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
         assert message in capsys.readouterr().err
