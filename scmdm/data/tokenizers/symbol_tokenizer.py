@@ -24,6 +24,7 @@ from scmdm.system.package_data import optional
 SMILES_PIECES = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d")
 
 NUCLEOTIDES = "ACGTN"  # N: unknown
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # X: unknown
 
 
 class SymbolTokenizer(Tokenizer):
@@ -168,3 +169,10 @@ class DnaTokenizer(_FixedAlphabet):
 
     kind = "dna"
     alphabet = NUCLEOTIDES
+
+
+class AminoAcidTokenizer(_FixedAlphabet):
+    """Tokenizer of the 20 standard amino acids and X (unknown)."""
+
+    kind = "amino_acids"
+    alphabet = AMINO_ACIDS

@@ -140,7 +140,6 @@ def test_concatenated_data_has_no_padding_and_counts_what_is_left(corpus, tmp_pa
         (["tokenizer.name=huggingface"], "key `tokenizer.path` is not set"),
         (["tokenizer.path=x"], "unknown key `tokenizer.path`"),
         (["tokenizer.name=characters", "tokenizer.path=x"], "tokenizer.path=x is not a tokenizer file of scmdm"),
-        (["source.name=huggingface", "source.path=null"], "key `source.path` is not set"),
     ],
 )
 def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, message):

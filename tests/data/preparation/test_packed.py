@@ -140,7 +140,7 @@ def test_prompts_are_not_cut_or_packed(tmp_path, empty_yaml, capsys):
         (["source.prompt_key=a"], "source.prompt_key='a' is not possible"),
         (
             ["source.prompt_key=a", "source.response_key=b", "framing=concatenate"],
-            "it must be records with response_key",
+            "framing='concatenate' is not possible",
         ),
     ):
         assert main(["prepare", str(empty_yaml), *options, *keys]) == 1

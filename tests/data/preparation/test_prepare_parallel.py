@@ -115,7 +115,7 @@ def test_killed_and_resumed_it_makes_the_same_bytes(corpus, alone, tmp_path, emp
     assert not out.exists() and len(list(tmp_path.glob(f".data.*.work/{phase}-?????"))) < 5
     done = prepared(empty_yaml, corpus, out, "workers=1")
     assert done.returncode == 0, done.stderr
-    assert "going on with" in done.stdout
+    assert "continuing from" in done.stdout
     assert files(out) == files(alone) and os.listdir(tmp_path) == ["data"]
 
 
@@ -185,7 +185,7 @@ def test_dirt_can_be_refused(corpus, tmp_path, empty_yaml, capsys):
     assert main(["prepare", str(empty_yaml), *keys]) == 1
     printed, error = capsys.readouterr()
     (work,) = tmp_path.glob(".data.*.work")
-    assert f"what is done stays in {work}" in printed
+    assert f"finished work is kept in {work}" in printed
     assert "a.jsonl at byte" in error and "no key text" in error and "on_dirty=skip" in error
     assert not (tmp_path / "data").exists()
 
@@ -195,5 +195,5 @@ def test_dirt_can_be_refused(corpus, tmp_path, empty_yaml, capsys):
 )
 def test_impossible_shares_are_refused(corpus, tmp_path, empty_yaml, capsys, keys):
     assert main(["prepare", str(empty_yaml), *KEYS, f"source.path={corpus}", f"out={tmp_path / 'data'}", *keys]) == 1
-    assert f"{keys[-1].split('=')[0]}=" in capsys.readouterr().err
+    assert keys[-1].split("=")[0] in capsys.readouterr().err
     assert not os.listdir(tmp_path)

@@ -424,4 +424,4 @@ def test_a_package_that_is_not_known_and_labels_that_are_given(tmp_path, empty_y
         main(["prepare", str(empty_yaml), *keys, "source.path=debian:bowtie2-examples", "source.species_from=file"])
         == 1
     )
-    assert "null without a path of yours" in capsys.readouterr().err
+    assert "source.species_from='file' is not possible with source.path=" in capsys.readouterr().err

@@ -153,14 +153,14 @@ def test_its_file_says_all(gpt2, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.json", "does not exist"), ("bad.json", "is no tokenizer.json"), ("empty", "holds no tokenizer")],
+    [("none.json", "does not exist"), ("bad.json", "is not a tokenizer.json"), ("empty", "holds no tokenizer")],
 )
 def test_what_is_no_tokenizer(tmp_path, name, message):
     (tmp_path / "bad.json").write_text('{"version": 1}')
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         HuggingFaceTokenizer.open(HuggingFaceConfig(path=str(tmp_path / name)), padded=True)
-    with pytest.raises(UserError, match="is no sentencepiece model"):
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
         SentencePieceTokenizer.open(SentencePieceConfig(path=str(tmp_path / name)), padded=True)
 
 

@@ -125,14 +125,17 @@ def relabel(folder):
         (lambda folder: (folder / "data_batch_1.bin").write_bytes(b""), [], "data_batch_1.bin has 0 bytes"),
         (relabel, ["on_dirty=refuse"], "data_batch_3.bin at byte 6146: label 77: no such label"),
         (lambda folder: None, ["length=3074"], "length=3074 is not possible; .* set length=3073"),
-        (lambda folder: None, ["source.levels=300"], "source.levels=300 is not possible; it must be from 2 to 256"),
+        (
+            lambda folder: None,
+            ["source.levels=300"],
+            "source.levels=300 is not possible; it must be at least 2 and at most 256",
+        ),
         (lambda folder: None, ["tokenizer.name=smiles"], "tokenizer.name='smiles' is not possible"),
         (
             lambda folder: None,
             ["source.image_size=32"],
-            "source.image_size=32 is not read with source=cifar10, only with images",
+            "unknown key `source.image_size`",
         ),
-        (lambda folder: None, ["source.path=null"], "source.path=None is not possible; it must be given"),
     ],
 )
 def test_damaged_and_misconfigured_cifar10_is_refused(tmp_path, empty_yaml, capsys, damage, keys, message):
@@ -250,7 +253,7 @@ def test_large_pictures_are_scaled_and_cropped_in_the_middle(tmp_path, empty_yam
         (["source.path=/nonexistent/pictures", "length=193"], "is not a folder"),
         (["source.path={empty}", "length=193"], "holds no .png or .jpeg"),
         (["source.path={folder}", "length=192"], "set length=193"),
-        (["source.path={folder}", "length=193", "source.image_size=null"], "source.image_size=None is not possible"),
+        (["source.path={folder}", "length=193", "source.image_size=null"], "source.image_size=None"),
         (["source.path={folder}", "length=193", "source.colour=sepia"], "one of rgb, grey"),
     ],
 )
@@ -305,9 +308,9 @@ def test_codes_that_are_refused(tmp_path, empty_yaml, capsys):
     assert "cannot be read" in capsys.readouterr().err
     np.save(path, np.zeros((4, 16), int))
     assert prepare(empty_yaml, tmp_path / "data", *CODES, f"source.path={path}") == 1
-    assert "source.levels=None" in capsys.readouterr().err
+    assert "key `source.levels` is not set" in capsys.readouterr().err
     assert prepare(empty_yaml, tmp_path / "data", *keys, "source.flips=true") == 1
-    assert "source.flips=True" in capsys.readouterr().err
+    assert "unknown key `source.flips`" in capsys.readouterr().err
 
 
 @given(st.integers(2, 256), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.randoms())
