@@ -98,9 +98,9 @@ class PrepareConfig:
     """Configuration of `scmdm prepare`: from the files of a corpus to a data set of token sequences."""
 
     out: str = key(MISSING, help="directory of the data set; it is created")
-    source: SourceConfig = key(MISSING, help="corpus: its name and the keys of that source", registry=SOURCES)
+    source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
     tokenizer: TokenizerConfig = key(
-        MISSING, help="tokenizer: its name and the keys of that tokenizer", registry=TOKENIZERS
+        MISSING, help="tokenizer", registry=TOKENIZERS
     )
     length: int = key(
         MISSING, help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]", at_least=4

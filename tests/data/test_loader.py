@@ -15,7 +15,7 @@ import torch
 
 from scmdm.data.dataset import COLUMN
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
@@ -23,7 +23,7 @@ from scmdm.errors import UserError
 
 def loader(root, split="train", **options):
     return build_loader(
-        Data.at(root), split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options}
+        DataMixture.at(root), split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options}
     )
 
 
@@ -142,9 +142,9 @@ def test_epochs_go_on_and_on(molecules):
 @pytest.mark.slow
 def test_runs_that_start_together(molecules):
     code = "import sys; from pathlib import Path; from scmdm.data.loader import _construction_lock, build_loader\n"
-    code += "from scmdm.data.mixture import Data\n"
+    code += "from scmdm.data.mixture import DataMixture\n"
     code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
-    code += "for _ in range(8): print(sum(1 for _ in build_loader(Data.at(Path(sys.argv[1])), 'train', **args)))"
+    code += "for _ in range(8): print(sum(1 for _ in build_loader(DataMixture.at(Path(sys.argv[1])), 'train', **args)))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(molecules)]
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]

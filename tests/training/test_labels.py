@@ -11,7 +11,7 @@ from scmdm.cli import main
 from scmdm.config.model import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, State
@@ -135,7 +135,7 @@ def test_the_spec_and_the_batches_know_the_classes(labelled, adapted, data):
     for run in (labelled, adapted):
         spec = read_spec(find_model(run))
         assert spec.classes == 2 and spec.model.labels
-    batch = next(iter(build_loader(Data.at(data), "train", batch_size=8, shuffle=True, seed=0, drop_last=True)))
+    batch = next(iter(build_loader(DataMixture.at(data), "train", batch_size=8, shuffle=True, seed=0, drop_last=True)))
     stored = torch.from_numpy(read_labels(data, "train"))
     assert torch.equal(batch["label"], stored[batch["index"]].long())
 

@@ -239,7 +239,7 @@ class _Preparation:
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
-        """Remove the intermediate results. Renaming comes first: other workers take the missing directory for the end."""
+        """Remove the intermediate results. They are renamed first, because other workers stop when they are gone."""
         doomed = self.work.with_suffix(f".{os.getpid()}.old")
         with suppress(FileNotFoundError):
             self.work.rename(doomed)

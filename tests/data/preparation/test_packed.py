@@ -10,7 +10,7 @@ import torch
 from scmdm.cli import main
 from scmdm.data.loader import build_loader, epochs, read_columns, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.training.validation import to_device, validation_batches
 from tests.conftest import TINY
@@ -83,7 +83,7 @@ def test_valid_positions_of_packed_samples(packed, bos_policy):
 
 
 def test_the_loader_delivers_the_numbers(packed):
-    data = Data.at(packed)
+    data = DataMixture.at(packed)
     loader = build_loader(data, "train", batch_size=8, shuffle=True, seed=0, drop_last=True)
     batch = next(epochs(loader, 8))
     stored = read_columns(packed, "train", sorted(batch["index"].tolist()))

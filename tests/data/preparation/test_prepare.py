@@ -120,11 +120,11 @@ def other_tokenizer(root):
         (lambda root: shard(root).write_bytes(shard(root).read_bytes()[:-9]), "bytes instead of", True),
         (lambda root: flip(shard(root)), "does not match its SHA-256", False),
         (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is missing", True),
-        (other_tokenizer, "is not the one that the manifest names", True),
+        (other_tokenizer, "is not that of the manifest", True),
         (lambda root: lie(root, vocab_size=99), "the manifest says 99", True),
         (lambda root: (root / "train/index.json").unlink(), "index.json is missing", True),
         (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", False),
-        (lambda root: lie(root, length=99), "is not what the manifest says", False),
+        (lambda root: lie(root, length=99), "holds ids of shape", False),
         (lambda root: lie(root, mask_id=0), "holds the mask id 0", False),
     ],
     ids=[
