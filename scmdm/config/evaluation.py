@@ -19,7 +19,7 @@ from scmdm.config.common import (
 )
 from scmdm.config.fields import key, require
 from scmdm.config.loading import read_config
-from scmdm.config.preparation import CHOICES
+from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.config.sampling import SamplerConfig
 
 
@@ -29,10 +29,8 @@ class ZeroShotConfig:
 
     path: str = fields.key(MISSING, help="file or folder")
     key: str = fields.key("text", help="key or column of the text")
-    unit: str = fields.key("documents", help="records to split files into", choices=tuple(map(str, CHOICES["unit"])))
-    detokenize: str = fields.key(
-        "none", help="corpus whose spacing to undo", choices=tuple(map(str, CHOICES["detokenize"]))
-    )
+    unit: str = fields.key("documents", help="records to split files into", choices=TEXT_UNITS)
+    detokenize: str = fields.key("none", help="corpus whose spacing to undo", choices=TEXT_DETOKENIZERS)
 
 
 @dataclass

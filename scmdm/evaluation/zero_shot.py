@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.text import TextFolder, Units
+from data_prep.text import TextConfig, TextSource
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.framing import FRAMERS
 from scmdm.data.preparation.records import Tally
@@ -51,7 +51,8 @@ def read_texts(
     path: Path, *, keys: Sequence[str] = ("text",), unit: str = "documents", detokenize: str = "none"
 ) -> list[str]:
     """The texts of a file or a folder, in any format that `scmdm prepare` takes. Raises UserError as it does."""
-    source, tally = TextFolder(path, keys, units=Units(unit, detokenize)), Tally()
+    config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize)
+    source, tally = TextSource(config, length=0), Tally()
     found = [record.text for part in source.parts(_PART) for record in source.records(part, tally)]
     if not found:
         raise UserError(f"{path} holds no usable text ({dict(tally.counts)}); give another file, or another key")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from data_prep import make_source
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.data.preparation.shard_writer import check_place
+from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
 from scmdm.observability.git_revision import REVISION_FILE, git_revision
 from scmdm.system.files import atomic_write_text
@@ -58,7 +58,7 @@ class Frozen:
 
 
 def resolve_preparation(config: Path, overrides: list[str], tasks: int) -> PrepareConfig:
-    """The configuration of a preparation by so many tasks; UserError now for what would fail when they start."""
+    """Configuration of a preparation by `tasks` tasks. Raises UserError for what would fail when they start."""
     resolved = load_config(PrepareConfig, config, [*overrides, f"slice=0/{tasks}"])
     check_place(Path(resolved.out))
     make_source(resolved).files()

@@ -23,7 +23,7 @@ from scmdm.checkpoint.checkpoint import list_checkpoints, sha256_of_model
 from scmdm.config.loading import flatten
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import remote_of
-from scmdm.data.mixture import Data, Source
+from scmdm.data.mixture import DataMixture, DataStream
 from scmdm.data.mosaic_streaming import bytes_to_int
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel
@@ -94,7 +94,7 @@ class Started:
 
 def check_start(
     config: RunConfig,
-    data: Data,
+    data: DataMixture,
     spec: ModelSpec,
     base: StoredModel | None,
     directory: Path,
@@ -129,7 +129,7 @@ def check_start(
 
 def collect(
     config: RunConfig,
-    data: Data,
+    data: DataMixture,
     spec: ModelSpec,
     base: StoredModel | None,
     directory: Path,
@@ -238,7 +238,7 @@ def _configuration(config: RunConfig) -> dict[str, str]:
     return {key: str(value) for key, value in flat.items() if key not in local}
 
 
-def _inputs(data: Data, base: StoredModel | None) -> dict[str, str]:
+def _inputs(data: DataMixture, base: StoredModel | None) -> dict[str, str]:
     found = {"the data": data.manifest.fingerprint()}
     return found if base is None else {**found, "the base": sha256_of_model(base.path)}
 
@@ -265,8 +265,8 @@ def _run_places(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator
     yield from _place("run_dir", directory, size, size * max(1, lacking), remedy)
 
 
-def _machine_places(config: RunConfig, data: Data) -> Iterator[Place]:
-    for source in data.sources:
+def _machine_places(config: RunConfig, data: DataMixture) -> Iterator[Place]:
+    for source in data.streams:
         if remote_of(source.root) is not None:
             needed, wanted = _cache_needs(config, source)
             remedy = "free space, set data.cache_limit, or put the cache on another disk"
@@ -275,7 +275,7 @@ def _machine_places(config: RunConfig, data: Data) -> Iterator[Place]:
     yield from _place("shared memory", Path("/dev/shm"), _SHM_LEAST, _SHM_WANTED, remedy)
 
 
-def _cache_needs(config: RunConfig, source: Source) -> tuple[int, int]:
+def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
     """Bytes of the largest shard that is still to come, and of all that will come."""
     files = [file for split in source.manifest.splits.values() for file in split.files]
     missing = [file.bytes for file in files if not (source.root / file.file).is_file()]

@@ -12,7 +12,7 @@ from scmdm.checkpoint.checkpoint import TrainState, load_checkpoint, newest_chec
 from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
@@ -35,7 +35,7 @@ class Run:
 
     config: RunConfig
     directory: Path
-    data: Data
+    data: DataMixture
     spec: ModelSpec
     engine: Engine
     ema: Ema | None

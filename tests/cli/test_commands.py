@@ -12,7 +12,7 @@ import yaml
 import scmdm
 from scmdm.cli import main
 from scmdm.data.loader import read_split
-from scmdm.data.tokenizers import SymbolTokenizer, is_framed, load_tokenizer
+from scmdm.data.tokenizers import SmilesTokenizer, is_framed, load_tokenizer
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
 from scmdm.evaluation.statistics import mean_interval
@@ -160,7 +160,7 @@ def test_prompt_and_infill(base, tmp_path):
 
 
 def test_templates():
-    t = SymbolTokenizer("smiles", ["C", "N", "O"])
+    t = SmilesTokenizer(["C", "N", "O"])
     c, n, _ = t.encode("CNO")
     m = t.mask_id
     assert make_template(t, 5, None, None, bos_given=False).tolist() == [m] * 5
@@ -345,7 +345,13 @@ def test_the_text_road_end_to_end(tmp_path, empty_yaml, capsys):
         "\n\n".join(f"Line {i} of a small play. Enter {i * 7 % 13} ghosts. " * 20 for i in range(150))
     )
     data, run, adapted = tmp_path / "data", tmp_path / "base", tmp_path / "adapted"
-    prepare = ["source=text", f"path={tmp_path / 'a.txt'}", "tokenizer=characters", "length=32", "pad_policy=ignore"]
+    prepare = [
+        "source.name=text",
+        f"source.path={tmp_path / 'a.txt'}",
+        "tokenizer.name=characters",
+        "length=32",
+        "pad_policy=ignore",
+    ]
     assert (
         main(["prepare", str(empty_yaml), f"out={data}", "validation_fraction=0.2", "test_fraction=0.2", *prepare]) == 0
     )

@@ -9,7 +9,14 @@ from scipy.spatial.distance import jensenshannon
 from scmdm.cli import main
 from scmdm.domains.codes.code_quality import CodeReference, distance, evaluate_codes, pairs, usage
 
-KEYS = ["source=codes", "tokenizer=codes", "length=13", "levels=9", "validation_fraction=0.2", "test_fraction=0.2"]
+KEYS = [
+    "source.name=codes",
+    "tokenizer.name=codes",
+    "length=13",
+    "source.levels=9",
+    "validation_fraction=0.2",
+    "test_fraction=0.2",
+]
 
 
 def test_pairs_by_hand():
@@ -55,7 +62,7 @@ def test_from_codes_to_codes(tmp_path, capsys, shape):
     (tmp_path / "empty.yaml").write_text("{}")
     data, run = tmp_path / "data", tmp_path / "run"
     empty = str(tmp_path / "empty.yaml")
-    assert main(["prepare", empty, *KEYS, f"path={tmp_path / 'codes.npy'}", f"out={data}", "workers=1"]) == 0
+    assert main(["prepare", empty, *KEYS, f"source.path={tmp_path / 'codes.npy'}", f"out={data}", "workers=1"]) == 0
     model = ["model.width=16", "model.layers=1", "model.heads=2", "model.condition_width=8"]
     train = ["train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16"]
     assert main(["train", empty, f"data.path={data}", f"run_dir={run}", *model, *train]) == 0

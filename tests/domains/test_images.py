@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest
-from scmdm.data.preparation.shard_writer import Description, Row, join_pieces, write_piece
-from scmdm.data.tokenizers import Layout, LevelTokenizer, SymbolTokenizer
+from scmdm.data.preparation.framing import FramedSequence
+from scmdm.data.preparation.shard_writer import Description, join_pieces, write_piece
+from scmdm.data.tokenizers import CharacterTokenizer, GridLayout, LevelTokenizer
 from scmdm.domains.frechet import Moments, frechet_distance
 from scmdm.domains.images import classifier
 from scmdm.domains.images.classifier import ClassifierKey, classify, train_classifier, trained_classifier
@@ -74,8 +75,8 @@ def test_frechet_distance_of_few_samples_is_finite_and_zero_on_itself():
     assert frechet_distance(a, b) > 1
 
 
-LAYOUT = Layout(8, 8, 1, 4)
-TOKENIZER = LevelTokenizer("levels", LAYOUT)
+LAYOUT = GridLayout(8, 8, 1, 4)
+TOKENIZER = LevelTokenizer(LAYOUT)
 
 
 def bars(number, seed):
@@ -98,7 +99,7 @@ def write_bars(root, *, labels=("standing", "lying"), flips=False):
     def rows():
         for split, (ids_NL, labels_N) in sets.items():
             for ids, label in zip(ids_NL.tolist(), labels_N.tolist(), strict=True):
-                yield split, Row(ids, label if labels else None)
+                yield split, FramedSequence(ids, label if labels else None)
 
     write_piece(root.parent / "piece", rows(), TOKENIZER, description, 1 << 20)
     join_pieces(root, [root.parent / "piece"], list(sets), TOKENIZER, description)
@@ -184,9 +185,9 @@ def test_mirror_images_are_no_reference(tmp_path):
 
 
 def test_text_is_no_picture(tmp_path):
-    tokenizer = SymbolTokenizer("characters", "ab")
+    tokenizer = CharacterTokenizer("ab")
     description = Description("text", 4, "loss", "given", {})
-    write_piece(tmp_path / "piece", [("train", Row([1, 4, 2]))], tokenizer, description, 1 << 20)
+    write_piece(tmp_path / "piece", [("train", FramedSequence([1, 4, 2]))], tokenizer, description, 1 << 20)
     join_pieces(tmp_path / "data", [tmp_path / "piece"], ["train"], tokenizer, description)
     with pytest.raises(UserError, match="holds characters, not pictures"):
         ImageReference.make(tmp_path / "data", "train", work=tmp_path)

@@ -17,10 +17,16 @@ from scmdm.errors import UserError
 
 BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))
 SETS = {
-    "genomes": ("source=genomes", "tokenizer=dna", "length=34", "path={folder}", "block_windows=8"),
-    "images": ("source=digits", "tokenizer=levels", "length=65", "limit=400"),
-    "molecules": ("source=qm9", "tokenizer=smiles", "length=24", "limit=400"),
-    "text": ("source=text", "tokenizer=bytes", "length=64", "path={folder}"),
+    "genomes": (
+        "source.name=genomes",
+        "tokenizer.name=dna",
+        "length=34",
+        "source.path={folder}",
+        "source.block_windows=8",
+    ),
+    "images": ("source.name=digits", "tokenizer.name=levels", "length=65", "limit=400"),
+    "molecules": ("source.name=qm9", "tokenizer.name=smiles", "length=24", "limit=400"),
+    "text": ("source.name=text", "tokenizer.name=bytes", "length=64", "source.path={folder}"),
 }
 
 

@@ -27,7 +27,13 @@ def dataset(tmp_path_factory):
     rows = [{"q": f"say {i % 17} twice? ", "a": f"{i % 17} {i % 17} it is"} for i in range(90)]
     (folder / "dialogue.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "empty.yaml").write_text("{}")
-    keys = ["source=text", f"path={folder / 'dialogue.jsonl'}", "prompt_key=q", "response_key=a", "tokenizer=bytes"]
+    keys = [
+        "source.name=text",
+        f"source.path={folder / 'dialogue.jsonl'}",
+        "source.prompt_key=q",
+        "source.response_key=a",
+        "tokenizer.name=bytes",
+    ]
     more = ["length=48", "pad_policy=loss", "deduplicate=false", *FRACTIONS, f"out={folder / 'data'}", "workers=1"]
     assert main(["prepare", str(folder / "empty.yaml"), *keys, *more]) == 0
     return folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scmdm.cli import main
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import SmilesTokenizer
 from scmdm.evaluation import figures
 from scmdm.evaluation.report import study_report
 from scmdm.evaluation.statistics import mean_interval, paired_difference
@@ -92,7 +92,7 @@ def study(tmp_path):
             rows += [{"kind": "validation", "step": 30, "nelbo_null": 0.5, "nelbo_conditioned": 0.4, "tokens": 3000}]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / f"{name}-0" / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
-    SymbolTokenizer("smiles", ["C", "O"]).save(tmp_path)
+    SmilesTokenizer(["C", "O"]).save(tmp_path)
     content = {"title": "A <study>", "config": "key: value", "environment": {"python": "3"}}
     (tmp_path / "held_out_test.jsonl").write_text('{"text": "CCC", "framed": true}\n{"text": "CO", "framed": true}\n')
     content |= {"domain": "molecules", "tokenizer": "tokenizer.json", "held_out": "held_out_test.jsonl"}

@@ -12,7 +12,7 @@ import scmdm
 from scmdm.checkpoint.checkpoint import seal
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files
@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 
 from scmdm.integrations import lm_eval as harness
 
-TOKENIZER = SymbolTokenizer("characters", "ab ")
+TOKENIZER = CharacterTokenizer("ab ")
 LENGTH = 16
 LOG_P = {"a": math.log(0.6), "b": math.log(0.3), " ": math.log(0.1)}
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.moses import Moses, read_smiles
+from data_prep.moses import PUBLISHED_SPLITS, read_smiles
 from scmdm.distributed.engine import resolve_device
 from scmdm.domains.frechet import frechet_distance
 from scmdm.domains.molecules.moses_config import MosesConfig
@@ -38,7 +38,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
         require_writable(Path(config.out))
     device = resolve_device(config.device).type
     work = Work(core_count(), device, progress=True)
-    published = source in Moses.published
+    published = source in PUBLISHED_SPLITS
     if published:
         smiles, size = _published(source, config.num)
         framed, work = [True] * len(smiles), replace(work, cache=cache_folder())
@@ -78,7 +78,7 @@ def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
             found = found[1:] if found[:1] == [("SMILES", True)] else found
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(Moses.published)}"
+            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(PUBLISHED_SPLITS)}"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
