@@ -20,7 +20,7 @@ A run is one YAML file and key=value overrides:
   scmdm adapt   configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm
   scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
   scmdm demo    runs/qm9-scmdm                            watch it denoise, beside its base, in a browser
-  scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
+  scmdm evaluate runs/qm9-scmdm sampler.steps=32 metrics.fcd=true
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, current job
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
@@ -108,7 +108,7 @@ COMMANDS = (
         "Measure the metrics of MOSES on a file of molecules, or on its own training or test set.",
         "domains.molecules.moses_table:run_moses",
         (argument("source", "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds"),),
-        "domains.molecules.moses_config:MosesConfig",
+        "domains.molecules.config:MosesConfig",
     ),
     Command(
         "demo",

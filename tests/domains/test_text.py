@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from scmdm.domains.text.ngram import NgramModel
-from scmdm.domains.text.text_quality import (
+from scmdm.domains.text.metrics import (
     NgramScorer,
     distinct_n,
     evaluate_text,
     generative_perplexity,
     unigram_entropy,
 )
+from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
 
 TEXTS = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat sat on a mat"] * 2 + ["the end of it"]

@@ -12,8 +12,8 @@ import pytest
 from scmdm.cli import main
 from scmdm.data.tokenizers import SmilesTokenizer
 from scmdm.evaluation import figures
-from scmdm.evaluation.report import study_report
 from scmdm.evaluation.statistics import mean_interval, paired_difference
+from scmdm.evaluation.study_report import study_report
 
 ARMS = {
     "base": ("base", 0.0, 0.50),
