@@ -22,7 +22,6 @@ from scmdm.config.loading import read_config
 from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.config.sampling import SamplerConfig
 
-
 MOVED_METRIC_KEYS = {name: f"write `metrics.{name}`" for name in ("fcd", "moses", "scorer", "mauve", "inception")}
 
 

@@ -68,8 +68,13 @@ class EvaluationSettings:
 
 
 @dataclass
-class NoMetricKeys:
-    """`Config` of a domain without keys of its own."""
+class MetricKeys:
+    """Base of the `Config` of a domain: its keys in the section `metrics`. Used as it is by domains without keys."""
+
+    @property
+    def exclusive_setup(self) -> bool:
+        """True if the domain is slow to make and uses all cores, so that no other job should run meanwhile."""
+        return False
 
 
 class Domain(Protocol):
@@ -80,7 +85,7 @@ class Domain(Protocol):
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]  # studies compare models by the first
-    Config: ClassVar[type]  # dataclass of the domain's keys in the section `metrics`
+    Config: ClassVar[type[MetricKeys]]  # dataclass of the domain's keys in the section `metrics`
 
     def __init__(self, root: Path, manifest: Manifest, config: Any, settings: EvaluationSettings) -> None:
         """Read the reference data of the data set at `root`.

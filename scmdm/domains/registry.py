@@ -9,7 +9,7 @@ from typing import Any
 from scmdm.config.loading import read_config
 from scmdm.config.registry import Registry
 from scmdm.data.manifest import Manifest
-from scmdm.domains.interface import Domain
+from scmdm.domains.interface import Domain, MetricKeys
 from scmdm.errors import UserError
 
 DOMAINS = Registry(
@@ -51,19 +51,19 @@ def load_domain(name: str) -> type[Domain]:
     return domain
 
 
-def metrics_config(name: str, keys: Mapping[str, Any]) -> Any:
+def metrics_config(name: str, keys: Mapping[str, Any]) -> MetricKeys:
     """Validate the section `metrics` of a configuration against the keys of the domain `name`.
 
     Returns an instance of the domain's `Config`. Raises UserError for a key that the domain does not have, or a value
     that is not allowed.
     """
-    schema = DOMAINS.schema(name)
+    schema: type[MetricKeys] = DOMAINS.schema(name)
     if keys and not dataclasses.fields(schema):
         raise UserError(f"metrics.{next(iter(keys))} is not a key of the domain {name}, which has none; leave it out")
     return read_config(schema, dict(keys), f"in metrics of the domain {name}")
 
 
-def changed_keys(config: Any) -> dict[str, Any]:
+def changed_keys(config: MetricKeys) -> dict[str, Any]:
     """Keys of a domain's `Config` whose value differs from the default."""
     defaults = dataclasses.asdict(type(config)())
     return {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}

@@ -17,7 +17,7 @@ from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.engine import resolve_device
-from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples
+from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, MetricKeys
 from scmdm.domains.registry import changed_keys, load_domain
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.models.model_files import open_model
@@ -33,7 +33,9 @@ from scmdm.training.trainer import run_training
 class StudyJobs:
     """The jobs of a study. A model is measured as soon as it is trained."""
 
-    def __init__(self, plan: StudyPlan, base: StudyModel, domain: str, metrics_config: Any, console: Console) -> None:
+    def __init__(
+        self, plan: StudyPlan, base: StudyModel, domain: str, metrics_config: MetricKeys, console: Console
+    ) -> None:
         self._plan, self._base, self._console = plan, base, console
         self._domain_name, self._metrics_config = domain, metrics_config
         self._fingerprint = Manifest.read(plan.data).fingerprint()
@@ -50,8 +52,8 @@ class StudyJobs:
             for arm, seed in self._plan.trained_arms()
             for run in [self._plan.arm_run(arm, seed, str(self._base.path))]
         }
-        if getattr(self._metrics_config, "moses", False):
-            self._load_domain()  # before the workers start: its first use on a machine takes all cores for a while
+        if self._metrics_config.exclusive_setup:
+            self._load_domain()
         # With more cores than runs, each run gets several threads.
         threads = max(1, torch.get_num_threads() // max(1, min(len(runs), worker_count())))
         shown = [

@@ -13,7 +13,7 @@ from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
     Metric,
-    NoMetricKeys,
+    MetricKeys,
     WithoutFigures,
     WithoutPrompts,
 )
@@ -24,7 +24,7 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
     """Frequencies of codes and of neighbouring pairs."""
 
     name: ClassVar[str] = "codes"
-    Config: ClassVar[type] = NoMetricKeys
+    Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
         Metric("pair_distance_floor", "pair distance of as many training samples", "", 1, 4, in_figure=False),
@@ -36,7 +36,7 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
         Metric("copies", "copies of training samples, %", "lower", 100, 2, in_figure=False),
     )
 
-    def __init__(self, root: Path, manifest: Manifest, config: NoMetricKeys, settings: EvaluationSettings) -> None:
+    def __init__(self, root: Path, manifest: Manifest, config: MetricKeys, settings: EvaluationSettings) -> None:
         tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         if not isinstance(tokenizer, LevelTokenizer):
             raise UserError(f"domain=codes: {root} has the tokenizer {tokenizer.kind}; give a data set of codes")

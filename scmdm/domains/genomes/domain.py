@@ -14,7 +14,7 @@ from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
     Metric,
-    NoMetricKeys,
+    MetricKeys,
     WithoutFigures,
     WithoutPrompts,
     decode_split,
@@ -25,7 +25,7 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
     """K-mer spectra and GC content. The distances have a floor that falls with the sample size: see docs/genomes.md."""
 
     name: ClassVar[str] = "genomes"
-    Config: ClassVar[type] = NoMetricKeys
+    Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("js_distance_6", "Jensen-Shannon distance of 6-mers", "lower", 1, 4),
         Metric("js_distance_3", "Jensen-Shannon distance of 3-mers", "lower", 1, 4),
@@ -41,7 +41,7 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
         Metric("gc_mean", "mean GC content", "", 1, 4, in_figure=False),
     )
 
-    def __init__(self, root: Path, manifest: Manifest, config: NoMetricKeys, settings: EvaluationSettings) -> None:
+    def __init__(self, root: Path, manifest: Manifest, config: MetricKeys, settings: EvaluationSettings) -> None:
         species = [manifest.labels[label] for label in read_labels(root, settings.split)] if manifest.labels else None
         self._reference = GenomeReference.make(decode_split(root, manifest, settings.split), species)
 

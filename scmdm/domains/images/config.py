@@ -7,10 +7,11 @@ from pathlib import Path
 
 from scmdm.config.fields import key
 from scmdm.domains.images.inception import check_inception
+from scmdm.domains.interface import MetricKeys
 
 
 @dataclass
-class ImageMetricKeys:
+class ImageMetricKeys(MetricKeys):
     """Section `metrics` for models of images."""
 
     inception: str | None = key(

@@ -13,7 +13,14 @@ from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.domains.images.config import ImageMetricKeys
 from scmdm.domains.images.figures import image_grid
 from scmdm.domains.images.metrics import ImageReference, evaluate_images
-from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, WithoutFigures, WithoutPrompts
+from scmdm.domains.interface import (
+    EvaluationSettings,
+    GeneratedSamples,
+    Metric,
+    MetricKeys,
+    WithoutFigures,
+    WithoutPrompts,
+)
 from scmdm.system.package_data import user_cache
 
 
@@ -21,7 +28,7 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
     """Frechet distances, Inception Score and copies of training images."""
 
     name: ClassVar[str] = "images"
-    Config: ClassVar[type] = ImageMetricKeys
+    Config: ClassVar[type[MetricKeys]] = ImageMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
         Metric("frechet_classifier_floor", "Fréchet distance of as many training images", "", 1, 3, in_figure=False),

@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scmdm.config.fields import key
+from scmdm.domains.interface import MetricKeys
 from scmdm.system.package_data import package_folder
 
 
 @dataclass
-class MoleculeMetricKeys:
+class MoleculeMetricKeys(MetricKeys):
     """Section `metrics` for models of molecules."""
 
     fcd: bool = key(False, help="Frechet ChemNet distance of 512 valid molecules")
     moses: bool = key(False, help="metrics of the benchmark MOSES, against its published test sets")
+
+    @property
+    def exclusive_setup(self) -> bool:
+        """The statistics of the sets of MOSES are computed once per machine."""
+        return self.moses
 
     def validate(self) -> None:
         if self.fcd:

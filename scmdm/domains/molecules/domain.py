@@ -12,6 +12,7 @@ from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
     Metric,
+    MetricKeys,
     WithoutPrompts,
     decode_split,
 )
@@ -61,7 +62,7 @@ class MoleculesDomain(WithoutPrompts):
     """Validity, uniqueness, novelty, property distributions, FCD and the metrics of MOSES."""
 
     name: ClassVar[str] = "molecules"
-    Config: ClassVar[type] = MoleculeMetricKeys
+    Config: ClassVar[type[MetricKeys]] = MoleculeMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("validity", "valid, % of samples", "higher", 100, 1, " % valid", maximum=1),
         Metric("uniqueness_of_samples", "valid and unique, % of samples", "higher", 100, 1, maximum=1),

@@ -11,7 +11,7 @@ from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
     Metric,
-    NoMetricKeys,
+    MetricKeys,
     WithoutFigures,
     WithoutPrompts,
     decode_split,
@@ -29,7 +29,7 @@ class ProteinsDomain(WithoutPrompts, WithoutFigures):
     """Validity, n-gram and composition fidelity, lengths, novelty."""
 
     name: ClassVar[str] = "proteins"
-    Config: ClassVar[type] = NoMetricKeys
+    Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         *_distance("js_distance_3", "Jensen-Shannon distance of 3-mers"),
         *_distance("js_distance_2", "Jensen-Shannon distance of 2-mers"),
@@ -41,7 +41,7 @@ class ProteinsDomain(WithoutPrompts, WithoutFigures):
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
     )
 
-    def __init__(self, root: Path, manifest: Manifest, config: NoMetricKeys, settings: EvaluationSettings) -> None:
+    def __init__(self, root: Path, manifest: Manifest, config: MetricKeys, settings: EvaluationSettings) -> None:
         train, held_out = (decode_split(root, manifest, split) for split in ("train", settings.split))
         self._reference = ProteinReference.make(train, held_out)
 

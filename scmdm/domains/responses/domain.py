@@ -21,7 +21,7 @@ from scmdm.data.dataset import COLUMN, GIVEN
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
-from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, WithoutFigures
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, MetricKeys, WithoutFigures
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
 from scmdm.domains.text.metrics import NgramScorer, evaluate_text
@@ -34,7 +34,7 @@ class ResponsesDomain(WithoutFigures):
     """Generative perplexity, entropy, distinct n-grams and MAUVE of responses."""
 
     name: ClassVar[str] = "responses"
-    Config: ClassVar[type] = TextMetricKeys
+    Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("perplexity", "generative perplexity of responses", "lower", 1, 2),
         Metric("perplexity_held_out", "perplexity of held-out responses", "", 1, 2, in_figure=False),

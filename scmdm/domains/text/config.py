@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scmdm.config.fields import key
+from scmdm.domains.interface import MetricKeys
 from scmdm.domains.text.metrics import check_scorer
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_folder
 
 
 @dataclass
-class TextMetricKeys:
+class TextMetricKeys(MetricKeys):
     """Section `metrics` for models of text."""
 
     scorer: str | None = key(

@@ -11,6 +11,7 @@ from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
     Metric,
+    MetricKeys,
     WithoutFigures,
     WithoutPrompts,
     decode_split,
@@ -24,7 +25,7 @@ class TextDomain(WithoutPrompts, WithoutFigures):
     """Generative perplexity, entropy, distinct n-grams and MAUVE."""
 
     name: ClassVar[str] = "text"
-    Config: ClassVar[type] = TextMetricKeys
+    Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("perplexity", "generative perplexity", "lower", 1, 2),
         Metric("entropy", "entropy, nats", "", 1, 3),
