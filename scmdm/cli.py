@@ -10,6 +10,7 @@ from pathlib import Path
 from scmdm.config.arguments import Command, argument, make_parser, run_command
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
 from scmdm.errors import UserError
+from scmdm.system.extras import extra_of_module
 
 _DESCRIPTION = "Masked diffusion models and their self-conditioning adaptation (SCMDM, arXiv 2604.26985)."
 _EPILOG = """\
@@ -210,6 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full or failing disk can show anywhere
         place = f" at {error.filename}" if error.filename else ""
         print(f"scmdm: error: I/O error{place}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = extra_of_module(error.name or "")
+        if extra is None:
+            raise
+        remedy = f"install it with `pip install 'scmdm[{extra}]'`"
+        print(f"scmdm: error: this needs the package of the module {error.name}; {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("scmdm: interrupted", file=sys.stderr)

@@ -32,11 +32,11 @@ class Finding:
 
 
 def print_findings(directory: Path) -> None:
-    """Print the findings; raises UserError when one of them is a problem."""
+    """Print all findings. Raises UserError if one of them is a problem."""
     findings, console = examine(directory), Console()
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
     for finding in findings:
-        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<16}", end="")
+        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<20}", end="")
         console.print(finding.text, markup=False, highlight=False)
     problems = [finding.subject for finding in findings if finding.level == "problem"]
     if problems:
@@ -96,7 +96,5 @@ def _examine_disk(directory: Path) -> Iterator[Finding]:
         if not path.exists():
             continue
         free = shutil.disk_usage(path).free / 2**30
-        level = "ok" if free >= required else "problem"
-        yield Finding(
-            level, subject, f"{free:.1f} GiB free" + ("" if level == "ok" else f"; at least {required} needed")
-        )
+        level, shortage = ("ok", "") if free >= required else ("problem", f"; at least {required} GiB are needed")
+        yield Finding(level, subject, f"{free:.1f} GiB free{shortage}")
