@@ -287,7 +287,7 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     printed = capsys.readouterr().out
     snn = mean_interval([row["moses_SNN/Test"] for row in metrics])
     assert snn.half_width > 0 and cells(printed, "MOSES SNN/Test") == [snn.text(5), "0.6419"]
-    assert "unique@1000" not in printed and "MOSES (its protocol: 30,000 samples" in printed.replace("\n", " ")
+    assert "unique@1000" not in printed and "MOSES (protocol: 30,000 samples" in printed.replace("\n", " ")
     assert len(list((published_moses / "scmdm/moses").glob("molecules-*.npz"))) == 2
 
 
@@ -295,8 +295,9 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     ("keys", "message"),
     [
         (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
-        (["domain=text"], "domain=text, but the model makes molecules"),
-        (["scorer=/tmp"], "scorer=/tmp is not for molecules"),
+        (["domain=poems"], "domain='poems' is not possible; it must be one of molecules"),
+        (["metrics.scorer=/tmp"], "unknown key `scorer` (='/tmp') in metrics of the domain molecules"),
+        (["scorer=/tmp"], "write `metrics.scorer`"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
         (["seeds=[0,1,0]"], "seeds=[0, 1, 0] is not possible"),

@@ -270,7 +270,7 @@ def test_inception_files_that_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save(print, tmp_path / "code.pth")  # an object by name: unpickling it is refused
     for name in ("text", "other", "list", "code"):
-        with pytest.raises(UserError, match="metrics.inception=.* does not contain the weights"):
+        with pytest.raises(UserError, match=r"metrics\.inception=.* does not contain the weights"):
             load_inception(tmp_path / f"{name}.pth")
 
 

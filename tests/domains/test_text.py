@@ -97,7 +97,7 @@ def test_scorers_that_are_not(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         generative_perplexity(TEXTS, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="metrics.scorer="):
+    with pytest.raises(UserError, match=r"metrics\.scorer="):
         generative_perplexity(TEXTS, tmp_path)
 
 
