@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scmdm.config.common import device_key
 from scmdm.config.fields import key
 from scmdm.domains.interface import MetricKeys
 from scmdm.system.package_data import package_folder
@@ -28,15 +29,21 @@ class MoleculeMetricKeys(MetricKeys):
 
 @dataclass
 class MosesConfig:
-    """Configuration of `scmdm moses`."""
+    """Keys of `scmdm moses`."""
 
     num: int | None = key(
-        None, at_least=2, help="molecules to read; of a published set a fixed random selection; null: all"
+        None,
+        help="molecules to measure: the first of a file, or a fixed random subset of a published set; null: all",
+        at_least=2,
+        at_most=2**31,
     )
     detailed: int | None = key(
-        30000, at_least=2, help="molecules for SNN, IntDiv, Filters and property distances; null: all"
+        30000,
+        help="molecules for SNN, IntDiv, Filters and properties; null: all",
+        at_least=2,
+        at_most=2**31,
     )
-    fcd: bool = key(True, help="compute the Frechet ChemNet distance")
-    out: str | None = key(None, help="JSON file to write; null: print only")
-    device: str = key("auto", choices=("auto", "cpu", "cuda"), help="device of ChemNet and of similarities")
-    threads: int = key(0, at_least=0, help="CPU threads and worker processes; 0: one per core")
+    fcd: bool = key(True, help="Frechet ChemNet distance")
+    out: str | None = key(None, help="JSON file to write; null: none")
+    device: str = device_key()
+    threads: int = key(0, help="worker processes; 0: one per core", at_least=0, at_most=1024)
