@@ -109,7 +109,13 @@ def run_text(python, folder, environment, *, preamble=""):
 
 def text_keys(folder):
     fractions = ["validation_fraction=0.2", "test_fraction=0.2"]
-    return ["source=text", f"path={folder / 'a.txt'}", "tokenizer=bytes", "unit=lines", *fractions]
+    return [
+        "source.name=text",
+        f"source.path={folder / 'a.txt'}",
+        "tokenizer.name=bytes",
+        "source.unit=lines",
+        *fractions,
+    ]
 
 
 def adapted_keys():

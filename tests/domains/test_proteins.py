@@ -1,6 +1,7 @@
 """Protein metrics by hand, by enumeration and against scipy."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
+from scmdm.cli import main
 from scmdm.domains.proteins.domain import ProteinsDomain
 from scmdm.domains.proteins.metrics import AMINO_ACIDS, ProteinReference, evaluate_proteins, is_protein, ngram_counts
 
@@ -64,3 +66,24 @@ def test_figure(tmp_path):
     assert "composition" in caption and (tmp_path / "figure.png").stat().st_size > 5000
     nothing = [{"text": "MKV", "framed": False}]
     assert ProteinsDomain.compare({"held out": rows, "samples": nothing}, tmp_path / "none.png") is None
+
+
+def test_from_fasta_to_metrics(tmp_path, capsys):
+    """Prepared, trained, evaluated and sampled by the command line."""
+    dice = np.random.default_rng(0)
+    sequences = ["".join(dice.choice(list("AGLKE"), dice.integers(5, 28))) for _ in range(200)]
+    (tmp_path / "proteins.faa").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(sequences)))
+    (tmp_path / "empty.yaml").write_text("{}")
+    empty, data, run, out = (str(tmp_path / name) for name in ("empty.yaml", "data", "run", "found.json"))
+    source = ["source.name=proteins", f"source.path={tmp_path / 'proteins.faa'}", "tokenizer.name=amino_acids"]
+    fractions = ["length=32", "validation_fraction=0.2", "test_fraction=0.3", "workers=1"]
+    assert main(["prepare", empty, *source, *fractions, f"out={data}"]) == 0
+    model = ["model.width=16", "model.layers=1", "model.heads=2", "model.condition_width=8"]
+    train = ["train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16"]
+    assert main(["train", empty, f"data.path={data}", f"run_dir={run}", *model, *train]) == 0
+    assert main(["evaluate", run, "num=20", "nelbo_samples=8", "sampler.steps=4", f"out={out}"]) == 0
+    assert "framed, % of samples" in capsys.readouterr().out
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["domain"] == "proteins" and 0 <= result["samples"][0]["metrics"]["validity"] <= 1
+    assert main(["evaluate", run, "num=20", "metrics.fcd=true"]) == 1
+    assert "metrics.fcd is not a key of the domain proteins" in capsys.readouterr().err

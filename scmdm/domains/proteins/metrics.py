@@ -90,7 +90,7 @@ class ProteinMetrics:
 
 
 def is_protein(text: str) -> bool:
-    """True for a non-empty sequence of the 20 standard amino acids."""
+    """True for a non-empty sequence of the 20 standard amino acids; X (unknown) is not one of them."""
     return bool(text) and set(text) <= set(AMINO_ACIDS)
 
 
