@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -22,6 +22,8 @@ from scmdm.config.loading import read_config
 from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.config.sampling import SamplerConfig
 
+MOVED_METRIC_KEYS = {name: f"write `metrics.{name}`" for name in ("fcd", "moses", "scorer", "mauve", "inception")}
+
 
 @dataclass
 class ZeroShotConfig:
@@ -37,12 +39,10 @@ class ZeroShotConfig:
 class EvaluateConfig:
     """Keys of `scmdm evaluate`."""
 
+    removed_keys: ClassVar[dict[str, str]] = MOVED_METRIC_KEYS
+
     data: str | None = key(None, help="data set; null: the one that the model was trained on")
-    domain: str = key(
-        "auto",
-        help="what the model generates; a check, because it follows from the model",
-        choices=("auto", "molecules", "text", "responses", "genomes", "images", "codes"),
-    )
+    domain: str = key("auto", help="domain whose metrics are computed; auto: that of the data set")
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
     nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
@@ -52,14 +52,8 @@ class EvaluateConfig:
         factory=lambda: [0], help="seeds; several give confidence intervals", at_least=0, at_most=LARGEST_SEED
     )
     batch_size: int | None = batch_size_key()
-    fcd: bool = key(False, help="molecules: Frechet ChemNet distance")
-    moses: bool = key(False, help="molecules: metrics of MOSES, against its published test sets")
-    scorer: str | None = key(
-        None, help="text: directory of a transformers causal model; null: an n-gram model of held-out text"
-    )
-    mauve: bool = key(False, help="text: MAUVE, with features of the scorer")
-    inception: str | None = key(
-        None, help="images: weights file of Inception, for FID; null: a classifier trained on the data set"
+    metrics: dict[str, Any] = key(
+        factory=dict, help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text"
     )
     texts: dict[str, Any] = key(
         factory=dict,

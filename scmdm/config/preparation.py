@@ -99,9 +99,7 @@ class PrepareConfig:
 
     out: str = key(MISSING, help="directory of the data set; it is created")
     source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
-    tokenizer: TokenizerConfig = key(
-        MISSING, help="tokenizer", registry=TOKENIZERS
-    )
+    tokenizer: TokenizerConfig = key(MISSING, help="tokenizer", registry=TOKENIZERS)
     length: int = key(
         MISSING, help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]", at_least=4
     )

@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from scmdm.cli import main
-from scmdm.domains.codes.code_quality import CodeReference, distance, evaluate_codes, pairs, usage
+from scmdm.domains.codes.metrics import CodeReference, code_counts, count_distance, evaluate_codes, pair_counts
 
 KEYS = [
     "source.name=codes",
@@ -21,7 +21,7 @@ KEYS = [
 
 def test_pairs_by_hand():
     codes = np.array([[[0, 1, 1], [2, 0, 1]]])
-    outcomes, counts = pairs(codes, 3)
+    outcomes, counts = pair_counts(codes, 3)
     found = dict(zip(outcomes.tolist(), counts.tolist(), strict=True))
     beside = {(0, 1): 2, (1, 1): 1, (2, 0): 1}
     below = {(0, 2): 1, (1, 0): 1, (1, 1): 1}
@@ -33,9 +33,12 @@ def test_distances_are_scipys_jensenshannon():
     dice = np.random.default_rng(0)
     a, b = dice.integers(0, 6, (20, 3, 4)), dice.integers(2, 9, (30, 3, 4))
     p, q = (np.bincount(x.ravel(), minlength=9) for x in (a, b))
-    assert distance(usage(a), usage(b)) == pytest.approx(jensenshannon(p, q))
-    assert distance(usage(a), usage(a)) == 0 and distance(usage(a), usage(a[:0])) is None
-    assert distance(pairs(a, 9), pairs(a + 20, 9)) == pytest.approx(np.sqrt(np.log(2)))
+    assert count_distance(code_counts(a), code_counts(b)) == pytest.approx(jensenshannon(p, q))
+    assert (
+        count_distance(code_counts(a), code_counts(a)) == 0
+        and count_distance(code_counts(a), code_counts(a[:0])) is None
+    )
+    assert count_distance(pair_counts(a, 9), pair_counts(a + 20, 9)) == pytest.approx(np.sqrt(np.log(2)))
 
 
 def test_metrics_of_a_few_samples():

@@ -84,7 +84,7 @@ def test_files(tmp_path):
     assert read_texts(tmp_path) == ["one\n\ntwo", "a @-@ b"]
     assert read_texts(tmp_path / "a.txt", unit="lines") == ["one", "two"]
     assert read_texts(tmp_path / "b.jsonl", detokenize="wikitext") == ["a-b"]
-    with pytest.raises(UserError, match=r"holds no usable text .*no key body"):
+    with pytest.raises(UserError, match=r"no key body"):
         read_texts(tmp_path / "b.jsonl", keys=("body",))
 
 
