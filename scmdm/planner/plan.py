@@ -25,11 +25,18 @@ _NO_DATA = "(none: --length and --vocab)"
 
 
 @dataclass
+class PlannedTrainConfig(TrainConfig):
+    """The training loop of a run whose number of steps does not matter."""
+
+    steps: int = key(2**31, help="optimizer steps", at_least=1, at_most=2**40)
+
+
+@dataclass
 class PlanConfig(RunConfig):
     """The configuration of a run, of which nothing is required: a model's YAML alone will do."""
 
     run_dir: str = key("(none)", help="not used")
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2**31))
+    train: TrainConfig = field(default_factory=PlannedTrainConfig)
 
     def validate(self) -> None:
         if self.data.path is None and not self.data.streams:
