@@ -181,11 +181,13 @@ def replaced_keys(schema: type) -> dict[str, str]:
 
 def renamed_keys(schema: type) -> dict[str, str]:
     """Present name of every earlier one, both dotted from the root of the configuration."""
+    fields = dict(walk_fields(schema))
     found = {}
-    for name, field in walk_fields(schema):
+    for name, field in fields.items():
         rules = rules_of(field)
         for old in rules.formerly if rules is not None else ():
-            found[old] = name
+            if old not in fields:  # a key may have the former name of another one
+                found[old] = name
     return found
 
 

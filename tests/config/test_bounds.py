@@ -31,8 +31,7 @@ def sections(schema):
                 yield from sections(element)
 
 
-# The keys of `prepare` do not have rules yet.
-COMMANDS_WITH_KEYS = [command for command in COMMANDS if command.schema is not None and command.name != "prepare"]
+COMMANDS_WITH_KEYS = [command for command in COMMANDS if command.schema is not None]
 SECTIONS = dict.fromkeys(section for command in COMMANDS_WITH_KEYS for section in sections(command.load_schema()))
 KEYS = [
     pytest.param(section, field.name, get_type_hints(section)[field.name], id=f"{section.__name__}.{field.name}")
@@ -53,8 +52,12 @@ def required(section):
     """Something for each key that must be set."""
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        if field.default == MISSING:
-            yield field.name, "x" if hints[field.name] is str else 1
+        found = rules_of(field)
+        if found is not None and found.registry is not None:
+            name = found.registry.names[0]
+            yield field.name, {**dict(required(found.registry.schema(name))), found.selector: name}
+        elif field.default in (MISSING, dataclasses.MISSING) and field.default_factory is dataclasses.MISSING:
+            yield field.name, "x" if hints[field.name] is str else found.at_least or 1
         elif inner := section_of(field):
             yield field.name, dict(required(inner))
 
