@@ -6,6 +6,7 @@ import re
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from omegaconf import MISSING
 
 from scmdm.cli import COMMANDS
 from scmdm.config.fields import rules_of, section_of
@@ -15,7 +16,7 @@ from tests.conftest import ROOT
 
 # What a user must give, by command: with it alone, loading succeeds.
 REQUIRED = {
-    "prepare": ["out=o", "source=qm9", "tokenizer=smiles", "length=32"],
+    "prepare": ["out=o", "source.name=qm9", "tokenizer.name=smiles", "length=32"],
     "train": ["run_dir=r", "data.path=d", "train.steps=10"],
 }
 REQUIRED["adapt"] = [*REQUIRED["train"], "base=b"]
@@ -30,8 +31,9 @@ def numeric_keys(schema, prefix=""):
         name, rules, section, hint = f"{prefix}{field.name}", rules_of(field), section_of(field), hints[field.name]
         if rules is not None and rules.registry is not None:
             for selected in rules.registry.names:
+                given = [f"{name}.{rules.selector}={selected}", *mandatory(rules.registry.schema(selected), name)]
                 for key, *rest in numeric_keys(rules.registry.schema(selected), f"{name}."):
-                    yield key, *rest, f"{name}.{rules.selector}={selected}"
+                    yield key, *rest, [one for one in given if not one.startswith(f"{key}=")]
         elif section is not None:
             yield from numeric_keys(section, f"{name}.")
         elif hint is not bool and {int, float} & {hint, *get_args(hint)}:
@@ -39,6 +41,12 @@ def numeric_keys(schema, prefix=""):
         for element in get_args(hint):
             if dataclasses.is_dataclass(element):
                 yield from numeric_keys(element, f"{name}.x.")
+
+
+def mandatory(schema, section):
+    """Values for the keys that a section has to be given besides its selector."""
+    own = (field for field in dataclasses.fields(schema) if field.default == MISSING and field.name != "name")
+    return [f"{section}.{field.name}=9" for field in own]
 
 
 SCHEMAS = [command for command in COMMANDS if command.schema is not None]
@@ -61,7 +69,7 @@ def test_what_must_be_given_is_enough(command):
 
 @pytest.mark.parametrize(("command", "name", "rules", "hint", "selection"), KEYS)
 def test_a_number_is_accepted_within_bounds_or_refused_in_one_line(command, name, rules, hint, selection):
-    around = [selection] if selection else STREAM if ".streams.x." in name else []
+    around = selection if selection else STREAM if ".streams.x." in name else []
     for value in ("nan", "inf", "-inf", "-1", "0", "1e30", "-1e30", str(10**30)):
         text = f"[{value}]" if list in {hint, get_origin(hint)} else value
         if rules.allows(float(value)):
