@@ -54,7 +54,7 @@ class ImageFolderConfig(ImageSourceConfig):
         MISSING, formerly=("path",), help="folder of .png and .jpeg files, one sub-folder per class or none"
     )
     image_size: int = key(
-        MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1, at_most=65536
+        MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1, at_most=2**16
     )
     on_size: str = key(
         "crop",

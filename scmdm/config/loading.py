@@ -41,7 +41,7 @@ def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Sche
 def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
     schema = _concrete(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
-    for place, content in layers:
+    for place, content in _without_deselected(schema, layers):
         config = _merge(config, content, place)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
@@ -77,6 +77,27 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
     if not chosen:
         return schema
     return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+
+
+def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Layers without those keys of a section that its class lacks because a later layer or override selects another."""
+    assert dataclasses.is_dataclass(schema)
+    selected: dict[str, Any] = {}
+    for place, content in layers:
+        kept = dict(content)
+        for field in dataclasses.fields(schema):
+            rules, section = rules_of(field), content.get(field.name)
+            if rules is None or rules.registry is None or not isinstance(section, dict):
+                continue
+            name = selected[field.name] = section.get(rules.selector, selected.get(field.name))
+            if name is not None:
+                lacking = _names_of(rules.registry.schema(name)) - _names_of(field.default_factory)
+                kept[field.name] = {key: value for key, value in section.items() if key not in lacking}
+        yield place, kept
+
+
+def _names_of(schema: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema)}
 
 
 def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:

@@ -104,7 +104,7 @@ class PrepareConfig:
         MISSING,
         help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]",
         at_least=4,
-        at_most=2**31,
+        at_most=2**24,
     )
     framing: str = key(
         "records",
@@ -141,7 +141,9 @@ class PrepareConfig:
     on_dirty: str = key(
         "skip", help="unusable records are skipped and counted, or end the preparation", choices=("skip", "refuse")
     )
-    shard_mb: int = key(64, help="largest size of a shard in MiB", at_least=1, at_most=2**20)
+    shard_mb: int = key(
+        64, help="largest size of a shard in MiB (its format has 32-bit offsets)", at_least=1, at_most=4095
+    )
     part_mb: int = key(
         64,
         help="MiB of raw files that one worker reads at a time; a shard never spans two parts",
@@ -151,7 +153,7 @@ class PrepareConfig:
     upload: str | None = key(None, help="s3://bucket/prefix to copy the data set to, for data.remote of a run")
     overwrite: bool = key(False, help="replace a data set that was made with other settings")
     workers: int | None = key(
-        None, help="number of processes, which does not change the result; null: one per CPU", at_least=1, at_most=65536
+        None, help="number of processes, which does not change the result; null: one per CPU", at_least=1, at_most=4096
     )
     slice: str | None = key(
         None, help="INDEX/COUNT of the machines that share the work, such as 0/4 for tasks of a SLURM array"

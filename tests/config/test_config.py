@@ -171,7 +171,7 @@ def test_help_lists_every_key(schema):
 
 def test_help_says_what_a_key_is_also_where_the_line_has_no_room():
     lines = {line.split("=")[0].strip(): line for line in describe_keys(PrepareConfig).splitlines()}
-    assert lines["shard_mb"].endswith("=64") and "=required" in lines["out"]
+    assert "=64" in lines["shard_mb"] and "=required" in lines["out"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
