@@ -50,7 +50,6 @@ TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", ModelConfig(width=256
 _SMALL = ModelConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
 _TOP_K = 16
-_RANK = 32
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
 # As in configs/text/owt-base.yaml on 8 GPUs, but for dropout.
 _COMPILED = ModelConfig(compile=True, condition_width=128)
@@ -101,7 +100,6 @@ def _compare(shape: Shape, rounds: int) -> None:
         _VANILLA: make_engine_step(shape, rate=0.0)[1],
         _ADAPTATION: make_engine_step(shape, rate=1.0)[1],
         f"adaptation step, top-{_TOP_K} estimate": make_engine_step(shape, rate=1.0, top_k=_TOP_K)[1],
-        f"the same, sought along {_RANK} axes": make_engine_step(shape, rate=1.0, top_k=_TOP_K, axes=_RANK)[1],
         "dense vanilla step": dense_step,
     }
     show(f"step: {shape.name}", interleave(steps, rounds=rounds), _VANILLA)
@@ -158,14 +156,14 @@ def _liger(shape: Shape) -> Callable[[], object]:
 
 
 def make_engine_step(
-    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None, axes: int | None = None
+    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None
 ) -> tuple[Engine, Callable[[], object]]:
     """An engine, and one optimizer step of it on random tokens as a function without arguments."""
     device = resolve_device("auto")
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = shape.batch, shape.micro or shape.batch
     config.self_conditioning.rate = rate
-    model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k, estimate_rank=axes)
+    model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k)
     config.engine, config.model = engine, model_config
     spec = ModelSpec(model_config, config.diffusion, shape.vocab, shape.vocab - 1, shape.length)
     built = build_engine(config, spec, None, device, resolve_precision("auto", device))

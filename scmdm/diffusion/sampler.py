@@ -171,10 +171,5 @@ def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: i
     """What an evaluation with hidden states `h_BLD` leaves to the next one, which sees `z_BL`: `p @ E` where that is
     still masked, the token's embedding elsewhere, (B, L, D)."""
     at_N = true_positions(z_BL == mask_id)
-    return estimate_of_rows(denoiser, h_BLD.flatten(0, 1)[at_N], at_N, z_BL)
-
-
-def estimate_of_rows(denoiser: Embedder, h_ND: Tensor, at_N: Tensor, z_BL: Tensor) -> Tensor:
-    """`carried_estimate` of the hidden states at the masked positions `at_N`."""
-    predicted_ND = denoiser.expected_embedding(h_ND)
+    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
     return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)

@@ -233,22 +233,3 @@ def test_a_modulation_that_all_sequences_share_is_that_of_each():
     t = torch.tensor([0.3], dtype=torch.float64)
     both = model.hidden(State(z.expand(2, -1), t.expand(2)))
     torch.testing.assert_close(model.hidden(State(z, t)).expand(2, -1, -1), both, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["none", "full"])
-def test_the_estimates_last_block_does_masked_positions_alone(kind):
-    """And gives the estimate of a trunk that does all of them, as one with gradients is."""
-    model = trained_base(True, activation_checkpointing=kind)
-    z = torch.randint(0, VOCAB - 1, (3, 16), generator=torch.Generator().manual_seed(0))
-    z[:, ::3] = MASK
-    z[1] = MASK
-    state, rows = State(z, torch.full((3,), 0.5).double(), torch.randn(3, 16, 32)), []
-    for block in model.blocks:
-        block.mlp[0].register_forward_hook(lambda _module, given, _result: rows.append(given[0].shape[:-1].numel()))
-    with torch.no_grad():
-        found = model.estimate(state)
-        assert rows == [48, int((z == MASK).sum())]
-        none = model.estimate(State(z.clamp(max=MASK - 1), state.t_B))
-        torch.testing.assert_close(none, model.embed(z.clamp(max=MASK - 1)))
-    torch.testing.assert_close(found, model.estimate(state))
-    assert rows[-2:] == [48, 48]

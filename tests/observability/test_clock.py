@@ -23,10 +23,9 @@ VOCAB, MASK, LENGTH, BATCH = 50, 49, 32, 8
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
-def test_flops_agree_with_torchs_counter(passes, monkeypatch):
+def test_flops_agree_with_torchs_counter(passes):
     """Every position masked half of the time, as the log-linear schedule has it; within 2 %: the time condition and the
-    projections of single rows are left out. All positions go through the whole trunk, as on a GPU."""
-    monkeypatch.setattr(DiT, "_ends_by_rows", lambda self, state: False)
+    projections of single rows are left out."""
     # Plain products: the counter does not know the CPU's fused attention.
     config = ModelConfig(
         width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul"

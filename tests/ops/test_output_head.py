@@ -105,7 +105,7 @@ def test_the_gpu_head_takes_the_most_probable_tokens_in_the_dtype_of_its_states(
     bias, h = torch.randn(vocab, generator=g), h.to(dtype)
     blocked = subs_bias(bias, vocab - 1)
     with LargestTensor() as largest:
-        found = output_head_gpu.estimate_of_best(h, weight, blocked, embedding, top_k, None, chunk=10)
+        found = output_head_gpu.top_k_estimate(h, weight, blocked, embedding, top_k, chunk=10)
     assert largest.numel <= max(10 * 4160, weight.numel() + 8 * 64)
     logits = torch.addmm(blocked.to(dtype), h, weight.to(dtype).T).float()
     best = logits.topk(top_k, dim=1)

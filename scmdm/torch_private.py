@@ -1,0 +1,50 @@
+"""Private torch API that scmdm uses, in one place: check this file first when torch is upgraded.
+
+Each function names what it uses, why no public API does the same, and the torch version that it was last tested with.
+This module imports torch alone, so that every layer, `scmdm.diffusion` included, may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def addmm_gelu(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
+    """GELU (tanh form) of `x @ weight + bias`, (N, O), computed in the epilogue of the matrix product on a GPU.
+
+    All three tensors have one dtype. Not differentiable. Uses `torch._addmm_activation`; no public function selects
+    cuBLASLt's GELU epilogue (torch 2.14).
+    """
+    return torch._addmm_activation(bias_O, x_NI, weight_IO, use_gelu=True)
+
+
+def constant_under_compile(function: _Function) -> _Function:
+    """Decorator: `torch.compile` calls the function while tracing and treats its result as a constant.
+
+    Sets the attribute that `torch.compiler.assume_constant_result` sets. The public function imports the compiler,
+    which takes a second in every process (torch 2.14).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def mark_dynamic_rows(tensor: Tensor) -> None:
+    """Tell `torch.compile` that dimension 0 varies, so that a new size causes no recompilation where that is possible.
+
+    Uses `torch._dynamo.maybe_mark_dynamic`; the public `mark_dynamic` raises where a size has to be fixed (torch 2.14).
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move each target by the fraction `weight` towards its end, in place and in few kernels.
+
+    Uses `torch._foreach_lerp_`, as torch's optimizers and `torch.optim.swa_utils` do (torch 2.14).
+    """
+    torch._foreach_lerp_(list(targets), list(ends), weight)
