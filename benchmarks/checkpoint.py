@@ -16,11 +16,12 @@ from scmdm.config.training import EmaConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import resolve_device
+from scmdm.models.dit import DiTConfig
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import count_parameters
 from scmdm.training.setup import build_engine
 
-_MODEL = ModelConfig(width=512, layers=8, heads=8, condition_width=128)
+_MODEL = DiTConfig(width=512, layers=8, heads=8, condition_width=128)
 
 
 def main() -> None:

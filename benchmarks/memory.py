@@ -11,10 +11,10 @@ import torch
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.step import TEXT, Shape, make_engine_step
 from benchmarks.timing import show_figures
-from scmdm.config.model import ModelConfig
+from scmdm.models.dit import DiTConfig
 
 _BATCHES = (4, 8)
-_TINY = ModelConfig(width=16, layers=1, heads=1)
+_TINY = DiTConfig(width=16, layers=1, heads=1)
 
 
 def main() -> None:

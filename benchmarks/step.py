@@ -18,12 +18,11 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import Timing, interleave, show
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine, resolve_device, resolve_precision
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import peak_flops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import ModelSpec
@@ -38,21 +37,21 @@ class Shape:
     """A model on batches of random tokens."""
 
     name: str
-    model: ModelConfig
+    model: DiTConfig
     vocab: int
     length: int
     batch: int  # sequences of a step
     micro: int | None = None  # of a pass; None: all of them
 
 
-QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", ModelConfig(), 34, 32, 256)
-TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", ModelConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
-_SMALL = ModelConfig(width=768, layers=12, heads=12, condition_width=128)
+QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", DiTConfig(), 34, 32, 256)
+TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", DiTConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
+_SMALL = DiTConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
 _TOP_K = 16
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
 # As in configs/text/owt-base.yaml on 8 GPUs, but for dropout.
-_COMPILED = ModelConfig(compile=True, condition_width=128)
+_COMPILED = DiTConfig(compile=True, condition_width=128)
 SMALL_GPU = Shape(
     "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
     replace(_COMPILED, width=768, layers=12, heads=12),

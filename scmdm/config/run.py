@@ -34,7 +34,9 @@ class RunConfig:
     )
     threads: int = threads_key(on_resume=True)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = key(
+        factory=default_model, registry=DENOISERS, selector="kind", help="architecture of the denoiser"
+    )
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     self_conditioning: SelfConditioningConfig = field(default_factory=SelfConditioningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
+from scmdm.torch_private import constant_under_compile
 
 # `allowed_B1LL` and `bounds_C` of `attend`, of which one at most is given.
 Masks: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -81,12 +82,9 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: i
     return "cudnn" if repeated and dtype != torch.float32 else "sdpa"
 
 
+@constant_under_compile
 def _flash_runs(device_type: str, dtype: torch.dtype) -> bool:
     return flash_unusable_because(device_type, dtype) is None
-
-
-# `torch.compiler.assume_constant_result`, which would import the compiler into every process: a second.
-_flash_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def masks_of(packing: Packing | None, backend: str) -> Masks:

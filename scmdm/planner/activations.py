@@ -23,7 +23,7 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     log_sums = _FLOAT32 * model.heads * tokens  # of attention, one float32 per head and position
     if kind == "full":
         return _FLOAT32 * tokens * model.width
-    if model.kind == "llama":
+    if model.kind == "decoder":
         return _kept_by_llama(workload, layout, kind) + log_sums
     if kind == "selective":
         # Input, and the results of: q, k, v; attention; its output map; both maps of the perceptron.
@@ -36,7 +36,7 @@ def kept_by_block(workload: Workload, layout: Layout, kind: str | None = None) -
     attention = 5 if layout.context == 1 else 4
     compute = (attention + 3 + 2 * model.mlp_ratio) * a
     dropout = 2 * (1 if layout.gpu else a) if model.dropout else 0
-    tables = 2 * workload.length // layout.context * (model.width // model.heads) * a if layout.gpu else 0
+    tables = 2 * workload.length // layout.context * model.head_dim * a if layout.gpu else 0
     positions = (float32 + compute + dropout) * tokens * model.width + _NORM_STATISTICS * tokens
     return positions + log_sums + tables + gated
 
@@ -59,7 +59,7 @@ def _shares_modulation(workload: Workload) -> bool:
 def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
     """`kept_by_block` of a LLaMA-like block, without attention's log-sums and under no or selective checkpointing."""
     model, a, tokens = workload.model, layout.width, layout.tokens(workload)
-    width, inner = model.width, model.mlp_width
+    width, inner = model.width, model.inner_width
     if kind == "selective":
         # Input, and the results of: q, k, v; attention; its output map; gate and up; down.
         return (_FLOAT32 * width + (4 * width + 2 * model.kv_width + 2 * inner) * a) * tokens
@@ -68,7 +68,7 @@ def _kept_by_llama(workload: Workload, layout: Layout, kind: str) -> int:
     # Rotated q; rotated k and v for every head of q; the output map's input; gate before and after SiLU, up, product.
     compute = (4 * width + 4 * inner) * a
     dropout = 2 * (1 if layout.gpu else a) * width if model.dropout else 0
-    tables = 2 * workload.length // layout.context * model.head_width * a if layout.gpu else 0
+    tables = 2 * workload.length // layout.context * model.head_dim * a if layout.gpu else 0
     return (norms + compute + dropout + _NORM_STATISTICS // 2) * tokens + tables
 
 
@@ -76,7 +76,7 @@ def kept_by_final(workload: Workload, layout: Layout) -> int:
     """Bytes that the final norm keeps, the head's gradient by its input and where that belongs, and rotary tables."""
     positions = layout.tokens(workload) * workload.model.width
     modulated = 0 if _shares_modulation(workload) else _FLOAT32  # the norm's output
-    tables = workload.length // layout.context * workload.model.head_width * _FLOAT32
+    tables = workload.length // layout.context * workload.model.head_dim * _FLOAT32
     return (_FLOAT32 + modulated + head_width(workload, layout)) * positions + tables + _INDEX * layout.tokens(workload)
 
 
@@ -106,7 +106,7 @@ def head_chunk(workload: Workload, layout: Layout) -> int:
 def block_forward(workload: Workload, layout: Layout) -> int:
     """Bytes of the tensors of a block's forward pass when nothing is kept: at most, in its perceptron."""
     model, a, tokens = workload.model, layout.width, layout.tokens(workload)
-    inner = (3 if model.kind == "llama" else 2) * model.mlp_width  # with a gate there are two factors and their product
+    inner = (3 if model.kind == "decoder" else 2) * model.inner_width  # with a gate there are two factors and their product
     # The norm's output stays beside its copy in the compute dtype where it is modulated.
     norm = _FLOAT32 if _shares_modulation(workload) and a < _FLOAT32 else 2 * _FLOAT32
     return ((norm + a) * model.width + inner * a) * tokens
@@ -116,7 +116,7 @@ def block_backward(workload: Workload, layout: Layout) -> int:
     """Bytes of a block's backward pass beside what it kept: gradients of the residual stream and of the perceptron's
     inner layer and output; and what checkpointing makes again of the block's activations."""
     model, tokens = workload.model, layout.tokens(workload)
-    inner = (3 if model.kind == "llama" else 1) * model.mlp_width
+    inner = (3 if model.kind == "decoder" else 1) * model.inner_width
     gradients = (_FLOAT32 * model.width + (model.width + inner) * layout.width) * tokens
     if _shares_modulation(workload):  # of a gated map, and of its weights
         gradients += 2 * layout.width * model.width**2

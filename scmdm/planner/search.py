@@ -59,8 +59,8 @@ def impossible_because(workload: Workload, layout: Layout) -> str | None:
     for what, number in (("the length", workload.length), ("model.heads", workload.model.heads)):
         if number % layout.context:
             return f"fsdp.context={layout.context} does not divide {what} = {number}"
-    if workload.model.llama.logit_shift and layout.context > 1:
-        return "fsdp.context is not possible with model.llama.logit_shift=true"
+    if workload.model.logit_shift and layout.context > 1:
+        return "fsdp.context is not possible with model.logit_shift=true"
     parts = layout.ranks // layout.context * layout.micro_batch_size
     if workload.global_batch % parts:
         return (

@@ -102,15 +102,15 @@ def test_absurd_sizes(tmp_path, capsys):
     weights = mdlm_weights()
     weights["backbone.vocab_embed.embedding"] = torch.zeros(1, 1).expand(10**6, 10**6)
     checkpoint = write_lightning(tmp_path / "last.ckpt", state_dict=weights)
-    assert "does not hold so many numbers" in refuse(checkpoint, tmp_path / "out", capsys, "weights=raw")
+    assert "exceeds its storage" in refuse(checkpoint, tmp_path / "out", capsys, "weights=raw")
     source = write_mdlm(tmp_path / "mdlm")
     file = source / "model.safetensors"
     content = file.read_bytes()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].replace(b"[13,32]", b"[13,99999999999]")
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + len(header) :])
-    assert "no whole safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "no complete safetensors file" in refuse(source, tmp_path / "out", capsys)
     file.write_bytes((2**60).to_bytes(8, "little") + content[8:])
-    assert "no whole safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "no complete safetensors file" in refuse(source, tmp_path / "out", capsys)
 
 
 def test_damaged_weights(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_damaged_weights(tmp_path, capsys):
     file, out = source / "model.safetensors", tmp_path / "out"
     content, weights = file.read_bytes(), load_file(file)
     file.write_bytes(content[:-100])
-    assert "no whole safetensors file" in refuse(source, out, capsys)
+    assert "no complete safetensors file" in refuse(source, out, capsys)
     name = "backbone.blocks.1.attn_out.weight"
     save_file({n: w for n, w in weights.items() if n != name}, file)
     assert "lacks blocks.1.attn_out.weight" in refuse(source, out, capsys)
@@ -165,7 +165,7 @@ def test_an_index_that_is_wrong(tmp_path, capsys):
     index.write_text(json.dumps({"weight_map": {n: "ab"[i > 9] + ".safetensors" for i, n in enumerate(names)}}))
     assert f"says that {names[9]} is in a.safetensors" in refuse(source, out, capsys)
     save_file(weights, source / "b.safetensors")
-    assert "which is it?" in refuse(source, out, capsys)
+    assert "remove one of the files" in refuse(source, out, capsys)
 
 
 def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):

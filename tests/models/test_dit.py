@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
@@ -11,7 +10,7 @@ from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
 from scmdm.models.attention import attend, check_backend, choose_backend
 from scmdm.models.conditioner import CONDITIONERS
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import load_weights
 from scmdm.models.rotary import rotate
@@ -20,7 +19,7 @@ MASK, VOCAB = 12, 13
 
 
 def build(conditioned, **overrides):
-    config = ModelConfig(width=32, layers=2, heads=4, condition_width=8, self_conditioned=conditioned, **overrides)
+    config = DiTConfig(width=32, layers=2, heads=4, condition_width=8, self_conditioned=conditioned, **overrides)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     return model
@@ -223,7 +222,7 @@ def bfloat16_gradients(kind):
 
 def test_a_modulation_that_all_sequences_share_is_that_of_each():
     """One sequence has it in the weights of norms and gates, two have it beside their activations."""
-    config = ModelConfig(width=32, layers=2, heads=2, time_conditioning=True)
+    config = DiTConfig(width=32, layers=2, heads=2, time_conditioning=True)
     model = DiT(config, vocab_size=20, mask_id=19, schedule=LogLinear())
     init_weights(model, 0)
     for name, parameter in model.named_parameters():

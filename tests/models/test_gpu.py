@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.packing import make_packing
@@ -14,7 +13,7 @@ from scmdm.diffusion.state import Sequences, State
 from scmdm.diffusion.token_draw import draw_tokens
 from scmdm.distributed.engine import compute_context
 from scmdm.models.attention import attend
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import ModelSpec
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
@@ -85,7 +84,7 @@ def test_the_kernel_of_packed_samples_agrees_with_a_mask():
 
 def test_passes_without_gradients_are_those_with_them():
     """The perceptron's fused GELU."""
-    config = ModelConfig(width=64, layers=3, heads=2)
+    config = DiTConfig(width=64, layers=3, heads=2)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     for name, parameter in model.named_parameters():
@@ -109,7 +108,7 @@ def test_training_steps_are_those_of_the_cpu(compile):
         config = RunConfig()
         config.train.global_batch_size, config.train.micro_batch_size = 32, 16
         config.self_conditioning.rate, config.engine = 1.0, "single"
-        config.model = ModelConfig(
+        config.model = DiTConfig(
             width=64, layers=2, heads=2, self_conditioned=True, compile=compile and device.type == "cuda"
         )
         spec = ModelSpec(config.model, config.diffusion, VOCAB, MASK, LENGTH)
@@ -133,7 +132,7 @@ def test_training_steps_are_those_of_the_cpu(compile):
 @pytest.mark.parametrize("carry", [True, False])
 def test_samples_of_replayed_graphs_are_the_same(dtype, carry):
     model = DiT(
-        ModelConfig(width=64, layers=3, heads=2, self_conditioned=True),
+        DiTConfig(width=64, layers=3, heads=2, self_conditioned=True),
         vocab_size=VOCAB,
         mask_id=MASK,
         schedule=LogLinear(),

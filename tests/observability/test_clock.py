@@ -8,10 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.observability import clock as telemetry
@@ -27,7 +26,7 @@ def test_flops_agree_with_torchs_counter(passes):
     """Every position masked half of the time, as the log-linear schedule has it; within 2 %: the time condition and the
     projections of single rows are left out."""
     # Plain products: the counter does not know the CPU's fused attention.
-    config = ModelConfig(
+    config = DiTConfig(
         width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul"
     )
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
@@ -48,7 +47,7 @@ def test_flops_agree_with_torchs_counter(passes):
 
 
 def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
-    config = ModelConfig(width=512, layers=24, heads=8, self_conditioned=True)
+    config = DiTConfig(width=512, layers=24, heads=8, self_conditioned=True)
     flops = step_flops(config, 34, 128, LogLinear(), passes=1)
     assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
 

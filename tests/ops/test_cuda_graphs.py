@@ -11,7 +11,7 @@ from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.sampling.generation import generate, load
@@ -40,7 +40,7 @@ class Recorder:
 
 @pytest.fixture
 def model():
-    config = ModelConfig(width=32, layers=2, heads=2, self_conditioned=True, labels=True, time_conditioning=True)
+    config = DiTConfig(width=32, layers=2, heads=2, self_conditioned=True, labels=True, time_conditioning=True)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear(), classes=2).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)

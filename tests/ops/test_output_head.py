@@ -7,12 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops import output_head_gpu
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
@@ -143,7 +142,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
     """All positions masked (the worst case); with one huge chunk the tensor appears, so the probe can see it."""
     batch_size, length, vocab = 16, 32, 1000
-    config = ModelConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
+    config = DiTConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
     model = DiT(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear())
     init_weights(model, 0)
     x = torch.randint(0, vocab - 1, (batch_size, length))

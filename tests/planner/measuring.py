@@ -85,8 +85,10 @@ def fake_ranks(size, rank=0):
 
 def run_config(engine="single", *, rate=1.0, micro=1, batch=None, fsdp=None, deepspeed=None, **model):
     config = RunConfig(run_dir="unused", engine=engine)
-    given = {"width": 64, "layers": 3, "heads": 4, "condition_width": 8, "attention": "sdpa", **model}
-    config.model = ModelConfig(self_conditioned=rate > 0, **given)
+    given = {"kind": "dit", "width": 64, "layers": 3, "heads": 4, "attention": "sdpa", **model}
+    if given["kind"] == "dit":
+        given.setdefault("condition_width", 8)
+    config.model = DENOISERS.schema(given["kind"])(self_conditioned=rate > 0, **given)
     config.self_conditioning.rate = rate
     config.train.micro_batch_size, config.train.global_batch_size = micro, batch or micro
     for section, values in ((config.fsdp, fsdp), (config.deepspeed, deepspeed)):

@@ -8,14 +8,13 @@ import torch
 
 from scmdm.checkpoint.checkpoint import find_model
 from scmdm.cli import main
-from scmdm.config.model import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import read_spec
 from tests.conftest import ADAPTED, TINY
@@ -141,7 +140,7 @@ def test_the_spec_and_the_batches_know_the_classes(labelled, adapted, data):
 
 
 def test_without_a_label_is_the_last_row():
-    config = ModelConfig(width=16, layers=1, heads=2, condition_width=8, labels=True)
+    config = DiTConfig(width=16, layers=1, heads=2, condition_width=8, labels=True)
     model = DiT(config, vocab_size=10, mask_id=9, schedule=LogLinear(), classes=3)
     init_weights(model, 0)
     torch.nn.init.normal_(model.blocks[0].adaLN_modulation.weight)
