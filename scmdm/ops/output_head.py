@@ -84,8 +84,8 @@ def expected_embedding(
             return _checkpointed_estimate(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
         kernels = _kernels(h_ND.device)
         if top_k is not None:
-            return kernels.top_k_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)  # type: ignore[no-any-return]
-        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)  # type: ignore[no-any-return]
+            return kernels.top_k_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
+        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
 
 
 def _kernels(device: torch.device) -> ModuleType:

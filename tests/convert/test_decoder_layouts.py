@@ -146,13 +146,13 @@ def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
 @pytest.mark.parametrize(
     ("name", "key", "value", "reason"),
     [
-        ("dream", "num_hidden_layers", 3, "2 blocks, its configuration says 3"),
+        ("dream", "num_hidden_layers", 3, "num_hidden_layers=3"),
         ("dream", "hidden_size", 10**9, "hidden_size=1000000000"),
         ("dream", "hidden_size", 64, "has shape"),
-        ("dream", "num_key_value_heads", 3, "do not divide"),
+        ("dream", "num_key_value_heads", 3, "kv_heads=3"),
         ("dream", "rope_scaling", {"rope_type": "yarn", "factor": 4}, "rope_scaling"),
         ("dream", "hidden_act", "gelu", "hidden_act='gelu'"),
-        ("dream", "mask_token_id", "x", "is no id"),
+        ("dream", "mask_token_id", "x", "mask_token_id='x'"),
         ("llada", "alibi", True, "alibi=True"),
         ("llada", "layer_norm_type", "default", "layer_norm_type='default'"),
         ("llada", "mlp_hidden_size", 96, "has shape"),
