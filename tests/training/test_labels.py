@@ -174,7 +174,7 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     assert "train.label_dropout=0.2 is about labels, which the model does not know" in capsys.readouterr().err
     decoder = ["model.kind=decoder", "model.labels=true"]
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *decoder]) == 1
-    assert "unknown key `model.labels`" in capsys.readouterr().err
+    assert "unknown key `model.condition_width`" in capsys.readouterr().err
     other = genomes(tmp_path / "other", {"cold": "CG", "hot": "AT"}, empty_yaml, "species_from=file")
     adaptation = [*ADAPTED, f"run_dir={tmp_path / 'run'}", f"base={labelled}", "train.steps=2"]
     capsys.readouterr()
