@@ -6,6 +6,7 @@ This module imports torch alone, so that every layer, `scmdm.diffusion` included
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -48,3 +49,14 @@ def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) 
     Uses `torch._foreach_lerp_`, as torch's optimizers and `torch.optim.swa_utils` do (torch 2.14).
     """
     torch._foreach_lerp_(list(targets), list(ends), weight)
+
+
+def fake_tensors() -> contextlib.AbstractContextManager[object]:
+    """Context in which new tensors have shapes, dtypes and devices, but no memory.
+
+    Uses `torch._subclasses.FakeTensorMode`, which `torch.compile` and torch's memory tracker use; there is no public
+    constructor (torch 2.14).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scmdm.planner.memory import ZERO_LIVE, gathered_weights
-from scmdm.planner.model_state import FLOAT32
+from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
 from scmdm.planner.workload import Layout, Workload
 
 ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.planner.communication import BACKWARD, ESTIMATE, LOSS, UPDATE, Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import Layout, Workload
 
 _DAY = 86_400

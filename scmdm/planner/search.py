@@ -10,7 +10,7 @@ from typing import Any
 
 from scmdm.planner.duration import StepTime, step_time
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.memory import Memory, rank_memory
+from scmdm.planner.rank_memory import RankMemory, rank_memory
 from scmdm.planner.workload import Layout, Workload
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -23,7 +23,7 @@ class Candidate:
     """A layout with what it needs."""
 
     layout: Layout
-    memory: Memory
+    memory: RankMemory
     time: StepTime
     fits: bool
 

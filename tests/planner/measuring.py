@@ -22,55 +22,25 @@ from scmdm.training.setup import build_engine
 CPU = torch.device("cpu")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators have made since the start and that still exist, and the most there were."""
+@contextlib.contextmanager
+def following_resizes(live):
+    """Count storages that FSDP2 frees and allocates again in place, too."""
+    resize = torch.UntypedStorage.resize_
 
-    def __init__(self, known=()):
-        """`known` tensors were there before, and do not count."""
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes = {}
-        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+    def resize_and_count(storage, size):
+        result = resize(storage, size)
+        if storage._cdata in live._sizes or size:
+            known = storage._cdata in live._sizes
+            live.resize(storage._cdata, size)
+            if not known:
+                weakref.finalize(storage, live.resize, storage._cdata, 0)
+        return result
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._track(tensor.untyped_storage())
-        return made
-
-    def _track(self, storage):
-        key = storage._cdata
-        if key not in self._sizes and key not in self._known:
-            self._change(key, storage.nbytes())
-            weakref.finalize(storage, self._change, key, 0)
-
-    def _change(self, key, size):
-        self.live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        if not size:
-            del self._sizes[key]
-        self.peak = max(self.peak, self.live)
-
-    @contextlib.contextmanager
-    def following_resizes(self):
-        """Storages that FSDP2 frees and allocates again in place count, too."""
-        resize = torch.UntypedStorage.resize_
-
-        def resize_and_count(storage, size):
-            result = resize(storage, size)
-            if storage._cdata in self._sizes or size:
-                known = storage._cdata in self._sizes
-                self._change(storage._cdata, size)
-                if not known:
-                    weakref.finalize(storage, self._change, storage._cdata, 0)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_and_count
-        try:
-            yield
-        finally:
-            torch.UntypedStorage.resize_ = resize
+    torch.UntypedStorage.resize_ = resize_and_count
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from scmdm.training import setup
 from tests.planner.measuring import (

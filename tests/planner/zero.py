@@ -12,8 +12,7 @@ import torch
 
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
-from scmdm.planner.memory import gathered_weights
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import gathered_weights, rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import (
     Collectives,
