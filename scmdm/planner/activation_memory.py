@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -38,20 +38,22 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes beside weights, weight gradients and the head's logits, at moments of a step."""
+    """Bytes beside weights, gradients of all blocks but one, and the head's logits, at moments of a step."""
 
     estimate_blocks: int  # most in the blocks of the passes that compute the estimate
     estimate_head: int  # most from the output layer of such a pass to the next pass
     loss_blocks: int  # most in the blocks of the pass that carries the loss
     loss_head: int  # most from its output layer to the loss
     kept: int  # kept for the backward pass
-    backward: int  # most in the backward pass
+    backward: int  # most in the backward pass, with the weight gradients of one block
+    kept_by_block: int = 0  # of `kept`, what each block adds
 
     def extrapolate(self, more: ActivationBytes, layers: int) -> ActivationBytes:
         """Bytes with `layers` layers, of which `self` has `_LAYERS[0]` and `more` has `_LAYERS[1]`."""
-        step = (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+        between = _LAYERS[1] - _LAYERS[0]
         pairs = zip(astuple(self), astuple(more), strict=True)
-        return ActivationBytes(*(round(one + step * (other - one)) for one, other in pairs))
+        extrapolated = ActivationBytes(*(one + (layers - _LAYERS[0]) * (other - one) // between for one, other in pairs))
+        return dataclasses.replace(extrapolated, kept_by_block=(more.kept - self.kept) // between)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -189,19 +191,35 @@ def _by_moment(peaks: list[int], passes: int, kept: int, backward: int) -> Activ
 def _make_fake(model: Network, dtype: torch.dtype) -> None:
     """Replace parameters and buffers of a model on the meta device by fake tensors on the CPU."""
     rest = torch.float32 if model.config.head_precision == "float32" else dtype
+    gradients = _BlockGradients()
     for path, module in model.named_modules():
         own = dtype if path.startswith("blocks.") else rest
         for name, parameter in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(parameter.shape, dtype=own))
-            fake.register_post_accumulate_grad_hook(_drop_gradient)
+            fake.register_post_accumulate_grad_hook(gradients.made(path))
             module._parameters[name] = fake
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    """Free a weight gradient at once: the plan counts gradients by engine."""
-    parameter.grad = None
+class _BlockGradients:
+    """Keeps the weight gradients of one block at a time, as FSDP2 does, which reduces them block by block."""
+
+    def __init__(self) -> None:
+        self._block, self._parameters = "", list[Tensor]()
+
+    def made(self, path: str) -> Callable[[Tensor], None]:
+        """Make the hook for a parameter of the module at `path`, to be called when its gradient is complete."""
+        block = ".".join(path.split(".")[:2]) if path.startswith("blocks.") else "rest"
+
+        def hook(parameter: Tensor) -> None:
+            if block != self._block:
+                for earlier in self._parameters:
+                    earlier.grad = None
+                self._block, self._parameters = block, []
+            self._parameters.append(parameter)
+
+        return hook
 
 
 def _freeze(model: nn.Module, trained_layers: int | None) -> None:

@@ -116,6 +116,7 @@ class _StepParts:
         # DeepSpeed allocates its buffers for the first gradients, and frees them at the update (stage 3: never).
         self._standing = self._gathered.buckets if accumulates or layout.stage == 3 else 0
         self._earlier = state.gradients if accumulates and not whole else 0
+        self._block_gradients = sum(p.numel for p in workload.units()[-1] if p.trained) * FLOAT32
         self._keeps = workload.passes > 0 and not layout.reshard_after_estimate
 
     def moment(self, **parts: int) -> Moment:
@@ -155,23 +156,22 @@ class _StepParts:
         """The backward pass of the first layer: all gradients exist, and the activations of one block."""
         gathered, found = self._gathered, self._activations
         return self.moment(
-            gradients=self._state.gradients,
+            gradients=self._state.gradients - (self._block_gradients if not gathered.block else 0),
             gathered=gathered.rest + gathered.block,
-            reduced=self._accumulated + gathered.block_gradients + gathered.buckets,
-            activations=found.kept // self._workload.model.layers,
+            reduced=self._accumulated + gathered.buckets,
+            activations=found.kept_by_block,
             working=max(0, found.backward - found.kept),
         )
 
     def first_backward(self) -> Moment:
         """The backward pass of the last layers: hardly any activation has been freed."""
         gathered, found = self._gathered, self._activations
-        per_layer = found.kept // self._workload.model.layers
         # By the time the second block's gradients are reduced, the first one's activations are freed.
-        on_their_way = max(0, gathered.block_reduction - per_layer) if not self._accumulated else 0
+        on_their_way = max(0, gathered.block_reduction - found.kept_by_block) if not self._accumulated else 0
         return self.moment(
             gradients=self._earlier,
             gathered=gathered.rest + gathered.block + gathered.buffers,
-            reduced=self._accumulated + gathered.block_gradients + on_their_way + gathered.buckets,
+            reduced=self._accumulated + on_their_way + gathered.buckets,
             activations=found.kept,
             head=2 * self._head_gradient(gathered.rest_width),
             working=max(0, found.backward - found.kept),

@@ -79,7 +79,6 @@ class GatheredWeights:
     block: int
     blocks: int  # all blocks
     buffers: int  # filled by collectives, before weights are copied out of them
-    block_gradients: int
     block_reduction: int  # input of a block's reduce-scatter
     rest_gradients: int
     rest_reduction: int
@@ -109,7 +108,6 @@ def gathered_weights(workload: Workload, layout: Layout) -> GatheredWeights:
         block=block * width,
         blocks=block * width * workload.model.layers,
         buffers=block * width,  # prefetch: of the next block in either direction
-        block_gradients=block_trained * width,
         block_reduction=block_trained * FLOAT32,
         rest_gradients=rest_trained * rest_width,
         rest_reduction=rest_trained * FLOAT32,
@@ -134,7 +132,6 @@ def _zero_gathered(workload: Workload, layout: Layout) -> GatheredWeights:
         block=module,
         blocks=module,
         buffers=module,
-        block_gradients=module,
         block_reduction=0,
         rest_gradients=module,
         rest_reduction=0,

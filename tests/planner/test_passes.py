@@ -48,7 +48,7 @@ def planned_kept(workload, layout):
     return found.kept + VOCAB * workload.model.width * 4
 
 
-def check_passes(config, dtype, *, backward=0.07):
+def check_passes(config, dtype, *, backward=0.08):
     """Kept activations within 2 %; peak of the forward pass within 7 %, of the backward pass within `backward`."""
     workload, layout = prepared(config, 1, dtype)
     kept, forward, most = measured(engine_of(config, VOCAB, LENGTH, dtype), config, ROWS)
@@ -124,14 +124,14 @@ def test_the_most_memory_of_a_sharded_step(kind, reshard, batches, rate, dtype):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_the_most_memory_of_a_wide_model(dtype):
-    """Wider than a pass has positions: its gates' products with weights would be the larger part of what is kept."""
+    """A model whose weights outnumber the activations of a pass, within 5 %."""
     config = run_config("fsdp2", micro=1, batch=8, width=512, layers=4, head_chunk=256)
     workload, layout = prepared(config, 8, dtype)
     with fake_ranks(8):
         found = sharded_peak(engine_of(config, VOCAB, LENGTH, dtype), config, 1)
     memory = rank_memory(workload, layout)
     other = memory.state.moments + memory.state.averages
-    assert found <= memory.peak.total - other <= 1.12 * found
+    assert memory.peak.total - other == pytest.approx(found, rel=0.05)
 
 
 def sharded_peak(engine, config, batches):
