@@ -52,7 +52,9 @@ class ActivationBytes:
         """Bytes with `layers` layers, of which `self` has `_LAYERS[0]` and `more` has `_LAYERS[1]`."""
         between = _LAYERS[1] - _LAYERS[0]
         pairs = zip(astuple(self), astuple(more), strict=True)
-        extrapolated = ActivationBytes(*(one + (layers - _LAYERS[0]) * (other - one) // between for one, other in pairs))
+        extrapolated = ActivationBytes(
+            *(one + (layers - _LAYERS[0]) * (other - one) // between for one, other in pairs)
+        )
         return dataclasses.replace(extrapolated, kept_by_block=(more.kept - self.kept) // between)
 
 
@@ -131,7 +133,8 @@ def measure_activations(
     model = dataclasses.replace(model, compile=False, attention="sdpa" if gpu else model.attention)
     described = json.dumps(asdict(dataclasses.replace(model, layers=0)))
     least, more = (
-        _measure(described, layers, rows, length, dtype, gathered, passes, trained_layers, gpu) for layers in _LAYERS
+        _measure(described, layers, rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu)
+        for layers in _LAYERS
     )
     return least.extrapolate(more, model.layers)
 

@@ -8,6 +8,7 @@ will meet that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from scmdm.planner.activation_memory import measure_activations
@@ -96,10 +97,12 @@ class _StepParts:
     def __init__(self, workload: Workload, layout: Layout, state: TrainingState) -> None:
         self._workload, self._layout, self._state = workload, layout, state
         self._gathered = gathered_weights(workload, layout)
+        # Memory follows from the positions of a rank: slices of many sequences are as good as fewer whole ones.
+        shared = math.gcd(layout.micro_batch_size, layout.context)
         self._activations = measure_activations(
             workload.model,
-            rows=layout.micro_batch_size,
-            length=workload.length // layout.context,
+            rows=layout.micro_batch_size // shared,
+            length=workload.length * shared // layout.context,
             dtype=layout.dtype,
             gathered=gathers_in_compute_dtype(layout),
             passes=workload.passes,
