@@ -12,6 +12,30 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# `TorchDispatchMode` intercepts all operators, `tree_leaves` lists the tensors in their results. torch documents both
+# for extensions, but their modules are private (torch 2.14).
+__all__ = [
+    "ATTENTION_OPERATORS",
+    "TorchDispatchMode",
+    "addmm_gelu",
+    "constant_under_compile",
+    "fake_tensors",
+    "lerp_all_",
+    "mark_dynamic_rows",
+    "storage_id",
+    "tree_leaves",
+]
+
+# Operators that `scaled_dot_product_attention` dispatches to; they have no public names (torch 2.14).
+ATTENTION_OPERATORS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -60,3 +84,11 @@ def fake_tensors() -> contextlib.AbstractContextManager[object]:
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return an identifier of a storage while it exists, also without memory.
+
+    Uses `UntypedStorage._cdata`; `data_ptr` is 0 for storages of fake tensors (torch 2.14).
+    """
+    return storage._cdata

@@ -63,7 +63,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes, more than the {_LARGEST_JSON} of any real one; download it again"
+                f"{path} has {path.stat().st_size} bytes; expected at most {_LARGEST_JSON}: download it again"
             )
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -91,7 +91,7 @@ def _files_of(directory: Path) -> list[str]:
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory; download it again"
+                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory; download again"
             )
     return sorted(set(listed.values()))
 

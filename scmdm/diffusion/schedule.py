@@ -86,15 +86,15 @@ def make_schedule(kind: str, *, eps: float = 0.0, power: float = 2.0) -> Schedul
 
 
 def loss_weight(schedule: Schedule, t: Tensor) -> Tensor:
-    """Return `w(t) = -alpha'_t / (1 - alpha_t)`, the NELBO's weight of a masked token (MDLM eq. 10); 1/t for log-linear."""
+    """Return the NELBO's weight of a masked token, `-alpha'_t / (1 - alpha_t)` (MDLM eq. 10); 1/t for log-linear."""
     return -schedule.d_alpha(t) / (1 - schedule.alpha(t))
 
 
 def unmask_probability(schedule: Schedule, t: Tensor, t_next: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
     """Return the probability that a token masked at t is clean at `t_next = s < t`.
 
-    It is `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)` if clean tokens are remasked with probability `sigma` (ReMDM,
-    arXiv 2503.00307, eq. 3).
+    It is `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)` if clean tokens are remasked with probability `sigma`
+    (ReMDM, arXiv 2503.00307, eq. 3).
     """
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
     return ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)).clamp(0, 1)

@@ -11,19 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scmdm.torch_private import ATTENTION_OPERATORS
+
 _aten = torch.ops.aten
 # "selective" keeps the results of matrix products and attention: most of the time, little of the memory.
-_KEPT = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+_KEPT = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION_OPERATORS})
 
 
 def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:

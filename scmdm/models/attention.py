@@ -66,10 +66,10 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int, *, repeated: bool = False) -> str:
-    """Resolve "auto": "flash" where it runs, "matmul" for short bfloat16 sequences on a CPU, otherwise "sdpa" or "cudnn".
+    """Resolve "auto": "flash" where it runs, "matmul" for short bfloat16 on a CPU, otherwise "sdpa" or "cudnn".
 
-    `repeated` says that many calls have this shape. cuDNN plans for every new shape, which takes longer than many calls;
-    after that it is the fastest of torch's kernels.
+    `repeated` says that many calls have this shape. cuDNN plans for every new shape, which takes longer than many
+    calls; after that it is the fastest of torch's kernels.
     """
     if backend == "varlen":  # applies to packed samples only
         backend = "auto"

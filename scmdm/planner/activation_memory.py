@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from scmdm.config.model import DENOISERS, ModelConfig
 from scmdm.config.run import DiffusionConfig
@@ -29,7 +27,7 @@ from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
-from scmdm.torch_private import fake_tensors
+from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tree_leaves
 
 _LAYERS = (2, 3)  # one layer is special: it is the first and the last to be differentiated
 _VOCABULARY = 8
@@ -72,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._gpu = gpu
         self._sizes: dict[int, int] = {}
-        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+        self._known = {storage_id(tensor.untyped_storage()): tensor for tensor in known}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,18 +80,18 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.track(tensor.untyped_storage())
         if self._gpu and function is torch.ops.aten.bernoulli_.float:
-            self.resize(result.untyped_storage()._cdata, result.numel())
+            self.resize(storage_id(result.untyped_storage()), result.numel())
         return result
 
     def track(self, storage: torch.UntypedStorage) -> None:
         """Count a storage until it is freed."""
-        key = storage._cdata
+        key = storage_id(storage)
         if key not in self._sizes and key not in self._known:
             self.resize(key, storage.nbytes())
             weakref.finalize(storage, self.resize, key, 0)
 
     def resize(self, key: int, size: int) -> None:
-        """Set the size in bytes of a storage, by its address."""
+        """Set the size in bytes of a storage, by its `storage_id`."""
         self.live += size - self._sizes.get(key, 0)
         self._sizes[key] = size
         if not size:
