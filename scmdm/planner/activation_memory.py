@@ -177,7 +177,7 @@ def _measure(
             for hook in hooks:  # recomputation would call them
                 hook.remove()
             kept, tracker.peak = tracker.live, tracker.live
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return _by_moment(peaks, passes, kept, tracker.peak)
 
 
