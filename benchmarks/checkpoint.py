@@ -10,7 +10,6 @@ import torch
 from benchmarks.timing import interleave, show
 from scmdm.checkpoint.checkpoint import TrainState
 from scmdm.checkpoint.writer import Saver, snapshot
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.model import ModelConfig
-from scmdm.config.run import DiffusionConfig
 from scmdm.convert.published_files import Source
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec

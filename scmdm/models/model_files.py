@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import LlamaConfig, ModelConfig
+from scmdm.config.model import DENOISERS, ModelConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import DENOISERS, ModelConfig
-from scmdm.config.run import DiffusionConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context

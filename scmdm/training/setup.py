@@ -174,9 +174,11 @@ def compile_blocks(model: Network) -> None:
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
     renamed = renamed_keys(type(config))
-    stored = flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    content = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    stored = flatten({**content, "model": upgrade_model_keys(content["model"])})
     # A key that the checkpoint does not have is newer than the run, which behaved as by its default.
-    before = flatten(dataclasses.asdict(RunConfig())) | {renamed.get(name, name): stored[name] for name in stored}
+    defaults = flatten(dataclasses.asdict(RunConfig(model=type(config.model)())))
+    before = defaults | {renamed.get(name, name): stored[name] for name in stored}
     now = flatten(dataclasses.asdict(config))
     changeable = {name for name, rules, _ in walk_keys(config) if rules.on_resume}
     for name in sorted((before.keys() | now.keys()) - changeable):

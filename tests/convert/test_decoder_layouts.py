@@ -12,8 +12,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 import scmdm
 from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import LlamaConfig, ModelConfig
-from scmdm.convert.layouts import ALL
+from scmdm.config.layouts import LAYOUTS
 from scmdm.diffusion.state import State
 from scmdm.models.decoder import DecoderConfig
 from scmdm.models.model_files import ModelSpec, read_spec, weights_of

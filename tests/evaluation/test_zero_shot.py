@@ -9,7 +9,6 @@ import torch
 
 from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from scmdm.errors import UserError

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample

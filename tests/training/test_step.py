@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
