@@ -1,4 +1,4 @@
-"""What a save costs the training: in line, and beside it (the copy that is waited for)."""
+"""Stall of the training while a checkpoint is saved, synchronously and asynchronously."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MODEL = DiTConfig(width=512, layers=8, heads=8, condition_width=128)
 
 
 def main() -> None:
-    """Print the stall of both kinds of save, for weights, averages and two moments in float32."""
+    """Print the stall of both kinds of save: weights, averages and two moments in float32."""
     device = resolve_device("auto")
     config = RunConfig(model=_MODEL, engine="single")
     spec = ModelSpec(_MODEL, config.diffusion, 4096, 4095, 128)

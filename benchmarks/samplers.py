@@ -1,4 +1,4 @@
-"""Our samplers against the dense one, on the same weights, to the end of all steps."""
+"""Samplers compared with the dense baseline, on the same weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BASELINE_STEPS = 1  # timed; each does the same work
 
 
 def main() -> None:
-    """Print how many times faster each is than the dense sampler, whose time is that of a step times their number."""
+    """Print the speed-up over the dense sampler, whose time is extrapolated from one step."""
     _run({32: 3, 128: 1})
 
 
 def thousand() -> None:
-    """The same for T = 1024: some minutes."""
+    """Print the speed-up for 1,024 steps, in some minutes."""
     _run({1024: 1})
 
 

@@ -1,7 +1,7 @@
-"""What an adaptation step costs over a vanilla step, what a vanilla step costs over the dense baseline, and the head.
+"""Cost of an adaptation step over a vanilla step, of a vanilla step over the dense baseline, and of the output head.
 
-Theory without tricks: a forward pass costs 1, a backward pass 2; a vanilla step is 3, an adaptation step 4: 4/3. The
-estimate's head makes two products where the loss's forward pass makes one, so a large vocabulary costs more.
+In theory a forward pass costs 1 and a backward pass 2, so that a vanilla step costs 3 and an adaptation step 4: a ratio
+of 4/3. The head of the estimate computes two products with the vocabulary instead of one, which adds to that.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from scmdm.training.step import train_step
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on batches of random tokens."""
+    """A model and a batch of random tokens."""
 
     name: str
     model: DiTConfig
     vocab: int
     length: int
-    batch: int  # sequences of a step
-    micro: int | None = None  # of a pass; None: all of them
+    batch: int  # sequences per step
+    micro: int | None = None  # sequences per pass; None: all
 
 
 QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", DiTConfig(), 34, 32, 256)
@@ -71,13 +71,13 @@ BILLION_GPU = Shape(
 
 
 def main() -> None:
-    """Print the ratios of two shapes that a laptop can do in a minute."""
+    """Print ratios for two shapes that a laptop runs in a minute."""
     _compare(QM9, rounds=15)
     _compare(TEXT, rounds=15)
 
 
 def small() -> None:
-    """Print those of MDLM's size: on a CPU some minutes and 8 GiB of memory."""
+    """Print ratios for MDLM's size; on a CPU this takes some minutes and 8 GiB of memory."""
     if torch.cuda.is_available():
         _compare_alone(SMALL_GPU)
     else:
@@ -85,7 +85,7 @@ def small() -> None:
 
 
 def billion() -> None:
-    """Print those of a billion parameters; for a GPU."""
+    """Print ratios for a billion parameters, on a GPU."""
     if torch.cuda.is_available():
         _compare_alone(BILLION_GPU)
     else:
@@ -105,7 +105,7 @@ def _compare(shape: Shape, rounds: int) -> None:
 
 
 def _compare_alone(shape: Shape) -> None:
-    """One after the other: a GPU is quiet, and has no room for all."""
+    """Time the steps one after the other: a GPU has no other load, and no memory for all of them."""
     timings: dict[str, Timing] = {}
     lines = []
     for passes, name in enumerate((_VANILLA, _ADAPTATION)):
@@ -119,7 +119,7 @@ def _compare_alone(shape: Shape) -> None:
 
 
 def _utilisation(shape: Shape, passes: int, timing: Timing) -> str:
-    """Tokens a second, the share of the GPU's products that a step reaches, by median time, and the most memory."""
+    """Describe tokens per second, model FLOPs utilisation (by median time) and peak memory."""
     config, seconds = replace(shape.model, self_conditioned=passes > 0), statistics.median(timing.wall)
     flops = step_flops(config, shape.vocab, shape.length, LogLinear(), passes=passes).total * shape.batch
     peak = peak_flops(torch.device("cuda"))
@@ -129,7 +129,7 @@ def _utilisation(shape: Shape, passes: int, timing: Timing) -> str:
 
 
 def head() -> None:
-    """Print the output head's share of a step, on a GPU beside liger-kernel's where that is installed."""
+    """Print times of the output head; on a GPU also those of liger-kernel, if installed."""
     loss, estimate = "loss with gradients", "expected embedding"
     for shape in (SMALL_GPU,) if torch.cuda.is_available() else (QM9, TEXT):
         shape = replace(shape, batch=shape.micro or shape.batch)
@@ -140,7 +140,7 @@ def head() -> None:
 
 
 def _liger(shape: Shape) -> Callable[[], object]:
-    """Liger-kernel's fused linear cross-entropy, which knows no weights of positions, on as many rows."""
+    """Liger-kernel's fused linear cross-entropy, without weights of positions, on the same number of rows."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     dit, h_ND, x_N = _head_problem(shape)
@@ -157,7 +157,7 @@ def _liger(shape: Shape) -> Callable[[], object]:
 def make_engine_step(
     shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None
 ) -> tuple[Engine, Callable[[], object]]:
-    """An engine, and one optimizer step of it on random tokens as a function without arguments."""
+    """Return an engine, and a function that runs one optimizer step on random tokens."""
     device = resolve_device("auto")
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = shape.batch, shape.micro or shape.batch
@@ -171,7 +171,7 @@ def make_engine_step(
     tokens = torch.randint(0, shape.vocab - 1, (shape.batch, shape.length), device=device)
     ids = torch.arange(shape.batch, device=device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    # The same step number every time: the same times and masks, hence the same work.
+    # The step number fixes times and masks, hence the work.
     batch = Sequences(tokens, valid, ids)
     step = functools.partial(train_step, built, config, LogLinear(), shape.vocab - 1, batch, 0)
     return built, step
@@ -183,7 +183,7 @@ def _head(shape: Shape, *, loss: bool) -> Callable[[], object]:
 
 
 def _head_problem(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
-    """A model, and half of all positions, as many as are masked on average."""
+    """Make a model and hidden states for half of all positions, the average number of masked ones."""
     device = resolve_device("auto")
     dit = DiT(shape.model, vocab_size=shape.vocab, mask_id=shape.vocab - 1, schedule=LogLinear()).to(device)
     init_weights(dit, 0)

@@ -19,7 +19,7 @@ from scmdm.checkpoint.checkpoint import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layouts import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
+from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
 from scmdm.convert.published_files import SINGLE_FILE, Source, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest

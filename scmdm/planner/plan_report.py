@@ -190,7 +190,7 @@ def _assumptions(plan: Plan) -> str:
         f"part of the step unless listed as others; links at {assumed.link_efficiency:.0%} of "
         f"{gpu.link / _GB:.0f} GB/s within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, "
         "latencies of NCCL's rings; the update at "
-        f" {assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
+        f"{assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
         "GPU's memory kept free; all positions masked (memory), half of them on average (time). Kernel launches are "
         "left out: steps of a few hundredths of a second will take longer."
     )

@@ -117,6 +117,19 @@ def test_import_export_import_is_bitwise_the_same(tmp_path, name):
     assert main(["sample", str(second), "num=2", "sampler.steps=4", "device=cpu"]) == 0
 
 
+def test_head_width_survives_export_and_import(tmp_path, capsys):
+    theirs = their_model("llama", False, 10_000.0, 1e-6, head_dim=12)
+    theirs.resize_token_embeddings(len(WORDS))
+    theirs.save_pretrained(tmp_path / "there")
+    write_tokenizer(tmp_path / "there" / "tokenizer.json")
+    assert main(["import", str(tmp_path / "there"), str(tmp_path / "ours"), "length=16"]) == 0
+    assert read_spec(tmp_path / "ours").model.head_width == 12
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "format=llama"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["head_dim"] == 12
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "not"), "format=llada"]) == 1
+    assert "format=llada" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
     """As `transformers` saves it: it gets a mask, keeps its shift, sees everything; and goes back."""

@@ -1,4 +1,4 @@
-"""The LLaMA-like denoiser against the implementation of `transformers`, with the causal mask taken away."""
+"""The decoder against LLaMA and Qwen2 of `transformers` without their causal mask."""
 
 import dataclasses
 
@@ -32,9 +32,9 @@ SIZES = {
 }
 
 
-def their_model(kind, tied, base, eps):
+def their_model(kind, tied, base, eps, **more):
     torch.manual_seed(0)
-    options = {**SIZES, "tie_word_embeddings": tied, "rope_theta": base, "rms_norm_eps": eps}
+    options = {**SIZES, "tie_word_embeddings": tied, "rope_theta": base, "rms_norm_eps": eps, **more}
     model = LlamaForCausalLM(TheirLlama(**options)) if kind == "llama" else Qwen2ForCausalLM(TheirQwen(**options))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,6 +90,21 @@ def test_logits_are_those_of_transformers(kind, tied, base, eps, attention):
     real = torch.arange(VOCAB) != MASK
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
     assert bool((found[..., MASK] == float("-inf")).all())
+
+
+def test_heads_wider_than_width_over_heads():
+    theirs = their_model("llama", False, 10_000.0, 1e-6, head_dim=12)
+    ours = our_model("llama", False, 10_000.0, 1e-6, head_width=12).eval()
+    assert ours.config.attention_width == 48 and ours.blocks[0].attn_k.weight.shape == (24, 32)
+    weights = dict(theirs.named_parameters())
+    names = LAYOUTS.load("llama").our_names(weights, ours.config)
+    load_weights(ours, {name: weights[published] for published, name in names.items()}, "llama")
+    ids = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=see_everything(11)).logits
+        found = ours.logits(ours.hidden(State(ids, TIME)).flatten(0, 1)).view(2, 11, VOCAB)
+    real = torch.arange(VOCAB) != MASK
+    torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
 
 
 def test_shifted_logits_come_from_the_position_before():
