@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 @functools.cache
 def can_fuse() -> bool:
-    """Whether `torch.compile` can make GPU kernels here: Triton, a C compiler and Python's headers are installed."""
+    """Return whether Triton, a C compiler and Python's headers are installed, which compiled GPU kernels need."""
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     if importlib.util.find_spec("triton") is None or not any(shutil.which(name) for name in compilers if name):
         return False

@@ -121,7 +121,7 @@ def _padded(unit: tuple[Parameter, ...], shards: int) -> int:
 
 
 def _zero_gathered(workload: Workload, layout: Layout) -> GatheredWeights:
-    """Of one process, and of DeepSpeed, whose stage 3 gathers one module at a time (and both embeddings)."""
+    """Gathered weights of one process, and of DeepSpeed, whose stage 3 gathers a module at a time (and embeddings)."""
     zero_3 = layout.engine == "deepspeed" and layout.stage == 3
     module = max(p.numel for p in workload.units()[1]) * layout.width if zero_3 else 0
     outside = sum(p.numel for p in workload.units()[0]) * FLOAT32 if zero_3 else 0
@@ -147,7 +147,7 @@ def _zero_buckets(workload: Workload, layout: Layout) -> int:
 
 
 def gathers_in_compute_dtype(layout: Layout) -> bool:
-    """Whether weights arrive at a block in the dtype of compute, rather than as float32 that autocast copies."""
+    """Return whether weights arrive at a block in the dtype of compute, not in float32 that autocast copies."""
     return layout.dtype != torch.float32 and (
         layout.engine == "fsdp2" or (layout.engine == "deepspeed" and layout.stage == 3)
     )

@@ -1,4 +1,4 @@
-"""The baselines compute what scmdm computes: else a ratio between them would say nothing."""
+"""The dense baselines compute the same results as scmdm, without which ratios would be meaningless."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LLaDA, Dream, LLaMA and Qwen2 as they are published: in several files with an index, in bfloat16."""
+"""Import and export of LLaDA, Dream, LLaMA and Qwen2, in several bfloat16 files with an index."""
 
 import json
 import resource

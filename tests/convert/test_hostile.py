@@ -1,4 +1,4 @@
-"""Files that nobody should trust: refused with the reason, and nothing in them runs."""
+"""Damaged and malicious files are refused with a reason, and nothing in them runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The denoiser: equality with the base at the start of an adaptation, attention backends, names."""
+"""The DiT: equality with its base at the start of an adaptation, attention kernels, names of weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What runs on a GPU alone, against the same on the CPU."""
+"""GPU kernels against the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Replaying evaluations of a shape that comes again; CUDA's own graphs: test_gpu.py."""
+"""Replay of evaluations whose shape recurs; CUDA graphs themselves: tests/models/test_gpu.py."""
 
 from pathlib import Path
 

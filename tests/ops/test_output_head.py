@@ -1,4 +1,4 @@
-"""The masked-only chunked head against the dense head, and that nothing of size B x L x V exists in a step."""
+"""The chunked output head against the dense reference; no step allocates a (B, L, V) tensor."""
 
 import math
 
@@ -14,7 +14,12 @@ from scmdm.diffusion.state import Sequences
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops import output_head_gpu
-from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
+from scmdm.ops.output_head import (
+    dense_expected_embedding,
+    dense_weighted_nll_sum,
+    expected_embedding,
+    weighted_nll_sum,
+)
 from scmdm.ops.subs_logits import subs_bias
 
 N, D, V, MASK = 37, 8, 23, 11
@@ -43,22 +48,41 @@ def dense_logits(h, weight, bias):
 def test_loss_and_gradients_equal_the_dense_head(problem, chunk, tile):
     h, weight, bias, x, w, _ = problem
     total, nll = weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK, chunk=chunk)
-    dense = torch.nn.functional.cross_entropy(dense_logits(h, weight, bias), x, reduction="none")
-    torch.testing.assert_close(nll, dense.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(total, (dense * w).sum(), rtol=1e-5, atol=1e-5)
+    expected, terms = dense_weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK)
+    torch.testing.assert_close(nll, terms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     assert not nll.requires_grad
     ours = torch.autograd.grad(3 * total, (h, weight, bias))
-    theirs = torch.autograd.grad(3 * (dense * w).sum(), (h, weight, bias))
+    theirs = torch.autograd.grad(3 * expected, (h, weight, bias))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert ours[2][MASK] == 0
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("chunk", [1, 5, N, 1000])
-def test_expected_embedding_equals_the_dense_one(problem, chunk, tile):
+def test_expected_embedding_equals_the_dense_one(problem, chunk, top_k, gradients, tile):
     h, weight, bias, _, _, embedding = problem
-    ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk)
-    torch.testing.assert_close(ours, dense_logits(h, weight, bias).softmax(1) @ embedding, rtol=1e-5, atol=1e-5)
+    with torch.set_grad_enabled(gradients):
+        ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk, top_k=top_k)
+    expected = dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK, top_k=top_k)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert ours.requires_grad == gradients
+
+
+def test_the_reference_is_softmax_without_the_mask(problem):
+    h, weight, bias, x, w, embedding = (t.detach() for t in problem)
+    logits = dense_logits(h, weight, bias)
+    total, terms = dense_weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK)
+    torch.testing.assert_close(terms, torch.nn.functional.cross_entropy(logits, x, reduction="none"))
+    torch.testing.assert_close(total, (terms * w).sum(), rtol=1e-5, atol=1e-5)
+    p = logits.softmax(1)
+    torch.testing.assert_close(dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK), p @ embedding)
+    best = p.topk(3, dim=1)
+    p = torch.zeros_like(p).scatter(1, best.indices, best.values / best.values.sum(1, keepdim=True))
+    found = dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK, top_k=3)
+    torch.testing.assert_close(found, p @ embedding, rtol=1e-5, atol=1e-5)
 
 
 def test_no_masked_position_at_all(problem):

@@ -1,4 +1,4 @@
-"""What a pass really allocates and sends, for the plan to be compared with."""
+"""Measurements of real passes, for comparison with plans."""
 
 import collections
 import contextlib

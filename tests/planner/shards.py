@@ -1,4 +1,4 @@
-"""What one of several real processes holds and sends, beside the plan: started by torchrun, rank 0 prints JSON."""
+"""State and traffic of real processes beside the plan; started by torchrun, rank 0 prints JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a plan says of weights, gradients, moments and averages, against the tensors that build_engine makes."""
+"""Planned weights, gradients, moments and averages, against the tensors of real engines."""
 
 import dataclasses
 

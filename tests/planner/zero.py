@@ -1,4 +1,4 @@
-"""What DeepSpeed's stages allocate and send on so many pretended ranks, and what is planned, as JSON.
+"""State and traffic of DeepSpeed's stages with a fake process group, beside the plan, as JSON.
 
 `python -m tests.planner.zero RANKS`: in a process of its own, because DeepSpeed remembers its process groups.
 """
