@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 import scmdm
 from scmdm.checkpoint.checkpoint import seal
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
 from scmdm.models.dit import DiTConfig
