@@ -26,9 +26,7 @@ def test_flops_agree_with_torchs_counter(passes):
     """Every position masked half of the time, as the log-linear schedule has it; within 2 %: the time condition and the
     projections of single rows are left out."""
     # Plain products: the counter does not know the CPU's fused attention.
-    config = DiTConfig(
-        width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul"
-    )
+    config = DiTConfig(width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul")
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     z = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
