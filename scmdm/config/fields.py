@@ -154,8 +154,11 @@ def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]
 
 
 def section_of(field: dataclasses.Field[Any]) -> type | None:
-    """The dataclass of a field that is a section; None for a key."""
+    """The dataclass of a field that is a section; None for a key. Of a registry's section, that of its default."""
     factory = field.default_factory
+    rules = rules_of(field)
+    if rules is not None and rules.registry is not None and factory is not dataclasses.MISSING:
+        return type(factory())
     return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
 
 

@@ -1,4 +1,4 @@
-"""LLaDA, Dream, LLaMA and Qwen2 as they are published: in several files with an index, in bfloat16."""
+"""Import and export of LLaDA, Dream, LLaMA and Qwen2, in several bfloat16 files with an index."""
 
 import json
 import resource
@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 import scmdm
 from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import LlamaConfig, ModelConfig
-from scmdm.convert.layouts import ALL
+from scmdm.config.layouts import LAYOUTS
 from scmdm.diffusion.state import State
+from scmdm.models.decoder import DecoderConfig
 from scmdm.models.model_files import ModelSpec, read_spec, weights_of
 from scmdm.models.safetensors_shards import write_shards
 from tests.conftest import ROOT
@@ -63,11 +63,13 @@ PUBLISHED = {"llada": LLADA, "dream": DREAM}
 def write_published(directory, name, config=None, rows=VOCAB + 3, scale=1.0):
     """Random weights of a layout with the names that its authors' files have, in files of 20 kB."""
     directory.mkdir()
-    own = LlamaConfig(kv_heads=2, mlp_width=88, attention_bias=name == "dream")
-    model = ModelConfig(kind="llama", width=32, layers=2, heads=4, llama=own)
+    model = DecoderConfig(width=32, layers=2, heads=4, kv_heads=2, mlp_width=88, attention_bias=name == "dream")
     shapes = {n: p.shape for n, p in ModelSpec(model, DiffusionConfig(), rows, MASK, 8).build().named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    weights = {ALL[name].theirs(n): (scale * torch.randn(s, generator=generator)).bfloat16() for n, s in shapes.items()}
+    weights = {
+        LAYOUTS.load(name).published_name(n): (scale * torch.randn(s, generator=generator)).bfloat16()
+        for n, s in shapes.items()
+    }
     write_shards(directory / "model.safetensors", weights.items(), 20_000, index=True)
     (directory / "config.json").write_text(json.dumps(PUBLISHED[name] if config is None else config))
     write_tokenizer(directory / "tokenizer.json")
@@ -79,14 +81,19 @@ def test_names_are_those_of_the_published_files():
     block = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"]
     ours = ["norm1", "attn_q", "attn_k", "attn_v", "attn_out", "norm2", "mlp_gate", "mlp_up", "mlp_down"]
     for mine, theirs in zip(ours, block, strict=True):
-        assert ALL["llada"].theirs(f"blocks.7.{mine}.weight") == f"model.transformer.blocks.7.{theirs}.weight"
+        assert (
+            LAYOUTS.load("llada").published_name(f"blocks.7.{mine}.weight")
+            == f"model.transformer.blocks.7.{theirs}.weight"
+        )
     outer = {
         "vocab_embed.embedding": "wte",
         "output_layer.norm_final.weight": "ln_f",
         "output_layer.linear.weight": "ff_out",
     }
-    assert all(ALL["llada"].theirs(mine) == f"model.transformer.{name}.weight" for mine, name in outer.items())
-    assert ALL["dream"].theirs("blocks.3.attn_k.bias") == "model.layers.3.self_attn.k_proj.bias"
+    assert all(
+        LAYOUTS.load("llada").published_name(mine) == f"model.transformer.{name}.weight" for mine, name in outer.items()
+    )
+    assert LAYOUTS.load("dream").published_name("blocks.3.attn_k.bias") == "model.layers.3.self_attn.k_proj.bias"
 
 
 @pytest.mark.parametrize("name", ["llada", "dream"])
@@ -95,8 +102,8 @@ def test_import_export_import_is_bitwise_the_same(tmp_path, name):
     first, out, second = tmp_path / "first", tmp_path / "out", tmp_path / "second"
     assert main(["import", str(tmp_path / "there"), str(first), "length=16"]) == 0
     spec = read_spec(first)
-    assert spec.model.llama.logit_shift == (name == "dream") and spec.mask_id == MASK and spec.vocab_size == VOCAB + 3
-    assert spec.model.llama.rotary_base == PUBLISHED[name]["rope_theta"]
+    assert spec.model.logit_shift == (name == "dream") and spec.mask_id == MASK and spec.vocab_size == VOCAB + 3
+    assert spec.model.rotary_base == PUBLISHED[name]["rope_theta"]
     assert main(["export", str(first), str(out), f"format={name}", "shard_gb=1e-5"]) == 0
     assert len(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == len(published)
     (out / "scmdm").rename(tmp_path / "aside")  # what the layout itself says must do
@@ -106,8 +113,21 @@ def test_import_export_import_is_bitwise_the_same(tmp_path, name):
     assert one.keys() == two.keys() and len(one) == len(published)
     for ours, value in one.items():
         assert value.dtype == torch.bfloat16
-        assert torch.equal(value, two[ours]) and torch.equal(value, published[ALL[name].theirs(ours)])
+        assert torch.equal(value, two[ours]) and torch.equal(value, published[LAYOUTS.load(name).published_name(ours)])
     assert main(["sample", str(second), "num=2", "sampler.steps=4", "device=cpu"]) == 0
+
+
+def test_head_width_survives_export_and_import(tmp_path, capsys):
+    theirs = their_model("llama", False, 10_000.0, 1e-6, head_dim=12)
+    theirs.resize_token_embeddings(len(WORDS))
+    theirs.save_pretrained(tmp_path / "there")
+    write_tokenizer(tmp_path / "there" / "tokenizer.json")
+    assert main(["import", str(tmp_path / "there"), str(tmp_path / "ours"), "length=16"]) == 0
+    assert read_spec(tmp_path / "ours").model.head_width == 12
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "format=llama"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["head_dim"] == 12
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "not"), "format=llada"]) == 1
+    assert "format=llada" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -138,13 +158,13 @@ def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
 @pytest.mark.parametrize(
     ("name", "key", "value", "reason"),
     [
-        ("dream", "num_hidden_layers", 3, "2 blocks, its configuration says 3"),
+        ("dream", "num_hidden_layers", 3, "num_hidden_layers=3"),
         ("dream", "hidden_size", 10**9, "hidden_size=1000000000"),
         ("dream", "hidden_size", 64, "has shape"),
-        ("dream", "num_key_value_heads", 3, "do not divide"),
+        ("dream", "num_key_value_heads", 3, "kv_heads=3"),
         ("dream", "rope_scaling", {"rope_type": "yarn", "factor": 4}, "rope_scaling"),
         ("dream", "hidden_act", "gelu", "hidden_act='gelu'"),
-        ("dream", "mask_token_id", "x", "is no id"),
+        ("dream", "mask_token_id", "x", "mask_token_id='x'"),
         ("llada", "alibi", True, "alibi=True"),
         ("llada", "layer_norm_type", "default", "layer_norm_type='default'"),
         ("llada", "mlp_hidden_size", 96, "has shape"),
@@ -175,11 +195,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_a_large_model_passes_through_one_file_at_a_time(tmp_path):
     """384 MB in files of 16 MB: at no time are more than a few of them in memory."""
     assert sys.platform == "linux" and resource.getpagesize()
-    own = LlamaConfig(kv_heads=2, mlp_width=2048, attention_bias=True)
-    model = ModelConfig(kind="llama", width=512, layers=24, heads=8, llama=own)
+    model = DecoderConfig(width=512, layers=24, heads=8, kv_heads=2, mlp_width=2048, attention_bias=True)
     shapes = {n: p.shape for n, p in ModelSpec(model, DiffusionConfig(), 16, MASK, 8).build().named_parameters()}
     (tmp_path / "there").mkdir()
-    tensors = ((ALL["dream"].theirs(n), torch.full(s, 0.01)) for n, s in shapes.items())
+    tensors = ((LAYOUTS.load("dream").published_name(n), torch.full(s, 0.01)) for n, s in shapes.items())
     write_shards(tmp_path / "there" / "model.safetensors", tensors, 2**24, index=True)
     sizes = {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8, "intermediate_size": 2048}
     (tmp_path / "there" / "config.json").write_text(json.dumps({**DREAM, **sizes}))
