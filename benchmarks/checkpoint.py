@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import interleave, show
-from scmdm.checkpoint.checkpoint import TrainState
-from scmdm.checkpoint.writer import Saver, snapshot
+from scmdm.checkpoint.state import TrainState
+from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import EmaConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.distributed.ema import Ema
@@ -34,7 +34,10 @@ def main() -> None:
         tokenizer.write_text("{}")
         reference = TokenizerRef("characters", tokenizer.name, "")
         manifest = Manifest(2, "none", reference, 4096, 4095, 0, 1, 2, 128, "uint16", "loss", "given", {})
-        savers = {kind: Saver(directory / kind, engine, _train(kind)) for kind in ("in line", "beside the training")}
+        savers = {
+            kind: CheckpointWriter(directory / kind, engine, _train(kind))
+            for kind in ("in line", "beside the training")
+        }
 
         def save(kind: str) -> None:
             state.step += 1

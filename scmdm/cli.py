@@ -187,7 +187,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _adapt(options: argparse.Namespace) -> None:
     with StopRequest() as stop:
-        from scmdm.checkpoint.checkpoint import find_model
+        from scmdm.checkpoint.reader import find_model
         from scmdm.config.loading import load_config
         from scmdm.models.model_files import open_model
         from scmdm.training.trainer import run_training
@@ -379,7 +379,8 @@ def _add_checkpoint(commands: _Commands) -> None:
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
-    from scmdm.checkpoint.checkpoint import list_checkpoints, verify_checkpoint
+    from scmdm.checkpoint.reader import list_checkpoints
+    from scmdm.checkpoint.seal import verify_checkpoint
 
     found = list_checkpoints(options.run_directory / "checkpoints")
     if not found:
@@ -390,7 +391,8 @@ def _checkpoint_list(options: argparse.Namespace) -> None:
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> None:
-    from scmdm.checkpoint.checkpoint import list_checkpoints, verify_checkpoint
+    from scmdm.checkpoint.reader import list_checkpoints
+    from scmdm.checkpoint.seal import verify_checkpoint
 
     found = list_checkpoints(options.model / "checkpoints") or [options.model]
     problems = [problem for path in found for problem in verify_checkpoint(path)]

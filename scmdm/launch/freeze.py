@@ -18,7 +18,7 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.data.preparation.shard_writer import check_place
 from scmdm.errors import UserError
-from scmdm.observability.git_revision import REVISION_FILE, git_revision
+from scmdm.observability.environment import REVISION_FILE, git_revision
 from scmdm.system.files import atomic_write_text
 
 COMMANDS = ("train", "adapt")

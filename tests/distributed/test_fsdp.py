@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.distributed.engine import cpp_compiler
 from tests import kills
 from tests.conftest import TINY

@@ -50,9 +50,9 @@ def test_one_rank_that_hangs_in_a_read_ends_all_with_its_stack(adapt, tmp_path):
     assert set(found) == {"rank_0", "rank_1"}
     assert "read_from_a_disk_that_hangs" in found["rank_1"] and "in data, last step 4" in found["rank_1"]
     assert "all_gather" in found["rank_0"] and "read_from_a_disk_that_hangs" not in found["rank_0"]
-    assert all("no sign of life for" in text and "Thread 0x" in text for text in found.values())
+    assert all("no progress for" in text and "Thread 0x" in text for text in found.values())
     log = (run / "train.log").read_text()
-    assert f"the stacks of all ranks are in {run / 'stacks'}; ending with status {HANG_EXIT}" in log
+    assert f"the stacks of all ranks are in {run / 'stacks'}; exit status {HANG_EXIT}" in log
     assert "in data, last step 4: rank 1" in log and "in sync, last step 4: rank 0" in log
 
 
@@ -86,7 +86,7 @@ def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_p
     assert process.returncode == HANG_EXIT, output
     (text,) = stacks(run).values()
     assert "in data, last step" in text
-    assert "get_sample_data" in text.split("--- process")[1]
+    assert "get_sample_data" in text.split("--- child process")[1]
     assert are_gone(children)
 
 

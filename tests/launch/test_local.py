@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.system.signals import REQUEUE_EXIT
 from tests.conftest import scmdm
 from tests.distributed.launching import launch

@@ -1,6 +1,7 @@
-"""On a real SLURM of two nodes, brought up here: whatever ends a job, the run goes on as if nothing had been."""
+"""Jobs on a real SLURM of two nodes, started here: a run that was interrupted in any way continues identically."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.cli import main
-from scmdm.runtime.run_lock import Owner, job_state, lives
+from scmdm.errors import InUseError
+from scmdm.system.lease import LeaseHolder, acquire, holder_lives
+from scmdm.system.liveness import job_state
 from tests.data.preparation.test_prepare import files
 from tests.data.preparation.test_prepare_parallel import write_corpus
 from tests.distributed.launching import launch
@@ -235,19 +238,25 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
-    """The age of its last sign of life, an hour, would say that it does not."""
-    signature = tmp_path / ".owner.json"
-    signature.write_text("")
-    os.utime(signature, (time.time() - 3600,) * 2)
+def test_slurm_is_asked_whether_a_holder_on_another_machine_lives(tmp_path):
+    """Its lease was renewed an hour ago, so that its silence would say that it is dead."""
     number = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 300")
     job = cluster.Job(number, tmp_path, tmp_path)
     job.wait(lambda: job.state == "RUNNING", 60, "running")
-    me = Owner.me()
-    owner = dataclasses.replace(me, host="elsewhere", job=number)
-    assert lives(owner, me, signature)
+    me = LeaseHolder.current()
+    holder = dataclasses.replace(me, host="elsewhere", machine="another", job=number)
+    lease = tmp_path / "lease" / "00000001.json"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps(dataclasses.asdict(holder)))
+    os.utime(lease, (time.time() - 3600,) * 2)
+    assert holder_lives(holder, me) is True
+    with pytest.raises(InUseError, match=f"scancel {number}"), acquire(lease.parent, "run_dir=x"):
+        pass
     slurm("scancel", number)
     job.wait_for_end(60)
     job.wait(lambda: job_state(number) == "CANCELLED", 60, "cancelled")
-    assert not lives(owner, me, signature)
+    assert holder_lives(holder, me) is False
+    os.utime(lease)
+    with acquire(lease.parent, "run_dir=x") as taken_over:
+        assert taken_over.predecessor == holder
     assert job_state("999999") == "GONE"

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
 from scmdm.config.run import ModelConfig
 from scmdm.data.loader import build_loader, read_labels

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from scmdm.checkpoint.checkpoint import find_model, newest_checkpoint
+from scmdm.checkpoint.reader import find_model, newest_checkpoint
 from scmdm.cli import main
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
