@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from scmdm.config.launch_config import RUNTIMES, SIGNALS, STARTERS, Container, Ranks, SlurmJob
 from scmdm.errors import UserError
+from scmdm.system.files import atomic_write_text
 
 if TYPE_CHECKING:
     from scmdm.config.preparation import PrepareConfig
     from scmdm.config.run import RunConfig
-    from scmdm.launch.freeze import Frozen
+    from scmdm.launch.freeze import FrozenLaunch
 
 
 def add_launch(commands: argparse._SubParsersAction[Any]) -> None:
@@ -72,21 +73,21 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def launch_slurm(options: argparse.Namespace) -> None:
-    """Freeze, write the script, submit it."""
+    """Freeze code and configuration, write the batch script and submit it."""
     from scmdm.launch.batch_script import script_path
-    from scmdm.launch.freeze import freeze, place
+    from scmdm.launch.freeze import freeze, plan_launch
 
     ranks, job = _ranks(options), _job(options)
     ranks.validate()
     job.validate()
     config = _resolve(options, ranks)
-    frozen = place(options.launched, config)
+    frozen = plan_launch(options.launched, config)
     script = _render(options, frozen, ranks, job)
     if options.dry_run:
         print(script, end="")
         return
     freeze(frozen, config)
-    script_path(frozen).write_text(script)
+    atomic_write_text(script_path(frozen), script)
     print(f"job {_submit(script_path(frozen))}: {script_path(frozen)}, log beside it")
 
 
@@ -109,7 +110,7 @@ def _resolve(options: argparse.Namespace, ranks: Ranks) -> RunConfig | PrepareCo
     return resolve(options.launched, options.config, options.overrides, ranks.size)
 
 
-def _render(options: argparse.Namespace, frozen: Frozen, ranks: Ranks, job: SlurmJob) -> str:
+def _render(options: argparse.Namespace, frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob) -> str:
     from scmdm.launch.batch_script import render, render_preparation
 
     if options.launched == "prepare":
@@ -158,13 +159,13 @@ def _submit(script: Path) -> str:
 
 
 def launch_local(options: argparse.Namespace) -> None:
-    """Freeze, then become the starter of the ranks."""
-    from scmdm.launch.freeze import freeze, place, resolve
+    """Freeze code and configuration, then replace this process by the launcher of the ranks."""
+    from scmdm.launch.freeze import freeze, plan_launch, resolve
 
     ranks = Ranks(gpus_per_node=options.gpus_per_node, ranks_per_node=options.ranks_per_node)
     ranks.validate()
     config = resolve(options.launched, options.config, options.overrides, ranks.size)
-    frozen = place(options.launched, config)
+    frozen = plan_launch(options.launched, config)
     command = local_command(frozen, ranks, options.attempts)
     if options.dry_run:
         print(" ".join(f"{key}={shlex.quote(value)}" for key, value in frozen.environment.items()), shlex.join(command))
@@ -174,7 +175,7 @@ def launch_local(options: argparse.Namespace) -> None:
     os.execve(sys.executable, command, {**os.environ, **frozen.environment})
 
 
-def local_command(frozen: Frozen, ranks: Ranks, attempts: int) -> list[str]:
-    """What starts the ranks on one machine."""
+def local_command(frozen: FrozenLaunch, ranks: Ranks, attempts: int) -> list[str]:
+    """Command that starts the ranks on this machine."""
     node = [sys.executable, "-m", "scmdm.launch.node", f"--ranks-per-node={ranks.per_node}", f"--attempts={attempts}"]
     return [*node, f"--logs={frozen.logs}", "--", *frozen.arguments]

@@ -14,7 +14,7 @@ from scmdm.diffusion.state import State
 from scmdm.models.dit import DiT
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
-from scmdm.observability import clock as telemetry
+from scmdm.observability import step_timer
 from scmdm.observability.metrics import read_metrics
 from scmdm.observability.step_timer import PARTS, LoggingWindow, StepTimer, Utilization, summarize_parts
 from tests.conftest import TINY
@@ -78,7 +78,7 @@ def test_timer_and_window():
 
 def test_the_slowest_rank_is_the_one_that_waits_least(monkeypatch):
     ranks = [{**dict.fromkeys(PARTS, 0.0), "sync": wait, "data": 2.0} for wait in (4.0, 4.2, 0.1, 4.1)]
-    monkeypatch.setattr(telemetry, "all_gather_object", lambda _: ranks)
+    monkeypatch.setattr(step_timer, "all_gather_object", lambda _: ranks)
     found = summarize_parts(ranks[0], steps=2)
     assert (found["slowest_rank"], found["data_s"]) == (2, 1.0)
     assert found["slowest_rank_lag_s"] == pytest.approx((4.05 - 0.1) / 2)
