@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import interleave, show
-from scmdm.checkpoint.state import TrainState
+from scmdm.checkpoint.train_state import TrainState
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import EmaConfig, ModelConfig, RunConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef

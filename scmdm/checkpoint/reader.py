@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from scmdm.checkpoint.seal import verify_checkpoint
-from scmdm.checkpoint.state import STATE_FILE, TrainState, trained_groups, with_prefixes
+from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError

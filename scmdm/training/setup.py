@@ -1,4 +1,4 @@
-"""From a configuration, a data set and perhaps a base model to an engine that can be trained."""
+"""Build model, optimizer and engine from a configuration, a data set and optionally a base model."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ _MAY_CHANGE_ON_RESUME = (
 
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
-    """Fill in what follows from the rest: the conditioner from the rate, an adaptation's architecture from its base.
+    """Set keys that follow from others: the conditioner from the rate, an adaptation's architecture from its base.
 
-    Raises UserError when the configuration asks for another architecture or process than the base's.
+    Raises UserError if architecture or diffusion process differ from the base's.
     """
     conditioned = config.self_conditioning.rate > 0
     if config.model.self_conditioned and not conditioned:
@@ -110,7 +110,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
 
 
 def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allowed: tuple[str, ...]) -> None:
-    """A key may have its default or the base's value: anything else an adaptation cannot fulfil."""
+    """Raise UserError for a key that has neither its default nor the base's value."""
     for field in dataclasses.fields(ours):
         value, expected = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name not in allowed and value not in (expected, getattr(default, field.name)):
@@ -120,7 +120,7 @@ def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allo
 
 
 def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> ModelSpec:
-    """What to build; UserError when the base speaks another vocabulary than the data set."""
+    """Specification of the model to build. Raises UserError if data set, base and configuration do not fit together."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
             f"base={base.path} has {base.spec.vocab_size} tokens, {config.data.label} {manifest.vocab_size}; "
@@ -149,12 +149,12 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
 
 
 def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:
-    """UserError when a model that knows labels meets samples without, or with others than its base's; and for a key
-    that is about labels where there are none."""
+    """Raise UserError if a model with labels gets data without labels, or with other labels than its base's, and if
+    `train.label_dropout` is set without labels."""
     if not config.model.labels:
         rate = config.train.label_dropout
         if rate not in (0, TrainConfig().label_dropout):
-            raise UserError(f"train.label_dropout={rate} is about labels, which the model does not know; leave it out")
+            raise UserError(f"train.label_dropout={rate} is not possible with model.labels=false; leave it out")
         return
     if not manifest.labels:
         raise UserError(
@@ -171,9 +171,9 @@ def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | Non
 def build_engine(
     config: RunConfig, spec: ModelSpec, base: StoredModel | None, device: torch.device, dtype: torch.dtype
 ) -> Engine:
-    """Model (fresh, or with the base's weights), optimizer and engine.
+    """Build the model, with new weights or the base's, its optimizer and its engine.
 
-    Under FSDP2 the model is sharded before it has any memory, and each rank fills only what it holds.
+    For FSDP2 the model is sharded on the meta device, and each rank then fills only its own shards.
     """
     model = spec.build()
     freeze(model, config)
@@ -197,7 +197,7 @@ def build_engine(
 
 
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:
-    """What engine=auto means for so many processes; UserError for a batch or a mesh that they cannot share."""
+    """Replace engine=auto by an engine for the number of processes. Raises UserError if the batch cannot be divided."""
     config.check_ranks(world.size)
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
     if engine == "deepspeed":
@@ -206,14 +206,14 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
 
 
 def compile_blocks(model: Network) -> None:
-    """torch.compile of each block in place: one graph serves all of them, and parameter names stay."""
+    """Compile each block in place, so that one graph serves all of them and parameter names do not change."""
     for block in model.blocks:
         block.compile()
 
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
-    """Refuse to resume with settings that would make it another run; names the first key."""
-    # A key that was not there yet had, in effect, its default.
+    """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
+    # A checkpoint of an older scmdm lacks keys, which had the effect of their defaults.
     defaults = flatten(dataclasses.asdict(RunConfig()))
     before = defaults | flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
     now = flatten(dataclasses.asdict(config))
@@ -226,5 +226,5 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _may_change(key: str) -> bool:
-    """Whether a resumed run may have another value. Where a stream lies may change: what it holds is checked."""
+    """Whether a key may change on resume. Paths of streams may, because their content is checked."""
     return key in _MAY_CHANGE_ON_RESUME or (key.startswith("data.streams.") and key.endswith((".path", ".remote")))

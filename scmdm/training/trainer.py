@@ -31,11 +31,11 @@ from scmdm.runtime.start_log import record_start
 from scmdm.runtime.watchdog import Watchdog, collective_timeout, enable_flight_recorder, set_aside_stacks
 from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
+from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
-from scmdm.training.run import TrainingRun, describe, resume
-from scmdm.training.run_reporting import MetricsLogger
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
+from scmdm.training.training_run import TrainingRun, describe, resume
 from scmdm.training.validation import to_device, validation_nelbo
 
 

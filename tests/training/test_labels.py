@@ -167,7 +167,7 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", "model.labels=true"]) == 1
     assert "model.labels=true, but the samples of data.path=" in capsys.readouterr().err
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", "train.label_dropout=0.2"]) == 1
-    assert "train.label_dropout=0.2 is about labels, which the model does not know" in capsys.readouterr().err
+    assert "train.label_dropout=0.2 is not possible with model.labels=false" in capsys.readouterr().err
     llama = ["model.kind=llama", "model.labels=true", "model.condition_width=32"]
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *llama]) == 1
     assert "model.labels=True is not possible; it must be left out with model.kind=llama" in capsys.readouterr().err

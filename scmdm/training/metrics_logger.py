@@ -18,11 +18,11 @@ from scmdm.observability.metrics import (
     logger,
     start_wandb,
 )
-from scmdm.observability.progress import StepDisplay
+from scmdm.observability.progress_bar import StepDisplay
 from scmdm.observability.step_timer import LoggingWindow, StepTimer, peak_memory_gib, summarize_parts
 from scmdm.system.run_directory import METRICS_FILE
-from scmdm.training.run import TrainingRun
 from scmdm.training.step import StepResult
+from scmdm.training.training_run import TrainingRun
 
 
 class MetricsLogger:
