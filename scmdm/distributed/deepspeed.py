@@ -3,7 +3,7 @@
 Differences of DeepSpeed, and how the engine handles them:
 
 - DeepSpeed averages gradients over the ranks. The loss is already divided by the valid tokens of the global batch, so
-  it is multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed knows the boundary and does not divide.
+  it is multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed is told its end and does not divide.
 - DeepSpeed hooks `forward` of modules, while the entry points are other methods. `_EntryPoints` is the module it wraps.
 - DeepSpeed stores float32 weights and moments as flat fragments that may begin within a row. EMA uses the same
   fragments (`Fragment`); `pack` converts them to the parameters' shapes for checkpoints.
