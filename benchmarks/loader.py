@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import CLOCK, interleave, ratios, show, show_figures
-from scmdm.config.dataset_config import DataConfig
+from scmdm.config.data import DataConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.data.preparation.framing import Row

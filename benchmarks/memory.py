@@ -11,7 +11,7 @@ import torch
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.step import TEXT, Shape, make_engine_step
 from benchmarks.timing import show_figures
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 
 _BATCHES = (4, 8)
 _TINY = ModelConfig(width=16, layers=1, heads=1)

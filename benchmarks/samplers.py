@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
 from benchmarks.timing import CLOCK, Timing, interleave, ratios, show_figures
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import Timing, interleave, show
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine, resolve_device, resolve_precision

@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> object:
     # torch takes seconds to import: `scmdm --help` does without it.
     if name == "load":
-        from scmdm.sampling.generate import load
+        from scmdm.sampling.generation import load
 
         return load
     raise AttributeError(f"module 'scmdm' has no attribute {name!r}")

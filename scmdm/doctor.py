@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_precision
+from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
 from scmdm.observability.environment import installed_version
 
@@ -32,6 +34,18 @@ class Finding:
     level: str
     subject: str
     text: str
+
+
+def print_findings(directory: Path) -> None:
+    """Print the findings; raises UserError when one of them is a problem."""
+    findings, console = examine(directory), Console()
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    for finding in findings:
+        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<16}", end="")
+        console.print(finding.text, markup=False, highlight=False)
+    problems = [finding.subject for finding in findings if finding.level == "problem"]
+    if problems:
+        raise UserError(f"problems with {', '.join(problems)}: see above")
 
 
 def examine(directory: Path) -> list[Finding]:

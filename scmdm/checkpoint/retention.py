@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from scmdm.checkpoint.reader import list_checkpoints, step_of
-from scmdm.config.run import TrainConfig
+from scmdm.config.training import TrainConfig
 
 
 def remove_old_checkpoints(directory: Path, newest: Path, config: TrainConfig, best_step: int | None) -> None:

@@ -23,7 +23,7 @@ from scmdm.checkpoint.reader import checkpoint_name
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import seal
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, named_tensors
-from scmdm.config.run import TrainConfig
+from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from omegaconf import MISSING
 
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
+_WIDTH, _TEXT_COLUMN = 120, 47  # of the help's lines
 
 
 class OnAdapt(Enum):
@@ -45,18 +49,22 @@ class Key:
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
     registry: Registry | None = None  # of a section: its class is that of the name under `selector`
     selector: str = "name"
+    formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
     def wanted(self) -> str:
-        """Allowed values, as in `at least 1 and below 2`."""
+        """Allowed values, as in `between 0 and 1` or `above 0`."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {_number(self.at_least)} and {_number(self.at_most)}"
         bounds = (
             ("at least", self.at_least),
             ("above", self.above),
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None) or "a finite number"
+        given = [f"{name} {_number(bound)}" for name, bound in bounds if bound is not None]
+        return " and ".join(given) or "a finite number"
 
     def allows(self, value: object) -> bool:
         """Whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
@@ -75,6 +83,14 @@ class Key:
         )
 
 
+def _number(bound: float) -> str:
+    if not float(bound).is_integer():
+        return f"{bound:g}"
+    whole = int(bound)
+    power = whole.bit_length() - 1
+    return f"2^{power}" if power >= 20 and whole == 2**power else str(whole)
+
+
 def key(
     default: Any = dataclasses.MISSING,
     *,
@@ -89,14 +105,26 @@ def key(
     on_adapt: OnAdapt = OnAdapt.FROM_BASE,
     registry: Registry | None = None,
     selector: str = "name",
+    formerly: Sequence[str] = (),
 ) -> Any:
     """Declare a configuration key: a dataclass field with its default, its help text and its rules.
 
     With `registry` the field is a section whose class depends on the name that the user gives under `selector`;
-    `factory` makes the section when the user gives none.
+    `factory` makes the section when the user gives none. `formerly` lists earlier names of the key, dotted from the
+    root of the configuration: they are refused with the present name.
     """
     rules = Key(
-        help, tuple(choices), at_least, at_most, above, below, on_resume, on_adapt, registry=registry, selector=selector
+        help,
+        tuple(choices),
+        at_least,
+        at_most,
+        above,
+        below,
+        on_resume,
+        on_adapt,
+        registry=registry,
+        selector=selector,
+        formerly=tuple(formerly),
     )
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata={_METADATA: rules})
@@ -124,30 +152,116 @@ def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]
                     yield from walk_keys(section, f"{name}.{part}.")
 
 
+def section_of(field: dataclasses.Field[Any]) -> type | None:
+    """The dataclass of a field that is a section; None for a key."""
+    factory = field.default_factory
+    return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
+
+
+def walk_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Dotted name and field of every key of a configuration class and its sections, in declaration order."""
+    for field in dataclasses.fields(schema):
+        section = section_of(field)
+        if section is None:
+            yield f"{prefix}{field.name}", field
+        else:
+            yield from walk_fields(section, f"{prefix}{field.name}.")
+
+
+def replaced_keys(schema: type) -> dict[str, str]:
+    """Keys that were renamed or removed, each with the remedy, as in `write metrics.fcd`.
+
+    Renamed keys say so with `key(formerly=...)`. Keys without a successor that a field could name stand in the class
+    attribute `removed_keys` of `schema`, a mapping from the dotted name to the remedy.
+    """
+    renamed = {old: f"write `{name}`" for old, name in renamed_keys(schema).items()}
+    return dict(getattr(schema, "removed_keys", {})) | renamed
+
+
+def renamed_keys(schema: type) -> dict[str, str]:
+    """Present name of every earlier one, both dotted from the root of the configuration."""
+    found = {}
+    for name, field in walk_fields(schema):
+        rules = rules_of(field)
+        for old in rules.formerly if rules is not None else ():
+            found[old] = name
+    return found
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise UserError, which says what the key must be, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
+
+
 def validate_keys(config: object, prefix: str = "") -> None:
     """Raise UserError for the first key whose value its rules do not allow."""
     for name, rules, value in walk_keys(config, prefix):
-        if value is not None and not rules.allows(value):
-            raise UserError(f"{name}={value!r} is not possible; it must be {rules.wanted()}")
+        require(value is None or rules.allows(value), name, value, rules.wanted())
 
 
 def describe_keys(schema: type, prefix: str = "") -> str:
-    """Keys of a configuration class for `--help`: a line each with its default and its help text."""
-    lines = []
-    for field in dataclasses.fields(schema):
-        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
-            lines.append(describe_keys(field.default_factory, f"{prefix}{field.name}."))
+    """Keys of a configuration class for `--help`, each with its default, help text and allowed names.
+
+    For a section whose class depends on a name, the keys that all names share come first, then those of each name.
+    """
+    return "\n".join(_lines(dataclasses.fields(schema), prefix))
+
+
+def _lines(fields: Iterable[dataclasses.Field[Any]], prefix: str) -> Iterator[str]:
+    for field in fields:
+        rules, section = rules_of(field), section_of(field)
+        if rules is not None and rules.registry is not None:
+            yield from _lines_by_name(rules, rules.registry, section, f"{prefix}{field.name}.")
+        elif section is not None:
+            yield from _lines(dataclasses.fields(section), f"{prefix}{field.name}.")
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield _line(f"{prefix}{field.name}", default, _help(rules))
+
+
+def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix: str) -> Iterator[str]:
+    selected = getattr(default, rules.selector, MISSING)
+    yield _line(f"{prefix}{rules.selector}", selected, f"{rules.help} [{' | '.join(registry.names)}]")
+    fields = {name: _fields_by_name(registry, name, rules.selector) for name in registry.names}
+    known = [found for found in fields.values() if found is not None]
+    first = known[0] if len(known) > 1 else {}
+    shared = {name for name, field in first.items() if all(_same(field, other.get(name)) for other in known)}
+    yield from _lines((first[name] for name in first if name in shared), prefix)
+    for name, own in fields.items():
+        yield f"  with {prefix}{rules.selector}={name}:"
+        if own is None:
+            yield "    (a package that it needs is not installed; see `scmdm doctor`)"
             continue
-        rules = rules_of(field)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        lines.append(f"  {prefix + field.name + '=' + _shown(default):<44} {_help(rules)}".rstrip())
-    return "\n".join(lines)
+        own_lines = _lines((own[key] for key in own if key not in shared), prefix)
+        lines = [textwrap.indent(line, "  ") for line in own_lines]
+        yield from lines or ["    (no other keys)"]
+
+
+def _fields_by_name(registry: Registry, name: str, selector: str) -> dict[str, dataclasses.Field[Any]] | None:
+    """Fields of the class of `name`, except for the selector; None when a package that it needs is missing."""
+    try:
+        schema = registry.schema(name)
+    except ImportError:
+        return None
+    return {field.name: field for field in dataclasses.fields(schema) if field.name != selector}
+
+
+def _same(one: dataclasses.Field[Any], other: dataclasses.Field[Any] | None) -> bool:
+    return other is not None and rules_of(one) == rules_of(other) and one.default == other.default
+
+
+def _line(name: str, default: object, text: str) -> str:
+    """`  name=default   text`, with the text wrapped in its own column."""
+    start = f"  {f'{name}={_shown(default)}':<{_TEXT_COLUMN - 3}} "
+    wrapped = textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _TEXT_COLUMN)
+    return (wrapped if text else start).rstrip()
 
 
 def _help(rules: Key | None) -> str:
     if rules is None:
         return ""
-    return f"{' | '.join(rules.choices)}: {rules.help}" if rules.choices else rules.help
+    return f"{rules.help} [{' | '.join(rules.choices)}]" if rules.choices else rules.help
 
 
 def _shown(default: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scmdm.config.fields import rules_of, validate_keys
+from scmdm.config.fields import replaced_keys, rules_of, validate_keys
 from scmdm.errors import UserError
 
 Schema = TypeVar("Schema")
@@ -177,6 +177,7 @@ def _nest(key: str, value: str) -> dict[str, Any]:
 
 
 def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfig:
+    _reject_replaced(OmegaConf.get_type(config), content, where)
     _reject_unknown(config, content, where, prefix="")
     try:
         return cast(DictConfig, OmegaConf.merge(config, content))
@@ -184,6 +185,24 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfi
         key = getattr(error, "full_key", None) or next(iter(content), "?")
         reason = str(error).splitlines()[0]
         raise UserError(f"{key}={_lookup(content, key)!r} {where}: {reason}") from error
+
+
+def _reject_replaced(schema: type | None, content: dict[str, Any], where: str) -> None:
+    remedies = replaced_keys(schema) if dataclasses.is_dataclass(schema) else {}
+    for name, value in _values_of(remedies, content):
+        raise UserError(f"key `{name}` (={value!r}) {where} is no longer used; {remedies[name]}")
+
+
+def _values_of(names: Iterable[str], content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those of the dotted names that `content` sets, with their values."""
+    for name in names:
+        value: Any = content
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                break
+            value = value[part]
+        else:
+            yield name, value
 
 
 def _reject_unknown(config: DictConfig, content: dict[str, Any], where: str, prefix: str) -> None:

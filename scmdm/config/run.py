@@ -1,193 +1,38 @@
-"""The configuration of a run: every key that `scmdm train` and `scmdm adapt` know, with its default.
-
-Comments behind a key are what `--help` shows for it. `validate` refuses combinations that cannot work, before any work.
-"""
+"""Configuration of a training run: all keys of `scmdm train` and `scmdm adapt`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-from scmdm.config.dataset_config import DataConfig
+from scmdm.config.common import device_key, precision_key, seed_key, threads_key
+from scmdm.config.data import DataConfig
+from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
+from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
+from scmdm.config.fields import key, require
+from scmdm.config.model import ModelConfig
+from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig, TrainConfig, WandbConfig
 from scmdm.errors import UserError
-
-CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "engine": ("auto", "single", "fsdp2", "deepspeed"),
-    "model.kind": ("dit", "llama"),
-    "model.attention": ("auto", "sdpa", "cudnn", "flash", "varlen"),
-    "model.conditioner": ("projection", "norm", "mlp"),
-    "model.inject_at": ("all", "masked"),
-    "model.head_precision": ("float32", "compute"),
-    "model.activation_checkpointing": ("none", "selective", "full"),
-    "diffusion.schedule": ("log_linear", "cosine", "polynomial"),
-    "self_conditioning.estimate_from": ("same_state", "noisier_state"),
-    "schedule.kind": ("constant", "cosine", "linear"),
-    "train.on_save_error": ("stop", "continue"),
-    "wandb.mode": ("disabled", "offline", "online"),
-}
-
-
-@dataclass
-class LlamaConfig:
-    """Of model.kind=llama."""
-
-    kv_heads: int | None = None  # heads of keys and values; null: as many as model.heads
-    mlp_width: int | None = None  # of the gated perceptron; null: model.mlp_ratio times model.width
-    rotary_base: float = 10_000.0  # base of the rotary angles (rope_theta)
-    norm_eps: float = 1e-5  # added to the mean square in RMS norms
-    attention_bias: bool = False  # of queries, keys and values (Qwen2, Dream)
-    tied: bool = False  # the output head is the embedding
-    logit_shift: bool = False  # a position is predicted from the one before it (Dream, and autoregressive bases)
-
-
-@dataclass
-class ModelConfig:
-    """Architecture of the denoiser. An adaptation takes it from its base; then only those from
-    `conditioner` on may be set."""
-
-    kind: str = "dit"  # dit (MDLM) | llama (LLaDA, Dream)
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    condition_width: int = 32  # of the time condition (dit)
-    mlp_ratio: int = 4
-    time_conditioning: bool = False  # let the network see the noise level (dit)
-    labels: bool = False  # let the network see the samples' labels (dit), for guidance
-    llama: LlamaConfig = field(default_factory=LlamaConfig)
-    self_conditioned: bool = False  # has a conditioner; set by self_conditioning.rate > 0, not by hand
-    conditioner: str = "projection"  # projection | norm | mlp
-    inject_at: str = "all"  # all | masked: positions at which the estimate enters
-    estimate_top_k: int | None = None  # the estimate is of so many most probable tokens, renormalised; null: of all
-    estimate_rank: int | None = None  # seek those along so many principal axes of the head; null: among all logits
-    lora_rank: int = 0  # adapt: of adapters beside the blocks' linear maps, trained with the conditioner alone; 0: none
-    lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank times
-    lora_targets: list[str] = field(default_factory=list)  # names of the maps within a block; none: all
-    dropout: float | None = None  # null: the base's, or 0 without one
-    attention: str = "auto"  # auto | sdpa | cudnn | flash | varlen (auto, but torch's varlen kernel for packed samples)
-    head_chunk: int = 8192  # masked positions that the output head takes at once
-    head_precision: str = "compute"  # float32 | compute (that of `precision`)
-    activation_checkpointing: str = "none"  # none | selective (keep the products) | full (keep a block's input)
-    compile: bool = False  # torch.compile of each block: minutes at the start, faster steps; on a CPU it needs g++
-
-    @property
-    def head_width(self) -> int:
-        """Of queries, keys and values."""
-        return self.width // self.heads
-
-    @property
-    def kv_width(self) -> int:
-        """Of all heads of keys together."""
-        return (self.llama.kv_heads or self.heads) * self.head_width
-
-    @property
-    def mlp_width(self) -> int:
-        """Of the perceptron's inner layer."""
-        return self.llama.mlp_width or self.mlp_ratio * self.width
-
-
-@dataclass
-class DiffusionConfig:
-    schedule: str = "log_linear"  # log_linear | cosine | polynomial
-    eps: float = 0.0  # log_linear: alpha_t = 1 - (1 - eps) t; 1e-3 is MDLM's
-    power: float = 2.0  # polynomial: alpha_t = 1 - t^power
-    t_min: float = 1e-3  # smallest training time: bounds the loss weight
-
-
-@dataclass
-class SelfConditioningConfig:
-    rate: float = 0.0  # probability that pass 2 is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM
-    estimate_from: str = "same_state"  # same_state | noisier_state
-    passes: int = 1  # passes that make the estimate
-    estimate_dropout: bool = True  # dropout in the passes that make the estimate, as in the one that carries the loss
-    stop_gradient: bool = True  # false: the gradient also flows through the passes that make the estimate
-
-
-@dataclass
-class OptimizerConfig:
-    lr: float = 3e-4
-    conditioner_lr: float | None = None  # own peak rate of the conditioner; null: the same as lr
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # on matrices; never on norms, biases, embeddings
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
-
-
-@dataclass
-class ScheduleConfig:
-    kind: str = "constant"  # constant | cosine | linear, after the warm-up
-    warmup_steps: int = 0
-    final_ratio: float = 0.0  # last rate over peak rate (cosine, linear)
-
-
-@dataclass
-class EmaConfig:
-    decay: float = 0.9999  # 0: no averaging
-    warmup: bool = True  # decay_k = min(decay, (1 + k) / (10 + k)), k counted from the start of this run
-    reset: bool = True  # false: an adaptation goes on with its base's average, k counted from the start of the base
-
-
-@dataclass
-class TrainConfig:
-    steps: int = MISSING  # optimizer steps
-    label_dropout: float = 0.1  # of model.labels: part of the samples whose label is not shown, for guidance
-    last_layers: int | None = None  # adapt: train the last so many blocks and the conditioner alone; null: everything
-    global_batch_size: int = 64  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 64  # sequences at once on a rank
-    log_every: int = 10
-    validate_every: int = 500  # 0: never
-    validation_samples: int = 1024  # spread evenly over the validation split
-    checkpoint_every: int = 500
-    keep_last: int = 2  # checkpoints kept
-    keep_every: int = 0  # keep those of every so many steps, too (0: none)
-    keep_best: bool = False  # keep that of the lowest validation NELBO, too
-    async_checkpoint: bool = True  # write checkpoints beside the training; the last one is waited for
-    profile_step: int = 0  # write a torch profiler trace of three steps from this one on into run_dir/profile (0: none)
-    watchdog_minutes: float = 10.0  # end with the stacks of all ranks after so long without a sign of life (0: never)
-    on_save_error: str = "stop"  # stop | continue, with the checkpoints saved before
-
-
-@dataclass
-class FsdpConfig:
-    """Of engine=fsdp2."""
-
-    replicate: int = 1  # HSDP: so many groups of ranks hold a whole copy each, which is sharded within the group
-    reshard_after_estimate: bool = False  # free the gathered weights between the two passes: less memory, more traffic
-    offload: bool = False  # weights, gradients, averages and moments in host memory, where the update runs, too
-    context: int = 1  # so many ranks share each sequence; it must divide data length and model.heads
-
-
-@dataclass
-class DeepspeedConfig:
-    """Of engine=deepspeed."""
-
-    stage: int = 2  # of ZeRO. 1: shards the optimizer's state | 2: gradients, too | 3: weights, too
-    whole_below: int = 100_000  # stage 3: parameters with fewer elements stay whole on every rank
-
-
-@dataclass
-class WandbConfig:
-    mode: str = "disabled"  # disabled | offline | online
-    project: str = "scmdm"
-    name: str | None = None  # null: the run directory's name
 
 
 @dataclass
 class RunConfig:
-    """One training run."""
+    """A training run, from scratch or from a base model."""
 
-    run_dir: str = MISSING  # where checkpoints, metrics and logs go
-    base: str | None = None  # adapt: run, checkpoint or exported model to start from
-    any_length: bool = False  # adapt a base also to samples of another length than its own
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 where the hardware has it
-    engine: str = "auto"  # auto (fsdp2 under torchrun, else single) | single | fsdp2 | deepspeed
-    threads: int = 0  # CPU threads; 0: all cores
+    run_dir: str = key(MISSING, help="directory of checkpoints, metrics and logs", on_resume=True)
+    base: str | None = key(None, help="adapt: run, checkpoint or exported model to start from", on_resume=True)
+    any_length: bool = key(False, help="adapt: allow samples of another length than the base's")
+    seed: int = seed_key()
+    device: str = device_key(on_resume=True)
+    precision: str = precision_key()
+    engine: str = key(
+        "auto",
+        help="distributed engine; auto: fsdp2 under torchrun, else single",
+        choices=("auto", "single", "fsdp2", "deepspeed"),
+        on_resume=True,
+    )
+    threads: int = threads_key(on_resume=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -201,19 +46,15 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self) -> None:
-        """Raise UserError for a value or a combination that cannot work."""
-        for key, choices in CHOICES.items():
-            _require(_get(self, key) in choices, key, _get(self, key), f"one of {', '.join(choices)}")
-        for key, low, high in _RANGES:
-            value: Any = _get(self, key)
-            if value is None:
-                continue  # of optional keys null is possible: "as another key says"
-            _require(low <= value <= high, key, value, f"between {low} and {high}")
+        """Raise UserError for a combination of keys that cannot work. Single values are checked on loading."""
         self.data.validate()
-        self._validate_combinations()
+        self._validate_model()
+        self._validate_training()
+        if self.engine == "deepspeed":
+            self._validate_deepspeed()
 
     def check_command(self, command: str) -> None:
-        """UserError when `adapt` lacks a base, or `train` is given one."""
+        """Raise UserError when `adapt` has no base, or `train` has keys that only `adapt` reads."""
         if command == "train" and self.base is not None:
             raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
         if command == "adapt" and self.base is None:
@@ -225,16 +66,16 @@ class RunConfig:
 
     @property
     def trained_layers(self) -> int | None:
-        """Blocks of the base that are trained when some of its weights stay as they are; None: all is trained."""
+        """Number of the base's blocks that are trained while the rest is frozen; None: everything is trained."""
         return 0 if self.model.lora_rank else self.train.last_layers
 
     def check_ranks(self, size: int) -> None:
-        """UserError for a batch or a mesh that `size` processes cannot share."""
+        """Raise UserError when `size` ranks cannot share the batch or form the device mesh."""
         if self.engine == "single" and size > 1:
-            raise UserError(f"engine=single, but there are {size} processes; use engine=auto, or start one process")
-        for key, value in (("replicate", self.fsdp.replicate), ("context", self.fsdp.context)):
-            if size % value:
-                raise UserError(f"fsdp.{key}={value} is not possible; it must divide the {size} processes")
+            raise UserError(f"engine=single with {size} processes; use engine=auto, or start one process")
+        for name in ("replicate", "context"):
+            value = getattr(self.fsdp, name)
+            require(size % value == 0, f"fsdp.{name}", value, f"a divisor of the number of processes = {size}")
         train, parts = self.train, size // self.fsdp.context
         if train.global_batch_size % (parts * train.micro_batch_size):
             raise UserError(
@@ -242,125 +83,87 @@ class RunConfig:
                 f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
             )
 
-    def _validate_combinations(self) -> None:
-        model, train = self.model, self.train
-        even = model.width % (2 * model.heads) == 0
-        _require(even, "model.width", model.width, f"a multiple of 2 x model.heads = {2 * model.heads} (rotary pairs)")
+    def _validate_model(self) -> None:
+        model = self.model
+        pairs = 2 * model.heads
+        require(
+            model.width % pairs == 0,
+            "model.width",
+            model.width,
+            f"a multiple of 2 x model.heads = {pairs} (rotary embeddings rotate pairs)",
+        )
         self._validate_kind()
-        rank = model.estimate_rank
-        _require(
-            rank is None or model.estimate_top_k is not None,
+        require(
+            model.estimate_rank is None or model.estimate_top_k is not None,
             "model.estimate_rank",
-            rank,
+            model.estimate_rank,
             "set with model.estimate_top_k",
         )
-        divides = train.global_batch_size % train.micro_batch_size == 0
-        _require(
-            divides,
+        require(
+            self.device != "cpu" or model.attention in ("auto", "sdpa"),
+            "model.attention",
+            model.attention,
+            "auto or sdpa with device=cpu: the other kernels need a GPU",
+        )
+        require(
+            not (model.compile and model.activation_checkpointing == "selective"),
+            "model.activation_checkpointing",
+            model.activation_checkpointing,
+            "none or full with model.compile=true: single products cannot be kept inside a compiled block",
+        )
+
+    def _validate_kind(self) -> None:
+        """Refuse keys that the model's kind does not read."""
+        model, default = self.model, ModelConfig()
+        others = {"dit": [f"llama.{name}" for name in vars(default.llama)]}
+        for name in others.get(model.kind, ["condition_width", "time_conditioning", "labels"]):
+            value = _get(model, name)
+            require(value == _get(default, name), f"model.{name}", value, f"left out with model.kind={model.kind}")
+        shared = model.llama.kv_heads or model.heads
+        require(model.heads % shared == 0, "model.llama.kv_heads", shared, f"a divisor of model.heads = {model.heads}")
+
+    def _validate_training(self) -> None:
+        train, warmup = self.train, self.schedule.warmup_steps
+        require(
+            train.global_batch_size % train.micro_batch_size == 0,
             "train.micro_batch_size",
             train.micro_batch_size,
             f"a divisor of train.global_batch_size = {train.global_batch_size}",
         )
-        warmup, steps = self.schedule.warmup_steps, train.steps
-        _require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
-        runs = self.device != "cpu" or model.attention in ("auto", "sdpa")
-        _require(runs, "model.attention", model.attention, "auto or sdpa when device=cpu: it needs a GPU")
-        selective = model.compile and model.activation_checkpointing == "selective"
-        reason = "none or full with model.compile=true: inside a compiled block products cannot be told apart"
-        _require(not selective, "model.activation_checkpointing", "selective", reason)
-        counted = self.ema.reset or (self.ema.warmup and self.ema.decay > 0)
-        _require(counted, "ema.reset", False, "true without ema.warmup or averages: nothing else depends on it")
-        both = train.last_layers is not None and model.lora_rank > 0
-        _require(
-            not both, "train.last_layers", train.last_layers, "left out with model.lora_rank: adapters are trained"
+        require(warmup <= train.steps, "schedule.warmup_steps", warmup, f"at most train.steps = {train.steps}")
+        require(
+            self.ema.reset or (self.ema.warmup and self.ema.decay > 0),
+            "ema.reset",
+            self.ema.reset,
+            "true without averages or without ema.warmup: only the warm-up counts updates",
         )
-        if self.engine == "deepspeed":
-            self._validate_deepspeed()
-
-    def _validate_kind(self) -> None:
-        """A key that the model's kind does not read is a mistake."""
-        model, default = self.model, ModelConfig()
-        others = {"dit": [f"llama.{key}" for key in vars(default.llama)]}
-        unread = others.get(model.kind, ["condition_width", "time_conditioning", "labels"])
-        for key in unread:
-            value = _get(model, key)
-            _require(value == _get(default, key), f"model.{key}", value, f"left out with model.kind={model.kind}")
-        shared = self.model.llama.kv_heads or model.heads
-        divides = model.heads % shared == 0
-        _require(divides, "model.llama.kv_heads", shared, f"a divisor of model.heads = {model.heads}")
+        require(
+            train.last_layers is None or not self.model.lora_rank,
+            "train.last_layers",
+            train.last_layers,
+            "null with model.lora_rank: only the adapters are trained",
+        )
 
     def _validate_deepspeed(self) -> None:
-        for key, default in vars(FsdpConfig()).items():
-            value = getattr(self.fsdp, key)
-            _require(value == default, f"fsdp.{key}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
-        key = "model.lora_rank" if self.model.lora_rank else "train.last_layers"
-        reason = "left out with engine=deepspeed, whose flat groups hold trained weights alone; use engine=fsdp2"
-        _require(self.trained_layers is None, key, _get(self, key), reason)
-        reason = "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2"
-        _require(not (self.model.compile and self.deepspeed.stage == 3), "model.compile", True, reason)
-
-
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("seed", 0, 2**62),
-    ("threads", 0, 1024),
-    ("data.num_canonical_nodes", 1, 65536),
-    ("data.num_workers", 0, 1024),
-    ("model.width", 2, 65536),
-    ("model.layers", 1, 1024),
-    ("model.heads", 1, 1024),
-    ("model.condition_width", 1, 65536),
-    ("model.mlp_ratio", 1, 64),
-    ("model.llama.kv_heads", 1, 1024),
-    ("model.llama.mlp_width", 1, 2**20),
-    ("model.llama.rotary_base", 1, 1e12),
-    ("model.llama.norm_eps", 0, 1),
-    ("model.dropout", 0, 0.99),
-    ("model.head_chunk", 1, 2**31),
-    ("model.estimate_top_k", 1, 2**31),
-    ("model.estimate_rank", 1, 65536),
-    ("model.lora_rank", 0, 65536),
-    ("model.lora_alpha", 1e-9, 1e9),
-    ("diffusion.eps", 0, 0.5),
-    ("diffusion.power", 0.1, 16),
-    ("diffusion.t_min", 1e-9, 0.5),
-    ("self_conditioning.rate", 0, 1),
-    ("self_conditioning.passes", 1, 64),
-    ("optimizer.lr", 0, 10),
-    ("optimizer.conditioner_lr", 0, 10),
-    ("optimizer.beta1", 0, 0.99999),
-    ("optimizer.beta2", 0, 0.9999999),
-    ("optimizer.eps", 0, 1),
-    ("optimizer.weight_decay", 0, 10),
-    ("optimizer.clip", 0, 1e9),
-    ("schedule.warmup_steps", 0, 2**31),
-    ("schedule.final_ratio", 0, 1),
-    ("ema.decay", 0, 0.9999999),
-    ("fsdp.replicate", 1, 2**20),
-    ("fsdp.context", 1, 65536),
-    ("deepspeed.stage", 1, 3),
-    ("deepspeed.whole_below", 0, 2**31),
-    ("train.steps", 1, 2**40),
-    ("train.label_dropout", 0, 1),
-    ("train.last_layers", 0, 1024),
-    ("train.global_batch_size", 1, 2**30),
-    ("train.micro_batch_size", 1, 2**30),
-    ("train.log_every", 1, 2**31),
-    ("train.validate_every", 0, 2**31),
-    ("train.validation_samples", 1, 2**31),
-    ("train.checkpoint_every", 1, 2**31),
-    ("train.keep_last", 1, 2**31),
-    ("train.keep_every", 0, 2**31),
-    ("train.profile_step", 0, 2**40),
-    ("train.watchdog_minutes", 0, 2**20),
-)
+        for name, default in vars(FsdpConfig()).items():
+            value = getattr(self.fsdp, name)
+            require(value == default, f"fsdp.{name}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
+        partial = "model.lora_rank" if self.model.lora_rank else "train.last_layers"
+        require(
+            self.trained_layers is None,
+            partial,
+            _get(self, partial),
+            "left out with engine=deepspeed, which cannot freeze weights; use engine=fsdp2",
+        )
+        require(
+            not (self.model.compile and self.deepspeed.stage == 3),
+            "model.compile",
+            self.model.compile,
+            "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2",
+        )
 
 
 def _get(config: object, dotted: str) -> object:
     for part in dotted.split("."):
         config = getattr(config, part)
     return config
-
-
-def _require(condition: bool, key: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={value!r} is not possible; it must be {allowed}")

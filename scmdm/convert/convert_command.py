@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
+
+from scmdm.config.conversion import ExportConfig, ImportConfig
+from scmdm.convert.exporter import export_model
+from scmdm.convert.importer import import_model
 
 
-def import_schema() -> type:
-    from scmdm.config.conversion import ImportConfig
-
-    return ImportConfig
-
-
-def export_schema() -> type:
-    from scmdm.config.conversion import ExportConfig
-
-    return ExportConfig
-
-
-def run_import(options: argparse.Namespace) -> None:
-    from scmdm.config.loading import load_config
-    from scmdm.convert.importer import import_model
-
-    made = import_model(options.source, options.out, load_config(import_schema(), None, options.overrides))
+def run_import(source: Path, out: Path, config: ImportConfig) -> None:
+    """Convert the published model at `source` into the new directory `out`."""
+    made = import_model(source, out, config)
     for note in made.notes:
         print(note)
-    print(f"wrote {options.out}: {made.layout}, {made.parameters:,} parameters, samples of {made.spec.length} tokens")
+    print(f"wrote {out}: {made.layout}, {made.parameters:,} parameters, samples of {made.spec.length} tokens")
 
 
-def run_export(options: argparse.Namespace) -> None:
-    from scmdm.config.loading import load_config
-    from scmdm.convert.exporter import export_model
-
-    made = export_model(options.model, options.out, load_config(export_schema(), None, options.overrides))
-    print(f"wrote {made}")
+def run_export(model: Path, out: Path, config: ExportConfig) -> None:
+    """Write a model into the new directory `out`."""
+    print(f"wrote {export_model(model, out, config)}")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
-from scmdm.config.run import DiffusionConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import ModelConfig
 from scmdm.convert.layouts import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
 from scmdm.convert.published_files import SINGLE_FILE, Source, open_source
 from scmdm.data.manifest import Manifest

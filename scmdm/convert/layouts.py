@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from scmdm.config.run import DiffusionConfig, LlamaConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import LlamaConfig, ModelConfig
 from scmdm.convert.published_files import Source
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from scmdm.config.dataset_config import DataConfig
+from scmdm.config.data import DataConfig
 from scmdm.data.manifest import Manifest, SplitInfo, check_dataset, remote_of
 from scmdm.data.remote import open_cache
 from scmdm.errors import UserError

@@ -39,7 +39,7 @@ def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
     train = config.train
     zero: dict[str, Any] = {"stage": config.deepspeed.stage}
     if config.deepspeed.stage == 3:
-        zero["stage3_param_persistence_threshold"] = config.deepspeed.whole_below
+        zero["stage3_param_persistence_threshold"] = config.deepspeed.param_persistence_threshold
         if config.self_conditioning.rate > 0:
             # Prefetching follows the trace of the previous pass, but the two passes run different modules.
             zero["stage3_prefetch_bucket_size"] = 0

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from scmdm.config.run import EmaConfig
+from scmdm.config.training import EmaConfig
 from scmdm.distributed.engine import Engine
 
 

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from scmdm.config.run import FsdpConfig
+from scmdm.config.distributed import FsdpConfig
 from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.distributed.context_parallel import SlicedDenoiser, make_context

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from scmdm.config.sampler import EvaluateConfig
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
@@ -24,7 +24,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.statistics import mean_interval
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generate import generate, load
+from scmdm.sampling.generation import generate, load
 from scmdm.system.files import atomic_write_text, require_writable
 from scmdm.training.validation import validation_batches
 

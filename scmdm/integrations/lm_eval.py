@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scmdm.config.sampler import SamplerConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import OwnFraming
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
 from scmdm.diffusion.sampler import sample
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
-from scmdm.sampling.generate import load
+from scmdm.sampling.generation import load
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from signal import Signals
 
-from scmdm.config.launch_config import Ranks, SlurmJob
+from scmdm.config.launch import Ranks, SlurmJob
 from scmdm.errors import UserError
 from scmdm.launch.freeze import FrozenLaunch
 from scmdm.system.signals import REQUEUE_EXIT, VARIABLE
@@ -138,7 +138,7 @@ def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory:
         environment=_assignments(environment),
         python=quote(_python(job)),
         trapped=" ".join(signals),
-        grace=ranks.grace_s,
+        grace=ranks.grace,
         srun=_srun(frozen, ranks, job, working_directory),
         requeue=_requeue(job),
         stopped="|".join(map(str, stopped)),
@@ -181,7 +181,7 @@ def _directives(
         "account": job.account,
         "qos": job.qos,
         "array": f"0-{array - 1}" if array is not None else None,
-        "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before_s}" if job.signal_before_s else None,
+        "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before}" if job.signal_before else None,
         "chdir": working_directory,
         # In file names sbatch replaces %j and the like, and %% by %.
         "output": f"{str(frozen.directory).replace('%', '%%')}/job-{'%j' if array is None else '%A-%a'}.log",
@@ -189,7 +189,7 @@ def _directives(
     }
     given = [(key, str(value)) for key, value in settings.items() if value is not None]
     # A flag such as `exclusive` has no value.
-    others = [line.partition("=")[::2] if "=" in line else (line, None) for line in job.directives]
+    others = [line.partition("=")[::2] if "=" in line else (line, None) for line in job.sbatch]
     return [_directive(key, value) for key, value in [*given, ("requeue", None), *others]]
 
 
@@ -215,7 +215,7 @@ def _one_line(key: str, value: object) -> str:
 
 def _srun(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
     """The command that starts the ranks, with one option per line."""
-    lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace_s}"]
+    lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace}"]
     if ranks.cpus_per_rank is not None:
         lines.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')  # since SLURM 22.05 srun does not take it from the job
     if ranks.starter == "srun":
@@ -226,7 +226,7 @@ def _srun(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: 
         f"--starter {ranks.starter}",
         f"--ranks-per-node {ranks.per_node}",
         '--head "$head" --port "$port"',
-        f"--start-timeout {ranks.start_timeout_s}",
+        f"--start-timeout {ranks.start_timeout}",
         '--logs "$launch/logs/start-$((attempt + 1))"',
     ]
     command = f'-- {frozen.command} "$launch/config.yaml"'
@@ -241,7 +241,7 @@ def _container(frozen: FrozenLaunch, job: SlurmJob, working_directory: Path) -> 
     for path in (working_directory, frozen.target):
         if re.search("[:,]", str(path)):
             raise UserError(f"{path} cannot be mounted in a container; choose a directory without ',' and ':'")
-    mounts = quote(_one_line("--container-mount", ",".join([*dict.fromkeys(own), *container.mounts])))
+    mounts = quote(_one_line("--container-mount", ",".join([*dict.fromkeys(own), *container.mount])))
     image = quote(_one_line("--container-image", container.image))
     if container.runtime == "pyxis":
         return [

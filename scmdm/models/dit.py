@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import NO_LABEL, State
 from scmdm.models.attention import NO_MASKS, Masks

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 
 # Dense bfloat16 products a second, as vendors state them; the first name that a device's contains counts.

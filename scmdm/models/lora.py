@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
 from scmdm.models.initialization import ZeroLinear
 from scmdm.models.linear import Linear

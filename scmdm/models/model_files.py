@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmdm.config.run import DiffusionConfig, LlamaConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import LlamaConfig, ModelConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule

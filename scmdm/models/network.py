@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.sampler import carried_estimate, estimate_of_rows
 from scmdm.diffusion.schedule import Schedule

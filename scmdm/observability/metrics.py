@@ -14,7 +14,7 @@ from typing import IO, Any, TypeAlias
 from rich.console import Console
 from rich.logging import RichHandler
 
-from scmdm.config.run import WandbConfig
+from scmdm.config.training import WandbConfig
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
 from scmdm.system.run_directory import LOG_FILE

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from scmdm.checkpoint.reader import find_model
-from scmdm.config.run import RunConfig, TrainConfig
+from scmdm.config.fields import key
+from scmdm.config.run import RunConfig
+from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import MANIFEST_FILE, Manifest
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel, open_model
@@ -26,7 +28,7 @@ _NO_DATA = "(none: --length and --vocab)"
 class PlanConfig(RunConfig):
     """The configuration of a run, of which nothing is required: a model's YAML alone will do."""
 
-    run_dir: str = "(none)"
+    run_dir: str = key("(none)", help="not used")
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2**31))
 
     def validate(self) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import Schedule
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
@@ -84,7 +85,7 @@ class Layout:
     reshard_after_estimate: bool = False
     offload: bool = False
     stage: int = 2
-    whole_below: int = 100_000
+    param_persistence_threshold: int = 100_000
     gpu: bool = True  # a CPU keeps larger masks of dropout, and its head float32 logits
 
     @property
@@ -159,6 +160,6 @@ def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool 
         reshard_after_estimate=config.fsdp.reshard_after_estimate,
         offload=config.fsdp.offload and engine == "fsdp2",
         stage=config.deepspeed.stage,
-        whole_below=config.deepspeed.whole_below,
+        param_persistence_threshold=config.deepspeed.param_persistence_threshold,
         gpu=gpu,
     )

@@ -22,15 +22,16 @@ from rich.console import Console
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import sha256_of_model
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
-from scmdm.config.sampler import EvaluateConfig, SamplerConfig
-from scmdm.config.study_config import ArmConfig, StudyConfig
+from scmdm.config.sampling import SamplerConfig
+from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
 from scmdm.distributed.engine import resolve_device
-from scmdm.domains.interface import Asked, Domain, decode_split
+from scmdm.domains.interface import Asked, Domain, GeneratedSamples, decode_split
 from scmdm.domains.registry import domain_of
 from scmdm.domains.text.text_quality import check_scorer
 from scmdm.errors import UserError
@@ -38,7 +39,8 @@ from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.evaluation.report import print_summary, study_report
 from scmdm.models.model_files import open_model
 from scmdm.observability.environment import describe_environment
-from scmdm.sampling.generate import GeneratedSamples, generate, load, write_samples
+from scmdm.sampling.generation import generate, load
+from scmdm.sampling.sample_files import write_samples
 from scmdm.study.progress import StudyDisplay
 from scmdm.system.files import atomic_write_bytes, atomic_write_text
 from scmdm.system.worker_processes import unless_stopped, worker_count, worker_processes

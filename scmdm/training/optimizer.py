@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from scmdm.config.run import OptimizerConfig, ScheduleConfig
+from scmdm.config.training import OptimizerConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import yaml
 
+from scmdm.config.fields import OnAdapt, renamed_keys, walk_keys
 from scmdm.config.loading import flatten
-from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from scmdm.config.run import RunConfig
+from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
 from scmdm.distributed.engine import Engine, SingleEngine
@@ -23,62 +25,11 @@ from scmdm.models.network import Network
 from scmdm.system.process_group import World
 from scmdm.training.optimizer import make_optimizer
 
-# An adaptation may set these if its base has none.
-_OF_THE_CONDITIONER = ("conditioner", "inject_at", "estimate_top_k", "estimate_rank")
-_ADAPTABLE = (  # and these in any case
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "dropout",
-    "attention",
-    "head_chunk",
-    "head_precision",
-    "activation_checkpointing",
-    "compile",
-)
-_MAY_CHANGE_ON_RESUME = (
-    "run_dir",
-    "base",
-    "threads",
-    "device",
-    "engine",
-    "fsdp.replicate",
-    "fsdp.reshard_after_estimate",
-    "fsdp.offload",
-    "fsdp.context",
-    "deepspeed.stage",
-    "deepspeed.whole_below",
-    "data.path",
-    "data.remote",
-    "data.cache_limit",
-    "data.num_workers",
-    "model.attention",
-    "model.head_chunk",
-    "model.compile",
-    "model.activation_checkpointing",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.log_every",
-    "train.validate_every",
-    "train.validation_samples",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.keep_best",
-    "train.async_checkpoint",
-    "train.on_save_error",
-    "train.profile_step",
-    "train.watchdog_minutes",
-    "wandb.mode",
-    "wandb.project",
-    "wandb.name",
-)
-
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
     """Set keys that follow from others: the conditioner from the rate, an adaptation's architecture from its base.
 
-    Raises UserError if architecture or diffusion process differ from the base's.
+    Raises UserError when the configuration asks for another architecture or process than the base's.
     """
     conditioned = config.self_conditioning.rate > 0
     if config.model.self_conditioned and not conditioned:
@@ -98,25 +49,33 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; base={base.path} has "
             f"{base.spec.model.layers} blocks"
         )
-    keep = _ADAPTABLE if base.spec.model.self_conditioned else (*_OF_THE_CONDITIONER, *_ADAPTABLE)
-    _reject_differences("model", config.model, base.spec.model, ModelConfig(), (*keep, "self_conditioned"))
-    _reject_differences("diffusion", config.diffusion, base.spec.diffusion, DiffusionConfig(), ("t_min",))
-    own = {name: getattr(config.model, name) for name in keep if getattr(config.model, name) is not None}
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(base.spec.model, **own, self_conditioned=conditioned),
-        diffusion=dataclasses.replace(base.spec.diffusion, t_min=config.diffusion.t_min),
+        model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
+        diffusion=_adapted("diffusion", config.diffusion, base),
     )
 
 
-def _reject_differences(section: str, ours: Any, theirs: Any, default: Any, allowed: tuple[str, ...]) -> None:
-    """Raise UserError for a key that has neither its default nor the base's value."""
-    for field in dataclasses.fields(ours):
-        value, expected = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in allowed and value not in (expected, getattr(default, field.name)):
+def _adapted(section: str, given: Any, base: StoredModel) -> Any:
+    """The base's section with those keys of `given` that an adaptation may set.
+
+    A null leaves the base's value. Every other key must have its default or the base's value; raises UserError
+    otherwise.
+    """
+    stored: Any = getattr(base.spec, section)
+    settable = {OnAdapt.OWN} if base.spec.model.self_conditioned else {OnAdapt.OWN, OnAdapt.CONDITIONER}
+    own, defaults = {}, {name: value for name, _, value in walk_keys(type(given)())}
+    expected_values = {name: value for name, _, value in walk_keys(stored)}
+    for name, rules, value in walk_keys(given):
+        expected = expected_values.get(name)
+        if rules.on_adapt in settable:
+            if value is not None:
+                own[name] = value
+        elif value not in (defaults[name], expected):
             raise UserError(
-                f"{section}.{field.name}={value!r}, but the base has {expected!r}; leave the key out to adapt it"
+                f"{section}.{name}={value!r}, but base={base.path} has {expected!r}; leave the key out to adapt it"
             )
+    return dataclasses.replace(stored, **own)
 
 
 def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> ModelSpec:
@@ -213,18 +172,15 @@ def compile_blocks(model: Network) -> None:
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
-    # A checkpoint of an older scmdm lacks keys, which had the effect of their defaults.
-    defaults = flatten(dataclasses.asdict(RunConfig()))
-    before = defaults | flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    renamed = renamed_keys(type(config))
+    stored = flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    # A key that the checkpoint does not have is newer than the run, which behaved as by its default.
+    before = flatten(dataclasses.asdict(RunConfig())) | {renamed.get(name, name): stored[name] for name in stored}
     now = flatten(dataclasses.asdict(config))
-    for key in sorted(before.keys() | now.keys()):
-        if not _may_change(key) and before.get(key) != now.get(key):
+    changeable = {name for name, rules, _ in walk_keys(config) if rules.on_resume}
+    for name in sorted((before.keys() | now.keys()) - changeable):
+        if before.get(name) != now.get(name):
             raise UserError(
-                f"{key}={now.get(key)!r}, but run_dir={config.run_dir} was started with {before.get(key)!r}; "
-                "give the old value to resume it, or another run_dir to start a new run"
+                f"{name}={now.get(name)!r}, but run_dir={config.run_dir} was started with {before.get(name)!r}; "
+                "give the old value to resume the run, or another run_dir to start a new one"
             )
-
-
-def _may_change(key: str) -> bool:
-    """Whether a key may change on resume. Paths of streams may, because their content is checked."""
-    return key in _MAY_CHANGE_ON_RESUME or (key.startswith("data.streams.") and key.endswith((".path", ".remote")))

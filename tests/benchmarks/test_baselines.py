@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State

@@ -11,7 +11,7 @@ from scmdm.checkpoint.reader import checkpoint_name, find_model, list_checkpoint
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
-from scmdm.config.run import TrainConfig
+from scmdm.config.training import TrainConfig
 from scmdm.observability.metrics import read_metrics
 from tests.conftest import TINY, scmdm
 

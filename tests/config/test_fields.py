@@ -1,9 +1,11 @@
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
 from scmdm.config.fields import describe_keys, key, validate_keys, walk_keys
+from scmdm.config.loading import load_config
 from scmdm.errors import UserError
 
 
@@ -49,3 +51,29 @@ def test_help_has_every_key_with_its_default():
     lines = describe_keys(Config).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["width=4", "section.rate=0.5", "section.name=null", "named={}"]
     assert "a | b" in lines[3]
+
+
+@dataclass
+class _Metrics:
+    fcd: bool = key(False, help="Frechet ChemNet distance", formerly=("fcd", "old.fcd"))
+
+
+@dataclass
+class _Renamed:
+    removed_keys: ClassVar[dict[str, str]] = {"model.rank": "leave it out: the head is fast enough"}
+    metrics: _Metrics = field(default_factory=_Metrics)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("fcd=true", "write `metrics.fcd`"),
+        ("old.fcd=true", "write `metrics.fcd`"),
+        ("model.rank=8", "leave it out"),
+        ("model={rank: 8}", "leave it out"),
+    ],
+)
+def test_earlier_names_of_a_key_are_refused_with_the_present_one(override: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy):
+        load_config(_Renamed, None, [override])
+    assert load_config(_Renamed, None, ["metrics.fcd=true"]).metrics.fcd

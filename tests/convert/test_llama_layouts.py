@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 import scmdm
 from scmdm.cli import main
-from scmdm.config.run import DiffusionConfig, LlamaConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import LlamaConfig, ModelConfig
 from scmdm.convert.layouts import ALL
 from scmdm.diffusion.state import State
 from scmdm.models.model_files import ModelSpec, read_spec, weights_of

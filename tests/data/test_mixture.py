@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.dataset_config import DataConfig, StreamConfig
+from scmdm.config.data import DataConfig, StreamConfig
 from scmdm.data.dataset import repetitions
 from scmdm.data.loader import build_loader, epochs, read_split
 from scmdm.data.manifest import Manifest
@@ -193,7 +193,7 @@ import json, os, sys
 from itertools import islice
 from pathlib import Path
 import torch.distributed as dist
-from scmdm.config.dataset_config import DataConfig, StreamConfig
+from scmdm.config.data import DataConfig, StreamConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 large, small, count, state = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])

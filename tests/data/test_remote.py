@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.dataset_config import DataConfig, StreamConfig
+from scmdm.config.data import DataConfig, StreamConfig
 from scmdm.data import dataset as dataset_module
 from scmdm.data.loader import build_loader, epochs, read_split
 from scmdm.data.manifest import Manifest, verify_dataset

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.likelihood import estimate_nelbo
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch

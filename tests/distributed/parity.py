@@ -49,7 +49,7 @@ CASES = [
     Case("deepspeed", 2, 8, ("deepspeed.stage=1",)),
     Case("deepspeed", 2, 8, ("deepspeed.stage=2",)),
     Case("deepspeed", 2, 32, ("deepspeed.stage=3",)),
-    Case("deepspeed", 2, 8, ("deepspeed.stage=3", "deepspeed.whole_below=0")),
+    Case("deepspeed", 2, 8, ("deepspeed.stage=3", "deepspeed.param_persistence_threshold=0")),
 ]
 
 

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.state import Sequences
@@ -107,7 +109,9 @@ def engine_of_one():
 _MEMORY = """
 import resource, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.run import RunConfig
 from scmdm.models.network import count_parameters
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine

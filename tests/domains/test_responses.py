@@ -11,10 +11,11 @@ from scmdm.cli import main
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import load_tokenizer
-from scmdm.domains.interface import Asked
+from scmdm.domains.interface import Asked, GeneratedSamples
 from scmdm.domains.registry import domain_of
 from scmdm.domains.responses.responses import Responses, responses
-from scmdm.sampling.generate import GeneratedSamples, load, loaded_template
+from scmdm.sampling.generation import load
+from scmdm.sampling.templates import make_model_template
 
 FRACTIONS = ["validation_fraction=0.2", "test_fraction=0.3"]
 
@@ -92,4 +93,4 @@ def test_by_the_command_line(dataset, tmp_path, capsys):
     assert main(["sample", str(run), "num=2", "sampler.steps=4", "prompt=say 3 twice? "]) == 0
     assert capsys.readouterr().out.startswith("say 3 twice? ")
     loaded = load(run)
-    assert loaded_template(loaded, 48, "say").tolist()[1:4] == loaded.tokenizer.encode("say")
+    assert make_model_template(loaded, 48, "say").tolist()[1:4] == loaded.tokenizer.encode("say")

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.run import DiffusionConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
-from scmdm.sampling.generate import load
+from scmdm.sampling.generation import load
 
 TOKENIZER = SymbolTokenizer("characters", "ab ")  # ids 4 to 6
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scmdm.cli import main
-from scmdm.config.sampler import DenoiseConfig, SamplerConfig
+from scmdm.config.sampling import DenoiseConfig, SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
@@ -18,7 +18,7 @@ from scmdm.errors import UserError
 from scmdm.integrations.demo.pages import draw_molecule
 from scmdm.integrations.demo.server import make_app, open_models
 from scmdm.integrations.demo.trajectory import best_guess, entropy, record
-from scmdm.sampling.generate import load
+from scmdm.sampling.generation import load
 from tests.conftest import ROOT, scmdm
 from tests.diffusion.oracle import Oracle
 
@@ -105,7 +105,7 @@ def test_molecules_have_drawings(client):
     ("content", "said"),
     [
         ({"sampler": {"steps": 0}}, "sampler.steps=0"),
-        ({"sampler": {"steps": 100000}}, "too many"),
+        ({"sampler": {"steps": 100000}}, "sampler.steps=100000 is not possible"),
         ({"sampler": {"kind": "best"}}, "must be one of ancestral"),
         ({"seed": "x"}, "seed='x' in the request"),
         ({"seed": -1}, "seed=-1"),
@@ -114,8 +114,8 @@ def test_molecules_have_drawings(client):
         ({"prompt": "${nothing}"}, "prompt='${nothing}'"),
         ({"out": "x.jsonl"}, "unknown key `out`"),
         ({"prompt": "C", "infill": "C"}, "both set"),
-        ({"prompt": "Xx"}, "the model's vocabulary does not have it"),
-        ({"prompt": "C" * 99}, "the model's length is 24"),
+        ({"prompt": "Xx"}, "prompt='Xx' cannot be encoded"),
+        ({"prompt": "C" * 99}, "the samples have 24"),
         ([1], "the request is a list"),
     ],
 )

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 import scmdm
 from scmdm.checkpoint.seal import seal
-from scmdm.config.run import DiffusionConfig, ModelConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import ModelConfig
 from scmdm.data.tokenizers import SymbolTokenizer
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights

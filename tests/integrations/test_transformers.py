@@ -7,10 +7,10 @@ from transformers import AutoModel
 import scmdm
 import scmdm.integrations.transformers
 from scmdm.cli import main
-from scmdm.config.sampler import SamplerConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.state import State
-from scmdm.sampling.generate import generate
+from scmdm.sampling.generation import generate
 from tests.conftest import ADAPTED
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig as TheirLlama
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers import Qwen2Config as TheirQwen
 
-from scmdm.config.run import LlamaConfig, ModelConfig
+from scmdm.config.model import LlamaConfig, ModelConfig
 from scmdm.convert.layouts import ALL
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import make_packing

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear

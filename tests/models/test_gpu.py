@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.reveal_order import SamplerSettings

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.models.dit import DiT

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmdm.config.run import ModelConfig
-from scmdm.config.sampler import SamplerConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
@@ -14,7 +14,7 @@ from scmdm.errors import UserError
 from scmdm.models.dit import DiT
 from scmdm.models.initialization import init_weights
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
-from scmdm.sampling.generate import generate, load
+from scmdm.sampling.generation import generate, load
 
 ROOT = Path(__file__).parents[2]
 VOCAB, MASK, LENGTH = 12, 11, 16

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scmdm.config.run import ModelConfig
+from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scmdm.config.loading import load_config
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
 from scmdm.models.dit import DiT

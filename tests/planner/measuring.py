@@ -11,7 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scmdm.config.run import DiffusionConfig, ModelConfig, RunConfig
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.models.model_files import ModelSpec

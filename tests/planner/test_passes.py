@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from scmdm.config.run import LlamaConfig
+from scmdm.config.model import LlamaConfig
 from scmdm.planner.activations import head_width, kept_by_block, kept_by_conditioner, kept_by_final
 from scmdm.planner.memory import gathered_weights, rank_memory
 from scmdm.planner.workload import make_layout, make_workload

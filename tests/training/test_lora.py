@@ -7,7 +7,8 @@ import torch
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
-from scmdm.config.run import ModelConfig, RunConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
@@ -176,7 +177,7 @@ def test_an_export_is_merged_and_peft_reads_the_adapter(adapted, base, tmp_path,
     ("keys", "message"),
     [
         (["train.last_layers=3"], "has 2 blocks"),
-        (["train.last_layers=1", "model.lora_rank=2"], "left out with model.lora_rank"),
+        (["train.last_layers=1", "model.lora_rank=2"], "train.last_layers=1 is not possible"),
         (["model.lora_rank=2", "engine=deepspeed"], "use engine=fsdp2"),
         (["model.lora_rank=2", "model.lora_targets=[qkv]"], "model.lora_targets=qkv is not possible"),
         (["ema.reset=false", "ema.decay=0"], "ema.reset=False is not possible"),

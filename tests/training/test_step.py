@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from scmdm.config.run import EmaConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from scmdm.config.model import ModelConfig
+from scmdm.config.run import RunConfig
+from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from scmdm.config.loading import read_config
-from scmdm.config.sampler import DenoiseConfig
+from scmdm.config.sampling import DenoiseConfig
 from scmdm.errors import UserError
 from scmdm.integrations.demo.pages import describe_model, describe_trajectory
 from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generate import load
+from scmdm.sampling.generation import load
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scmdm.config.sampler import DenoiseConfig
+from scmdm.config.sampling import DenoiseConfig
 from scmdm.diffusion.sampler import Observation
+from scmdm.domains.interface import GeneratedSamples
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generate import GeneratedSamples, generate, loaded_template
+from scmdm.sampling.generation import generate
+from scmdm.sampling.templates import make_model_template
 
 _ROWS = 512  # positions looked at at once: bounds the block of logits
 
@@ -75,7 +77,7 @@ def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
 
     Raises UserError for a prompt that the model cannot read, and for settings that it cannot follow.
     """
-    template_L = loaded_template(loaded, loaded.spec.length, config.prompt, config.infill)
+    template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
     recorder = Recorder(loaded.spec.mask_id)
     generated = generate(
         loaded, config.sampler, num=1, seed=config.seed, templates_PL=template_L[None], on_step=recorder

@@ -22,7 +22,7 @@ from scmdm.data.tokenizers import (
     text_ids,
 )
 from scmdm.errors import UserError
-from scmdm.sampling.generate import template_tokens
+from scmdm.sampling.templates import make_template
 from tests.data.preparation.test_prepare import decoded, files
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.\n", "Pack my box with five dozen liquor jugs! "] * 20
@@ -173,7 +173,7 @@ def test_one_id_for_beginning_and_end(gpt2):
     for ids in ([a, b, e], [e, a, e, b], [e, a, t.mask_id, e], [e, a, t.pad_id, e]):
         assert not is_framed(ids, t)
     assert is_block([e, a, e, b, e], t) and block_text([e, a, e, b, e], t) == f"{t.decode([a])}{END}{t.decode([b])}"
-    row = template_tokens(t, 6, "ab", None, bos_given=True).tolist()
+    row = make_template(t, 6, "ab", None, bos_given=True).tolist()
     assert row[: len(t.encode("ab")) + 1] == [e, *t.encode("ab")] and row[-1] == t.mask_id
 
 

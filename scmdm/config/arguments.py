@@ -1,0 +1,204 @@
+"""Commands as data: positional arguments, options and a configuration, and the parser made from them.
+
+A command's function lives in the package that does the work and is imported when the command runs, so that
+`scmdm --help` needs no torch. It is called with the positional arguments, the configuration (if the command has one),
+and the options by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, get_args, get_type_hints
+
+from scmdm.config.fields import Key, describe_keys, require, rules_of, section_of
+from scmdm.config.loading import load_config
+
+REQUIRED = object()  # default of an argument that must be given
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A positional argument, or an option if the name begins with dashes."""
+
+    name: str
+    rules: Key
+    kind: type = str  # bool: a flag, False unless it is given
+    default: Any = REQUIRED
+    repeatable: bool = False
+
+    @property
+    def is_option(self) -> bool:
+        """Whether the name begins with dashes."""
+        return self.name.startswith("--")
+
+    @property
+    def attribute(self) -> str:
+        """Name of the value among the parsed arguments."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the argument in an argparse parser."""
+        if self.kind is bool:
+            parser.add_argument(self.name, action="store_true", help=self.rules.help)
+            return
+        settings: dict[str, Any] = {"type": self.kind, "help": self.rules.help}
+        if self.rules.choices:
+            settings["choices"] = self.rules.choices
+        if self.repeatable:
+            settings |= {"action": "append", "default": []}
+        elif self.default is not REQUIRED:
+            settings |= {"default": self.default} | ({} if self.is_option else {"nargs": "?"})
+            settings["help"] += f" (default: {self.default})" if self.default is not None else ""
+        if self.is_option and not self.rules.choices:
+            settings["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(self.kind, "TEXT")
+        parser.add_argument(self.name, **settings)
+
+    def check(self, value: Any) -> None:
+        """Raise UserError for a value out of bounds."""
+        require(value is None or self.rules.allows(value), self.name, value, self.rules.wanted())
+
+
+def argument(name: str, help: str, kind: type = str, default: Any = REQUIRED, **rules: Any) -> Argument:
+    """Declare an argument; `rules` are those of `scmdm.config.fields.Key`."""
+    return Argument(name, Key(help, **rules), kind, default)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `scmdm`. Function and schema are given as `module:name`, the module relative to `scmdm`."""
+
+    name: str  # two words for an action of a group, as in `checkpoint list`
+    summary: str
+    function: str
+    arguments: tuple[Argument, ...] = ()
+    schema: str | None = None  # dataclass of the configuration, which a YAML file (`config`) and key=value set
+    options: tuple[Argument, ...] = ()
+    option_groups: dict[str, type] = field(default_factory=dict)  # dataclasses whose keys are options, by parameter
+    overrides: bool = False  # takes key=value without having a schema
+
+    def all_arguments(self) -> Iterator[Argument]:
+        """Positional arguments, options, and the options of groups."""
+        yield from self.arguments
+        yield from self.options
+        for group in self.option_groups.values():
+            yield from _options_of(group)
+
+    def load_schema(self) -> type:
+        """Import the dataclass of the configuration."""
+        assert self.schema is not None
+        schema: type = _load(self.schema)
+        return schema
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lists the keys of the command's configuration, which is imported for it, at the end of the help."""
+
+    command: Command | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.command is None or self.command.schema is None:
+            return text
+        return f"{text}\nkeys, in the YAML file or as key=value:\n{describe_keys(self.command.load_schema())}\n"
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def make_parser(program: str, commands: Sequence[Command], description: str, epilog: str) -> argparse.ArgumentParser:
+    """An argparse parser of all commands, whose result `run_command` takes."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=program, description=description, epilog=epilog, formatter_class=layout)
+    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups: dict[str, _Commands] = {}
+    for command in commands:
+        group, _, name = command.name.rpartition(" ")
+        if group and group not in groups:
+            names = ", ".join(other.name for other in commands if other.name.startswith(f"{group} "))
+            subparser = top.add_parser(group, help=f"Group of commands: {names}.")
+            groups[group] = subparser.add_subparsers(required=True, metavar="ACTION")
+        _add(groups[group] if group else top, name, command)
+    return parser
+
+
+def _add(commands: _Commands, name: str, command: Command) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=command.summary, description=command.summary, formatter_class=layout)
+    parser.command = command
+    parser.set_defaults(command=command)
+    for declared in command.all_arguments():
+        declared.add_to(parser)
+    if command.schema is not None or command.overrides:
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, as in optimizer.lr=3e-4")
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Check the arguments, load the configuration, and call the command's function.
+
+    Raises UserError for a value out of bounds and for mistakes in the configuration.
+    """
+    values = dict(vars(options))
+    command: Command = values.pop("command")
+    for declared in command.all_arguments():
+        declared.check(values[declared.attribute])
+    positional = [values.pop(declared.attribute) for declared in command.arguments]
+    if command.schema is not None:
+        values, positional = _with_config(command, values, positional)
+    groups = {name: _built(group, values) for name, group in command.option_groups.items()}
+    _load(command.function)(*positional, **values, **groups)
+
+
+def _with_config(command: Command, values: dict[str, Any], positional: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Replace the YAML file and the overrides among the arguments by the configuration, the last positional argument.
+
+    The configuration is None when neither was given to a command that can do without.
+    """
+    overrides: list[str] = values.pop("overrides")
+    path, needed = values.pop("config", None), True
+    for index, declared in enumerate(command.arguments):
+        if declared.attribute == "config":
+            path, needed = positional.pop(index), declared.default is REQUIRED
+    missing = path is None and not overrides and not needed
+    config = None if missing else load_config(command.load_schema(), path, overrides)
+    return values, [*positional, config]
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"scmdm.{module}"), attribute)
+
+
+def _options_of(group: type, prefix: str = "--") -> Iterator[Argument]:
+    """An option for each key of a dataclass: `start_timeout` is `--start-timeout`, a true flag `x` is `--no-x`."""
+    hints = get_type_hints(group)
+    for declared in dataclasses.fields(group):
+        rules, section, hint = rules_of(declared), section_of(declared), hints[declared.name]
+        name = f"{prefix}{declared.name.replace('_', '-')}"
+        if section is not None:
+            yield from _options_of(section, f"{name}-")
+            continue
+        assert rules is not None
+        kinds = [kind for kind in get_args(hint) if kind not in (type(None), Ellipsis)] or [hint]
+        if declared.default is True:
+            name = f"--no-{name.removeprefix('--')}"
+        yield Argument(name, rules, kinds[0], declared.default, repeatable=declared.default == ())
+
+
+def _built(group: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Move the options of a dataclass from `values` into an instance of it."""
+    found: dict[str, Any] = {}
+    for declared in dataclasses.fields(group):
+        name, section = f"{prefix}{declared.name}", section_of(declared)
+        if section is not None:
+            found[declared.name] = _built(section, values, f"{name}_")
+        elif declared.default is True:
+            found[declared.name] = not values.pop(f"no_{name}")
+        else:
+            value = values.pop(name)
+            found[declared.name] = tuple(value) if declared.default == () else value
+    return group(**found)

@@ -1,0 +1,47 @@
+"""Configuration of the diffusion process and of self-conditioning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scmdm.config.fields import OnAdapt, key
+
+
+@dataclass
+class DiffusionConfig:
+    """The masking process. An adaptation takes it from its base, except for `t_min`."""
+
+    schedule: str = key(
+        "log_linear",
+        help="noise schedule alpha_t",
+        choices=("log_linear", "cosine", "polynomial"),
+    )
+    eps: float = key(0.0, help="log_linear: alpha_t = 1 - (1 - eps) t; MDLM uses 1e-3", at_least=0, at_most=0.5)
+    power: float = key(2.0, help="polynomial: alpha_t = 1 - t^power", at_least=0.1, at_most=16)
+    t_min: float = key(
+        1e-3,
+        help="smallest time drawn in training; bounds the loss weight",
+        at_least=1e-9,
+        at_most=0.5,
+        on_adapt=OnAdapt.OWN,
+    )
+
+
+@dataclass
+class SelfConditioningConfig:
+    """How training conditions the model on its own estimate of the clean tokens."""
+
+    rate: float = key(
+        0.0,
+        help="probability that the second pass is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM",
+        at_least=0,
+        at_most=1,
+    )
+    estimate_from: str = key(
+        "same_state",
+        help="noised tokens that the estimate is made from: those of the second pass, or noisier ones",
+        choices=("same_state", "noisier_state"),
+    )
+    passes: int = key(1, help="passes that make the estimate", at_least=1, at_most=64)
+    estimate_dropout: bool = key(True, help="apply dropout in the passes that make the estimate")
+    stop_gradient: bool = key(True, help="do not propagate gradients through the passes that make the estimate")

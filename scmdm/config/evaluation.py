@@ -1,0 +1,96 @@
+"""Configuration of `scmdm evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from scmdm.config import fields
+from scmdm.config.common import (
+    LARGEST_SEED,
+    batch_size_key,
+    device_key,
+    precision_key,
+    threads_key,
+    weights_key,
+)
+from scmdm.config.fields import key, require
+from scmdm.config.loading import read_config
+from scmdm.config.preparation import CHOICES
+from scmdm.config.sampling import SamplerConfig
+
+
+@dataclass
+class ZeroShotConfig:
+    """Texts that a model was not trained on, with the keys of the `text` source of `scmdm prepare`."""
+
+    path: str = fields.key(MISSING, help="file or folder")
+    key: str = fields.key("text", help="key or column of the text")
+    unit: str = fields.key("documents", help="records to split files into", choices=tuple(map(str, CHOICES["unit"])))
+    detokenize: str = fields.key(
+        "none", help="corpus whose spacing to undo", choices=tuple(map(str, CHOICES["detokenize"]))
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    """Keys of `scmdm evaluate`."""
+
+    data: str | None = key(None, help="data set; null: the one that the model was trained on")
+    domain: str = key(
+        "auto",
+        help="what the model generates; a check, because it follows from the model",
+        choices=("auto", "molecules", "text", "responses", "genomes", "images", "codes"),
+    )
+    split: str = key("test", help="held-out split for the NELBO and for reference statistics")
+    nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
+    nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
+    t_min: float = key(1e-4, help="smallest time of the NELBO", above=0, below=0.5)
+    num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**40)
+    seeds: list[int] = key(
+        factory=lambda: [0], help="seeds; several give confidence intervals", at_least=0, at_most=LARGEST_SEED
+    )
+    batch_size: int | None = batch_size_key()
+    fcd: bool = key(False, help="molecules: Frechet ChemNet distance")
+    moses: bool = key(False, help="molecules: metrics of MOSES, against its published test sets")
+    scorer: str | None = key(
+        None, help="text: directory of a transformers causal model; null: an n-gram model of held-out text"
+    )
+    mauve: bool = key(False, help="text: MAUVE, with features of the scorer")
+    inception: str | None = key(
+        None, help="images: weights file of Inception, for FID; null: a classifier trained on the data set"
+    )
+    texts: dict[str, Any] = key(
+        factory=dict,
+        help="zero-shot perplexity, NAME: file or folder of text, or {path: ..., key: ..., unit: ..., detokenize: ...}",
+    )
+    out: str | None = key(None, help="JSON file; null: in the folder evaluations/ beside the model")
+    weights: str = weights_key()
+    device: str = device_key()
+    precision: str = precision_key()
+    threads: int = threads_key()
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for a combination of keys that cannot work."""
+        require_distinct("seeds", self.seeds)
+        self.zero_shot_texts()
+        self.sampler.validate()
+
+    def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:
+        """The corpora of `texts` by name. Raises UserError for an unknown key or an impossible value."""
+        found = {}
+        for name, value in self.texts.items():
+            keys = {"path": value} if isinstance(value, str) else value
+            require(isinstance(keys, dict), f"texts.{name}", value, "a path, or {path: ..., key: ...}")
+            found[name] = read_config(ZeroShotConfig, keys, f"in texts.{name}")
+        return found
+
+
+def require_distinct(name: str, numbers: Sequence[int]) -> None:
+    """Raise UserError unless the key `name` lists at least one number, and none twice."""
+    distinct = len(numbers) > 0 and len(set(numbers)) == len(numbers)
+    require(distinct, name, list(numbers), "a list of at least one number, each once")

@@ -1,0 +1,113 @@
+"""Configuration of `scmdm study`: one base, several adaptations of it, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from scmdm.config.common import LARGEST_SEED
+from scmdm.config.evaluation import require_distinct
+from scmdm.config.fields import key, require
+from scmdm.config.loading import with_overrides
+from scmdm.config.sampling import SamplerConfig
+from scmdm.errors import UserError
+
+
+@dataclass
+class ArmConfig:
+    """A compared model: an adaptation, a model trained from scratch, or another way to sample a trained model."""
+
+    label: str = key(MISSING, help="name in figures and tables")
+    overrides: list[str] = key(factory=list, help="key=value of its training, after those of the study")
+    from_scratch: bool = key(
+        False, help="train it with base_config, on as many sequences as base and adaptation together"
+    )
+    samples_of: str | None = key(None, help="do not train: sample the models of this arm, or of `base`")
+    sampler: list[str] = key(factory=list, help="key=value of its sampler, after those of the study")
+
+
+@dataclass
+class StudyConfig:
+    """Keys of `scmdm study`.
+
+    Arms are compared at equal numbers of training tokens, unless their overrides say otherwise, and at equal numbers of
+    denoiser evaluations.
+    """
+
+    title: str = key(MISSING, help="title of the report")
+    out: str = key(MISSING, help="study directory")
+    prepare: str = key(MISSING, help="YAML file of `scmdm prepare`")
+    base: str = key(MISSING, help="model that the arms adapt; with from_scratch, the run directory to make")
+    base_config: str = key(MISSING, help="YAML file of `scmdm train` that made the base")
+    from_scratch: bool = key(False, help="train the base first")
+    adapt_config: str = key(MISSING, help="YAML file of `scmdm adapt`, common to all arms")
+    arms: dict[str, ArmConfig] = key(factory=dict, help="NAME: {label, overrides, ...} of each compared model")
+    only: list[str] = key(factory=list, help="run these arms alone; empty: all")
+    reference: str | None = key(
+        None, help="arm that the others are compared with; null: one of the largest self_conditioning.rate"
+    )
+    adaptation_seeds: list[int] = key(factory=lambda: [0], help="seeds of training", at_least=0, at_most=LARGEST_SEED)
+    sampling_seeds: list[int] = key(
+        factory=lambda: [0, 1, 2], help="seeds of sampling", at_least=0, at_most=LARGEST_SEED
+    )
+    steps: list[int] = key(
+        factory=lambda: [8, 16, 32, 64], help="sampling steps T to compare at", at_least=1, at_most=2**31
+    )
+    num: int = key(1024, help="samples per seed", at_least=1, at_most=2**40)
+    nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
+    split: str = key("test", help="held-out split for the NELBO and for reference statistics")
+    fcd: bool = key(False, help="molecules: Frechet ChemNet distance")
+    moses: bool = key(False, help="molecules: metrics of MOSES, against its published test sets")
+    scorer: str | None = key(
+        None, help="text: directory of a transformers causal model; null: an n-gram model of held-out text"
+    )
+    mauve: bool = key(False, help="text: MAUVE, with features of the scorer")
+    inception: str | None = key(
+        None, help="images: weights file of Inception, for FID; null: a classifier trained on the data set"
+    )
+    overrides: list[str] = key(factory=list, help="key=value of every adaptation")
+    base_overrides: list[str] = key(factory=list, help="key=value of the base's training")
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for a combination of keys that cannot work."""
+        named = bool(self.arms) and "base" not in self.arms
+        require(named, "arms", list(self.arms), "at least one arm, none of them called base")
+        for name in ("steps", "adaptation_seeds", "sampling_seeds"):
+            require_distinct(name, getattr(self, name))
+        for key_name, names in (("only", self.only), ("reference", [self.reference] if self.reference else [])):
+            for name in names:
+                require(name in self.arms, key_name, name, f"one of {', '.join(self.arms)}")
+        for name, arm in self.arms.items():
+            self._validate_arm(name, arm)
+        self.sampler.validate()
+
+    def _validate_arm(self, name: str, arm: ArmConfig) -> None:
+        if self.sampler_of(name).steps != self.sampler.steps:
+            raise UserError(
+                f"arms.{name}.sampler sets steps, which are common to all arms: leave it out, and set steps=[...]"
+            )
+        source = arm.samples_of
+        if source is None:
+            return
+        trained = ["base", *(other for other, config in self.arms.items() if config.samples_of is None)]
+        require(source in trained, f"arms.{name}.samples_of", source, f"one of {', '.join(trained)}")
+        if arm.overrides or arm.from_scratch:
+            raise UserError(
+                f"arms.{name} is not trained, because it has samples_of={source}; leave overrides and from_scratch out"
+            )
+
+    def sampler_of(self, arm: str) -> SamplerConfig:
+        """The sampler of an arm, or of the base."""
+        if arm not in self.arms:
+            return self.sampler
+        return with_overrides(self.sampler, self.arms[arm].sampler, f"in arms.{arm}.sampler")
+
+    def selected(self) -> StudyConfig:
+        """The study restricted to the arms of `only` and the arms whose models they sample."""
+        if not self.only:
+            return self
+        wanted = {*self.only, *(self.arms[name].samples_of for name in self.only)}
+        return dataclasses.replace(self, arms={name: arm for name, arm in self.arms.items() if name in wanted})

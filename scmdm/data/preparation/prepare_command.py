@@ -1,0 +1,36 @@
+"""`scmdm prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scmdm.config.preparation import PrepareConfig
+from scmdm.data.manifest import Manifest, remote_of, verify_dataset
+from scmdm.errors import UserError
+
+
+def prepare_or_verify(config: PrepareConfig | None, *, verify: Path | None) -> None:
+    """Prepare a data set, or check the one at `verify`."""
+    if verify is not None:
+        _verify(verify)
+        return
+    if config is None:
+        raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")
+    from scmdm.data.preparation.prepare import prepare  # torch: not for --verify
+
+    prepare(config)
+
+
+def _verify(root: Path) -> None:
+    """Print the problems of a data set, or its sizes. Raises UserError when there are problems."""
+    remote, manifest = remote_of(root), Manifest.read(root)
+    problems = verify_dataset(root, hashes=True)
+    for problem in problems:
+        print(problem)
+    if problems:
+        fetched = f"remove the files, to download them from {remote} again"
+        remedy = fetched if remote else "prepare it again with overwrite=true"
+        raise UserError(f"{root} has {len(problems)} problem(s); {remedy}")
+    counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
+    cached = f" (the downloaded part of {remote})" if remote else ""
+    print(f"{root}{cached} has no problems: {counts} sequences of {manifest.length} tokens")

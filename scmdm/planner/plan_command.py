@@ -1,0 +1,34 @@
+"""`scmdm plan`."""
+
+from __future__ import annotations
+
+from json import dumps
+
+from rich.console import Console
+
+from scmdm.errors import UserError
+from scmdm.planner.hardware import make_assumptions, make_cluster
+from scmdm.planner.plan import PlanConfig, make_plan
+from scmdm.planner.plan_report import as_json, print_plan
+
+
+def plan(
+    config: PlanConfig,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: str,
+    length: int | None,
+    vocab: int | None,
+    efficiency: float | None,
+    json: bool,
+) -> None:
+    """Print the plan of a run on a cluster. Raises UserError when the model fits with no settings."""
+    cluster = make_cluster(gpu, nodes, gpus_per_node)
+    made = make_plan(config, cluster, make_assumptions(efficiency), length=length, vocab=vocab)
+    if json:
+        print(dumps(as_json(made), indent=2))
+    else:
+        print_plan(made, Console())
+    if made.found.best is None:
+        raise UserError(f"nothing fits: {made.found.reason}")

@@ -1,0 +1,52 @@
+"""`scmdm sample`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from scmdm.config.sampling import SampleConfig
+from scmdm.domains.interface import GeneratedSamples
+from scmdm.sampling.generation import generate, load
+from scmdm.sampling.sample_files import write_samples
+from scmdm.sampling.templates import make_model_template, read_prompts, require_prompt
+from scmdm.system.files import require_writable
+
+
+def sample_and_print(path: Path, config: SampleConfig) -> None:
+    """Draw samples, write them to `config.out` or print their texts, and print what they cost."""
+    generated = run_sampling(path, config)
+    if config.out is None:
+        for text in generated.texts:
+            print(text)
+    place = f" -> {config.out}" if config.out else ""
+    cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
+    print(f"{len(generated.texts)} samples, {cost}{place}", file=sys.stderr)
+
+
+def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
+    """Draw samples from the model at `path`, and write them to `config.out` if it is set."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.out is not None:
+        require_writable(Path(config.out))
+    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    loaded = load(path, weights=config.weights, device=config.device)
+    require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
+    length = config.length or loaded.spec.length
+    templates = [make_model_template(loaded, length, prompt, config.infill) for prompt in prompts]
+    generated = generate(
+        loaded,
+        config.sampler,
+        num=config.num,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        templates_PL=torch.stack(templates),
+        precision=config.precision,
+        progress=True,
+    )
+    if config.out is not None:
+        write_samples(Path(config.out), generated, loaded.tokenizer)
+    return generated

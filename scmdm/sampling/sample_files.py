@@ -1,0 +1,86 @@
+"""Files of samples, in the format that the file's suffix names."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
+from scmdm.domains.interface import GeneratedSamples
+from scmdm.errors import UserError
+from scmdm.system.files import atomic_write_bytes, atomic_write_text
+
+_FASTA_WIDTH = 80  # letters per line
+
+
+def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> None:
+    """Write samples to `path`, in the format of its suffix.
+
+    - `.jsonl`: one object per line with `text`, `framed`, `tokens`, `evaluations` and, if conditional, `label`;
+    - `.txt`: one text per line;
+    - `.smi`: one molecule per line, of framed samples alone;
+    - `.fasta`, `.fa`: sequences;
+    - `.png`: a picture of the first samples;
+    - `.npy`: codes (N, height, width) of framed samples.
+
+    Raises UserError for a format that the samples do not have.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = _rows(generated)
+    if path.suffix == ".png":
+        _draw(path, rows, tokenizer)
+    elif path.suffix == ".npy":
+        atomic_write_bytes(path, _codes(path, generated, tokenizer))
+    else:
+        atomic_write_text(path, "".join(line + "\n" for line in _lines(path.suffix, rows)))
+
+
+def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:
+    """One record per sample."""
+    columns: dict[str, Sequence[Any]] = {
+        "text": generated.texts,
+        "framed": generated.framed,
+        "tokens": generated.tokens.tolist(),
+        "evaluations": generated.counts,
+    }
+    if generated.labels is not None:
+        columns["label"] = generated.labels
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _draw(path: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
+    from scmdm.domains.registry import DOMAINS, domain_name
+
+    if DOMAINS[domain_name(tokenizer.kind)].draw(rows, tokenizer, path) is None:
+        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
+
+
+def _codes(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> bytes:
+    if not isinstance(tokenizer, LevelTokenizer):
+        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer are not codes; give out=NAME.jsonl")
+    codes_NHW = tokenizer.codes(generated.tokens[torch.tensor(generated.framed)].numpy())
+    buffer = io.BytesIO()
+    np.save(buffer, codes_NHW.astype(tokenizer.layout.dtype))
+    return buffer.getvalue()
+
+
+def _lines(suffix: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        if suffix == ".smi":
+            if row["framed"]:
+                yield row["text"]
+        elif suffix in (".fasta", ".fa"):
+            label = f" label={row['label']}" if "label" in row else ""
+            yield f">sample_{number} evaluations={row['evaluations']} framed={str(row['framed']).lower()}{label}"
+            yield from textwrap.wrap(row["text"], _FASTA_WIDTH)
+        elif suffix == ".txt":
+            yield row["text"]
+        else:
+            yield json.dumps(row)
