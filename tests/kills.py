@@ -75,7 +75,7 @@ def _kill(process, run, dice, met, life_s):
 
 
 def _examine(run, met):
-    """What lies there after a kill: saves cut short, and only whole checkpoints beside them."""
+    """After a kill there may be unfinished saves, but every checkpoint verifies."""
     place = run / "checkpoints"
     met["inside a save"] += any(place.glob(".step_*"))
     found = list_checkpoints(place)
@@ -102,7 +102,7 @@ def final_tensors(run):
 
 
 def assert_same_run(one, other):
-    """Bit for bit."""
+    """Assert that metrics and tensors are equal bit for bit."""
     assert train_rows(one) == train_rows(other)
     ours, theirs = final_tensors(one), final_tensors(other)
     assert ours.keys() == theirs.keys()

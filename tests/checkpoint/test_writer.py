@@ -1,4 +1,4 @@
-"""Saving beside the training: retention, disks that fill up and empty again, the same files as a save in line."""
+"""Asynchronous saves, retention, and disks that are full for a while."""
 
 import json
 import resource
@@ -25,13 +25,13 @@ def names(run):
 
 
 def tensors(checkpoint):
-    """Every tensor's bytes by file and name; the order in the header is safetensors' affair."""
+    """Every tensor's bytes by file and name, because safetensors does not fix the order in its header."""
     files = {path.name: safetensors.deserialize(path.read_bytes()) for path in (checkpoint / "tensors").iterdir()}
     return {(file, name): bytes(entry["data"]) for file, entries in files.items() for name, entry in entries}
 
 
-def test_a_save_beside_the_training_holds_the_step_it_was_asked_for(molecules, empty_yaml, tmp_path):
-    """The weights move on while it is written; the files must not."""
+def test_an_asynchronous_save_stores_the_step_at_which_it_was_requested(molecules, empty_yaml, tmp_path):
+    """The weights change while the checkpoint is written."""
     for run, key in (("a", "true"), ("b", "false")):
         keys = ("train.steps=8", "train.checkpoint_every=2", "train.keep_last=9", f"train.async_checkpoint={key}")
         assert main(arguments(tmp_path / run, molecules, empty_yaml, *keys)) == 0
@@ -62,8 +62,8 @@ def test_retention(tmp_path, keys, best, kept):
     assert len(list(tmp_path.iterdir())) == len(kept)
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_validation(molecules, empty_yaml, tmp_path):
-    """A rate that ruins the model after a few steps: the best is not the last."""
+def test_the_best_checkpoint_has_the_lowest_validation_nelbo(molecules, empty_yaml, tmp_path):
+    """The learning rate ruins the model after a few steps, so that the best checkpoint is not the last."""
     keys = ["train.steps=12", "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=64"]
     keys += ["train.keep_last=1", "train.keep_best=true", "optimizer.lr=0.3", "optimizer.clip=0", "ema.decay=0"]
     assert main(arguments(tmp_path / "run", molecules, empty_yaml, *keys)) == 0
@@ -85,7 +85,7 @@ def wait_for(run, text, process):
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynchronous):
-    """Files may not grow beyond 64 KiB at first (the kernel's EFBIG, an OSError like ENOSPC); then space is made."""
+    """At first the kernel limits files to 64 KiB (EFBIG, an OSError like ENOSPC); then the limit is lifted."""
     run = tmp_path / "run"
     keys = ["train.steps=400", "train.checkpoint_every=4", "train.on_save_error=continue"]
     process = scmdm(

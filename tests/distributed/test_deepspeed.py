@@ -30,7 +30,7 @@ def config_of(*overrides):
     return load_config(RunConfig, None, [*keys, *overrides])
 
 
-def test_the_json_says_what_our_configuration_says():
+def test_the_json_follows_the_configuration():
     config = config_of("deepspeed.stage=3", "deepspeed.param_persistence_threshold=7", "optimizer.clip=0.5")
     found = deepspeed_json(config, 2, torch.bfloat16)
     assert found["train_micro_batch_size_per_gpu"] == 8
@@ -65,7 +65,7 @@ def test_impossible_combinations_are_named(overrides, message):
 
 
 @installed
-def test_a_batch_that_the_ranks_cannot_share_is_named():
+def test_a_batch_that_the_ranks_cannot_divide_is_refused():
     with pytest.raises(UserError, match="a multiple of 2 x"):
         resolve_engine(config_of("train.micro_batch_size=64"), TWO)
 
@@ -90,7 +90,7 @@ def test_losses_and_weights_are_those_of_one_process(case, adapt, single, tmp_pa
 @pytest.mark.parametrize(
     "rate", [pytest.param(0, marks=pytest.mark.long), 0.5, pytest.param(1, marks=pytest.mark.long)]
 )
-def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
+def test_stage_3_gathers_correctly_for_every_order_of_passes(rate, adapt, tmp_path):
     """Loss passes with and without a no-grad pass before them, validation with averaged weights in between."""
     keys = [f"self_conditioning.rate={rate}", "train.validate_every=2", "train.micro_batch_size=16", "train.steps=6"]
     assert main(adapt(tmp_path / "one", *keys)) == 0

@@ -30,7 +30,7 @@ def test_exit_codes_as_text():
     assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL (out of memory?)"
 
 
-def test_what_srun_sets_is_what_torch_reads():
+def test_the_rank_environment_under_srun():
     task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
     assert rank_environment(task, "n1", 1234) == {
         "RANK": "5",

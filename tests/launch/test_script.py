@@ -63,7 +63,7 @@ module load apptainer
 
 
 @pytest.mark.parametrize(("options", "lines"), SCRIPTS.items())
-def test_a_script_is_whole_and_holds_what_was_asked_for(capsys, tmp_path, options, lines):
+def test_scripts_are_valid_and_contain_the_options(capsys, tmp_path, options, lines):
     script = dry_run(capsys, tmp_path, "slurm", *shlex.split(options))
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not set(lines.strip("\n").splitlines()) - set(script.splitlines())
@@ -90,7 +90,7 @@ def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
         (["local", "train.stepps=3"], "did you mean `train.steps`?"),
     ],
 )
-def test_mistakes_show_at_the_launch(capsys, tmp_path, options, message):
+def test_mistakes_are_reported_at_the_launch(capsys, tmp_path, options, message):
     assert message in dry_run(capsys, tmp_path, *options, status=1)
 
 
@@ -184,7 +184,7 @@ def test_only_runs_are_launched(capsys, tmp_path):
     assert "'sample' is not possible; it must be one of train, adapt" in capsys.readouterr().err
 
 
-def test_without_slurm_the_script_is_kept(capsys, tmp_path, monkeypatch):
+def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert main(["launch", "slurm", *ADAPT, f"run_dir={tmp_path / 'run'}"]) == 1
     assert "no sbatch on this machine" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_without_slurm_the_script_is_kept(capsys, tmp_path, monkeypatch):
     assert script.read_text().startswith("#!/usr/bin/env bash\n# scmdm adapt into ")
 
 
-def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
+def test_a_job_runs_frozen_code_and_configuration(tmp_path):
     settings = tmp_path / "mine.yaml"
     settings.write_text(f"run_dir: {tmp_path / 'run'}\ntrain: {{steps: 3}}\ndata: {{path: here}}\n")
     config = load_config(RunConfig, settings, ["seed=5"])
@@ -212,7 +212,7 @@ def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
     assert plan_launch("train", config).directory != frozen.directory
 
 
-def test_a_sites_defaults_give_way_to_what_is_asked_for(tmp_path):
+def test_options_override_a_sites_defaults(tmp_path):
     command = [ROOT / "launch/slurm.sh", *ADAPT, f"run_dir={tmp_path / 'run'}", "--nodes", "2", "--time", "1:00:00"]
     wrapper = tmp_path / "scmdm"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m scmdm "$@"\n')

@@ -1,4 +1,4 @@
-"""Telemetry: where a step's time goes, utilisation counted against torch's own counter, stragglers, traces."""
+"""Timing of a step's parts, FLOPs against torch's own counter, the slowest rank, profiler traces."""
 
 import json
 import time

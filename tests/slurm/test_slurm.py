@@ -48,7 +48,7 @@ def nodes():
 
 
 def bring_up(place):
-    """Start what does not run."""
+    """Start daemons that do not run."""
     done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
@@ -68,7 +68,7 @@ def adapt(base, molecules, empty_yaml):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, adapt):
-    """What every other run must equal: two ranks under plain torchrun."""
+    """Reference run: two ranks under plain torchrun."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     status, output = launch(2, *adapt(run, LONG, "train.checkpoint_every=1000"), timeout=900)
     assert status == 0, output
@@ -93,7 +93,7 @@ def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
 
 
 def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yaml):
-    """Also when one of its tasks is killed."""
+    """One of its tasks is killed."""
     corpus = tmp_path / "corpus"
     for number in range(6):
         write_corpus(corpus / f"{number}.jsonl", 1, seed=number)
@@ -111,8 +111,8 @@ def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yam
 
 
 @pytest.mark.long
-def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
-    """Also: ranks that srun starts, without torchrun, and another signal."""
+def test_a_signal_before_any_handler_is_not_lost(adapt, undisturbed, tmp_path):
+    """With ranks started by srun, without torchrun, and with another signal."""
     job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
     job.wait(lambda: len(job.ranks) == 2, 120, "with two ranks")
     slurm("scancel", "--signal=USR2", job.id)
@@ -126,7 +126,7 @@ def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path)
 
 
 @pytest.mark.long
-def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
+def test_preemption_saves_and_frees_the_nodes(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(20)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
@@ -137,7 +137,7 @@ def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
+def test_scancel_saves_and_the_job_is_not_requeued(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(10)
     slurm("scancel", job.id)
@@ -152,7 +152,7 @@ def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp_path):
+def test_a_killed_rank_is_reported_and_the_job_requeued(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     os.kill(job.ranks[0], signal.SIGKILL)
@@ -166,8 +166,8 @@ def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp
 
 
 @pytest.mark.long
-def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbed, tmp_path):
-    """What srun runs on a node dies with all that belongs to it."""
+def test_a_killed_launcher_ends_the_job_and_it_is_requeued(adapt, undisturbed, tmp_path):
+    """The processes that srun started on one node are killed."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     agent = job.agents[0]
@@ -183,7 +183,7 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
 
 @pytest.mark.long
 def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
-    """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
+    """All processes of a node are killed, slurmd included; the job is requeued when two nodes are up again."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     cluster.power_off(nodes / "run/slurmd-n2.pid")
@@ -195,7 +195,7 @@ def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed, tmp_path):
+def test_a_node_that_never_starts_ends_the_job_after_a_limit(adapt, undisturbed, tmp_path):
     slow = tmp_path / "python"
     slow.write_text(
         '#!/bin/sh\n[ "$SLURM_NODEID.${SLURM_RESTART_COUNT:-0}" = 1.0 ] && exec sleep 1000\n'
@@ -211,7 +211,7 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
 
 
 @pytest.mark.long
-def test_failures_at_one_place_end_the_job(adapt, tmp_path):
+def test_repeated_failures_at_one_checkpoint_end_the_job(adapt, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
     assert job.wait_for_end(400) == "FAILED"
     assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
