@@ -4,8 +4,7 @@ Progress means that a part of a step has begun or ended (`StepTimer`), or that a
 start-up, the first step (which may compile), checkpoints and the end of a run the limit is `PATIENCE` times as long.
 
 A rank that waits for another one in a collective makes no progress either. The first rank that exceeds the limit leaves
-an alarm file in the run directory; the others find it and write their stacks, too. On GPUs each rank also writes NCCL's
-flight recorder, which `torchfrtrace --prefix nccl_trace_rank_ RUN/stacks` compares over the ranks.
+an alarm file in the run directory; the others find it and write their stacks, too, and on GPUs NCCL's flight recorder.
 
 `faulthandler` writes the stacks. It is also armed to end the process from a thread of its own, with status 1, if the
 watchdog's thread stands still: when C code keeps the interpreter's lock, or the file system of the run hangs.
@@ -32,9 +31,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-import torch
-import torch.distributed as dist
-
+from scmdm.runtime.flight_recorder import dump_flight_recorder
 from scmdm.system.process_group import World
 from scmdm.system.run_directory import STACKS
 
@@ -63,16 +60,6 @@ class _Progress:
 def collective_timeout(minutes: float) -> timedelta | None:
     """Timeout for collectives, longer than a watchdog of `minutes` ever waits; None (torch's) without a watchdog."""
     return timedelta(minutes=PATIENCE * minutes + 5) if minutes else None
-
-
-def enable_flight_recorder(directory: Path) -> None:
-    """Let NCCL record its recent collectives, and dump them beside the stacks on a timeout.
-
-    To be called before the process group is created. Environment variables that the user has set are kept.
-    """
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(directory.absolute() / STACKS / "nccl_trace_rank_"))
 
 
 def set_aside_stacks(directory: Path) -> None:
@@ -170,12 +157,9 @@ class Watchdog:
             self._dump(progress, silent_s)
             (self._place / _ALARM).touch()
             self._dump_children()
-            self._dump_flight_recorder()
-        rank, text = (
-            self._world.rank,
-            "watchdog: rank %d has made no progress for %.0f s (%s); the stacks of all ranks ",
-        )
-        logger.error(text + "are in %s; ending with status %d", rank, silent_s, progress, self._place, HANG_EXIT)
+            dump_flight_recorder(self._place, self._world.rank)
+        hang = f"rank {self._world.rank} has made no progress for {silent_s:.0f} s ({progress})"
+        logger.error("watchdog: %s; the stacks of all ranks are in %s; exit status %d", hang, self._place, HANG_EXIT)
         # The launcher ends all ranks when the first one has ended: not before rank 0 has its summary.
         with contextlib.suppress(OSError):
             if self._world.is_main:
@@ -209,11 +193,6 @@ class Watchdog:
                 time.sleep(0.2)
             child.kill()
 
-    def _dump_flight_recorder(self) -> None:
-        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None) if dist.is_available() else None
-        if dump is not None and dist.is_initialized() and torch.cuda.is_available():
-            (self._place / f"nccl_trace_rank_{self._world.rank}").write_bytes(dump())
-
 
 def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
@@ -232,14 +211,10 @@ def _summary(place: Path, ranks: int) -> str:
     """Where each rank hangs. Places of few ranks come first, because those ranks are likely the cause."""
     found = defaultdict(list)
     for rank in range(ranks):
-        found[_last_header(place / f"rank_{rank}.txt")].append(str(rank))
+        headers = []
+        with contextlib.suppress(OSError):
+            lines = (place / f"rank_{rank}.txt").read_text(errors="replace").splitlines()
+            headers = [line.rpartition(" | ")[2] for line in lines if line.startswith(_HEADER)]
+        found[headers[-1] if headers else "no stacks (stopped, or its machine is down)"].append(str(rank))
     in_order = sorted(found.items(), key=lambda item: len(item[1]))
     return "; ".join(f"{where}: rank {', '.join(some)}" for where, some in in_order)
-
-
-def _last_header(path: Path) -> str:
-    try:
-        headers = [line for line in path.read_text(errors="replace").splitlines() if line.startswith(_HEADER)]
-    except OSError:
-        headers = []
-    return headers[-1].rpartition(" | ")[2] if headers else "no stacks (stopped, or its machine is gone)"

@@ -25,11 +25,13 @@ from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel
 from scmdm.observability.metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
+from scmdm.runtime.flight_recorder import enable_flight_recorder
 from scmdm.runtime.preflight import log_preflight, run_preflight
 from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
-from scmdm.runtime.watchdog import Watchdog, collective_timeout, enable_flight_recorder, set_aside_stacks
+from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stacks
 from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
+from scmdm.system.run_directory import STACKS
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
@@ -55,7 +57,7 @@ def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest 
     signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
     # Longer than the watchdog waits, because only the watchdog writes the stacks of all ranks.
     timeout = collective_timeout(config.train.watchdog_minutes)
-    enable_flight_recorder(Path(config.run_dir))
+    enable_flight_recorder(Path(config.run_dir) / STACKS)
     with signals as stop, process_group(world, device, needed=config.engine != "single", timeout=timeout):
         try:
             return _run(config, base, stop, world, device, dtype)

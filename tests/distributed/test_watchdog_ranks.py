@@ -69,7 +69,7 @@ def test_a_stopped_rank_ends_the_job(adapt, tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)
     assert "train_step" in stacks(run)["rank_0"]
-    assert "no stacks (stopped, or its machine is gone): rank 1" in (run / "train.log").read_text()
+    assert "no stacks (stopped, or its machine is down): rank 1" in (run / "train.log").read_text()
 
 
 def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_path):
