@@ -6,13 +6,18 @@ import time
 
 import pytest
 import safetensors
+import torch
 
 from scmdm.checkpoint.reader import checkpoint_name, find_model, list_checkpoints
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
+from scmdm.checkpoint.writer import CheckpointWriter, Snapshot
 from scmdm.cli import main
 from scmdm.config.training import TrainConfig
+from scmdm.distributed.engine import SingleEngine
+from scmdm.errors import InUseError
 from scmdm.observability.metrics import read_metrics
+from scmdm.system.lease import acquire
 from tests.conftest import TINY, scmdm
 
 
@@ -99,6 +104,36 @@ def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynch
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 85 and verify_checkpoint(find_model(run)) == []
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("moment", ["before the save", "while the files are written"])
+def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchronous, moment):
+    """Whatever `train.on_save_error` says."""
+    checkpoints = tmp_path / "checkpoints"
+    config = TrainConfig(async_checkpoint=asynchronous, on_save_error="continue")
+    engine = SingleEngine(torch.nn.Linear(1, 1), None, torch.device("cpu"), torch.float32)
+    tensors = {"weights.a": torch.ones(2)}
+
+    def take_over(_=None):
+        if "00000002.json" not in {path.name for path in (tmp_path / "lease").iterdir()}:
+            (tmp_path / "lease" / "00000002.json").write_text("{}")
+
+    with acquire(tmp_path / "lease", "run_dir=x") as lease:
+        writer = CheckpointWriter(checkpoints, engine, config, lease)
+        writer.save(Snapshot(1, None, tensors, lambda directory: None))
+        writer.finish()
+        if moment == "before the save":
+            take_over()
+
+        def save():
+            writer.save(Snapshot(2, None, tensors, take_over))
+            writer.finish()
+
+        with pytest.raises(InUseError, match="run_dir=x was taken over"):
+            save()
+    assert [path.name for path in checkpoints.iterdir() if path.name != "latest"] == [checkpoint_name(1)]
+    assert (checkpoints / "latest").read_text() == f"{checkpoint_name(1)}\n"
 
 
 def test_the_last_save_must_succeed(molecules, empty_yaml, tmp_path):
