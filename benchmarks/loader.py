@@ -27,9 +27,9 @@ from benchmarks.timing import CLOCK, interleave, ratios, show, show_figures
 from scmdm.config.data import DataConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
-from scmdm.data.preparation.framing import Row
+from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.preparation.shard_writer import Description, join_pieces, write_piece
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 
 _SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123"  # 34 ids with the specials, as QM9
 _TIMED = 20  # batches
@@ -51,10 +51,10 @@ def main() -> None:
 
 def write(root: Path, name: str, ids_NL: np.ndarray, shards: int) -> None:
     """A data set of one shard under so many names."""
-    tokenizer, piece = SymbolTokenizer("characters", _SYMBOLS), root / f"{name}-piece"
+    tokenizer, piece = CharacterTokenizer(_SYMBOLS), root / f"{name}-piece"
     description = Description("benchmark", ids_NL.shape[1], "loss", "loss", {})
     piece.mkdir()
-    write_piece(piece, (("train", Row(row)) for row in ids_NL), tokenizer, description, 64 << 20)
+    write_piece(piece, (("train", FramedSequence(row)) for row in ids_NL), tokenizer, description, 64 << 20)
     join_pieces(root / name, [piece] * shards, ["train"], tokenizer, description)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.timing import Timing, interleave, ratios, show
+from scmdm.config.loading import load_config
 from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.prepare import prepare
 
@@ -60,14 +61,14 @@ def train_tokenizer(text: Path, path: Path) -> Path:
 
 
 def options(text: Path, tokenizer: Path, out: Path, workers: int, length: int = _LENGTH) -> dict[str, object]:
-    """Of `scmdm prepare`, for what the baseline does too."""
+    """Keys of `scmdm prepare` for the work that the baseline does."""
     return {
         "out": str(out),
-        "source": "text",
-        "path": str(text),
-        "unit": "lines",
-        "tokenizer": "huggingface",
-        "tokenizer_path": str(tokenizer),
+        "source.name": "text",
+        "source.path": str(text),
+        "source.unit": "lines",
+        "tokenizer.name": "huggingface",
+        "tokenizer.path": str(tokenizer),
         "length": length,
         "framing": "concatenate",
         "bos_policy": "loss",
@@ -83,7 +84,8 @@ def _against_datasets(root: Path, text: Path, tokenizer: Path) -> None:
 
     def ours() -> None:
         shutil.rmtree(root / "ours", ignore_errors=True)
-        config = PrepareConfig(**options(text, tokenizer, root / "ours", 1))  # type: ignore[arg-type]
+        keys = [f"{key}={value}" for key, value in options(text, tokenizer, root / "ours", 1).items()]
+        config = load_config(PrepareConfig, None, keys)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             prepare(config)
 

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.step import QM9
 from benchmarks.timing import show_figures
 from scmdm.data.preparation.shard_writer import Description, write_dataset
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 
 _ROUNDS, _SAMPLES = 3, 10_000
 
@@ -48,7 +48,7 @@ def first_step(root: Path, run_dir: Path) -> dict[str, float]:
 
 
 def _write(root: Path) -> None:
-    tokenizer = SymbolTokenizer("characters", "abcdefghijklmnopqrstuvwxyz0123")
+    tokenizer = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz0123")
     ids_NL = np.random.default_rng(0).integers(4, QM9.vocab, (_SAMPLES, QM9.length))
     splits = {"train": ids_NL.tolist(), "validation": ids_NL[:256].tolist()}
     write_dataset(root, tokenizer, splits, Description("start", QM9.length, "loss", "loss", {}), shard_bytes=64 << 20)

@@ -1,71 +1,77 @@
-"""Codes of a discrete autoencoder (VQ-VAE, VQ-GAN, ...) that the user has: `.npy` files of whole numbers.
+"""Codes of a discrete autoencoder (VQ-VAE, VQ-GAN, ...) of the user: `.npy` files of integers.
 
-Legend: N samples, L codes of a sample, H rows of them, W codes of a row.
+Legend: N samples, L codes of a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from omegaconf import MISSING
 
-from data_prep.images import check_length
-from scmdm.config.preparation import PrepareConfig
+from scmdm.config.fields import key
+from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
-from scmdm.data.tokenizers import Layout
+from scmdm.data.preparation.source import GridSource
+from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
 
 _ROWS = 1024  # read from the mapped file at a time
 
 
-class Codes:
-    """The rows of one `.npy` file or of all in a folder, sorted by name."""
+@dataclass
+class CodeSourceConfig(SourceConfig):
+    """Keys of the source `codes`."""
 
-    whole_records = True
-    published: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    path: str = key(MISSING, formerly=("path",), help=".npy file of integers, or a folder of them")
+    levels: int = key(MISSING, formerly=("levels",), help="size of the codebook", at_least=2, at_most=1 << 24)
 
-    def __init__(self, path: Path, levels: int) -> None:
-        self.path, self._levels = path, levels
-        self.name = path.resolve().stem
 
-    @classmethod
-    def of(cls, config: PrepareConfig) -> Codes:
-        """As the keys path and levels say. Raises UserError for files that are none, or another length."""
-        assert config.levels is not None
-        source = cls(Path(str(config.path)), config.levels)
-        check_length(config, source.layout)
-        return source
+class CodeSource(GridSource):
+    """Rows of one `.npy` file, or of all in a folder, sorted by name.
+
+    Files have the shape (samples, codes) or (samples, rows, codes).
+    """
+
+    Config = CodeSourceConfig
+    tokenizers = ("codes",)
+
+    def __init__(self, config: CodeSourceConfig, length: int) -> None:
+        self.path, self._levels = Path(config.path), config.levels
+        self.name = self.path.resolve().stem
+        self._require_length(length, self.layout)
 
     @cached_property
-    def layout(self) -> Layout:
-        """Of the first file; UserError when samples of another one have another shape."""
+    def layout(self) -> GridLayout:
+        """Shape of the samples. Raises UserError when those of two files differ."""
         shapes = {name: _mapped(path).shape[1:] for name, path in self.files().items()}
         first, shape = next(iter(shapes.items()))
         other = next((name for name, found in shapes.items() if found != shape), None)
         if other is not None:
             raise UserError(
-                f"{self.path}: {other} has {_size(shapes[other])} codes a sample, {first} has {_size(shape)}; give "
-                "files of one model"
+                f"source.path={self.path}: samples of {other} have {_size(shapes[other])} codes, those of {first} "
+                f"{_size(shape)}; give files of one model"
             )
         height, width = (1, *shape)[-2:]
-        return Layout(height, width, 1, self._levels)
+        return GridLayout(height, width, 1, self._levels)
 
     def files(self) -> dict[str, Path]:
-        """By name. Raises UserError when there is none."""
+        """Files by name. Raises UserError when there are none."""
         paths = [self.path] if self.path.is_file() else sorted(self.path.glob("*.npy"))
         if not paths:
-            raise UserError(f"path={self.path} is no .npy file and no folder of them; give one")
+            raise UserError(f"source.path={self.path} is neither a .npy file nor a folder of them; give one")
         return {path.name: path for path in paths}
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Files together; none is divided."""
+        """Whole files."""
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Samples, row by row; one with a code that the codebook does not have is left out."""
+        """Samples, row by row; drops those with a code outside the codebook."""
         files = self.files()
         for piece in part.slices:
             codes = _mapped(files[piece.file])
@@ -85,10 +91,10 @@ def _mapped(path: Path) -> np.ndarray:
         codes: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}); give a .npy file of whole numbers") from error
+        raise UserError(f"{path} cannot be read ({reason}); give a .npy file of integers") from error
     if codes.ndim not in (2, 3) or 0 in codes.shape[1:] or codes.dtype.kind not in "ui":
         raise UserError(
-            f"{path} holds {codes.dtype} of shape {codes.shape}; expected whole numbers of shape (samples, codes) or "
+            f"{path} holds {codes.dtype} of shape {codes.shape}; expected integers of shape (samples, codes) or "
             "(samples, rows, codes)"
         )
     return codes

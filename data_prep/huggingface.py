@@ -1,18 +1,22 @@
-"""Data sets of the Hugging Face `datasets` package: a folder written by `save_to_disk`, or what `load_dataset` finds.
+"""Data sets of the Hugging Face `datasets` package: folders of `save_to_disk`, and what `load_dataset` finds.
 
-Rows are read through memory-mapped Arrow files, of which a slice is a range of rows.
+Rows are read from memory-mapped Arrow files; a slice is a range of rows.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import Found, of_row
-from data_prep.text import Units
+from omegaconf import MISSING
+
+from data_prep.text import DocumentsConfig, DocumentSource
+from data_prep.text_formats import Document, document_of_row
+from scmdm.config.fields import key
 from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
@@ -21,26 +25,33 @@ _ROWS = 256  # decoded at once
 _SPLITS = {"train": None, "validation": "validation", "test": "test"}  # theirs: ours (None: by hash)
 
 
-class HuggingFace:
-    """Texts of one split of a data set, or of all of them (`split` None) under their own names.
+@dataclass
+class HuggingFaceSourceConfig(DocumentsConfig):
+    """Keys of the source `huggingface`."""
 
-    The keys are the column of the text, or those of a prompt and of the text.
-    """
+    path: str = key(MISSING, formerly=("path",), help="folder that save_to_disk wrote, or a name for load_dataset")
+    config: str | None = key(None, formerly=("hf_config",), help="name of the data set's configuration")
+    split: str = key("train", formerly=("hf_split",), help="split that is read; with split_by=names: all of them")
 
-    whole_records = False
-    labels: tuple[str, ...] = ()
 
-    def __init__(self, path: str, config: str | None, split: str | None, keys: Sequence[str], units: Units) -> None:
-        self.path, self.config, self.split, self.keys, self._units = path, config, split, keys, units
-        self.name = Path(path).name
+class HuggingFaceSource(DocumentSource):
+    """Texts of one split of a data set, or of all its splits under their own names (`split_by=names`)."""
+
+    Config = HuggingFaceSourceConfig
+
+    def __init__(self, config: HuggingFaceSourceConfig, length: int) -> None:
+        super().__init__(config, length)
+        self.path, self.config = config.path, config.config
+        self.split = None if config.splits_by_name else config.split
+        self.name = Path(config.path).name
 
     @property
     def published(self) -> tuple[str, ...]:
-        """Splits that the data set names itself."""
+        """Validation and test splits of the data set, with `split_by=names`."""
         return tuple(name for name in self._splits() if _SPLITS[name]) if self.split is None else ()
 
     def files(self) -> dict[str, Path]:
-        """The Arrow files, by split. Raises UserError when there is no such data set, or it has no such column."""
+        """Arrow files by split. Raises UserError when the data set cannot be loaded, or lacks a column."""
         found: dict[str, Path] = {}
         for split, rows in self._splits().items():
             for number, file in enumerate(rows.cache_files):
@@ -48,7 +59,7 @@ class HuggingFace:
         return found
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Ranges of rows of about so many bytes, split by split."""
+        """Ranges of rows of about `part_bytes` bytes, split by split."""
         parts = []
         for split, rows in self._splits().items():
             total = sum(Path(file["filename"]).stat().st_size for file in rows.cache_files)
@@ -58,47 +69,47 @@ class HuggingFace:
         return parts
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Units of the documents; what is empty or no text is left out."""
+        """Records of the documents; drops empty ones and rows without text."""
         for piece in part.slices:
-            yield from self._units.records(self._found(piece), tally)
+            yield from self._records(self._documents(piece), tally)
 
-    def _found(self, piece: Slice) -> Iterator[Found]:
+    def _documents(self, piece: Slice) -> Iterator[Document]:
         rows = self._splits()[piece.file]
         end = len(rows) if piece.end is None else piece.end
         for start in range(piece.start, end, _ROWS):
             columns = rows[start : min(start + _ROWS, end)]
-            for at, values in enumerate(zip(*(columns[key] for key in self.keys), strict=True), start):
+            for at, values in enumerate(zip(*(columns[name] for name in self.keys), strict=True), start):
                 row = dict(zip(self.keys, values, strict=True))
-                yield of_row(row, self.keys, f"{self.path}, row {at} of {piece.file}")
+                yield document_of_row(row, self.keys, f"{self.path}, row {at} of {piece.file}")
 
     def _splits(self) -> dict[str, Any]:
         found = _load(self.path, self.config, self.split)
         for split, rows in found.items():
-            for key in self.keys:
-                if key not in rows.column_names:
+            for name in self.keys:
+                if name not in rows.column_names:
                     raise UserError(
-                        f"{key} is no column of split {split} of path={self.path}; it has "
-                        f"{', '.join(rows.column_names)}: set text_key, or prompt_key and response_key"
+                        f"{name} is not a column of split {split} of source.path={self.path}; set source.text_key, or "
+                        f"source.prompt_key and source.response_key, to one of {', '.join(rows.column_names)}"
                     )
         return found
 
 
 @lru_cache(maxsize=4)
 def _load(path: str, config: str | None, split: str | None) -> dict[str, Any]:
-    """Data sets by split: all of those that we know, or the one that was asked for."""
-    datasets = optional("datasets", "source=huggingface")
+    """Data sets by split: the given one, or without `split` all of train, validation and test that exist."""
+    datasets = optional("datasets", "source.name=huggingface", "huggingface")
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config, split=split)
-    # A connection's failure is an OSError; a line that is broken is the cause of a DatasetsError that does not name it.
+    # A failed connection raises an OSError; a malformed line is only in the cause of a DatasetsError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
-        wanted = f"hf_config={config}, hf_split={split}" if split else f"hf_config={config}"
-        raise UserError(f"path={path} ({wanted}) is no data set that can be loaded: {reason}") from error
+        wanted = f"source.config={config}" + (f", source.split={split}" if split else "")
+        raise UserError(f"source.path={path} ({wanted}) cannot be loaded as a data set: {reason}") from error
     if not isinstance(loaded, dict):
         return {split or "train": loaded}
     if split is None:
         return {name: loaded[name] for name in _SPLITS if name in loaded}
     if split not in loaded:
-        raise UserError(f"hf_split={split} is not in path={path}; it has {', '.join(loaded)}")
+        raise UserError(f"source.split={split} is not in source.path={path}; it must be one of {', '.join(loaded)}")
     return {split: loaded[split]}

@@ -1,80 +1,131 @@
-"""Pictures as levels of pixels: CIFAR-10's binary version, folders of PNG and JPEG, scikit-learn's digits.
+"""Images as levels of pixels: CIFAR-10's binary version, folders of PNG and JPEG, scikit-learn's digits.
 
-A record is the bytes of one picture, row by row from the top left, the channels of a pixel side by side.
+A record is the bytes of one image, row by row from the top left, with the channels of a pixel next to each other.
 
-Legend: N pictures, H height, W width, C channels.
+Legend: H height, W width, C channels.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from omegaconf import MISSING
 
-from scmdm.config.preparation import PrepareConfig
+from scmdm.config.fields import key
+from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
-from scmdm.data.tokenizers import Layout
+from scmdm.data.preparation.source import GridSource
+from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional, package_folder
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_BYTES = 1 + 3 * 32 * 32  # of a record: label, red, green and blue plane
 _CIFAR10_TRAIN, _CIFAR10_TEST = tuple(f"data_batch_{n}.bin" for n in range(1, 6)), ("test_batch.bin",)
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's, of 8 bits a channel and fewer
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of up to 8 bits per channel
+_PILLOW = ("PIL.Image", "PIL.ImageOps")
 _DIGITS_FILE, _DIGITS_COLUMNS = "digits.csv.gz", 8 * 8 + 1
 
 
-def check_length(config: PrepareConfig, layout: Layout) -> None:
-    """UserError unless the key `length` is that of the source's sequences: all have the same."""
-    if config.length != layout.length:
-        raise UserError(
-            f"length={config.length} is not possible; samples of source={config.source} have {layout.values} values "
-            f"behind [BOS]: set length={layout.length}"
-        )
+@dataclass
+class ImageSourceConfig(SourceConfig):
+    """Keys that all sources of images have."""
+
+    levels: int | None = key(None, formerly=("levels",), help="levels per channel; null: 256", at_least=2, at_most=256)
+    flips: bool = key(False, formerly=("flips",), help="add the mirror image of every record to the training split")
+
+
+@dataclass
+class Cifar10Config(ImageSourceConfig):
+    """Keys of the source `cifar10`."""
+
+    path: str = key(MISSING, formerly=("path",), help="folder of CIFAR-10's binary version")
+
+
+@dataclass
+class ImageFolderConfig(ImageSourceConfig):
+    """Keys of the source `images`."""
+
+    path: str = key(
+        MISSING, formerly=("path",), help="folder of .png and .jpeg files, one sub-folder per class or none"
+    )
+    image_size: int = key(MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1)
+    on_size: str = key(
+        "crop",
+        formerly=("on_size",),
+        help="images of another size are scaled and cropped to the middle, or dropped",
+        choices=("crop", "drop"),
+    )
+    colour: str = key("rgb", formerly=("colour",), help="colour channels of the images", choices=("rgb", "grey"))
+
+
+@dataclass
+class DigitSourceConfig(ImageSourceConfig):
+    """Keys of the source `digits`."""
+
+    levels: int | None = key(None, formerly=("levels",), help="levels per pixel; null: 17", at_least=2, at_most=17)
 
 
 def quantise(pixels: np.ndarray, levels: int, of: int = 256) -> np.ndarray:
-    """Levels below `levels` of uint8 levels below `of`, in steps of the same size."""
+    """Map uint8 values below `of` to values below `levels`, in steps of equal size."""
     return (pixels.astype(np.uint16) * levels // of).astype(np.uint8)
 
 
-class Cifar10:
-    """CIFAR-10 (Krizhevsky 2009), binary version: published training and test set; validation out of the training set.
+class _ImageSource(GridSource):
+    """Base of sources of images, which all have one layout."""
 
-    The version for Python is not read: to unpickle a file is to run what is in it.
+    tokenizers = ("levels",)
+
+    def __init__(self, config: ImageSourceConfig, length: int, layout: GridLayout) -> None:
+        self._layout, self._flips = layout, config.flips
+        self._require_length(length, layout)
+
+    @property
+    def layout(self) -> GridLayout:
+        return self._layout
+
+    def mirror_image(self, record: Record) -> Record | None:
+        """The image with left and right exchanged; None without `flips`."""
+        if not self._flips:
+            return None
+        assert isinstance(record.content, bytes)
+        return replace(record, content=self._layout.mirrored(record.content))
+
+
+class Cifar10Source(_ImageSource):
+    """CIFAR-10 (Krizhevsky 2009): published training and test sets; validation is taken out of the training set.
+
+    Only the binary version is read: the Python version would have to be unpickled, which may run any code.
     """
 
+    Config = Cifar10Config
     name = "cifar10"
-    whole_records = True
-    published: tuple[str, ...] = ("train", "test")
-    labels: tuple[str, ...] = _CIFAR10_LABELS
+    labels = _CIFAR10_LABELS
 
-    def __init__(self, path: Path, levels: int = 256) -> None:
-        self.path = path
-        self.layout = Layout(32, 32, 3, levels)
+    def __init__(self, config: Cifar10Config, length: int) -> None:
+        self.path = Path(config.path)
+        super().__init__(config, length, GridLayout(32, 32, 3, config.levels or 256))
 
-    @classmethod
-    def of(cls, config: PrepareConfig) -> Cifar10:
-        """As the keys path and levels say. Raises UserError for another length."""
-        source = cls(Path(str(config.path)), config.levels or 256)
-        check_length(config, source.layout)
-        return source
+    @property
+    def published(self) -> tuple[str, ...]:
+        return "train", "test"
 
     def files(self) -> dict[str, Path]:
-        """The six files; UserError when one is missing or is not of whole records."""
+        """The six files. Raises UserError when one is missing or incomplete."""
         files = {name: self.path / name for name in (*_CIFAR10_TRAIN, *_CIFAR10_TEST)}
         for path in files.values():
             if not path.is_file():
                 raise UserError(
-                    f"{path} is missing; give the folder of CIFAR-10's binary version as path=.../cifar-10-batches-bin"
+                    f"{path} is missing; give CIFAR-10's binary version as source.path=.../cifar-10-batches-bin"
                 )
             size = path.stat().st_size
             if size == 0 or size % _CIFAR10_BYTES:
                 raise UserError(
-                    f"{path} has {size} bytes, which are not whole records of {_CIFAR10_BYTES}; fetch the binary "
+                    f"{path} has {size} bytes, not a multiple of a record's {_CIFAR10_BYTES}; download the binary "
                     "version of CIFAR-10 again"
                 )
         return files
@@ -89,7 +140,7 @@ class Cifar10:
         ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Pictures with their labels; a record whose label is none is left out."""
+        """Images with their labels; drops records with an invalid label."""
         files = self.files()
         for piece in part.slices:
             for at, raw in _fixed_records(files[piece.file], piece, _CIFAR10_BYTES):
@@ -97,12 +148,12 @@ class Cifar10:
                 if raw[0] >= len(self.labels):
                     tally.drop("no such label", f"{files[piece.file]} at byte {at}: label {raw[0]}")
                     continue
-                picture_HWC = np.frombuffer(raw, np.uint8, offset=1).reshape(3, 32, 32).transpose(1, 2, 0)
-                yield Record(quantise(picture_HWC, self.layout.levels).tobytes(), raw[0])
+                image_HWC = np.frombuffer(raw, np.uint8, offset=1).reshape(3, 32, 32).transpose(1, 2, 0)
+                yield Record(quantise(image_HWC, self.layout.levels).tobytes(), raw[0])
 
 
 def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, bytes]]:
-    """The records of so many bytes that begin in a slice, each with its offset."""
+    """Records of `size` bytes that begin in a slice, each with its offset."""
     at = -(-piece.start // size) * size
     with open(path, "rb") as file:
         file.seek(at)
@@ -111,42 +162,35 @@ def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, b
             at += size
 
 
-class ImageFolder:
-    """All .png and .jpeg below a folder, sorted by path; those of a sub-folder are the class of its name.
+class ImageSource(_ImageSource):
+    """All .png and .jpeg files below a folder, sorted by path. The first folder on the way to a file is its class.
 
-    Pictures directly in the folder beside sub-folders would have no class: then nothing has one. Raises UserError when
-    there is none at all.
+    If there are images outside of any sub-folder, no record has a class. Raises UserError when there are no images.
     """
 
-    whole_records = True
-    published: tuple[str, ...] = ()
+    Config = ImageFolderConfig
 
-    def __init__(self, path: Path, layout: Layout, on_size: str = "crop") -> None:
-        self.layout, self.on_size = layout, on_size
+    def __init__(self, config: ImageFolderConfig, length: int) -> None:
+        path, self.on_size = Path(config.path), config.on_size
         self.name = path.resolve().name
+        channels = {"rgb": 3, "grey": 1}[config.colour]
+        super().__init__(
+            config, length, GridLayout(config.image_size, config.image_size, channels, config.levels or 256)
+        )
         self._files = _image_files(path)
         folders = {_class_of(name) for name in self._files}
-        self.labels: tuple[str, ...] = () if None in folders else tuple(sorted(filter(None, folders)))
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> ImageFolder:
-        """As the keys path, image_size, colour, levels and on_size say. Raises UserError for another length."""
-        assert config.image_size is not None
-        channels = {"rgb": 3, "grey": 1}[config.colour]
-        layout = Layout(config.image_size, config.image_size, channels, config.levels or 256)
-        check_length(config, layout)
-        return cls(Path(str(config.path)), layout, config.on_size)
+        self.labels = () if None in folders else tuple(sorted(filter(None, folders)))
 
     def files(self) -> dict[str, Path]:
-        """By path below the folder."""
+        """Files by path below the folder."""
         return self._files
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Files together."""
+        """Groups of whole files."""
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Pictures in one size and colour; what cannot be read, or is of more than 8 bits a channel, is left out."""
+        """Images of one size and colour; drops unreadable files and those of more than 8 bits per channel."""
         index = {label: number for number, label in enumerate(self.labels)}
         for piece in part.slices:
             tally.read()
@@ -156,30 +200,31 @@ class ImageFolder:
                 yield Record(content, index[folder] if folder is not None and index else None)
 
     def _read(self, path: Path, tally: Tally) -> bytes | None:
+        image_module, operations = (optional(name, "source.name=images", "images") for name in _PILLOW)
         size = (self.layout.width, self.layout.height)
         try:
-            with Image.open(path) as image:
+            with image_module.open(path) as image:
                 if image.mode not in _MODES:
                     tally.drop("not 8 bits a channel", path)
                     return None
-                upright = ImageOps.exif_transpose(image).convert("L" if self.layout.channels == 1 else "RGB")
-        # SyntaxError is what Pillow calls a broken PNG.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                upright = operations.exif_transpose(image).convert("L" if self.layout.channels == 1 else "RGB")
+        # Pillow raises SyntaxError for a broken PNG.
+        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError):
             tally.drop("not a readable picture", path)
             return None
         if upright.size != size and self.on_size == "drop":
             tally.drop("another size", f"{path}: {upright.width} x {upright.height}")
             return None
-        fitted = upright if upright.size == size else ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+        fitted = upright if upright.size == size else operations.fit(upright, size, image_module.Resampling.LANCZOS)
         return quantise(np.asarray(fitted), self.layout.levels).tobytes()
 
 
 def _image_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise UserError(f"path={folder} is no folder; give a folder of .png and .jpeg files")
+        raise UserError(f"source.path={folder} is not a folder; give a folder of .png and .jpeg files")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not found:
-        raise UserError(f"path={folder} holds no .png or .jpeg file; give a folder that does")
+        raise UserError(f"source.path={folder} holds no .png or .jpeg file; give a folder that does")
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
@@ -188,43 +233,32 @@ def _class_of(name: str) -> str | None:
     return folder if slash else None
 
 
-class Digits:
+class DigitSource(_ImageSource):
     """The 1,797 handwritten digits of 8 x 8 pixels and 17 levels in the PyPI package scikit-learn (BSD licence).
 
-    They are the test set of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+    These are the test set of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
     """
 
+    Config = DigitSourceConfig
     name = "digits"
-    whole_records = True
-    published: tuple[str, ...] = ()
-    labels: tuple[str, ...] = tuple(map(str, range(10)))
+    labels = tuple(map(str, range(10)))
 
-    def __init__(self, levels: int = 17) -> None:
-        self.layout = Layout(8, 8, 1, levels)
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> Digits:
-        """As the key levels says. Raises UserError for another length."""
-        source = cls(config.levels or 17)
-        check_length(config, source.layout)
-        return source
+    def __init__(self, config: DigitSourceConfig, length: int) -> None:
+        super().__init__(config, length, GridLayout(8, 8, 1, config.levels or 17))
 
     def files(self) -> dict[str, Path]:
-        """The table in the installed package; UserError when it is not installed."""
-        spec = importlib.util.find_spec("sklearn")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError("source=digits needs the package scikit-learn; `pip install scikit-learn`")
-        path = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "data" / _DIGITS_FILE
+        """The table in the installed package. Raises UserError when it is missing."""
+        path = package_folder("sklearn", "source.name=digits", "images") / "datasets" / "data" / _DIGITS_FILE
         if not path.is_file():
             raise UserError(f"{path} is missing; `pip install --force-reinstall scikit-learn`")
         return {_DIGITS_FILE: path}
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """The table."""
+        """The whole table."""
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Pictures with their labels."""
+        """Images with their labels."""
         for piece in part.slices:
             rows = np.loadtxt(self.files()[piece.file], np.uint8, delimiter=",", ndmin=2)
             assert rows.shape[1] == _DIGITS_COLUMNS

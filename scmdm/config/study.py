@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
 from scmdm.config.common import LARGEST_SEED
-from scmdm.config.evaluation import require_distinct
+from scmdm.config.evaluation import MOVED_METRIC_KEYS, require_distinct
 from scmdm.config.fields import key, require
 from scmdm.config.loading import with_overrides
 from scmdm.config.sampling import SamplerConfig
@@ -36,6 +37,8 @@ class StudyConfig:
     denoiser evaluations.
     """
 
+    removed_keys: ClassVar[dict[str, str]] = MOVED_METRIC_KEYS
+
     title: str = key(MISSING, help="title of the report")
     out: str = key(MISSING, help="study directory")
     prepare: str = key(MISSING, help="YAML file of `scmdm prepare`")
@@ -58,14 +61,8 @@ class StudyConfig:
     num: int = key(1024, help="samples per seed", at_least=1, at_most=2**40)
     nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
-    fcd: bool = key(False, help="molecules: Frechet ChemNet distance")
-    moses: bool = key(False, help="molecules: metrics of MOSES, against its published test sets")
-    scorer: str | None = key(
-        None, help="text: directory of a transformers causal model; null: an n-gram model of held-out text"
-    )
-    mauve: bool = key(False, help="text: MAUVE, with features of the scorer")
-    inception: str | None = key(
-        None, help="images: weights file of Inception, for FID; null: a classifier trained on the data set"
+    metrics: dict[str, Any] = key(
+        factory=dict, help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text"
     )
     overrides: list[str] = key(factory=list, help="key=value of every adaptation")
     base_overrides: list[str] = key(factory=list, help="key=value of the base's training")

@@ -23,7 +23,7 @@ from scmdm.convert.layouts import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layou
 from scmdm.convert.published_files import SINGLE_FILE, Source, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
-from scmdm.data.tokenizers import Tokenizer, load_tokenizer, with_model_ids
+from scmdm.data.tokenizers import Tokenizer, load_tokenizer, open_model_tokenizer
 from scmdm.errors import UserError
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, check_fit, read_spec, write_model_files
 from scmdm.models.safetensors_shards import write_shards
@@ -135,7 +135,7 @@ def _tokenizer(source: Source, config: ImportConfig, rows: int) -> tuple[Tokeniz
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
     mask_id = config.mask_id if config.mask_id is not None else _known_mask(source)
-    tokenizer = with_model_ids(given, rows, mask_id)
+    tokenizer = open_model_tokenizer(given, rows, mask_id)
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(
             f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), the model's "

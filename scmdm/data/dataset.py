@@ -1,7 +1,7 @@
-"""Samples out of one or several sharded data sets, by streaming's machinery.
+"""Samples of one or several sharded data sets, read with mosaicml-streaming.
 
-What is added to it: an id of its own for every repetition of a sample, shards fetched and verified by
-`scmdm.data.remote`, and errors that reach the reader with the file's name instead of ending the epoch in silence.
+Extends streaming in three ways: every repetition of a sample has an id of its own; `scmdm.data.remote` fetches and
+verifies shards; and errors reach the reader with the name of the file, where streaming would end the epoch silently.
 
 Legend: L length, N samples.
 """
@@ -18,37 +18,37 @@ from typing import Any, NoReturn
 import numpy as np
 
 from scmdm.data.manifest import check_dataset, remote_of
-from scmdm.data.mixture import Source
+from scmdm.data.mixture import DataStream
 from scmdm.data.mosaic_streaming import Reader, ShardState, Stream, StreamingDataset
 from scmdm.data.remote import fetch
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
 
 COLUMN, LABEL = "tokens", "label"
-DOCUMENTS = "documents"  # of packed samples: the number of each token's document within the sample
-GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and a prompt
-MORE = (DOCUMENTS, GIVEN, LABEL)  # columns that not all data sets have
+DOCUMENTS = "documents"  # of packed samples: index of each token's document within the sample
+GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and the prompt
+MORE = (DOCUMENTS, GIVEN, LABEL)  # columns that only some data sets have
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 
 class TokenStream(Stream):
-    """A split of one data set. Shards that its directory lacks come from the remote data set that it is a cache of.
+    """A split of one data set. In a cache, missing shards are fetched from the remote data set.
 
-    Streaming is not told of that one: its own download leaves a damaged shard in the cache under the shard's name,
-    where the next attempt takes it for good, and it refuses a directory that a killed run has left in shared memory.
+    Streaming does not know of the remote: its own download would leave a damaged shard in the cache and use it at the
+    next attempt, and it refuses a directory that a killed run has left in shared memory.
     """
 
-    def __init__(self, source: Source, split: str) -> None:
-        super().__init__(local=str(source.root.resolve()), split=split, proportion=source.proportion)
-        self.origin = remote_of(source.root)
-        self._files = {file.file: file for file in source.manifest.split(split, source.root).files}
+    def __init__(self, stream: DataStream, split: str) -> None:
+        super().__init__(local=str(stream.root.resolve()), split=split, proportion=stream.proportion)
+        self.origin = remote_of(stream.root)
+        self._files = {file.file: file for file in stream.manifest.split(split, stream.root).files}
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
-        """The readers of the split's shards, faster ones than streaming's."""
+        """Readers of the shards, which are faster than streaming's."""
         return [_faster(reader) for reader in super().get_shards(world, allow_unsafe_types)]
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Make a shard's files local; returns how many bytes the directory grew by."""
+        """Make the files of a shard local and return the number of bytes added to the directory."""
         if self.origin is None:
             return super().prepare_shard(shard)
         names = [f"{self.split}/{raw.basename}" for raw, _ in shard.file_pairs]
@@ -56,13 +56,14 @@ class TokenStream(Stream):
 
 
 class TokenDataset(StreamingDataset):
-    """Samples `{"tokens": int64 (L,), "index": int}`, where all noise is keyed on `index`.
+    """Dataset of samples `{"tokens": int64 (L,), "index": int}`.
 
-    Those of packed data have `documents` (L,), those with prompts `given` (), those with classes `label` ().
+    Packed samples also have `documents` int64 (L,), samples with prompts `given` int64 (), and samples with classes
+    `label` int64 ().
 
-    It is the sample's place in its split, counted through all streams. A stream that is drawn more than once in an
-    epoch gives a repeated sample another index each time (more by a multiple of all samples): else two copies in one
-    batch would get the same masks.
+    `index`, on which all noise is keyed, is the position of the sample in its split, counted through all streams. When
+    a stream is drawn more than once in an epoch, each repetition of a sample adds the number of all samples to the
+    index: equal indices in one batch would have equal masks.
     """
 
     streams: list[TokenStream]
@@ -70,16 +71,16 @@ class TokenDataset(StreamingDataset):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.spanner: Any = _Spans(self.samples_per_shard)
-        self._failure: UserError | None = None  # of a reading thread
-        self._found: set[int] = set()  # shards that this process has prepared before
+        self._failure: UserError | None = None  # raised in a reading thread
+        self._found: set[int] = set()  # shards that this process has prepared
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of an epoch, as streaming draws them from the streams, with an id for every repetition."""
+        """Sample ids of an epoch, drawn by streaming, with distinct ids for repetitions."""
         units, ids = super().resample_streams(epoch, stream_id)
         return units, ids + self.num_samples * repetitions(ids) if self.num_streams > 1 else ids
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
-        """Streaming's, but a failure that ended it early is raised here: its caller would wait for the dead thread."""
+        """As in streaming, but raise a failure of the reading thread, for which the caller would wait forever."""
         yield from super()._each_sample_id(it)
         if self._failure is not None:
             raise self._failure
@@ -93,16 +94,17 @@ class TokenDataset(StreamingDataset):
             shard_id = self.spanner[at][0]
             if self._stream(shard_id).origin is None:
                 raise self._unreadable(at, error) from error
-        self.evict_shard(shard_id)  # damaged in the cache: it is fetched again
+        self.evict_shard(shard_id)  # damaged in the cache: fetch it again
         try:
             return self._sample(at)
         except _UNREADABLE as error:
             raise self._unreadable(at, error) from error
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Called by the reading thread, and by the reader that finds no file. Raises UserError when it cannot be had.
+        """Make a shard available, for the reading thread or for a reader that misses a file.
 
-        Left to streaming, the thread dies with the shard marked as being prepared, and the reader waits for ever.
+        Raises UserError when the shard is missing or cannot be fetched. In streaming the thread would then end with the
+        shard marked as being prepared, and the reader would wait forever.
         """
         if not blocking and self._is_there(shard_id):
             return
@@ -119,10 +121,10 @@ class TokenDataset(StreamingDataset):
             raise self._failure from error
 
     def _is_there(self, shard_id: int) -> bool:
-        """Whether it has been prepared and not been evicted since; then it is the last to be evicted.
+        """Whether this process has prepared the shard and not evicted it since. Marks it as recently used.
 
-        The reading thread asks for every sample. Streaming would take a lock between processes and look at the disk
-        each time, which costs more than reading the sample; a file that is gone is found out by its reader.
+        The reading thread asks this for every sample. Streaming would acquire an inter-process lock and check the disk
+        each time, which costs more than reading the sample. The reader notices a file that has been removed.
         """
         if shard_id not in self._found or self._shard_states[shard_id] != ShardState.LOCAL:
             return False
@@ -131,17 +133,17 @@ class TokenDataset(StreamingDataset):
         return True
 
     def on_exception(self, future: Future) -> None:
-        """Tell the other threads; the reader raises the failure, so that nothing is logged here."""
+        """Notify the other threads. The reader raises the failure, so that it is not logged here."""
         if (error := future.exception()) is not None:
             self._failure = self._failure or UserError(f"{self._places()} cannot be read: {error!r}")
             self._event.set()
 
     def explain_early_end(self) -> NoReturn:
-        """UserError that says why the samples ended before the epoch did."""
+        """Raise the UserError for samples that ended before the epoch."""
         for stream in self.streams:
             check_dataset(Path(stream.local))
         raise UserError(
-            f"{self._places()} could not be read to its end; check it with `scmdm prepare --verify DIRECTORY`"
+            f"{self._places()} ended before the epoch did; check it with `scmdm prepare --verify DIRECTORY`"
         )
 
     def _places(self) -> str:
@@ -172,7 +174,7 @@ def _faster(reader: Any) -> ShardReader:
 
 
 class _Spans:
-    """From a sample to its shard and its place there, as streaming's Spanner, but also from the ids of repetitions."""
+    """Map from sample ids, including those of repetitions, to shard and row. Replaces streaming's Spanner."""
 
     def __init__(self, samples_per_shard: np.ndarray) -> None:
         self._ends: list[int] = samples_per_shard.cumsum().tolist()
@@ -184,7 +186,7 @@ class _Spans:
 
 
 def repetitions(ids_N: np.ndarray) -> np.ndarray:
-    """How many of the ids before each one equal it (N,)."""
+    """Number of earlier equal ids for each id, (N,)."""
     order = np.argsort(ids_N, kind="stable")
     new_N = np.diff(ids_N[order], prepend=-1) != 0
     starts_N = np.maximum.accumulate(np.where(new_N, np.arange(len(ids_N)), 0))

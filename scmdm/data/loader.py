@@ -1,4 +1,4 @@
-"""Reading shards back: a streaming loader that resumes in mid-epoch, and whole splits into memory.
+"""Reading data sets: a streaming loader that resumes within an epoch, and whole splits in memory.
 
 Legend: B batch, L length, N samples.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scmdm.data.dataset import COLUMN, LABEL, MORE, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
 from scmdm.data.remote import fetch_split
 from scmdm.data.shard_reader import ShardReader
@@ -33,12 +33,12 @@ from scmdm.errors import UserError
 from scmdm.system.process_group import all_gather_object, barrier, current_world
 from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
 
-_CONSTRUCTION_S = 60
-_SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because its default depends on the number of nodes
+_CONSTRUCTION_S = 60  # time limit of the lock
+_SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
 
 
 def build_loader(
-    data: Data,
+    data: DataMixture,
     split: str,
     *,
     batch_size: int,
@@ -51,27 +51,42 @@ def build_loader(
     shuffle_block: int | None = None,
     replication: int = 1,
 ) -> StreamingDataLoader:
-    """Batches `{"tokens": (B, L) int64, "index": (B,) int64}` of this rank, `batch_size` sequences each.
+    """Make the loader of this rank's batches, `{"tokens": int64 (B, L), "index": int64 (B,)}`.
 
-    Its `state_dict` and `load_state_dict` (before the first batch) resume in mid-epoch. The order depends on `seed`,
-    the epoch, the data and `num_canonical_nodes`, not on the number of ranks. An epoch of several streams has as many
-    samples as they have together, drawn in their proportions. So many consecutive ranks as `replication` says get the
-    same batches. Raises UserError when the data set is too small.
+    The order depends on `seed`, the epoch, the data and `num_canonical_nodes`, not on the number of ranks. Its
+    `state_dict` and `load_state_dict` (before the first batch) resume within an epoch. An epoch of several streams has
+    as many samples as all of them together, drawn in their proportions.
+
+    Args:
+        data: data sets.
+        split: split of each.
+        batch_size: sequences per batch of a rank.
+        shuffle: shuffle the samples.
+        seed: seed of the order.
+        drop_last: drop an incomplete last batch.
+        num_canonical_nodes: fixes the order for any number of nodes.
+        num_workers: loader processes per rank.
+        cache_limit: size such as 10gb, beyond which shards are removed from the caches.
+        shuffle_block: number of samples that are shuffled among each other.
+        replication: number of consecutive ranks that receive the same batches.
+
+    Raises:
+        UserError: the data set is smaller than a batch, or a limited cache is in use.
     """
-    samples = sum(source.manifest.split(split, source.root).samples for source in data.sources)
+    samples = sum(stream.manifest.split(split, stream.root).samples for stream in data.streams)
     needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
     if drop_last and samples < needed:
-        places = ", ".join(str(source.root / split) for source in data.sources)
+        places = ", ".join(str(stream.root / split) for stream in data.streams)
         raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
-        "streams": [TokenStream(source, split) for source in data.sources],
+        "streams": [TokenStream(stream, split) for stream in data.streams],
         "batch_size": batch_size,
         "shuffle": shuffle,
         "shuffle_seed": seed % 2**32,
         "shuffle_algo": "py1e",
         "shuffle_block_size": shuffle_block or _SHUFFLE_BLOCK,
-        # Streaming draws the samples of a weighted epoch in a Python loop, so many at a time.
+        # Streaming draws the samples of a weighted epoch in a Python loop, this number at a time.
         "sampling_granularity": max(1, samples >> 20),
         "num_canonical_nodes": num_canonical_nodes,
         "predownload": 8 * batch_size,
@@ -92,9 +107,9 @@ def build_loader(
 
 
 def _construct(options: dict[str, Any]) -> TokenDataset:
-    # Python's tracker of shared memory starts here, and lives until the process ends.
+    # Python's tracker of shared memory starts here and runs until the process ends.
     with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked():
-        # streaming warns that a local directory has no remote, which is what is meant.
+        # Streaming warns about local directories without a remote, which are intended.
         warnings.simplefilter("ignore")
         try:
             return TokenDataset(**options)
@@ -105,33 +120,34 @@ def _construct(options: dict[str, Any]) -> TokenDataset:
             raise UserError(f"data.cache_limit={options['cache_limit']} is not possible: {reason}") from error
 
 
-def _claim_caches(data: Data) -> list[FileLock]:
-    """Keep other runs out of caches with a limit: each run counts only what it has fetched, and removes shards."""
+def _claim_caches(data: DataMixture) -> list[FileLock]:
+    """Lock limited caches against other runs: each run counts only its own shards, and removes shards."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return []
-    claims = [FileLock(source.root / ".limit.lock", timeout=0, thread_local=False) for source in data.sources]
-    for claim, source in zip(claims, data.sources, strict=True):
+    claims = [FileLock(stream.root / ".limit.lock", timeout=0, thread_local=False) for stream in data.streams]
+    for claim, stream in zip(claims, data.streams, strict=True):
         try:
             claim.acquire()
         except Timeout as error:
             raise UserError(
-                f"{source.key}={source.root} is the limited cache of another run; give each run its own directory, or "
-                "leave data.cache_limit out in both"
+                f"{stream.key}={stream.root} is the limited cache of another run; give each run its own directory, or "
+                "leave data.cache_limit out of both"
             ) from error
     return claims
 
 
 @contextlib.contextmanager
 def _construction_lock() -> Iterator[None]:
-    """Two runs that start in the same moment on a machine would pick the same names in shared memory.
+    """Lock of the machine for the names that streaming chooses in shared memory.
 
-    The first of a run's ranks on the machine holds the lock while all of them choose or look for the names. After a
-    minute it goes on without: two runs that share several machines could wait for each other.
+    Without it, two runs that start at the same moment could choose the same names. The first of a run's ranks on the
+    machine holds the lock. It proceeds without the lock after a minute, because two runs on several shared machines
+    could wait for each other.
     """
     folder = Path(tempfile.gettempdir())
     lock, sharers = FileLock(folder / f"scmdm-streaming-{os.getuid()}.lock"), all_gather_object(_identity(folder))
     with contextlib.ExitStack() as held:
-        # Not the local rank: a launcher's nodes may be one machine, and would wait for each other.
+        # Not the local rank: several nodes of a launcher may share a machine, and would wait for each other.
         if sharers.index(_identity(folder)) == current_world().rank:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
@@ -142,20 +158,20 @@ def _construction_lock() -> Iterator[None]:
 
 
 def _skip_remains(folder: Path) -> None:
-    """Have streaming pass over numbers of which a killed run has left some of the names in shared memory.
+    """Make streaming skip numbers for which a killed run has left names in shared memory.
 
-    Streaming looks for the first free number of each kind of name and takes the largest of those, which need not be
-    free of the other kinds. It passes over a number whose lock file is there, unless somebody has cleaned `folder`.
+    Streaming takes the largest of the first free numbers of each kind of name, which other kinds may use. It skips a
+    number whose lock file exists, but that file is lost when `folder` has been cleaned.
     """
     for piece in Path("/dev/shm").glob("[0-9]" * 6 + "_*"):
         locks = [folder / f"{piece.name[:6]}_{kind}" for kind in LOCK_FILES]
-        with contextlib.suppress(FileNotFoundError):  # a run that ends takes its names along
+        with contextlib.suppress(FileNotFoundError):  # a run that ends removes its names
             if piece.stat().st_uid == os.getuid() and not any(lock.exists() for lock in locks):
                 locks[0].touch()
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    """The same for two processes exactly when they mean the same file or folder."""
+    """Identity of a file or folder across processes and containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
     status = path.stat()
@@ -165,12 +181,12 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def epochs(
     loader: StreamingDataLoader, global_batch_size: int, state: dict[str, Any] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """This rank's share of every whole global batch, epoch after epoch, for ever, going on behind a loader's `state`.
+    """Yield this rank's share of every whole global batch, epoch after epoch without end, from a loader's `state` on.
 
-    What an epoch has left after its last whole batch is not used, on any number of ranks: streaming fills up the ranks'
-    shares with repeated samples, which on some numbers of ranks would make one more batch of them.
+    The remainder of an epoch after its last whole batch is not used: streaming pads the shares of the ranks with
+    repeated samples, which for some numbers of ranks would form another batch.
 
-    A shard that disappears kills streaming's reading thread and ends its iterator early, without an error: UserError.
+    Raises UserError when a shard disappears, which ends streaming's iterator early without an error.
     """
     dataset: Any = loader.dataset
     if state is not None:
@@ -191,7 +207,7 @@ def epochs(
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """The one line of a UserError that torch brings from a loader process with its traceback."""
+    """Reduce a UserError of a loader process, which torch raises with its traceback, to its one line."""
     try:
         yield
     except UserError as error:
@@ -203,15 +219,15 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     more = {
         name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
         for name in MORE
-        if all(name in sample for sample in samples)  # streams with and without labels may be mixed
+        if all(name in sample for sample in samples)  # a mixture may have streams without labels
     }
     return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples]), **more}
 
 
 def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
-    """Ids (N, L) of a split in their stored dtype: all, or those of `rows` (ascending).
+    """Read the ids (N, L) of a split in their stored dtype, all or those of `rows` (ascending).
 
-    A cache fetches what it lacks of the split, and keeps it. Raises UserError when a file is missing or damaged.
+    In a cache, missing files of the split are fetched. Raises UserError when a file is missing or damaged.
     """
     found = _read(root, split, rows, (COLUMN,))
     manifest = Manifest.read(root)
@@ -219,24 +235,24 @@ def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.
 
 
 def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
-    """Labels (N,) int32 of a split, indices into the manifest's `labels`: all, or those of `rows` (ascending).
+    """Read the labels int32 (N,) of a split, indices into the manifest's `labels`, all or those of `rows` (ascending).
 
-    Raises UserError when the samples have none, or when a file is missing or damaged.
+    Raises UserError when the data set has no labels, and when a file is missing or damaged.
     """
     if not Manifest.read(root).labels:
-        raise UserError(f"{root} has no labels; prepare it from a source with classes")
+        raise UserError(f"{root} has no labels; prepare it from a stream with classes")
     found = _read(root, split, rows, (LABEL,))
     return found[LABEL].astype(np.int32) if LABEL in found else np.zeros(0, np.int32)
 
 
 def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """What a loader's batch would hold of some rows (ascending) but the index, int64. Raises UserError as above."""
+    """Read the columns of some rows (ascending) as in a loader's batch, int64, without `index`. Raises UserError."""
     found = _read(root, split, rows, (COLUMN, *MORE))
     return {name: values.astype(np.int64) for name, values in found.items()}
 
 
 def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the columns that the shards have, each with all rows in its first dimension."""
+    """Read the given columns that the shards have, each as an array over the rows."""
     fetch_split(root, split)
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
@@ -259,5 +275,5 @@ def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[st
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:
-    """`wanted` rows (all, if there are not so many) evenly over a split, whose order often means something."""
+    """Evenly spaced indices of `wanted` rows (all if there are fewer): the order of a split may be meaningful."""
     return np.unique(np.linspace(0, samples - 1, min(wanted, samples)).round().astype(int)).tolist()

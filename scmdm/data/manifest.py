@@ -1,6 +1,7 @@
-"""What a prepared data set is, and whether it still is that.
+"""Manifest of a prepared data set, and verification of the files against it.
 
-`manifest.json` at the root names the tokenizer, the ids, every shard with size and SHA-256, and where it came from.
+`manifest.json` in the root directory describes the tokenizer, the special ids, every shard with size and SHA-256, and
+the corpus.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text, sha256_file
 
 MANIFEST_FILE = "manifest.json"
-REMOTE_FILE = "remote.json"  # in a directory that is the cache of a remote data set (see remote.py)
+REMOTE_FILE = "remote.json"  # marks the cache of a remote data set (see remote.py)
 VERSION = 2
 
 
 @dataclass
 class TokenizerRef:
+    """Tokenizer file of a data set."""
+
     kind: str
     file: str
     sha256: str
@@ -32,7 +35,7 @@ class TokenizerRef:
 
 @dataclass
 class FileInfo:
-    """A shard or streaming's index of the shards."""
+    """A shard, or streaming's index of shards."""
 
     file: str  # relative to the root
     bytes: int
@@ -41,13 +44,15 @@ class FileInfo:
 
 @dataclass
 class SplitInfo:
+    """Size and files of a split."""
+
     samples: int
-    tokens: int  # valid ones
+    tokens: int  # that count in the loss
     files: list[FileInfo]
 
     @staticmethod
     def parse(content: dict[str, Any]) -> SplitInfo:
-        """From JSON."""
+        """Split of its JSON content."""
         return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
 
 
@@ -65,19 +70,19 @@ class Manifest:
     eos_id: int
     length: int
     dtype: str  # of the stored ids
-    pad_policy: str  # "loss": padding is a token like any other; "ignore": it is not in the likelihood
-    bos_policy: str  # "given": the beginning of every sample is known, never masked; "loss": a token like any other
+    pad_policy: str  # "loss": padding is predicted like any token; "ignore": it is left out of the loss
+    bos_policy: str  # "given": [BOS] is never masked; "loss": it is a token like any other
     splits: dict[str, SplitInfo]
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
     counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
-    labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: they have none
-    # "records": one in a sample; "concatenate": blocks of a stream of them; "packed": several, told apart by the column
-    # `documents`; "prompts": one behind its prompt, and the column `given` counts the leading ids that are never masked
+    labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: no classes
+    # "records": one per sample; "concatenate": blocks of joined records; "packed": several per sample, numbered by
+    # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`
     framing: str = "records"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
-        """Read a root's manifest; UserError when there is none or it is not ours."""
+        """Read the manifest of a directory. Raises UserError when it is missing, damaged or of another version."""
         path = root / MANIFEST_FILE
         try:
             content = json.loads(path.read_text())
@@ -96,26 +101,27 @@ class Manifest:
             raise UserError(f"{path} is damaged ({error}); prepare the data set again with overwrite=true") from error
 
     def write(self, root: Path) -> None:
+        """Write the manifest of a directory."""
         atomic_write_text(root / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content: two data sets with the same one are the same."""
+        """SHA-256 of the content, which is equal for equal data sets."""
         content = asdict(self)
         if not self.labels:
-            del content["labels"]  # a run that knew no labels resumes
+            del content["labels"]  # keep fingerprints from before there were labels
         if self.framing == "records":
-            del content["framing"]  # nor other framings
+            del content["framing"]  # and from before there were framings
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str, root: Path) -> SplitInfo:
-        """A split by name; UserError names those that exist."""
+        """Split by name. Raises UserError, which lists the splits."""
         if name not in self.splits:
             raise UserError(f"{root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
 
 
 def remote_of(root: Path) -> str | None:
-    """What a directory is a cache of; None when it is a data set of its own."""
+    """URL of the data set that a directory is a cache of; None when it is not a cache."""
     path = root / REMOTE_FILE
     try:
         return str(json.loads(path.read_text())["remote"])
@@ -126,9 +132,9 @@ def remote_of(root: Path) -> str | None:
 
 
 def verify_dataset(root: Path, *, hashes: bool) -> list[str]:
-    """Problems of a data set, each naming the file. Without `hashes` only what costs nothing: existence and sizes.
+    """List the problems of a data set, each with the file.
 
-    In a cache a file that has not been fetched is no problem.
+    Without `hashes`, only existence and sizes of the shards are checked. A cache may lack files.
     """
     manifest, cached = Manifest.read(root), remote_of(root) is not None
     files = [file for split in manifest.splits.values() for file in split.files]
@@ -144,9 +150,9 @@ def verify_dataset(root: Path, *, hashes: bool) -> list[str]:
 
 
 def check_dataset(root: Path) -> Manifest:
-    """The manifest of a data set that looks whole at a glance; UserError with the first problem and the remedy.
+    """Check existence and sizes of the files, and return the manifest. Raises UserError for the first problem.
 
-    A file of the wrong size in a cache is removed: it will be fetched again.
+    In a cache, files of another size are removed, to be fetched again.
     """
     if remote_of(root) is not None:
         _remove_damaged(root)
@@ -161,7 +167,7 @@ def _remove_damaged(root: Path) -> None:
         for file in split.files:
             path = root / file.file
             if path.is_file() and path.stat().st_size != file.bytes:
-                path.unlink(missing_ok=True)  # another rank may have been faster
+                path.unlink(missing_ok=True)  # another rank may have removed it
 
 
 def _verify_file(root: Path, file: FileInfo, hashes: bool) -> Iterator[str]:
@@ -179,7 +185,7 @@ def _verify_tokenizer(root: Path, manifest: Manifest) -> Iterator[str]:
     if not path.is_file():
         yield f"tokenizer {path} is missing"
     elif sha256_file(path) != manifest.tokenizer.sha256:
-        yield f"tokenizer {path} is not the one that the manifest names"
+        yield f"tokenizer {path} is not that of the manifest"
     elif (size := load_tokenizer(path).vocab_size) != manifest.vocab_size:
         yield f"tokenizer {path} has {size} tokens, the manifest says {manifest.vocab_size}"
 
@@ -199,8 +205,9 @@ def _verify_ids(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
     from scmdm.data.loader import read_split
 
     ids_NL: np.ndarray = read_split(root, split)
-    if ids_NL.shape != (manifest.splits[split].samples, manifest.length):
-        yield f"{root / split} holds ids of shape {ids_NL.shape}, which is not what the manifest says"
+    expected = (manifest.splits[split].samples, manifest.length)
+    if ids_NL.shape != expected:
+        yield f"{root / split} holds ids of shape {ids_NL.shape}, the manifest says {expected}"
     elif ids_NL.max() >= manifest.vocab_size:
         yield f"{root / split} holds id {ids_NL.max()}, the vocabulary ends at {manifest.vocab_size - 1}"
     elif (ids_NL == manifest.mask_id).any():

@@ -1,4 +1,4 @@
-"""What a run trains on: one data set, or several mixed by proportion."""
+"""Training data of a run: one data set, or several mixed by proportion."""
 
 from __future__ import annotations
 
@@ -12,92 +12,92 @@ from scmdm.data.manifest import Manifest, SplitInfo, check_dataset, remote_of
 from scmdm.data.remote import open_cache
 from scmdm.errors import UserError
 
-# What all streams must have in common: they go through one model, one loss.
+# Properties that all streams must share, because they go through one model and one loss.
 _SHARED = ("vocab_size", "mask_id", "length", "pad_policy", "bos_policy", "framing")
 
 
 @dataclass(frozen=True)
-class Source:
+class DataStream:
     """One data set of a mixture."""
 
-    key: str  # in the configuration, for messages
+    key: str  # configuration key, for error messages
     root: Path
     manifest: Manifest
-    proportion: float | None = None  # of the samples of an epoch; None: it is the only one
+    proportion: float | None = None  # share of the samples of an epoch; None: the only data set
 
 
 @dataclass(frozen=True)
-class Data:
-    """All data sets of a run, sorted by name: sample ids count through them in this order."""
+class DataMixture:
+    """All data sets of a run, sorted by name, in which order the sample ids count through them."""
 
-    sources: tuple[Source, ...]
-    manifest: Manifest  # of the whole: its fingerprint covers every source and proportion
-    validated: tuple[Source, ...]  # those that validation reads
+    streams: tuple[DataStream, ...]
+    manifest: Manifest  # of the mixture; its fingerprint covers every stream and proportion
+    validated: tuple[DataStream, ...]  # streams that validation reads
 
     @classmethod
-    def at(cls, root: Path) -> Data:
-        """A single data set; UserError when it is not whole at a glance."""
-        source = Source("data.path", root, check_dataset(root))
-        return cls((source,), source.manifest, (source,))
+    def at(cls, root: Path) -> DataMixture:
+        """Mixture of a single data set. Raises UserError when a file is missing or has another size."""
+        stream = DataStream("data.path", root, check_dataset(root))
+        return cls((stream,), stream.manifest, (stream,))
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.sources[0].root / self.manifest.tokenizer.file
+        return self.streams[0].root / self.manifest.tokenizer.file
 
     def require_splits(self, train: str, validation: str) -> None:
-        """UserError names the first data set that lacks the split that it is asked for."""
-        for sources, split in ((self.sources, train), (self.validated, validation)):
-            for source in sources:
-                source.manifest.split(split, source.root)
+        """Raise UserError for the first data set without the split that training or validation reads."""
+        for streams, split in ((self.streams, train), (self.validated, validation)):
+            for stream in streams:
+                stream.manifest.split(split, stream.root)
 
-    def validation_shares(self, samples: int) -> list[tuple[Source, int]]:
-        """How many of `samples` sequences each validated source gives: its proportion, at least one."""
-        total = sum(source.proportion or 1.0 for source in self.validated)
-        return [(source, max(1, round(samples * (source.proportion or 1.0) / total))) for source in self.validated]
+    def validation_shares(self, samples: int) -> list[tuple[DataStream, int]]:
+        """Number of validation sequences of each stream, in proportion and at least one, for a total of `samples`."""
+        total = sum(stream.proportion or 1.0 for stream in self.validated)
+        return [(stream, max(1, round(samples * (stream.proportion or 1.0) / total))) for stream in self.validated]
 
 
-def open_data(config: DataConfig) -> Data:
-    """The data sets of a run, each whole at a glance; UserError when one is not, or when they cannot be mixed.
+def open_data(config: DataConfig) -> DataMixture:
+    """Open the data sets of a run. The caches of remote ones receive their manifests, tokenizers and indexes.
 
-    A remote one is opened first: its manifest, tokenizer and indexes come into its cache.
+    Raises UserError when a file is missing or has another size, and when the data sets cannot be mixed.
     """
     if not config.streams:
         assert config.path is not None
-        sources = [_open("data.path", config.path, config.remote, None)]
+        streams = [_open("data.path", config.path, config.remote, None)]
     else:
         total = sum(stream.proportion for stream in config.streams.values())
-        sources = [
+        streams = [
             _open(f"data.streams.{name}", stream.path, stream.remote, stream.proportion / total)
             for name, stream in sorted(config.streams.items())
         ]
-    for one, other in combinations(sources, 2):
+    for one, other in combinations(streams, 2):
         _require_mixable(one, other)
     if config.cache_limit is not None:
-        _require_caches(config.cache_limit, sources)
+        _require_caches(config.cache_limit, streams)
     wanted = f"data.streams.{config.validation_stream}"
-    validated = [source for source in sources if config.validation_stream is None or source.key == wanted]
-    manifest = sources[0].manifest if not config.streams else _mixed_manifest(sources)
-    return Data(tuple(sources), manifest, tuple(validated))
+    validated = [stream for stream in streams if config.validation_stream is None or stream.key == wanted]
+    manifest = streams[0].manifest if not config.streams else _mixed_manifest(streams)
+    return DataMixture(tuple(streams), manifest, tuple(validated))
 
 
-def _open(key: str, path: str, remote: str | None, proportion: float | None) -> Source:
+def _open(key: str, path: str, remote: str | None, proportion: float | None) -> DataStream:
     root = Path(path)
     if remote is not None:
         open_cache(root, remote, key)
-    return Source(key, root, check_dataset(root), proportion)
+    return DataStream(key, root, check_dataset(root), proportion)
 
 
-def _require_caches(limit: str, sources: list[Source]) -> None:
-    """A limited cache is kept small by removing files: never those of a data set that is nowhere else."""
-    for source in sources:
-        if remote_of(source.root) is None:
+def _require_caches(limit: str, streams: list[DataStream]) -> None:
+    """Raise UserError for a data set that is not a cache: a cache limit removes shards."""
+    for stream in streams:
+        if remote_of(stream.root) is None:
             raise UserError(
-                f"data.cache_limit={limit}, but {source.key}={source.root} is no cache of a remote data set: its "
-                "shards may not be removed; leave data.cache_limit out, or give every data set a remote"
+                f"data.cache_limit={limit} is not possible, because {stream.key}={stream.root} is not the cache of a "
+                "remote data set, and its shards may not be removed; leave it out, or give every data set a remote"
             )
 
 
-def _require_mixable(one: Source, other: Source) -> None:
+def _require_mixable(one: DataStream, other: DataStream) -> None:
     if one.root.resolve() == other.root.resolve():
         raise UserError(f"{one.key} and {other.key} are the same directory {one.root}; give each its own, or drop one")
     if one.manifest.tokenizer.sha256 != other.manifest.tokenizer.sha256:
@@ -114,25 +114,25 @@ def _require_mixable(one: Source, other: Source) -> None:
             )
 
 
-def _mixed_manifest(sources: list[Source]) -> Manifest:
-    """The common properties, the sums of the common splits, and what is mixed in which proportions."""
-    first = sources[0].manifest
-    names = [name for name in first.splits if all(name in source.manifest.splits for source in sources)]
+def _mixed_manifest(streams: list[DataStream]) -> Manifest:
+    """Manifest with the common properties, the sums of the common splits, and the proportions."""
+    first = streams[0].manifest
+    names = [name for name in first.splits if all(name in stream.manifest.splits for stream in streams)]
     mixed = {
-        source.key.rpartition(".")[2]: {
-            "name": source.manifest.name,
-            "fingerprint": source.manifest.fingerprint(),
-            "proportion": source.proportion,
+        stream.key.rpartition(".")[2]: {
+            "name": stream.manifest.name,
+            "fingerprint": stream.manifest.fingerprint(),
+            "proportion": stream.proportion,
         }
-        for source in sources
+        for stream in streams
     }
     return dataclasses.replace(
         first,
-        name="+".join(source.manifest.name for source in sources),
-        splits={name: _sum([source.manifest.splits[name] for source in sources]) for name in names},
+        name="+".join(stream.manifest.name for stream in streams),
+        splits={name: _sum([stream.manifest.splits[name] for stream in streams]) for name in names},
         source={"streams": mixed},
         counts={},
-        labels=first.labels if all(source.manifest.labels == first.labels for source in sources) else [],
+        labels=first.labels if all(stream.manifest.labels == first.labels for stream in streams) else [],
     )
 
 

@@ -1,10 +1,10 @@
-"""What is used of mosaicml-streaming, without its ready-made data sets.
+"""Names of mosaicml-streaming that scmdm uses, imported without the package's ready-made data sets.
 
-Its package imports readers of C4, WebVid, ADE20K and others, and with them transformers, scikit-learn and torchvision:
-seconds of every process's start. They are left out here, and can still be imported by who wants them.
+`import streaming` also imports readers of C4, WebVid, ADE20K and others, and with them transformers, scikit-learn and
+torchvision, which takes seconds in every process. Here, empty modules stand in for these readers during the import.
 """
 
-# ruff: noqa: E402 - the order is the point
+# ruff: noqa: E402 - the order of imports matters
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 
-LOCK_FILES = (CACHE_FILELOCK, BARRIER_FILELOCK)  # endings of their names
+LOCK_FILES = (CACHE_FILELOCK, BARRIER_FILELOCK)  # suffixes of their names
 
 __all__ = [
     "LOCK_FILES",

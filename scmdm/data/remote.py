@@ -1,11 +1,11 @@
-"""A local directory as the cache of a data set in an object store, and the way there.
+"""Local directories as caches of data sets in an object store; upload of data sets.
 
-The directory says in `remote.json` what it is a cache of. It holds the manifest, the tokenizer and the indexes of the
-shards from the start, and the shards that were needed so far. Every file is written under a temporary name and renamed
-when its SHA-256 is that of the manifest: what is in the cache under its name was whole when it came.
+`remote.json` in the directory names the remote data set. From the start the cache holds the manifest, the tokenizer and
+the indexes of the shards; shards are added when they are needed. Every file is written under a temporary name and
+renamed when its SHA-256 matches the manifest, so that a file in the cache was whole when it was fetched.
 
-Transport is streaming's (S3, and what else it knows: Google, Azure, a directory), with its environment variables, such
-as S3_ENDPOINT_URL.
+Files are transferred by streaming, which supports S3, Google, Azure, local directories and others, with its environment
+variables, such as S3_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text, sha256_file
 
-_TIMEOUT = 60.0  # seconds without an answer
+_TIMEOUT_S = 60.0  # without an answer
 _INDEX = "index.json"
 
 
 def open_cache(root: Path, remote: str, key: str) -> None:
-    """Make `root` the cache of `remote`, or check that it is: fetch the manifest, then what it names besides shards.
+    """Make `root` the cache of `remote`, or check that it is: fetch the manifest, the tokenizer and the indexes.
 
-    UserError names what cannot be fetched, or says that `root` holds another data set; `key` is where it was set.
+    Raises UserError when a file cannot be fetched, or when `root` holds another data set. `key` is the configuration
+    key of `root`, for the message.
     """
     remote = remote.rstrip("/")
     with _lock(root), tempfile.TemporaryDirectory(prefix=".manifest.", dir=root) as temporary:
@@ -41,7 +42,7 @@ def open_cache(root: Path, remote: str, key: str) -> None:
         manifest = Manifest.read(Path(temporary))
         if (root / MANIFEST_FILE).exists() and Manifest.read(root).fingerprint() != manifest.fingerprint():
             raise UserError(
-                f"{key}={root} holds another data set than {remote}; give another directory as its cache, or remove it"
+                f"{key}={root} holds another data set than {remote}; give another directory for the cache, or remove it"
             )
         atomic_write_text(root / REMOTE_FILE, json.dumps({"remote": remote}) + "\n")
         for file in _small_files(manifest):
@@ -50,7 +51,7 @@ def open_cache(root: Path, remote: str, key: str) -> None:
 
 
 def fetch_split(root: Path, split: str) -> None:
-    """Fetch what a cache lacks of a split; nothing when `root` is not a cache."""
+    """Fetch the missing files of a split, if `root` is a cache."""
     remote = remote_of(root)
     if remote is None:
         return
@@ -63,15 +64,17 @@ def fetch_split(root: Path, split: str) -> None:
 
 
 def fetch(root: Path, remote: str, file: FileInfo) -> int:
-    """Fetch one file unless it is there; returns how many bytes the cache grew by.
+    """Fetch a file unless the cache has it, and return the number of bytes added to the cache.
 
-    UserError when it cannot be fetched, or when what came is not what the manifest names.
+    Raises UserError when it cannot be fetched, or does not match its hash in the manifest.
     """
     path = root / file.file
     if path.is_file():
         return 0
     if PurePosixPath(file.file).is_absolute() or ".." in PurePosixPath(file.file).parts:
-        raise UserError(f"{remote}/{MANIFEST_FILE} names {file.file!r}, outside the data set; do not use this data set")
+        raise UserError(
+            f"{remote}/{MANIFEST_FILE} names {file.file!r}, which is outside of the data set; do not use it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=path.parent) as temporary:
         found = Path(temporary) / path.name
@@ -87,12 +90,12 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
 
 
 def download(remote: str, name: str, to: Path) -> None:
-    """Copy `remote/name` to a path that does not exist yet; UserError names the URL and the reason."""
+    """Copy `remote/name` to a path that does not exist yet. Raises UserError with URL and reason."""
     try:
         transport = _transport(remote, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
-        transport.download(f"{remote}/{name}", str(to), _TIMEOUT)
+        transport.download(f"{remote}/{name}", str(to), _TIMEOUT_S)
     except Exception as error:
-        _transport.cache_clear()  # new credentials may come
+        _transport.cache_clear()  # credentials may change
         raise UserError(
             f"cannot fetch {remote}/{name}: {_reason(error)}; check the URL, the credentials (AWS_PROFILE, "
             "AWS_ACCESS_KEY_ID ...), S3_ENDPOINT_URL and the network"
@@ -101,15 +104,15 @@ def download(remote: str, name: str, to: Path) -> None:
 
 @lru_cache(maxsize=16)
 def _transport(remote: str, _endpoint: str | None, _process: int) -> CloudDownloader:
-    """A client is slow to make, and may be used by all threads of a process, but not by its children."""
+    """Client of a remote, which is slow to make; threads may share it, child processes may not."""
     return CloudDownloader.get(remote)
 
 
 def upload_dataset(root: Path, remote: str) -> None:
-    """Copy a whole data set to `remote`, the manifest last: who sees it sees all of the data set."""
+    """Copy a data set to `remote`. The manifest comes last: once it exists, the data set is complete."""
     manifest = Manifest.read(root)
     shards = [file.file for split in manifest.splits.values() for file in split.files]
-    # It warns that the local directory is not empty, which is the point.
+    # It warns about a local directory that is not empty.
     logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
     try:
         uploader = CloudUploader.get((str(root), remote.rstrip("/")), keep_local=True, exist_ok=True)
@@ -127,14 +130,14 @@ def _reason(error: Exception) -> str:
 
 
 def _small_files(manifest: Manifest) -> Iterator[FileInfo]:
-    """The tokenizer and the indexes: what a run reads before any shard."""
-    yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # its size is not in the manifest
+    """Tokenizer and indexes, which a run reads before any shard."""
+    yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # the manifest has no size
     for split in manifest.splits.values():
         yield from (file for file in split.files if PurePosixPath(file.file).name == _INDEX)
 
 
 def _fetch_good(root: Path, remote: str, file: FileInfo) -> None:
-    """Fetch a small file, also when the cache has a damaged one."""
+    """Fetch a small file, also in place of a damaged one."""
     path = root / file.file
     if path.is_file() and sha256_file(path) != file.sha256:
         path.unlink()
@@ -143,7 +146,7 @@ def _fetch_good(root: Path, remote: str, file: FileInfo) -> None:
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """The ranks of a machine, and other runs on it, open a cache in turn."""
+    """Lock of a cache, for the ranks and runs of a machine."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".fetch.lock"):

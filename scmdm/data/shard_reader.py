@@ -1,4 +1,4 @@
-"""One sample out of a shard, at the price of its bytes."""
+"""Reader of single samples of a shard, at the cost of their bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scmdm.data.mosaic_streaming import MDSReader
 
 
 class ShardReader(MDSReader):
-    """Streaming's reader of a shard, which parses the types of the columns once instead of for every sample.
+    """Reader of an MDS shard with columns of fixed sizes, as `scmdm.data.preparation.shard_writer` writes them.
 
-    That, and Python's file object, are most of what a short sample costs there. Its columns have fixed sizes, as
-    `scmdm.data.preparation.shard_writer` writes them.
+    It parses the types of the columns once, and reads without a Python file object. In streaming's reader these two
+    are most of the cost of a short sample.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -24,7 +24,7 @@ class ShardReader(MDSReader):
         self._columns = [(name, *_dtype_and_shape(encoding)) for name, encoding in types]
 
     def get_sample_data(self, idx: int) -> bytes:
-        """The bytes of a sample; they lie between two offsets of the table behind the number of samples."""
+        """Bytes of a sample, between two offsets of the table that follows the number of samples."""
         file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             pair = os.pread(file, 8, 4 * (1 + idx))
@@ -37,7 +37,7 @@ class ShardReader(MDSReader):
         return data
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
-        """Columns by name, read-only arrays and scalars. Raises ValueError when the bytes are too few."""
+        """Columns by name, as read-only arrays and scalars. Raises ValueError when bytes are missing."""
         sample: dict[str, Any] = {}
         at = 0
         for name, dtype, shape in self._columns:
@@ -48,7 +48,7 @@ class ShardReader(MDSReader):
 
 
 def _dtype_and_shape(encoding: str) -> tuple[np.dtype, int]:
-    """Of `ndarray:uint16:32`, or of `int32`, which is a scalar: 0."""
+    """Data type and length of an encoding such as `ndarray:uint16:32`; length 0 for a scalar such as `int32`."""
     kind, *rest = encoding.split(":")
     if kind != "ndarray":
         return np.dtype(kind), 0

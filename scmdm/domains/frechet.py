@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, each taken as a Gaussian.
+"""Frechet distance between two sets of features, each modelled as a Gaussian.
 
 Legend: N samples, F features.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of features, from which mean and covariance follow; those of parts add up."""
+    """Sums of features and of their products, which give mean and covariance. Moments of disjoint sets can be added."""
 
     count: int
     sum_F: np.ndarray
@@ -20,7 +20,7 @@ class Moments:
 
     @classmethod
     def of(cls, features_NF: np.ndarray) -> Moments:
-        """Sums in float64."""
+        """Compute the moments of features (N, F) in float64."""
         features_NF = features_NF.astype(np.float64)
         return cls(len(features_NF), features_NF.sum(0), features_NF.T @ features_NF)
 
@@ -29,22 +29,21 @@ class Moments:
 
     @property
     def mean_F(self) -> np.ndarray:
-        """The mean."""
+        """Mean of the features."""
         return self.sum_F / self.count
 
     @property
     def covariance_FF(self) -> np.ndarray:
-        """The unbiased covariance, of at least two samples."""
+        """Unbiased covariance; requires at least two samples."""
         return (self.products_FF - self.count * np.outer(self.mean_F, self.mean_F)) / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982, equation 4; Heusel et al. 2017):
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982, equation 4; Heusel et al. 2017).
 
-    `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`.
-
-    The trace of the root is that of the symmetric `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`, whose eigenvalues are real and not
-    negative: so few samples that the covariances are singular need no correction.
+    `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, where the trace of the root is computed from the symmetric
+    matrix `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`. Its eigenvalues are real and non-negative, so singular covariances need no
+    correction.
     """
     values_F, vectors_FF = np.linalg.eigh(a.covariance_FF)
     root_FF = (vectors_FF * np.sqrt(values_F.clip(0))) @ vectors_FF.T

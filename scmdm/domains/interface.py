@@ -1,6 +1,10 @@
-"""What evaluation, study and report know of a domain: this interface.
+"""The interface between evaluation and the domains: what a domain provides, and what it is given.
 
-Legend: N samples, L length.
+A domain is one folder of `scmdm.domains`: `domain.py` (the class), `config.py` (its keys in the section `metrics`),
+`metrics.py` and `figures.py`. It is registered in `scmdm.domains.registry`; other packages register theirs by an entry
+point of the group `scmdm.domains`.
+
+Legend: N samples, L sequence length.
 """
 
 from __future__ import annotations
@@ -15,100 +19,119 @@ from torch import Tensor
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, block_text, load_tokenizer
-from scmdm.errors import UserError
 
 
 @dataclass(frozen=True)
 class GeneratedSamples:
-    """Samples in order, with what they cost."""
+    """Samples in the order in which they were drawn, and their cost."""
 
     tokens: Tensor  # (N, L) int64, on the CPU
-    texts: list[str]  # up to the first end mark; of a model of concatenated texts all of them
-    framed: list[bool]  # the marks are where the data has them; else `texts` holds a fragment
-    counts: list[int]  # denoiser evaluations of each
+    texts: list[str]  # up to the first [EOS]; the whole sequence for a model of concatenated texts
+    framed: list[bool]  # [BOS], [EOS] and padding stand where they stand in the data; otherwise the text is a fragment
+    counts: list[int]  # denoiser evaluations of each sample
     seconds: float
-    labels: list[str] | None = None  # the class that each was drawn for
+    labels: list[str] | None = None  # class that each sample is conditioned on
 
     @property
     def evaluations(self) -> int:
-        """Denoiser evaluations per sample; the most, when blocks of some prompts cost nothing."""
+        """Denoiser evaluations per sample: the maximum, because blocks that a prompt fills need none."""
         return max(self.counts)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of `Domain.measure`, and how it is shown."""
+    """How one number returned by `Domain.measure` is displayed."""
 
     name: str
     title: str
-    better: str = ""  # "higher", "lower", or nothing that can be said of it alone
-    scale: float = 1.0  # from the number to what is shown
+    better: str = ""  # "higher", "lower", or "" if the number has no preferred direction
+    scale: float = 1.0  # displayed value = scale * number
     digits: int = 3
-    unit: str = ""  # in sentences
+    unit: str = ""  # appended to the value in sentences
     in_figure: bool = True
-    protocol: str = ""  # of a published benchmark, which has a table and a figure of its own
-    reference: float | None = None  # of real data, as `protocol` publishes it
-    most: float | None = None  # that is possible
+    benchmark: str = ""  # published benchmark that defines the metric; each benchmark has its own table and figure
+    reference: float | None = None  # value of real data published with the benchmark
+    maximum: float | None = None  # largest possible value
 
-    def real(self) -> str:
-        """The reference as it is shown, or nothing."""
+    def reference_text(self) -> str:
+        """The reference value as displayed; empty without one."""
         return "" if self.reference is None else f"{self.scale * self.reference:.{self.digits}f}"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an evaluation asks of a domain."""
+class EvaluationSettings:
+    """Settings of an evaluation that are common to all domains."""
 
-    split: str = "test"  # what samples are compared with
-    fcd: bool = False  # molecules: Frechet ChemNet distance
-    moses: bool = False  # molecules: MOSES' metrics, against its published test sets
-    scorer: str | None = None  # text: directory of a transformers causal model
-    mauve: bool = False  # text: MAUVE in the scorer's features
-    inception: str | None = None  # images: Inception's weights, for FID
+    split: str = "test"  # held-out data that samples are compared with
     device: str = "cpu"
-    alone: bool = False  # nothing else runs meanwhile: measure on all cores, and show how far it is
+    exclusive: bool = False  # no other job of ours is running: use all cores, and show progress
+
+
+@dataclass
+class MetricKeys:
+    """Base of the `Config` of a domain: its keys in the section `metrics`. Used as it is by domains without keys."""
+
+    @property
+    def exclusive_setup(self) -> bool:
+        """True if the domain is slow to make and uses all cores, so that no other job should run meanwhile."""
+        return False
 
 
 class Domain(Protocol):
-    """Made once for many evaluations of the same data set; the metrics' first is what models are compared by."""
+    """Metrics and figures of one kind of sample.
+
+    An instance holds the reference data. Make it once for many evaluations of the same data set.
+    """
 
     name: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]
+    metrics: ClassVar[tuple[Metric, ...]]  # studies compare models by the first
+    Config: ClassVar[type[MetricKeys]]  # dataclass of the domain's keys in the section `metrics`
 
-    def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        """Read what samples are compared with. Raises UserError for what does not go together."""
+    def __init__(self, root: Path, manifest: Manifest, config: Any, settings: EvaluationSettings) -> None:
+        """Read the reference data of the data set at `root`.
+
+        `config` is an instance of `Config`. Raises UserError if the data set does not suit the domain, or if a file or
+        package that `config` asks for is missing.
+        """
         ...
 
     @staticmethod
-    def given(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
-        """Templates (N, L) of what `num` samples, or fewer, are to begin with; None: they begin with nothing."""
+    def templates(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
+        """Templates (N, L) int64 with prompts and mask tokens, N <= num; None if samples start from nothing."""
         ...
 
     def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        """Numbers by name (None: not to be had), and what else is to be kept, as JSON has it."""
+        """Compute all metrics, by name, as JSON values. A metric that cannot be computed is None."""
         ...
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
-        """Draw the first samples, not chosen, as a PNG; returns the caption, or None where there is nothing to draw."""
+        """Draw the first samples as a PNG.
+
+        `rows` are samples as `scmdm sample out=NAME.jsonl` writes them. Returns the caption, or None if the domain has
+        no such figure.
+        """
         ...
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
-        """Draw how samples are distributed, the first set being held-out data; the caption, or None as in `draw`."""
+        """Draw distributions of several sets of samples as a PNG; the first set is held-out data.
+
+        Returns the caption, or None if there is nothing to draw.
+        """
         ...
 
 
-class Unprompted:
-    """Of a domain: samples begin with nothing."""
+class WithoutPrompts:
+    """Mixin for domains whose samples start from nothing."""
 
     @staticmethod
-    def given(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
+    def templates(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
         return None
 
 
-class Undrawn:
-    """Of a domain: there is nothing to draw."""
+class WithoutFigures:
+    """Mixin for domains without figures."""
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
@@ -117,17 +140,10 @@ class Undrawn:
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
         return None
-
-
-def refuse(domain: str, asked: Asked, *keys: str) -> None:
-    """UserError when something was asked for that belongs to another domain."""
-    for key in keys:
-        if value := getattr(asked, key):
-            raise UserError(f"{key}={value} is not for {domain}, which this model makes; leave it out")
 
 
 def decode_split(root: Path, manifest: Manifest, split: str) -> list[str]:
-    """The texts of a split."""
+    """Texts of all sequences of a split."""
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
     rows = read_split(root, split).tolist()
     if manifest.framing == "concatenate":

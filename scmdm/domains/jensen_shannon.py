@@ -14,21 +14,21 @@ from scipy.special import rel_entr
 
 @dataclass(frozen=True)
 class JensenShannon:
-    """Of two distributions, with natural logarithms: `divergence` in nats, at most ln 2 = 0.6931; `distance` its root.
-
-    In bits the divergence is 1 / ln 2 times as large.
-    """
+    """Divergence in nats (at most ln 2 = 0.6931) and distance, its square root."""
 
     divergence: float
     distance: float
 
     @classmethod
     def between(cls, p_K: np.ndarray, q_K: np.ndarray) -> JensenShannon | None:
-        """`(KL(p | m) + KL(q | m)) / 2` with `m = (p + q) / 2` (Lin 1991) of counts; None where all of one are 0."""
+        """Compare two arrays of counts: `(KL(p | m) + KL(q | m)) / 2` with `m = (p + q) / 2` (Lin 1991).
+
+        Returns None if all counts of one array are 0.
+        """
         if not p_K.any() or not q_K.any():
             return None
         p_K, q_K = p_K / p_K.sum(), q_K / q_K.sum()
         m_K = (p_K + q_K) / 2
-        # Not scipy's jensenshannon: rounding makes the sum of equal distributions negative, and its root nan.
+        # scipy's jensenshannon returns nan for equal distributions whose sum is rounded below 0.
         divergence = max(0.0, float(rel_entr(p_K, m_K).sum() + rel_entr(q_K, m_K).sum()) / 2)
         return cls(divergence, math.sqrt(divergence))

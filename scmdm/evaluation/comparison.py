@@ -1,4 +1,4 @@
-"""What a study's rows say, as text: tables, and the reference arm against every other."""
+"""Tables and conclusions of a study as text, computed from the rows of its evaluations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from scmdm.evaluation.statistics import Difference, Interval, mean_interval, pai
 from scmdm.observability.metrics import format_duration
 
 Json = Mapping[str, Any]
+IntervalsByArm = Mapping[str, Mapping[int, Interval]]  # by the arm's label and T
+IntervalsByMetric = Mapping[str, IntervalsByArm]
 
 
 def reference_arm(study: Json) -> Json:
-    """The arm that the others are compared with."""
+    """The arm that the others are compared with: the named one, or the first with the largest rate."""
     arms: Sequence[Json] = study["arms"]
     named = next((arm for arm in arms if arm["name"] == study.get("reference")), None)
     return named or max(arms, key=lambda arm: arm["rate"])
 
 
 def intervals_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Interval]]:
-    """Intervals of a metric by label and T, over seeds."""
+    """Intervals of a metric over seeds, by label and T."""
     found: dict[str, dict[int, Interval]] = {}
     for arm, label in labels.items():
         by_steps: dict[int, Interval] = {}
@@ -36,7 +38,7 @@ def intervals_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric:
 
 
 def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[float]:
-    """One value per sampling seed; with several adaptations one mean per adaptation, the larger source of spread."""
+    """One value per sampling seed or, with several adaptation seeds, one mean per adaptation."""
     by_adaptation: dict[int, list[float]] = {}
     for row in samples:
         value = row["metrics"].get(metric)
@@ -48,12 +50,12 @@ def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[
 
 
 def quality_table(
-    values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+    values: IntervalsByMetric,
     shown: Sequence[Metric],
     labels: Mapping[str, str],
     samples: Sequence[Json],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: every metric of every arm at every T."""
+    """Header and rows of the main table: a row for each T and arm, a column for each metric."""
     header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
@@ -70,31 +72,31 @@ def quality_table(
     return header, rows
 
 
-def protocol_table(
-    values: Mapping[str, Mapping[str, Mapping[int, Interval]]],
+def benchmark_table(
+    values: IntervalsByMetric,
     shown: Sequence[Metric],
     labels: Mapping[str, str],
     samples: Sequence[Json],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a benchmark's many metrics: a row for each at every T, beside real data's."""
-    header = ["T", "measure", "real data", *labels.values()]
+    """Header and rows of the table of a benchmark: a row for each T and metric, a column for each arm."""
+    header = ["T", "metric", "real data", *labels.values()]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
         for metric in shown:
             found = [values[metric.name].get(label, {}).get(steps) for label in labels.values()]
             cells = ["-" if interval is None else interval.text(metric.digits, metric.scale) for interval in found]
-            rows.append([str(steps), metric.title, metric.real() or "-", *cells])
+            rows.append([str(steps), metric.title, metric.reference_text() or "-", *cells])
     return header, rows
 
 
 def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what each arm took to train and to sample, and its NELBO."""
+    """Header and rows of the table of costs: training and sampling of each arm, and its NELBO."""
     header = [
         "model",
         "tokens trained on",
         "denoiser evaluations per sequence",
         "training time",
-        "time per token / vanilla (jobs ran side by side)",
+        "time per token / vanilla (concurrent jobs)",
         "sampling, ms per sample and evaluation",
         "NELBO null",
         "NELBO conditioned",
@@ -132,27 +134,27 @@ def _nelbo(arm: Json, mode: str) -> str:
     return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
 
 
-def statements(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
-    """The reference against every other arm, at each T, worded from the numbers."""
+def conclusions(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
+    """Sentences that compare the reference with every other arm at each T."""
     lines = []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
             pairs = _pairs(samples, reference["name"], other["name"], steps, metric.name)
             if pairs:
-                lines.append(f"T = {steps}: {reference['label']} against {other['label']}: {_wording(pairs, metric)}")
+                lines.append(f"T = {steps}: {reference['label']} against {other['label']}: {_sentence(pairs, metric)}")
     return lines
 
 
 def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: str) -> list[tuple[float, float]]:
-    """A metric of two arms, paired.
+    """Values of a metric for two arms, in pairs.
 
-    With one adaptation each, over sampling seeds (the same noise in both). With several, over adaptation seeds, each
-    averaged over its sampling seeds: those are not independent of each other.
+    With one adaptation seed the pairs are over sampling seeds, which draw the same noise in both arms. With several,
+    they are over adaptation seeds, each averaged over its sampling seeds, because the latter are not independent.
     """
     own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
     if not other:
         return []
-    # The base was trained once: it is every adaptation's counterpart.
+    # The base was trained once: its samples are compared with those of every adaptation.
     counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
     paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]
     if len(own) == 1:
@@ -161,7 +163,7 @@ def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: 
 
 
 def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, float]]:
-    """By adaptation seed and sampling seed."""
+    """Values by adaptation seed and sampling seed."""
     found: dict[int, dict[int, float]] = {}
     for row in samples:
         if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
@@ -169,7 +171,7 @@ def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dic
     return found
 
 
-def _wording(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
+def _sentence(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
     ours, theirs = (metric.scale * sum(side) / len(side) for side in zip(*pairs, strict=True))
     unit = metric.unit or f" {metric.title}"
     means = f"{ours:.{metric.digits}f}{unit} against {theirs:.{metric.digits}f}"
@@ -181,7 +183,7 @@ def _wording(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
 
 def _verdict(compared: Difference, metric: Metric) -> str:
     if compared.low <= 0 <= compared.high:
-        return "no difference seen"
+        return "no significant difference"
     return "better" if (compared.mean > 0) == (metric.better == "higher") else "worse"
 
 
@@ -190,14 +192,15 @@ def _interval_text(compared: Difference, metric: Metric) -> str:
     return f"difference {mean}, paired 95 % interval [{low}, {high}], p = {compared.p_value:.2g}"
 
 
-def protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
-    """How many samples and seeds there are, and what was equal."""
+def describe_protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
+    """Describe the numbers of samples and seeds, and what was equal in all arms."""
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
-        f"{_training_protocol(arms)} All arms sample with the same number of denoiser evaluations and the same noise. "
-        "Intervals are over seeds: with one adaptation seed they do not cover the randomness of training."
+        f"{_training_protocol(arms)} All arms are sampled with the same number of denoiser evaluations "
+        "and the same noise. Intervals are over seeds: with one adaptation seed they do not cover the randomness of "
+        "training."
     )
 
 
@@ -207,5 +210,5 @@ def _training_protocol(arms: Sequence[Json]) -> str:
     by_seed = zip(*([cost["tokens"] for cost in arm["cost"]] for arm in adapted), strict=True)
     equal = all(len(set(tokens)) == 1 for tokens in by_seed)
     tokens = "the same number of tokens" if equal else "not all the same number of tokens (see Cost)"
-    others = f" {', '.join(scratch)}: trained from scratch, on as many sequences as base and adaptation together."
-    return f"Adaptations start from the same base and see {tokens}.{others if scratch else ''}"
+    others = f" {', '.join(scratch)}: trained from scratch on as many sequences as base and adaptation together."
+    return f"Adaptations start from the same base and are trained on {tokens}.{others if scratch else ''}"

@@ -1,4 +1,4 @@
-"""`scmdm evaluate`: NELBO and sample quality of one model, printed and kept as JSON."""
+"""`scmdm evaluate`: NELBO, zero-shot perplexity and sample quality of one model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
-from scmdm.domains.interface import Asked, Domain
-from scmdm.domains.registry import domain_of
+from scmdm.domains.interface import Domain, EvaluationSettings
+from scmdm.domains.registry import domain_of, load_domain, metrics_config
 from scmdm.errors import UserError
-from scmdm.evaluation.statistics import mean_interval
+from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate, load
@@ -30,22 +29,17 @@ from scmdm.training.validation import validation_batches
 
 
 def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
-    """Measure what `config` asks for, print it, and write it as JSON; returns what was written."""
+    """Evaluate the model at `path`, print the results and write them as JSON; returns them.
+
+    Raises UserError before anything is computed if the data set does not belong to the model, if a key of `metrics`
+    does not belong to its domain, or if the output file cannot be written.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     loaded = load(path, weights=config.weights, device=config.device)
     root = _data_root(loaded, config)
-    manifest = check_dataset(root)
-    if manifest.tokenizer.sha256 != loaded.manifest.tokenizer.sha256:
-        raise UserError(
-            f"data={root} has another tokenizer than {loaded.path}; give the data set that the model was made for"
-        )
-    if manifest.length != loaded.spec.length:
-        raise UserError(
-            f"data={root} has samples of length {manifest.length}, {loaded.path} makes {loaded.spec.length}; give the "
-            "data set that the model was made for, or prepare it with that length"
-        )
-    domain = _domain(loaded, manifest, root, config)
+    manifest = _check_data(loaded, root)
+    domain = _load_reference(loaded, manifest, root, config)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
     require_writable(out)
     result: dict[str, Any] = {
@@ -55,29 +49,33 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
         "config": asdict(config),
     }
     if config.nelbo_samples:
-        result["nelbo"] = {mode: _as_dict(value) for mode, value in model_nelbo(loaded, root, config).items()}
+        found = model_nelbo(loaded, root, config)
+        result["nelbo"] = {mode: {**asdict(nelbo), "perplexity": nelbo.perplexity} for mode, nelbo in found.items()}
     if config.texts:
-        result["zero_shot"] = _zero_shot(loaded, config)
+        result["zero_shot"] = _zero_shot_perplexity(loaded, config)
     if config.num:
-        given = domain.given(root, manifest, config.split, config.num)
-        result["samples"] = _sample_quality(loaded, domain, given, config)
-    _print(result, domain)
+        templates_NL = domain.templates(root, manifest, config.split, config.num)
+        result["samples"] = _sample_quality(loaded, domain, templates_NL, config)
+    print_result(result, domain.metrics)
     atomic_write_text(out, json.dumps(result, indent=2) + "\n")
     Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
     return result
 
 
 def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict[str, Nelbo]:
-    """NELBO without an estimate ("null") and, for a self-conditioned model, with one ("conditioned"): same noise."""
+    """Estimate the NELBO on a split of the data set at `root`.
+
+    Returns the NELBO without self-conditioning ("null") and, for a self-conditioned model, with it ("conditioned"),
+    both on the same noise.
+    """
     device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
     manifest.split(config.split, root)
     labels = loaded.spec.model.labels
-    modes = {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
     found = {}
-    for name, condition in modes.items():
+    for mode, condition in _modes(loaded).items():
         with compute_context(device, resolve_precision(config.precision, device)):
-            found[name] = estimate_nelbo(
+            found[mode] = estimate_nelbo(
                 loaded.model,
                 validation_batches(root, config.split, manifest, device, config.nelbo_samples, labels=labels),
                 loaded.spec.schedule,
@@ -90,33 +88,41 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
     return found
 
 
-def _zero_shot(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
-    """By name and mode: how well the model predicts texts of elsewhere."""
-    modes = {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
+def _modes(loaded: LoadedModel) -> dict[str, bool]:
+    """Names of the ways to estimate a likelihood; true: with self-conditioning."""
+    return {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
+
+
+def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
+    """Perplexities by name of the text and mode."""
     options: dict[str, Any] = {"draws": config.nelbo_draws, "t_min": config.t_min, "precision": config.precision}
     found: dict[str, Any] = {}
-    for name, asked in config.zero_shot_texts().items():
-        texts = read_texts(Path(asked.path), keys=(asked.key,), unit=asked.unit, detokenize=asked.detokenize)
-        measured = {mode: zero_shot(loaded, texts, condition=condition, **options) for mode, condition in modes.items()}
-        found[name] = {
-            mode: {"nelbo": asdict(m.nelbo), "perplexity": m.perplexity, "word_perplexity": m.word_perplexity}
-            for mode, m in measured.items()
-        }
+    for name, source in config.zero_shot_texts().items():
+        texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
+        found[name] = {}
+        for mode, condition in _modes(loaded).items():
+            measured = zero_shot(loaded, texts, condition=condition, **options)
+            found[name][mode] = {
+                "nelbo": asdict(measured.nelbo),
+                "perplexity": measured.perplexity,
+                "word_perplexity": measured.word_perplexity,
+            }
     return found
 
 
 def _sample_quality(
-    loaded: LoadedModel, domain: Domain, given: Tensor | None, config: EvaluateConfig
+    loaded: LoadedModel, domain: Domain, templates_NL: Tensor | None, config: EvaluateConfig
 ) -> list[dict[str, Any]]:
+    """Draw and measure samples for each seed."""
     rows = []
     for seed in config.seeds:
         drawn = generate(
             loaded,
             config.sampler,
-            num=config.num if given is None else 1,
+            num=config.num if templates_NL is None else 1,
             seed=seed,
             batch_size=config.batch_size,
-            templates_PL=given,
+            templates_PL=templates_NL,
             precision=config.precision,
             progress=True,
         )
@@ -136,64 +142,42 @@ def _sample_quality(
 def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
     if config.data is not None:
         return Path(config.data)
-    kept = loaded.path / "config.yaml"
-    if not kept.is_file():
+    run_config = loaded.path / "config.yaml"
+    if not run_config.is_file():
         raise UserError(f"data is not set, and {loaded.path} does not name its data set; give data=DIRECTORY")
-    path = yaml.safe_load(kept.read_text())["data"]["path"]
+    path = yaml.safe_load(run_config.read_text())["data"]["path"]
     if path is None:
         raise UserError(f"data is not set, and {loaded.path} was trained on several data sets; give data=DIRECTORY")
     return Path(path)
 
 
-def _domain(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
-    found = domain_of(manifest)
-    if config.domain not in ("auto", found.name):
-        raise UserError(f"domain={config.domain}, but the model makes {found.name}; leave the key out")
+def _check_data(loaded: LoadedModel, root: Path) -> Manifest:
+    """Manifest of the data set at `root`. Raises UserError unless it has the model's tokenizer and length."""
+    manifest = check_dataset(root)
+    if manifest.tokenizer.sha256 != loaded.manifest.tokenizer.sha256:
+        raise UserError(
+            f"data={root} and {loaded.path} have different tokenizers; give the data set that the model was trained on"
+        )
+    if manifest.length != loaded.spec.length:
+        raise UserError(
+            f"data={root} has length {manifest.length}, but {loaded.path} has length {loaded.spec.length}; "
+            f"give the data set that the model was trained on, or prepare one with length={loaded.spec.length}"
+        )
+    return manifest
+
+
+def _load_reference(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
+    name = domain_of(manifest) if config.domain == "auto" else config.domain
+    keys = metrics_config(name, config.metrics)
     device = str(next(loaded.model.parameters()).device)
-    asked = Asked(
-        config.split, config.fcd, config.moses, config.scorer, config.mauve, config.inception, device, alone=True
-    )
-    return found(root, manifest, asked)
+    return load_domain(name)(root, manifest, keys, EvaluationSettings(config.split, device, exclusive=True))
 
 
 def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
-    """Another name for all that changes the result, so that no evaluation replaces another one."""
+    """Output file whose name contains a hash of all keys that change the result."""
     sampler = config.sampler
     kind = "" if sampler.kind == "ancestral" else sampler.kind
     steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
     settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     return path / "evaluations" / f"step{step}_{config.split}_{steps}_{digest}.json"
-
-
-def _as_dict(value: Nelbo) -> dict[str, float]:
-    return {**asdict(value), "perplexity": value.perplexity}
-
-
-def _print(result: dict[str, Any], domain: Domain) -> None:
-    table = Table(title=f"{result['model']} at step {result['step']:,}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    rows = result.get("samples", [])
-    shown = [m for m in domain.metrics if rows and None not in [row["metrics"].get(m.name) for row in rows]]
-    if any(metric.real() for metric in shown):
-        table.add_column("real data", justify="right")
-    for mode, nelbo in result.get("nelbo", {}).items():
-        table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
-    for name, modes in result.get("zero_shot", {}).items():
-        for mode, value in modes.items():
-            error = value["perplexity"] * value["nelbo"]["stderr"]
-            text = f"{value['perplexity']:.2f} ± {error:.2f} (standard error); {value['word_perplexity']:.2f} per word"
-            table.add_row(f"zero-shot perplexity of {name}, {mode}", text)
-    if rows:
-        for metric in shown:
-            interval = mean_interval([row["metrics"][metric.name] for row in rows])
-            real = [metric.real()] if len(table.columns) > 2 else []
-            table.add_row(metric.title, interval.text(metric.digits + 1, metric.scale), *real)
-        table.caption = "; ".join(dict.fromkeys(metric.protocol for metric in shown if metric.protocol)) or None
-        if "scorer" in rows[0]["metrics"]:
-            table.add_row("perplexity under", rows[0]["metrics"]["scorer"])
-            table.add_row("sampler precision", result["config"]["sampler"]["gumbel"])
-        table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}")
-        table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
-    Console().print(table)

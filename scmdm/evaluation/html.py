@@ -1,4 +1,4 @@
-"""Building blocks of a self-contained HTML page: everything inline, no script, light and dark."""
+"""Elements of a self-contained HTML page: inline images and style, no scripts, light and dark mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85r
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document."""
+    """A complete HTML document."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
     return (
@@ -32,34 +32,38 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def heading(text: str) -> str:
+    """A section heading."""
     return f"<h2>{escape(text)}</h2>"
 
 
 def paragraph(text: str, *, note: bool = False) -> str:
+    """A paragraph; with `note` in small grey type."""
     return f'<p class="note">{escape(text)}</p>' if note else f"<p>{escape(text)}</p>"
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """A bulleted list."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool = False) -> str:
-    """A table; with `group` a line is drawn above every row whose first cell differs from the one before."""
+    """A table; with `group`, a line separates rows with different first cells."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body, before = [], None
+    body, previous = [], None
     for row in rows:
-        mark = ' class="first"' if group and row[0] != before else ""
-        before = row[0]
+        mark = ' class="first"' if group and row[0] != previous else ""
+        previous = row[0]
         body.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG, embedded."""
+    """A figure with an embedded PNG file."""
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
     return f'<figure>{image}<figcaption class="note">{escape(caption)}</figcaption></figure>'
 
 
 def preformatted(text: str) -> str:
+    """Text in a fixed-width font, with its line breaks."""
     return f"<pre>{escape(text)}</pre>"

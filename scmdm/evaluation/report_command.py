@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from scmdm.errors import UserError
-from scmdm.evaluation.report import print_summary, run_report, study_report
+from scmdm.evaluation.run_report import run_report
+from scmdm.evaluation.study_report import print_summary, study_report
 
 
 def write_report(directory: Path, *, out: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Means with intervals, and paired differences with their uncertainty."""
+"""Confidence intervals of means, and of paired differences."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with a two-sided 95 % interval; `half_width` is nan for a single value."""
+    """A mean with a two-sided 95 % interval. `half_width` is nan for a single value."""
 
     mean: float
     half_width: float
     values: int
 
     def text(self, digits: int = 1, scale: float = 1.0) -> str:
-        """Such as `60.3 ± 0.8`."""
+        """Format as in `60.3 ± 0.8`."""
         if math.isnan(self.half_width):
             return f"{self.mean * scale:.{digits}f}"
         return f"{self.mean * scale:.{digits}f} ± {self.half_width * scale:.{digits}f}"
@@ -29,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a minus b, its 95 % interval (Student's t) and two-sided p value."""
+    """Mean of a - b, its 95 % interval (Student's t) and its two-sided p value."""
 
     mean: float
     low: float
@@ -38,7 +38,7 @@ class Difference:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean."""
+    """Mean of values with its interval from Student's t distribution."""
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Interval(mean, float("nan"), n)
@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
-    """Comparison of a and b measured in pairs (here: on the same sampling noise); None when no spread is known."""
+    """Mean difference of pairs (a, b) measured on the same noise; None if their spread is unknown or zero."""
     gaps = [a - b for a, b in pairs]
     if len(gaps) < 2 or np.ptp(gaps) == 0:
         return None

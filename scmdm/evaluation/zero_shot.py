@@ -1,4 +1,6 @@
-"""Perplexity of a model on texts that it was not trained on, prepared as its own data was.
+"""Zero-shot perplexity: likelihood of a model on texts that it was not trained on.
+
+Texts are tokenized and framed as the model's own data set.
 
 Legend: N sequences, L length.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.text import TextFolder, Units
+from data_prep.text import TextConfig, TextSource
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.framing import FRAMERS
 from scmdm.data.preparation.records import Tally
@@ -26,42 +28,47 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.training.validation import to_device
 
-_PART = 1 << 40  # whole files
+_PART_BYTES = 1 << 40  # whole files
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """`nelbo` is in nats per token of the model's tokenizer, over the sequences that were made of the texts."""
+    """Likelihood of texts under a model."""
 
-    nelbo: Nelbo
-    tokens_per_word: float  # of the texts, an end mark for each of them included
+    nelbo: Nelbo  # nats per token of the model's tokenizer
+    tokens_per_word: float  # of the texts, counting one [EOS] per text
 
     @property
     def perplexity(self) -> float:
-        """Per token; an upper bound."""
+        """Upper bound of the perplexity per token."""
         return self.nelbo.perplexity
 
     @property
     def word_perplexity(self) -> float:
-        """Per word between blanks, which does not depend on the tokenizer (Radford et al., 2019, section 3.1)."""
+        """Upper bound of the perplexity per whitespace-separated word.
+
+        Comparable between tokenizers (Radford et al., 2019, section 3.1).
+        """
         return math.exp(self.nelbo.mean * self.tokens_per_word)
 
 
 def read_texts(
     path: Path, *, keys: Sequence[str] = ("text",), unit: str = "documents", detokenize: str = "none"
 ) -> list[str]:
-    """The texts of a file or a folder, in any format that `scmdm prepare` takes. Raises UserError as it does."""
-    source, tally = TextFolder(path, keys, units=Units(unit, detokenize)), Tally()
-    found = [record.text for part in source.parts(_PART) for record in source.records(part, tally)]
+    """Read the texts of a file or folder, in the formats of the source `text`. Raises UserError if there are none."""
+    config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize)
+    source, tally = TextSource(config, length=0), Tally()
+    found = [record.text for part in source.parts(_PART_BYTES) for record in source.records(part, tally)]
     if not found:
-        raise UserError(f"{path} holds no usable text ({dict(tally.counts)}); give another file, or another key")
+        raise UserError(f"{path} contains no usable text ({dict(tally.counts)}); give another file, or another key")
     return [text for text in found if isinstance(text, str)]
 
 
 def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:
-    """Sequences (N, L) int64 of texts, framed and padded as the data set of `manifest` is; packed ones one by one.
+    """Tokenize, frame and pad texts as the data set of `manifest`; returns (N, L) int64.
 
-    Raises UserError when a text has a symbol that the vocabulary has not, or when nothing is left of the texts.
+    For a packed data set every text gets a sequence of its own. Raises UserError if a text contains a symbol outside
+    the vocabulary, or if all texts together are shorter than one block.
     """
     framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
     rows = [row for text in texts for row in framer.add(encode_text(tokenizer, text), None)]
@@ -84,7 +91,7 @@ def zero_shot(
     batch_size: int = 16,
     precision: str = "auto",
 ) -> ZeroShot:
-    """The NELBO of texts under a model, all of them that make whole sequences (MDLM, arXiv 2406.07524, section 5).
+    """Estimate the NELBO of texts under a model (MDLM, arXiv 2406.07524, section 5).
 
     `draws` and `condition` are those of `estimate_nelbo`. Raises UserError as `frame_texts` does.
     """
@@ -106,11 +113,11 @@ def zero_shot(
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text, without specials. UserError names the symbol that the vocabulary has not."""
+    """Ids of a text without special tokens. Raises UserError for a symbol outside the vocabulary."""
     try:
         return tokenizer.encode(text)
     except UnknownSymbol as error:
-        raise UserError(f"{text[:60]!r}: {error}; the model's vocabulary does not have it") from error
+        raise UserError(f"{text[:60]!r}: {error}; it is not in the model's vocabulary") from error
 
 
 def _batches(ids_NL: Tensor, manifest: Manifest, device: torch.device, size: int) -> Iterator[Sequences]:

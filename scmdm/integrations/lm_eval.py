@@ -1,11 +1,11 @@
-"""Evaluate scmdm models in EleutherAI's lm-evaluation-harness.
+"""Evaluation of scmdm models in EleutherAI's lm-evaluation-harness.
 
-`python -m scmdm.integrations.lm_eval` is its command line, extended by the model `scmdm`.
+`python -m scmdm.integrations.lm_eval` is the harness's command line with an additional model, `scmdm`.
 
-A sequence is `[BOS] context continuation`. What comes behind it, up to the length of the model, is unknown: masked, as
-it is to the samplers. `tail=none` ends it there, as LLaDA is evaluated.
+A sequence is `[BOS] context continuation tail`. The tail fills the sequence up to the model's length and is masked, as
+during sampling; with `tail=none` there is no tail, as in the evaluation of LLaDA.
 
-Legend: B sequences, L length.
+Legend: B batch, L length, K masked states of a continuation, N tokens of a continuation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scmdm.config.common import precision_key, seed_key, weights_key
+from scmdm.config.fields import key
+from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import OwnFraming
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
@@ -41,14 +44,27 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"{error}; pip install 'scmdm[lm-eval]'") from error
 
-_STATES = 32  # of each request, evaluated at once
-_SAMPLER: dict[str, Any] = {"kind": "confidence", "steps": 64}  # LLaDA's order
+_STATES = 32  # masked states per request in a batch
+_SAMPLER: dict[str, Any] = {"kind": "confidence", "steps": 64}  # LLaDA's order of tokens
+_WHERE = "in the arguments of the model scmdm"
 T = TypeVar("T")
+
+
+@dataclass
+class _Options:
+    """Arguments of the model, except for its path, its device and the keys of the sampler."""
+
+    draws: int = key(128, help="masked states per continuation", at_least=1, at_most=2**20)
+    tail: str = key("masked", help="positions after the continuation", choices=("masked", "none"))
+    seed: int = seed_key()
+    weights: str = weights_key()
+    precision: str = precision_key()
+    batch_size: int = key(1, help="requests in a batch", at_least=1, at_most=2**20)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a continuation that fits into a sequence."""
+    """Part of a continuation that fits into a sequence, with as much context as fits before it."""
 
     request: int
     context: list[int]
@@ -57,21 +73,34 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Prompt:
+    """Request for generated text."""
+
     request: int
     context: list[int]
-    room: int  # tokens behind it that are wanted
-    until: list[str]
+    room: int  # tokens to generate
+    until: list[str]  # strings that end the text
     sampler: SamplerConfig
-    key: int  # of the draws
+    draw_key: int  # of the random draws
 
 
 @register_model("scmdm")
 class MaskedDiffusionLM(TemplateLM):
-    """A run, checkpoint or export of ours, on one device.
+    """A scmdm model in the harness, on one device.
 
-    `draws`: states per continuation, all of them where there are no more. `carry` and the other keys of `sampler.*`
-    without that prefix: how to generate; `carry` says also whether likelihoods are conditioned. What a task asks for
-    (temperature, top_k, top_p) gives way to them. `batch_size`: requests at once. Raises UserError.
+    Args:
+        path: run directory, checkpoint or exported model.
+        draws: masked states per continuation in the Monte Carlo estimate of its likelihood. A continuation with no
+            more states than that is evaluated exactly.
+        tail: "masked" or "none"; see the module.
+        seed: seed of masked states and samples.
+        weights: "ema" or "raw".
+        precision: "auto", "float32" or "bfloat16".
+        batch_size: requests in a batch.
+        device: "cpu", "cuda" or None, for a GPU if there is one.
+        sampler: keys of `scmdm.config.sampling.SamplerConfig`. They take precedence over a task's temperature, top_k
+            and top_p. `carry` also decides whether likelihoods are conditioned on the model's own estimate.
+
+    Raises UserError for an impossible argument, and for a model that does not generate text.
     """
 
     def __init__(
@@ -88,34 +117,22 @@ class MaskedDiffusionLM(TemplateLM):
         **sampler: Any,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("tail", tail, ("masked", "none")),
-            ("weights", weights, ("ema", "raw")),
-            ("precision", precision, ("auto", "float32", "bfloat16")),
-        ):
-            if value not in choices:
-                raise UserError(f"{name}={value!r} is not possible; it must be one of {', '.join(choices)}")
-        # The harness's command line leaves it as text: it may also be "auto".
-        at_once = int(batch_size) if str(batch_size).isdigit() else batch_size
-        for name, number, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", at_once, 1)):
-            if not isinstance(number, int) or number < least:
-                raise UserError(f"{name}={number!r} is not possible; it must be a whole number, at least {least}")
-        known = [field.name for field in fields(SamplerConfig) if field.name not in ("label", "guidance")]
-        for name in sampler:
-            if name not in known:
-                raise UserError(
-                    f"{name} is no argument of the model scmdm; those of its sampler are {', '.join(known)}"
-                )
-        # The harness's command line asks for cuda:0 unless it is told otherwise, also where there is none.
-        asked = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
-        self._loaded = load(str(path), weights=weights, device=asked)
+        given = {"draws": draws, "tail": tail, "seed": seed, "weights": weights, "precision": precision}
+        options = read_config(_Options, {**given, "batch_size": batch_size}, _WHERE)
+        for name in ("label", "guidance"):
+            if name in sampler:
+                raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: leave it out")
+        # The harness's command line passes cuda:0 by default, even on machines without a GPU.
+        wanted = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
+        self._loaded = load(str(path), weights=options.weights, device=wanted)
         if isinstance(self._loaded.tokenizer, OwnFraming):
-            raise UserError(f"{path} makes {self._loaded.tokenizer.kind}, no text; give a model of text")
+            raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._given = sampler
         self._settings = self._sampler({}).settings(self._loaded.spec.model.self_conditioned)
-        self._draws, self._tail, self._seed, self._batch_size = draws, tail, seed, int(at_once)
+        self._draws, self._tail, self._seed = options.draws, options.tail, options.seed
+        self._batch_size = options.batch_size
         self._device = next(self._loaded.model.parameters()).device
-        self._precision = resolve_precision(precision, self._device)
+        self._precision = resolve_precision(options.precision, self._device)
 
     @property
     def eot_token_id(self) -> int:
@@ -127,11 +144,11 @@ class MaskedDiffusionLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a sequence behind [BOS]."""
+        """Tokens of a sequence after [BOS]."""
         return self._loaded.spec.length - 1
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text. No text spells a special token, and [BOS] comes with the sequence."""
+        """Ids of a text, without special tokens: [BOS] is added to the sequence later."""
         return encode_text(self._loaded.tokenizer, string)
 
     def _loglikelihood_tokens(
@@ -149,7 +166,7 @@ class MaskedDiffusionLM(TemplateLM):
         return list(zip(totals, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts behind [BOS]."""
+        """Log-likelihoods of whole texts, without context."""
         pieces = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -161,7 +178,7 @@ class MaskedDiffusionLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the strings that a task names, drawn by the sampler."""
+        """Continuations drawn by the sampler, up to the first of the strings in `until`."""
         seen: Counter[str] = Counter()
         prompts = []
         for number, request in enumerate(requests):
@@ -176,19 +193,18 @@ class MaskedDiffusionLM(TemplateLM):
 
     def _sampler(self, asked: dict[str, Any]) -> SamplerConfig:
         wanted = {"temperature": asked.get("temperature", 0.0), "top_p": asked.get("top_p", 1.0)}
-        config = SamplerConfig(**{**_SAMPLER, **wanted, "top_k": asked.get("top_k") or None, **self._given})
-        config.validate()
-        return config
+        keys = {**_SAMPLER, **wanted, "top_k": asked.get("top_k") or None, **self._given}
+        return read_config(SamplerConfig, keys, _WHERE)
 
     def _prompt(self, number: int, context: str, asked: Any, repeat: int) -> _Prompt:
-        """A context is cut from the left; at most half of a sequence is kept free for what follows it."""
+        """Make a request. At most half of a sequence is left for generated text; a long context is cut on the left."""
         ids = self.tok_encode(context)
         room = min(asked["max_gen_toks"], self._loaded.spec.length // 2)
         ids = ids[max(0, len(ids) - (self.max_length - room)) :]
         return _Prompt(number, ids, room, asked["until"], self._sampler(asked), _key(ids, repeat))
 
     def _groups(self, items: Sequence[T], alike: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
-        """Items that are alike, so many as there are requests at once."""
+        """Batches of items for which `alike` gives the same value."""
         with tqdm(total=len(items), disable=quiet) as bar:
             for _, same in itertools.groupby(sorted(items, key=alike), alike):
                 while group := list(itertools.islice(same, self._batch_size)):
@@ -196,7 +212,7 @@ class MaskedDiffusionLM(TemplateLM):
                     bar.update(len(group))
 
     def _row(self, ids: list[int], masks: int = 0) -> tuple[Tensor, Tensor]:
-        """`[BOS] ids`, masks, and the tail, (L,); and which positions are the tail's."""
+        """Sequence (L,) of [BOS], ids, masks and tail; and whether a position (L,) belongs to the tail."""
         tokenizer = self._loaded.tokenizer
         row = torch.tensor([tokenizer.bos_id, *ids, *[tokenizer.mask_id] * masks])
         rest = self._loaded.spec.length - len(row) if self._tail == "masked" else 0
@@ -207,9 +223,9 @@ class MaskedDiffusionLM(TemplateLM):
         return compute_context(self._device, self._precision)
 
     def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Of each state the sequence, what is masked, what of that counts, and the weight: see `masked_states`."""
-        key = _key(piece.context, *piece.ids)
-        states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=key)
+        """Tokens, masked positions and counted positions (K, L), masked fractions and weights (K,) of all states."""
+        draw_key = _key(piece.context, *piece.ids)
+        states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=draw_key)
         row, tail = self._row([*piece.context, *piece.ids])
         counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
         counted[:, 1 + len(piece.context) : 1 + len(piece.context) + len(piece.ids)] = states.masked_KN
@@ -217,7 +233,7 @@ class MaskedDiffusionLM(TemplateLM):
         return row.expand(len(counted), -1), counted | tail, counted, share, states.weight_K
 
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
-        """The bound of each piece, in nats."""
+        """Upper bound of each piece's negative log-likelihood, in nats."""
         parts = [self._states(piece) for piece in group]
         *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         found = []
@@ -235,6 +251,7 @@ class MaskedDiffusionLM(TemplateLM):
         return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
+        """Whether greedy decoding gives each piece."""
         rows, asked, tails = [], [], []
         for piece in group:
             row, tail = self._row([*piece.context, *piece.ids])
@@ -252,6 +269,7 @@ class MaskedDiffusionLM(TemplateLM):
         return [bool(agrees) for agrees in agrees_B]
 
     def _generate(self, group: Sequence[_Prompt]) -> list[str]:
+        """Generated text of each prompt."""
         spec, tokenizer = self._loaded.spec, self._loaded.tokenizer
         templates = []
         for prompt in group:
@@ -263,7 +281,7 @@ class MaskedDiffusionLM(TemplateLM):
             drawn = sample(
                 self._loaded.model,
                 templates_BL.to(self._device),
-                torch.tensor([prompt.key for prompt in group], device=self._device),
+                torch.tensor([prompt.draw_key for prompt in group], device=self._device),
                 schedule=spec.schedule,
                 settings=group[0].sampler.settings(spec.model.self_conditioned),
                 mask_id=spec.mask_id,
@@ -278,9 +296,9 @@ class MaskedDiffusionLM(TemplateLM):
 
 
 def windows(context: list[int], continuation: list[int], size: int) -> list[tuple[list[int], list[int]]]:
-    """Pairs of context and continuation, at most `size` ids together: what is too long is cut from the context's left.
+    """Split a continuation into pieces of at most `size` ids, each with the ids before it as its context.
 
-    A continuation that is too long is cut into pieces, each behind as much of what precedes it as there is room for.
+    Context and piece together have at most `size` ids; a longer context is cut on the left.
     """
     found, known = [], list(context)
     for at in range(0, len(continuation), size):
@@ -295,17 +313,20 @@ def _length(piece: _Piece) -> int:
 
 
 def _key(context: list[int], *more: int) -> int:
-    """What keys the draws of a request, whatever is asked beside it. 40 bits: samplers multiply it by a length."""
+    """Key of a request's random draws, which does not depend on other requests.
+
+    It has 40 bits, because samplers multiply it by a length.
+    """
     return int.from_bytes(hashlib.sha256(repr((context, more)).encode()).digest()[:5], "little")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """What comes before the first of the strings."""
+    """Cut a text before the first of the strings in it."""
     return text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
 
 
 def main() -> int:
-    """The harness's command line; returns the exit status."""
+    """Run the harness's command line; returns the exit status."""
     try:
         cli_evaluate()
     except UserError as error:

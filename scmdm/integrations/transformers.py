@@ -1,7 +1,7 @@
 """Register scmdm models with `transformers`.
 
-After `import scmdm.integrations.transformers`, `AutoModel.from_pretrained` reads directories that `scmdm export RUN OUT
-format=hub` or `save_pretrained` wrote.
+After `import scmdm.integrations.transformers`, `AutoModel.from_pretrained` opens directories written by `scmdm export
+RUN OUT format=hub` or by `save_pretrained`.
 
 Legend: B batch, L length, D width, V vocabulary with the mask.
 """
@@ -25,7 +25,7 @@ from scmdm.models.rotary import Rotary
 
 
 class MaskedDiffusionConfig(PretrainedConfig):
-    """`spec` is a `ModelSpec` as `asdict` gives it."""
+    """Configuration with one field: `spec`, the `dataclasses.asdict` of a `ModelSpec`."""
 
     model_type = HUB_TYPE
 
@@ -36,14 +36,14 @@ class MaskedDiffusionConfig(PretrainedConfig):
 
 @dataclass
 class Prediction(ModelOutput):
-    """What one denoiser evaluation predicts."""
+    """Output of one denoiser evaluation."""
 
-    logits: Tensor | None = None  # (B, L, V) float32, minus infinity at the mask
-    estimate: Tensor | None = None  # (B, L, D): `p @ E` where masked, elsewhere the token's embedding
+    logits: Tensor | None = None  # (B, L, V) float32, minus infinity at the mask id
+    estimate: Tensor | None = None  # (B, L, D): `p @ E` at masked positions, else the token's embedding
 
 
 class MaskedDiffusion(PreTrainedModel):
-    """A denoiser, self-conditioned or not."""
+    """A masked diffusion model, self-conditioned or not."""
 
     config_class = MaskedDiffusionConfig  # type: ignore[assignment]
     base_model_prefix = "network"
@@ -57,13 +57,13 @@ class MaskedDiffusion(PreTrainedModel):
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> MaskedDiffusion:
-        """From what `scmdm.load` returns; the weights are shared."""
+        """Wrap a model returned by `scmdm.load`; the weights are shared."""
         model = cls(MaskedDiffusionConfig(asdict(loaded.spec)))
         model.network = loaded.model
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of modules with nothing in the file: the rotary tables are computed."""
+        """Compute the rotary tables, which are not stored in files."""
         if isinstance(module, Rotary):
             module.reset_parameters()
 
@@ -74,11 +74,15 @@ class MaskedDiffusion(PreTrainedModel):
         t: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Prediction:
-        """Predict the clean tokens of a state (B, L) int64, given the last `estimate`, or none (null).
+        """Predict the clean tokens of partly masked sequences.
 
-        `t` (B,) float64 is the noise level, for models with time conditioning; by default the share of masks.
-        `labels` (B,) int64 are the sequences' classes, for models that know them (-1: none).
-        Logits are of all positions: at those that are not masked the token itself is certain, whatever they say.
+        Args:
+            input_ids: tokens (B, L) int64, with the mask id at masked positions.
+            estimate: `Prediction.estimate` of the previous step (B, L, D); None: no conditioning.
+            t: time (B,) float64, for models with time conditioning; by default the fraction of masked positions.
+            labels: classes (B,) int64, for models with labels; -1: no label.
+
+        The logits at positions that are not masked carry no meaning: a token that is not masked stays as it is.
         """
         t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
@@ -93,7 +97,10 @@ class MaskedDiffusion(PreTrainedModel):
         seed: int = 0,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Fill the masked positions of `input_ids` (B, L) as `scmdm sample` does, row by row, each for its label."""
+        """Fill the masked positions of `input_ids` (B, L) int64, as `scmdm sample` does; returns tokens (B, L).
+
+        By default: ancestral sampling with one step per position. `labels` (B,) int64 are as in `forward`.
+        """
         carry = self.spec.model.self_conditioned
         return sample(
             self.network,

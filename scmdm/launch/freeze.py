@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from data_prep import make_source
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.data.preparation.shard_writer import check_place
+from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
 from scmdm.observability.environment import REVISION_FILE, git_revision
 from scmdm.system.files import atomic_write_text

@@ -25,7 +25,7 @@ from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.loading import flatten
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import remote_of
-from scmdm.data.mixture import Data, Source
+from scmdm.data.mixture import DataMixture, DataStream
 from scmdm.data.mosaic_streaming import bytes_to_int
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel
@@ -99,7 +99,7 @@ class PreflightReport:
 
 def run_preflight(
     config: RunConfig,
-    data: Data,
+    data: DataMixture,
     spec: ModelSpec,
     base: StoredModel | None,
     directory: Path,
@@ -134,7 +134,7 @@ def run_preflight(
 
 def collect(
     config: RunConfig,
-    data: Data,
+    data: DataMixture,
     spec: ModelSpec,
     base: StoredModel | None,
     directory: Path,
@@ -243,7 +243,7 @@ def _configuration(config: RunConfig) -> dict[str, str]:
     return {key: str(value) for key, value in flat.items() if key not in local}
 
 
-def _inputs(data: Data, base: StoredModel | None) -> dict[str, str]:
+def _inputs(data: DataMixture, base: StoredModel | None) -> dict[str, str]:
     found = {"the data": data.manifest.fingerprint()}
     return found if base is None else {**found, "the base": sha256_of_model(base.path)}
 
@@ -270,8 +270,8 @@ def _run_disks(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[
     yield from _disk("run_dir", directory, size, size * max(1, missing), remedy)
 
 
-def _machine_disks(config: RunConfig, data: Data) -> Iterator[DiskSpace]:
-    for source in data.sources:
+def _machine_disks(config: RunConfig, data: DataMixture) -> Iterator[DiskSpace]:
+    for source in data.streams:
         if remote_of(source.root) is not None:
             needed, wanted = _cache_needs(config, source)
             remedy = "free space, set data.cache_limit, or put the cache on another disk"
@@ -280,7 +280,7 @@ def _machine_disks(config: RunConfig, data: Data) -> Iterator[DiskSpace]:
     yield from _disk("shared memory", Path("/dev/shm"), _SHM_NEEDED, _SHM_WANTED, remedy)
 
 
-def _cache_needs(config: RunConfig, source: Source) -> tuple[int, int]:
+def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
     """Bytes of the largest shard that is not cached yet, and of all such shards."""
     files = [file for split in source.manifest.splits.values() for file in split.files]
     missing = [file.bytes for file in files if not (source.root / file.file).is_file()]

@@ -56,9 +56,9 @@ def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:
 
 
 def _draw(path: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
-    from scmdm.domains.registry import DOMAINS, domain_name
+    from scmdm.domains.registry import domain_of_tokenizer, load_domain
 
-    if DOMAINS[domain_name(tokenizer.kind)].draw(rows, tokenizer, path) is None:
+    if load_domain(domain_of_tokenizer(tokenizer.kind)).draw(rows, tokenizer, path) is None:
         raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
 
 

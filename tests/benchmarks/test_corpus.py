@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.loader import read_batches, write
 from benchmarks.preparation import options, train_tokenizer, write_text
+from scmdm.config.loading import load_config
 from scmdm.config.preparation import PrepareConfig
 from scmdm.data.loader import read_split
 from scmdm.data.preparation.prepare import prepare
@@ -30,7 +31,8 @@ def test_both_preparations_make_the_same_stream_of_tokens(tmp_path):
     """Ours puts marks around each block and holds the last lines out; what is between the marks is the stream."""
     text = write_text(tmp_path / "text.txt", 60_000)
     tokenizer = train_tokenizer(text, tmp_path / "tokenizer.json")
-    prepare(PrepareConfig(**options(text, tokenizer, tmp_path / "ours", 1, length=66)))
+    keys = [f"{key}={value}" for key, value in options(text, tokenizer, tmp_path / "ours", 1, length=66).items()]
+    prepare(load_config(PrepareConfig, None, keys))
     theirs = np.array(corpus.tokenize(text, tokenizer, tmp_path / "theirs", 64)["tokens"]).ravel()
     ours = read_split(tmp_path / "ours", "train")[:, 1:-1].ravel()
     assert len(ours) > 0.85 * len(theirs) > 5_000

@@ -173,7 +173,13 @@ def test_an_adaptation_of_another_vocabulary_is_refused(base, tmp_path, empty_ya
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.txt").write_text("\n\n".join(f"Paragraph {i} of some plain text. " * 30 for i in range(300)))
-    config = ["source=text", f"path={text}", "tokenizer=characters", "length=24", f"out={tmp_path / 'data'}"]
+    config = [
+        "source.name=text",
+        f"source.path={text}",
+        "tokenizer.name=characters",
+        "length=24",
+        f"out={tmp_path / 'data'}",
+    ]
     assert main(["prepare", str(empty_yaml), *config]) == 0
     keys = [f"run_dir={tmp_path / 'run'}", f"base={base}", f"data.path={tmp_path / 'data'}", "train.steps=2", *ADAPTED]
     assert main(["adapt", str(empty_yaml), *keys, "self_conditioning.rate=1"]) == 1

@@ -40,6 +40,6 @@ def test_a_model_is_not_measured_on_another_length(base, longer, capsys):
 
 
 def test_another_tokenizer_is_refused(base, tmp_path, empty_yaml, capsys):
-    assert prepare_qm9(tmp_path / "selfies", "tokenizer=selfies") == 0
+    assert prepare_qm9(tmp_path / "selfies", "tokenizer.name=selfies") == 0
     assert adapt(empty_yaml, base, tmp_path / "selfies", tmp_path / "run") != 0
     assert "prepare the data with the base's tokenizer" in capsys.readouterr().err

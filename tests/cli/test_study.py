@@ -53,7 +53,6 @@ def write_study(tmp_path, molecules, base):
         "sampling_seeds": [0, 1],
         "num": 32,
         "nelbo_samples": 32,
-        "fcd": False,
         "base_overrides": [*TINY, "train.steps=6"],
         "overrides": [*ADAPTED, "train.steps=30"],
     }
@@ -146,7 +145,15 @@ def test_a_mistake_in_a_worker_ends_the_study_in_one_line(study):
     assert errors.count("\n") == 1 and "model.width=48, but the base has 32" in errors
 
 
-@pytest.mark.parametrize(("key", "told"), [("split=nope", "no split 'nope'"), ("scorer=/nope", "no config.json")])
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("split=nope", "no split 'nope'"),
+        ("metrics.scorer=/nope", "unknown key `scorer`"),
+        ("metrics.fcd=maybe", "fcd='maybe'"),
+        ("fcd=true", "metrics.fcd"),
+    ],
+)
 def test_what_cannot_be_measured_is_told_before_anything_is_trained(tmp_path, molecules, base, capsys, key, told):
     path, out = write_study(tmp_path, molecules, base)
     assert main(["study", str(path), key]) != 0

@@ -142,15 +142,15 @@ def test_an_adapted_model_is_restored_from_its_export(tmp_path, empty_yaml):
     assert main(["import", str(source), str(base)]) == 0
     text = write_texts(tmp_path / "text.jsonl")
     keys = [
-        "source=text",
-        f"path={text}",
-        "tokenizer=huggingface",
+        "source.name=text",
+        f"source.path={text}",
+        "tokenizer.name=huggingface",
         "framing=concatenate",
         "validation_fraction=0.1",
         "test_fraction=0.1",
         f"length={LENGTH}",
     ]
-    keys += [f"tokenizer_path={base}/tokenizer.json", f"out={tmp_path / 'data'}"]
+    keys += [f"tokenizer.path={base}/tokenizer.json", f"out={tmp_path / 'data'}"]
     assert main(["prepare", str(empty_yaml), *keys]) == 0
     run = [f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'data'}", "self_conditioning.rate=1"]
     small = ["train.steps=3", "train.global_batch_size=8", "train.micro_batch_size=8"]

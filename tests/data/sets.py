@@ -5,7 +5,7 @@ import random
 
 from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.preparation.splits import leading_bits, split_of_hash
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 
 SPLITS = ("train", "validation", "test")
 
@@ -14,7 +14,7 @@ def write_texts(
     root, samples, *, seed=0, length=8, shard_bytes=2000, symbols="abcdefgh", pad_policy="loss", bos_policy="given"
 ):
     """Framed random texts: `samples` for training, a fifth of that for validation and for test."""
-    tokenizer, dice = SymbolTokenizer("characters", symbols), random.Random(seed)
+    tokenizer, dice = CharacterTokenizer(symbols), random.Random(seed)
 
     def text():
         return [1, *(4 + dice.randrange(len(symbols)) for _ in range(dice.randint(1, length - 2))), 2]

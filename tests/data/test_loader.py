@@ -15,15 +15,15 @@ import torch
 
 from scmdm.data.dataset import COLUMN
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.data.preparation.shard_writer import Description, write_dataset
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
 
 
 def loader(root, split="train", **options):
     return build_loader(
-        Data.at(root), split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options}
+        DataMixture.at(root), split, **{"batch_size": 32, "shuffle": True, "seed": 3, "drop_last": True, **options}
     )
 
 
@@ -84,7 +84,7 @@ def test_reading_a_damaged_split_names_it(molecules, tmp_path):
 
 
 def test_rows_of_a_split_over_several_shards(tmp_path):
-    tokenizer = SymbolTokenizer("characters", "abcdefgh")
+    tokenizer = CharacterTokenizer("abcdefgh")
     texts = {name: [[4 + (i * k) % 8 for k in range(6)] for i in range(500)] for name in ("train", "validation")}
     write_dataset(tmp_path / "data", tokenizer, texts, Description("x", 8, "loss", "given", {}), shard_bytes=2000)
     whole = read_split(tmp_path / "data", "train")
@@ -142,9 +142,9 @@ def test_epochs_go_on_and_on(molecules):
 @pytest.mark.slow
 def test_runs_that_start_together(molecules):
     code = "import sys; from pathlib import Path; from scmdm.data.loader import _construction_lock, build_loader\n"
-    code += "from scmdm.data.mixture import Data\n"
+    code += "from scmdm.data.mixture import DataMixture\n"
     code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
-    code += "for _ in range(8): print(sum(1 for _ in build_loader(Data.at(Path(sys.argv[1])), 'train', **args)))"
+    code += "for _ in range(8): print(sum(1 for _ in build_loader(DataMixture.at(Path(sys.argv[1])), 'train', **args)))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(molecules)]
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]

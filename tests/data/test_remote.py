@@ -247,7 +247,8 @@ def test_prepare_uploads(s3, tmp_path, capsys):
         (tmp_path / "corpus" / f"{number}.txt").write_text(f"text number {number} of many\n")
     config = tmp_path / "prepare.yaml"
     config.write_text(
-        f"source: text\npath: {tmp_path / 'corpus'}\nout: {tmp_path / 'data'}\ntokenizer: characters\nlength: 32\n"
+        f"source: {{name: text, path: {tmp_path / 'corpus'}}}\nout: {tmp_path / 'data'}\n"
+        "tokenizer: {name: characters}\nlength: 32\n"
         "validation_fraction: 0.2\ntest_fraction: 0.2\n"
     )
     assert main(["prepare", str(config), "upload=s3://no-such-bucket/x"]) == 1

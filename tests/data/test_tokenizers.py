@@ -7,13 +7,12 @@ from rdkit import Chem
 
 from scmdm.data.tokenizers import (
     SPECIALS,
+    CharacterTokenizer,
     SentencePieceTokenizer,
-    SymbolTokenizer,
+    SmilesTokenizer,
     UnknownSymbol,
     is_framed,
     load_tokenizer,
-    make_tokenizer,
-    symbols_of,
 )
 from scmdm.errors import UserError
 
@@ -24,8 +23,7 @@ PIECES = st.sampled_from(
 
 
 def fitted(kind, corpus):
-    symbols = {symbol for text in corpus for symbol in symbols_of(kind, text)}
-    return make_tokenizer(kind, symbols=symbols, sample=corpus, vocab_size=300)
+    return kind(sorted({symbol for text in corpus for symbol in kind.split(text)}))
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +34,25 @@ def pieces():
 @given(st.lists(PIECES, min_size=1, max_size=40))
 def test_smiles_split_into_their_pieces(parts):
     text = "".join(parts)
-    assert list(symbols_of("smiles", text)) == parts
-    tokenizer = fitted("smiles", [text])
+    assert SmilesTokenizer.split(text) == parts
+    tokenizer = fitted(SmilesTokenizer, [text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_smiles_of_a_real_molecule():
     text = Chem.MolToSmiles(Chem.MolFromSmiles("C[C@H](Br)c1cc[nH]c1Cl"))
-    assert "Br" in list(symbols_of("smiles", text)) and "[nH]" in list(symbols_of("smiles", text))
+    assert "Br" in SmilesTokenizer.split(text) and "[nH]" in SmilesTokenizer.split(text)
 
 
 @pytest.mark.parametrize("text", ["C C", "CXy", "[unclosed", "C\n"])
 def test_what_is_not_smiles_is_refused(text):
     with pytest.raises(UnknownSymbol):
-        list(symbols_of("smiles", text))
+        SmilesTokenizer.split(text)
 
 
 @given(st.text(max_size=80))
 def test_characters_round_trip(text):
-    tokenizer = fitted("characters", [text])
+    tokenizer = fitted(CharacterTokenizer, [text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -70,7 +68,7 @@ def test_sentencepiece_keeps_spaces_and_lines(pieces):
 
 
 def test_the_mask_cannot_be_typed(pieces):
-    for tokenizer in (pieces, fitted("characters", [*CORPUS, "[]MASKPDBOE"])):
+    for tokenizer in (pieces, fitted(CharacterTokenizer, [*CORPUS, "[]MASKPDBOE"])):
         ids = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
         assert len(ids) == 4
         for special in SPECIALS:
@@ -78,7 +76,7 @@ def test_the_mask_cannot_be_typed(pieces):
 
 
 def test_decoding_stops_at_the_end_mark():
-    t = SymbolTokenizer("smiles", ["C", "N"])
+    t = SmilesTokenizer(["C", "N"])
     c, n = t.encode("CN")
     assert t.decode([t.bos_id, c, n, t.mask_id, c, t.eos_id, n, n, t.pad_id]) == "CNC"
     assert t.tokens([t.bos_id, c, t.mask_id]) == ["[BOS]", "C", "[MASK]"]
@@ -87,7 +85,7 @@ def test_decoding_stops_at_the_end_mark():
 
 
 def test_files(tmp_path, pieces):
-    for tokenizer in (pieces, fitted("characters", CORPUS)):
+    for tokenizer in (pieces, fitted(CharacterTokenizer, CORPUS)):
         again = load_tokenizer(tokenizer.save(tmp_path))
         assert again.kind == tokenizer.kind and again.vocab_size == tokenizer.vocab_size
         assert again.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
@@ -125,5 +123,5 @@ def test_sentencepiece_training_is_deterministic_and_says_what_does_not_fit(piec
     ],
 )
 def test_framing(pieces, framed):
-    tokenizer = SymbolTokenizer("smiles", ["C"])
+    tokenizer = SmilesTokenizer(["C"])
     assert is_framed(["_^$?C".index(piece) for piece in pieces], tokenizer) is framed

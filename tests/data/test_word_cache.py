@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmdm.data.tokenizers.word_cache import _MOST, WordEncoder, words_are_apart
+from scmdm.data.tokenizers.word_cache import _MOST, WordEncoder, splits_at_white_space
 from tests.data.preparation.test_source_huggingface import byte_pairs
 
 PIPELINE = byte_pairs()
@@ -59,4 +59,4 @@ def changed(**parts):
     ],
 )
 def test_only_pipelines_that_are_known_to_cut_before_words(pipeline, apart):
-    assert words_are_apart(pipeline) == apart
+    assert splits_at_white_space(pipeline) == apart

@@ -17,15 +17,15 @@ def test_an_imported_model_adapts_on_two_ranks_as_on_one(tmp_path, empty_yaml):
     base, data, text = tmp_path / "base", tmp_path / "data", write_texts(tmp_path / "text.jsonl")
     assert main(["import", str(tmp_path / "there"), str(base), "length=16", "bos_policy=given"]) == 0
     keys = [
-        "source=text",
-        f"path={text}",
-        "tokenizer=huggingface",
+        "source.name=text",
+        f"source.path={text}",
+        "tokenizer.name=huggingface",
         "framing=concatenate",
         "validation_fraction=0.1",
         "test_fraction=0.1",
         "length=16",
     ]
-    keys += [f"tokenizer_path={base}/tokenizer.json", f"out={data}"]
+    keys += [f"tokenizer.path={base}/tokenizer.json", f"out={data}"]
     assert main(["prepare", str(empty_yaml), *keys]) == 0
     fixed = [f"base={base}", f"data.path={data}", *ADAPTED, "self_conditioning.rate=1", f"train.steps={STEPS}"]
     fixed += ["precision=float32", "train.global_batch_size=8", "optimizer.lr=1e-3"]

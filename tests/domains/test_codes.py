@@ -7,14 +7,21 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from scmdm.cli import main
-from scmdm.domains.codes.code_quality import CodeReference, distance, evaluate_codes, pairs, usage
+from scmdm.domains.codes.metrics import CodeReference, code_counts, count_distance, evaluate_codes, pair_counts
 
-KEYS = ["source=codes", "tokenizer=codes", "length=13", "levels=9", "validation_fraction=0.2", "test_fraction=0.2"]
+KEYS = [
+    "source.name=codes",
+    "tokenizer.name=codes",
+    "length=13",
+    "source.levels=9",
+    "validation_fraction=0.2",
+    "test_fraction=0.2",
+]
 
 
 def test_pairs_by_hand():
     codes = np.array([[[0, 1, 1], [2, 0, 1]]])
-    outcomes, counts = pairs(codes, 3)
+    outcomes, counts = pair_counts(codes, 3)
     found = dict(zip(outcomes.tolist(), counts.tolist(), strict=True))
     beside = {(0, 1): 2, (1, 1): 1, (2, 0): 1}
     below = {(0, 2): 1, (1, 0): 1, (1, 1): 1}
@@ -26,9 +33,12 @@ def test_distances_are_scipys_jensenshannon():
     dice = np.random.default_rng(0)
     a, b = dice.integers(0, 6, (20, 3, 4)), dice.integers(2, 9, (30, 3, 4))
     p, q = (np.bincount(x.ravel(), minlength=9) for x in (a, b))
-    assert distance(usage(a), usage(b)) == pytest.approx(jensenshannon(p, q))
-    assert distance(usage(a), usage(a)) == 0 and distance(usage(a), usage(a[:0])) is None
-    assert distance(pairs(a, 9), pairs(a + 20, 9)) == pytest.approx(np.sqrt(np.log(2)))
+    assert count_distance(code_counts(a), code_counts(b)) == pytest.approx(jensenshannon(p, q))
+    assert (
+        count_distance(code_counts(a), code_counts(a)) == 0
+        and count_distance(code_counts(a), code_counts(a[:0])) is None
+    )
+    assert count_distance(pair_counts(a, 9), pair_counts(a + 20, 9)) == pytest.approx(np.sqrt(np.log(2)))
 
 
 def test_metrics_of_a_few_samples():
@@ -55,7 +65,7 @@ def test_from_codes_to_codes(tmp_path, capsys, shape):
     (tmp_path / "empty.yaml").write_text("{}")
     data, run = tmp_path / "data", tmp_path / "run"
     empty = str(tmp_path / "empty.yaml")
-    assert main(["prepare", empty, *KEYS, f"path={tmp_path / 'codes.npy'}", f"out={data}", "workers=1"]) == 0
+    assert main(["prepare", empty, *KEYS, f"source.path={tmp_path / 'codes.npy'}", f"out={data}", "workers=1"]) == 0
     model = ["model.width=16", "model.layers=1", "model.heads=2", "model.condition_width=8"]
     train = ["train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16"]
     assert main(["train", empty, f"data.path={data}", f"run_dir={run}", *model, *train]) == 0

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from scmdm.domains.genomes import spectra
-from scmdm.domains.genomes.spectra import (
+from scmdm.domains.genomes import metrics
+from scmdm.domains.genomes.figures import genome_figure
+from scmdm.domains.genomes.metrics import (
     GenomeReference,
     Spectrum,
     evaluate_genomes,
@@ -18,7 +19,6 @@ from scmdm.domains.genomes.spectra import (
     kmer_counts,
 )
 from scmdm.domains.jensen_shannon import JensenShannon
-from scmdm.evaluation.figures import genome_figure
 
 DNA = st.lists(st.text("ACGTN", max_size=12), max_size=6)
 COUNTS = st.lists(st.integers(0, 10**6), min_size=5, max_size=5).map(np.array)
@@ -35,7 +35,7 @@ def test_kmers_by_enumeration(sequences, k, at_once):
     found = [s[i : i + k] for s in sequences for i in range(len(s) - k + 1)]
     every = ["".join(letters) for letters in itertools.product("ACGT", repeat=k)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectra, "_LETTERS_AT_ONCE", at_once)
+        patch.setattr(metrics, "_LETTERS_AT_ONCE", at_once)
         counts = kmer_counts(sequences, k)
     assert counts.tolist() == [found.count(kmer) for kmer in every]
 

@@ -13,19 +13,20 @@ from safetensors.torch import save_file
 
 from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest
-from scmdm.data.preparation.shard_writer import Description, Row, join_pieces, write_piece
-from scmdm.data.tokenizers import Layout, LevelTokenizer, SymbolTokenizer
+from scmdm.data.preparation.framing import FramedSequence
+from scmdm.data.preparation.shard_writer import Description, join_pieces, write_piece
+from scmdm.data.tokenizers import CharacterTokenizer, GridLayout, LevelTokenizer
 from scmdm.domains.frechet import Moments, frechet_distance
 from scmdm.domains.images import classifier
 from scmdm.domains.images.classifier import ClassifierKey, classify, train_classifier, trained_classifier
-from scmdm.domains.images.image_quality import (
+from scmdm.domains.images.figures import image_grid
+from scmdm.domains.images.inception import activations, check_inception, load_inception
+from scmdm.domains.images.metrics import (
     ImageReference,
     InceptionReference,
-    draw_pictures,
     evaluate_images,
     nearest_distances,
 )
-from scmdm.domains.images.inception import activations, check_inception, load_inception
 from scmdm.errors import UserError
 
 POSITIVE = st.lists(st.floats(0.0, 9.0), min_size=3, max_size=3)
@@ -74,8 +75,8 @@ def test_frechet_distance_of_few_samples_is_finite_and_zero_on_itself():
     assert frechet_distance(a, b) > 1
 
 
-LAYOUT = Layout(8, 8, 1, 4)
-TOKENIZER = LevelTokenizer("levels", LAYOUT)
+LAYOUT = GridLayout(8, 8, 1, 4)
+TOKENIZER = LevelTokenizer(LAYOUT)
 
 
 def bars(number, seed):
@@ -98,7 +99,7 @@ def write_bars(root, *, labels=("standing", "lying"), flips=False):
     def rows():
         for split, (ids_NL, labels_N) in sets.items():
             for ids, label in zip(ids_NL.tolist(), labels_N.tolist(), strict=True):
-                yield split, Row(ids, label if labels else None)
+                yield split, FramedSequence(ids, label if labels else None)
 
     write_piece(root.parent / "piece", rows(), TOKENIZER, description, 1 << 20)
     join_pieces(root, [root.parent / "piece"], list(sets), TOKENIZER, description)
@@ -184,11 +185,11 @@ def test_mirror_images_are_no_reference(tmp_path):
 
 
 def test_text_is_no_picture(tmp_path):
-    tokenizer = SymbolTokenizer("characters", "ab")
+    tokenizer = CharacterTokenizer("ab")
     description = Description("text", 4, "loss", "given", {})
-    write_piece(tmp_path / "piece", [("train", Row([1, 4, 2]))], tokenizer, description, 1 << 20)
+    write_piece(tmp_path / "piece", [("train", FramedSequence([1, 4, 2]))], tokenizer, description, 1 << 20)
     join_pieces(tmp_path / "data", [tmp_path / "piece"], ["train"], tokenizer, description)
-    with pytest.raises(UserError, match="holds characters, not pictures"):
+    with pytest.raises(UserError, match="has the tokenizer characters, not levels"):
         ImageReference.make(tmp_path / "data", "train", work=tmp_path)
 
 
@@ -228,7 +229,7 @@ def test_a_damaged_classifier_is_refused(dataset, tmp_path, monkeypatch, damage,
         trained_classifier(TOKENIZER.pictures(ids_NL), labels_N, key, tmp_path)
     key.file(tmp_path).unlink()
     trained_classifier(TOKENIZER.pictures(ids_NL), labels_N, key, tmp_path)
-    with pytest.raises(UserError, match="is of another data set"):
+    with pytest.raises(UserError, match="another data set"):
         trained_classifier(TOKENIZER.pictures(ids_NL), labels_N, ClassifierKey("f" * 12, 1, 2, 0), tmp_path)
 
 
@@ -252,30 +253,30 @@ def test_near_pictures_are_told_from_copies():
 def test_grid(tmp_path, channels):
     pictures = np.zeros((7, 8, 8, channels), np.uint8)
     pictures[1], pictures[6, 0, 0] = 255, 255
-    assert draw_pictures(pictures, tmp_path / "grid.png", columns=4, rows=2) == 7
+    assert image_grid(pictures, tmp_path / "grid.png", columns=4, rows=2) == 7
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     assert grid.shape == (2 * 66 + 2, 4 * 66 + 2)
     assert (grid[2:66, 2:66] == 0).all() and (grid[2:66, 68:132] == 255).all()
     assert grid[68, 2 * 66 + 2] == 255 and grid[68, 2 * 66 + 2 + 8] == 0
-    assert draw_pictures(pictures, tmp_path / "one.png", columns=2, rows=1) == 2
+    assert image_grid(pictures, tmp_path / "one.png", columns=2, rows=1) == 2
 
 
 def test_inception_files_that_are_refused(tmp_path):
     pytest.importorskip("torch_fidelity")
-    with pytest.raises(UserError, match=r"none\.pth is missing; give torch-fidelity's"):
+    with pytest.raises(UserError, match=r"none\.pth does not exist.*weights-inception"):
         check_inception(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save(print, tmp_path / "code.pth")  # an object by name: unpickling it is refused
     for name in ("text", "other", "list", "code"):
-        with pytest.raises(UserError, match="holds no weights of torch-fidelity's Inception"):
+        with pytest.raises(UserError, match=r"metrics\.inception=.* does not contain the weights"):
             load_inception(tmp_path / f"{name}.pth")
 
 
 def test_inception_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    with pytest.raises(UserError, match=r"scmdm\[images\]"):
         check_inception(tmp_path / "weights.pth")
 
 

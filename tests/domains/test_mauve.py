@@ -35,9 +35,8 @@ def test_the_same_and_the_disjoint():
 
 
 def test_what_is_missing_is_named(scorer, monkeypatch):  # noqa: F811
-    with pytest.raises(UserError, match="was given 0 and 5"):
+    with pytest.raises(UserError, match="0 and 5"):
         mauve([], TEXTS, scorer)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "mauve", None)
-    with pytest.raises(UserError, match="needs the package mauve-text; `pip install mauve-text`"):
+    with pytest.raises(UserError, match=r"scmdm\[text\]"):
         mauve(TEXTS, TEXTS, scorer)

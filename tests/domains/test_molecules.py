@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from scmdm.domains.molecules import quality
-from scmdm.domains.molecules.quality import (
-    Reference,
-    draw_grid,
+from scmdm.domains.molecules import metrics
+from scmdm.domains.molecules.figures import molecule_grid
+from scmdm.domains.molecules.metrics import (
+    MoleculeReference,
     evaluate_molecules,
     invalid_reasons,
     normalised_distance,
@@ -24,7 +24,7 @@ def evaluate(smiles, reference):
 def test_counts_and_both_denominators():
     """Nine samples: ethanol and benzene in two spellings each, pyridine, methane, and three that are invalid."""
     samples = ["OCC", "CCO", "C1=CC=CC=C1", "c1ccccc1", "c1ccncc1", "C", "CC(C)(C)(C)C", "C1CC", ""]
-    metrics = evaluate(samples, Reference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
+    metrics = evaluate(samples, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
     assert (metrics["num_samples"], metrics["num_valid"], metrics["num_unique"], metrics["num_novel"]) == (9, 6, 4, 2)
     assert metrics["validity"] == pytest.approx(6 / 9)
     assert metrics["uniqueness_of_valid"] == pytest.approx(4 / 6)
@@ -38,13 +38,13 @@ def test_counts_and_both_denominators():
 def test_malformed_samples_are_not_valid_whatever_their_fragment_is():
     """Ethanol whole, ethanol as a fragment of something longer, an invalid fragment, an invalid whole."""
     samples, framed = ["CCO", "CCO", "C1C", "C(("], [True, False, False, True]
-    metrics = evaluate_molecules(samples, framed, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    metrics = evaluate_molecules(samples, framed, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
     assert (metrics.num_framed, metrics.num_parsed, metrics.num_valid) == (2, 2, 1)
     assert metrics.invalid_reasons == {"framing": 2, "parentheses": 1}
 
 
 def test_nothing_valid():
-    metrics = evaluate(["(", "CC(C)(C)(C)C"], Reference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
+    metrics = evaluate(["(", "CC(C)(C)(C)C"], MoleculeReference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
     assert metrics["num_valid"] == 0 and metrics["uniqueness_of_valid"] == 0.0
     assert metrics["property_distance"] is None and metrics["fcd"] is None
 
@@ -60,16 +60,16 @@ def test_property_distance_by_hand():
     found = properties(["CCO", "C"])
     assert found["heavy atoms"].tolist() == [3, 1]
     assert found["molecular weight"] == pytest.approx([46.07, 16.04], abs=0.01)
-    same = evaluate(HELD_OUT, Reference.make(TRAIN, HELD_OUT, fcd=False))
+    same = evaluate(HELD_OUT, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
     assert same.property_distance == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.slow
 def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
-    monkeypatch.setattr(quality, "FCD_MOLECULES", 60)
+    monkeypatch.setattr(metrics, "FCD_MOLECULES", 60)
     alkanes = ["C" * n for n in range(1, 31)] + ["C" * n + "O" for n in range(1, 31)]
     aromatics = ["c1ccccc1" + "C" * n for n in range(30)] + ["c1ccncc1" + "C" * n for n in range(30)]
-    reference = Reference.make(TRAIN, alkanes, fcd=True)
+    reference = MoleculeReference.make(TRAIN, alkanes, fcd=True)
     assert evaluate(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
     assert evaluate(aromatics, reference).fcd > 5
     # Neither invalid strings in between nor more valid molecules behind change it.
@@ -79,6 +79,6 @@ def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
 
 
 def test_grid_draws_valid_molecules_only(tmp_path):
-    assert draw_grid(["CCO", "C1CC", "OCC", "c1ccccc1"], tmp_path / "grid.png") == 2
+    assert molecule_grid(["CCO", "C1CC", "OCC", "c1ccccc1"], tmp_path / "grid.png") == 2
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    assert draw_grid(["("], tmp_path / "empty.png") == 0
+    assert molecule_grid(["("], tmp_path / "empty.png") == 0

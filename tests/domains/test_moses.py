@@ -14,11 +14,12 @@ from rdkit.Chem import rdFingerprintGenerator
 from scipy.stats import wasserstein_distance
 
 from scmdm.domains.frechet import Moments, frechet_distance
+from scmdm.domains.molecules.metrics import chemnet_activations
 from scmdm.domains.molecules.moses_metrics import (
     TRAINING_SET,
-    Comparison,
-    Filters,
+    MosesFilters,
     MosesReference,
+    SetComparison,
     cosine_similarity,
     evaluate_moses,
     filter_rate,
@@ -26,17 +27,16 @@ from scmdm.domains.molecules.moses_metrics import (
     nearest_similarity,
 )
 from scmdm.domains.molecules.moses_table import whole_cosine
-from scmdm.domains.molecules.quality import chemnet_activations
 from scmdm.domains.molecules.set_statistics import (
     PROPERTIES,
-    Work,
+    ComputeOptions,
     describe,
     fingerprints,
     fragments_of,
     scaffold_of,
 )
+from scmdm.domains.plotting import distribution_figure
 from scmdm.errors import UserError
-from scmdm.evaluation.figures import distribution_figure
 
 # Of MOSES' training and test sets.
 TRAIN = [
@@ -165,7 +165,7 @@ def filters(tmp_path):
     """One filter in each file, as the package lays them out."""
     (tmp_path / "mcf.csv").write_text('names,smarts\nMCF4,"[H]C([H])([#6])[F,Cl,Br,I]"\nMCF7,[#6&!H0]=[#8]\n')
     (tmp_path / "wehi_pains.csv").write_text('"c:1:c:c:c:c:c:1-[#7]=[#7]      ","<regId=azo(1)>"\n')
-    return Filters.read(tmp_path)
+    return MosesFilters.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_filter_files_that_are_missing_or_damaged_are_named(filters, tmp_path):
     assert filter_rate(["Cc1ccccc1", "CC=O", "CCCl", "CC"], filters) == 0.5
     (tmp_path / "wehi_pains.csv").write_text('"C(((",x\n')
     with pytest.raises(UserError, match="not SMARTS"):
-        Filters.read(tmp_path)
+        MosesFilters.read(tmp_path)
     (tmp_path / "mcf.csv").unlink()
     with pytest.raises(UserError, match=r"mcf\.csv is missing"):
-        Filters.read(tmp_path)
+        MosesFilters.read(tmp_path)
 
 
 def test_all_metrics_of_a_few_molecules(filters):
@@ -246,7 +246,7 @@ def same(a, b):
 
 def test_statistics_are_kept_by_content_and_a_damaged_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("scmdm.domains.molecules.set_statistics._PART", 3)
-    work = Work(cache=tmp_path / "deep")
+    work = ComputeOptions(cache=tmp_path / "deep")
     whole = describe([*TRAIN, *TEST], work)
     files = {path.name: path.stat().st_mtime_ns for path in work.cache.iterdir()}
     assert len(files) == 3 and same(describe([*TRAIN, *TEST]), whole)
@@ -277,7 +277,7 @@ def test_an_interruption_costs_one_part(tmp_path, monkeypatch):
         calls.append(smiles)
         return describe_chunk(smiles, detailed)
 
-    work = Work(cache=tmp_path)
+    work = ComputeOptions(cache=tmp_path)
     monkeypatch.setattr(set_statistics, "_describe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         describe([*TRAIN, *TEST], work)
@@ -291,19 +291,19 @@ def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr("scmdm.domains.molecules.set_statistics._CHUNK", 2)
     parts = describe([*TRAIN, *TEST])
     assert same(parts, whole)
-    assert Comparison.of(parts, whole).frag == pytest.approx(1)
+    assert SetComparison.of(parts, whole).frag == pytest.approx(1)
     few = describe([*TRAIN, *TEST], detailed=3)
     assert few.fragments == whole.fragments and np.array_equal(few.fingerprints_NW, whole.fingerprints_NW[:3])
     assert all(np.array_equal(few.properties[name], whole.properties[name][:3]) for name in PROPERTIES)
 
 
 def test_progress_is_shown_of_long_work_alone(monkeypatch, capsys):
-    describe(TEST, Work(progress=True))
+    describe(TEST, ComputeOptions(progress=True))
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("scmdm.domains.molecules.set_statistics._CHUNK", 1)
-    describe(TEST, Work())
+    describe(TEST, ComputeOptions())
     assert capsys.readouterr().out == ""
-    describe(TEST, Work(progress=True))
+    describe(TEST, ComputeOptions(progress=True))
     assert "molecules described: 2 of 4\n" in capsys.readouterr().out
 
 
@@ -312,16 +312,18 @@ def test_workers_change_nothing(tmp_path, monkeypatch, filters):
     """Not a bit, ChemNet's rounding neither."""
     monkeypatch.setattr("scmdm.domains.molecules.set_statistics._CHUNK", 1)
     smiles = [*TRAIN, *TEST]
-    alone, together = (describe(smiles, Work(workers, cache=tmp_path / str(workers)), fcd=True) for workers in (1, 2))
+    alone, together = (
+        describe(smiles, ComputeOptions(workers, cache=tmp_path / str(workers)), fcd=True) for workers in (1, 2)
+    )
     assert same(alone, together) and alone.activations.count == 9
     names = [sorted(path.name for path in (tmp_path / workers).iterdir()) for workers in ("1", "2")]
     assert len(names[0]) == 2 and names[0] == names[1]
-    kept = describe(smiles, Work(cache=tmp_path / "2"), fcd=True)
+    kept = describe(smiles, ComputeOptions(cache=tmp_path / "2"), fcd=True)
     for other in (together, kept):
         assert np.array_equal(alone.activations.sum_F, other.activations.sum_F)
         assert np.array_equal(alone.activations.products_FF, other.activations.products_FF)
     assert alone.activations.covariance_FF == pytest.approx(np.cov(chemnet_activations(smiles).T), abs=1e-4)
-    assert filter_rate(smiles, filters, Work(2)) == filter_rate(smiles, filters)
+    assert filter_rate(smiles, filters, ComputeOptions(2)) == filter_rate(smiles, filters)
 
 
 def test_figure_of_distributions(tmp_path):
@@ -376,7 +378,7 @@ def test_fragments_scaffolds_and_filters_of_the_training_set_are_as_published(pu
 
     from data_prep.moses import moses_folder
 
-    assert filter_rate(samples["train"][:300], Filters.read(moses_folder())) == TRAINING_SET["Filters"]
+    assert filter_rate(samples["train"][:300], MosesFilters.read(moses_folder())) == TRAINING_SET["Filters"]
 
 
 @pytest.mark.slow

@@ -11,16 +11,29 @@ from scmdm.cli import main
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import is_framed, load_tokenizer
-from scmdm.domains.interface import Asked, GeneratedSamples
-from scmdm.domains.registry import DOMAINS, domain_name, domain_of
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
+from scmdm.domains.registry import DOMAINS, changed_keys, domain_of, load_domain, metrics_config
 from scmdm.errors import UserError
 
 BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))
+PROTEOME = "".join(random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", weights=range(1, 21), k=16_000))
 SETS = {
-    "genomes": ("source=genomes", "tokenizer=dna", "length=34", "path={folder}", "block_windows=8"),
-    "images": ("source=digits", "tokenizer=levels", "length=65", "limit=400"),
-    "molecules": ("source=qm9", "tokenizer=smiles", "length=24", "limit=400"),
-    "text": ("source=text", "tokenizer=bytes", "length=64", "path={folder}"),
+    "genomes": (
+        "source.name=genomes",
+        "tokenizer.name=dna",
+        "length=34",
+        "source.path={folder}",
+        "source.block_windows=8",
+    ),
+    "images": ("source.name=digits", "tokenizer.name=levels", "length=65", "limit=400"),
+    "molecules": ("source.name=qm9", "tokenizer.name=smiles", "length=24", "limit=400"),
+    "proteins": (
+        "source.name=proteins",
+        "tokenizer.name=amino_acids",
+        "length=34",
+        "source.path={folder}/proteins.faa",
+    ),
+    "text": ("source.name=text", "tokenizer.name=bytes", "length=64", "source.path={folder}"),
 }
 
 
@@ -29,6 +42,7 @@ def dataset(request, tmp_path_factory):
     """Its domain's name, and where it is."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "a.fa").write_text(f">one\n{BACTERIUM}\n")
+    (folder / "a.faa").write_text("".join(f">{i}\n{PROTEOME[40 * i : 40 * i + 30]}\n" for i in range(400)))
     (folder / "a.txt").write_text("\n\n".join(f"{i} green bottles hanging on the wall " * 50 for i in range(60)))
     (folder / "empty.yaml").write_text("{}")
     keys = [key.format(folder=folder) for key in SETS[request.param]]
@@ -53,9 +67,9 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     name, root = dataset
     manifest = Manifest.read(root)
-    found = domain_of(manifest)
-    assert found.name == name == domain_name(manifest.tokenizer.kind)
-    domain = found(root, manifest, Asked())
+    found = load_domain(domain_of(manifest))
+    assert found.name == name
+    domain = found(root, manifest, found.Config(), EvaluationSettings())
     drawn = drawn_from(root, "test", 100)
     real = domain.measure(drawn)
     json.dumps(real)
@@ -65,8 +79,9 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     noise[:, 0] = manifest.bos_id
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
     texts, framed = zip(*((tokenizer.decode(r), is_framed(r, tokenizer)) for r in noise.tolist()), strict=True)
-    random = domain.measure(dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed)))
-    assert (real[first.name] > random[first.name]) == (first.better == "higher")
+    uniform = domain.measure(dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed)))
+    worse = uniform[first.name]  # None: not a single sample is valid
+    assert worse is None or (real[first.name] > worse) == (first.better == "higher")
     rows = [
         {"text": text, "framed": True, "tokens": row}
         for text, row in zip(drawn.texts, drawn.tokens.tolist(), strict=True)
@@ -74,16 +89,48 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     caption = domain.draw(rows, tokenizer, tmp_path / "samples.png")
     assert (caption is not None) == (tmp_path / "samples.png").is_file() == (name in ("molecules", "images"))
     caption = domain.compare({"held out": rows, "real": rows[:50]}, tmp_path / "compared.png")
-    assert (caption is not None) == (tmp_path / "compared.png").is_file() == (name in ("molecules", "genomes"))
+    assert (
+        (caption is not None) == (tmp_path / "compared.png").is_file() == (name in ("molecules", "genomes", "proteins"))
+    )
     nothing = [{**row, "framed": False} for row in rows]
     assert domain.compare({"held out": rows, "nothing": nothing}, tmp_path / "nothing.png") in (None, caption)
 
 
-def test_what_belongs_to_another_domain_is_refused(dataset):
-    name, root = dataset
-    own = {"molecules": ("fcd", "moses"), "text": ("scorer", "mauve"), "images": ("inception",), "genomes": ()}[name]
-    values = {"fcd": True, "moses": True, "scorer": "somewhere", "mauve": True, "inception": "weights.pth"}
-    for key, value in values.items():
-        if key not in own:
-            with pytest.raises(UserError, match=f"{key}={value} is not for {name}"):
-                DOMAINS[name](root, Manifest.read(root), Asked(**{key: value}))
+@pytest.mark.parametrize("name", DOMAINS.names)
+def test_each_name_is_that_of_its_class(name):
+    assert load_domain(name).name == name
+
+
+KEYS = {
+    "molecules": {"fcd": True, "moses": True},
+    "text": {"scorer": None, "mauve": False},
+    "responses": {"scorer": None, "mauve": False},
+    "images": {"inception": None},
+}
+
+
+@pytest.mark.parametrize("name", DOMAINS.names)
+def test_metrics_take_the_keys_of_their_domain(name):
+    own = KEYS.get(name, {})
+    config = metrics_config(name, own)
+    assert dataclasses.asdict(config) == own
+    assert changed_keys(config) == {key: value for key, value in own.items() if value}
+    for key in {key for keys in KEYS.values() for key in keys} - set(own):
+        with pytest.raises(UserError, match=f"{key}.* the domain {name}"):
+            metrics_config(name, {key: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "named"),
+    [
+        ("text", {"scorer": "/nope"}, "metrics.scorer=/nope"),
+        ("text", {"mauve": True}, "metrics.scorer"),
+        ("responses", {"scorer": "/nope"}, "metrics.scorer=/nope"),
+        ("images", {"inception": "/nope"}, "metrics.inception=/nope"),
+        ("molecules", {"fcd": "perhaps"}, "fcd='perhaps'"),
+        ("poems", {}, "domain='poems'.*molecules.*codes"),
+    ],
+)
+def test_impossible_values_are_refused(name, keys, named):
+    with pytest.raises(UserError, match=named):
+        metrics_config(name, keys)

@@ -11,9 +11,10 @@ from scmdm.cli import main
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import load_tokenizer
-from scmdm.domains.interface import Asked, GeneratedSamples
-from scmdm.domains.registry import domain_of
-from scmdm.domains.responses.responses import Responses, responses
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
+from scmdm.domains.registry import domain_of, load_domain
+from scmdm.domains.responses.domain import ResponsesDomain, extract_responses
+from scmdm.domains.text.config import TextMetricKeys
 from scmdm.sampling.generation import load
 from scmdm.sampling.templates import make_model_template
 
@@ -27,7 +28,13 @@ def dataset(tmp_path_factory):
     rows = [{"q": f"say {i % 17} twice? ", "a": f"{i % 17} {i % 17} it is"} for i in range(90)]
     (folder / "dialogue.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "empty.yaml").write_text("{}")
-    keys = ["source=text", f"path={folder / 'dialogue.jsonl'}", "prompt_key=q", "response_key=a", "tokenizer=bytes"]
+    keys = [
+        "source.name=text",
+        f"source.path={folder / 'dialogue.jsonl'}",
+        "source.prompt_key=q",
+        "source.response_key=a",
+        "tokenizer.name=bytes",
+    ]
     more = ["length=48", "pad_policy=loss", "deduplicate=false", *FRACTIONS, f"out={folder / 'data'}", "workers=1"]
     assert main(["prepare", str(folder / "empty.yaml"), *keys, *more]) == 0
     return folder
@@ -36,25 +43,25 @@ def dataset(tmp_path_factory):
 def test_templates_are_the_prompts_alone(dataset):
     root = dataset / "data"
     manifest, tokenizer = Manifest.read(root), load_tokenizer(root / "tokenizer.json")
-    assert domain_of(manifest) is Responses
-    templates = Responses.given(root, manifest, "test", 5)
+    assert load_domain(domain_of(manifest)) is ResponsesDomain
+    templates = ResponsesDomain.templates(root, manifest, "test", 5)
     columns = read_columns(root, "test", range(5))
     for template, row, given in zip(templates, columns["tokens"], columns["given"], strict=True):
         assert tokenizer.decode(template[:given].tolist()).endswith("twice? ")
         assert template[:given].tolist() == row[:given].tolist()
         assert set(template[given:].tolist()) == {tokenizer.mask_id}
-    assert len(Responses.given(root, manifest, "test", 9999)) == manifest.splits["test"].samples
+    assert len(ResponsesDomain.templates(root, manifest, "test", 9999)) == manifest.splits["test"].samples
 
 
 def test_held_out_responses_measure_as_themselves(dataset):
     root = dataset / "data"
     manifest, tokenizer = Manifest.read(root), load_tokenizer(root / "tokenizer.json")
     columns = read_columns(root, "test", range(8))
-    texts, ids = responses(columns["tokens"], columns["given"], tokenizer)
+    texts, ids = extract_responses(columns["tokens"], columns["given"], tokenizer)
     assert all(text.endswith(" it is") and "say" not in text for text in texts)
     assert [tokenizer.decode(row[row != tokenizer.pad_id].tolist()) for row in ids] == texts
     drawn = GeneratedSamples(torch.from_numpy(columns["tokens"]), ["whole"] * 8, [True] * 8, [4] * 8, 1.0)
-    domain = Responses(root, manifest, Asked())
+    domain = ResponsesDomain(root, manifest, TextMetricKeys(), EvaluationSettings())
     found = domain.measure(drawn)
     for name in ("perplexity", "entropy", "distinct_1", "distinct_2", "distinct_3"):
         assert found[name] == found[f"{name}_held_out"] and math.isfinite(found[name])
@@ -71,7 +78,7 @@ def test_an_open_end_and_padding_inside_are_no_text(dataset):
     tokenizer = load_tokenizer(dataset / "data/tokenizer.json")
     letters = tokenizer.encode("abcdef")
     rows = np.array([[tokenizer.bos_id, *letters[:5]], [tokenizer.bos_id, letters[0], tokenizer.eos_id, *letters[1:4]]])
-    texts, ids = responses(rows, np.array([2, 1]), tokenizer)
+    texts, ids = extract_responses(rows, np.array([2, 1]), tokenizer)
     assert texts == ["bcde", "a"]
     assert ids[1].tolist() == [letters[0], *[tokenizer.pad_id] * 5]
 

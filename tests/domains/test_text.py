@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from scmdm.domains.text.ngram import NgramModel
-from scmdm.domains.text.text_quality import (
+from scmdm.domains.text.metrics import (
     NgramScorer,
     distinct_n,
     evaluate_text,
     generative_perplexity,
     unigram_entropy,
 )
+from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
 
 TEXTS = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat sat on a mat"] * 2 + ["the end of it"]
@@ -97,7 +97,7 @@ def test_scorers_that_are_not(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         generative_perplexity(TEXTS, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="is not a causal language model"):
+    with pytest.raises(UserError, match=r"metrics\.scorer="):
         generative_perplexity(TEXTS, tmp_path)
 
 

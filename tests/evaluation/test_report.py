@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from scmdm.cli import main
-from scmdm.data.tokenizers import SymbolTokenizer
-from scmdm.evaluation import figures
-from scmdm.evaluation.report import study_report
+from scmdm.data.tokenizers import SmilesTokenizer
+from scmdm.domains import plotting
+from scmdm.evaluation import report_figures
+from scmdm.evaluation.report_figures import quality_figure
 from scmdm.evaluation.statistics import mean_interval, paired_difference
+from scmdm.evaluation.study_report import study_report
 
 ARMS = {
     "base": ("base", 0.0, 0.50),
@@ -92,7 +94,7 @@ def study(tmp_path):
             rows += [{"kind": "validation", "step": 30, "nelbo_null": 0.5, "nelbo_conditioned": 0.4, "tokens": 3000}]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / f"{name}-0" / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
-    SymbolTokenizer("smiles", ["C", "O"]).save(tmp_path)
+    SmilesTokenizer(["C", "O"]).save(tmp_path)
     content = {"title": "A <study>", "config": "key: value", "environment": {"python": "3"}}
     (tmp_path / "held_out_test.jsonl").write_text('{"text": "CCC", "framed": true}\n{"text": "CO", "framed": true}\n')
     content |= {"domain": "molecules", "tokenizer": "tokenizer.json", "held_out": "held_out_test.jsonl"}
@@ -132,17 +134,17 @@ def test_study_report_is_complete_and_self_contained(study, capsys):
 
 def test_conclusions_come_from_the_numbers(study):
     summary = study_report(study, study / "report.html")
-    better = [line for line in summary.statements if "against continued vanilla" in line]
+    better = [line for line in summary.conclusions if "against continued vanilla" in line]
     assert len(better) == 2 and all("better" in line for line in better)
     content = json.loads((study / "study.json").read_text())
     for row in content["evaluations"]:
         if row["arm"] == "scmdm":
             row["metrics"]["validity"] -= 0.2
     (study / "study.json").write_text(json.dumps(content))
-    assert all("worse" in line for line in study_report(study, study / "report.html").statements)
-    row = next(row for row in summary.rows if row[0] == "32" and row[1] == "rate 1 (SCMDM)")
+    assert all("worse" in line for line in study_report(study, study / "report.html").conclusions)
+    row = next(row for row in summary.quality[1] if row[0] == "32" and row[1] == "rate 1 (SCMDM)")
     assert row[2] == "32" and row[3] == "3 x 1024" and row[4].startswith("65.5 ±")
-    cost = {row[0]: row for row in summary.cost_rows}
+    cost = {row[0]: row for row in summary.cost[1]}
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
@@ -155,27 +157,34 @@ def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     (study / "study.json").write_text(json.dumps(content))
     assert main(["report", str(study)]) == 0
     printed, text = capsys.readouterr().out, (study / "report.html").read_text()
-    assert (study / "moses.png").stat().st_size > 5000 and "MOSES (its protocol: 30,000 samples" in text
+    assert (study / "moses.png").stat().st_size > 5000 and "MOSES (protocol: 30,000 samples" in text
     summary = study_report(study, study / "report.html")
-    assert not any("MOSES" in title for title in summary.header)
-    ((title, (header, rows)),) = summary.protocols.items()
+    assert not any("MOSES" in title for title in summary.quality[0])
+    ((title, (header, rows)),) = summary.benchmarks.items()
     assert title in printed.replace("\n", " ") and "0.5100 ± 0.0248" in printed and "<td>0.5100 ± 0.0248</td>" in text
-    assert header == ["T", "measure", "real data", *(label for label, *_ in ARMS.values())]
+    assert header == ["T", "metric", "real data", *(label for label, *_ in ARMS.values())]
     assert [row[:3] for row in rows] == [
-        [steps, *row] for steps in ("8", "32") for row in (["MOSES SNN/Test", "0.6419"], ["MOSES logP, distance", "-"])
+        [steps, *row]
+        for steps in ("8", "32")
+        for row in (["MOSES SNN/Test", "0.6419"], ["MOSES logP, Wasserstein distance", "-"])
     ]
 
 
 def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
     """Two seeds have intervals from -40 to 140 % here; a number below zero stays in sight."""
     seen = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: seen.extend(ax.get_ylim() for ax in figure.axes))
+    monkeypatch.setattr(
+        report_figures, "save_figure", lambda figure, path: seen.extend(ax.get_ylim() for ax in figure.axes)
+    )
     wide = {"a": {8: mean_interval([0.4, 0.6]), 16: mean_interval([0.45, 0.5])}}
     below = {"a": {8: mean_interval([-0.4, 0.6]), 16: mean_interval([-3.0, -2.9])}}
-    panels = [figures.Panel("valid", wide, "higher", 100, None, 1), figures.Panel("other", below, "lower")]
-    figures.quality_figure(panels, tmp_path / "figure.png")
+    panels = [
+        report_figures.Panel("valid", wide, "higher", 100, None, 1),
+        report_figures.Panel("other", below, "lower"),
+    ]
+    quality_figure(panels, tmp_path / "figure.png")
     assert seen[0] == pytest.approx((-5.25, 105)) and seen[1][0] < -3 and seen[1][1] > 1
-    figures.plt.close("all")
+    plotting.plt.close("all")
 
 
 def test_text_is_compared_by_perplexity_where_less_is_better(study):
@@ -185,8 +194,8 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
         row["metrics"] = {"perplexity": 100 * (1 - row["metrics"]["validity"]), "entropy": 4.5, "distinct_2": 0.5}
     (study / "study.json").write_text(json.dumps(content))
     summary = study_report(study, study / "report.html")
-    assert summary.header[4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
-    better = [line for line in summary.statements if "against continued vanilla" in line]
+    assert summary.quality[0][4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
+    better = [line for line in summary.conclusions if "against continued vanilla" in line]
     assert len(better) == 2 and all("better" in line and "difference -" in line for line in better)
     page = (study / "report.html").read_text()
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
@@ -211,7 +220,7 @@ def test_several_adaptations_count_as_the_independent_ones(study):
         )
         for seed in (0, 1)
     ]
-    row = next(row for row in summary.rows if row[0] == "8" and row[1] == "rate 1 (SCMDM)")
+    row = next(row for row in summary.quality[1] if row[0] == "8" and row[1] == "rate 1 (SCMDM)")
     assert row[4] == mean_interval(means).text(1, 100)
 
 
@@ -235,9 +244,9 @@ def test_many_arms_have_a_row_each_and_are_compared_with_the_reference(study):
     content["reference"] = "vanilla"
     (study / "study.json").write_text(json.dumps(content))
     summary = study_report(study, study / "report.html")
-    assert {line.split(": ")[1].split(" against ")[0] for line in summary.statements} == {"continued vanilla"}
-    assert len(summary.statements) == 2 * (len(content["arms"]) - 1)
+    assert {line.split(": ")[1].split(" against ")[0] for line in summary.conclusions} == {"continued vanilla"}
+    assert len(summary.conclusions) == 2 * (len(content["arms"]) - 1)
     text = (study / "report.html").read_text()
     assert "arm 0: trained from scratch" in text and "the dashed line is continued vanilla" in text
     assert (study / "arms.png").stat().st_size > 5000 and not (study / "losses.png").exists()
-    assert next(row for row in summary.cost_rows if row[0] == "arm 1")[1] == "(samples of scmdm)"
+    assert next(row for row in summary.cost[1] if row[0] == "arm 1")[1] == "(samples of scmdm)"

@@ -14,8 +14,8 @@ from scmdm.config.sampling import DenoiseConfig, SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.domains.molecules.figures import molecule_svg
 from scmdm.errors import UserError
-from scmdm.integrations.demo.pages import draw_molecule
 from scmdm.integrations.demo.server import make_app, open_models
 from scmdm.integrations.demo.trajectory import best_guess, entropy, record
 from scmdm.sampling.generation import load
@@ -88,7 +88,7 @@ def test_both_models_at_the_same_seed(client, adapted, base):
 
 
 def test_what_is_no_molecule_is_not_drawn():
-    assert draw_molecule("CCO").startswith("<svg") and draw_molecule("C1CC") is None and draw_molecule("") is None
+    assert molecule_svg("CCO").startswith("<svg") and molecule_svg("C1CC") is None and molecule_svg("") is None
 
 
 def test_molecules_have_drawings(client):
@@ -98,7 +98,7 @@ def test_molecules_have_drawings(client):
     assert len(base["given"]) - len(given) == 1
     places = [frame["drawing"] for frame in base["frames"]]
     assert all(place is None or base["drawings"][place].startswith("<svg") for place in places)
-    assert (places[-1] is not None) == (draw_molecule(base["text"]) is not None)
+    assert (places[-1] is not None) == (molecule_svg(base["text"]) is not None)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_a_port_that_is_taken(base, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["demo", str(base), "--port", str(port)]) == 1
-    assert f"port={port} cannot be had" in capsys.readouterr().err
+    assert f"port={port} is not available" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import scmdm
 from scmdm.checkpoint.seal import seal
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.data.tokenizers import SymbolTokenizer
+from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files
@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 
 from scmdm.integrations import lm_eval as harness
 
-TOKENIZER = SymbolTokenizer("characters", "ab ")
+TOKENIZER = CharacterTokenizer("ab ")
 LENGTH = 16
 LOG_P = {"a": math.log(0.6), "b": math.log(0.3), " ": math.log(0.1)}
 
@@ -156,8 +156,8 @@ def test_mistakes_end_with_a_reason(tmp_path, monkeypatch, capsys):
     for options, reason in (
         ({"tail": "long"}, "tail='long' is not possible"),
         ({"draws": 0}, "draws=0 is not possible"),
-        ({"batch_size": "auto"}, "batch_size='auto' is not possible"),
-        ({"stepz": 3}, "stepz is no argument"),
+        ({"batch_size": "auto"}, "batch_size='auto' in the arguments"),
+        ({"stepz": 3}, "unknown key `stepz`"),
         ({"carry": "always"}, "carry=always, but the model is not self-conditioned"),
         ({"path": tmp_path / "nothing"}, "nothing does not exist"),
     ):

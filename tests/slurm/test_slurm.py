@@ -97,7 +97,7 @@ def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yam
     corpus = tmp_path / "corpus"
     for number in range(6):
         write_corpus(corpus / f"{number}.jsonl", 1, seed=number)
-    keys = ("source=text", "tokenizer=characters", "length=64", "part_mb=1", f"path={corpus}")
+    keys = ("source.name=text", "tokenizer.name=characters", "length=64", "part_mb=1", f"source.path={corpus}")
     assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / 'alone'}", "workers=1"]) == 0
     job = cluster.submit_preparation([empty_yaml, *keys, f"out={tmp_path / 'data'}", "workers=1"], "--array", "4")
     job.wait(lambda: list(tmp_path.glob(".data.*.work/scan-?????")), 120, "scanning")

@@ -11,7 +11,7 @@ from scmdm.cli import main
 from scmdm.config.model import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, State
@@ -28,8 +28,13 @@ def genomes(place, letters, empty_yaml, *keys):
     for number, (species, alphabet) in enumerate(letters.items()):
         text = "".join(random.Random(number).choices(alphabet, k=6000))
         (place / "fasta" / f"{species}.fa").write_text(f">{species}\n{text}\n")
-    keys = ("source=genomes", "tokenizer=dna", "length=18", "workers=1", "block_windows=4", *keys)
-    options = [f"path={place / 'fasta'}", f"out={place / 'data'}", "validation_fraction=0.2", "test_fraction=0.1"]
+    keys = ("source.name=genomes", "tokenizer.name=dna", "length=18", "workers=1", "source.block_windows=4", *keys)
+    options = [
+        f"source.path={place / 'fasta'}",
+        f"out={place / 'data'}",
+        "validation_fraction=0.2",
+        "test_fraction=0.1",
+    ]
     assert main(["prepare", str(empty_yaml), *keys, *options]) == 0
     return place / "data"
 
@@ -130,7 +135,7 @@ def test_the_spec_and_the_batches_know_the_classes(labelled, adapted, data):
     for run in (labelled, adapted):
         spec = read_spec(find_model(run))
         assert spec.classes == 2 and spec.model.labels
-    batch = next(iter(build_loader(Data.at(data), "train", batch_size=8, shuffle=True, seed=0, drop_last=True)))
+    batch = next(iter(build_loader(DataMixture.at(data), "train", batch_size=8, shuffle=True, seed=0, drop_last=True)))
     stored = torch.from_numpy(read_labels(data, "train"))
     assert torch.equal(batch["label"], stored[batch["index"]].long())
 

@@ -1,4 +1,4 @@
-"""Repetitions among records that no memory could hold: by hash, a range of hashes at a time.
+"""Find duplicates among more records than fit into memory, by one range of hashes at a time.
 
 Legend: N records of a part.
 """
@@ -12,13 +12,18 @@ import numpy as np
 RECORDS_AT_ONCE = 1 << 24
 
 
-def repetitions(
+def duplicates(
     hashes: Sequence[np.ndarray], rows: Sequence[np.ndarray], at_once: int = RECORDS_AT_ONCE
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Parts with rows whose hash an earlier row has already, one of that part or of a part before; in no order.
+    """Yield parts with rows whose hash also belongs to an earlier row, of the same part or of an earlier one.
 
-    Each part gives its hashes, sorted, uint64 (N,), and the rows that they belong to, int64 (N,), both of which may be
-    mapped from files. Of about 6 billion records one pair of different ones is expected to share its 64-bit hash.
+    Parts come in no particular order, and repeatedly. Among 6 billion distinct records, one pair is expected to share
+    its 64-bit hash.
+
+    Args:
+        hashes: sorted hashes of each part, uint64 (N,), possibly memory-mapped.
+        rows: rows that these hashes belong to, int64 (N,), possibly memory-mapped.
+        at_once: number of hashes held in memory.
     """
     ranges = max(1, -(-sum(map(len, hashes)) // at_once))
     bounds = np.array([(2**64 * index) // ranges for index in range(1, ranges)], np.uint64)

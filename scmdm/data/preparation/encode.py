@@ -1,4 +1,4 @@
-"""The last pass over a corpus, part by part: records -> ids -> sequences -> shards.
+"""Last pass over a corpus, part by part: records -> ids -> sequences -> shards.
 
 Legend: N records of a part.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import numpy as np
 
 from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.fit_tokenizer import fitted_part, fitted_tokenizer
-from scmdm.data.preparation.framing import FRAMERS, Framer, Row
-from scmdm.data.preparation.records import Part, Record, Source, Tally, WithLayout
+from scmdm.data.preparation.framing import FRAMERS, FramedSequence, Framer
+from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.preparation.scan import scanned_records
 from scmdm.data.preparation.shard_writer import Description, write_piece
+from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import split_of
 from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
 
@@ -32,7 +32,7 @@ class _Unusable(ValueError):
 def encode(
     config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, to: Path
 ) -> None:
-    """Shards of one part's records, by split."""
+    """Write the records of a part as shards, by split."""
     tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
     records = _records(config, source, part, scanned, fitted, number, tally)
     rows = _rows(config, source, tokenizer, records, tally)
@@ -43,7 +43,7 @@ def encode(
 def _records(
     config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, tally: Tally
 ) -> Iterator[tuple[str, Record]]:
-    """The records of a part that are no repetitions, each with its split."""
+    """Records of a part with their splits, without duplicates."""
     repeated_N, place = fitted_part(fitted, number)
     hashes_N = np.load(scanned / "hashes.npy")
     columns = zip(scanned_records(scanned), hashes_N.tolist(), repeated_N.tolist(), strict=True)
@@ -62,13 +62,13 @@ def _rows(
     tokenizer: Tokenizer,
     records: Iterator[tuple[str, Record]],
     tally: Tally,
-) -> Iterator[tuple[str, Row]]:
-    """The sequences of one part, each with its split; what is left out goes to the tally."""
+) -> Iterator[tuple[str, FramedSequence]]:
+    """Sequences of a part with their splits. Counts kept and dropped records."""
     framers = dict[str, Framer]()
-    own = tokenizer if isinstance(tokenizer, OwnFraming) else None  # once: a protocol's check takes long
+    own = tokenizer if isinstance(tokenizer, OwnFraming) else None  # once, because isinstance is slow for a protocol
     for split, record in records:
         framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
-        for version in _versions(config, source, split, record):
+        for version in _versions(source, split, record):
             try:
                 rows = list(_sequences(config, source, version, tokenizer, framer, own))
             except _Unusable as error:
@@ -82,32 +82,31 @@ def _rows(
             tally.counts["tokens left over"] += framer.dropped
 
 
-def _versions(config: PrepareConfig, source: Source, split: str, record: Record) -> Iterator[Record]:
-    """A record, and behind it its mirror image, if they are wanted: after the split, which must not part the two."""
+def _versions(source: Source, split: str, record: Record) -> Iterator[Record]:
+    """A record and, in the training split, its mirror image, if the source has one."""
     yield record
-    if config.flips and split == "train":
-        assert isinstance(source, WithLayout)
-        assert isinstance(record.content, bytes)
-        yield replace(record, content=source.layout.mirrored(record.content))
+    mirrored = source.mirror_image(record) if split == "train" else None
+    if mirrored is not None:
+        yield mirrored
 
 
 def _sequences(
     config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer, own: OwnFraming | None
-) -> Iterator[Row]:
-    """What is complete with a record. Raises _Unusable."""
+) -> Iterator[FramedSequence]:
+    """Sequences that are complete after a record. Raises _Unusable."""
     try:
         prompt = tokenizer.encode(record.prompt) if record.prompt else []
         ids = tokenizer.encode(record.content)
     except UnknownSymbol as error:
         raise _Unusable("unknown symbol", str(error)) from error
     if own is not None:
-        yield Row(own.frame(ids), record.label)
+        yield FramedSequence(own.frame(ids), record.label)
         return
     whole = source.whole_records or record.prompt is not None
     if whole and len(prompt) + len(ids) > config.length - 2:
         raise _Unusable("too long", f"{record.text[:80]!r} has {len(prompt) + len(ids)} tokens")
     if record.prompt is not None:
-        yield Row([tokenizer.bos_id, *prompt, *ids, tokenizer.eos_id], record.label, given=1 + len(prompt))
+        yield FramedSequence([tokenizer.bos_id, *prompt, *ids, tokenizer.eos_id], record.label, given=1 + len(prompt))
     else:
         yield from framer.add(ids, record.label)
 
@@ -115,7 +114,7 @@ def _sequences(
 def describe(
     config: PrepareConfig, source: Source, described: dict[str, Any] | None = None, counts: dict[str, int] | None = None
 ) -> Description:
-    """What the manifest is to say."""
+    """Description of the data set for its manifest."""
     return Description(
         source.name,
         config.length,
@@ -124,5 +123,5 @@ def describe(
         described or {},
         counts or {},
         source.labels,
-        "prompts" if config.response_key else config.framing,
+        "prompts" if config.source.has_prompts else config.framing,
     )

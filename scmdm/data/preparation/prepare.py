@@ -1,9 +1,9 @@
-"""`scmdm prepare`: a corpus -> tokenizer -> sequences -> splits -> shards, by any number of processes and machines.
+"""`scmdm prepare`: from a corpus to a data set, by any number of processes and machines.
 
-The corpus is cut into parts. Each phase is a set of tasks, one per part, that `task_queue` distributes: hash the files,
-scan (clean, hash, collect symbols), fit (repetitions, tokenizer), encode into shards. The shards then get one index and
-one manifest, and the directory its final name. Finished tasks are kept in `.OUT.KEY.work` beside `out`: a preparation
-that was killed continues from there.
+The corpus is cut into parts. Each phase is a set of tasks, one per part, that `task_queue` distributes: hash the files;
+scan the records (clean, hash, collect symbols); fit (find duplicates, build the tokenizer); encode into shards. Finally
+the shards get one index and one manifest, and the directory its final name. Results of finished tasks are kept in
+`.OUT.KEY.work` beside `out`, from which an interrupted preparation continues.
 """
 
 from __future__ import annotations
@@ -19,45 +19,33 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from data_prep import make_source
-from scmdm.config.preparation import PrepareConfig
+from scmdm.config.fields import rules_of
+from scmdm.config.loading import read_config
+from scmdm.config.preparation import PrepareConfig, SectionConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.encode import describe, encode
 from scmdm.data.preparation.fit_tokenizer import fit, fitted_tokenizer, given_tokenizer, total_counts
-from scmdm.data.preparation.records import Part, Source, cut_into_parts, join_parts
+from scmdm.data.preparation.records import Part, cut_into_parts, join_parts
 from scmdm.data.preparation.scan import hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
+from scmdm.data.preparation.source import Source, make_source
 from scmdm.data.preparation.splits import splits_of
 from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
 
-# What the data set does not depend on, or says in another way.
-_NOT_IN_SOURCE = (
-    "out",
-    "path",
-    "overwrite",
-    "upload",
-    "workers",
-    "slice",
-    "on_dirty",
-    "species_table",
-    "tokenizer_path",
-)
-# Keys that came later are in the description only when they are not at their defaults: older data sets stay valid.
-_ALWAYS_IN_SOURCE = (
-    "source",
-    "text_key",
-    "tokenizer",
-    "vocab_size",
+# Keys that do not change the data set.
+_UNRECORDED = ("out", "source", "tokenizer", "overwrite", "upload", "workers", "slice", "on_dirty")
+# Other keys are recorded only with values other than their defaults, so that new keys leave old manifests valid.
+_ALWAYS_RECORDED = (
     "length",
     "pad_policy",
     "bos_policy",
@@ -66,6 +54,8 @@ _ALWAYS_IN_SOURCE = (
     "limit",
     "shard_mb",
 )
+# In every manifest since the first, whatever the source and the tokenizer.
+_COMMON_DEFAULTS = {"text_key": "text", "vocab_size": 2048}
 _PHASES = {
     "hash": "hashing",
     "scan": "scanning",
@@ -73,11 +63,11 @@ _PHASES = {
     "encode": "encoding",
     "join": "joining",
 }
-Show = Callable[[str], None]
+Show = Callable[[str], None]  # displays the progress
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Make the data set that `config` describes, or find that it is there already; upload it if that is wanted."""
+    """Make the data set of a configuration unless `out` already holds it, and upload it if asked. Raises UserError."""
     console, started, root = Console(), time.monotonic(), Path(config.out)
     check_place(root)
     before = root.stat().st_ino if root.exists() else None
@@ -87,7 +77,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             _work_together(preparation, show)
     except UserError:
         if preparation.work.is_dir():
-            kept = f"what is done stays in {preparation.work}, where the same command goes on; else remove it"
+            kept = f"finished work is kept in {preparation.work}; the same command continues from it"
             console.print(kept, highlight=False, soft_wrap=True)
         raise
     manifest = Manifest.read(root)
@@ -103,7 +93,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 @contextmanager
 def _display(console: Console) -> Iterator[Show]:
-    """A line that changes on a terminal; elsewhere a line for every phase."""
+    """Display of the progress: a line that changes on a terminal, elsewhere a line per phase."""
     shown: list[str] = []
     with console.status("") as status:
 
@@ -118,12 +108,12 @@ def _display(console: Console) -> Iterator[Show]:
 
 
 def _work_together(preparation: _Preparation, show: Show) -> None:
-    """All of the work in this process and, where that is wanted, in others beside it."""
+    """Run the preparation in this process and in further worker processes."""
     from scmdm.system.worker_processes import worker_processes
 
     config = preparation.config
     if preparation.work.is_dir():
-        show(f"going on with what {preparation.work} holds")
+        show(f"continuing from {preparation.work}")
     preparation.work.mkdir(parents=True, exist_ok=True)
     machine, machines = config.machine
     processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
@@ -132,7 +122,8 @@ def _work_together(preparation: _Preparation, show: Show) -> None:
         preparation.run(own, show)
         return
     with worker_processes(len(others)) as pool:
-        futures = [pool.submit(_run, config, worker) for worker in others]
+        # As a dict: the class of a configuration is made when it is loaded, and cannot be pickled.
+        futures = [pool.submit(_run, asdict(config), worker) for worker in others]
 
         def show_unless_failed(text: str) -> None:
             for future in futures:
@@ -146,7 +137,7 @@ def _work_together(preparation: _Preparation, show: Show) -> None:
 
 
 def _raise_error(future: Future[None]) -> None:
-    """That of a worker; not that it was killed: what it has left undone, this process does."""
+    """Raise the error of a worker. If it was killed, only warn: this process does the remaining work."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         warnings.warn(_KILLED, stacklevel=2)
@@ -155,39 +146,40 @@ def _raise_error(future: Future[None]) -> None:
 
 
 _KILLED = (
-    "a worker was killed, for want of memory perhaps, and so all of them have ended: this process goes on alone; stop "
-    "it and give the same command with fewer workers to have more than one again"
+    "a worker was killed, perhaps for lack of memory, which ended all workers; this process continues alone. To use "
+    "several again, stop it and repeat the command with fewer workers"
 )
 
 
-def _run(config: PrepareConfig, worker: Worker) -> None:
+def _run(content: dict[str, Any], worker: Worker) -> None:
+    config = read_config(PrepareConfig, content, "in the worker's configuration")
     _Preparation.of(config).run(worker, lambda _: None)
 
 
 @dataclass(frozen=True)
 class _Preparation:
-    """One corpus, the parts that it is cut into, and the directory of the results."""
+    """A corpus, its parts, and the directory of intermediate results."""
 
     config: PrepareConfig
     source: Source
     parts: list[Part]
     work: Path
-    tokenizer: str | None  # SHA-256 of the one that is given
+    tokenizer: str | None  # SHA-256 of an existing one
 
     @staticmethod
     def of(config: PrepareConfig) -> _Preparation:
         source, out = make_source(config), Path(config.out)
         parts = source.parts(config.part_mb << 20)
         if config.limit is not None:
-            parts = join_parts(parts)  # the first so many are found one after the other
+            parts = join_parts(parts)  # the first records are found only in sequence
         found = {name: _identity(path) for name, path in source.files().items()}
         tokenizer = _tokenizer_hash(config)
-        what = [_options(config), found, tokenizer]
+        what = [recorded_options(config), found, tokenizer]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
 
     def run(self, worker: Worker, show: Show) -> None:
-        """Do a worker's share, and what others leave, until the data set is there, which may be from the start."""
+        """Do a worker's share and any unclaimed work, until the data set is complete, which it may be already."""
         root = Path(self.config.out)
         groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
         self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
@@ -229,13 +221,13 @@ class _Preparation:
         return [self.work / f"{phase}-{number:05}" for number in range(count)]
 
     def _described(self, groups: int) -> dict[str, Any] | None:
-        """What the data set is made of; None when other workers have just finished it."""
+        """Description of the corpus for the manifest; None when other workers have finished the data set."""
         try:
             found = [json.loads((path / "hashes.json").read_text()) for path in self._results("hash", groups)]
         except FileNotFoundError:
             return None
         files = {name: digest for hashes in found for name, digest in hashes.items()}
-        described = {"name": self.source.name, "files": files, "options": _options(self.config)}
+        described = {"name": self.source.name, "files": files, "options": recorded_options(self.config)}
         return described if self.tokenizer is None else {**described, "tokenizer": self.tokenizer}
 
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
@@ -247,24 +239,41 @@ class _Preparation:
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
-        """At once for the other workers, who take its absence for the end."""
+        """Remove the intermediate results. They are renamed first, because other workers stop when they are gone."""
         doomed = self.work.with_suffix(f".{os.getpid()}.old")
         with suppress(FileNotFoundError):
             self.work.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _options(config: PrepareConfig) -> dict[str, Any]:
-    default = PrepareConfig()
-    return {
-        key: value
-        for key, value in asdict(config).items()
-        if key not in _NOT_IN_SOURCE and (key in _ALWAYS_IN_SOURCE or value != getattr(default, key))
+def recorded_options(config: PrepareConfig) -> dict[str, Any]:
+    """Keys that a data set depends on, in the flat form of manifests: renaming a key leaves its first name there."""
+    options: dict[str, Any] = {
+        **_COMMON_DEFAULTS,
+        "source": config.source.name,
+        "tokenizer": config.tokenizer.name,
+        **_changed(config.source),
+        **_changed(config.tokenizer),
     }
+    for field in fields(PrepareConfig):
+        value = getattr(config, field.name)
+        if field.name not in _UNRECORDED and (field.name in _ALWAYS_RECORDED or value != field.default):
+            options[field.name] = value
+    return options
+
+
+def _changed(section: SectionConfig) -> dict[str, Any]:
+    """Recorded keys of a section with values other than their defaults, under the first of their names."""
+    changed = {}
+    for field in fields(section):
+        value, rules = getattr(section, field.name), rules_of(field)
+        if field.name not in {"name", *section.unrecorded} and value != field.default:
+            changed[rules.formerly[0] if rules and rules.formerly else field.name] = value
+    return changed
 
 
 def _tokenizer_hash(config: PrepareConfig) -> str | None:
-    """Of the file that the data set is to hold, which says all of a tokenizer wherever its own files are."""
+    """SHA-256 of an existing tokenizer, saved as the data set will hold it; None when one is built."""
     tokenizer = given_tokenizer(config)
     if tokenizer is None:
         return None
@@ -273,7 +282,7 @@ def _tokenizer_hash(config: PrepareConfig) -> str | None:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Enough to notice, when work goes on, that a file is another one; the manifest has hashes."""
+    """Size and time of a file, to detect changes when a preparation continues. The manifest has hashes."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""What a corpus gives: parts that can be read apart from each other, and clean records from each."""
+"""Records of a corpus, and the parts of its files that are read independently of each other."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO
 
-from scmdm.data.tokenizers import Content, Layout
+from scmdm.data.tokenizers import Content
 from scmdm.errors import UserError
 
-SPLITS = ("train", "validation", "test")  # what every data set has
-_SKIPPED = 1 << 20  # bytes at once
+SPLITS = ("train", "validation", "test")  # of every data set, unless `held_out_last` is set
+_SKIPPED_BYTES = 1 << 20  # per read
 
 
 @dataclass(frozen=True)
 class Record:
-    """One document, molecule, picture or window of a genome."""
+    """One document, molecule, image or window of a sequence."""
 
-    content: Content  # bytes: token values as they are (levels of pixels)
+    content: Content  # bytes: token values, such as levels of pixels
     label: int | None = None  # index into the source's `labels`
-    group: str | None = None  # records of one group are in one split, which its hash decides; None: the content's
-    prompt: str | None = None  # text that is given before it
+    group: str | None = None  # records of a group share a split, by the hash of the group; None: hash of the content
+    prompt: str | None = None  # text before the content that is never masked
 
     @property
     def text(self) -> Content:
-        """All of it."""
+        """Prompt and content."""
         if self.prompt is None:
             return self.content
         assert isinstance(self.content, str)
@@ -36,9 +36,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes of a file (row groups, rows of one whose format has them), by a name that the source knows.
+    """Range of a file: of bytes, or of rows or row groups where the format has them.
 
-    `end` None: to the end.
+    `file` is a key of `Source.files()`; `end` None is the end of the file.
     """
 
     file: str
@@ -48,69 +48,43 @@ class Slice:
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker reads at a time. Parts depend on the corpus alone, never on the number of workers."""
+    """Slices that one worker reads at a time. Parts depend on the corpus alone, not on the number of workers."""
 
     slices: tuple[Slice, ...]
-    split: str | None = None  # one of the source's `published`; None: every record's split follows from its hash
+    split: str | None = None  # one of `Source.published`; None: the hash of each record decides
 
 
 class Tally:
-    """Counts records read and dropped by reason; with `refuse` the first that is to be dropped ends the work."""
+    """Count of records that were read, and of dropped ones by reason.
+
+    Args:
+        refuse: raise an error for the first unusable record (`on_dirty=refuse`).
+        on_read: called with the number of records read so far.
+    """
 
     def __init__(self, *, refuse: bool = False, on_read: Callable[[int], None] | None = None) -> None:
         self.counts: Counter[str] = Counter()
         self._refuse, self._on_read = refuse, on_read
 
     def read(self) -> None:
+        """Count a record."""
         self.counts["read"] += 1
         if self._on_read is not None:
             self._on_read(self.counts["read"])
 
     def drop(self, reason: str, where: object) -> None:
-        """Count what cannot be used. Raises UserError, which names the place, when nothing may be dropped."""
+        """Count an unusable record. With `refuse`, raises UserError that names its place."""
         if self._refuse:
-            raise UserError(f"{where}: {reason}; correct it, or leave it out with on_dirty=skip")
+            raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
         self.leave_out(reason)
 
     def leave_out(self, reason: str) -> None:
-        """Count what is no dirt, and yet not wanted: repetitions, what the settings ask to leave out."""
+        """Count an intentional drop, such as a duplicate, which `refuse` does not concern."""
         self.counts[f"dropped: {reason}"] += 1
 
 
-class Source(Protocol):
-    """One corpus: a module of `data_prep`."""
-
-    name: str
-    whole_records: bool  # a record is one sample (a molecule) or is cut into several (text)
-    labels: tuple[str, ...]  # names of the classes of records; empty: none
-
-    @property
-    def published(self) -> tuple[str, ...]:
-        """Splits that its parts name, beyond SPLITS too; empty: all are drawn by hash."""
-        ...
-
-    def files(self) -> dict[str, Path]:
-        """The raw files by a name that does not depend on where they are, in reading order."""
-        ...
-
-    def parts(self, part_bytes: int) -> list[Part]:
-        """The corpus in reading order, in parts of about so many bytes."""
-        ...
-
-    def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Clean records of a part in a fixed order, repetitions included; what is left out goes to the tally."""
-        ...
-
-
-@runtime_checkable
-class WithLayout(Protocol):
-    """A source whose records are bytes: values, as many in each."""
-
-    layout: Layout
-
-
 def cut_bytes(name: str, path: Path, part_bytes: int) -> list[Slice]:
-    """A file in ranges of so many bytes."""
+    """Cut a file into ranges of `part_bytes` bytes."""
     found = path.stat().st_size
     return [Slice(name, at, min(at + part_bytes, found)) for at in range(0, found, part_bytes)]
 
@@ -122,7 +96,10 @@ def cut_into_parts(
     split: str | None = None,
     cut: Callable[[str, Path, int], list[Slice]] = cut_bytes,
 ) -> list[Part]:
-    """Small files together, large ones that are `divisible` in the slices that `cut` makes of them, the rest alone."""
+    """Group small files into parts of up to `part_bytes`.
+
+    A larger file is cut with `cut` into one part per slice if it is `divisible`, and forms a part of its own if not.
+    """
     parts: list[Part] = []
     gathered: list[Slice] = []
     size = 0
@@ -148,7 +125,7 @@ def cut_into_parts(
 
 
 def join_parts(parts: Sequence[Part]) -> list[Part]:
-    """As few parts as there are runs of the same split."""
+    """Join successive parts of the same split."""
     joined: list[Part] = []
     for part in parts:
         if joined and joined[-1].split == part.split:
@@ -159,9 +136,9 @@ def join_parts(parts: Sequence[Part]) -> list[Part]:
 
 
 def read_lines(path: Path, piece: Slice, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in a slice, each with its offset: slices that touch share nothing and miss nothing.
+    """Read the lines that begin in a slice, each with its offset, so that adjacent slices neither share nor miss lines.
 
-    Of a line of more than `longest` bytes come the first `longest` and one. A byte order mark is no part of a line.
+    A line of more than `longest` bytes is cut after `longest + 1`. A leading byte order mark is removed.
     """
     with open(path, "rb") as file:
         at = piece.start
@@ -180,9 +157,9 @@ def read_lines(path: Path, piece: Slice, longest: int | None = None) -> Iterator
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Go behind the end of the line; returns how many bytes that were."""
+    """Skip the rest of the line and return its number of bytes."""
     size = 0
-    while rest := file.readline(_SKIPPED):
+    while rest := file.readline(_SKIPPED_BYTES):
         size += len(rest)
         if rest.endswith(b"\n"):
             break

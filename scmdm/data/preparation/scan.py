@@ -1,6 +1,6 @@
-"""The first passes over a corpus, part by part: hash its files, and find its records.
+"""First passes over a corpus, part by part: hash the files, and read the records.
 
-Each function writes its result into a directory of its own. It depends on nothing but the corpus and the settings.
+Each function writes its result, which depends on the corpus and the configuration alone, into a directory of its own.
 
 Legend: N records of a part.
 """
@@ -15,33 +15,35 @@ from pathlib import Path
 
 import numpy as np
 
-from scmdm.config.preparation import PrepareConfig
-from scmdm.data.preparation.records import Part, Record, Source, Tally
+from scmdm.config.preparation import TOKENIZERS, PrepareConfig
+from scmdm.data.preparation.records import Part, Record, Tally
+from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import leading_bits, split_of
-from scmdm.data.tokenizers import Content, UnknownSymbol, learns_from_text, symbols_of
+from scmdm.data.tokenizers import Content, Tokenizer, UnknownSymbol
 from scmdm.system.files import sha256_file
 
-_SAMPLE_BYTES = 1 << 28  # of text that sentencepiece is trained on, at most; it holds all of it in memory
+_SAMPLE_BYTES = 1 << 28  # of text that a tokenizer is trained on, which it may hold in memory
 
 
 def hash_files(source: Source, part: Part, to: Path) -> None:
-    """SHA-256 of the whole files of a part."""
+    """Hash the whole files of a part with SHA-256."""
     files = source.files()
     hashes = {piece.file: sha256_file(files[piece.file]) for piece in part.slices}
     (to / "hashes.json").write_text(json.dumps(hashes))
 
 
 def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[int], None], to: Path) -> None:
-    """Clean records with their hashes, what was left out, and what making a tokenizer needs."""
+    """Write the clean records of a part with their hashes, its counts, and the input for building a tokenizer."""
     tally = Tally(refuse=config.on_dirty == "refuse", on_read=on_read)
-    learns = config.tokenizer_path is None and learns_from_text(config.tokenizer)
+    tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
+    learns = tokenizer.learns_from_text and getattr(config.tokenizer, "path", None) is None
     sampled = min(1.0, _SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in source.files().values())))
     hashes: list[int] = []
     symbols: set[str] = set()
     with open(to / "records.jsonl", "w") as records, open(to / "sample.jsonl", "w") as sample:
         for record in _limited(source.records(part, tally), config.limit):
             try:
-                symbols.update(symbols_of(config.tokenizer, record.text))
+                symbols.update(tokenizer.symbols_of(record.text))
             except UnknownSymbol as error:
                 tally.drop("unknown symbol", f"{source.name}: {error}")
                 continue
@@ -49,7 +51,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             row, hash_ = len(hashes), leading_bits(digest)
             hashes.append(hash_)
             records.write(_to_json(record) + "\n")
-            # What is held out at the end of the corpus is known when all parts have been counted.
+            # The records that `held_out_last` holds out are known only after all parts have been counted.
             if not learns or (
                 config.held_out_last is None and split_of(config, source, part, record, hash_) != "train"
             ):
@@ -64,13 +66,13 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
 
 
 def scanned_records(directory: Path) -> Iterator[Record]:
-    """The records that `scan` has found, in their order."""
+    """Records of a part that `scan` has written, in order."""
     with open(directory / "records.jsonl") as file:
         yield from map(_from_json, file)
 
 
 def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
-    """Until so many different ones were seen."""
+    """Records up to the `limit`-th distinct one."""
     if limit is None:
         yield from records
         return

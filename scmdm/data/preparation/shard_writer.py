@@ -1,4 +1,4 @@
-"""Writing a data set: MDS shards by mosaicml-streaming and a manifest, complete or absent."""
+"""Writing a data set: MDS shards of mosaicml-streaming and a manifest. A data set is complete or absent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scmdm.data.manifest import (
     remote_of,
 )
 from scmdm.data.mosaic_streaming import MDSWriter
-from scmdm.data.preparation.framing import Row
+from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, sha256_file
@@ -36,7 +36,7 @@ _PIECE = "piece.json"
 
 @dataclass(frozen=True)
 class Description:
-    """What the manifest says besides the shards."""
+    """Content of the manifest besides the shards."""
 
     name: str
     length: int
@@ -49,7 +49,7 @@ class Description:
 
 
 def check_place(root: Path) -> None:
-    """UserError when `root` is something else than a data set, or than nothing: that is never replaced."""
+    """Raise UserError when `root` exists and is not a data set of its own, which is never replaced."""
     if not root.exists():
         return
     if not (root / MANIFEST_FILE).is_file():
@@ -59,9 +59,9 @@ def check_place(root: Path) -> None:
 
 
 def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `root` already holds this data set, at a glance whole.
+    """Whether `root` already holds this data set, with all its files in their sizes.
 
-    UserError when it holds something else and may not be replaced; what is not a data set may never be.
+    Raises UserError when it holds another data set and `overwrite` is false, or something else.
     """
     check_place(root)
     if overwrite or not root.exists():
@@ -73,7 +73,7 @@ def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
 
 
 class SplitWriter:
-    """Writes rows of a split, or of a piece of one, into a directory of its own."""
+    """Writer of the sequences of a split, or of a piece of one, into a directory of its own."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, description: Description, shard_bytes: int) -> None:
         self._directory, self._tokenizer, self._description = directory, tokenizer, description
@@ -88,43 +88,48 @@ class SplitWriter:
         self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
         self._samples = self._tokens = 0
 
-    def write(self, row: Row) -> None:
+    def write(self, sequence: FramedSequence) -> None:
+        """Pad a sequence and add it as a sample."""
         pad_id, length = self._tokenizer.pad_id, self._description.length
-        row_L = np.full(length, pad_id, self._dtype)
-        row_L[: len(row.ids)] = row.ids
-        sample: dict[str, Any] = {COLUMN: row_L}
+        ids_L = np.full(length, pad_id, self._dtype)
+        ids_L[: len(sequence.ids)] = sequence.ids
+        sample: dict[str, Any] = {COLUMN: ids_L}
         if self._description.labels:
-            assert row.label is not None
-            sample[LABEL] = np.int32(row.label)
-        if row.given is not None:
-            sample[GIVEN] = np.int32(row.given)
-        if row.documents is not None:
-            sample[DOCUMENTS] = documents_L = np.full(length, row.documents[-1] + 1, np.uint16)
-            documents_L[: len(row.documents)] = row.documents
+            assert sequence.label is not None
+            sample[LABEL] = np.int32(sequence.label)
+        if sequence.given is not None:
+            sample[GIVEN] = np.int32(sequence.given)
+        if sequence.documents is not None:
+            sample[DOCUMENTS] = documents_L = np.full(length, sequence.documents[-1] + 1, np.uint16)
+            documents_L[: len(sequence.documents)] = sequence.documents
         self._writer.write(sample)
         self._samples += 1
-        self._tokens += length if self._description.pad_policy == "loss" else int((row_L != pad_id).sum())
-        if row.given is not None:
-            self._tokens -= row.given
+        self._tokens += length if self._description.pad_policy == "loss" else int((ids_L != pad_id).sum())
+        if sequence.given is not None:
+            self._tokens -= sequence.given
         elif self._description.bos_policy == "given":
-            self._tokens -= 1 if row.documents is None else row.documents[-1] + 1
+            self._tokens -= 1 if sequence.documents is None else sequence.documents[-1] + 1
 
     def finish(self) -> SplitInfo:
-        """Close the shards, and hash them."""
+        """Close the shards and hash them."""
         self._writer.finish()
         files = [_file_info(path, path.name) for path in sorted(self._directory.iterdir())]
         return SplitInfo(self._samples, self._tokens, files)
 
 
 def write_piece(
-    directory: Path, rows: Iterable[tuple[str, Row]], tokenizer: Tokenizer, description: Description, shard_bytes: int
+    directory: Path,
+    sequences: Iterable[tuple[str, FramedSequence]],
+    tokenizer: Tokenizer,
+    description: Description,
+    shard_bytes: int,
 ) -> None:
-    """Shards of the rows, each with the name of its split, in `directory`; `join_pieces` makes a data set of many."""
+    """Write sequences, given with their splits, as shards in `directory`. `join_pieces` joins such pieces."""
     writers: dict[str, SplitWriter] = {}
-    for split, row in rows:
+    for split, sequence in sequences:
         if split not in writers:
             writers[split] = SplitWriter(directory / split, tokenizer, description, shard_bytes)
-        writers[split].write(row)
+        writers[split].write(sequence)
     content = {split: asdict(writer.finish()) for split, writer in writers.items()}
     (directory / _PIECE).write_text(json.dumps(content))
 
@@ -138,10 +143,10 @@ def join_pieces(
     *,
     overwrite: bool = False,
 ) -> Manifest:
-    """Make the data set `root` of what `write_piece` has written, in the order of the pieces; they keep their files.
+    """Join the pieces that `write_piece` has written, in order, to the data set `root`.
 
-    Nothing appears at `root` until all of it is there. Raises UserError for an empty split, and when a piece is not
-    what its writer has hashed.
+    The files are linked, not moved. `root` appears when it is complete. Raises UserError for an empty split, and for a
+    piece that has changed since it was written.
     """
     found = [_read_piece(piece) for piece in pieces]
     for split in splits:
@@ -166,11 +171,11 @@ def write_dataset(
     *,
     shard_bytes: int,
 ) -> Manifest:
-    """Write sequences of ids, split by split, as the data set `root`. Raises UserError for an empty split."""
-    rows = ((name, Row(ids)) for name, sequences in splits.items() for ids in sequences)
+    """Write sequences of ids by split as the data set `root`. Raises UserError for an empty split."""
+    framed = ((name, FramedSequence(ids)) for name, sequences in splits.items() for ids in sequences)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as piece:
-        write_piece(Path(piece), rows, tokenizer, description, shard_bytes)
+        write_piece(Path(piece), framed, tokenizer, description, shard_bytes)
         return join_pieces(root, [Path(piece)], list(splits), tokenizer, description)
 
 
@@ -180,7 +185,7 @@ def _read_piece(piece: Path) -> dict[str, SplitInfo]:
 
 
 def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> SplitInfo:
-    """Gather shards under new numbers, with one index of them all."""
+    """Link the shards of all pieces under new numbers, and write one index."""
     directory.mkdir()
     shards: list[dict[str, Any]] = []
     files: list[FileInfo] = []
@@ -191,11 +196,13 @@ def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> Sp
             name = f"shard.{len(shards):05}.mds"
             _link(place / was, directory / name)
             if (directory / name).stat().st_size != hashes[was].bytes:
-                raise UserError(f"{place / was} is not as it was written; remove {place.parent.parent} and start again")
+                raise UserError(
+                    f"{place / was} has changed since it was written; remove {place.parent.parent} and start again"
+                )
             shard["raw_data"]["basename"] = name
             shards.append(shard)
             files.append(FileInfo(f"{directory.name}/{name}", hashes[was].bytes, hashes[was].sha256))
-    # As streaming's writer writes it.
+    # In the form of streaming's writer.
     (directory / _INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
     index = _file_info(directory / _INDEX, f"{directory.name}/{_INDEX}")
     samples, tokens = (sum(getattr(info, key) for _, info in pieces) for key in ("samples", "tokens"))
@@ -218,7 +225,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 
 def make_manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], description: Description) -> Manifest:
-    """What a directory with this tokenizer (saved as `file`) and these splits says of itself."""
+    """Manifest of a data set with these splits and this tokenizer, saved as `file`."""
     return Manifest(
         version=VERSION,
         name=description.name,

@@ -1,24 +1,26 @@
-"""Which split a record goes to."""
+"""Assignment of records to splits."""
 
 from __future__ import annotations
 
 import hashlib
 
 from scmdm.config.preparation import PrepareConfig
-from scmdm.data.preparation.records import SPLITS, Part, Record, Source
+from scmdm.data.preparation.records import SPLITS, Part, Record
+from scmdm.data.preparation.source import Source
 
 
 def splits_of(config: PrepareConfig, source: Source) -> tuple[str, ...]:
-    """The splits that the data set is to have: `SPLITS`, and further ones that the source publishes."""
+    """Names of the splits of the data set: `SPLITS`, and further ones that the source publishes."""
     if config.held_out_last is not None:
         return "train", "validation"
     return (*SPLITS, *(name for name in source.published if name not in SPLITS))
 
 
 def split_of(config: PrepareConfig, source: Source, part: Part, record: Record, hash_: int) -> str:
-    """Published splits stand, but for those of `SPLITS` that nobody has published: a hash takes them out of train.
+    """Split of a record.
 
-    It is that of the record's group or, without one, `hash_`, that of its content.
+    Published splits are kept. Validation and test, where they are not published, are taken out of the training set by
+    the hash of the record's group or, without a group, by `hash_`, the hash of its content.
     """
     if part.split is not None and part.split != "train":
         return part.split
@@ -32,7 +34,7 @@ def split_of(config: PrepareConfig, source: Source, part: Part, record: Record, 
 
 
 def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) -> str:
-    """The split of a record by its hash, which no other record, and no order of them, can change."""
+    """Split of a record by its hash alone, independent of other records and of their order."""
     u = hash_ / 2**64
     if u < test_fraction:
         return "test"
@@ -40,5 +42,5 @@ def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) 
 
 
 def leading_bits(digest: bytes) -> int:
-    """The first 8 bytes of a digest as a number."""
+    """First 8 bytes of a digest as an integer."""
     return int.from_bytes(digest[:8], "big")

@@ -1,69 +1,145 @@
-"""What every tokenizer does, and what holds for the ids of any of them."""
+"""Interface of tokenizers, and functions on the ids of any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from scmdm.config.preparation import TokenizerConfig
 
 SPECIALS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
-Content = str | bytes  # of a record: text, or token values as they are
+Content = str | bytes  # of a record: text, or the bytes of token values
 
 
 class UnknownSymbol(ValueError):
-    """A symbol that the vocabulary does not have."""
+    """A symbol is not in the vocabulary."""
 
 
-class Tokenizer(Protocol):
-    """Ids below `vocab_size`, specials and mask included."""
+class Tokenizer(ABC):
+    """Conversion between the content of records and token ids.
 
-    kind: str
+    All ids, those of the specials and the mask included, are below `vocab_size`. A subclass is registered in
+    `scmdm.config.preparation.TOKENIZERS` under its `kind`.
+    """
+
+    Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
+    kind: ClassVar[str]
+    learns_from_text: ClassVar[bool] = False  # `build` reads a sample of the training split
+
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
     mask_id: int
 
+    @classmethod
+    def open(cls, config: Any, *, padded: bool) -> Self | None:
+        """Read the existing tokenizer that the configuration names; None when it is to be built from the corpus.
+
+        `padded`: whether the data set has padding, for which the tokenizer then needs an id. Raises UserError.
+        """
+        return None
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        """Make a tokenizer for a corpus.
+
+        Args:
+            config: an instance of `Config`.
+            symbols: distinct symbols of all records, as `symbols_of` returns them.
+            sample: texts of the training split; empty unless `learns_from_text`.
+            layout: shape of the records, for sources of grids.
+
+        Raises:
+            UserError: the configuration does not fit the corpus.
+        """
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Self:
+        """Tokenizer of the content of its JSON file. Raises KeyError, TypeError or ValueError for malformed content."""
+        raise ValueError(f"a tokenizer of kind {cls.kind} is not stored as JSON")
+
+    @classmethod
+    def symbols_of(cls, content: Content) -> Iterable[str]:
+        """Symbols of a record that the vocabulary must contain. Raises UnknownSymbol for unusable content."""
+        return ()
+
+    @abstractmethod
     def encode(self, content: Content) -> list[int]:
         """Ids of a record's content, without specials. Raises UnknownSymbol."""
-        ...
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first end mark, without specials."""
-        ...
 
+    @abstractmethod
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """A readable piece for every id."""
-        ...
+        """Readable token for each id."""
 
+    @abstractmethod
     def save(self, directory: Path) -> Path:
         """Write one file into `directory` and return its path."""
-        ...
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Shape of records that are grids of values: images of pixel levels, or rows of codes (one channel)."""
+
+    height: int
+    width: int
+    channels: int
+    levels: int  # values are 0 to levels - 1
+
+    @property
+    def values(self) -> int:
+        """Number of values in a sample."""
+        return self.height * self.width * self.channels
+
+    @property
+    def length(self) -> int:
+        """Number of ids in a sample: [BOS] and the values."""
+        return 1 + self.values
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Data type of the values in the bytes of a record."""
+        return np.dtype("u1" if self.levels <= 1 << 8 else "<u2" if self.levels <= 1 << 16 else "<u4")
+
+    def mirrored(self, content: bytes) -> bytes:
+        """Bytes of an image with left and right exchanged."""
+        values_HWC = np.frombuffer(content, self.dtype).reshape(self.height, self.width, self.channels)
+        return values_HWC[:, ::-1].tobytes()
 
 
 @runtime_checkable
 class OwnFraming(Protocol):
-    """A tokenizer whose sequences are all equally long and have another frame than `[BOS] text [EOS]`."""
+    """Tokenizer whose sequences all have the same length and another frame than `[BOS] text [EOS]`."""
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """The sequence of a record's ids."""
+        """Sequence of a record's ids, specials included."""
         ...
 
     def is_framed(self, ids: Sequence[int]) -> bool:
-        """Whether a sequence looks as `frame` makes them."""
+        """Whether a sequence has the form that `frame` returns."""
         ...
 
 
 def as_text(content: Content) -> str:
-    """The content of a record of text."""
+    """Content of a text record."""
     assert isinstance(content, str)
     return content
 
 
 def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids of the text itself: up to the first end mark, without padding, beginning and mask.
+    """Ids of the text alone: up to the first [EOS], without [PAD], [BOS] and [MASK].
 
-    Where one id marks both, a beginning that stands first is no end.
+    Where [BOS] and [EOS] share an id, a leading one counts as [BOS].
     """
     ids = list(ids)
     first = 1 if ids[:1] == [tokenizer.bos_id] else 0
@@ -72,7 +148,7 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids look as the data does: one beginning, first; at most one end; padding behind it and nowhere else."""
+    """Whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
     if isinstance(tokenizer, OwnFraming):
         return tokenizer.is_framed(ids)
     ids = list(ids)
@@ -83,16 +159,16 @@ def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 
 
 def is_block(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids look as a block of concatenated texts does: a beginning first, an end last, no mask."""
+    """Whether ids have the form of a block of concatenated texts: [BOS] first, [EOS] last, no [MASK]."""
     ids = list(ids)
     marks = {tokenizer.bos_id, tokenizer.mask_id} - {tokenizer.eos_id}
     return ids[:1] == [tokenizer.bos_id] and ids[-1:] == [tokenizer.eos_id] and marks.isdisjoint(ids[1:])
 
 
 def block_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The texts of a block of concatenated ones, with the tokenizer's name of the end mark between them.
+    """Text of a block of concatenated texts, joined by the name of the [EOS] token.
 
-    A scorer with the same tokenizer reads the mark back: generative perplexity is measured on such texts (MDLM).
+    A scorer with the same tokenizer parses that name as [EOS] again. MDLM measures generative perplexity on such texts.
     """
     texts: list[list[int]] = [[]]
     for i in ids[1:] if list(ids[:1]) == [tokenizer.bos_id] else ids:

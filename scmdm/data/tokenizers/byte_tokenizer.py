@@ -1,31 +1,40 @@
-"""The bytes of a text in UTF-8: a fixed vocabulary that has every text.
+"""Bytes of UTF-8 text: a fixed vocabulary that covers every text.
 
-Ids 0 to 3 are padding, beginning, end and mask; byte `b` is id `b + 4`.
+Ids 0 to 3 are [PAD], [BOS], [EOS] and [MASK]; byte `b` has the id `b + 4`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
-from scmdm.data.tokenizers.base import SPECIALS, Content, text_ids
+from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, text_ids
 from scmdm.system.files import atomic_write_text
 
 
-class ByteTokenizer:
-    """256 byte values behind the specials."""
+class ByteTokenizer(Tokenizer):
+    """Tokenizer of the 256 byte values."""
 
     kind = "bytes"
     vocab_size = len(SPECIALS) + 256
     pad_id, bos_id, eos_id, mask_id = range(4)
+
+    @classmethod
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        return cls()
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Self:
+        return cls()
 
     def encode(self, content: Content) -> list[int]:
         raw = content if isinstance(content, bytes) else content.encode()
         return [value + len(SPECIALS) for value in raw]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the first end mark; bytes that are no UTF-8, as a model may draw them, become U+FFFD."""
+        """Text up to the first end mark; invalid UTF-8, which a model may sample, becomes U+FFFD."""
         return bytes(i - len(SPECIALS) for i in text_ids(ids, self)).decode(errors="replace")
 
     def tokens(self, ids: Sequence[int]) -> list[str]:

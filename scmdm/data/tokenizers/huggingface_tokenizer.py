@@ -1,76 +1,118 @@
-"""Tokenizers of the `tokenizers` library, as models on the Hugging Face hub have them: GPT-2's BPE and others.
+"""Tokenizers of the `tokenizers` library, such as GPT-2's byte-level BPE.
 
-Specials that a tokenizer has keep their ids. Those that it lacks are appended behind its vocabulary, the mask first:
-GPT-2's tokenizer gets bos = eos = 50256 (`<|endoftext|>`) and mask = 50257, as MDLM's models have it (arXiv
-2406.07524).
+A special that the tokenizer defines keeps its id. Missing specials are appended to the vocabulary, the mask first:
+GPT-2's tokenizer gets bos = eos = 50256 (`<|endoftext|>`) and mask = 50257, as in MDLM's models (arXiv 2406.07524).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
+from omegaconf import MISSING
 
-from scmdm.data.tokenizers.base import Content, as_text, text_ids
-from scmdm.data.tokenizers.word_cache import WordEncoder, words_are_apart
+from scmdm.config.fields import key
+from scmdm.config.preparation import TokenizerConfig
+from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, text_ids
+from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
+from scmdm.data.tokenizers.word_cache import WordEncoder, splits_at_white_space
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
 
-# Names that specials have in tokenizers which do not say what they are for.
+# Conventional names of specials, for tokenizers whose files do not assign roles.
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>"),
     "bos": ("[BOS]", "<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("[EOS]", "</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
 }
-_OTHER_ROLES = {"bos": "cls", "eos": "sep"}  # of BERT's tokenizers
+_BERT_ROLES = {"bos": "cls", "eos": "sep"}
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass
+class HuggingFaceConfig(TokenizerConfig):
+    """Keys of Hugging Face tokenizers."""
+
+    path: str = key(
+        MISSING, formerly=("tokenizer_path",), help="tokenizer.json, or the folder of a transformers tokenizer"
+    )
 
 
 @dataclass(frozen=True)
 class SpecialIds:
+    """Ids of the specials."""
+
     mask: int
     bos: int
     eos: int
     pad: int
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizers` pipeline with four special ids, which no text can spell."""
+class HuggingFaceTokenizer(Tokenizer):
+    """Tokenizer of the `tokenizers` library. No text encodes to a special.
 
+    Args:
+        pipeline: content of its `tokenizer.json`.
+        specials: ids of the specials.
+        vocab_size: lower bound of the vocabulary size, for models whose embedding has unused rows.
+    """
+
+    Config = HuggingFaceConfig
     kind = "huggingface"
 
     def __init__(self, pipeline: Mapping[str, Any], specials: SpecialIds, vocab_size: int = 0) -> None:
-        """`vocab_size`: as many ids at least, the last of which no text has (rows that pad a model's embedding)."""
         self._pipeline, self._specials = pipeline, specials
         self._tokenizer = _pipeline(pipeline)
-        self._encode = WordEncoder(self._library_ids) if words_are_apart(pipeline) else self._library_ids
+        self._encode = WordEncoder(self._library_ids) if splits_at_white_space(pipeline) else self._library_ids
         self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
         self._known = _size(self._tokenizer)
         used = max(self._known, *(i + 1 for i in asdict(specials).values()))
         self.vocab_size, self._padded = max(used, vocab_size), vocab_size > used
 
     @classmethod
-    def open(cls, path: Path, *, padded: bool, rows: int = 0, mask_id: int | None = None) -> HuggingFaceTokenizer:
+    def open(cls, config: HuggingFaceConfig, *, padded: bool) -> Self | None:
+        path = Path(config.path)
+        if is_tokenizer_file(path):
+            opened = open_tokenizer_file(path, cls.kind)
+            assert isinstance(opened, cls)
+            return opened
+        return cls.from_files(path, padded=padded)
+
+    @classmethod
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        raise AssertionError("`open` returns a tokenizer for every configuration")
+
+    @classmethod
+    def from_files(
+        cls, path: Path, *, padded: bool, rows: int = 0, mask_id: int | None = None, named: str = "tokenizer.path"
+    ) -> Self:
         """Read a `tokenizer.json`, or a folder with the files of a `transformers` tokenizer.
 
-        A tokenizer that has no padding of its own gets an id for it only when the data set is `padded`; without,
-        padding is the end mark, which then no sample is padded with. `rows` and `mask_id` are those of a model whose
-        tokenizer it is. Raises UserError.
+        Args:
+            path: the file or the folder.
+            padded: whether the data set has padding. A tokenizer without a padding token then gets an id for it;
+                otherwise its padding id is that of [EOS], which is never used.
+            rows: rows of the embedding of the tokenizer's model; 0: as many as needed.
+            mask_id: mask id of that model; None: that of the tokenizer, or the first unused id.
+            named: configuration key of `path`, for error messages.
+
+        Raises:
+            UserError: the files are missing or malformed.
         """
         folder = path.parent if path.is_file() else path
         if any((folder / name).is_file() for name in _SETTINGS):
             path = folder
         elif (folder / "tokenizer.json").is_file() and path.is_dir():
-            path = folder / "tokenizer.json"  # `transformers` would ask the model's configuration for the kind
-        pipeline, named = _from_folder(path) if path.is_dir() else (_from_file(path), {})
+            path = folder / "tokenizer.json"  # `transformers` would need the model's configuration
+        pipeline, roles = _from_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
         ids = _pipeline(pipeline)
-        found = {role: named.get(role) for role in _NAMES}
-        if not named:
+        found = {role: roles.get(role) for role in _NAMES}
+        if not roles:
             found = {
                 role: next((n for n in names if ids.token_to_id(n) is not None), None) for role, names in _NAMES.items()
             }
@@ -91,29 +133,47 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: Path) -> Path:
         path = directory / "tokenizer.json"
-        content = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
+        content: dict[str, Any] = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
         if self._padded:
             content["vocab_size"] = self.vocab_size
         atomic_write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
         return path
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        """What `save` has written. Raises KeyError, TypeError or ValueError when it is not that."""
+    def parse(cls, content: dict[str, Any]) -> Self:
         return cls(content["pipeline"], SpecialIds(**content["specials"]), int(content.get("vocab_size", 0)))
 
     @property
     def pipeline(self) -> Mapping[str, Any]:
-        """As the `tokenizers` library writes it."""
+        """Content of the `tokenizer.json` of the `tokenizers` library."""
         return self._pipeline
 
 
+def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenizer:
+    """Tokenizer of a published model.
+
+    Args:
+        path: `tokenizer.json` or folder of a Hugging Face tokenizer, a .model file, or a tokenizer file of scmdm.
+        rows: rows of the model's embedding, which may exceed the number of tokens.
+        mask_id: the model's mask id; None: that of the tokenizer, or the first unused id.
+
+    Raises:
+        UserError: the file is missing or malformed, or has another mask id.
+    """
+    if path.suffix != ".model" and not is_tokenizer_file(path):
+        return HuggingFaceTokenizer.from_files(path, padded=False, rows=rows, mask_id=mask_id, named="tokenizer")
+    saved = load_tokenizer(path)
+    if mask_id is not None and mask_id != saved.mask_id:
+        raise UserError(f"tokenizer={path} has the mask id {saved.mask_id}, the model {mask_id}; give the model's own")
+    return saved
+
+
 def _pipeline(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """As it is saved, but what looks like a special token in a text is text."""
+    """The library's tokenizer, set to encode the names of special tokens in a text as ordinary text."""
     try:
         found = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"no tokenizer of the tokenizers library: {error}") from error
+        raise ValueError(f"the tokenizers library cannot load it: {error}") from error
     found.no_padding()
     found.no_truncation()
     found.encode_special_tokens = True
@@ -127,13 +187,13 @@ def _size(tokenizer: tokenizers.Tokenizer) -> int:
 def _special_ids(
     tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | None], padded: bool, mask_id: int | None
 ) -> SpecialIds:
-    """The ids of the names, and those behind the vocabulary for what has none."""
+    """Ids of the named specials, and ids after the vocabulary for the others."""
     ids = {role: tokenizer.token_to_id(name) for role, name in names.items() if name is not None}
     end = _size(tokenizer)
     found: dict[str, int] = {} if mask_id is None else {"mask": mask_id}
     for role in (role for role in _NAMES if role not in found):
         own = ids.get(role)
-        # Many tokenizers without padding name another special for it.
+        # Many tokenizers without a padding token name another special for padding.
         if own is not None and not (role in ("mask", "pad") and own in (ids.get("bos"), ids.get("eos"))):
             found[role] = own
         elif role == "pad" and not padded:
@@ -144,22 +204,22 @@ def _special_ids(
     return SpecialIds(**found)
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path, named: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         _pipeline(content)
     except FileNotFoundError as error:
         raise UserError(
-            f"tokenizer_path={path} does not exist; give a tokenizer.json, or a transformers tokenizer's folder"
+            f"{named}={path} does not exist; give a tokenizer.json, or the folder of a transformers tokenizer"
         ) from error
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer_path={path} is no tokenizer.json: {reason}; give one") from error
+        raise UserError(f"{named}={path} is not a tokenizer.json: {reason}; give one") from error
     return content
 
 
-def _from_folder(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The pipeline, and the names of its specials by role."""
+def _from_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of the tokenizer.json, and names of the specials by role."""
     from transformers import AutoTokenizer
 
     try:
@@ -167,8 +227,8 @@ def _from_folder(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         pipeline = json.loads(loaded.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer_path={path} holds no tokenizer that transformers can load: {reason}") from error
+        raise UserError(f"{named}={path} holds no tokenizer that transformers can load: {reason}") from error
     names = {role: getattr(loaded, f"{role}_token") for role in _NAMES}
-    for role, other in _OTHER_ROLES.items():
+    for role, other in _BERT_ROLES.items():
         names[role] = names[role] or getattr(loaded, f"{other}_token")
     return pipeline, {role: name for role, name in names.items() if name is not None}

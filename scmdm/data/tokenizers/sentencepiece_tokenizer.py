@@ -1,17 +1,21 @@
-"""Sentencepiece.
+"""Tokenizer of a sentencepiece model.
 
-In a model that we train ids 0 to 3 are padding, beginning, end and mask. Another model keeps the ids that it has for
-them, and gets those that it lacks behind its pieces, the mask first.
+In a model trained here, ids 0 to 3 are [PAD], [BOS], [EOS] and [MASK]. A model trained elsewhere keeps its own ids for
+them, and missing ones are appended to its vocabulary, the mask first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import sentencepiece
 
-from scmdm.data.tokenizers.base import SPECIALS, Content, as_text, text_ids
+from scmdm.config.fields import key
+from scmdm.config.preparation import TokenizerConfig
+from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, as_text, text_ids
 from scmdm.data.tokenizers.sentencepiece_trainer import train_pieces
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_bytes
@@ -19,10 +23,22 @@ from scmdm.system.files import atomic_write_bytes
 _MASKS = (SPECIALS[3], "<mask>")
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece model with our specials among its pieces."""
+@dataclass
+class SentencePieceConfig(TokenizerConfig):
+    """Keys of sentencepiece tokenizers."""
 
+    path: str | None = key(None, formerly=("tokenizer_path",), help=".model file; null: train a model on the corpus")
+    vocab_size: int = key(
+        2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1
+    )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Tokenizer of a sentencepiece model, with an id for each special."""
+
+    Config = SentencePieceConfig
     kind = "sentencepiece"
+    learns_from_text = True
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -45,17 +61,27 @@ class SentencePieceTokenizer:
         self._appended = {id_: name for id_, name in names.items() if id_ >= pieces}
 
     @classmethod
-    def open(cls, path: Path) -> SentencePieceTokenizer:
-        """A model that was trained elsewhere. Raises UserError when the file is missing or none."""
+    def open(cls, config: SentencePieceConfig, *, padded: bool) -> Self | None:
+        if config.path is None:
+            return None
         try:
-            return cls(path.read_bytes())
+            return cls(Path(config.path).read_bytes())
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"tokenizer_path={path} is no sentencepiece model: {reason}; give a .model file") from error
+            raise UserError(
+                f"tokenizer.path={config.path} is not a sentencepiece model: {reason}; give a .model file"
+            ) from error
 
     @classmethod
-    def fit(cls, corpus: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        """Train a unigram model with byte fallback: every text has an encoding and decodes to itself."""
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        return cls.fit(sample, config.vocab_size)
+
+    @classmethod
+    def fit(cls, corpus: Iterable[str], vocab_size: int) -> Self:
+        """Train a unigram model with byte fallback, which encodes and restores any text.
+
+        Raises UserError when the corpus does not allow the vocabulary size.
+        """
         pad, bos, eos, mask = SPECIALS
         options = {
             "vocab_size": vocab_size,
@@ -82,11 +108,11 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"vocab_size={vocab_size} does not fit this corpus: {reason}; choose another vocab_size"
+                f"tokenizer.vocab_size={vocab_size} does not fit this corpus: {reason}; choose another size"
             ) from error
 
     def encode(self, content: Content) -> list[int]:
-        # A newline is not a piece of its own in sentencepiece's trainer; byte fallback carries it through.
+        # Sentencepiece's trainer makes no piece for a newline; byte fallback encodes it.
         return self._processor.encode(as_text(content))
 
     def decode(self, ids: Sequence[int]) -> str:

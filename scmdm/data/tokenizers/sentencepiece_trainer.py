@@ -1,8 +1,7 @@
-"""`python -m scmdm.data.tokenizers.sentencepiece_trainer`: run sentencepiece's trainer.
+"""Train a sentencepiece model in a process of its own, because the trainer ignores signals.
 
-The trainer ignores signals, so that it runs in a process of its own.
-
-Options come as JSON in the first argument, texts as lines of JSON on standard input; the model goes to standard output.
+`python -m scmdm.data.tokenizers.sentencepiece_trainer OPTIONS` takes the trainer's options as JSON, reads the texts as
+JSON strings, one per line, from standard input, and writes the model to standard output.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from scmdm.system.signals import end_with_parent
 
 
 def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
-    """A trained model. Raises RuntimeError, with sentencepiece's reason, when it cannot be trained.
+    """Train a model and return its bytes. Raises RuntimeError with sentencepiece's reason when that fails.
 
-    However this is left, by a signal too, the process ends, and on Linux when this process is killed.
+    The training process ends with this call, also when a signal interrupts it and, on Linux, when this process is
+    killed.
     """
     command = [sys.executable, "-m", "scmdm.data.tokenizers.sentencepiece_trainer", json.dumps(options)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -30,7 +30,7 @@ def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
             assert process.stdin is not None
             try:
                 process.stdin.writelines(json.dumps(text).encode() + b"\n" for text in texts)
-            except BrokenPipeError:  # it has ended, and says why
+            except BrokenPipeError:  # the process has ended; its standard error says why
                 process.stdin = None
             model, error = process.communicate()
         except BaseException:

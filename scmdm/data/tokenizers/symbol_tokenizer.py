@@ -1,45 +1,63 @@
-"""Tokenizers whose vocabulary is the list of symbols that a corpus has.
+"""Tokenizers whose vocabulary is a list of symbols: characters, pieces of SMILES or SELFIES, letters of sequences.
 
-Ids 0 to 3 are padding, beginning, end and mask.
+Ids 0 to 3 are [PAD], [BOS], [EOS] and [MASK].
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from scmdm.data.tokenizers.base import SPECIALS, Content, UnknownSymbol, as_text, text_ids
+from scmdm.config.fields import key
+from scmdm.config.preparation import TokenizerConfig
+from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, UnknownSymbol, as_text, text_ids
+from scmdm.data.tokenizers.tokenizer_file import open_tokenizer_file
 from scmdm.system.files import atomic_write_text
+from scmdm.system.package_data import optional
 
 # Atom-level SMILES pieces (Schwaller et al., ACS Cent. Sci. 2019): bracket atoms, two-letter elements, bonds, rings.
 SMILES_PIECES = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d")
 
-NUCLEOTIDES = "ACGTN"  # N: not known which
-_NO_NUCLEOTIDE = str.maketrans("", "", NUCLEOTIDES)
+NUCLEOTIDES = "ACGTN"  # N: unknown
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # X: unknown
 
 
-class SymbolTokenizer:
-    """A list of symbols behind the specials; the splitter of its kind cuts a text into them."""
+class SymbolTokenizer(Tokenizer):
+    """Base of tokenizers that split a text into symbols and have an id for each."""
 
     pad_id, bos_id, eos_id, mask_id = range(4)
 
-    def __init__(self, kind: str, symbols: Sequence[str]) -> None:
-        self.kind = kind
+    def __init__(self, symbols: Sequence[str]) -> None:
         self.symbols = [*SPECIALS, *symbols]
         self.vocab_size = len(self.symbols)
         self._ids = {symbol: index for index, symbol in enumerate(self.symbols)}
 
+    @classmethod
+    @abstractmethod
+    def split(cls, text: str) -> list[str]:
+        """Symbols of a text. Raises UnknownSymbol for a text that has none."""
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> Self:
+        return cls(content["symbols"])
+
+    @classmethod
+    def symbols_of(cls, content: Content) -> Iterable[str]:
+        return cls.split(as_text(content))
+
     def encode(self, content: Content) -> list[int]:
         try:
-            return [self._ids[symbol] for symbol in SPLITTERS[self.kind](as_text(content))]
+            return [self._ids[symbol] for symbol in self.split(as_text(content))]
         except KeyError as error:
             raise UnknownSymbol(f"unknown symbol {error.args[0]!r}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = "".join(self.symbols[i] for i in text_ids(ids, self))
-        return selfies_to_smiles(text) if self.kind == "selfies" else text
+        return "".join(self.symbols[i] for i in text_ids(ids, self))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.symbols[i] for i in ids]
@@ -51,52 +69,110 @@ class SymbolTokenizer:
         return path
 
 
-def split_smiles(text: str) -> list[str]:
-    """Atom-level pieces. Raises UnknownSymbol for what is not SMILES."""
-    pieces = SMILES_PIECES.findall(text)
-    if sum(map(len, pieces)) != len(text):
-        rest = SMILES_PIECES.sub("", text)
-        raise UnknownSymbol(f"{rest[:1]!r} in {text!r} is not SMILES")
-    return pieces
+@dataclass
+class CorpusSymbolsConfig(TokenizerConfig):
+    """Keys of tokenizers whose vocabulary is the set of symbols of the corpus."""
+
+    path: str | None = key(
+        None,
+        formerly=("tokenizer_path",),
+        help="tokenizer.json of a model or a data set, for its vocabulary; null: the symbols of the corpus",
+    )
 
 
-def split_selfies(smiles: str) -> list[str]:
-    """The symbols of a molecule's SELFIES (Krenn et al., Mach. Learn.: Sci. Technol. 2020).
+class _CorpusSymbols(SymbolTokenizer):
+    Config = CorpusSymbolsConfig
 
-    Raises UnknownSymbol for SMILES that SELFIES cannot say: atoms beyond its valences, wildcards.
-    """
-    import selfies
+    @classmethod
+    def open(cls, config: CorpusSymbolsConfig, *, padded: bool) -> Self | None:
+        if config.path is None:
+            return None
+        opened = open_tokenizer_file(Path(config.path), cls.kind)
+        assert isinstance(opened, cls)
+        return opened
 
-    try:
-        return list(selfies.split_selfies(selfies.encoder(smiles)))
-    except selfies.EncoderError as error:
-        raise UnknownSymbol(f"{smiles!r} has no SELFIES: {str(error).strip().splitlines()[0]}") from None
-
-
-def selfies_to_smiles(symbols: str) -> str:
-    """The SMILES of a SELFIES, canonical as the data is (RDKit); as SELFIES writes it where RDKit cannot read that."""
-    import selfies
-    from rdkit import Chem, rdBase
-
-    smiles = selfies.decoder(symbols)
-    with rdBase.BlockLogs():
-        molecule = Chem.MolFromSmiles(smiles)
-    return smiles if molecule is None else Chem.MolToSmiles(molecule)
+    @classmethod
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        return cls(sorted(symbols))
 
 
-def split_dna(text: str) -> list[str]:
-    """Letters. Raises UnknownSymbol for what is none of A, C, G, T and N (unknown), lower case included."""
-    rest = text.translate(_NO_NUCLEOTIDE)
-    if rest:
-        raise UnknownSymbol(f"{rest[:1]!r} is none of {', '.join(NUCLEOTIDES)}")
-    return list(text)
+class _FixedAlphabet(SymbolTokenizer):
+    alphabet: ClassVar[str]
+
+    @classmethod
+    def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
+        return cls(cls.alphabet)
+
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        """Letters. Raises UnknownSymbol for a letter outside the alphabet, lower case included."""
+        rest = text.translate(str.maketrans("", "", cls.alphabet))
+        if rest:
+            raise UnknownSymbol(f"{rest[:1]!r} is none of {', '.join(cls.alphabet)}")
+        return list(text)
 
 
-SPLITTERS: Mapping[str, Callable[[str], list[str]]] = {
-    "smiles": split_smiles,
-    "selfies": split_selfies,
-    "characters": list,
-    "dna": split_dna,
-}
-# Alphabets that are the same for every corpus; those of other kinds are the symbols that the corpus has.
-ALPHABETS: Mapping[str, str] = {"dna": NUCLEOTIDES}
+class CharacterTokenizer(_CorpusSymbols):
+    """Tokenizer of Unicode characters."""
+
+    kind = "characters"
+
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        return list(text)
+
+
+class SmilesTokenizer(_CorpusSymbols):
+    """Tokenizer of atom-level SMILES pieces."""
+
+    kind = "smiles"
+
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        """Atom-level pieces. Raises UnknownSymbol for a text that is not SMILES."""
+        pieces = SMILES_PIECES.findall(text)
+        if sum(map(len, pieces)) != len(text):
+            rest = SMILES_PIECES.sub("", text)
+            raise UnknownSymbol(f"{rest[:1]!r} in {text!r} is not SMILES")
+        return pieces
+
+
+class SelfiesTokenizer(_CorpusSymbols):
+    """Tokenizer of SELFIES symbols (Krenn et al., Mach. Learn.: Sci. Technol. 2020). Encodes and decodes SMILES."""
+
+    kind = "selfies"
+
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        """SELFIES symbols of a SMILES string.
+
+        Raises UnknownSymbol for SMILES without SELFIES, such as atoms beyond its valences and wildcards.
+        """
+        selfies = optional("selfies", "tokenizer.name=selfies", "molecules")
+        try:
+            return list(selfies.split_selfies(selfies.encoder(text)))
+        except selfies.EncoderError as error:
+            raise UnknownSymbol(f"{text!r} has no SELFIES: {str(error).strip().splitlines()[0]}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Canonical SMILES, as in the data; SELFIES' own spelling where RDKit cannot parse that."""
+        selfies = optional("selfies", "tokenizer.name=selfies", "molecules")
+        chem, base = (optional(name, "tokenizer.name=selfies", "molecules") for name in ("rdkit.Chem", "rdkit.rdBase"))
+        smiles: str = selfies.decoder(super().decode(ids))
+        with base.BlockLogs():
+            molecule = chem.MolFromSmiles(smiles)
+        return smiles if molecule is None else chem.MolToSmiles(molecule)
+
+
+class DnaTokenizer(_FixedAlphabet):
+    """Tokenizer of nucleotides A, C, G, T and N (unknown)."""
+
+    kind = "dna"
+    alphabet = NUCLEOTIDES
+
+
+class AminoAcidTokenizer(_FixedAlphabet):
+    """Tokenizer of the 20 standard amino acids and X (unknown)."""
+
+    kind = "amino_acids"
+    alphabet = AMINO_ACIDS

@@ -1,8 +1,8 @@
-"""Ids of a text from those of its words, each of which is encoded once.
+"""Encode a text word by word, with a cache of the ids of words.
 
-A pipeline spends most of its time on cutting a text and on where each piece came from. For some it is certain that
-white space behind anything else begins a new piece, and that the ids of what lies between two such places depend on
-nothing around it: then they can be looked up.
+A pipeline of the `tokenizers` library spends most of its time on splitting a text and on tracking offsets. Some
+pipelines always split before white space, so that the ids of a word with its leading white space do not depend on its
+context. For these, the ids can be cached.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _WORD = re.compile(r"\s*\S+|\s+")
-_NOT_AGREED = re.compile("[\x1c-\x1f]")  # white space to Python, not to Unicode
-_LONGEST = 64  # characters of a word that is kept
+_AMBIGUOUS_SPACE = re.compile("[\x1c-\x1f]")  # white space in Python, not in Unicode
+_LONGEST = 64  # characters of a cached word
 _MOST = 1 << 17  # words, about 40 MB
 
 
-def words_are_apart(pipeline: Mapping[str, Any]) -> bool:
-    """Whether white space begins a new piece: byte-level BPE with GPT-2's pattern and nothing before it."""
+def splits_at_white_space(pipeline: Mapping[str, Any]) -> bool:
+    """Whether a pipeline splits before white space: byte-level BPE with GPT-2's pattern and no normalizer."""
     pre, model = pipeline.get("pre_tokenizer") or {}, pipeline.get("model") or {}
     by_pattern = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
     ordinary = [token for token in pipeline.get("added_tokens") or [] if not token.get("special")]
@@ -27,13 +27,13 @@ def words_are_apart(pipeline: Mapping[str, Any]) -> bool:
 
 
 class WordEncoder:
-    """`encode`, which is a function of each word alone, with a memory."""
+    """Cache for an `encode` that is a function of each word alone."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         self._encode, self._known = encode, dict[str, list[int]]()
 
     def __call__(self, text: str) -> list[int]:
-        if _NOT_AGREED.search(text):
+        if _AMBIGUOUS_SPACE.search(text):
             return self._encode(text)
         ids, known = list[int](), self._known
         for word in _WORD.findall(text):

@@ -1,6 +1,6 @@
-"""A small convolutional classifier of a data set's pictures, trained here: features where no published network fits.
+"""A small convolutional classifier, trained on the data set, whose features replace those of Inception.
 
-Legend: N pictures, B batch, H height, W width, C channels, K classes, F features.
+Legend: N images, B batch, H height, W width, C channels, K classes, F features.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _FORWARD_BATCH = 1024
 
 @dataclass(frozen=True)
 class ClassifierKey:
-    """All that a trained classifier depends on."""
+    """Everything that a trained classifier depends on."""
 
     fingerprint: str  # of the data set
     channels: int
     classes: int
     seed: int
-    version: int = 1  # of the code below
+    version: int = 1  # of the training code below
 
     def file(self, work: Path) -> Path:
-        """Where it is kept."""
+        """Path of the cached classifier."""
         return work / f"classifier-{self.fingerprint[:12]}-{self.seed}.safetensors"
 
 
 class Classifier(nn.Module):
-    """Three convolutions, a mean over the picture, and one linear layer, of pictures of any size."""
+    """Three convolutions, global average pooling and a linear layer; accepts images of any size."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(FEATURES, classes)
 
-    def forward(self, pictures_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, F), which the Frechet distance is taken in, and logits (B, K) of uint8 pictures."""
-        features_BF = self.trunk(pictures_BHWC.movedim(3, 1).float() / 127.5 - 1)
+    def forward(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, F) and logits (B, K) of uint8 images."""
+        features_BF = self.trunk(images_BHWC.movedim(3, 1).float() / 127.5 - 1)
         return features_BF, self.head(features_BF)
 
 
@@ -64,16 +64,16 @@ def _layer(inside: int, outside: int, stride: int) -> tuple[nn.Module, ...]:
 
 
 def trained_classifier(
-    pictures_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, work: Path, *, device: str = "cpu"
+    images_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, work: Path, *, device: str = "cpu"
 ) -> Classifier:
-    """The classifier of a training split, from `work` when it is there; all that is random follows from the seed.
+    """Load the classifier from `work`, or train and cache it. Training is deterministic given the seed.
 
-    Raises UserError when the file there is damaged or cannot be written.
+    Raises UserError if the cached file is damaged.
     """
     path = key.file(work)
     if path.is_file():
         return _read(path, key).to(device)
-    classifier = train_classifier(pictures_NHWC, labels_N, key, device=device)
+    classifier = train_classifier(images_NHWC, labels_N, key, device=device)
     work.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous().cpu() for name, value in classifier.state_dict().items()}
     atomic_write_bytes(path, to_safetensors(weights, metadata={"key": json.dumps(asdict(key))}))
@@ -81,9 +81,9 @@ def trained_classifier(
 
 
 def train_classifier(
-    pictures_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, *, device: str = "cpu"
+    images_NHWC: np.ndarray, labels_N: np.ndarray, key: ClassifierKey, *, device: str = "cpu"
 ) -> Classifier:
-    """Train on uint8 pictures: AdamW, one cycle of the learning rate, `_EPOCHS` epochs and at least `_STEPS` steps."""
+    """Train on uint8 images with AdamW and a one-cycle learning rate, `_EPOCHS` epochs but at least `_STEPS` steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key.seed)
         classifier = Classifier(key.channels, key.classes).to(device)
@@ -93,7 +93,7 @@ def train_classifier(
     dice = np.random.default_rng(key.seed)
     for _ in range(steps):
         rows_B = dice.integers(0, len(labels_N), _BATCH)
-        _, logits_BK = classifier(torch.from_numpy(pictures_NHWC[rows_B]).to(device))
+        _, logits_BK = classifier(torch.from_numpy(images_NHWC[rows_B]).to(device))
         loss = F.cross_entropy(logits_BK, torch.from_numpy(labels_N[rows_B].astype(np.int64)).to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -102,13 +102,13 @@ def train_classifier(
     return classifier.eval()
 
 
-def classify(classifier: Classifier, pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) and the most probable classes (N,) of uint8 pictures."""
+def classify(classifier: Classifier, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, F) and predicted classes (N,) of uint8 images."""
     device = next(classifier.parameters()).device
     features, classes = [], []
     with torch.no_grad():
-        for pictures in torch.from_numpy(pictures_NHWC).split(_FORWARD_BATCH):
-            features_BF, logits_BK = classifier(pictures.to(device))
+        for images in torch.from_numpy(images_NHWC).split(_FORWARD_BATCH):
+            features_BF, logits_BK = classifier(images.to(device))
             features.append(features_BF.cpu().numpy())
             classes.append(logits_BK.argmax(1).cpu().numpy())
     return np.concatenate(features), np.concatenate(classes)
@@ -122,7 +122,9 @@ def _read(path: Path, key: ClassifierKey) -> Classifier:
             classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}); remove it: it is made again") from error
+        raise UserError(f"{path} is damaged ({reason}); remove it to train the classifier again") from error
     if kept != asdict(key):
-        raise UserError(f"{path} is of another data set or version ({kept}); remove it: it is made again")
+        raise UserError(
+            f"{path} belongs to another data set or version ({kept}); remove it to train the classifier again"
+        )
     return classifier.eval()

@@ -1,14 +1,13 @@
-"""FID and Inception Score by torch-fidelity, with a file of Inception's weights that the user has.
+"""FID and Inception Score, computed with torch-fidelity and a local file of Inception's weights.
 
-Nothing is downloaded, and nothing in the file is run. The weights are those that torch-fidelity names,
-`weights-inception-2015-12-05-6726825d.pth`: FID's original network, which published figures are made with.
+Nothing is downloaded, and no code in the file is run. The file is torch-fidelity's
+`weights-inception-2015-12-05-6726825d.pth`, the original network of FID that published values use.
 
-Legend: N pictures, H height, W width, C channels.
+Legend: N images, H height, W width, C channels.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import pickle
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import torch
 
 from scmdm.domains.frechet import Moments
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional, package_folder
 
-PROTOCOL = "50,000 samples at T = 128 against all training pictures"  # of CIFAR-10's published figures
+PROTOCOL = "50,000 samples at T = 128 against all training images"  # of published values on CIFAR-10
 PROTOCOL_SAMPLES = 50_000
 _BATCH = 64
 _FEATURES, _LOGITS = "2048", "logits_unbiased"
@@ -29,53 +29,54 @@ _FEATURES, _LOGITS = "2048", "logits_unbiased"
 
 @dataclass(frozen=True)
 class Activations:
-    """What Inception makes of a set of pictures."""
+    """Moments of Inception's features of a set of images, and its Inception Score."""
 
     moments: Moments
-    score: float  # Inception Score: mean of ten parts
+    score: float  # mean over ten parts
     score_std: float
 
 
 def check_inception(weights: Path) -> None:
-    """UserError when FID cannot be had with this file: known before anything is sampled."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError(f"inception={weights} needs the package torch-fidelity; `pip install torch-fidelity`")
+    """Raise UserError if the file or the package that FID needs is missing."""
+    package_folder("torch_fidelity", f"metrics.inception={weights}", "images")
     if not weights.is_file():
         raise UserError(
-            f"inception={weights} is missing; give torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or "
-            "leave the key out and use frechet_classifier"
+            f"metrics.inception={weights} does not exist; give weights-inception-2015-12-05-6726825d.pth of "
+            "torch-fidelity, or leave the key out and use frechet_classifier"
         )
 
 
 def load_inception(weights: Path, device: str = "cpu") -> Any:
-    """torch-fidelity's Inception with the weights of a file. Raises UserError when it holds something else."""
+    """Load torch-fidelity's Inception. Raises UserError if the file does not contain its weights."""
     check_inception(weights)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+    inception = optional("torch_fidelity.feature_extractor_inceptionv3", f"metrics.inception={weights}", "images")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch-fidelity would unpickle whatever the file holds: it gets a copy of the tensors alone.
+        # torch-fidelity unpickles the whole file, so it is given a copy that contains tensors only.
         tensors = io.BytesIO()
         torch.save({name: torch.as_tensor(value) for name, value in state.items()}, tensors)
         tensors.seek(0)
-        network = FeatureExtractorInceptionV3("inception", [_FEATURES, _LOGITS], tensors)
+        network = inception.FeatureExtractorInceptionV3("inception", [_FEATURES, _LOGITS], tensors)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"inception={weights} holds no weights of torch-fidelity's Inception: {reason}") from error
+        raise UserError(
+            f"metrics.inception={weights} does not contain the weights of torch-fidelity's Inception: {reason}"
+        ) from error
     return network.to(device)
 
 
-def activations(network: Any, pictures_NHWC: np.ndarray) -> Activations:
-    """Moments of the 2048 features, and the Inception Score (Salimans et al. 2016), of uint8 pictures."""
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
+def activations(network: Any, images_NHWC: np.ndarray) -> Activations:
+    """Moments of the 2048 features and Inception Score (Salimans et al. 2016) of uint8 images."""
+    isc = optional("torch_fidelity.metric_isc", "the Inception Score", "images")
     device = next(network.parameters()).device
     features, logits = [], []
     with torch.no_grad():
-        for pictures in torch.from_numpy(pictures_NHWC).split(_BATCH):
-            in_colour = pictures.movedim(3, 1).expand(-1, 3, -1, -1)
+        for images in torch.from_numpy(images_NHWC).split(_BATCH):
+            in_colour = images.movedim(3, 1).expand(-1, 3, -1, -1)
             found, unbiased = network(in_colour.contiguous().to(device))
             features.append(found.cpu().numpy())
             logits.append(unbiased.cpu())
-    score = isc_features_to_metric(torch.cat(logits), splits=min(10, len(pictures_NHWC)))
-    return Activations(Moments.of(np.concatenate(features)), score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD])
+    score = isc.isc_features_to_metric(torch.cat(logits), splits=min(10, len(images_NHWC)))
+    return Activations(
+        Moments.of(np.concatenate(features)), score[isc.KEY_METRIC_ISC_MEAN], score[isc.KEY_METRIC_ISC_STD]
+    )

@@ -1,10 +1,9 @@
 """MOSES' metrics of generated molecules (Polykovskiy et al., Front. Pharmacol. 2020, arXiv 1811.12823).
 
 The protocol is 30,000 samples against the published sets `test` and `test_scaffolds`. Where the paper and the published
-code differ, the code's definition is taken, because the published figures come from it.
+code differ, the metrics follow the code, which produced the published values.
 
-Legend: N generated molecules, M molecules of a reference set, F bits of a fingerprint, W bytes that hold them, A
-activations of ChemNet.
+Legend: N generated molecules, M molecules of a reference set, F bits of a fingerprint, W = F / 8 bytes.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from torch import Tensor
 
 from scmdm.distributed.engine import resolve_precision
 from scmdm.domains.frechet import frechet_distance
-from scmdm.domains.molecules.quality import parse_molecule
-from scmdm.domains.molecules.set_statistics import PROPERTIES, SetStatistics, Work, describe, in_chunks
+from scmdm.domains.molecules.metrics import parse_molecule
+from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, SetStatistics, describe, in_chunks
 from scmdm.errors import UserError
 from scmdm.system.package_data import user_cache
 
-SAMPLES = 30_000  # of the protocol
+SAMPLES = 30_000  # of the published protocol
 UNIQUE_AT = (1_000, 10_000)
-FILTER_FILES = ("mcf.csv", "wehi_pains.csv")  # as the package molsets ships them
-# MOSES' own figures of its whole training set: data/samples/train_metrics.csv of molecularsets/moses. Its property
-# distances are others than ours, and a novelty is not in it.
+FILTER_FILES = ("mcf.csv", "wehi_pains.csv")  # in the package molsets
+# Published values of the whole training set: data/samples/train_metrics.csv of molecularsets/moses. It defines property
+# distances differently and contains no novelty.
 TRAINING_SET: Mapping[str, float] = {
     "valid": 1.0,
     "unique@1000": 1.0,
@@ -54,19 +53,19 @@ TRAINING_SET: Mapping[str, float] = {
 }
 _ALLOWED_ATOMS = frozenset({"C", "N", "S", "O", "F", "Cl", "Br", "H"})
 _LARGEST_RING = 7
-_ROWS, _COLUMNS = 512, 2048  # of a block of similarities
-_EXACT = 256
+_ROWS, _COLUMNS = 512, 2048  # block of the similarity matrix
+_EXACT_IN_BFLOAT16 = 256  # integers up to this one
 
 
 @dataclass(frozen=True)
-class Filters:
-    """Groups that a molecule of MOSES must not have, as SMARTS: the medicinal chemistry filters and PAINS."""
+class MosesFilters:
+    """SMARTS of unwanted groups: the medicinal chemistry filters (MCF) and PAINS."""
 
     smarts: tuple[str, ...]
 
     @classmethod
-    def read(cls, folder: Path) -> Filters:
-        """From `FILTER_FILES`. Raises UserError for a file that is missing or holds no SMARTS."""
+    def read(cls, folder: Path) -> MosesFilters:
+        """Read `FILTER_FILES`. Raises UserError if a file is missing or contains invalid SMARTS."""
         medicinal, pains = (_read_table(folder / name) for name in FILTER_FILES)
         # The first has a header; the second names its filters in the last column.
         column = medicinal[0].index("smarts")
@@ -74,12 +73,12 @@ class Filters:
         for smarts in found:
             if Chem.MolFromSmarts(smarts) is None:
                 raise UserError(
-                    f"{folder} holds {smarts!r}, which is not SMARTS; remove the folder: it is fetched again"
+                    f"{folder} contains {smarts!r}, which is not SMARTS; remove the folder to download it again"
                 )
         return cls(found)
 
     def passes(self, molecule: Chem.Mol) -> bool:
-        """Whether it has none of the groups, no charge, no ring of eight or more, and no other atoms than MOSES has."""
+        """True if a molecule has no unwanted group, charged atom, ring of 8 or more atoms, or element outside MOSES."""
         if any(len(ring) > _LARGEST_RING for ring in molecule.GetRingInfo().AtomRings()):
             return False
         if any(atom.GetFormalCharge() or atom.GetSymbol() not in _ALLOWED_ATOMS for atom in molecule.GetAtoms()):
@@ -92,7 +91,7 @@ def _read_table(path: Path) -> list[list[str]]:
         with open(path, newline="") as file:
             return [row for row in csv.reader(file) if row]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; remove {path.parent}, and it will be fetched again") from error
+        raise UserError(f"{path} is missing; remove {path.parent} to download it again") from error
 
 
 @lru_cache(maxsize=4)
@@ -104,14 +103,14 @@ def _catalog(smarts: tuple[str, ...]) -> FilterCatalog:
 
 
 def cosine_similarity(a: Mapping[str, int], b: Mapping[str, int]) -> float | None:
-    """Of two vectors of counts; None when one of them is zero."""
+    """Cosine similarity of two vectors of counts; None if one of them is zero."""
     norms = (math.sqrt(sum(count * count for count in counts.values())) for counts in (a, b))
     product = math.prod(norms)
     return sum(count * b.get(name, 0) for name, count in a.items()) / product if product else None
 
 
 def nearest_similarity(sample_NW: np.ndarray, reference_MW: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """The Tanimoto similarity of each fingerprint to the nearest of the reference, (N,) float32."""
+    """Tanimoto similarity (N,) float32 of each fingerprint to the nearest one of the reference."""
     best_N = torch.zeros(len(sample_NW), device=device)
     for rows, similarity in _similarities(sample_NW, reference_MW, device):
         torch.maximum(best_N[rows], similarity.amax(1), out=best_N[rows])
@@ -119,10 +118,10 @@ def nearest_similarity(sample_NW: np.ndarray, reference_MW: np.ndarray, device: 
 
 
 def internal_diversity(sample_NW: np.ndarray, device: str = "cpu") -> tuple[float, float]:
-    """IntDiv_p for p = 1 and 2, pairs with itself included, in [0, 1].
+    """Internal diversity IntDiv_p for p = 1 and p = 2, in [0, 1].
 
-    As MOSES' code has it: one less the mean over molecules of `(mean_y T(x, y)^p)^(1/p)`, T Tanimoto similarity; in the
-    paper the root is of the mean over all pairs.
+    Follows MOSES' code: `1 - mean_x (mean_y T(x, y)^p)^(1/p)` with Tanimoto similarity T, pairs (x, x) included. In the
+    paper the root is taken of the mean over all pairs.
     """
     sums_N2 = torch.zeros(len(sample_NW), 2, dtype=torch.float64, device=device)
     for rows, similarity in _similarities(sample_NW, sample_NW, device):
@@ -132,10 +131,9 @@ def internal_diversity(sample_NW: np.ndarray, device: str = "cpu") -> tuple[floa
 
 
 def _similarities(a_NW: np.ndarray, b_MW: np.ndarray, device: str) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the first set and their Tanimoto similarities, (rows, some of M); two empty fingerprints are equal."""
+    """Yield blocks of the Tanimoto similarity matrix with their rows; two empty fingerprints have similarity 1."""
     most = max(int(np.bitwise_count(packed).sum(1).max(initial=0)) for packed in (a_NW, b_MW))
-    # Products of zeros and ones are exact in bfloat16 up to 256.
-    dtype = resolve_precision("auto", torch.device(device)) if most <= _EXACT else torch.float32
+    dtype = resolve_precision("auto", torch.device(device)) if most <= _EXACT_IN_BFLOAT16 else torch.float32
     for start in range(0, len(a_NW), _ROWS):
         a_NF = _unpack(a_NW[start : start + _ROWS], device, dtype)
         for at in range(0, len(b_MW), _COLUMNS):
@@ -150,21 +148,22 @@ def _unpack(packed_NW: np.ndarray, device: str, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Of the valid molecules with one reference set."""
+class SetComparison:
+    """Valid molecules compared with one reference set."""
 
-    fcd: float | None  # the lower the better; biased upwards for few molecules; None: not asked for
+    fcd: float | None  # biased upwards for small sets; None if ChemNet was not run
     snn: float  # mean similarity to the nearest molecule of the reference
-    frag: float | None  # cosine similarity of fragment counts; None: nothing to count
-    scaf: float | None  # of scaffold counts
+    frag: float | None  # cosine similarity of fragment counts; None without fragments
+    scaf: float | None  # cosine similarity of scaffold counts; None without scaffolds
 
     @classmethod
-    def of(cls, found: SetStatistics, reference: SetStatistics, work: Work | None = None) -> Comparison:
-        """The similarities are shown and made as `work` says."""
+    def of(cls, found: SetStatistics, reference: SetStatistics, compute: ComputeOptions | None = None) -> SetComparison:
+        """Compare two sets; similarities are computed on the device of `compute`."""
         a, b = found.activations, reference.activations
+        device = (compute or ComputeOptions()).device
         return cls(
             frechet_distance(a, b) if a is not None and b is not None and a.count > 1 else None,
-            float(nearest_similarity(found.fingerprints_NW, reference.fingerprints_NW, (work or Work()).device).mean()),
+            float(nearest_similarity(found.fingerprints_NW, reference.fingerprints_NW, device).mean()),
             cosine_similarity(found.fragments, reference.fragments),
             cosine_similarity(found.scaffolds, reference.scaffolds),
         )
@@ -172,16 +171,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MosesReference:
-    """What samples are compared with; make it once for many evaluations."""
+    """Training and test sets. Make it once for many evaluations."""
 
     train: frozenset[str]
     test: SetStatistics
     test_scaffolds: SetStatistics | None
-    filters: Filters | None
+    filters: MosesFilters | None
 
     @property
     def fcd(self) -> bool:
-        """Whether the FCD is known."""
+        """True if the FCD can be computed."""
         return self.test.activations is not None
 
     @classmethod
@@ -190,52 +189,54 @@ class MosesReference:
         train: Sequence[str],
         test: Sequence[str],
         test_scaffolds: Sequence[str] | None = None,
-        filters: Filters | None = None,
+        filters: MosesFilters | None = None,
         *,
         fcd: bool,
-        work: Work | None = None,
+        compute: ComputeOptions | None = None,
     ) -> MosesReference:
-        """Of any data set, its SMILES canonical."""
-        others = None if test_scaffolds is None else describe(test_scaffolds, work, fcd=fcd)
-        return cls(frozenset(train), describe(test, work, fcd=fcd), others, filters)
+        """Make a reference of any data set, given as canonical SMILES."""
+        others = None if test_scaffolds is None else describe(test_scaffolds, compute, fcd=fcd)
+        return cls(frozenset(train), describe(test, compute, fcd=fcd), others, filters)
 
     @classmethod
-    def published(cls, *, fcd: bool, work: Work | None = None) -> MosesReference:
-        """The benchmark's own, from the package molsets; statistics of the test sets are kept in the user's cache.
+    def published(cls, *, fcd: bool, compute: ComputeOptions | None = None) -> MosesReference:
+        """Make the reference of the benchmark from the package molsets.
 
-        Raises UserError when the package cannot be fetched.
+        Statistics of the test sets are cached in the user's cache directory. Raises UserError if the package cannot be
+        downloaded.
         """
         from data_prep.moses import moses_folder, read_smiles
 
-        filters, kept = Filters.read(moses_folder()), replace(work or Work(), cache=cache_folder())
+        filters = MosesFilters.read(moses_folder())
+        cached = replace(compute or ComputeOptions(), cache=cache_folder())
         train, test, test_scaffolds = (read_smiles(split) for split in ("train", "test", "test_scaffolds"))
-        return cls.make(train, test, test_scaffolds, filters, fcd=fcd, work=kept)
+        return cls.make(train, test, test_scaffolds, filters, fcd=fcd, compute=cached)
 
 
 def cache_folder() -> Path:
-    """Where the statistics of the published sets are kept."""
+    """Directory with the statistics of the published sets."""
     return user_cache("moses")
 
 
 @dataclass(frozen=True)
 class MosesMetrics:
-    """MOSES' table. All but `valid` is about the valid molecules, repetitions included; None: not known."""
+    """The metrics of MOSES. All but `valid` describe the valid molecules, duplicates included. None: not computed."""
 
     num_samples: int
     num_valid: int
-    unique: dict[int, float | None]  # of the first so many valid ones; None where there are fewer
-    novelty: float | None  # of the distinct ones, that are not in the training set
-    filters: float | None  # that pass them
+    unique: dict[int, float | None]  # unique@k: fraction of distinct ones among the first k valid molecules
+    novelty: float | None  # fraction of the distinct molecules that are not in the training set
+    filters: float | None  # fraction that passes the filters
     int_div: float | None
     int_div_2: float | None
-    test: Comparison | None
-    test_scaffolds: Comparison | None
-    property_distances: dict[str, float]  # 1-Wasserstein, in units of the property, from the test set
+    test: SetComparison | None
+    test_scaffolds: SetComparison | None
+    property_distances: dict[str, float]  # 1-Wasserstein distance from the test set, in units of the property
     properties: dict[str, np.ndarray]  # (N,) each, for figures
-    smiles: list[str]  # canonical, of the valid molecules
+    smiles: list[str]  # canonical SMILES of the valid molecules
 
     def as_dict(self) -> dict[str, Any]:
-        """Under MOSES' names; without what there is of each molecule."""
+        """Metrics under the names of MOSES; without the values per molecule."""
         comparisons = {
             f"{label}/{suffix}": getattr(comparison, label.lower()) if comparison is not None else None
             for suffix, comparison in (("Test", self.test), ("TestSF", self.test_scaffolds))
@@ -259,36 +260,35 @@ def evaluate_moses(
     smiles: Sequence[str],
     framed: Sequence[bool],
     reference: MosesReference,
-    work: Work | None = None,
+    compute: ComputeOptions | None = None,
     *,
     detailed: int | None = None,
 ) -> MosesMetrics:
-    """All metrics of generated SMILES.
+    """Compute all metrics of generated SMILES.
 
-    Valid: RDKit reads it, it is one string and not empty, and the sample is `framed` as the data is, a condition that
-    MOSES' own models cannot fail. Of fewer than two valid molecules nothing but counts is known. SNN, IntDiv, Filters
-    and the properties are those of the first `detailed` valid ones (None: all): means, which more molecules make no
-    better in the third digit, at a cost of N x M.
+    A sample is valid if it is `framed`, not empty, and RDKit parses it. With fewer than two valid molecules only the
+    counts are computed. SNN, IntDiv, Filters and the properties use the first `detailed` valid molecules (None: all):
+    they cost N x M and, being means, change little with more molecules.
     """
-    work = work or Work()
+    compute = compute or ComputeOptions()
     texts = [text if ok else "" for text, ok in zip(smiles, framed, strict=True)]
-    read = [text for chunk in in_chunks("molecules read", _canonicals, texts, work) for text in chunk]
+    read = [text for chunk in in_chunks("molecules read", _canonicals, texts, compute) for text in chunk]
     valid = [text for text in read if text is not None]
     unique = {k: len(set(valid[:k])) / k if len(valid) >= k else None for k in UNIQUE_AT}
     novelty = len(set(valid) - reference.train) / len(set(valid)) if valid else None
     if len(valid) < 2:
         return MosesMetrics(len(smiles), len(valid), unique, novelty, None, None, None, None, None, {}, {}, valid)
-    found = describe(valid, work, fcd=reference.fcd, detailed=detailed)
+    found = describe(valid, compute, fcd=reference.fcd, detailed=detailed)
     others = reference.test_scaffolds
     return MosesMetrics(
         len(smiles),
         len(valid),
         unique,
         novelty,
-        None if reference.filters is None else filter_rate(valid[:detailed], reference.filters, work),
-        *internal_diversity(found.fingerprints_NW, work.device),
-        Comparison.of(found, reference.test, work),
-        None if others is None else Comparison.of(found, others, work),
+        None if reference.filters is None else filter_rate(valid[:detailed], reference.filters, compute),
+        *internal_diversity(found.fingerprints_NW, compute.device),
+        SetComparison.of(found, reference.test, compute),
+        None if others is None else SetComparison.of(found, others, compute),
         {
             name: float(wasserstein_distance(values_N, reference.test.properties[name]))
             for name, values_N in found.properties.items()
@@ -299,7 +299,7 @@ def evaluate_moses(
 
 
 def _canonicals(smiles: Sequence[str]) -> list[str | None]:
-    """None for what is no molecule, or one whose canonical spelling RDKit cannot read again."""
+    """Canonical SMILES; None for an invalid one, or one whose canonical form RDKit cannot parse."""
     found: list[str | None] = []
     for text in smiles:
         molecule = parse_molecule(text)
@@ -308,11 +308,11 @@ def _canonicals(smiles: Sequence[str]) -> list[str | None]:
     return found
 
 
-def filter_rate(smiles: Sequence[str], filters: Filters, work: Work | None = None) -> float:
-    """The part of molecules, at least one, that pass the filters."""
-    counts = in_chunks("molecules filtered", partial(_count_passing, filters), smiles, work or Work())
+def filter_rate(smiles: Sequence[str], filters: MosesFilters, compute: ComputeOptions | None = None) -> float:
+    """Fraction of the molecules (at least one) that pass the filters."""
+    counts = in_chunks("molecules filtered", partial(_count_passing, filters), smiles, compute or ComputeOptions())
     return sum(counts) / len(smiles)
 
 
-def _count_passing(filters: Filters, smiles: Sequence[str]) -> int:
+def _count_passing(filters: MosesFilters, smiles: Sequence[str]) -> int:
     return sum(filters.passes(Chem.MolFromSmiles(text)) for text in smiles)

@@ -1,5 +1,4 @@
-"""`scmdm moses`: MOSES' table of a file of molecules or of a published set, beside MOSES' own figures of its training
-set."""
+"""`scmdm moses`: the metrics of MOSES for a file of molecules or a published set."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.moses import Moses, read_smiles
+from data_prep.moses import PUBLISHED_SPLITS, read_smiles
 from scmdm.distributed.engine import resolve_device
 from scmdm.domains.frechet import frechet_distance
-from scmdm.domains.molecules.moses_config import MosesConfig
+from scmdm.domains.molecules.config import MosesConfig
 from scmdm.domains.molecules.moses_metrics import TRAINING_SET, MosesReference, cache_folder, evaluate_moses
-from scmdm.domains.molecules.set_statistics import SetStatistics, Work, describe
+from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics, describe
 from scmdm.errors import UserError
 from scmdm.observability.metrics import format_duration
 from scmdm.system.files import atomic_write_text, require_writable
@@ -30,25 +29,25 @@ from scmdm.system.worker_processes import core_count
 
 
 def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
-    """Measure `source`, a published set's name or a file, print it and keep it; returns what was written."""
+    """Compute, print and write the metrics of `source`, the name of a published set or a file; returns them."""
     started = time.perf_counter()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.out is not None:
         require_writable(Path(config.out))
     device = resolve_device(config.device).type
-    work = Work(core_count(), device, progress=True)
-    published = source in Moses.published
+    compute = ComputeOptions(core_count(), device, progress=True)
+    published = source in PUBLISHED_SPLITS
     if published:
         smiles, size = _published(source, config.num)
-        framed, work = [True] * len(smiles), replace(work, cache=cache_folder())
+        framed, compute = [True] * len(smiles), replace(compute, cache=cache_folder())
     else:
         smiles, framed, size = _read(Path(source), config.num)
-    reference = MosesReference.published(fcd=config.fcd, work=work)
-    found = evaluate_moses(smiles, framed, reference, work, detailed=config.detailed)
+    reference = MosesReference.published(fcd=config.fcd, compute=compute)
+    found = evaluate_moses(smiles, framed, reference, compute, detailed=config.detailed)
     result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.as_dict()}
     if published and len(smiles) < size:
-        result["whole"] = _of_the_whole(found.smiles, size, config, reference, work)
+        result["whole"] = _of_the_whole(found.smiles, size, config, reference, compute)
     result["seconds"] = time.perf_counter() - started
     _print(result)
     if config.out is not None:
@@ -58,16 +57,16 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
 
 
 def _published(split: str, num: int | None) -> tuple[list[str], int]:
-    """The first `num` of one fixed order, which is random, as the file's is not; and how many there are."""
+    """The first `num` molecules of a fixed random order, and the size of the set."""
     smiles = read_smiles(split)
     if num is not None and num > len(smiles):
-        raise UserError(f"num={num} is not possible; {split} has {len(smiles)} molecules")
+        raise UserError(f"num={num} is not possible; the set {split} has {len(smiles)} molecules")
     order = np.random.default_rng(0).permutation(len(smiles))[:num]
     return [smiles[index] for index in order], len(smiles)
 
 
 def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
-    """SMILES, whether each is framed as the data is, which only `.jsonl` says, and how many there are."""
+    """SMILES, whether each sample is framed (known for `.jsonl` only), and the number of lines of the file."""
     try:
         lines = path.read_text().splitlines()
         if path.suffix == ".jsonl":
@@ -78,23 +77,23 @@ def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
             found = found[1:] if found[:1] == [("SMILES", True)] else found
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(Moses.published)}"
+            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(PUBLISHED_SPLITS)}"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not what `scmdm sample out=NAME.jsonl` writes ({error!r}); give such a file"
+            f"{path} is not a file that `scmdm sample out=NAME.jsonl` writes ({error!r}); give such a file"
         ) from error
     if not found:
-        raise UserError(f"{path} holds no molecule; give a file with a SMILES a line")
+        raise UserError(f"{path} contains no molecule; give a file with one SMILES per line")
     return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]], len(found)
 
 
 def _of_the_whole(
-    smiles: list[str], size: int, config: MosesConfig, reference: MosesReference, work: Work
+    smiles: list[str], size: int, config: MosesConfig, reference: MosesReference, compute: ComputeOptions
 ) -> dict[str, float]:
-    """What depends on the size: FCD, Frag and Scaf of the whole set, of which `smiles` are a random part."""
-    part = describe(smiles, work, fcd=config.fcd, detailed=config.detailed)
-    half = describe(smiles[: len(smiles) // 2], work, fcd=config.fcd, detailed=config.detailed)
+    """Extrapolate the metrics that depend on the size of the set (FCD, Frag, Scaf) from a random part of it."""
+    part = describe(smiles, compute, fcd=config.fcd, detailed=config.detailed)
+    half = describe(smiles[: len(smiles) // 2], compute, fcd=config.fcd, detailed=config.detailed)
     found: dict[str, float] = {}
     for suffix, other in (("Test", reference.test), ("TestSF", reference.test_scaffolds)):
         if other is None:
@@ -108,7 +107,7 @@ def _of_the_whole(
 
 
 def _whole_distance(part: SetStatistics, half: SetStatistics, other: SetStatistics, size: int) -> float | None:
-    """The bias of the distance falls as one over the number of molecules (Chong and Forsyth, CVPR 2020)."""
+    """Extrapolate the FCD, whose bias is proportional to 1 / number of molecules (Chong and Forsyth, CVPR 2020)."""
     if part.activations is None or half.activations is None or other.activations is None:
         return None
     (x, a), (y, b) = (
@@ -119,10 +118,10 @@ def _whole_distance(part: SetStatistics, half: SetStatistics, other: SetStatisti
 
 
 def whole_cosine(part: Mapping[str, int], other: Mapping[str, int], factor: float) -> float:
-    """The cosine similarity to `other` that counts of a set would have, from those of a random part of it.
+    """Estimate the cosine similarity to `other` of the counts of a whole set from those of a random part of it.
 
-    `factor`: how many times as many there are in the set. Of p, the frequencies, the part's product of counts is an
-    unbiased measure of p.q, but the squared norm of its frequencies exceeds p.p by (1 - p.p) / count.
+    `factor` is the size of the set divided by the size of the part. For frequencies p, the product of the part's counts
+    is an unbiased estimate of p.q, but the squared norm of its frequencies exceeds p.p by (1 - p.p) / count.
     """
     counts, others = Counter(part), Counter(other)
     if counts.total() < 2 or not others.total():
@@ -136,9 +135,9 @@ def whole_cosine(part: Mapping[str, int], other: Mapping[str, int], factor: floa
 def _print(result: dict[str, Any]) -> None:
     metrics, whole = result["metrics"], result.get("whole", {})
     num, size = metrics["num_samples"], result["of"]
-    table = Table(title=f"MOSES' metrics of {result['source']}, {num:,} of {size:,} molecules")
-    table.add_column("measure")
-    for name in ("value", *(["of all, estimated"] if whole else []), "training set, published"):
+    table = Table(title=f"MOSES: {result['source']}, {num:,} of {size:,} molecules")
+    table.add_column("metric")
+    for name in ("value", *(["estimate for all"] if whole else []), "training set (published)"):
         table.add_column(name, justify="right")
     for name, value in metrics.items():
         if name.startswith("num_") or value is None:
@@ -146,7 +145,7 @@ def _print(result: dict[str, Any]) -> None:
         estimate = [_number(whole.get(name))] if whole else []
         table.add_row(name, _number(value), *estimate, _number(TRAINING_SET.get(name)))
     of = result["config"]["detailed"]
-    few = f"; SNN, IntDiv, Filters and properties of {min(of, num):,}" if of is not None and of < num else ""
+    few = f"; SNN, IntDiv, Filters and properties of the first {min(of, num):,}" if of is not None and of < num else ""
     table.caption = f"{format_duration(result['seconds'])}{few}"
     Console().print(table)
 

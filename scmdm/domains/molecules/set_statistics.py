@@ -1,4 +1,4 @@
-"""What sets of molecules are compared by: of many molecules, by worker processes, part by part, and kept on disk.
+"""Statistics of large sets of molecules, computed in parallel and cached on disk.
 
 Legend: N molecules, W bytes of a fingerprint, F features of ChemNet.
 """
@@ -25,24 +25,25 @@ from rdkit.Chem import QED, AllChem, Crippen, Descriptors, rdFingerprintGenerato
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from scmdm.domains.frechet import Moments
-from scmdm.domains.molecules.quality import chemnet_activations
+from scmdm.domains.molecules.metrics import chemnet_activations
 from scmdm.errors import UserError
 from scmdm.observability.environment import installed_version
 from scmdm.observability.progress_bar import count_up
 from scmdm.system.files import atomic_write_bytes
+from scmdm.system.package_data import optional
 from scmdm.system.worker_processes import worker_processes
 
 T = TypeVar("T")
-_SCAFFOLD_RINGS = 2  # fewer are no scaffold
+_SCAFFOLD_RINGS = 2  # smaller scaffolds are ignored
 _BITS, _RADIUS = 1024, 2
-_CHUNK = 512  # molecules of a job
-_JOBS = 4  # of a worker at least: it takes seconds to start
-_PART = 16_384  # of a file: what an interruption costs
-_VERSION = 2  # of the files
+_CHUNK = 512  # molecules per job
+_JOBS = 4  # fewest jobs per worker, which takes seconds to start
+_PART = 16_384  # molecules per cache file; an interruption loses at most one part
+_VERSION = 2  # of the cache files
 
 
 def synthetic_accessibility(molecule: Chem.Mol) -> float:
-    """SA score, 1 (easy) to 10 (Ertl and Schuffenhauer, J. Cheminform. 2009), by RDKit's contributed code."""
+    """SA score between 1 (easy) and 10 (Ertl and Schuffenhauer, J. Cheminform. 2009), from RDKit's contributed code."""
     from rdkit.Contrib.SA_Score import sascorer
 
     return float(sascorer.calculateScore(molecule))
@@ -59,17 +60,17 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """All that one set of molecules is compared by. Fingerprints and properties may be of its first molecules alone."""
+    """Statistics of one set of molecules. Fingerprints and properties may cover only its first molecules."""
 
     fingerprints_NW: np.ndarray  # Morgan, radius 2, 1024 bits packed into 128 bytes
     fragments: Counter[str]  # BRICS
-    scaffolds: Counter[str]  # Bemis and Murcko's, of two rings or more
+    scaffolds: Counter[str]  # Bemis-Murcko scaffolds with two rings or more
     properties: dict[str, np.ndarray]  # (N,) each
-    activations: Moments | None = None  # of ChemNet; None: not asked for, or the package fcd is not installed
+    activations: Moments | None = None  # of ChemNet; None if it was not run
 
     @classmethod
     def join(cls, parts: Sequence[SetStatistics]) -> SetStatistics:
-        """Of the union, without activations; `parts` must not be empty."""
+        """Merge the statistics of parts (at least one), without activations."""
         fragments, scaffolds = Counter[str](), Counter[str]()
         for part in parts:
             fragments.update(part.fragments)
@@ -82,7 +83,7 @@ class SetStatistics:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Plain arrays of all but the activations."""
+        """All fields but the activations as plain arrays."""
         arrays = {"fingerprints": self.fingerprints_NW}
         for name, counter in (("fragments", self.fragments), ("scaffolds", self.scaffolds)):
             arrays[name] = np.array(list(counter), dtype=np.str_)
@@ -91,7 +92,7 @@ class SetStatistics:
 
     @classmethod
     def of_arrays(cls, arrays: Arrays) -> SetStatistics:
-        """What `arrays` made. Raises KeyError or ValueError for anything else."""
+        """Inverse of `arrays`. Raises KeyError or ValueError for malformed arrays."""
         fragments, scaffolds = (
             Counter(dict(zip(arrays[name].tolist(), arrays[f"{name}_count"].tolist(), strict=True)))
             for name in ("fragments", "scaffolds")
@@ -101,38 +102,39 @@ class SetStatistics:
 
 
 @dataclass(frozen=True)
-class Work:
-    """How many molecules are gone through. What comes out does not depend on it, but for a GPU's rounding."""
+class ComputeOptions:
+    """Resources of a computation. Results do not depend on them, except for rounding on a GPU."""
 
     workers: int = 1  # processes
-    device: str = "cpu"  # of ChemNet and of similarities
-    cache: Path | None = None  # folder where what is finished is kept, by its content
-    progress: bool = False  # show it
+    device: str = "cpu"  # for ChemNet and similarities
+    cache: Path | None = None  # directory for finished parts, named by their content; None: no cache
+    progress: bool = False  # show a progress bar
 
 
 def describe(
-    smiles: Sequence[str], work: Work | None = None, *, fcd: bool = False, detailed: int | None = None
+    smiles: Sequence[str], compute: ComputeOptions | None = None, *, fcd: bool = False, detailed: int | None = None
 ) -> SetStatistics:
-    """Statistics of SMILES that RDKit can read, at least one; the same with any number of workers.
+    """Compute the statistics of valid SMILES (at least one).
 
-    Fingerprints and properties are those of the first `detailed` molecules (None: all). Raises UserError for a damaged
-    file of the cache.
+    Fingerprints and properties cover the first `detailed` molecules (None: all). The result does not depend on the
+    number of workers. Raises UserError for a damaged cache file, or if `fcd` is set and the package is missing.
     """
-    work = work or Work()
+    compute = compute or ComputeOptions()
     whole = len(smiles) if detailed is None else detailed
     name = f"molecules-{_VERSION}-rdkit-{rdkit.__version__}"
     task = _Task(
         name, "molecules described", _describe, SetStatistics.join, SetStatistics.arrays, SetStatistics.of_arrays
     )
-    found, version = _run(task, smiles, whole, work), installed_version("fcd")
-    if not fcd or version is None:
+    found = _run(task, smiles, whole, compute)
+    if not fcd:
         return found
-    # Processes would fight for a GPU.
-    once = work if work.device == "cpu" else replace(work, workers=1)
+    optional("fcd", "the Frechet ChemNet distance", "molecules")
+    # Several processes would compete for one GPU.
+    once = compute if compute.device == "cpu" else replace(compute, workers=1)
     network = _Task(
-        f"chemnet-{_VERSION}-fcd-{version}",
+        f"chemnet-{_VERSION}-fcd-{installed_version('fcd')}",
         "molecules through ChemNet",
-        partial(_moments, device=work.device),
+        partial(_moments, device=compute.device),
         lambda parts: sum(parts[1:], parts[0]),
         lambda moments: {"count": np.array(moments.count), "sum": moments.sum_F, "products": moments.products_FF},
         lambda arrays: Moments(int(arrays["count"]), arrays["sum"], arrays["products"]),
@@ -140,10 +142,10 @@ def describe(
     return replace(found, activations=_run(network, smiles, len(smiles), once))
 
 
-def in_chunks(title: str, of: Callable[[Sequence[str]], T], smiles: Sequence[str], work: Work) -> list[T]:
-    """What a function makes of a few molecules at a time, in their order."""
+def in_chunks(title: str, of: Callable[[Sequence[str]], T], smiles: Sequence[str], compute: ComputeOptions) -> list[T]:
+    """Apply `of` to chunks of molecules, in parallel; returns the results in order."""
     chunks = [(smiles[at : at + _CHUNK],) for at in range(0, len(smiles), _CHUNK)]
-    with _results(of, chunks, work) as results, _count(title, len(smiles), work) as step:
+    with _results(of, chunks, compute) as results, _count(title, len(smiles), compute) as step:
         found = []
         for (chunk,), result in zip(chunks, results, strict=True):
             found.append(result)
@@ -153,30 +155,30 @@ def in_chunks(title: str, of: Callable[[Sequence[str]], T], smiles: Sequence[str
 
 @dataclass(frozen=True)
 class _Task(Generic[T]):
-    """What is made of many molecules."""
+    """A computation over many molecules."""
 
-    name: str  # of its files, with all versions that they depend on
+    name: str  # prefix of its cache files, with all versions that they depend on
     title: str
-    of: Callable[[Sequence[str], int], T]  # of a few molecules, the first so many of them in detail; in a worker
+    of: Callable[[Sequence[str], int], T]  # of a chunk and the number of its molecules to describe in detail
     join: Callable[[Sequence[T]], T]
     pack: Callable[[T], dict[str, np.ndarray]]
     unpack: Callable[[Arrays], T]
 
 
-def _run(task: _Task[T], smiles: Sequence[str], detailed: int, work: Work) -> T:
-    """Part by part, so that what is finished is kept."""
+def _run(task: _Task[T], smiles: Sequence[str], detailed: int, compute: ComputeOptions) -> T:
+    """Compute part by part, and cache each finished part."""
     parts = [
         (smiles[start : start + _PART], min(max(detailed - start, 0), _PART, len(smiles) - start))
         for start in range(0, len(smiles), _PART)
     ]
-    files = [_file(task.name, work.cache, *part) for part in parts]
+    files = [_cache_file(task.name, compute.cache, *part) for part in parts]
     missing = [index for index, file in enumerate(files) if file is None or not file.is_file()]
     jobs = {index: _jobs(*parts[index]) for index in missing}
     total = sum(len(parts[index][0]) for index in missing)
     made: dict[int, T] = {}
     with (
-        _results(task.of, [job for own in jobs.values() for job in own], work) as results,
-        _count(task.title, total, work) as step,
+        _results(task.of, [job for own in jobs.values() for job in own], compute) as results,
+        _count(task.title, total, compute) as step,
     ):
         for index, own in jobs.items():
             chunks = []
@@ -189,7 +191,7 @@ def _run(task: _Task[T], smiles: Sequence[str], detailed: int, work: Work) -> T:
     return task.join([made[i] if i in made else _load(file, task.unpack) for i, file in enumerate(files)])
 
 
-def _file(name: str, cache: Path | None, smiles: Sequence[str], detailed: int) -> Path | None:
+def _cache_file(name: str, cache: Path | None, smiles: Sequence[str], detailed: int) -> Path | None:
     if cache is None:
         return None
     content = json.dumps([detailed, list(smiles)]).encode()
@@ -200,17 +202,17 @@ def _jobs(smiles: Sequence[str], detailed: int) -> list[tuple[Sequence[str], int
     return [(smiles[at : at + _CHUNK], max(0, detailed - at)) for at in range(0, len(smiles), _CHUNK)]
 
 
-def _count(title: str, total: int, work: Work) -> AbstractContextManager[Callable[[int], None]]:
-    return count_up(title, total, shown=work.progress and total > _CHUNK)
+def _count(title: str, total: int, compute: ComputeOptions) -> AbstractContextManager[Callable[[int], None]]:
+    return count_up(title, total, shown=compute.progress and total > _CHUNK)
 
 
 @contextmanager
-def _results(of: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work: Work) -> Iterator[Iterator[T]]:
-    """What the jobs make, in their order."""
-    workers = min(work.workers, len(jobs) // _JOBS)
+def _results(of: Callable[..., T], jobs: Sequence[tuple[Any, ...]], compute: ComputeOptions) -> Iterator[Iterator[T]]:
+    """Results of the jobs, in order."""
+    workers = min(compute.workers, len(jobs) // _JOBS)
     if workers <= 1:
         before = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: another number of threads rounds otherwise
+        torch.set_num_threads(1)  # as in a worker, because rounding depends on the number of threads
         try:
             yield (of(*job) for job in jobs)
         finally:
@@ -221,7 +223,7 @@ def _results(of: Callable[..., T], jobs: Sequence[tuple[Any, ...]], work: Work) 
 
 
 def _in_worker(of: Callable[..., T], *arguments: Any) -> T:
-    torch.set_num_threads(1)  # the other cores have workers of their own
+    torch.set_num_threads(1)  # one core per worker
     return of(*arguments)
 
 
@@ -238,7 +240,7 @@ def _load(path: Path | None, unpack: Callable[[Arrays], T]) -> T:
         with np.load(path, allow_pickle=False) as file:
             return unpack(dict(file))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and it will be made again") from error
+        raise UserError(f"{path} is damaged ({error}); remove it to compute it again") from error
 
 
 def _describe(smiles: Sequence[str], detailed: int) -> SetStatistics:
@@ -253,13 +255,11 @@ def _describe(smiles: Sequence[str], detailed: int) -> SetStatistics:
 
 
 def _moments(smiles: Sequence[str], _detailed: int, *, device: str) -> Moments:
-    activations = chemnet_activations(smiles, device)
-    assert activations is not None
-    return Moments.of(activations)
+    return Moments.of(chemnet_activations(smiles, device))
 
 
 def properties_of(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
-    """Each of `PROPERTIES` of each molecule, (N,) float64."""
+    """Values (N,) float64 of each property of `PROPERTIES`."""
     return {name: np.array([compute(m) for m in molecules], np.float64) for name, compute in PROPERTIES.items()}
 
 
@@ -271,12 +271,12 @@ def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
 
 
 def fragments_of(molecule: Chem.Mol) -> list[str]:
-    """SMILES of what BRICS' rules cut a molecule into (Degen et al., ChemMedChem 2008), repetitions included."""
+    """SMILES of the BRICS fragments of a molecule (Degen et al., ChemMedChem 2008), duplicates included."""
     cut = AllChem.FragmentOnBRICSBonds(molecule)  # type: ignore[attr-defined]
     return Chem.MolToSmiles(cut).split(".")
 
 
 def scaffold_of(molecule: Chem.Mol) -> str | None:
-    """SMILES of Bemis and Murcko's scaffold (J. Med. Chem. 1996); None when it has fewer than two rings."""
+    """SMILES of the Bemis-Murcko scaffold (J. Med. Chem. 1996); None if it has fewer than two rings."""
     scaffold = MurckoScaffold.GetScaffoldForMol(molecule)
     return Chem.MolToSmiles(scaffold) if scaffold.GetRingInfo().NumRings() >= _SCAFFOLD_RINGS else None

@@ -1,38 +1,21 @@
-"""MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454): how far two sets of texts are apart, both ways.
+"""MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454): divergence between two sets of texts.
 
 Legend: N texts, D width of the scorer.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from scmdm.domains.text.text_quality import SCORER_LENGTH, check_scorer, load_scorer
+from scmdm.domains.text.metrics import SCORER_LENGTH, load_scorer
 from scmdm.errors import UserError
+from scmdm.system.package_data import optional
 
-_SCALING = 5  # of the divergences, as in the paper
-
-
-def check_mauve() -> None:
-    """UserError when the package is not there: known before anything is sampled."""
-    if importlib.util.find_spec("mauve") is None:
-        raise UserError("MAUVE needs the package mauve-text; `pip install mauve-text`, or leave MAUVE out")
-
-
-def check_measures(scorer: str | None, wanted: bool) -> None:
-    """UserError when texts cannot be scored as they are asked to be, with MAUVE if it is `wanted`: known before
-    anything is sampled."""
-    if scorer is not None:
-        check_scorer(Path(scorer))
-    if wanted and scorer is None:
-        raise UserError("mauve=true needs features of a causal model; give its directory as scorer=...")
-    if wanted:
-        check_mauve()
+_SCALING = 5  # of the divergences, from the paper
 
 
 def mauve(
@@ -44,14 +27,15 @@ def mauve(
     batch_size: int = 16,
     seed: int = 0,
 ) -> float:
-    """Area under the divergence curve of generated and human texts, between 0 and 1 (the same distribution).
+    """Area under the divergence curve of generated and human texts, in [0, 1]; 1 for equal distributions.
 
-    Texts are features of the causal model in directory `scorer` (the paper: GPT-2 large). Raises UserError when the
-    package or the scorer is not there, or when there are no texts.
+    Texts are compared in features of the causal model in the directory `scorer` (GPT-2 large in the paper). Raises
+    UserError if the package or the scorer is missing, or if either set is empty.
     """
     if not texts or not references:
-        raise UserError(f"MAUVE compares two sets of texts, and was given {len(texts)} and {len(references)}")
-    check_mauve()
+        raise UserError(
+            f"metrics.mauve=true needs samples and held-out texts, but there are {len(texts)} and {len(references)}"
+        )
     generated, human = (
         text_features(group, scorer, device=device, batch_size=batch_size) for group in (texts, references)
     )
@@ -59,11 +43,8 @@ def mauve(
 
 
 def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: int = 0) -> float:
-    """MAUVE of features (N, D) float32 each, quantised together into a tenth as many clusters as a set has texts."""
-    check_mauve()
-    from mauve import compute_mauve
-
-    found = compute_mauve(
+    """MAUVE of features (N, D) float32, clustered together into N / 10 clusters."""
+    found = optional("mauve", "metrics.mauve=true", "text").compute_mauve(
         p_features=human_ND,
         q_features=generated_ND,
         device_id=-1,
@@ -78,7 +59,7 @@ def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: i
 def text_features(
     texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
 ) -> np.ndarray:
-    """The scorer's last hidden state at the last token of each text (N, D) float32; an empty text has zeros."""
+    """Last hidden state (N, D) float32 of the scorer at the last token of each text; zeros for an empty text."""
     model, tokenizer = load_scorer(scorer)
     model.to(device).eval()
     rows = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]

@@ -1,4 +1,4 @@
-"""An interpolated modified Kneser-Ney n-gram model (Chen and Goodman 1999): a scorer where no neural one is at hand."""
+"""Interpolated modified Kneser-Ney n-gram model (Chen and Goodman 1999)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 UNKNOWN, START = "<unk>", "<s>"
-_LEAST_DISCOUNT = 1e-3  # with none, a context can leave nothing for units that it never saw
+_LEAST_DISCOUNT = 1e-3  # above 0, so that every context leaves probability for unseen units
 Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Counts of one order: of n-grams for the highest, of distinct left neighbours (continuations) below it."""
+    """Counts of one order: n-gram counts at the highest order, continuation counts below it."""
 
     counts: dict[Gram, int]
     totals: dict[Gram, int]  # by context
-    discounts: tuple[float, float, float]  # for counts of 1, 2 and more
-    kinds: dict[Gram, tuple[int, int, int]]  # by context: how many successors have count 1, 2 and more
+    discounts: tuple[float, float, float]  # for the counts 1, 2, and 3 or more
+    kinds: dict[Gram, tuple[int, int, int]]  # by context: number of successors with count 1, 2, and 3 or more
 
 
 class NgramModel:
-    """Probabilities over the units seen in training and `<unk>`; they sum to one in every context."""
+    """Probabilities over the units seen in training and `<unk>`. They sum to one in every context."""
 
     def __init__(self, levels: Sequence[_Level], vocabulary: set[str], split: Callable[[str], Sequence[str]]) -> None:
         self._levels, self.vocabulary, self._split = levels, vocabulary, split
@@ -31,7 +31,7 @@ class NgramModel:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, order: int, split: Callable[[str], Sequence[str]] = list) -> NgramModel:
-        """`split` cuts a text into units: `list` for characters, `str.split` for words."""
+        """Fit to texts. `split` divides a text into units: `list` into characters, `str.split` into words."""
         grams: Counter[Gram] = Counter()
         vocabulary = {UNKNOWN}
         for text in texts:
@@ -47,7 +47,7 @@ class NgramModel:
         return cls(levels[::-1], vocabulary, split)
 
     def probability(self, unit: str, context: Gram) -> float:
-        """`p(unit | context)`, of which the last `order - 1` units count."""
+        """`p(unit | context)`; only the last `order - 1` units of the context matter."""
         unit = unit if unit in self.vocabulary else UNKNOWN
         p = 1 / len(self.vocabulary)
         for n, level in enumerate(self._levels):
@@ -62,7 +62,7 @@ class NgramModel:
         return p
 
     def log_prob(self, text: str) -> tuple[float, int]:
-        """Log-probability (nats) of a text and its number of units."""
+        """Log-probability in nats, and number of units, of a text."""
         units = [u if u in self.vocabulary else UNKNOWN for u in self._split(text)]
         padded = (START,) * (self.order - 1) + tuple(units)
         total = 0.0
@@ -71,7 +71,7 @@ class NgramModel:
         return total, len(units)
 
     def perplexity(self, texts: Iterable[str]) -> float:
-        """Per unit, over all texts together; nan when they hold none."""
+        """Perplexity per unit over all texts; nan without units."""
         pairs = [self.log_prob(text) for text in texts]
         units = sum(n for _, n in pairs)
         return math.exp(-sum(lp for lp, _ in pairs) / units) if units else float("nan")
@@ -88,7 +88,7 @@ def _make_level(counts: Counter[Gram]) -> _Level:
 
 
 def _discounts(count_of: Counter[int]) -> tuple[float, float, float]:
-    """Chen and Goodman eq. 26, kept above zero; 0.5, 1, 1.5 where a small corpus leaves a count of counts empty."""
+    """Discounts of Chen and Goodman, equation 26, bounded below; (0.5, 1, 1.5) if a count of counts is zero."""
     n1, n2, n3, n4 = (count_of[k] for k in (1, 2, 3, 4))
     if min(n1, n2, n3, n4) == 0:
         return 0.5, 1.0, 1.5

@@ -1,6 +1,6 @@
-"""The local web page of `scmdm demo`: one page, one request that denoises.
+"""Web server of `scmdm demo`: a page, and a request that denoises.
 
-It listens on this machine alone. Over ssh: `ssh -L 7860:localhost:7860 HOST`.
+The server accepts connections from this machine alone. To use it over ssh: `ssh -L 7860:localhost:7860 HOST`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import DenoiseConfig
 from scmdm.errors import UserError
-from scmdm.integrations.demo.pages import describe_model, describe_trajectory
+from scmdm.integrations.demo.serialization import describe_model, describe_trajectory
 from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import load
@@ -31,32 +31,36 @@ _HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A model of the page."""
+class ShownModel:
+    """A model on the page."""
 
     name: str
     path: str
     loaded: LoadedModel
 
 
-def open_models(path: Path, base: Path | None) -> list[Shown]:
-    """What is shown side by side: the base first, where there is one. Raises UserError for two of different data."""
+def open_models(path: Path, base: Path | None) -> list[ShownModel]:
+    """Load the model at `path` and its base, which comes first in the list.
+
+    Without `base`, the base is the one recorded in the run, if it still exists. Raises UserError when the two models
+    have different tokenizers or lengths.
+    """
     loaded = load(path)
     if not loaded.spec.model.self_conditioned and base is None:
-        return [Shown("base", str(path), loaded)]
+        return [ShownModel("base", str(path), loaded)]
     base = base or recorded_base(path)
     if base is None:
-        return [Shown("adapted", str(path), loaded)]
+        return [ShownModel("adapted", str(path), loaded)]
     first = load(base)
     if first.manifest.tokenizer.sha256 != loaded.manifest.tokenizer.sha256 or first.spec.length != loaded.spec.length:
         raise UserError(
             f"{base} and {path} have different tokenizers or lengths; give the base that {path} was adapted from"
         )
-    return [Shown("base", str(base), first), Shown("adapted", str(path), loaded)]
+    return [ShownModel("base", str(base), first), ShownModel("adapted", str(path), loaded)]
 
 
 def recorded_base(path: Path) -> Path | None:
-    """What a run, or the run of a checkpoint, was adapted from; None where that is not known or no longer there."""
+    """Base that a run, or the run of a checkpoint, was adapted from; None if it is unknown or no longer exists."""
     for run in (path, path.resolve().parent.parent):
         config = run / "config.yaml"
         if config.is_file():
@@ -65,14 +69,14 @@ def recorded_base(path: Path) -> Path | None:
     return None
 
 
-def make_app(models: list[Shown]) -> Flask:
-    """The page. Raises UserError when Flask is not installed."""
+def make_app(models: list[ShownModel]) -> Flask:
+    """Make the Flask application. Raises UserError when Flask is not installed."""
     try:
         from flask import Flask, jsonify, request
     except ImportError as error:
         raise UserError("the demo needs Flask: pip install 'scmdm[demo]'") from error
     app = Flask("scmdm.integrations.demo", static_folder=str(Path(__file__).parent / "static"), static_url_path="")
-    busy = Lock()  # the models share the processors
+    busy = Lock()  # one sample at a time: all models compute on the same device
 
     @app.get("/")
     def page() -> Any:
@@ -84,7 +88,8 @@ def make_app(models: list[Shown]) -> Flask:
 
     @app.post("/denoise")
     def denoise() -> Any:
-        content = request.get_json()  # refuses other content types, so no other site can ask a browser for this
+        # get_json refuses other content types, so that a form on another site cannot post here.
+        content = request.get_json()
         try:
             config = read_config(DenoiseConfig, _as_keys(content), "in the request")
             with busy:
@@ -97,32 +102,32 @@ def make_app(models: list[Shown]) -> Flask:
 
 def _as_keys(content: object) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise UserError(f"the request is a {type(content).__name__}; it must be an object of keys, such as seed")
+        raise UserError(f"the request is a {type(content).__name__}; it must be a JSON object with keys such as seed")
     return content
 
 
-def _denoised(shown: Shown, config: DenoiseConfig) -> Mapping[str, Any]:
+def _denoised(shown: ShownModel, config: DenoiseConfig) -> Mapping[str, Any]:
     return describe_trajectory(record(shown.loaded, config), shown.loaded.tokenizer)
 
 
 def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
-    """A server on a port of this machine alone (0: any free one). Raises UserError when it cannot be had."""
+    """Make a server on a local port (0: a free one). Raises UserError when the port is not available."""
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     try:
-        # Werkzeug's own way ends the process when the port is taken.
+        # Given a host and port, Werkzeug ends the process when the port is taken.
         with socket.create_server((_HOST, port)) as listening:
             return make_server(_HOST, listening.getsockname()[1], app, threaded=True, fd=listening.fileno())
     except (OSError, OverflowError) as error:
-        raise UserError(f"port={port} cannot be had ({error}); give another one with --port") from error
+        raise UserError(f"port={port} is not available ({error}); give another one with --port") from error
 
 
 def run_demo(path: Path, base: Path | None, port: int) -> None:
-    """`scmdm demo`: serve until interrupted."""
+    """Serve the page until interrupted."""
     models = open_models(path, base)
     server = make_page_server(make_app(models), port)
     if len(models) == 1 and models[0].name == "adapted":
-        print("its base is not known, or no longer there: give --base MODEL to see both side by side")
+        print("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
     print(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}", flush=True)
     server.serve_forever()

@@ -1,4 +1,4 @@
-"""How one sample came to be: what every step of the sampler saw, revealed and still expected.
+"""The trajectory of one sample: tokens, revealed positions and the carried estimate after each step.
 
 Legend: L length, N masked positions, V vocabulary with the mask.
 """
@@ -18,38 +18,38 @@ from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate
 from scmdm.sampling.templates import make_model_template
 
-_ROWS = 512  # positions looked at at once: bounds the block of logits
+_ROWS = 512  # positions per block of the entropy, which bounds its memory
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The sequence after a step. Where it is masked, the estimate that the step made: the one that is carried."""
+    """The sequence after a step, with the estimate that the next step is conditioned on at masked positions."""
 
-    t: float  # time of the state that the denoiser saw
+    t: float  # time of the denoiser's input
     tokens: list[int]
     revealed: list[int]  # positions
-    entropy: list[float | None]  # of the estimate, nats; None where a token stands
-    guess: list[int | None]  # most probable token of the estimate
+    entropy: list[float | None]  # of the estimate, in nats; None at positions that are not masked
+    guess: list[int | None]  # most probable token of the estimate; None at positions that are not masked
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """A sample and its frames, one per denoiser evaluation."""
 
-    given: list[int]  # the sequence at the start
+    given: list[int]  # initial sequence
     frames: list[Frame]
-    generated: GeneratedSamples  # the sample alone
+    generated: GeneratedSamples  # with this sample alone
 
 
 @dataclass
 class Recorder:
-    """Sees the steps of one sample: the `on_step` of a sampler."""
+    """Records the steps of one sample; to be passed as `on_step` of `generate`."""
 
     mask_id: int
     frames: list[Frame] = field(default_factory=list)
 
     def __call__(self, step: Observation) -> None:
-        assert len(step.z_BL) == 1, "one sample is recorded at a time"
+        assert len(step.z_BL) == 1, "a Recorder records one sample"
         masked_BL = step.z_BL == self.mask_id
         logits_NV = step.logits(masked_BL)
         entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_ROWS)])
@@ -68,14 +68,14 @@ class Recorder:
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
-    """Entropy (N,) of each row's distribution, nats, float64."""
+    """Entropy (N,) float64 of each row's distribution, in nats."""
     return torch.special.entr(logits_NV.double().softmax(1)).sum(1)
 
 
 def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
-    """The sample that `scmdm sample MODEL num=1` draws with these keys, and how it came to be.
+    """Draw the sample that `scmdm sample MODEL num=1` draws with these keys, and record its trajectory.
 
-    Raises UserError for a prompt that the model cannot read, and for settings that it cannot follow.
+    Raises UserError for a prompt that the tokenizer cannot encode, and for settings that do not fit the model.
     """
     template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
     recorder = Recorder(loaded.spec.mask_id)
@@ -86,5 +86,5 @@ def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
 
 
 def best_guess(frame: Frame) -> Sequence[int]:
-    """The sequence with the most probable token of the estimate at every masked position."""
+    """Token ids of a frame, with the most probable token of the estimate at each masked position."""
     return [token if guess is None else guess for token, guess in zip(frame.tokens, frame.guess, strict=True)]

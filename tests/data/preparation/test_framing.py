@@ -11,10 +11,10 @@ from scmdm.cli import main
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.preparation.framing import FRAMERS
-from scmdm.data.tokenizers import SymbolTokenizer, block_text, is_block
+from scmdm.data.tokenizers import CharacterTokenizer, block_text, is_block
 from tests.data.preparation.test_prepare import decoded
 
-TOKENIZER = SymbolTokenizer("characters", "abcdefgh")  # ids 4 to 11
+TOKENIZER = CharacterTokenizer("abcdefgh")  # ids 4 to 11
 RECORDS = st.lists(st.lists(st.integers(4, 11), min_size=1, max_size=30), min_size=1, max_size=40)
 
 
@@ -83,8 +83,15 @@ def corpus(tmp_path_factory):
 
 
 def prepared(corpus, out, empty_yaml, *keys):
-    options = [f"path={corpus}", f"out={out}", "source=text", "unit=documents", "part_mb=1", "workers=1"]
-    assert main(["prepare", str(empty_yaml), "tokenizer=bytes", "length=128", *options, *keys]) == 0
+    options = [
+        f"source.path={corpus}",
+        f"out={out}",
+        "source.name=text",
+        "source.unit=documents",
+        "part_mb=1",
+        "workers=1",
+    ]
+    assert main(["prepare", str(empty_yaml), "tokenizer.name=bytes", "length=128", *options, *keys]) == 0
     assert not verify_dataset(out, hashes=True)
     return Manifest.read(out)
 
@@ -101,8 +108,14 @@ def test_the_last_records_of_the_corpus_are_held_out(corpus, tmp_path, empty_yam
 
 
 def test_holding_out_everything_is_refused(corpus, tmp_path, empty_yaml, capsys):
-    options = [f"path={corpus}", f"out={tmp_path / 'a'}", "source=text", "tokenizer=bytes", "length=64"]
-    assert main(["prepare", str(empty_yaml), *options, "held_out_last=4000", "unit=documents"]) == 1
+    options = [
+        f"source.path={corpus}",
+        f"out={tmp_path / 'a'}",
+        "source.name=text",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
+    assert main(["prepare", str(empty_yaml), *options, "held_out_last=4000", "source.unit=documents"]) == 1
     assert "held_out_last=4000, but the corpus has 4000 records" in capsys.readouterr().err
 
 
@@ -122,16 +135,21 @@ def test_concatenated_data_has_no_padding_and_counts_what_is_left(corpus, tmp_pa
         (["framing=packed"], "pad_policy='loss' is not possible; it must be ignore"),
         (["framing=chunks"], "framing='chunks' is not possible"),
         (["held_out_last=0"], "held_out_last=0 is not possible"),
-        (["held_out_last=5", "splits=names"], "null with splits=names"),
+        (["held_out_last=5", "source.split_by=names"], "null with source.split_by=names"),
         (["validation_fraction=0.0"], "validation_fraction=0.0 is not possible"),
-        (["tokenizer=huggingface"], "tokenizer_path=None is not possible"),
-        (["tokenizer_path=x"], "tokenizer_path='x' is not possible"),
-        (["tokenizer=characters", "tokenizer_path=x"], "tokenizer_path=x is no tokenizer of scmdm's"),
-        (["source=huggingface", "path=null"], "path=None is not possible; it must be given"),
+        (["tokenizer.name=huggingface"], "key `tokenizer.path` is not set"),
+        (["tokenizer.path=x"], "unknown key `tokenizer.path`"),
+        (["tokenizer.name=characters", "tokenizer.path=x"], "tokenizer.path=x is not a tokenizer file of scmdm"),
     ],
 )
 def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, message):
-    options = ["source=text", f"path={corpus}", f"out={tmp_path / 'a'}", "tokenizer=bytes", "length=64"]
+    options = [
+        "source.name=text",
+        f"source.path={corpus}",
+        f"out={tmp_path / 'a'}",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
     assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
     assert message in capsys.readouterr().err
 
@@ -139,14 +157,20 @@ def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, m
 def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml):
     (tmp_path / "one.txt").write_text("".join(f"{'abc' * i}\n" for i in range(1, 40)))
     (tmp_path / "two.txt").write_text("".join(f"{'ab' * i}\n" for i in range(1, 30)) + "abd\n")
-    keys = ["source=text", "unit=lines", "deduplicate=false", "length=64", "validation_fraction=0.2"]
+    keys = ["source.name=text", "source.unit=lines", "deduplicate=false", "length=64", "validation_fraction=0.2"]
 
     def of(name, *more):
-        options = [*keys, f"path={tmp_path / f'{name}.txt'}", f"out={tmp_path / name}", "tokenizer=characters", *more]
+        options = [
+            *keys,
+            f"source.path={tmp_path / f'{name}.txt'}",
+            f"out={tmp_path / name}",
+            "tokenizer.name=characters",
+            *more,
+        ]
         assert main(["prepare", str(empty_yaml), *options]) == 0
         return Manifest.read(tmp_path / name)
 
     first = of("one")
-    second = of("two", f"tokenizer_path={tmp_path / 'one/tokenizer.json'}")
+    second = of("two", f"tokenizer.path={tmp_path / 'one/tokenizer.json'}")
     assert second.tokenizer.sha256 == first.tokenizer.sha256
     assert second.counts["dropped: unknown symbol"] == 1 and second.counts["kept"] == 29

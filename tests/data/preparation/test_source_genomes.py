@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.debian import debian_genomes
-from data_prep.genomes import Genomes, Labels, Windows, find_damage, read_species_table
+from data_prep.fasta import find_damage
+from data_prep.genomes import GenomeSource, GenomeSourceConfig, read_species_table
 from scmdm.cli import main
-from scmdm.config.preparation import PrepareConfig
+from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.preparation.records import SPLITS, Tally, join_parts
-from scmdm.data.tokenizers import UnknownSymbol, load_tokenizer, make_tokenizer
+from scmdm.data.tokenizers import DnaTokenizer, UnknownSymbol, load_tokenizer
 from scmdm.errors import UserError
 from tests.data.preparation.test_prepare import decoded, files
 
@@ -32,8 +32,16 @@ def fasta(sequences, width=60):
     return "\n".join(lines) + "\n"
 
 
-def read(path, windows, labels=None, part_bytes=1 << 20):
-    source, tally = Genomes(path, windows, labels), Tally()
+def genome_source(path, letters, **keys):
+    return GenomeSource(GenomeSourceConfig(path=str(path), **keys), length=letters + 2)
+
+
+def debian_source(package):
+    return GenomeSource(GenomeSourceConfig(path=f"debian:{package}"), length=256)
+
+
+def read(path, letters, part_bytes=1 << 20, **keys):
+    source, tally = genome_source(path, letters, **keys), Tally()
     records = [record for part in source.parts(part_bytes) for record in source.records(part, tally)]
     return records, dict(tally.counts)
 
@@ -47,7 +55,7 @@ def write(path, sequences, **options):
 def test_windows_by_hand(tmp_path):
     """Blocks of two windows of four letters: 0-7, 8-12; at stride 2 three windows fit into the first, one the last."""
     path = write(tmp_path / "a.fa", {"chr1": "ACGTTGCAGGATC", "chr2": "AAA", "chr3": ""}, width=5)
-    records, counts = read(path, Windows(4, stride=2, per_block=2))
+    records, counts = read(path, 4, stride=2, block_windows=2)
     assert [(r.content, r.group, r.label) for r in records] == [
         ("ACGT", "chr1:0", None),
         ("GTTG", "chr1:0", None),
@@ -55,22 +63,22 @@ def test_windows_by_hand(tmp_path):
         ("GGAT", "chr1:1", None),
     ]
     assert counts == {"read": 4, "dropped: sequence shorter than a window": 2}
-    assert [r.content for r in read(path, Windows(4))[0]] == ["ACGT", "TGCA", "GGAT"]
+    assert [r.content for r in read(path, 4)[0]] == ["ACGT", "TGCA", "GGAT"]
 
 
 def test_letters(tmp_path):
     path = tmp_path / "a.fa"
     path.write_bytes(b"\n>x\r\nacgtACGU\r\nRYacgtAC\r\n NNNN ACGT\r\nAC-TACGT\n")
-    records, counts = read(path, Windows(8, max_unknown=0.25))
+    records, counts = read(path, 8, max_unknown=0.25)
     assert [r.content for r in records] == ["ACGTACGT", "NNACGTAC"]
     assert counts == {"read": 4, "dropped: too many unknown letters": 1, "dropped: no nucleotide": 1}
-    records, _ = read(path, Windows(8, max_unknown=0.5, soft_masked_unknown=True))
+    records, _ = read(path, 8, max_unknown=0.5, soft_masked="unknown")
     assert [r.content for r in records] == ["NNNNACGT", "NNNNACGT"], "acgtACGU, then NNNNACGT; RYacgtAC has 6 of 8"
 
 
 def test_both_strands(tmp_path):
     path = write(tmp_path / "a.fa", {"x": "AACGTN"})
-    records, counts = read(path, Windows(6, max_unknown=0.5, reverse_complement=True))
+    records, counts = read(path, 6, max_unknown=0.5, reverse_complement=True)
     assert [r.content for r in records] == ["AACGTN", "NACGTT"] and counts == {"read": 2}
     assert records[0].group == records[1].group
 
@@ -93,13 +101,21 @@ def test_any_file_by_enumeration(tmp_path_factory, sequences, width, letters, st
         for start in range(0, len(sequence), block)
         for at in range(start, min(start + block, len(sequence)) - letters + 1, stride)
     ]
-    records, _ = read(path, Windows(letters, stride, per_block), part_bytes=part_bytes)
+    records, _ = read(path, letters, part_bytes, stride=stride, block_windows=per_block)
     assert [(r.content, r.group) for r in records] == expected
 
 
 def prepared(place, empty_yaml, path, *keys, status=0):
     out = place / "data"
-    keys = ["source=genomes", "tokenizer=dna", "length=18", "workers=1", f"path={path}", f"out={out}", *keys]
+    keys = [
+        "source.name=genomes",
+        "tokenizer.name=dna",
+        "length=18",
+        "workers=1",
+        f"source.path={path}",
+        f"out={out}",
+        *keys,
+    ]
     assert main(["prepare", str(empty_yaml), *keys]) == status
     return out
 
@@ -112,7 +128,12 @@ def test_splits_share_no_letters(tmp_path, empty_yaml, stride):
     """Every window of 16 random letters is found once in the genome: where it came from is known."""
     genome = {"one": dna(6000), "two": dna(3000, seed=1)}
     out = prepared(
-        tmp_path, empty_yaml, write(tmp_path / "g.fa", genome), f"stride={stride}", "block_windows=8", *FRACTIONS
+        tmp_path,
+        empty_yaml,
+        write(tmp_path / "g.fa", genome),
+        f"source.stride={stride}",
+        "source.block_windows=8",
+        *FRACTIONS,
     )
     together = "|".join(genome.values())
     letters = {}
@@ -129,9 +150,9 @@ def test_splits_share_no_letters(tmp_path, empty_yaml, stride):
 
 def test_a_neighbour_of_other_files_does_not_move_a_window_to_another_split(tmp_path, empty_yaml):
     genome = write(tmp_path / "g" / "one.fa", {"one": dna(6000)})
-    alone = prepared(tmp_path / "a", empty_yaml, genome, "block_windows=8", *FRACTIONS)
+    alone = prepared(tmp_path / "a", empty_yaml, genome, "source.block_windows=8", *FRACTIONS)
     write(tmp_path / "g" / "a.fa", {"two": dna(5000, seed=1)})
-    both = prepared(tmp_path / "b", empty_yaml, tmp_path / "g", "block_windows=8", *FRACTIONS)
+    both = prepared(tmp_path / "b", empty_yaml, tmp_path / "g", "source.block_windows=8", *FRACTIONS)
     for split in SPLITS:
         assert set(decoded(alone, split)) < set(decoded(both, split))
 
@@ -156,7 +177,7 @@ def test_samples_are_full_and_labelled(tmp_path, empty_yaml):
     with gzip.open(folder / "worm" / "deep" / "all.fna.gz", "wt") as file:
         file.write(fasta({"I": dna(2500, seed=3)}))
     (folder / "README.txt").write_text("no genome")
-    out = prepared(tmp_path, empty_yaml, folder, "species_from=folder", "block_windows=4", *FRACTIONS)
+    out = prepared(tmp_path, empty_yaml, folder, "source.species_from=folder", "source.block_windows=4", *FRACTIONS)
     assert not verify_dataset(out, hashes=True)
     manifest = Manifest.read(out)
     assert manifest.labels == ["worm", "yeast"] and manifest.tokenizer.kind == "dna" and manifest.vocab_size == 9
@@ -173,25 +194,25 @@ def test_species_of_a_table(tmp_path, empty_yaml):
     write(folder / "mixed.fa", {"NC_1.1": dna(900), "NC_2.1": dna(900, seed=1)})
     write(folder / "sub" / "human.fa", {"chr1": dna(900, seed=2)})
     table.write_text("# name\tspecies\n\nNC_1.1\tE. coli\nNC_2.1\tphage\nhuman.fa\tH. sapiens\n")
-    source = Genomes(folder, Windows(16), Labels(table=table))
+    source = genome_source(folder, 16, species_table=str(table))
     assert source.labels == ("E. coli", "H. sapiens", "phage")
-    records, _ = read(folder, Windows(16), Labels(table=table))
+    records, _ = read(folder, 16, species_table=str(table))
     assert Counter(source.labels[r.label] for r in records) == dict.fromkeys(source.labels, 900 // 16)
-    keys = (f"species_table={table}", "block_windows=2", *FRACTIONS)
+    keys = (f"source.species_table={table}", "source.block_windows=2", *FRACTIONS)
     out = prepared(tmp_path, empty_yaml, folder, *keys)
     assert Manifest.read(out).labels == list(source.labels)
     moved = table.rename(tmp_path / "g" / "species.tsv")
-    prepared(tmp_path, empty_yaml, folder, f"species_table={moved}", *keys[1:])
+    prepared(tmp_path, empty_yaml, folder, f"source.species_table={moved}", *keys[1:])
     moved.write_text(moved.read_text().replace("phage", "virus"))
-    prepared(tmp_path, empty_yaml, folder, f"species_table={moved}", *keys[1:], status=1)  # another data set
+    prepared(tmp_path, empty_yaml, folder, f"source.species_table={moved}", *keys[1:], status=1)  # another data set
 
 
 def test_species_of_file_names(tmp_path):
     write(tmp_path / "Homo_sapiens.fa", {"chr1": dna(40)})
     with gzip.open(tmp_path / "mus.musculus.FASTA.gz", "wt") as file:
         file.write(fasta({"chr1": dna(40, seed=1)}))
-    assert Genomes(tmp_path, Windows(16), Labels(by="file")).labels == ("Homo_sapiens", "mus.musculus")
-    assert Genomes(tmp_path, Windows(16)).labels == ()
+    assert genome_source(tmp_path, 16, species_from="file").labels == ("Homo_sapiens", "mus.musculus")
+    assert genome_source(tmp_path, 16).labels == ()
 
 
 @pytest.mark.parametrize(
@@ -215,30 +236,42 @@ def test_tables_that_are_not(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["path=/nonexistent/genome"], "does not exist; give a FASTA file or a folder"),
-        (["path={place}/empty"], "holds no .fa, .fasta or .fna"),
-        (["path={place}/g", "species_from=folder"], "is in no folder below path="),
-        (["path={place}/g", "species_table={place}/table.tsv"], "names neither the sequence 'chr1' nor its file g.fa"),
-        (["path={place}/g", "species_from=name"], "species_from='name' is not possible; it must be one of null, file"),
-        (["path={place}/g", "species_from=file", "species_table=t"], "species_table='t' is not possible"),
-        (["species_from=file"], "species_from='file' is not possible; it must be null without a path of yours"),
-        (["path={place}/g", "max_unknown=1.5"], "max_unknown=1.5 is not possible"),
-        (["path={place}/g", "stride=0"], "stride=0 is not possible"),
-        (["path={place}/g", "block_windows=0"], "block_windows=0 is not possible"),
-        (["path={place}/g", "tokenizer=characters"], "tokenizer='characters' is not possible; it must be one of dna"),
+        (["source.path=/nonexistent/genome"], "does not exist; give a FASTA file or a folder"),
+        (["source.path={place}/empty"], "holds no .fa, .fasta, .fna"),
+        (["source.path={place}/g", "source.species_from=folder"], "is not in a folder below source.path="),
         (
-            ["source=text", "tokenizer=characters", "stride=4"],
-            "stride=4 is not read with source=text",
+            ["source.path={place}/g", "source.species_table={place}/table.tsv"],
+            "names neither the sequence 'chr1' nor its file g.fa",
         ),
-        (["path={place}/g", "length=4096"], "no usable record ({'dropped: sequence shorter than a window': 1})"),
-        (["path={place}/g"], "split validation of g is empty"),
+        (
+            ["source.path={place}/g", "source.species_from=name"],
+            "source.species_from='name' is not possible; it must be one of file, folder",
+        ),
+        (
+            ["source.path={place}/g", "source.species_from=file", "source.species_table=t"],
+            "source.species_table='t' is not possible",
+        ),
+        (["source.species_from=file"], "source.species_from='file' is not possible with source.path=None"),
+        (["source.path={place}/g", "source.max_unknown=1.5"], "source.max_unknown=1.5 is not possible"),
+        (["source.path={place}/g", "source.stride=0"], "source.stride=0 is not possible"),
+        (["source.path={place}/g", "source.block_windows=0"], "source.block_windows=0 is not possible"),
+        (
+            ["source.path={place}/g", "tokenizer.name=characters"],
+            "tokenizer.name='characters' is not possible; it must be one of dna",
+        ),
+        (
+            ["source.name=text", "tokenizer.name=characters", "source.stride=4"],
+            "unknown key `source.stride`",
+        ),
+        (["source.path={place}/g", "length=4096"], "no usable record ({'dropped: sequence shorter than a window': 1})"),
+        (["source.path={place}/g"], "split validation of g is empty"),
     ],
 )
 def test_mistakes_are_named(tmp_path, empty_yaml, capsys, keys, message):
     write(tmp_path / "g" / "g.fa", {"chr1": dna(40)})
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.tsv").write_text("other.fa\tE. coli\n")
-    base = ["source=genomes", "tokenizer=dna", "length=18", "workers=1", f"out={tmp_path / 'data'}"]
+    base = ["source.name=genomes", "tokenizer.name=dna", "length=18", "workers=1", f"out={tmp_path / 'data'}"]
     assert main(["prepare", str(empty_yaml), *base, *(key.format(place=tmp_path) for key in keys)]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -261,7 +294,7 @@ def dirty(tmp_path):
 
 
 def test_dirt_is_counted_by_kind(tmp_path, empty_yaml, dirty):
-    out = prepared(tmp_path, empty_yaml, dirty, "block_windows=2", *FRACTIONS)
+    out = prepared(tmp_path, empty_yaml, dirty, "source.block_windows=2", *FRACTIONS)
     assert Manifest.read(out).counts == {
         "read": 127,
         "kept": 125,
@@ -281,7 +314,7 @@ def test_dirt_can_be_refused(tmp_path, empty_yaml, capsys, dirty, name, kind):
     for path in dirty.iterdir():
         if path.name not in ("a.fa", name):
             path.unlink()
-    prepared(tmp_path, empty_yaml, dirty, "on_dirty=refuse", "block_windows=2", *FRACTIONS, status=1)
+    prepared(tmp_path, empty_yaml, dirty, "on_dirty=refuse", "source.block_windows=2", *FRACTIONS, status=1)
     error = capsys.readouterr().err
     assert str(dirty / name) in error and kind in error and error.count("\n") == 1
 
@@ -289,7 +322,7 @@ def test_dirt_can_be_refused(tmp_path, empty_yaml, capsys, dirty, name, kind):
 def test_what_the_settings_leave_out_is_not_refused(tmp_path, empty_yaml):
     """A telomere of unknown letters, a short contig, a repetition."""
     genome = {"chr1": "N" * 160 + dna(2000), "contig": "ACGT", "again": dna(160)}
-    keys = ("on_dirty=refuse", "block_windows=2", *FRACTIONS)
+    keys = ("on_dirty=refuse", "source.block_windows=2", *FRACTIONS)
     out = prepared(tmp_path, empty_yaml, write(tmp_path / "g.fa", genome), *keys)
     counts = Manifest.read(out).counts
     assert counts["dropped: too many unknown letters"] == counts["dropped: duplicate"] == 10
@@ -300,7 +333,7 @@ def test_what_the_settings_leave_out_is_not_refused(tmp_path, empty_yaml):
 @pytest.mark.slow
 def test_a_large_file_is_read_in_parts_of_whole_sequences(tmp_path, empty_yaml):
     path = write(tmp_path / "g.fa", {f"chr{i}": dna(400_000, seed=i) for i in range(4)})
-    source = Genomes(path, Windows(254))
+    source = genome_source(path, 254)
     parts = source.parts(1 << 20)
     assert len(parts) == 2 and all(len(part.slices) == 1 for part in parts)
     assert len(join_parts(parts)) == 1
@@ -319,7 +352,7 @@ def test_a_chromosome_in_one_line_needs_no_more_memory_than_a_block(tmp_path):
         file.write(">chr1\n")
         for _ in range(32):
             file.write(dna(1000) * 1000)
-    source, tally = Genomes(path, Windows(20_000)), Tally()
+    source, tally = genome_source(path, 20_000), Tally()
     tracemalloc.start()
     count = sum(1 for part in source.parts(1 << 20) for _ in source.records(part, tally))
     peak = tracemalloc.get_traced_memory()[1]
@@ -328,7 +361,7 @@ def test_a_chromosome_in_one_line_needs_no_more_memory_than_a_block(tmp_path):
 
 
 def test_the_alphabet_is_the_same_for_every_corpus(tmp_path):
-    tokenizer = make_tokenizer("dna", symbols={"A"}, sample=[], vocab_size=0)
+    tokenizer = DnaTokenizer.build(TokenizerConfig(), symbols={"A"}, sample=[], layout=None)
     assert tokenizer.encode("ACGTN") == [4, 5, 6, 7, 8] and tokenizer.vocab_size == 9
     assert load_tokenizer(tokenizer.save(tmp_path)).decode([1, 4, 5, 6, 7, 8, 2, 4]) == "ACGTN"
     for text, letter in (("ACx", "x"), ("acgt", "a"), ("AC GT", " ")):
@@ -339,15 +372,15 @@ def test_the_alphabet_is_the_same_for_every_corpus(tmp_path):
 def test_records_without_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"Debian's apt-get, which is not installed; give a folder of FASTA as path="):
-        debian_genomes("ragout-examples", Windows(254))
+    with pytest.raises(UserError, match=r"apt-get, which is not installed; give a folder of FASTA as source\.path="):
+        debian_source("ragout-examples")
     assert not os.listdir(tmp_path / "scmdm")
 
 
 @pytest.mark.slow
 def test_bacteria_come_from_their_package(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = debian_genomes("ragout-examples", Windows(254))
+    source = debian_source("ragout-examples")
     assert source.labels == ("Escherichia_coli", "Helicobacter_pylori", "Staphylococcus_aureus", "Vibrio_cholerae")
     tally = Tally()
     found = Counter(record.label for part in source.parts(1 << 26) for record in source.records(part, tally))
@@ -368,7 +401,13 @@ def test_bacteria_come_from_their_package(tmp_path, monkeypatch):
 def test_other_packages_of_examples(tmp_path, monkeypatch, empty_yaml, package, letters):
     """The files have 3,288,735, 11,564,335 (some unknown) and 48,502 letters."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keys = ["source=genomes", f"path=debian:{package}", "tokenizer=dna", "length=256", "block_windows=8"]
+    keys = [
+        "source.name=genomes",
+        f"source.path=debian:{package}",
+        "tokenizer.name=dna",
+        "length=256",
+        "source.block_windows=8",
+    ]
     keys += ["validation_fraction=0.2", "test_fraction=0.2", f"out={tmp_path / 'data'}"]
     assert main(["prepare", str(empty_yaml), *keys, "workers=1"]) == 0
     manifest = Manifest.read(tmp_path / "data")
@@ -378,16 +417,11 @@ def test_other_packages_of_examples(tmp_path, monkeypatch, empty_yaml, package, 
 
 
 def test_a_package_that_is_not_known_and_labels_that_are_given(tmp_path, empty_yaml, capsys):
-    keys = ["source=genomes", "tokenizer=dna", "length=256", f"out={tmp_path / 'data'}"]
-    assert main(["prepare", str(empty_yaml), *keys, "path=debian:hello"]) == 1
+    keys = ["source.name=genomes", "tokenizer.name=dna", "length=256", f"out={tmp_path / 'data'}"]
+    assert main(["prepare", str(empty_yaml), *keys, "source.path=debian:hello"]) == 1
     assert "must be debian: and one of ragout-examples, sibelia-examples" in capsys.readouterr().err
-    assert main(["prepare", str(empty_yaml), *keys, "path=debian:bowtie2-examples", "species_from=file"]) == 1
-    assert "null without a path of yours" in capsys.readouterr().err
-
-
-def test_other_sources_keep_their_description():
-    """Keys that came later are in it only when they are set: data sets of before stay what they are."""
-    from scmdm.data.preparation.prepare import _options
-
-    config = PrepareConfig(out="o", source="qm9", tokenizer="smiles", length=32)
-    assert not {"stride", "max_unknown", "species_from", "species_table", "block_windows"} & set(_options(config))
+    assert (
+        main(["prepare", str(empty_yaml), *keys, "source.path=debian:bowtie2-examples", "source.species_from=file"])
+        == 1
+    )
+    assert "source.species_from='file' is not possible with source.path=" in capsys.readouterr().err

@@ -18,9 +18,10 @@ from scmdm.data.tokenizers import (
     is_block,
     is_framed,
     load_tokenizer,
-    open_tokenizer,
     text_ids,
 )
+from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceConfig
+from scmdm.data.tokenizers.sentencepiece_tokenizer import SentencePieceConfig
 from scmdm.errors import UserError
 from scmdm.sampling.templates import make_template
 from tests.data.preparation.test_prepare import decoded, files
@@ -63,16 +64,16 @@ def end(gpt2):
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
 def test_gpt2_gets_the_layout_of_mdlm(gpt2, end, name):
     """There: bos = eos = 50256, mask = 50257, 50258 ids in all."""
-    tokenizer = HuggingFaceTokenizer.open(gpt2 / name, padded=False)
+    tokenizer = HuggingFaceTokenizer.from_files(gpt2 / name, padded=False)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (end, end, end + 1)
     assert tokenizer.vocab_size == end + 2 and tokenizer.pad_id == end
-    padded = HuggingFaceTokenizer.open(gpt2 / name, padded=True)
+    padded = HuggingFaceTokenizer.from_files(gpt2 / name, padded=True)
     assert (padded.mask_id, padded.pad_id, padded.vocab_size) == (end + 1, end + 2, end + 3)
     assert padded.tokens([end, end + 1, end + 2]) == [END, "[MASK]", "[PAD]"]
 
 
 def test_ids_are_those_of_the_library(gpt2):
-    tokenizer = HuggingFaceTokenizer.open(gpt2, padded=False)
+    tokenizer = HuggingFaceTokenizer.from_files(gpt2, padded=False)
     theirs = tokenizers.Tokenizer.from_file(str(gpt2 / "tokenizer.json"))
     assert tokenizer.encode(CORPUS[0]) == theirs.encode(CORPUS[0]).ids
 
@@ -97,11 +98,11 @@ def byte_pairs_json():
 def load(pipeline):
     end = max(pipeline["model"]["vocab"].values()) + 1
     specials = {"mask": end + 1, "bos": end, "eos": end, "pad": end + 2}
-    return HuggingFaceTokenizer.from_json({"pipeline": pipeline, "specials": specials})
+    return HuggingFaceTokenizer.parse({"pipeline": pipeline, "specials": specials})
 
 
 def test_specials_cannot_be_typed(gpt2):
-    tokenizer = HuggingFaceTokenizer.open(gpt2, padded=True)
+    tokenizer = HuggingFaceTokenizer.from_files(gpt2, padded=True)
     for text in (END, f"a{END}b", "[MASK]", "[PAD]"):
         assert not {tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id} & set(tokenizer.encode(text))
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -113,7 +114,7 @@ def test_a_tokenizer_with_specials_of_its_own_keeps_them(tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     ids = [made.token_to_id(name) for name in names]
     for path in (tmp_path / "tokenizer.json", bert_folder(made, tmp_path / "bert")):
-        tokenizer = HuggingFaceTokenizer.open(path, padded=True)
+        tokenizer = HuggingFaceTokenizer.from_files(path, padded=True)
         assert [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id] == ids[:4]
         assert tokenizer.vocab_size == made.get_vocab_size()
 
@@ -131,12 +132,12 @@ def test_padding_that_is_the_end_mark_is_none(tmp_path):
 
     made = PreTrainedTokenizerFast(tokenizer_object=byte_pairs(), bos_token=END, eos_token=END, pad_token=END)
     made.save_pretrained(tmp_path)
-    tokenizer = HuggingFaceTokenizer.open(tmp_path, padded=True)
+    tokenizer = HuggingFaceTokenizer.from_files(tmp_path, padded=True)
     assert len({tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id}) == 3
 
 
 def test_its_file_says_all(gpt2, tmp_path):
-    tokenizer = HuggingFaceTokenizer.open(gpt2, padded=True)
+    tokenizer = HuggingFaceTokenizer.from_files(gpt2, padded=True)
     again = load_tokenizer(tokenizer.save(tmp_path))
     for name in ("kind", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id"):
         assert getattr(again, name) == getattr(tokenizer, name)
@@ -152,19 +153,19 @@ def test_its_file_says_all(gpt2, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.json", "does not exist"), ("bad.json", "is no tokenizer.json"), ("empty", "holds no tokenizer")],
+    [("none.json", "does not exist"), ("bad.json", "is not a tokenizer.json"), ("empty", "holds no tokenizer")],
 )
 def test_what_is_no_tokenizer(tmp_path, name, message):
     (tmp_path / "bad.json").write_text('{"version": 1}')
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        open_tokenizer("huggingface", tmp_path / name, padded=True)
-    with pytest.raises(UserError, match="is no sentencepiece model"):
-        open_tokenizer("sentencepiece", tmp_path / name, padded=True)
+        HuggingFaceTokenizer.open(HuggingFaceConfig(path=str(tmp_path / name)), padded=True)
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
+        SentencePieceTokenizer.open(SentencePieceConfig(path=str(tmp_path / name)), padded=True)
 
 
 def test_one_id_for_beginning_and_end(gpt2):
-    t = HuggingFaceTokenizer.open(gpt2, padded=True)
+    t = HuggingFaceTokenizer.from_files(gpt2, padded=True)
     e, a, b = t.eos_id, *t.encode("ab")[:2]
     assert text_ids([e, a, b, e, t.pad_id], t) == [a, b] and text_ids([e, a], t) == [a] and text_ids([e, e], t) == []
     assert text_ids([a, e, b], t) == [a]
@@ -183,7 +184,7 @@ def test_a_sentencepiece_model_of_others_keeps_its_ids(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "m"), vocab_size=40, minloglevel=2
     )  # as LLaMA's: <unk> 0, <s> 1, </s> 2, neither padding nor mask
-    tokenizer = open_tokenizer("sentencepiece", tmp_path / "m.model", padded=True)
+    tokenizer = SentencePieceTokenizer.open(SentencePieceConfig(path=str(tmp_path / "m.model")), padded=True)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id) == (1, 2, 40, 41)
     assert tokenizer.vocab_size == 42 and tokenizer.tokens([1, 40, 41]) == ["<s>", "[MASK]", "[PAD]"]
     text = "The lazy dog jumps."
@@ -208,8 +209,15 @@ def saved(tmp_path_factory):
 
 
 def prepared(path, out, empty_yaml, *keys):
-    options = ["source=huggingface", f"path={path}", f"out={out}", "text_key=body", "unit=documents", "length=40"]
-    assert main(["prepare", str(empty_yaml), "tokenizer=bytes", *options, *keys]) == 0
+    options = [
+        "source.name=huggingface",
+        f"source.path={path}",
+        f"out={out}",
+        "source.text_key=body",
+        "source.unit=documents",
+        "length=40",
+    ]
+    assert main(["prepare", str(empty_yaml), "tokenizer.name=bytes", *options, *keys]) == 0
     assert not verify_dataset(out, hashes=True)
     return Manifest.read(out)
 
@@ -226,11 +234,13 @@ def test_a_saved_data_set(saved, tmp_path, empty_yaml):
 
 
 def test_a_data_set_with_splits_of_its_own(saved, tmp_path, empty_yaml):
-    keys = ["splits=names", "validation_fraction=0.0", "test_fraction=0.0", "workers=1"]
+    keys = ["source.split_by=names", "validation_fraction=0.0", "test_fraction=0.0", "workers=1"]
     prepared(saved / "three", tmp_path / "a", empty_yaml, *keys)
     assert numbers(tmp_path / "a", "train") == list(range(700))
     assert numbers(tmp_path / "a", "test") == list(range(800, 900))
-    manifest = prepared(saved / "three", tmp_path / "b", empty_yaml, "hf_split=validation", "validation_fraction=0.3")
+    manifest = prepared(
+        saved / "three", tmp_path / "b", empty_yaml, "source.split=validation", "validation_fraction=0.3"
+    )
     assert manifest.counts["kept"] == 100
 
 
@@ -238,35 +248,35 @@ def test_a_local_folder_through_load_dataset(saved, tmp_path, empty_yaml, monkey
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    manifest = prepared(saved / "local", tmp_path / "a", empty_yaml, "hf_split=train[:50%]", "workers=1")
+    manifest = prepared(saved / "local", tmp_path / "a", empty_yaml, "source.split=train[:50%]", "workers=1")
     assert manifest.counts["kept"] == 450
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["path={}/one", "text_key=text"], "text is no column of split train"),
-        (["path={}/three", "hf_split=dev"], "hf_split=dev is not in path="),
-        (["path={}/nothing"], "is no data set that can be loaded"),
+        (["source.path={}/one", "source.text_key=text"], "text is not a column of split train"),
+        (["source.path={}/three", "source.split=dev"], "source.split=dev is not in source.path="),
+        (["source.path={}/nothing"], "cannot be loaded as a data set"),
     ],
 )
 def test_mistakes(saved, tmp_path, empty_yaml, capsys, keys, message):
-    keys = [key.format(saved) for key in ["text_key=body", *keys]]
-    options = ["source=huggingface", "tokenizer=bytes", "length=40", f"out={tmp_path / 'a'}", "workers=1"]
+    keys = [key.format(saved) for key in ["source.text_key=body", *keys]]
+    options = ["source.name=huggingface", "tokenizer.name=bytes", "length=40", f"out={tmp_path / 'a'}", "workers=1"]
     assert main(["prepare", str(empty_yaml), *options, *keys]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_mdlm_data_end_to_end(gpt2, end, saved, tmp_path, empty_yaml):
     """As configs/data/owt.yaml; the tokenizer's file is in the data set, and where it came from makes no difference."""
-    keys = ["tokenizer=huggingface", "framing=concatenate", "held_out_last=100", "bos_policy=loss", "workers=1"]
-    manifest = prepared(saved / "one", tmp_path / "a", empty_yaml, f"tokenizer_path={gpt2}", *keys)
+    keys = ["tokenizer.name=huggingface", "framing=concatenate", "held_out_last=100", "bos_policy=loss", "workers=1"]
+    manifest = prepared(saved / "one", tmp_path / "a", empty_yaml, f"tokenizer.path={gpt2}", *keys)
     assert (manifest.vocab_size, manifest.mask_id, manifest.bos_id, manifest.eos_id) == (end + 2, end + 1, end, end)
     ids_NL = read_split(tmp_path / "a", "train")
     assert manifest.splits["train"].tokens == ids_NL.size and ids_NL.shape[1] == 40
     text = "".join(f"{block_text(row, load_tokenizer(tmp_path / 'a/tokenizer.json'))}|" for row in ids_NL.tolist())
     assert f"0000 some words to read{END}0001 some" in text
-    again = prepared(saved / "one", tmp_path / "b", empty_yaml, f"tokenizer_path={gpt2 / 'tokenizer.json'}", *keys)
+    again = prepared(saved / "one", tmp_path / "b", empty_yaml, f"tokenizer.path={gpt2 / 'tokenizer.json'}", *keys)
     assert again == manifest and files(tmp_path / "a") == files(tmp_path / "b")
     assert np.issubdtype(ids_NL.dtype, np.uint16)
 
@@ -276,8 +286,8 @@ def test_a_broken_line_of_a_folder_is_named(tmp_path, empty_yaml, capsys, monkey
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/train.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    keys = ["source=huggingface", f"path={tmp_path / 'folder'}", "tokenizer=bytes", "length=16"]
+    keys = ["source.name=huggingface", f"source.path={tmp_path / 'folder'}", "tokenizer.name=bytes", "length=16"]
     assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / 'data'}"]) == 1
     error = capsys.readouterr().err
-    assert "is no data set that can be loaded" in error and "JSON" in error.upper()
+    assert "cannot be loaded as a data set" in error and "JSON" in error.upper()
     assert "Traceback" not in error

@@ -13,12 +13,12 @@ from scmdm.cli import main
 from scmdm.data.loader import read_labels, read_split
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.preparation.records import SPLITS
-from scmdm.data.tokenizers import Layout, LevelTokenizer, UnknownSymbol, is_framed, load_tokenizer
+from scmdm.data.tokenizers import GridLayout, LevelTokenizer, UnknownSymbol, is_framed, load_tokenizer
 from scmdm.errors import UserError
 from tests.conftest import ROOT
 from tests.data.preparation.test_prepare import files
 
-CIFAR = ["source=cifar10", "tokenizer=levels", "length=3073", "validation_fraction=0.3", "deduplicate=false"]
+CIFAR = ["source.name=cifar10", "tokenizer.name=levels", "length=3073", "validation_fraction=0.3", "deduplicate=false"]
 
 
 def write_cifar10(folder, per_batch=20, seed=0):
@@ -59,7 +59,7 @@ def test_cifar10_keeps_the_published_sets(tmp_path, empty_yaml):
     # One part for each file, and parts that end within a record.
     for part in ("part_mb=64", "part_mb=1"):
         out = tmp_path / part
-        assert prepare(empty_yaml, out, *CIFAR, f"path={tmp_path / 'raw'}", part) == 0
+        assert prepare(empty_yaml, out, *CIFAR, f"source.path={tmp_path / 'raw'}", part) == 0
         assert not verify_dataset(out, hashes=True)
         found = {split: pictures(out, split) for split in SPLITS}
         assert as_set(found["test"]) == as_set(raw["test"]) and len(found["test"]) == 20
@@ -72,11 +72,11 @@ def test_cifar10_keeps_the_published_sets(tmp_path, empty_yaml):
 
 
 def test_parts_that_end_within_a_record_lose_and_repeat_nothing(tmp_path):
-    from data_prep.images import Cifar10
+    from data_prep.images import Cifar10Config, Cifar10Source
     from scmdm.data.preparation.records import Tally
 
     write_cifar10(tmp_path)
-    source = Cifar10(tmp_path)
+    source = Cifar10Source(Cifar10Config(path=str(tmp_path)), length=3073)
     whole = [record for part in source.parts(1 << 30) for record in source.records(part, Tally())]
     parts = source.parts(5000)
     assert len(parts) > 50 and {part.split for part in parts} == {"train", "test"}
@@ -86,7 +86,7 @@ def test_parts_that_end_within_a_record_lose_and_repeat_nothing(tmp_path):
 
 def test_flips_add_mirror_images_to_the_training_split_only(tmp_path, empty_yaml):
     raw = write_cifar10(tmp_path / "raw")
-    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"path={tmp_path / 'raw'}", "flips=true") == 0
+    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"source.path={tmp_path / 'raw'}", "source.flips=true") == 0
     found = {split: pictures(tmp_path / "data", split) for split in SPLITS}
     train = found["train"]
     originals, mirrored = train[::2], train[1::2]
@@ -99,7 +99,7 @@ def test_flips_add_mirror_images_to_the_training_split_only(tmp_path, empty_yaml
 
 def test_fewer_levels(tmp_path, empty_yaml):
     raw = write_cifar10(tmp_path / "raw")
-    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"path={tmp_path / 'raw'}", "levels=16") == 0
+    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"source.path={tmp_path / 'raw'}", "source.levels=16") == 0
     assert Manifest.read(tmp_path / "data").vocab_size == 20
     expected = {(label, (picture // 16 * 17).tobytes()) for label, picture in raw["test"]}
     assert as_set(pictures(tmp_path / "data", "test")) == expected
@@ -121,14 +121,21 @@ def relabel(folder):
     ("damage", "keys", "message"),
     [
         (lambda folder: (folder / "test_batch.bin").unlink(), [], "test_batch.bin is missing"),
-        (truncate, [], "data_batch_3.bin has 61360 bytes, which are not whole records of 3073"),
+        (truncate, [], "data_batch_3.bin has 61360 bytes, not a multiple of a record's 3073"),
         (lambda folder: (folder / "data_batch_1.bin").write_bytes(b""), [], "data_batch_1.bin has 0 bytes"),
         (relabel, ["on_dirty=refuse"], "data_batch_3.bin at byte 6146: label 77: no such label"),
         (lambda folder: None, ["length=3074"], "length=3074 is not possible; .* set length=3073"),
-        (lambda folder: None, ["levels=300"], "levels=300 is not possible; it must be from 2 to 256"),
-        (lambda folder: None, ["tokenizer=smiles"], "tokenizer='smiles' is not possible"),
-        (lambda folder: None, ["image_size=32"], "image_size=32 is not read with source=cifar10, only with images"),
-        (lambda folder: None, ["path=null"], "path=None is not possible; it must be given"),
+        (
+            lambda folder: None,
+            ["source.levels=300"],
+            "source.levels=300 is not possible; it must be at least 2 and at most 256",
+        ),
+        (lambda folder: None, ["tokenizer.name=smiles"], "tokenizer.name='smiles' is not possible"),
+        (
+            lambda folder: None,
+            ["source.image_size=32"],
+            "unknown key `source.image_size`",
+        ),
     ],
 )
 def test_damaged_and_misconfigured_cifar10_is_refused(tmp_path, empty_yaml, capsys, damage, keys, message):
@@ -136,7 +143,7 @@ def test_damaged_and_misconfigured_cifar10_is_refused(tmp_path, empty_yaml, caps
     damage(tmp_path / "raw")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "400")
-        assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"path={tmp_path / 'raw'}", *keys) == 1
+        assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"source.path={tmp_path / 'raw'}", *keys) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1 and not (tmp_path / "data").exists()
@@ -145,7 +152,7 @@ def test_damaged_and_misconfigured_cifar10_is_refused(tmp_path, empty_yaml, caps
 def test_a_wrong_label_is_counted(tmp_path, empty_yaml):
     write_cifar10(tmp_path / "raw")
     relabel(tmp_path / "raw")
-    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"path={tmp_path / 'raw'}") == 0
+    assert prepare(empty_yaml, tmp_path / "data", *CIFAR, f"source.path={tmp_path / 'raw'}") == 0
     counts = Manifest.read(tmp_path / "data").counts
     assert counts == {"read": 120, "kept": 119, "dropped: no such label": 1}
 
@@ -153,7 +160,7 @@ def test_a_wrong_label_is_counted(tmp_path, empty_yaml):
 def test_the_shipped_cifar10_configuration(tmp_path):
     write_cifar10(tmp_path / "raw", per_batch=100)
     config = str(ROOT / "configs/data/cifar10.yaml")
-    keys = [f"path={tmp_path / 'raw'}", f"out={tmp_path / 'data'}", "workers=1", "validation_fraction=0.1"]
+    keys = [f"source.path={tmp_path / 'raw'}", f"out={tmp_path / 'data'}", "workers=1", "validation_fraction=0.1"]
     assert main(["prepare", config, *keys]) == 0
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.splits["train"].samples == 2 * (500 - manifest.splits["validation"].samples)
@@ -176,7 +183,7 @@ def test_digits(tmp_path):
 def test_digits_without_scikit_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["prepare", str(ROOT / "configs/data/digits.yaml"), f"out={tmp_path / 'data'}", "workers=1"]) == 1
-    assert "pip install scikit-learn" in capsys.readouterr().err
+    assert "pip install 'scmdm[images]'" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -197,12 +204,18 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-FOLDER = ["source=images", "tokenizer=levels", "image_size=8", "validation_fraction=0.2", "test_fraction=0.2"]
+FOLDER = [
+    "source.name=images",
+    "tokenizer.name=levels",
+    "source.image_size=8",
+    "validation_fraction=0.2",
+    "test_fraction=0.2",
+]
 DIRT = {"dropped: not 8 bits a channel": 1, "dropped: not a readable picture": 2}
 
 
 def test_a_folder_of_pictures(folder, tmp_path, empty_yaml):
-    assert prepare(empty_yaml, tmp_path / "data", *FOLDER, f"path={folder}", "length=193") == 0
+    assert prepare(empty_yaml, tmp_path / "data", *FOLDER, f"source.path={folder}", "length=193") == 0
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.counts == {"read": 35, "kept": 32, **DIRT} and manifest.labels == ["cats", "dogs"]
     found = as_set([row for split in SPLITS for row in pictures(tmp_path / "data", split)])
@@ -212,7 +225,7 @@ def test_a_folder_of_pictures(folder, tmp_path, empty_yaml):
 
 
 def test_grey_pictures_and_sizes_that_are_dropped(folder, tmp_path, empty_yaml):
-    keys = [f"path={folder}", "length=65", "colour=grey", "on_size=drop"]
+    keys = [f"source.path={folder}", "length=65", "source.colour=grey", "source.on_size=drop"]
     assert prepare(empty_yaml, tmp_path / "data", *FOLDER, *keys) == 0
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.counts == {"read": 35, "kept": 31, "dropped: another size": 1, **DIRT}
@@ -227,7 +240,7 @@ def test_large_pictures_are_scaled_and_cropped_in_the_middle(tmp_path, empty_yam
     (tmp_path / "a").mkdir()
     for number in range(12):
         Image.fromarray(wide_HW ^ np.uint8(number)).save(tmp_path / "a" / f"{number}.png")
-    keys = [*FOLDER, f"path={tmp_path / 'a'}", "length=65", "colour=grey"]
+    keys = [*FOLDER, f"source.path={tmp_path / 'a'}", "length=65", "source.colour=grey"]
     assert prepare(empty_yaml, tmp_path / "data", *keys) == 0
     assert Manifest.read(tmp_path / "data").labels == []
     found = [picture for split in SPLITS for _, picture in pictures(tmp_path / "data", split)]
@@ -237,11 +250,11 @@ def test_large_pictures_are_scaled_and_cropped_in_the_middle(tmp_path, empty_yam
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["path=/nonexistent/pictures", "length=193"], "is no folder"),
-        (["path={empty}", "length=193"], "holds no .png or .jpeg"),
-        (["path={folder}", "length=192"], "set length=193"),
-        (["path={folder}", "length=193", "image_size=null"], "image_size=None is not possible"),
-        (["path={folder}", "length=193", "colour=sepia"], "one of rgb, grey"),
+        (["source.path=/nonexistent/pictures", "length=193"], "is not a folder"),
+        (["source.path={empty}", "length=193"], "holds no .png or .jpeg"),
+        (["source.path={folder}", "length=192"], "set length=193"),
+        (["source.path={folder}", "length=193", "source.image_size=null"], "source.image_size=None"),
+        (["source.path={folder}", "length=193", "source.colour=sepia"], "one of rgb, grey"),
     ],
 )
 def test_folders_that_are_refused(folder, tmp_path, empty_yaml, capsys, keys, message):
@@ -252,7 +265,7 @@ def test_folders_that_are_refused(folder, tmp_path, empty_yaml, capsys, keys, me
     assert message in error and error.count("\n") == 1 and not (tmp_path / "data").exists()
 
 
-CODES = ["source=codes", "tokenizer=codes", "length=17", "validation_fraction=0.2", "test_fraction=0.2"]
+CODES = ["source.name=codes", "tokenizer.name=codes", "length=17", "validation_fraction=0.2", "test_fraction=0.2"]
 
 
 @pytest.mark.parametrize("levels", [200, 5000, 70000])
@@ -263,7 +276,10 @@ def test_codes(tmp_path, empty_yaml, levels):
     (tmp_path / "codes").mkdir()
     np.save(tmp_path / "codes/a.npy", codes_NL[:40])
     np.save(tmp_path / "codes/b.npy", codes_NL[40:].astype(np.int32))
-    assert prepare(empty_yaml, tmp_path / "data", *CODES, f"path={tmp_path / 'codes'}", f"levels={levels}") == 0
+    assert (
+        prepare(empty_yaml, tmp_path / "data", *CODES, f"source.path={tmp_path / 'codes'}", f"source.levels={levels}")
+        == 0
+    )
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.counts == {"read": 60, "kept": 58, "dropped: no such code": 2}
     assert manifest.dtype == ("uint16" if levels < 65000 else "uint32")
@@ -271,13 +287,13 @@ def test_codes(tmp_path, empty_yaml, levels):
     ids_NL = np.concatenate([read_split(tmp_path / "data", split) for split in SPLITS])
     whole = np.delete(codes_NL, [7, 8], axis=0)
     assert sorted(tokenizer.values(ids_NL).tolist()) == sorted(whole.tolist())
-    with pytest.raises(UserError, match="only the model that made them"):
+    with pytest.raises(UserError, match="with the model that encoded them"):
         tokenizer.pictures(ids_NL)
 
 
 def test_codes_that_are_refused(tmp_path, empty_yaml, capsys):
     path = tmp_path / "codes.npy"
-    keys = [*CODES, f"path={path}", "levels=9"]
+    keys = [*CODES, f"source.path={path}", "source.levels=9"]
     for content, message in (
         (np.zeros((4, 16)), "holds float64 of shape (4, 16)"),
         (np.zeros(16, int), "of shape (16,)"),
@@ -291,16 +307,16 @@ def test_codes_that_are_refused(tmp_path, empty_yaml, capsys):
     assert prepare(empty_yaml, tmp_path / "data", *keys) == 1
     assert "cannot be read" in capsys.readouterr().err
     np.save(path, np.zeros((4, 16), int))
-    assert prepare(empty_yaml, tmp_path / "data", *CODES, f"path={path}") == 1
-    assert "levels=None" in capsys.readouterr().err
-    assert prepare(empty_yaml, tmp_path / "data", *keys, "flips=true") == 1
-    assert "flips=True" in capsys.readouterr().err
+    assert prepare(empty_yaml, tmp_path / "data", *CODES, f"source.path={path}") == 1
+    assert "key `source.levels` is not set" in capsys.readouterr().err
+    assert prepare(empty_yaml, tmp_path / "data", *keys, "source.flips=true") == 1
+    assert "unknown key `source.flips`" in capsys.readouterr().err
 
 
 @given(st.integers(2, 256), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.randoms())
 def test_any_picture_comes_back(levels, height, width, channels, dice):
-    layout = Layout(height, width, channels, levels)
-    tokenizer = LevelTokenizer("levels", layout)
+    layout = GridLayout(height, width, channels, levels)
+    tokenizer = LevelTokenizer(layout)
     values = [dice.randrange(levels) for _ in range(layout.values)]
     ids = tokenizer.frame(tokenizer.encode(bytes(values)))
     assert len(ids) == layout.length and tokenizer.is_framed(ids)
@@ -315,16 +331,16 @@ def test_any_picture_comes_back(levels, height, width, channels, dice):
 @pytest.mark.parametrize("wrong", [[1, 4, 5, 6, 3], [1, 4, 5, 6, 0], [1, 4, 5, 6, 2], [4, 4, 5, 6, 7], [1, 4, 5, 6]])
 def test_what_is_no_picture_is_not_framed(wrong):
     """The mask, padding, an end mark, no beginning, a value too few."""
-    tokenizer = LevelTokenizer("levels", Layout(2, 2, 1, 5))
+    tokenizer = LevelTokenizer(GridLayout(2, 2, 1, 5))
     assert is_framed([1, 4, 5, 6, 7], tokenizer) and not is_framed(wrong, tokenizer)
     assert tokenizer.picture([1, 4, 8, 3, 7]).ravel().tolist() == [0, 255, 0, 191]
     assert tokenizer.tokens([1, 4, 3]) == ["[BOS]", "0", "[MASK]"]
-    with pytest.raises(UserError, match="length=7 is no picture of 2 x 2 x 1"):
+    with pytest.raises(UserError, match="length=7 does not fit images of 2 x 2 x 1"):
         tokenizer.picture([1, 4, 5, 6, 7, 8, 8])
 
 
 def test_prompts_and_files_of_the_tokenizer(tmp_path):
-    tokenizer = LevelTokenizer("levels", Layout(2, 3, 1, 5))
+    tokenizer = LevelTokenizer(GridLayout(2, 3, 1, 5))
     assert tokenizer.encode("0 4\n2") == [4, 8, 6]
     for text in ("5", "-1", "two", "²"):
         with pytest.raises(UnknownSymbol):
@@ -339,7 +355,7 @@ def test_prompts_and_files_of_the_tokenizer(tmp_path):
 
 
 def test_two_preparations_of_pictures_are_byte_identical(folder, tmp_path, empty_yaml):
-    keys = [*FOLDER, f"path={folder}", "length=193", "flips=true"]
+    keys = [*FOLDER, f"source.path={folder}", "length=193", "source.flips=true"]
     for out in ("a", "b"):
         assert prepare(empty_yaml, tmp_path / out, *keys) == 0
     assert files(tmp_path / "a") == files(tmp_path / "b")

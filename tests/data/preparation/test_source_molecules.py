@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rdkit import Chem
 
-from data_prep.moses import Moses, moses_folder, read_smiles
-from data_prep.smiles import SmilesFiles, canonical_smiles
+from data_prep.moses import PUBLISHED_SPLITS, MosesSource, read_smiles
+from data_prep.smiles import SmilesSource, SmilesSourceConfig, canonical_smiles
 from scmdm.cli import main
+from scmdm.config.preparation import SourceConfig
 from scmdm.data.manifest import Manifest, verify_dataset
 from scmdm.data.preparation.records import Tally
-from scmdm.data.tokenizers import UnknownSymbol, load_tokenizer, make_tokenizer, symbols_of
+from scmdm.data.tokenizers import SelfiesTokenizer, UnknownSymbol, load_tokenizer
 from scmdm.errors import UserError
 from tests.conftest import prepare_qm9
 from tests.data.preparation.test_prepare import decoded
@@ -30,7 +31,7 @@ TRAIN = [
     "COc1ccccc1OC(=O)c1ccccc1OC(C)=O",
     "O=C1Nc2ccc(Cl)cc2C(c2ccccc2Cl)=NC1O",
 ]
-KEYS = ["tokenizer=smiles", "length=64", "validation_fraction=0.3", "test_fraction=0.3", "workers=1"]
+KEYS = ["tokenizer.name=smiles", "length=64", "validation_fraction=0.3", "test_fraction=0.3", "workers=1"]
 
 
 def many(count, prefix):
@@ -39,14 +40,15 @@ def many(count, prefix):
 
 
 @pytest.fixture
-def moses(tmp_path):
+def moses(tmp_path, monkeypatch):
     """A folder as `moses_folder` makes it."""
     folder = tmp_path / "moses"
     folder.mkdir()
     test = [*many(20, "S"), TRAIN[0]]
     for split, molecules in (("train", [*TRAIN, *many(80, "F")]), ("test", test), ("test_scaffolds", many(20, "Cl"))):
         (folder / f"{split}.csv").write_text("SMILES\n" + "\n".join(molecules) + "\n")
-    return Moses(folder)
+    monkeypatch.setattr("data_prep.moses.moses_folder", lambda: folder)
+    return MosesSource(SourceConfig(), length=64)
 
 
 def contents(source, part_bytes):
@@ -66,10 +68,9 @@ def test_parts_of_moses_hold_every_line_once_in_its_split(moses, part_bytes):
     assert [content for _, content in found[:9]] == TRAIN
 
 
-def test_published_splits_stand_and_validation_comes_out_of_train(moses, tmp_path, empty_yaml, monkeypatch):
-    monkeypatch.setattr("data_prep.moses.moses_folder", lambda: moses.folder)
+def test_published_splits_stand_and_validation_comes_out_of_train(moses, tmp_path, empty_yaml):
     out = tmp_path / "data"
-    assert main(["prepare", str(empty_yaml), "source=moses", f"out={out}", *KEYS]) == 0
+    assert main(["prepare", str(empty_yaml), "source.name=moses", f"out={out}", *KEYS]) == 0
     manifest = Manifest.read(out)
     assert list(manifest.splits) == ["train", "validation", "test", "test_scaffolds"]
     texts = {split: decoded(out, split) for split in manifest.splits}
@@ -90,9 +91,9 @@ def test_a_missing_file_of_moses_is_named(moses):
 
 @pytest.mark.slow
 def test_moses_comes_from_its_package():
-    counts = {split: len(read_smiles(split)) for split in Moses.published}
+    counts = {split: len(read_smiles(split)) for split in PUBLISHED_SPLITS}
     assert counts == {"train": 1_584_663, "test": 176_074, "test_scaffolds": 176_225}
-    source = Moses(moses_folder())
+    source = MosesSource(SourceConfig(), length=64)
     parts = source.parts(16 << 20)
     assert Counter(part.split for part in parts) == {"train": 4, "test": 1, "test_scaffolds": 1}
     records = [record.content for part in parts for record in source.records(part, Tally()) if part.split == "train"]
@@ -113,7 +114,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("part_bytes", [1, 5, 40, 1 << 30])
 def test_smiles_files_are_read_whole_in_canonical_form(folder, part_bytes):
-    source, tally = SmilesFiles(folder, "SMILES"), Tally()
+    source, tally = SmilesSource(SmilesSourceConfig(path=str(folder)), length=64), Tally()
     found = [record.content for part in source.parts(part_bytes) for record in source.records(part, tally)]
     assert found == ["CCO", "c1ccccc1", "c1ccccc1", "CCO", "CC(=O)O", "CCN"]
     assert tally.counts == {"read": 12, "dropped: not a molecule": 6}
@@ -123,13 +124,13 @@ def test_smiles_files_end_to_end(tmp_path, empty_yaml, capsys):
     path = tmp_path / "mine.csv"
     spellings = [Chem.MolToSmiles(Chem.MolFromSmiles(text), canonical=False) for text in many(100, "F")]
     path.write_text("name,structure\n" + "\n".join(f"m{n},{text}" for n, text in enumerate([*spellings, "FCO", "C("])))
-    keys = [*KEYS, "source=smiles", f"path={path}", f"out={tmp_path / 'data'}"]
+    keys = [*KEYS, "source.name=smiles", f"source.path={path}", f"out={tmp_path / 'data'}"]
     assert main(["prepare", str(empty_yaml), *keys]) == 1
-    assert "smiles_column=SMILES is not in the header" in capsys.readouterr().err
-    assert main(["prepare", str(empty_yaml), *keys, "smiles_column=structure"]) == 0
+    assert "source.column=SMILES is not in the header" in capsys.readouterr().err
+    assert main(["prepare", str(empty_yaml), *keys, "source.column=structure"]) == 0
     texts = [text for split in ("train", "validation", "test") for text in decoded(tmp_path / "data", split)]
     assert sorted(texts) == sorted({canonical_smiles(text) for text in [*spellings, "FCO"]})
-    refusing = ["smiles_column=structure", "on_dirty=refuse", f"out={tmp_path / 'other'}"]
+    refusing = ["source.column=structure", "on_dirty=refuse", f"out={tmp_path / 'other'}"]
     assert main(["prepare", str(empty_yaml), *keys, *refusing]) == 1
     assert "at byte" in capsys.readouterr().err
 
@@ -137,11 +138,11 @@ def test_smiles_files_end_to_end(tmp_path, empty_yaml, capsys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["source=smiles"], "path=None is not possible; it must be given when source=smiles"),
-        (["source=smiles", "path=/nonexistent/x.smi"], "does not exist"),
-        (["source=smiles", "path={empty}"], "no .smi, .csv or .tsv"),
-        (["source=moses", "path={empty}"], "null when source=moses"),
-        (["source=moses", "tokenizer=characters"], "smiles, selfies when source=moses"),
+        (["source.name=smiles"], "key `source.path` is not set"),
+        (["source.name=smiles", "source.path=/nonexistent/x.smi"], "does not exist"),
+        (["source.name=smiles", "source.path={empty}"], "no .smi, .csv or .tsv"),
+        (["source.name=moses", "source.path={empty}"], "unknown key `source.path`"),
+        (["source.name=moses", "tokenizer.name=characters"], "smiles, selfies with source.name=moses"),
     ],
 )
 def test_mistakes_are_named(tmp_path, empty_yaml, capsys, keys, message):
@@ -158,8 +159,7 @@ def test_canonical_smiles():
 
 
 def selfies_tokenizer(molecules):
-    symbols = {symbol for text in molecules for symbol in symbols_of("selfies", text)}
-    return make_tokenizer("selfies", symbols=symbols, sample=[], vocab_size=0)
+    return SelfiesTokenizer(sorted({symbol for text in molecules for symbol in SelfiesTokenizer.split(text)}))
 
 
 def test_selfies_encode_and_decode_to_the_same_smiles(tmp_path):
@@ -175,7 +175,7 @@ def test_selfies_encode_and_decode_to_the_same_smiles(tmp_path):
 @pytest.mark.parametrize("text", ["C*", "", "C(", "C(C)(C)(C)(C)C", "no SMILES"])
 def test_what_has_no_selfies_is_refused(text):
     with pytest.raises(UnknownSymbol, match="has no SELFIES"):
-        symbols_of("selfies", text)
+        SelfiesTokenizer.split(text)
     with pytest.raises(UnknownSymbol):
         selfies_tokenizer(TRAIN).encode("[Cu]")
 
@@ -193,7 +193,7 @@ def test_any_sequence_of_selfies_symbols_is_a_molecule(data):
 
 @pytest.mark.slow
 def test_qm9_as_selfies_is_the_same_molecules(molecules, tmp_path):
-    assert prepare_qm9(tmp_path / "selfies", "tokenizer=selfies", "length=32") == 0
+    assert prepare_qm9(tmp_path / "selfies", "tokenizer.name=selfies", "length=32") == 0
     manifest = Manifest.read(tmp_path / "selfies")
     assert manifest.tokenizer.kind == "selfies" and manifest.counts["kept"] == 900
     for split in manifest.splits:
@@ -202,7 +202,7 @@ def test_qm9_as_selfies_is_the_same_molecules(molecules, tmp_path):
 
 def test_a_field_that_csv_refuses_is_no_molecule(tmp_path):
     (tmp_path / "a.csv").write_text("SMILES,note\nCCO,\nCCC," + "x" * 200_000 + "\nCCN,\n")
-    source, tally = SmilesFiles(tmp_path, "SMILES"), Tally()
+    source, tally = SmilesSource(SmilesSourceConfig(path=str(tmp_path)), length=64), Tally()
     found = [record.content for part in source.parts(1 << 40) for record in source.records(part, tally)]
     assert found == ["CCO", "CCN"]
     assert tally.counts["dropped: not a molecule"] == 1

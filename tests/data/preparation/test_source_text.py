@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import data_prep.formats
-from data_prep.detokenize import DETOKENIZERS
-from data_prep.formats import format_of
-from data_prep.text import TextFolder, Units, split_of_name
-from data_prep.text8 import Text8
+import data_prep.text_formats
+from data_prep.detokenizers import DETOKENIZERS
+from data_prep.text import TextConfig, TextSource, split_of_name
+from data_prep.text8 import Text8Config, Text8Source
+from data_prep.text_formats import format_of
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import Slice, Tally
@@ -40,9 +40,13 @@ def write(path, texts=DOCUMENTS):
     return path
 
 
-def read(path, piece=None, unit="documents", **options):
+def text_source(path, unit="documents", **keys):
+    return TextSource(TextConfig(path=str(path), unit=unit, **keys), length=64)
+
+
+def read(path, unit="documents", **keys):
     """Records of a file, and what was counted."""
-    source, tally = TextFolder(path, units=Units(unit), **options), Tally()
+    source, tally = text_source(path, unit, **keys), Tally()
     parts = source.parts(1 << 40)
     return [record.content for part in parts for record in source.records(part, tally)], dict(tally.counts)
 
@@ -59,7 +63,7 @@ def test_every_format_gives_the_documents(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", NAMES)
 @pytest.mark.parametrize("part_bytes", [700, 5000])
 def test_parts_together_are_the_whole(tmp_path, suffix, part_bytes):
-    source, tally = TextFolder(write(tmp_path / f"a{suffix}"), units=Units("documents")), Tally()
+    source, tally = text_source(write(tmp_path / f"a{suffix}")), Tally()
     parts = source.parts(part_bytes)
     assert (len(parts) > 1) == (suffix not in PACKED)
     assert [record.content for part in parts for record in source.records(part, tally)] == DOCUMENTS
@@ -77,7 +81,7 @@ def test_a_truncated_stream_gives_what_came_whole_and_is_counted(tmp_path, suffi
         assert found == texts[: len(found)]
     tally = Tally(refuse=True)
     with pytest.raises(UserError, match="damaged file; correct it"):
-        list(TextFolder(path).records(TextFolder(path).parts(1 << 40)[0], tally))
+        list(text_source(path).records(text_source(path).parts(1 << 40)[0], tally))
 
 
 @pytest.mark.parametrize("suffix", [*PACKED, ".parquet"])
@@ -95,12 +99,12 @@ def test_flipped_bytes_are_counted(tmp_path, suffix):
 def test_no_parquet_at_all_is_counted(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else" * 100)
     assert read(tmp_path / "a.parquet") == ([], {"dropped: damaged file": 1})
-    assert len(TextFolder(tmp_path / "a.parquet").parts(10)) == 1
+    assert len(text_source(tmp_path / "a.parquet").parts(10)) == 1
 
 
 def test_a_missing_key_is_counted(tmp_path):
     path = write(tmp_path / "a.parquet")
-    assert read(path, keys=("body",)) == ([], {"dropped: no key body": 1})
+    assert read(path, text_key="body") == ([], {"dropped: no key body": 1})
     pq.write_table(pa.table({"text": ["a", None, "b", " "]}), path)
     assert read(path) == (["a", "b"], {"read": 2, "dropped: no key text": 1, "dropped: empty": 1})
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
@@ -111,8 +115,8 @@ def test_units(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n\nthree\n")
     assert read(tmp_path / "a.txt", unit="lines")[0] == ["one", "two", "three"]
     assert read(tmp_path / "a.txt", unit="documents")[0] == ["one\ntwo\n\nthree\n"]
-    assert len(TextFolder(tmp_path / "a.txt", units=Units("documents")).parts(4)) == 1, "a document is never cut"
-    assert len(TextFolder(tmp_path / "a.txt", units=Units("lines")).parts(4)) == 4
+    assert len(text_source(tmp_path / "a.txt").parts(4)) == 1, "a document is never cut"
+    assert len(text_source(tmp_path / "a.txt", "lines").parts(4)) == 4
 
 
 WIKI = " \n = First = \n \n Some text . \n = = Part = = \n More . \n = Second title = \n Text . \n"
@@ -123,7 +127,7 @@ def test_wikitext_is_cut_into_articles_wherever_its_parts_end(tmp_path, size):
     path = tmp_path / "wiki.train.raw"
     path.write_text(WIKI)
     first, second = WIKI[2:].split(" = Second")  # the blank line in front belongs to nothing
-    source, tally = TextFolder(path, units=Units("documents")), Tally()
+    source, tally = text_source(path), Tally()
     found = [record.content for part in source.parts(size) for record in source.records(part, tally)]
     assert found == [first, " = Second" + second]
 
@@ -131,7 +135,7 @@ def test_wikitext_is_cut_into_articles_wherever_its_parts_end(tmp_path, size):
 def test_splits_by_name(tmp_path):
     for name in ("wiki.valid.raw", "wiki.train.raw", "wiki.test.raw"):
         (tmp_path / name).write_text(WIKI)
-    parts = TextFolder(tmp_path, split_by_name=True).parts(1 << 20)
+    parts = text_source(tmp_path, split_by="names").parts(1 << 20)
     assert [part.split for part in parts] == [None, "validation", "test"]
     assert split_of_name("heldout-monolingual/news.en.heldout-00000-of-00050") == "test"
     assert split_of_name("contest/devil.txt") is None
@@ -169,18 +173,18 @@ def test_detokenizers(kind, raw, text):
 def test_text8_has_its_conventional_splits(tmp_path):
     text = "".join(chr(ord("a") + number % 26) for number in range(2000))
     (tmp_path / "text8").write_text(text)
-    source, tally = Text8(tmp_path / "text8", 30), Tally()
+    source, tally = Text8Source(Text8Config(path=str(tmp_path / "text8")), length=32), Tally()
     found = {"train": "", "validation": "", "test": ""}
     for part in source.parts(100):
         found[part.split] += "".join(record.content for record in source.records(part, tally))
     assert found == {"train": text[:1800], "validation": text[1800:1890], "test": text[1900:1990]}
-    with pytest.raises(UserError, match="is no file"):
-        Text8(tmp_path, 30).parts(100)
+    with pytest.raises(UserError, match="is not a file"):
+        Text8Source(Text8Config(path=str(tmp_path)), length=32).parts(100)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; `pip install zstandard`"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; .*scmdm\[text\]"):
         list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), ("text",)))
 
 
@@ -189,7 +193,7 @@ def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
     corpus.mkdir()
     for number, suffix in enumerate(NAMES):
         write(corpus / f"{number}{suffix}", [f"{number} {text}" for text in DOCUMENTS])
-    keys = ["source=text", f"path={corpus}", "tokenizer=bytes", "length=64", "unit=documents"]
+    keys = ["source.name=text", f"source.path={corpus}", "tokenizer.name=bytes", "length=64", "source.unit=documents"]
     for workers in (1, 2):
         assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / str(workers)}", f"workers={workers}"]) == 0
     assert files(tmp_path / "1") == files(tmp_path / "2")
@@ -281,14 +285,14 @@ def test_json_is_read_by_lines_when_it_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.PDF", "a.jsonl.bz2"])
 def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"text")
-    with pytest.raises(UserError, match=r"is no text that can be read; give one of \.jsonl,"):
+    with pytest.raises(UserError, match=r"is not a text file; its suffix must be one of \.jsonl,"):
         read(tmp_path / name)
     (tmp_path / "README").write_text("any other name is text")
     assert read(tmp_path / "README")[0] == ["any other name is text"]
 
 
 def test_a_document_that_is_too_long_is_counted_and_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.formats, "LONGEST", 100)
+    monkeypatch.setattr(data_prep.text_formats, "LONGEST", 100)
     short, long = "short", "long " * 50
     for suffix, texts in ((".jsonl", [short, long, short]), (".jsonl.gz", [short, long, short])):
         assert read(write(tmp_path / f"a{suffix}", texts)) == (
@@ -320,6 +324,6 @@ def test_memory_does_not_grow_with_one_line(tmp_path):
     tracemalloc.start()
     try:
         assert read(path) == (["end"], {"read": 1, "dropped: over-long document": 1})
-        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.formats.LONGEST
+        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.text_formats.LONGEST
     finally:
         tracemalloc.stop()

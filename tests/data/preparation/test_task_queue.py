@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmdm.data.preparation import task_queue
-from scmdm.data.preparation.duplicates import repetitions
+from scmdm.data.preparation.duplicates import duplicates
 from scmdm.data.preparation.records import Slice, cut_into_parts, read_lines
 from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.errors import UserError
@@ -117,7 +117,7 @@ def test_repetitions_are_all_but_the_first(parts, at_once):
     hashes = [np.array([number << 59 for number in part], np.uint64) for part in parts]
     orders = [np.argsort(part, kind="stable") for part in hashes]
     found = [set() for _ in parts]
-    for part, rows in repetitions([h[o] for h, o in zip(hashes, orders, strict=True)], orders, at_once):
+    for part, rows in duplicates([h[o] for h, o in zip(hashes, orders, strict=True)], orders, at_once):
         assert not found[part] & set(rows.tolist())
         found[part] |= set(rows.tolist())
     seen = set()

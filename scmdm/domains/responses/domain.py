@@ -1,9 +1,9 @@
-"""Quality of responses to held-out prompts, of a model that was trained on prompts and responses.
+"""The domain of responses to prompts: text metrics of the text after the prompt.
 
-Each of the first prompts of the split gets one response. What is measured is text behind the prompt, beside the same
-measures of the held-out responses to the same prompts.
+A model draws one response to each of the first prompts of the held-out split. The same metrics are computed for the
+held-out responses to the same prompts.
 
-Legend: N samples, L length.
+Legend: N samples, L sequence length.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from scmdm.data.dataset import COLUMN, GIVEN
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
-from scmdm.domains.interface import Asked, GeneratedSamples, Metric, Undrawn, refuse
-from scmdm.domains.text.mauve_score import check_measures, mauve
-from scmdm.domains.text.text_quality import NgramScorer, evaluate_text
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, MetricKeys, WithoutFigures
+from scmdm.domains.text.config import TextMetricKeys
+from scmdm.domains.text.mauve_score import mauve
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text
+from scmdm.errors import UserError
 
-_FITTED_ON = 20_000  # training responses, at most, that the n-gram model sees
+_FITTED_ON = 20_000  # largest number of training responses that the n-gram model is fitted to
 
 
-class Responses(Undrawn):
-    """Text behind given prompts."""
+class ResponsesDomain(WithoutFigures):
+    """Generative perplexity, entropy, distinct n-grams and MAUVE of responses."""
 
     name: ClassVar[str] = "responses"
+    Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("perplexity", "generative perplexity of responses", "lower", 1, 2),
-        Metric("perplexity_held_out", "the same of held-out responses", "", 1, 2, in_figure=False),
+        Metric("perplexity_held_out", "perplexity of held-out responses", "", 1, 2, in_figure=False),
         Metric("entropy", "entropy, nats", "", 1, 3),
         Metric("entropy_held_out", "entropy of held-out responses, nats", "", 1, 3, in_figure=False),
         Metric("mauve", "MAUVE", "higher", 1, 3),
@@ -43,22 +46,21 @@ class Responses(Undrawn):
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
     )
 
-    def __init__(self, root: Path, manifest: Manifest, asked: Asked) -> None:
-        refuse(self.name, asked, "fcd", "moses", "inception")
-        check_measures(asked.scorer, asked.mauve)
-        self._root, self._manifest, self._asked = root, manifest, asked
+    def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
+        if manifest.framing != "prompts":
+            raise UserError(f"domain=responses needs a data set with framing=prompts; {root} has {manifest.framing}")
+        self._root, self._manifest, self._config, self._settings = root, manifest, config, settings
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
 
     @cached_property
     def _scorer(self) -> Path | NgramScorer:
-        if self._asked.scorer is not None:
-            return Path(self._asked.scorer)
+        if self._config.scorer is not None:
+            return Path(self._config.scorer)
         rows, given_N = _rows(self._root, self._manifest, "train", _FITTED_ON)
-        return NgramScorer.fit(responses(rows, given_N, self._tokenizer)[0], "training responses")
+        return NgramScorer.fit(extract_responses(rows, given_N, self._tokenizer)[0], "training responses")
 
     @staticmethod
-    def given(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
-        """As many as there are prompts."""
+    def templates(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
         rows, given_N = _rows(root, manifest, split, num)
         tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         hidden_NL = np.arange(rows.shape[1]) >= given_N[:, None]
@@ -66,24 +68,26 @@ class Responses(Undrawn):
 
     def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
         count = len(drawn.tokens)
-        real_NL, given_N = _rows(self._root, self._manifest, self._asked.split, count)
-        texts, ids_NL = responses(drawn.tokens.numpy(), given_N, self._tokenizer)
+        real_NL, given_N = _rows(self._root, self._manifest, self._settings.split, count)
+        texts, ids_NL = extract_responses(drawn.tokens.numpy(), given_N, self._tokenizer)
         found = self._text_metrics(texts, ids_NL)
-        real_texts, real_ids_NL = responses(real_NL, given_N, self._tokenizer)
+        real_texts, real_ids_NL = extract_responses(real_NL, given_N, self._tokenizer)
         held_out = self._text_metrics(real_texts, real_ids_NL)
         found |= {f"{name}_held_out": held_out[name] for name in held_out if name not in ("num_samples", "scorer")}
         found |= {"framed": sum(drawn.framed) / count, "empty": sum(not text.strip() for text in texts)}
-        if self._asked.mauve:
+        if self._config.mauve:
             assert isinstance(self._scorer, Path)
-            found["mauve"] = mauve(texts, real_texts, self._scorer, device=self._asked.device)
+            found["mauve"] = mauve(texts, real_texts, self._scorer, device=self._settings.device)
         return found
 
     def _text_metrics(self, texts: Sequence[str], ids_NL: np.ndarray) -> dict[str, Any]:
-        return evaluate_text(texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._asked.device).as_dict()
+        return evaluate_text(
+            texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._settings.device
+        ).as_dict()
 
 
-def responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
-    """Texts behind the first `given_N` ids and before the first end mark, and their ids (N, L), padding behind them."""
+def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
+    """Texts between a prompt of `given_N` ids and the first [EOS], and their ids (N, L) with padding at the end."""
     ids_NL = np.full(rows_NL.shape, tokenizer.pad_id, np.int64)
     for own, row, given in zip(ids_NL, rows_NL, given_N, strict=True):
         response = row[given:]
@@ -95,7 +99,7 @@ def responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) ->
 
 
 def _rows(root: Path, manifest: Manifest, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first sequences (N, L) of a split, and how many ids of each are given."""
+    """The first sequences (N, L) of a split, and the length (N,) of each prompt."""
     columns = read_columns(root, split, range(min(num, manifest.split(split, root).samples)))
     if COLUMN not in columns:
         return np.zeros((0, manifest.length), np.int64), np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""Configuration of `scmdm moses`."""
+"""Keys of the molecule metrics, and the configuration of `scmdm moses`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ from dataclasses import dataclass
 
 from scmdm.config.common import device_key
 from scmdm.config.fields import key
+from scmdm.domains.interface import MetricKeys
+from scmdm.system.package_data import package_folder
+
+
+@dataclass
+class MoleculeMetricKeys(MetricKeys):
+    """Section `metrics` for models of molecules."""
+
+    fcd: bool = key(False, help="Frechet ChemNet distance of 512 valid molecules")
+    moses: bool = key(False, help="metrics of the benchmark MOSES, against its published test sets")
+
+    @property
+    def exclusive_setup(self) -> bool:
+        """The statistics of the sets of MOSES are computed once per machine."""
+        return self.moses
+
+    def validate(self) -> None:
+        if self.fcd:
+            package_folder("fcd", "metrics.fcd=true", "molecules")
 
 
 @dataclass

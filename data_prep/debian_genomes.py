@@ -1,4 +1,4 @@
-"""Real genomes that Debian's packages of examples carry: fetched once with apt-get, unpacked, never installed."""
+"""Genomes in Debian packages of examples: downloaded once with apt-get and unpacked, never installed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.genomes import Genomes, Labels, Windows
-from scmdm.config.preparation import DEBIAN
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory
 from scmdm.system.package_data import user_cache
 
-DEFAULT = "ragout-examples"
+DEBIAN = "debian:"  # prefix of `source.path`
+DEFAULT_PACKAGE = "ragout-examples"
+_INSTEAD = "give a folder of FASTA as source.path=..."
 
 
 @dataclass(frozen=True)
 class _Package:
-    """What of a package is taken: gzipped FASTA, by the species (or strains) that it is of."""
+    """Gzipped FASTA files of a package, by species."""
 
     name: str  # of the corpus
     folder: str
@@ -39,7 +39,7 @@ _PACKAGES = {
             "Vibrio_cholerae": "V.Cholerae/references/O395.fasta.gz",
         },
     ),
-    # Two strains of one species and four of another: most of a window is in several strains, hence in several splits.
+    # Two strains of one species and four of another. Most windows occur in several strains, hence in several splits.
     "sibelia-examples": _Package(
         "strains",
         "usr/share/doc/sibelia/examples",
@@ -55,14 +55,14 @@ _PACKAGES = {
 }
 
 
-def debian_genomes(package: str, windows: Windows) -> Genomes:
-    """Windows of a package's genomes, with their species as labels, out of the user's cache.
+def download_genomes(package: str) -> tuple[str, Path]:
+    """Name of the corpus and folder of `SPECIES.fasta.gz` files, downloaded into the user's cache once.
 
-    Raises UserError for a package that is not known, and when apt-get cannot fetch it.
+    Raises UserError for an unknown package, and when apt-get cannot download it.
     """
     if package not in _PACKAGES:
         raise UserError(
-            f"path={DEBIAN}{package} is not possible; it must be {DEBIAN} and one of {', '.join(_PACKAGES)}"
+            f"source.path={DEBIAN}{package} is not possible; it must be {DEBIAN} and one of {', '.join(_PACKAGES)}"
         )
     wanted = _PACKAGES[package]
     cache = user_cache(wanted.name)
@@ -71,17 +71,16 @@ def debian_genomes(package: str, windows: Windows) -> Genomes:
             examples = _unpack(package, Path(place)) / wanted.folder
             for species, file in wanted.files.items():
                 if not (examples / file).is_file():
-                    raise UserError(f"{package} of this system holds no {file}; give a folder of FASTA as path=...")
+                    raise UserError(f"this system's {package} has no {file}; {_INSTEAD}")
                 shutil.copyfile(examples / file, folder / f"{species}.fasta.gz")
-    return Genomes(cache, windows, Labels(by="file"), name=wanted.name)
+    return wanted.name, cache
 
 
 def _unpack(package: str, place: Path) -> Path:
-    instead = "give a folder of FASTA as path=... instead"
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise UserError(f"{package} is fetched with Debian's apt-get, which is not installed; {instead}")
-    _run(["apt-get", "download", package], place, f"is {package} known after `apt-get update`? Or {instead}")
-    _run(["dpkg-deb", "--extract", next(place.glob("*.deb")).name, "unpacked"], place, instead)
+        raise UserError(f"{package} is downloaded with Debian's apt-get, which is not installed; {_INSTEAD}")
+    _run(["apt-get", "download", package], place, f"run `apt-get update`, or {_INSTEAD}")
+    _run(["dpkg-deb", "--extract", next(place.glob("*.deb")).name, "unpacked"], place, _INSTEAD)
     return place / "unpacked"
 
 

@@ -1,24 +1,20 @@
-"""What the page is told: trajectories as JSON, with pictures where the domain has them."""
+"""Models and trajectories as JSON, for the page of the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rdkit.Chem.Draw import rdMolDraw2D
-
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
-from scmdm.domains.molecules.quality import parse_molecule
-from scmdm.domains.registry import domain_name
+from scmdm.domains.registry import domain_of_tokenizer
 from scmdm.integrations.demo.trajectory import Frame, Trajectory, best_guess
 from scmdm.models.model_files import LoadedModel
 
 Json = dict[str, Any]
-_WIDTH, _HEIGHT, _BOND = 320, 220, 42  # pixels
 
 
 def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
-    """What does not change between samples: who this is, and how its ids are to be shown."""
+    """The model's name, path and step, and how the page displays its token ids."""
     tokenizer = loaded.tokenizer
     specials = {tokenizer.pad_id: "pad", tokenizer.bos_id: "mark", tokenizer.eos_id: "mark"}
     return {
@@ -26,7 +22,7 @@ def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
         "path": path,
         "carries": loaded.spec.model.self_conditioned,
         "step": loaded.spec.step,
-        "domain": domain_name(tokenizer.kind),
+        "domain": domain_of_tokenizer(tokenizer.kind),
         "mask_id": tokenizer.mask_id,
         "specials": {str(i): kind for i, kind in specials.items()},
         "layout": _layout(tokenizer),
@@ -34,7 +30,7 @@ def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
 
 
 def _layout(tokenizer: Tokenizer) -> Json | None:
-    """How a sequence is a picture: its ids behind [BOS] are levels, row by row; None where it is none."""
+    """Layout of a picture: the ids after [BOS] are levels, row by row. None if sequences are not pictures."""
     if not isinstance(tokenizer, LevelTokenizer) or tokenizer.kind != "levels":
         return None
     layout = tokenizer.layout
@@ -43,7 +39,7 @@ def _layout(tokenizer: Tokenizer) -> Json | None:
 
 
 def describe_trajectory(trajectory: Trajectory, tokenizer: Tokenizer) -> Json:
-    """The frames of a sample; `pieces` has the text of every id in them."""
+    """Frames, text and cost of a sample. `pieces` maps each id that occurs in a frame to its text."""
     frames = trajectory.frames
     shown = sorted({i for frame in frames for i in (*frame.tokens, *best_guess(frame))})
     drawings, drawing_of = _drawings(frames, tokenizer)
@@ -74,22 +70,11 @@ def _frame(frame: Frame, drawing: int | None) -> Json:
 
 def _drawings(frames: Sequence[Frame], tokenizer: Tokenizer) -> tuple[list[str], list[int | None]]:
     """Each different molecule that the frames' best guesses are, drawn; and which of them a frame has, if any."""
-    if domain_name(tokenizer.kind) != "molecules":
+    if domain_of_tokenizer(tokenizer.kind) != "molecules":
         return [], [None] * len(frames)
+    from scmdm.domains.molecules.figures import molecule_svg  # needs RDKit
+
     smiles = [tokenizer.decode(best_guess(frame)) for frame in frames]
-    drawn = {text: svg for text in dict.fromkeys(smiles) if (svg := draw_molecule(text)) is not None}
+    drawn = {text: svg for text in dict.fromkeys(smiles) if (svg := molecule_svg(text)) is not None}
     places = {text: place for place, text in enumerate(drawn)}
     return list(drawn.values()), [places.get(text) for text in smiles]
-
-
-def draw_molecule(smiles: str) -> str | None:
-    """A molecule as SVG; None for what is none."""
-    molecule = parse_molecule(smiles)
-    if molecule is None:
-        return None
-    canvas = rdMolDraw2D.MolDraw2DSVG(_WIDTH, _HEIGHT)
-    canvas.drawOptions().fixedBondLength = _BOND  # type: ignore[assignment]
-    rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule)
-    canvas.FinishDrawing()
-    svg: str = canvas.GetDrawingText()
-    return svg[svg.index("<svg") :]

@@ -1,12 +1,13 @@
 """Quality of generated DNA: k-mer spectra and GC content against real windows, overall and by species.
 
-The protocol for Species10 in kuleshov-group/discrete-diffusion-guidance compares spectra of 3- and 6-mers by species,
-and takes the mean weighted with the species' shares of the held-out windows. What it calls JS divergence is scipy's
-`jensenshannon` with natural logarithms: the DISTANCE, which is the square root of the divergence. Both are given here.
+The Species10 protocol of kuleshov-group/discrete-diffusion-guidance compares spectra of 3-mers and 6-mers for each
+species and averages them with the species' shares of the held-out windows. It calls the result of scipy's
+`jensenshannon` with natural logarithms a divergence; that function returns the distance, the square root of the
+divergence. Both are computed here.
 
-Two finite sets of windows of the same genome differ, too, and the distance by much (it is a root): in 6-mers 64 real
-windows of 254 letters are as far from 2,939 others as 1,024 windows of uniform letters (0.20). So read every value
-beside that of as many real windows of the training split, which the same functions give.
+The distance between two finite sets of real windows is not zero: in 6-mers, 64 real windows of 254 letters are as far
+from 2,939 other windows as 1,024 windows of uniform random letters (0.20). Compare every value with that of as many
+real windows of the training split.
 
 Legend: N sequences, L letters of a sequence, K = 4^k.
 """
@@ -32,16 +33,16 @@ _DIGITS[np.frombuffer(LETTERS.encode(), np.uint8)] = range(len(LETTERS))
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is kept of a set of sequences: k-mer counts by k, and the GC content of each."""
+    """Statistics of a set of sequences."""
 
-    kmers: Mapping[int, np.ndarray]
-    gc_N: np.ndarray
-    mean_length: float  # letters; 0 without sequences
+    kmers: Mapping[int, np.ndarray]  # counts (K,) by k
+    gc_N: np.ndarray  # GC content of each sequence
+    mean_length: float  # in letters; 0 without sequences
     unknown: float  # fraction of letters other than A, C, G, T
 
     @classmethod
     def of(cls, sequences: Sequence[str]) -> Spectrum:
-        """The spectrum of sequences of any length; the order of k-mers is alphabetical."""
+        """Compute the spectrum of sequences of any length. K-mers are in alphabetical order."""
         letters = sum(map(len, sequences))
         known = sum(sequence.count(letter) for sequence in sequences for letter in LETTERS)
         kmers = {k: kmer_counts(sequences, k) for k in KMER_LENGTHS}
@@ -51,18 +52,18 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SpectrumMetrics:
-    """Samples against a reference; None where one of the two has nothing to compare."""
+    """Samples compared with a reference; None where either has no data."""
 
     num_samples: int
     kmers: dict[int, JensenShannon | None]
     gc_mean: float | None  # of the samples
     gc_reference: float | None
-    gc_distance: float | None  # 1-Wasserstein distance of the GC contents of single sequences, in fractions of letters
-    mean_length: float  # of the samples, in letters: an end mark before the window's end makes them shorter
-    unknown: float  # fraction of their letters
+    gc_distance: float | None  # 1-Wasserstein distance of the distributions of GC content
+    mean_length: float  # of the samples, in letters; an early [EOS] shortens a sample
+    unknown: float  # fraction of the samples' letters other than A, C, G, T
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat: `js_divergence_3`, `js_distance_3` and so on."""
+        """Flat names: `js_divergence_3`, `js_distance_3` and so on."""
         flat = asdict(self)
         for k, found in flat.pop("kmers").items():
             for kind in ("divergence", "distance"):
@@ -72,16 +73,16 @@ class SpectrumMetrics:
 
 @dataclass(frozen=True)
 class GenomeMetrics:
-    """`weighted_js_distance` is the published figure: see `evaluate_genomes`."""
+    """Metrics over all samples and by species; the published metric is `weighted_js_distance`."""
 
     overall: SpectrumMetrics
-    num_framed: int  # begin and end are where the data has them
+    num_framed: int  # [BOS] and [EOS] stand where they stand in the data
     num_distinct: int
     by_species: dict[str, SpectrumMetrics] = field(default_factory=dict)
     weighted_js_distance: dict[int, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything; the overall metrics flat, those of a species below `species`."""
+        """All metrics: the overall ones at the top level, those of each species below `species`."""
         return {
             **self.overall.as_dict(),
             "num_framed": self.num_framed,
@@ -93,14 +94,14 @@ class GenomeMetrics:
 
 @dataclass(frozen=True)
 class GenomeReference:
-    """Real windows that samples are compared with; make it once for many evaluations."""
+    """Spectra of real windows. Make it once for many evaluations."""
 
     overall: Spectrum
     by_species: dict[str, Spectrum] = field(default_factory=dict)
 
     @classmethod
     def make(cls, sequences: Sequence[str], species: Sequence[str] | None = None) -> GenomeReference:
-        """`species` names that of each sequence, if it is known."""
+        """Compute the spectra. `species` is the species of each sequence, if known."""
         groups = {name: Spectrum.of(found) for name, found in _by_species(sequences, species).items()}
         return cls(Spectrum.of(sequences), groups)
 
@@ -111,19 +112,19 @@ def evaluate_genomes(
     reference: GenomeReference,
     species: Sequence[str] | None = None,
 ) -> GenomeMetrics:
-    """All metrics of generated sequences; `species` names that which each was asked to be, if it was.
+    """Compute all metrics of generated sequences.
 
-    The weighted distances are means over the reference's species with their shares of its windows, and are there when
-    every one of those species has been sampled.
+    `species` is the species that each sample was conditioned on, if any. The weighted distances average over the
+    reference's species with their shares of its windows; they require samples of every species.
     """
     found = _by_species(sequences, species)
     by_species = {
-        name: compare(Spectrum.of(found[name]), spectrum)
+        name: compare_spectra(Spectrum.of(found[name]), spectrum)
         for name, spectrum in reference.by_species.items()
         if name in found
     }
     return GenomeMetrics(
-        overall=compare(Spectrum.of(sequences), reference.overall),
+        overall=compare_spectra(Spectrum.of(sequences), reference.overall),
         num_framed=sum(framed),
         num_distinct=len(set(sequences)),
         by_species=by_species,
@@ -150,8 +151,8 @@ def _weighted(metrics: Mapping[str, SpectrumMetrics], spectra: Mapping[str, Spec
     return weighted
 
 
-def compare(samples: Spectrum, reference: Spectrum) -> SpectrumMetrics:
-    """One set of sequences against another one."""
+def compare_spectra(samples: Spectrum, reference: Spectrum) -> SpectrumMetrics:
+    """Compare two sets of sequences."""
     gc_N, reference_N = (s.gc_N[~np.isnan(s.gc_N)] for s in (samples, reference))
     return SpectrumMetrics(
         num_samples=len(samples.gc_N),
@@ -165,9 +166,9 @@ def compare(samples: Spectrum, reference: Spectrum) -> SpectrumMetrics:
 
 
 def kmer_counts(sequences: Sequence[str], k: int) -> np.ndarray:
-    """How often each of the 4^k k-mers occurs, overlaps included, int64 (K,), in alphabetical order.
+    """Count each of the 4^k k-mers, overlaps included; returns int64 (K,) in alphabetical order.
 
-    A k-mer lies within one sequence, and has no letter but A, C, G and T.
+    K-mers that contain a letter other than A, C, G and T are not counted.
     """
     counts_K = np.zeros(len(LETTERS) ** k, np.int64)
     for text in _joined(sequences):
@@ -182,7 +183,7 @@ def kmer_counts(sequences: Sequence[str], k: int) -> np.ndarray:
 
 
 def _joined(sequences: Sequence[str]) -> Iterator[str]:
-    """Many short sequences at once, with an unknown letter between them."""
+    """Join sequences into long strings, separated by an unknown letter, to count many at once."""
     gathered: list[str] = []
     letters = 0
     for sequence in sequences:
@@ -195,7 +196,7 @@ def _joined(sequences: Sequence[str]) -> Iterator[str]:
 
 
 def gc_contents(sequences: Sequence[str]) -> np.ndarray:
-    """Fraction of G and C among the known letters of each sequence, float64 (N,); nan where none is known."""
+    """Fraction of G and C among the known letters of each sequence, float64 (N,); nan without a known letter."""
     gc_N = np.full(len(sequences), np.nan)
     for row, sequence in enumerate(sequences):
         counts = {letter: sequence.count(letter) for letter in LETTERS}
@@ -205,5 +206,5 @@ def gc_contents(sequences: Sequence[str]) -> np.ndarray:
 
 
 def _digits(sequence: str) -> np.ndarray:
-    """0 to 3 for A, C, G, T, and 4 for anything else, int8 (L,)."""
+    """Encode A, C, G, T as 0 to 3 and any other letter as 4; returns int8 (L,)."""
     return _DIGITS[np.frombuffer(sequence.encode("latin-1", "replace"), np.uint8)]

@@ -1,4 +1,4 @@
-"""Quality of generated text: entropy, distinct n-grams, generative perplexity under a scorer that is always named.
+"""Metrics of generated text: entropy, distinct n-grams, and generative perplexity under a named scorer.
 
 Legend: N texts, L length.
 """
@@ -20,28 +20,31 @@ from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
 
 NGRAM_ORDER = 5
-SCORER_LENGTH = 1024  # tokens of the scorer that are read of a text (MDLM)
+SCORER_LENGTH = 1024  # tokens of a text that the scorer reads, as in MDLM
 
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """`perplexity` is per unit of `scorer`; read it with `entropy`, which collapses when text repeats itself."""
+    """`perplexity` is per token of `scorer`. A low value with a low `entropy` indicates repetition."""
 
     num_samples: int
     entropy: float  # nats
     distinct_1: float
     distinct_2: float
     distinct_3: float
-    perplexity: float | None  # None: no text is long enough to score
+    perplexity: float | None  # None if no text is long enough to be scored
     scorer: str
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields."""
         return asdict(self)
 
 
 def unigram_entropy(ids_NL: np.ndarray, pad_id: int) -> float:
-    """Mean over sequences of the entropy (nats) of the token frequencies in the sequence, padding left out; 0 for one
-    that is nothing but padding."""
+    """Mean over sequences of the entropy (nats) of token frequencies within the sequence, without padding.
+
+    A sequence of padding alone has entropy 0.
+    """
     entropies = []
     for row_L in ids_NL:
         _, counts = np.unique(row_L[row_L != pad_id], return_counts=True)
@@ -51,21 +54,21 @@ def unigram_entropy(ids_NL: np.ndarray, pad_id: int) -> float:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all word n-grams of all texts; 0 when there is none."""
+    """Fraction of distinct n-grams of words among all of them, over all texts; 0 without n-grams."""
     grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)
 class NgramScorer:
-    """What scores where no neural model is given; fit it once for many evaluations."""
+    """The scorer if no neural model is given. Fit it once for many evaluations."""
 
     model: NgramModel
     label: str
 
     @classmethod
     def fit(cls, texts: Sequence[str], what: str) -> NgramScorer:
-        """`what` says of which texts it knows."""
+        """Fit the n-gram model to `texts`, which `what` describes in the label."""
         label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {what} (not a neural scorer)"
         return cls(NgramModel.fit(texts, order=NGRAM_ORDER), label)
 
@@ -73,7 +76,7 @@ class NgramScorer:
 def evaluate_text(
     texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, scorer: Path | NgramScorer, *, device: str
 ) -> TextMetrics:
-    """All metrics; `scorer` is the directory of a causal model, or an n-gram model."""
+    """Compute all metrics of texts and their ids (N, L). `scorer` is an n-gram model or a causal model's directory."""
     if isinstance(scorer, NgramScorer):
         perplexity, label = scorer.model.perplexity(texts), scorer.label
     else:
@@ -87,17 +90,18 @@ def evaluate_text(
 def generative_perplexity(
     texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
 ) -> float:
-    """Perplexity per scorer token: decode, retokenise, truncate to `max_length` or the
-    scorer's positions, token-weighted mean (MDLM's protocol).
+    """Perplexity per token of the scorer, following MDLM.
 
-    Raises UserError when `scorer` is not a local `transformers` causal model with its tokenizer.
+    Texts are tokenized by the scorer and truncated to `max_length` or to the scorer's positions; the mean is weighted
+    by tokens. Returns nan if no text has two tokens. Raises UserError if `scorer` is not the directory of a causal
+    model with its tokenizer.
     """
     model, tokenizer = load_scorer(scorer)
     model.to(device).eval()
     nll, count = 0.0, 0
     max_length = min(max_length, scorer_length(scorer))
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-    # Sorted by length, so that a batch holds little padding.
+    # Sorted by length, so that batches contain little padding.
     rows = sorted((ids for ids in encoded if len(ids) >= 2), key=len)
     for start in range(0, len(rows), batch_size):
         batch_nll, batch_count = _score(model, rows[start : start + batch_size], device)
@@ -106,22 +110,22 @@ def generative_perplexity(
 
 
 def scorer_length(scorer: Path) -> int:
-    """How many tokens of a text are scored: `SCORER_LENGTH`, or as many as the model has positions for."""
+    """Number of tokens of a text that are scored: `SCORER_LENGTH` or, if fewer, the model's positions."""
     config = json.loads((scorer / "config.json").read_text())
     known = [config[key] for key in ("n_positions", "max_position_embeddings") if isinstance(config.get(key), int)]
     return min([SCORER_LENGTH, *known])
 
 
 def check_scorer(scorer: Path) -> None:
-    """UserError when `scorer` cannot be a model directory: known before anything is sampled."""
+    """Raise UserError unless `scorer` looks like the directory of a transformers model."""
     if not (scorer / "config.json").is_file():
         raise UserError(
-            f"scorer={scorer} is not a transformers model directory (no config.json); give a local directory"
+            f"metrics.scorer={scorer} is not the directory of a transformers model (no config.json); give a local one"
         )
 
 
 def load_scorer(scorer: Path) -> tuple[Any, Any]:
-    """Causal model and tokenizer of a local `transformers` directory. Raises UserError when it is none."""
+    """Load a causal model and its tokenizer from a local directory. Raises UserError if that fails."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_scorer(scorer)
@@ -130,7 +134,7 @@ def load_scorer(scorer: Path) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"scorer={scorer} is not a causal language model with its tokenizer: {reason}") from error
+        raise UserError(f"metrics.scorer={scorer} is no causal model with its tokenizer: {reason}") from error
 
 
 @torch.no_grad()

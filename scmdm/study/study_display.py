@@ -1,4 +1,4 @@
-"""What is shown of long work: a study's jobs, by the files that they write, and things that are counted."""
+"""Progress display of a study, read from the metrics files of its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from scmdm.system.run_directory import METRICS_FILE
 
 
 class StudyDisplay:
-    """A bar per adaptation on a terminal, a few plain lines elsewhere (all of them are in each run's `train.log`)."""
+    """A progress bar per run on a terminal, otherwise a few plain lines per run.
+
+    `runs` are name, run directory and number of steps of each run.
+    """
 
     def __init__(self, console: Console, runs: list[tuple[str, Path, int]]) -> None:
         self._console = console
@@ -37,11 +40,11 @@ class StudyDisplay:
         self._bars.stop()
 
     def print(self, line: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def update(self) -> None:
-        """Read how far the runs are."""
+        """Read the progress of all runs and display it."""
         for name, directory, steps, bar in self._runs:
             row = last_row(directory / METRICS_FILE, "train")
             if row is None:
@@ -54,5 +57,5 @@ class StudyDisplay:
 
 
 def _part(row: dict[str, Any] | None, steps: int) -> int:
-    """How many fifths of a run are done."""
+    """Number of plain lines that the progress of a run is worth."""
     return int(row["step"] * PLAIN_LINES // steps) if row is not None else 0

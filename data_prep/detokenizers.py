@@ -1,9 +1,9 @@
-"""Text of corpora that were published in pieces, as people write it.
+"""Detokenizers: ordinary spelling for corpora that were published as separate tokens.
 
 Wikitext (Merity et al., 2017), LM1B (Chelba et al., 2014), the Penn Treebank and the scientific papers of arXiv and
-PubMed (Cohan et al., 2018) have spaces around punctuation, LAMBADA (Paperno et al., 2016) typographic quotes. Figures
-are compared on the text without them (Radford et al., 2019; MDLM, arXiv 2406.07524). A detokenizer is a list of
-substitutions made in order.
+PubMed (Cohan et al., 2018) have spaces around punctuation, LAMBADA (Paperno et al., 2016) typographic quotes. Published
+perplexities are measured on text without them (Radford et al., 2019; MDLM, arXiv 2406.07524). A detokenizer is a list
+of substitutions, applied in order.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ DETOKENIZERS: Mapping[str, Callable[[str], str]] = {
     "wikitext": _apply(_WIKITEXT),
     "lm1b": _apply(_LM1B),
     "ptb": _apply(_PTB),
-    # As GPT-2's evaluation and MDLM's have it: a passage begins behind the end of a line.
+    # A passage begins with a newline, as in the evaluations of GPT-2 and MDLM.
     "lambada": lambda text: "\n" + _apply(_LAMBADA)(text).strip(),
     "scientific_papers": lambda text: _apply(_LM1B)(_apply(_WIKITEXT)(text)),
 }

@@ -1,6 +1,6 @@
-"""Files of text by their suffix: what lies in them, document by document, in bounded memory.
+"""Formats of text files, by suffix: their documents, in bounded memory.
 
-A damaged file gives what is whole before the damage, and then says so.
+Of a damaged file, the documents before the damage are read, and then the damage is reported.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.packed import PackedLines, Unpack, gunzipped, unzstd
+from data_prep.compressed import CompressedLines, Decompress, gunzip, unzstd
 from scmdm.data.preparation.records import Slice, cut_bytes, read_lines
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
-_PEEKED = 1 << 16  # bytes in which an array would begin
-_ROWS = 256  # of a parquet file, decoded at once
+_PEEKED = 1 << 16  # bytes that are searched for the start of a JSON array
+_ROWS = 256  # of a parquet file decoded at once
 _DAMAGED, _TOO_LONG = "damaged file", "over-long document"
-LONGEST = 1 << 26  # bytes of a line or a document, of which memory holds one
-# Of names whose content would be taken for text.
-_NO_TEXT = (
+LONGEST = 1 << 26  # bytes of a line or a document; longer ones are dropped
+# Suffixes of files that would otherwise be read as plain text.
+_OTHER_SUFFIXES = (
     ".gz",
     ".zst",
     ".bz2",
@@ -38,17 +38,17 @@ _NO_TEXT = (
     ".npy",
     ".npz",
 )
-_TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # of an article; a section's heading has more signs on each side
+_TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # title of an article; headings of sections have more equals signs
 
 
 @dataclass(frozen=True)
-class Found:
-    """One place of a file: its text, or why there is none."""
+class Document:
+    """A document of a file, or a place where none could be read: `text` is then None, and `problem` the reason."""
 
     where: str
     text: str | None
     problem: str = ""
-    prompt: str | None = None  # what is given before the text
+    prompt: str | None = None  # precedes the text
 
 
 Cut = Callable[[str, Path, int], list[Slice]]
@@ -56,42 +56,43 @@ Cut = Callable[[str, Path, int], list[Slice]]
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read, by slices that `cut` makes of a large one; `cut` None: it can only be read from its start.
+    """Functions of a format.
 
-    The keys (columns) are that of the text, or those of a prompt and of the text.
+    `read(path, slice, keys)` yields the documents of a slice; `keys` are the key (column) of the text, or those of
+    prompt and text. `cut(name, path, part_bytes)` cuts a large file into slices; None: the format has no slices.
     """
 
-    read: Callable[[Path, Slice, Sequence[str]], Iterator[Found]]
+    read: Callable[[Path, Slice, Sequence[str]], Iterator[Document]]
     cut: Cut | None
-    whole_text: bool = False  # a slice of it is no document, only lines of one
+    whole_text: bool = False  # the file is one document, and a slice is lines of it
 
 
 def format_of(path: Path) -> Format:
-    """By the end of the name, in capitals or not; a file of any other name is plain text.
+    """Format of a file by its suffix, ignoring case; any unknown suffix is plain text.
 
-    Raises UserError for a name that says that it is something else.
+    Raises UserError for a suffix of something else, such as .csv.
     """
     name = path.name.lower()
-    known = FORMATS | _ONLY_NAMED
+    known = FORMATS | _ONLY_BY_NAME
     found = next((known[suffix] for suffix in known if name.endswith(suffix)), None)
-    if found is None and name.endswith(_NO_TEXT):
-        raise UserError(f"{path} is no text that can be read; give one of {', '.join(known)}")
+    if found is None and name.endswith(_OTHER_SUFFIXES):
+        raise UserError(f"{path} is not a text file; its suffix must be one of {', '.join(known)}")
     return found or FORMATS[".txt"]
 
 
 def is_known(path: Path) -> bool:
-    """Whether a folder's file is taken for one of text."""
+    """Whether a file in a folder counts as text."""
     return path.name.lower().endswith(tuple(FORMATS))
 
 
-def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-    """The whole slice, or blocks of it where it is a whole file."""
+def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
+    """The slice as one document, or a whole file in blocks."""
     lines = read_lines(path, piece, LONGEST)
     yield from _blocks(((f"{path} at byte {at}", line) for at, line in lines), LONGEST if piece.end is None else None)
 
 
-def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator[Found]:
-    """Text of as many lines, each with its place, as have less than `longest` bytes together."""
+def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator[Document]:
+    """Join lines, given with their places, to documents of up to `longest` bytes."""
     block: list[tuple[str, bytes]] = []
     size = 0
     for where, line in lines:
@@ -104,21 +105,23 @@ def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator
         yield from _block(block)
 
 
-def _block(lines: Sequence[tuple[str, bytes]]) -> Iterator[Found]:
+def _block(lines: Sequence[tuple[str, bytes]]) -> Iterator[Document]:
     where, _ = lines[0]
     whole = _decoded(b"".join(line for _, line in lines), where)
     if whole.text is not None and all(len(line) <= LONGEST for _, line in lines):
         yield whole
         return
-    found = [_decoded(line, place) if len(line) <= LONGEST else Found(place, None, _TOO_LONG) for place, line in lines]
+    found = [
+        _decoded(line, place) if len(line) <= LONGEST else Document(place, None, _TOO_LONG) for place, line in lines
+    ]
     yield from (line for line in found if line.text is None)
     rest = "".join(line.text for line in found if line.text is not None)
     if rest.strip():
-        yield Found(where, rest)
+        yield Document(where, rest)
 
 
-def as_one_document(found: Iterable[Found], where: str) -> Iterator[Found]:
-    """The texts of a file as one, behind what cannot be used of it; one that is too long is not read to its end."""
+def as_one_document(found: Iterable[Document], where: str) -> Iterator[Document]:
+    """Join the documents of a file to one, after its problems. Stops reading when the text exceeds `LONGEST`."""
     texts: list[str] = []
     size = 0
     for place in found:
@@ -128,27 +131,27 @@ def as_one_document(found: Iterable[Found], where: str) -> Iterator[Found]:
         texts.append(place.text)
         size += len(place.text)
         if size > LONGEST:
-            yield Found(where, None, _TOO_LONG)
+            yield Document(where, None, _TOO_LONG)
             return
     if texts:
-        yield Found(where, "".join(texts))
+        yield Document(where, "".join(texts))
 
 
-def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
+def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
     for at, line in read_lines(path, piece, LONGEST):
         if line.strip():
             yield _from_json(line, keys, f"{path} at byte {at}")
 
 
-def _read_json(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
+def _read_json(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
     with open(path, "rb") as file:
         if file.read(_PEEKED).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
             raise UserError(f"{path} is one JSON array; write an object on each line, with `jq -c '.[]'` for example")
     yield from _read_json_lines(path, piece, keys)
 
 
-def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-    """Articles whose title is in the slice, each to the next title; text before the first title is one by itself."""
+def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
+    """Articles whose title is in the slice, each up to the next title; text before the first title is an article."""
     article: list[bytes] = []
     start, size = piece.start, 0
     for at, line in read_lines(path, Slice(piece.file, piece.start), LONGEST):
@@ -165,46 +168,46 @@ def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[F
     yield from _article(article, f"{path} at byte {start}", size)
 
 
-def _article(lines: list[bytes], where: str, size: int) -> Iterator[Found]:
+def _article(lines: list[bytes], where: str, size: int) -> Iterator[Document]:
     text = b"".join(lines)
     if size > LONGEST:
-        yield Found(where, None, _TOO_LONG)
+        yield Document(where, None, _TOO_LONG)
     elif text.strip():
         yield _decoded(text, where)
 
 
-def _decoded(raw: bytes, where: str) -> Found:
+def _decoded(raw: bytes, where: str) -> Document:
     try:
-        return Found(where, raw.decode())
+        return Document(where, raw.decode())
     except UnicodeDecodeError:
-        return Found(where, None, "not UTF-8")
+        return Document(where, None, "not UTF-8")
 
 
-def _from_json(line: bytes, keys: Sequence[str], where: str) -> Found:
+def _from_json(line: bytes, keys: Sequence[str], where: str) -> Document:
     if len(line) > LONGEST:
-        return Found(where, None, _TOO_LONG)
+        return Document(where, None, _TOO_LONG)
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError:
-        return Found(where, None, "not UTF-8")
+        return Document(where, None, "not UTF-8")
     except (json.JSONDecodeError, RecursionError):
-        return Found(where, None, f"no key {keys[-1]}")
-    return of_row(row, keys, where)
+        return Document(where, None, f"no key {keys[-1]}")
+    return document_of_row(row, keys, where)
 
 
-def of_row(row: Any, keys: Sequence[str], where: str) -> Found:
-    """The text of a row, with the prompt before it if there are two keys."""
+def document_of_row(row: Any, keys: Sequence[str], where: str) -> Document:
+    """Document of a row (a mapping). With two keys, the first is that of the prompt."""
     values = [row.get(key) if isinstance(row, dict) else None for key in keys]
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
-            return Found(where, None, f"no key {key}")
+            return Document(where, None, f"no key {key}")
         if not _is_unicode(value):
-            return Found(where, None, "not UTF-8")
-    return Found(where, values[-1], prompt=values[0] if len(keys) == 2 else None)
+            return Document(where, None, "not UTF-8")
+    return Document(where, values[-1], prompt=values[0] if len(keys) == 2 else None)
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may spell half of a pair of surrogates, which is no character."""
+    """JSON may contain a lone surrogate, which is not a character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -212,9 +215,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _packed_json_lines(unpack: Unpack) -> Callable[..., Iterator[Found]]:
-    def read(path: Path, _piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
-        stream = PackedLines(path, unpack, LONGEST)
+def _compressed_json_lines(decompress: Decompress) -> Callable[..., Iterator[Document]]:
+    def read(path: Path, _piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
+        stream = CompressedLines(path, decompress, LONGEST)
         for where, line in stream:
             if line.strip():
                 yield _from_json(line, keys, where)
@@ -223,29 +226,29 @@ def _packed_json_lines(unpack: Unpack) -> Callable[..., Iterator[Found]]:
     return read
 
 
-def _packed_text(unpack: Unpack) -> Callable[..., Iterator[Found]]:
-    def read(path: Path, _piece: Slice, _keys: Sequence[str]) -> Iterator[Found]:
-        stream = PackedLines(path, unpack, LONGEST)
+def _compressed_text(decompress: Decompress) -> Callable[..., Iterator[Document]]:
+    def read(path: Path, _piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
+        stream = CompressedLines(path, decompress, LONGEST)
         yield from _blocks(stream, LONGEST)
         yield from _damage(stream)
 
     return read
 
 
-def _damage(stream: PackedLines) -> Iterator[Found]:
+def _damage(stream: CompressedLines) -> Iterator[Document]:
     if stream.damage is not None:
-        yield Found(stream.damage, None, _DAMAGED)
+        yield Document(stream.damage, None, _DAMAGED)
 
 
-def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Found]:
-    """Row groups, some rows at a time: one that is large is never in memory as a whole."""
-    parquet, arrow = (optional(module, str(path)) for module in ("pyarrow.parquet", "pyarrow"))
+def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
+    """Row groups, a few rows at a time, to bound the memory of large ones."""
+    parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
     group, row = piece.start, 0
     try:
         with parquet.ParquetFile(path) as file:
             missing = [key for key in keys if key not in file.schema_arrow.names]
             if missing:
-                yield Found(str(path), None, f"no key {missing[0]}")
+                yield Document(str(path), None, f"no key {missing[0]}")
                 return
             end = file.num_row_groups if piece.end is None else piece.end
             for group in range(piece.start, end):
@@ -253,15 +256,17 @@ def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Fou
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
                     for found in _rows(batch):
                         where = f"{path}, row {row} of row group {group}"
-                        yield Found(where, None, "not UTF-8") if found is None else of_row(found, keys, where)
+                        yield (
+                            Document(where, None, "not UTF-8") if found is None else document_of_row(found, keys, where)
+                        )
                         row += 1
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        yield Found(f"{path} behind row {row} of row group {group} ({reason})", None, _DAMAGED)
+        yield Document(f"{path} after row {row} of row group {group} ({reason})", None, _DAMAGED)
 
 
 def _rows(batch: Any) -> list[Any]:
-    """Of an arrow record batch, which decodes texts only now; None for a row in which one is not UTF-8."""
+    """Rows of an Arrow record batch; None for a row that is not UTF-8, which only decoding reveals."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -269,8 +274,8 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
-    """Row groups together until they hold `part_bytes`; a damaged file stays whole, to be found out by its reader."""
-    parquet, arrow = (optional(module, str(path)) for module in ("pyarrow.parquet", "pyarrow"))
+    """Slices of row groups of `part_bytes` or more. A damaged file stays whole, and its reader reports the damage."""
+    parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
     try:
         with parquet.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
@@ -285,17 +290,17 @@ def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
     return [Slice(name, start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
-# A longer end of a name stands before one that it ends in.
+# A longer suffix stands before one that it ends in.
 FORMATS = {
     ".jsonl": Format(_read_json_lines, cut_bytes),
-    ".jsonl.gz": Format(_packed_json_lines(gunzipped), None),
-    ".jsonl.zst": Format(_packed_json_lines(unzstd), None),
-    ".txt.gz": Format(_packed_text(gunzipped), None, whole_text=True),
-    ".txt.zst": Format(_packed_text(unzstd), None, whole_text=True),
+    ".jsonl.gz": Format(_compressed_json_lines(gunzip), None),
+    ".jsonl.zst": Format(_compressed_json_lines(unzstd), None),
+    ".txt.gz": Format(_compressed_text(gunzip), None, whole_text=True),
+    ".txt.zst": Format(_compressed_text(unzstd), None, whole_text=True),
     ".parquet": Format(_read_parquet, _cut_row_groups),
-    ".raw": Format(_read_articles, cut_bytes),  # wikitext's own files
+    ".raw": Format(_read_articles, cut_bytes),  # files of Wikitext
     ".tokens": Format(_read_articles, cut_bytes),
     ".txt": Format(_read_text, cut_bytes, whole_text=True),
 }
-# In a folder such a file is more often about the texts than one of them.
-_ONLY_NAMED = {".json": Format(_read_json, cut_bytes)}
+# Not searched for in folders, where such a file often holds metadata.
+_ONLY_BY_NAME = {".json": Format(_read_json, cut_bytes)}

@@ -1,0 +1,48 @@
+"""The domain of codes of a VQ model or another discrete autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from scmdm.data.loader import read_split
+from scmdm.data.manifest import Manifest
+from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
+from scmdm.domains.codes.metrics import CodeReference, evaluate_codes
+from scmdm.domains.interface import (
+    EvaluationSettings,
+    GeneratedSamples,
+    Metric,
+    MetricKeys,
+    WithoutFigures,
+    WithoutPrompts,
+)
+from scmdm.errors import UserError
+
+
+class CodesDomain(WithoutPrompts, WithoutFigures):
+    """Frequencies of codes and of neighbouring pairs."""
+
+    name: ClassVar[str] = "codes"
+    Config: ClassVar[type[MetricKeys]] = MetricKeys
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
+        Metric("pair_distance_floor", "pair distance of as many training samples", "", 1, 4, in_figure=False),
+        Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
+        Metric("usage_distance_floor", "frequency distance of as many training samples", "", 1, 4, in_figure=False),
+        Metric("codebook_used", "codebook in use, %", "", 100, 1),
+        Metric("codebook_used_floor", "codebook in use by as many training samples, %", "", 100, 1, in_figure=False),
+        Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
+        Metric("copies", "copies of training samples, %", "lower", 100, 2, in_figure=False),
+    )
+
+    def __init__(self, root: Path, manifest: Manifest, config: MetricKeys, settings: EvaluationSettings) -> None:
+        tokenizer = load_tokenizer(root / manifest.tokenizer.file)
+        if not isinstance(tokenizer, LevelTokenizer):
+            raise UserError(f"domain=codes: {root} has the tokenizer {tokenizer.kind}; give a data set of codes")
+        self._tokenizer = tokenizer
+        train, held_out = (tokenizer.codes(read_split(root, split)) for split in ("train", settings.split))
+        self._reference = CodeReference.make(train, held_out, tokenizer.layout.levels)
+
+    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+        return evaluate_codes(self._tokenizer.codes(drawn.tokens.numpy()), drawn.framed, self._reference).as_dict()

@@ -1,0 +1,56 @@
+"""The domain of DNA windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from scmdm.data.loader import read_labels
+from scmdm.data.manifest import Manifest
+from scmdm.domains.genomes.figures import genome_figure
+from scmdm.domains.genomes.metrics import GenomeReference, Spectrum, evaluate_genomes
+from scmdm.domains.interface import (
+    EvaluationSettings,
+    GeneratedSamples,
+    Metric,
+    MetricKeys,
+    WithoutFigures,
+    WithoutPrompts,
+    decode_split,
+)
+
+
+class GenomesDomain(WithoutPrompts, WithoutFigures):
+    """K-mer spectra and GC content. The distances have a floor that falls with the sample size: see docs/genomes.md."""
+
+    name: ClassVar[str] = "genomes"
+    Config: ClassVar[type[MetricKeys]] = MetricKeys
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("js_distance_6", "Jensen-Shannon distance of 6-mers", "lower", 1, 4),
+        Metric("js_distance_3", "Jensen-Shannon distance of 3-mers", "lower", 1, 4),
+        Metric("js_divergence_6", "Jensen-Shannon divergence of 6-mers, nats", "lower", 1, 5, in_figure=False),
+        Metric("js_divergence_3", "Jensen-Shannon divergence of 3-mers, nats", "lower", 1, 5, in_figure=False),
+        Metric(
+            "weighted_js_distance_6", "Jensen-Shannon distance of 6-mers by species", "lower", 1, 4, in_figure=False
+        ),
+        Metric(
+            "weighted_js_distance_3", "Jensen-Shannon distance of 3-mers by species", "lower", 1, 4, in_figure=False
+        ),
+        Metric("gc_distance", "Wasserstein distance of GC content", "lower", 1, 4),
+        Metric("gc_mean", "mean GC content", "", 1, 4, in_figure=False),
+    )
+
+    def __init__(self, root: Path, manifest: Manifest, config: MetricKeys, settings: EvaluationSettings) -> None:
+        species = [manifest.labels[label] for label in read_labels(root, settings.split)] if manifest.labels else None
+        self._reference = GenomeReference.make(decode_split(root, manifest, settings.split), species)
+
+    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+        return evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
+
+    @staticmethod
+    def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
+        spectra = {name: Spectrum.of([row["text"] for row in rows if row["framed"]]) for name, rows in sets.items()}
+        held_out, *_ = spectra
+        genome_figure(spectra.pop(held_out), spectra, path)
+        return "GC content and 3-mers of samples and held-out windows"

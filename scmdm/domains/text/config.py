@@ -1,0 +1,30 @@
+"""Keys of the text metrics, which the domains text and responses share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scmdm.config.fields import key
+from scmdm.domains.interface import MetricKeys
+from scmdm.domains.text.metrics import check_scorer
+from scmdm.errors import UserError
+from scmdm.system.package_data import package_folder
+
+
+@dataclass
+class TextMetricKeys(MetricKeys):
+    """Section `metrics` for models of text."""
+
+    scorer: str | None = key(
+        None, help="directory of a transformers causal model, for generative perplexity; null: an n-gram model"
+    )
+    mauve: bool = key(False, help="MAUVE in features of the scorer")
+
+    def validate(self) -> None:
+        if self.scorer is not None:
+            check_scorer(Path(self.scorer))
+        if self.mauve and self.scorer is None:
+            raise UserError("metrics.mauve=true needs features of a causal model; set metrics.scorer to its directory")
+        if self.mauve:
+            package_folder("mauve", "metrics.mauve=true", "text")

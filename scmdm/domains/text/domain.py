@@ -1,0 +1,58 @@
+"""The domain of text, and of every kind of sequence without a domain of its own."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from scmdm.data.manifest import Manifest
+from scmdm.domains.interface import (
+    EvaluationSettings,
+    GeneratedSamples,
+    Metric,
+    MetricKeys,
+    WithoutFigures,
+    WithoutPrompts,
+    decode_split,
+)
+from scmdm.domains.text.config import TextMetricKeys
+from scmdm.domains.text.mauve_score import mauve
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text
+
+
+class TextDomain(WithoutPrompts, WithoutFigures):
+    """Generative perplexity, entropy, distinct n-grams and MAUVE."""
+
+    name: ClassVar[str] = "text"
+    Config: ClassVar[type[MetricKeys]] = TextMetricKeys
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("perplexity", "generative perplexity", "lower", 1, 2),
+        Metric("entropy", "entropy, nats", "", 1, 3),
+        Metric("mauve", "MAUVE", "higher", 1, 3),
+        Metric("distinct_1", "distinct words", "higher", 1, 3, in_figure=False),
+        Metric("distinct_2", "distinct bigrams", "higher", 1, 3),
+        Metric("distinct_3", "distinct trigrams", "higher", 1, 3, in_figure=False),
+    )
+
+    def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
+        self._config, self._device = config, settings.device
+        # Blocks of concatenated texts have no padding, and pad_id may equal eos_id.
+        self._pad_id = -1 if manifest.framing == "concatenate" else manifest.pad_id
+        needed = config.mauve or config.scorer is None
+        self._held_out = decode_split(root, manifest, settings.split) if needed else []
+
+    @cached_property
+    def _scorer(self) -> Path | NgramScorer:
+        if self._config.scorer is not None:
+            return Path(self._config.scorer)
+        return NgramScorer.fit(self._held_out, "held-out text")
+
+    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+        scorer = self._scorer
+        found = evaluate_text(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=self._device).as_dict()
+        if self._config.mauve:
+            assert isinstance(scorer, Path)
+            references = self._held_out[: len(drawn.texts)]
+            found["mauve"] = mauve(drawn.texts, references, scorer, device=self._device)
+        return found

@@ -1,0 +1,187 @@
+"""Figures of a run and of a study, as PNG files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from scmdm.domains.plotting import COLOURS, MARKERS, STYLE, save_figure
+from scmdm.evaluation.statistics import Interval
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric against the number of sampling steps T."""
+
+    title: str
+    values: Mapping[str, Mapping[int, Interval]]  # by the arm's label and T
+    better: str  # "higher" or "lower"
+    scale: float = 1.0
+    reference: float | None = None  # value of real data, drawn as a dotted line
+    maximum: float | None = None  # largest possible value
+
+
+def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
+    """Draw metrics against the number of denoiser evaluations; error bars are 95 % intervals over seeds."""
+    with plt.rc_context(STYLE):
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.7 * rows), squeeze=False)
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            _draw_panel(ax, panel)
+        for ax in list(axes.flat)[len(panels) :]:
+            ax.axis("off")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
+        figure.tight_layout(rect=(0, 0.1 / rows, 1, 1))
+        return save_figure(figure, path)
+
+
+def _draw_panel(ax: Axes, panel: Panel) -> None:
+    arms = list(panel.values)
+    ticks = sorted({steps for by_steps in panel.values.values() for steps in by_steps})
+    for index, arm in enumerate(arms):
+        steps = sorted(panel.values[arm])
+        # Shifted by a few per cent, so that error bars of different arms do not overlap.
+        x = np.array(steps) * 1.035 ** (index - (len(arms) - 1) / 2)
+        found = [panel.values[arm][t] for t in steps]
+        y = [interval.mean * panel.scale for interval in found]
+        error = [0.0 if np.isnan(i.half_width) else i.half_width * panel.scale for i in found]
+        ax.errorbar(
+            x,
+            y,
+            yerr=error,
+            label=arm,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(COLOURS)],
+            capsize=3,
+            markersize=5,
+            lw=1.6,
+        )
+    if panel.reference is not None:
+        ax.axhline(panel.reference * panel.scale, color=COLOURS[0], ls=":", lw=1.2)
+    _limit(ax, panel)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([str(tick) for tick in ticks])
+    ax.set_xlabel("denoiser evaluations (T)")
+    ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
+
+
+def _limit(ax: Axes, panel: Panel) -> None:
+    """Clip the axis to possible values: an interval over two or three seeds can be far wider than the curves."""
+    low, high = ax.get_ylim()
+    means = [interval.mean for by_steps in panel.values.values() for interval in by_steps.values()]
+    maximum = np.inf if panel.maximum is None else panel.maximum * panel.scale
+    if min(means) >= 0:
+        high = min(high, 1.05 * maximum)
+        ax.set_ylim(max(low, -0.05 * high), high)
+
+
+def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
+    """Draw every arm at one T in a row of its own: mean and 95 % interval over seeds.
+
+    The dashed line is the first arm's mean.
+    """
+    with plt.rc_context(STYLE):
+        arms = list(dict.fromkeys(arm for panel in panels for arm in panel.values))
+        size = (2.6 + 3.2 * len(panels), 1.2 + 0.32 * len(arms))
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+        for ax, panel in zip(axes.flat, panels, strict=True):
+            _draw_arms(ax, panel, arms, steps)
+        axes.flat[0].set_yticks(range(len(arms)), arms)
+        axes.flat[0].invert_yaxis()
+        figure.suptitle(f"T = {steps}", fontsize=12)
+        figure.tight_layout()
+        return save_figure(figure, path)
+
+
+def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
+    for row, arm in enumerate(arms):
+        interval = panel.values.get(arm, {}).get(steps)
+        if interval is None:
+            continue
+        mean, half = interval.mean * panel.scale, interval.half_width * panel.scale
+        if row == 0:
+            ax.axvline(mean, color=COLOURS[0], ls="--", lw=1)
+        error = None if np.isnan(half) else half
+        ax.errorbar(mean, row, xerr=error, fmt="o", color=COLOURS[0 if row == 0 else 6], capsize=3, markersize=5)
+    # Wrapped: the panels stand side by side.
+    ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
+
+
+def loss_figure(
+    train: Mapping[str, Sequence[Row]], validation: Mapping[str, Sequence[Row]], path: Path, *, order: Sequence[str]
+) -> Path:
+    """Draw training loss and validation NELBO against tokens.
+
+    The loss is drawn raw (faint) and smoothed (solid), the NELBO without (dashed) and with (solid) self-conditioning.
+    `order` lists all arms and fixes their colours.
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+        for index, arm in enumerate(order):
+            colour = COLOURS[index % len(COLOURS)]
+            _draw_training(left, train.get(arm, []), arm, colour)
+            _draw_validation(right, validation.get(arm, []), arm, colour, MARKERS[index % len(COLOURS)])
+        losses = np.array([row["loss"] for rows in train.values() for row in rows])
+        if len(losses) > 20:  # the first steps would compress the rest of the axis
+            left.set_ylim(*np.quantile(losses, [0, 0.98]) + np.array([-0.02, 0.02]) * np.ptp(losses))
+        left.set(title="training loss", xlabel="tokens (million)", ylabel="nats per token")
+        right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
+        for ax in (left, right):
+            if ax.get_legend_handles_labels()[1]:
+                # Below the axes: inside it would hide a curve.
+                ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        figure.tight_layout()
+        return save_figure(figure, path)
+
+
+def _draw_training(ax: Axes, rows: Sequence[Row], label: str, colour: str) -> None:
+    if not rows:
+        return
+    x = np.array([row["tokens"] for row in rows]) / 1e6
+    y = np.array([row["loss"] for row in rows])
+    ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+    ax.plot(x, smooth(y), color=colour, lw=1.8, label=label)
+
+
+def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, marker: str) -> None:
+    for key, style, suffix in (("nelbo_null", "--", "null"), ("nelbo_conditioned", "-", "conditioned")):
+        points = [(row["tokens"] / 1e6, row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=4, label=f"{label}, {suffix}")
+
+
+def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
+    """Centred moving mean; its window is a fraction of the values, and shorter at both ends."""
+    half = max(1, int(len(values) * fraction / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def progress_figure(rows: Sequence[Row], path: Path) -> Path:
+    """Draw learning rate, gradient norm and speed of one run."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+        for ax, (key, title) in zip(
+            axes,
+            (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens per second")),
+            strict=True,
+        ):
+            ax.plot([row["step"] for row in rows], [row[key] for row in rows], color=COLOURS[6], lw=1.2)
+            ax.set(title=title, xlabel="step")
+        figure.tight_layout()
+        return save_figure(figure, path)

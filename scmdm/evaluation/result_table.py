@@ -1,0 +1,47 @@
+"""The table of an evaluation's results on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scmdm.domains.interface import Metric
+from scmdm.evaluation.statistics import mean_interval
+
+
+def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
+    """Print the JSON object that `run_evaluation` writes. `metrics` are those of its domain."""
+    table = Table(title=f"{result['model']} at step {result['step']:,}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    rows = result.get("samples", [])
+    shown = [m for m in metrics if rows and None not in [row["metrics"].get(m.name) for row in rows]]
+    with_reference = any(metric.reference_text() for metric in shown)
+    if with_reference:
+        table.add_column("real data", justify="right")
+    _add_likelihoods(table, result)
+    if rows:
+        for metric in shown:
+            interval = mean_interval([row["metrics"][metric.name] for row in rows])
+            reference = [metric.reference_text()] if with_reference else []
+            table.add_row(metric.title, interval.text(metric.digits + 1, metric.scale), *reference)
+        table.caption = "; ".join(dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)) or None
+        if "scorer" in rows[0]["metrics"]:
+            table.add_row("scorer", rows[0]["metrics"]["scorer"])
+            table.add_row("precision of the Gumbel noise", result["config"]["sampler"]["gumbel"])
+        table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}")
+        table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
+    Console().print(table)
+
+
+def _add_likelihoods(table: Table, result: Mapping[str, Any]) -> None:
+    for mode, nelbo in result.get("nelbo", {}).items():
+        table.add_row(f"NELBO {mode}, nats per token", f"{nelbo['mean']:.4f} ± {nelbo['stderr']:.4f} (standard error)")
+    for name, modes in result.get("zero_shot", {}).items():
+        for mode, value in modes.items():
+            error = value["perplexity"] * value["nelbo"]["stderr"]
+            text = f"{value['perplexity']:.2f} ± {error:.2f} (standard error); {value['word_perplexity']:.2f} per word"
+            table.add_row(f"zero-shot perplexity of {name}, {mode}", text)

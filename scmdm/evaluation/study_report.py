@@ -1,0 +1,247 @@
+"""`scmdm report` of a study: a self-contained HTML file, and its figures as PNG files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scmdm.data.tokenizers import load_tokenizer
+from scmdm.domains.interface import Domain, Metric
+from scmdm.domains.plotting import COLOURS
+from scmdm.domains.registry import load_domain
+from scmdm.errors import UserError
+from scmdm.evaluation.comparison import (
+    IntervalsByMetric,
+    Json,
+    benchmark_table,
+    conclusions,
+    cost_table,
+    describe_protocol,
+    intervals_by_arm,
+    quality_table,
+    reference_arm,
+)
+from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
+from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
+from scmdm.observability.metrics import read_metrics
+from scmdm.system.files import atomic_write_text
+
+_SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
+TextTable = tuple[list[str], list[list[str]]]  # header and rows
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """Tables and conclusions of a study, as text."""
+
+    title: str
+    quality: TextTable
+    benchmarks: dict[str, TextTable]  # by name of the benchmark
+    cost: TextTable
+    conclusions: list[str]
+
+
+def study_report(directory: Path, out: Path) -> StudySummary:
+    """Write the report of the study in `directory` to `out`, and its figures beside it; returns the summary.
+
+    Raises UserError if `study.json` cannot be read.
+    """
+    study = _read_json(directory / "study.json")
+    samples = [row for row in study["evaluations"] if row["kind"] == "samples"]
+    domain = load_domain(study["domain"])
+    labels = {arm["name"]: arm["label"] for arm in study["arms"]}
+    values = {metric.name: intervals_by_arm(samples, labels, metric.name) for metric in domain.metrics}
+    shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
+    reference = reference_arm(study)
+    summary = _summarize(study, samples, domain.metrics[0], shown, values, labels)
+    figures = out.parent
+    parts = [
+        paragraph(describe_protocol(samples, study["arms"])),
+        heading("Results"),
+        bullets(summary.conclusions),
+        *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
+        table(*summary.quality, group=True),
+        *(
+            part
+            for name, benchmark in summary.benchmarks.items()
+            for part in (
+                heading(name),
+                *_benchmark_picture(_panels(shown, values, name), labels, figures / f"{name.split()[0].lower()}.png"),
+                table(*benchmark, group=True),
+            )
+        ),
+        heading("Cost"),
+        table(*summary.cost),
+        paragraph(
+            "A conditioned training step makes two denoiser evaluations, the first without gradients. Sampling with "
+            "self-conditioning makes no additional evaluations.",
+            note=True,
+        ),
+        *_study_curves(directory, study["arms"], figures / "losses.png"),
+        *_domain_pictures(directory, study, samples, domain, figures),
+        heading("Configuration"),
+        preformatted(study["config"]),
+        preformatted(json.dumps(study["environment"], indent=2)),
+    ]
+    atomic_write_text(out, page(study["title"], parts))
+    return summary
+
+
+def _summarize(
+    study: Json,
+    samples: Sequence[Json],
+    main: Metric,
+    shown: Sequence[Metric],
+    values: IntervalsByMetric,
+    labels: Mapping[str, str],
+) -> StudySummary:
+    own = [metric for metric in shown if not metric.benchmark]
+    benchmarks = {
+        name: benchmark_table(values, [metric for metric in shown if metric.benchmark == name], labels, samples)
+        for name in dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)
+    }
+    return StudySummary(
+        study["title"],
+        quality_table(values, own, labels, samples),
+        benchmarks,
+        cost_table(study["arms"], samples),
+        conclusions(samples, study["arms"], reference_arm(study), main),
+    )
+
+
+def _panels(shown: Sequence[Metric], values: IntervalsByMetric, benchmark: str) -> list[Panel]:
+    return [
+        Panel(m.title, values[m.name], m.better, m.scale, m.reference, m.maximum)
+        for m in shown
+        if m.in_figure and m.benchmark == benchmark
+    ]
+
+
+def _quality_pictures(
+    panels: Sequence[Panel], samples: Sequence[Json], labels: Mapping[str, str], reference: str, figures: Path
+) -> list[str]:
+    """Metrics against T, unless too many arms would overlap; with many arms also each arm in a row of its own."""
+    parts = []
+    steps = {row["steps"] for row in samples}
+    if len(labels) <= len(COLOURS) or len(steps) > 1:
+        quality = quality_figure(panels, figures / "quality.png")
+        parts.append(picture(quality, "Metrics against denoiser evaluations; bars are 95 % intervals over seeds."))
+    if len(labels) > len(COLOURS):
+        order = [reference, *(label for label in labels.values() if label != reference)]
+        rows = [replace(p, values={label: p.values[label] for label in order if label in p.values}) for p in panels]
+        compared = arms_figure(rows, _picture_steps(samples), figures / "arms.png")
+        parts.append(
+            picture(compared, f"All models; bars are 95 % intervals over seeds, the dashed line is {reference}.")
+        )
+    return parts
+
+
+def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:
+    if not panels or len(labels) > len(COLOURS):
+        return []
+    caption = "Against denoiser evaluations; bars are 95 % intervals over seeds, the dotted line is real data."
+    return [picture(quality_figure(panels, path), caption)]
+
+
+def print_summary(summary: StudySummary) -> None:
+    """Print the tables and conclusions of a study."""
+    console = Console()
+    width = None if console.is_terminal else 160
+    console = Console(width=width)
+    tables = {summary.title: summary.quality, **summary.benchmarks, "Cost": summary.cost}
+    for title, (header, rows) in tables.items():
+        shown = Table(title=title)
+        for index, name in enumerate(header):
+            shown.add_column(name, justify="left" if index == 0 or name in ("model", "metric") else "right")
+        previous = None
+        for row in rows:
+            if previous not in (None, row[0]) and title != "Cost":
+                shown.add_section()
+            previous = row[0]
+            shown.add_row(*row)
+        console.print(shown)
+    for statement in summary.conclusions:
+        console.print(f"- {statement}", highlight=False)
+
+
+def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:
+    """Loss curves of the arms; none if there are more arms than colours, because each run has a report of its own."""
+    if len(arms) > len(COLOURS):
+        return []
+    train: dict[str, list[dict[str, Any]]] = {}
+    validation: dict[str, list[dict[str, Any]]] = {}
+    adapted = [arm for arm in arms if arm["name"] != "base" and arm["runs"]]
+    for arm in adapted:
+        rows = read_metrics(directory / arm["runs"][0] / "metrics.jsonl")
+        train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
+        validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
+    # All arms, so that the base keeps the first colour even without a curve.
+    loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
+    caption = "Training loss and validation NELBO of the arms, without (null) and with self-conditioning (conditioned)."
+    return [heading("Losses"), picture(path, caption)]
+
+
+def _domain_pictures(
+    directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], out: Path
+) -> list[str]:
+    """Samples of the first sampling seed, and their distributions compared with held-out data."""
+    tokenizer = load_tokenizer(directory / study["tokenizer"])
+    parts = []
+    steps, arms = _picture_steps(samples), study["arms"]
+    few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], reference_arm(study))]
+    for arm in few:
+        own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
+        if own:
+            path = out / f"{domain.name}_{arm['name']}.png"
+            caption = domain.draw(_read_samples(directory / own[0]["samples_file"]), tokenizer, path)
+            if caption is not None:
+                parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of the first seed, unselected."))
+            else:
+                parts += _first_texts(own[0], directory, f"{arm['label']}, T = {steps}")
+    compared = _distribution_picture(directory, study, samples, domain, out / f"{domain.name}_distributions.png")
+    return [heading(domain.name.capitalize()), *compared, *parts] if compared or parts else []
+
+
+def _first_texts(row: Json, directory: Path, title: str) -> list[str]:
+    first = _read_samples(directory / row["samples_file"])[:_SHOWN_TEXTS]
+    texts = [sample["text"][:_SHOWN_CHARACTERS] for sample in first]
+    shown = f"{title}: the first {len(texts)} samples of the first seed, cut to {_SHOWN_CHARACTERS} characters."
+    return [paragraph(shown, note=True), preformatted("\n\n".join(texts))]
+
+
+def _distribution_picture(
+    directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], path: Path
+) -> list[str]:
+    """Distributions of all samples of each arm at one T, and of held-out data."""
+    steps = _picture_steps(samples)
+    sets = {"held out": _read_samples(directory / study["held_out"])}
+    for arm in study["arms"]:
+        files = [r["samples_file"] for r in samples if r["arm"] == arm["name"] and r["steps"] == steps]
+        if files:
+            sets[arm["label"]] = [sample for file in files for sample in _read_samples(directory / file)]
+    caption = domain.compare(sets, path)
+    return [picture(path, f"T = {steps}, all seeds: {caption}.")] if caption is not None else []
+
+
+def _picture_steps(samples: Sequence[Json]) -> int:
+    """T of the figures: 32, the published protocol, if it was sampled, otherwise the largest."""
+    steps = sorted({row["steps"] for row in samples})
+    return 32 if 32 in steps else steps[-1]
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run the study again") from error

@@ -1,0 +1,152 @@
+"""What a study trains and measures: the run of every arm, and the settings of every measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scmdm.checkpoint.reader import find_model
+from scmdm.config.loading import load_config
+from scmdm.config.run import RunConfig
+from scmdm.config.study import StudyConfig
+from scmdm.errors import UserError
+from scmdm.models.model_files import open_model
+
+_STUDY_KEYS = ("run_dir", "data.path", "base", "seed")  # keys of a run that the study sets
+_EARLIER_METRIC_KEYS = ("fcd", "moses", "scorer", "mauve", "inception")  # of rows without `metrics_config`
+
+
+@dataclass(frozen=True)
+class StudyModel:
+    """A model of the study: an arm, or the base, and the seed of its training."""
+
+    arm: str
+    seed: int
+    path: Path
+    run: Path | None  # run directory; None if the study does not train the model
+
+    @property
+    def key(self) -> str:
+        """Name that is unique in the study."""
+        return self.arm if self.arm == "base" else f"{self.arm}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement of a model: its NELBO, or the quality of samples of one T and seed."""
+
+    model: Path
+    settings: dict[str, Any]  # everything that the result depends on
+    row: Path  # JSON file of the settings and the result
+    samples: Path  # file of the samples
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Runs and measurements of a study, with its base trained or not."""
+
+    config: StudyConfig
+    out: Path
+    data: Path  # data set
+
+    def trained_arms(self) -> list[tuple[str, int]]:
+        """Arm and seed of every model that is trained."""
+        arms = [name for name, arm in self.config.arms.items() if arm.samples_of is None]
+        return [(arm, seed) for seed in self.config.adaptation_seeds for arm in arms]
+
+    def check(self) -> None:
+        """Load the configuration of every run, so that a mistake is reported before the first run starts.
+
+        Raises UserError, which names the arm.
+        """
+        if self.config.from_scratch:
+            self.base_run()
+        else:
+            find_model(Path(self.config.base))
+        for arm, seed in self.trained_arms():
+            self.arm_run(arm, seed, self.config.base)
+
+    def base_run(self) -> RunConfig:
+        """Configuration of the training of the base."""
+        overrides = [f"run_dir={self.out / 'base'}", f"data.path={self.data}", *self.config.base_overrides]
+        return load_config(RunConfig, Path(self.config.base_config), overrides)
+
+    def arm_run(self, arm: str, seed: int, base: str) -> RunConfig:
+        """Configuration of the training of an arm. Raises UserError, which names the arm."""
+        config, chosen = self.config, self.config.arms[arm]
+        own = [f"run_dir={self.out / f'{arm}-{seed}'}", f"data.path={self.data}", f"seed={seed}"]
+        try:
+            for override in [*config.overrides, *chosen.overrides]:
+                if (key := override.partition("=")[0]) in _STUDY_KEYS:
+                    raise UserError(f"{key} is set by the study; leave it out of overrides")
+            overrides = [*own, f"base={base}", *config.overrides, *chosen.overrides]
+            adaptation = load_config(RunConfig, Path(config.adapt_config), overrides)
+            if not chosen.from_scratch:
+                adaptation.check_command("adapt")
+                return adaptation
+            steps = self._steps_from_scratch(adaptation, base)
+            overrides = [*own, *config.base_overrides, f"train.steps={steps}", *chosen.overrides]
+            run = load_config(RunConfig, Path(config.base_config), overrides)
+            run.check_command("train")
+        except UserError as error:
+            raise UserError(f"arms.{arm}: {error}") from error
+        return run
+
+    def _steps_from_scratch(self, adaptation: RunConfig, base: str) -> int:
+        """Steps of `base_config` with as many sequences as base and adaptation together."""
+        trained = self.base_run().train
+        done = trained.steps if self.config.from_scratch else open_model(find_model(Path(base))).spec.step
+        return done + -(-adaptation.train.steps * adaptation.train.global_batch_size // trained.global_batch_size)
+
+    def measurements(self, model: StudyModel, data_fingerprint: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        """Settings of every measurement of a model: everything but the model that the result depends on.
+
+        `metrics` are the keys of the section `metrics` that differ from their defaults.
+        """
+        config = self.config
+        common = {
+            "arm": model.arm,
+            "adaptation_seed": model.seed,
+            "split": config.split,
+            "data_fingerprint": data_fingerprint,
+        }
+        found = []
+        if model.arm == "base" or config.arms[model.arm].samples_of is None:
+            found.append({**common, "name": f"{model.key}_nelbo", "kind": "nelbo", "num": config.nelbo_samples})
+        for steps in config.steps:
+            sampler = dataclasses.asdict(dataclasses.replace(config.sampler_of(model.arm), steps=steps))
+            found += [
+                {
+                    **common,
+                    "name": f"{model.key}_T{steps}_s{seed}",
+                    "kind": "samples",
+                    "steps": steps,
+                    "sampling_seed": seed,
+                    "num": config.num,
+                    "sampler": sampler,
+                    "metrics_config": metrics,
+                }
+                for seed in config.sampling_seeds
+            ]
+        return found
+
+
+def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Row of a finished measurement; None if there is none with exactly these settings."""
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = json.loads(path.read_text())
+    if row.get("kind") == "samples" and "metrics_config" not in row:
+        row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
+    return row if all(row.get(key) == value for key, value in settings.items()) else None
+
+
+def settings_of_run(checkpoint: Path) -> dict[str, Any]:
+    """Configuration that a checkpoint was trained with."""
+    settings: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    return settings
