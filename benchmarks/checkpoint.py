@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import interleave, show
-from scmdm.checkpoint.checkpoint import TrainState
-from scmdm.checkpoint.writer import Saver, snapshot
+from scmdm.checkpoint.train_state import TrainState
+from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
@@ -36,16 +36,19 @@ def main() -> None:
         tokenizer.write_text("{}")
         reference = TokenizerRef("characters", tokenizer.name, "")
         manifest = Manifest(2, "none", reference, 4096, 4095, 0, 1, 2, 128, "uint16", "loss", "given", {})
-        savers = {kind: Saver(directory / kind, engine, _train(kind)) for kind in ("in line", "beside the training")}
+        writers = {
+            kind: CheckpointWriter(directory / kind, engine, _train(kind))
+            for kind in ("in line", "beside the training")
+        }
 
         def save(kind: str) -> None:
             state.step += 1
             copy = kind != "in line"
-            savers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, "", copy=copy))
+            writers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, "", copy=copy))
 
         timings = interleave(
-            {kind: lambda kind=kind: save(kind) for kind in savers},  # type: ignore[misc]
-            after=savers["beside the training"].finish,
+            {kind: lambda kind=kind: save(kind) for kind in writers},  # type: ignore[misc]
+            after=writers["beside the training"].finish,
         )
     size = 4 * 4 * count_parameters(engine.model) / 2**20
     show(f"a save of {size:.0f} MiB: how long the training waits", timings, "in line", clock="wall")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The defaults of a site for `scmdm launch slurm`: copy this file, edit the options, and use it in place of the command.
-# What is given later on the command line wins.
+# Site defaults for `scmdm launch slurm`: copy this file, edit the options, and call it instead of the command.
+# Options given on the command line take precedence.
 #
 #   launch/slurm.sh adapt configs/qm9/adapt.yaml base=runs/qm9-base run_dir=runs/qm9-scmdm --nodes 2
 #

@@ -2,8 +2,8 @@
 
     python -m tests.kills --kills 200 --processes 2
 
-adapts a small model on QM9 with a save every two steps, kills it so many times, and compares the steps' losses, the
-weights, averages and moments with those of a run that nobody disturbed: they must be equal bit for bit.
+adapts a small model on QM9 with a save every two steps, kills it `--kills` times, and compares losses, weights, EMA and
+moments with those of an undisturbed run: they must be equal bit for bit.
 """
 
 import argparse
@@ -19,20 +19,22 @@ from pathlib import Path
 
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model, list_checkpoints, verify_checkpoint
+from scmdm.checkpoint.reader import find_model, list_checkpoints
+from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.models.model_files import TENSORS
 from scmdm.models.tensor_files import read_tensors, tensor_shapes
-from scmdm.observability.metrics import METRICS_FILE, last_row, read_metrics
+from scmdm.observability.metrics import last_row, read_metrics
+from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, small_base
 from tests.distributed.launching import launch, start, workers
 
 KEPT_ROWS = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
-_START_UP_S = 6.0  # a moment in the start-up lies within so many seconds
-_LIFE_S = 0.8  # a moment in the training: so many seconds at most after the first new step
+_START_UP_S = 6.0  # kills during start-up happen within this time
+_LIFE_S = 0.8  # kills during training happen within this time after the first new step
 
 
 def kill_until_done(arguments, run, processes, kills, dice, life_s=_LIFE_S):
-    """Run, kill, resume until `kills` are spent, then to the end. Returns counts of what the kills met."""
+    """Run, kill and resume `kills` times, then run to the end. Returns counts of the kills by kind."""
     met = Counter()
     while True:
         process = start(processes, *arguments)
@@ -46,7 +48,7 @@ def kill_until_done(arguments, run, processes, kills, dice, life_s=_LIFE_S):
 
 
 def _kill(process, run, dice, met, life_s):
-    """Kill one rank, or all and their launcher, at a random moment; False when the run ended first."""
+    """Kill one rank, or all and their launcher, at a random moment. Returns False if the run ended before."""
     in_start_up = dice.random() < 0.1
     if in_start_up:
         time.sleep(dice.random() * _START_UP_S)
@@ -73,7 +75,7 @@ def _kill(process, run, dice, met, life_s):
 
 
 def _examine(run, met):
-    """What lies there after a kill: saves cut short, and only whole checkpoints beside them."""
+    """After a kill there may be unfinished saves, but every checkpoint verifies."""
     place = run / "checkpoints"
     met["inside a save"] += any(place.glob(".step_*"))
     found = list_checkpoints(place)
@@ -100,7 +102,7 @@ def final_tensors(run):
 
 
 def assert_same_run(one, other):
-    """Bit for bit."""
+    """Assert that metrics and tensors are equal bit for bit."""
     assert train_rows(one) == train_rows(other)
     ours, theirs = final_tensors(one), final_tensors(other)
     assert ours.keys() == theirs.keys()

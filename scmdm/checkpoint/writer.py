@@ -1,17 +1,15 @@
-"""Saving a run while it goes on: snapshot, write in the background, commit, retire.
+"""Write checkpoints, in the background if configured.
 
-A save has three parts. `snapshot` copies this rank's tensors and writes down all else; the training waits for it. Every
-rank then writes its tensors into a directory with a temporary name, and rank 0 seals it, renames it, moves the pointer
-and removes what is no longer kept. `train.async_checkpoint` puts the last two parts into a thread with a process group
-of its own; how it went is agreed by all ranks at the next save, or at the end.
+A save has three parts. `snapshot` captures this rank's tensors and everything else that is stored; training waits for
+it. Then every rank writes its tensors into a directory with a temporary name. Finally rank 0 seals and renames the
+directory, updates the pointer to the newest checkpoint and removes old ones. With `train.async_checkpoint` the last two
+parts run in a thread with a process group of its own; the ranks agree on the result at the next save, or at the end.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,38 +19,33 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from scmdm.checkpoint.checkpoint import (
-    POINTER,
-    STATE_FILE,
-    TrainState,
-    checkpoint_name,
-    list_checkpoints,
-    named_tensors,
-    seal,
-    step_of,
-)
+from scmdm.checkpoint.reader import checkpoint_name
+from scmdm.checkpoint.retention import remove_old_checkpoints
+from scmdm.checkpoint.seal import seal
+from scmdm.checkpoint.train_state import STATE_FILE, TrainState, named_tensors
 from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
-from scmdm.errors import UserError
+from scmdm.errors import InUseError, UserError
 from scmdm.models.model_files import TENSORS, ModelSpec, write_model_files
 from scmdm.models.tensor_files import write_tensors
 from scmdm.system.files import atomic_directory, atomic_write_text
+from scmdm.system.lease import Lease
 from scmdm.system.process_group import all_gather_object, broadcast
+from scmdm.system.run_directory import CONFIG_FILE, LATEST_FILE
 
 logger = logging.getLogger("scmdm")
-Writer = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint before it is written."""
+    """Contents of a checkpoint that is to be written."""
 
     step: int
     best_step: int | None
     tensors: dict[str, Tensor]  # this rank's
-    write_files: Writer  # rank 0: everything but the tensors, into a directory
+    write_files: Callable[[Path], None]  # for rank 0: writes everything but the tensors into a directory
 
 
 def snapshot(
@@ -66,51 +59,56 @@ def snapshot(
     *,
     copy: bool,
 ) -> Snapshot:
-    """What a checkpoint of this moment holds. With `copy`, training may go on while it is being written."""
+    """Capture the present state. With `copy`, tensors go to host memory, so that training may continue."""
     tensors = named_tensors(engine, ema)
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    kept, spec = json.dumps(asdict(state), indent=2) + "\n", ModelSpec(**vars(spec))
+    state_json, spec = json.dumps(asdict(state), indent=2) + "\n", ModelSpec(**vars(spec))
 
     def write_files(directory: Path) -> None:
         write_model_files(directory, spec, manifest, tokenizer_file)
-        atomic_write_text(directory / STATE_FILE, kept)
-        atomic_write_text(directory / "config.yaml", config_yaml)
+        atomic_write_text(directory / STATE_FILE, state_json)
+        atomic_write_text(directory / CONFIG_FILE, config_yaml)
 
     return Snapshot(state.step, state.best_step, tensors, write_files)
 
 
-class Saver:
-    """The saves of one run. All ranks call every method together."""
+class CheckpointWriter:
+    """Writes the checkpoints of one run. All ranks call every method together.
 
-    def __init__(self, directory: Path, engine: Engine, config: TrainConfig) -> None:
-        self._directory, self._config, self._main = directory, config, engine.rank == 0
+    `lease` is the run directory's, held by rank 0: nothing is committed after it was taken over.
+    """
+
+    def __init__(self, directory: Path, engine: Engine, config: TrainConfig, lease: Lease | None = None) -> None:
+        self._directory, self._config, self._lease = directory, config, lease
+        self._main = engine.rank == 0
         self._thread: threading.Thread | None = None
-        self._problem: str | None = None
+        self._problem: UserError | None = None
         background = config.async_checkpoint and dist.is_initialized()
-        # Collectives of the thread must not meet those of the step: they have a group of their own.
+        # A group of its own: the thread's collectives must not interleave with those of the step.
         self._group = dist.new_group(backend="gloo") if background else None
 
-    def save(self, taken: Snapshot, *, wait: bool = False) -> None:
-        """Write `taken`; `wait` for it to be complete (the end of a run) whatever the configuration says.
+    def save(self, captured: Snapshot, *, wait: bool = False) -> None:
+        """Write a snapshot. With `wait`, return when it is complete whatever `train.async_checkpoint` says.
 
-        A disk that is full or cannot be written leaves all earlier checkpoints as they are: UserError, or with
-        `train.on_save_error=continue` a warning; but a save that is waited for must succeed.
+        A disk that is full or cannot be written leaves all earlier checkpoints intact. It raises UserError, or logs a
+        warning with `train.on_save_error=continue`, unless `wait` is set. Raises InUseError if the run directory was
+        taken over by another run.
         """
         self.finish()
-        final = self._directory / checkpoint_name(taken.step)
+        final = self._directory / checkpoint_name(captured.step)
         stack, temporary = self._stage(final)
         if temporary is not None and self._config.async_checkpoint and not wait:
-            arguments = (taken, stack, temporary, final, self._group)
+            arguments = (captured, stack, temporary, final, self._group)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
             return
         if temporary is not None:
-            self._write(taken, stack, temporary, final, None)
+            self._write(captured, stack, temporary, final, None)
         self._settle(must=wait)
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if there is one, and say how it went. Raises like `save`."""
+        """Wait for the save in progress, if any. Raises as `save` does."""
         if self._thread is None:
             return
         self._thread.join()
@@ -118,68 +116,60 @@ class Saver:
         self._settle(must=False)
 
     def abandon(self) -> None:
-        """Wait for the save that is under way without asking the other ranks: one of them may have failed."""
+        """Wait for this rank's part of the save in progress, without the other ranks, one of which may have failed."""
         if self._thread is not None:
             self._thread.join(timeout=60)
 
     def _stage(self, final: Path) -> tuple[ExitStack, Path | None]:
-        """The directory that all ranks write into, made by rank 0; None when it could not be made."""
+        """The directory that all ranks write into, created by rank 0; None if it could not be created."""
         stack, temporary = ExitStack(), None
         if self._main:
             try:
-                # A checkpoint of that name can only be one that did not verify.
+                self._require_lease()
+                # An existing checkpoint of that name did not verify, else the run would have resumed from it.
                 temporary = stack.enter_context(atomic_directory(final, replace=True))
             except UserError as error:
-                self._problem = str(error)
+                self._problem = error
         return stack, broadcast(temporary)
 
     def _write(
-        self, taken: Snapshot, stack: ExitStack, temporary: Path, final: Path, group: dist.ProcessGroup | None
+        self, captured: Snapshot, stack: ExitStack, temporary: Path, final: Path, group: dist.ProcessGroup | None
     ) -> None:
-        """Every rank writes its tensors, rank 0 the rest. A failure is kept: it may be another thread's to raise."""
+        """Write this rank's tensors; on rank 0 also commit. Failures are kept for `_settle`, in the calling thread."""
         try:
             with stack:
-                write_tensors(temporary / TENSORS, taken.tensors, group=group)
+                write_tensors(temporary / TENSORS, captured.tensors, group=group)
                 if self._main:
-                    taken.write_files(temporary)
+                    captured.write_files(temporary)
                     seal(temporary)
+                    self._require_lease()  # leaving the block renames the directory
             if self._main:
-                atomic_write_text(self._directory / POINTER, final.name + "\n")
-                retire(self._directory, final, self._config, taken.best_step)
+                self._require_lease()
+                atomic_write_text(self._directory / LATEST_FILE, final.name + "\n")
+                remove_old_checkpoints(self._directory, final, self._config, captured.best_step)
         except UserError as error:
-            self._problem = str(error)
+            self._problem = error
         except OSError as error:
-            self._problem = f"cannot write {final}: {error.strerror or error}; free space or choose another place"
-        except RuntimeError as error:  # another rank's failure reaches this one through a collective
-            self._problem = f"cannot write {final}: {' '.join(str(error).split())[:200]}"
+            self._problem = UserError(
+                f"cannot write {final}: {error.strerror or error}; free space or choose another place"
+            )
+        except Exception as error:  # noqa: BLE001 - in a thread any other would be lost, and the save count as complete
+            reason = " ".join(str(error).split())[:200]  # such as another rank's failure, met in a collective
+            self._problem = UserError(f"cannot write {final}: {type(error).__name__}: {reason}")
         else:
             logger.info("saved %s", final)
 
+    def _require_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.require()
+
     def _settle(self, *, must: bool) -> None:
-        """Agree on how a save went."""
+        """Agree with the other ranks on the result of a save."""
         problems = [problem for problem in all_gather_object(self._problem) if problem is not None]
         self._problem = None
         if not problems:
             return
-        if must or self._config.on_save_error == "stop":
-            raise UserError(problems[0])
-        logger.warning("%s; going on with the checkpoint before it", problems[0])
-
-
-def retire(directory: Path, newest: Path, config: TrainConfig, best_step: int | None) -> None:
-    """Remove what is not kept: all but the last `train.keep_last` up to `newest`, every `train.keep_every` steps, the
-    best, and whatever comes after `newest` - the resume skipped that as damaged."""
-    found = list_checkpoints(directory)
-    at = found.index(newest)
-    kept = set(found[: at + 1][-config.keep_last :])
-    for path in found[:at]:
-        step = step_of(path)
-        if (config.keep_every and step % config.keep_every == 0) or (config.keep_best and step == best_step):
-            kept.add(path)
-    for path in found:
-        if path in kept:
-            continue
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        lost = [problem for problem in problems if isinstance(problem, InUseError)]
+        if lost or must or self._config.on_save_error == "stop":
+            raise (lost or problems)[0]
+        logger.warning("%s; continuing with the previous checkpoint", problems[0])

@@ -48,10 +48,11 @@ class DeepspeedConfig:
         at_most=3,
         on_resume=True,
     )
-    whole_below: int = key(
+    param_persistence_threshold: int = key(
         100_000,
         help="stage 3: parameters with fewer elements are not sharded",
         at_least=0,
         at_most=2**31,
         on_resume=True,
+        formerly=("deepspeed.whole_below",),
     )

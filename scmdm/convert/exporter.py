@@ -15,7 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from scmdm.checkpoint.checkpoint import find_model, seal
+from scmdm.checkpoint.reader import find_model
+from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.convert.importer import BESIDE, CONDITIONER_FILE

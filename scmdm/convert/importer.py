@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scmdm.checkpoint.checkpoint import seal
+from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig

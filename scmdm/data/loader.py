@@ -31,7 +31,7 @@ from scmdm.data.remote import fetch_split
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
 from scmdm.system.process_group import all_gather_object, barrier, current_world
-from scmdm.system.signals import heed_parent_only, signals_held
+from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
 
 _CONSTRUCTION_S = 60  # time limit of the lock
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
@@ -99,7 +99,7 @@ def build_loader(
         num_workers=num_workers,
         drop_last=drop_last,
         collate_fn=_collate,
-        worker_init_fn=heed_parent_only,
+        worker_init_fn=ignore_stop_signals,
     )
     for claim in claims:
         weakref.finalize(loader, claim.release)
@@ -108,7 +108,7 @@ def build_loader(
 
 def _construct(options: dict[str, Any]) -> TokenDataset:
     # Python's tracker of shared memory starts here and runs until the process ends.
-    with warnings.catch_warnings(), _construction_lock(), signals_held():
+    with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked():
         # Streaming warns about local directories without a remote, which are intended.
         warnings.simplefilter("ignore")
         try:

@@ -1,8 +1,8 @@
-"""Context parallelism: each sequence is cut into slices of equal length, one per rank of a group.
+"""Context parallelism: each rank of a group computes an equal slice of every sequence.
 
-All but attention works position by position, on the slice alone. Attention sees whole sequences of some of the heads
-(`scmdm.models.attention.attend_slices`). A group's ranks read the same samples and draw the same noise for them, keyed
-on the sample; what each then keeps of it is cut out here, so that neither objective nor step knows of slices.
+Everything except attention works on single positions, hence on the slice alone. Attention gets whole sequences of some
+of the heads (`scmdm.models.attention.attend_slices`). The ranks of a group read the same samples and draw the same
+noise, keyed on the sample. Sequences are sliced here, so that objective and step need not know about slices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scmdm.errors import UserError
 
 
 def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
-    """This rank's group of `ranks` consecutive ones, None for one alone. All ranks call this together."""
+    """This rank's group of `ranks` consecutive ranks; None for one rank. All ranks call this together."""
     if ranks == 1:
         return None
     shape = (dist.get_world_size() // ranks, ranks)
@@ -29,7 +29,10 @@ def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
 
 
 class SlicedDenoiser:
-    """Takes whole sequences and runs the network on this rank's slice; estimates stay slices, NLLs come back whole."""
+    """Denoiser that takes whole sequences and computes this rank's slice.
+
+    Estimates are returned as slices (B, L / ranks, D), NLLs as whole sequences (B, L).
+    """
 
     def __init__(self, denoiser: Denoiser, context: DeviceMesh) -> None:
         self._denoiser, self._context = denoiser, context
@@ -38,16 +41,14 @@ class SlicedDenoiser:
         return self._denoiser.estimate(self._sliced(state), dropout=dropout)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum is this slice's part of the loss: like the ranks' parts of a batch, they are added up later."""
+        """Returns this slice's part of the loss, to be summed over the ranks, and the NLL of whole sequences (B, L)."""
         total, nll_BL = self._denoiser.weighted_nll(self._sliced(state), self._slice(x_BL), self._slice(weight_BL))
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
 
     def _sliced(self, state: State) -> State:
-        """Its estimate is a slice already."""
+        """The state with `z_BL` sliced; its estimate is a slice already."""
         if state.packing is not None:
-            raise UserError(
-                "fsdp.context cuts sequences, which packed samples (framing=packed) do not allow; set it to 1"
-            )
+            raise UserError("fsdp.context is not possible with packed samples (framing=packed); set it to 1")
         return replace(state, z_BL=self._slice(state.z_BL))
 
     def _slice(self, x_BL: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""DeepSpeed's ZeRO, stages 1 to 3, with the same losses, averages and checkpoints as the other engines.
+"""DeepSpeed engine: ZeRO stages 1 to 3, with the same losses, EMA and checkpoints as the other engines.
 
-What DeepSpeed does its own way, and how it is met here:
+Differences of DeepSpeed, and how the engine handles them:
 
-- It averages gradients over the ranks; our loss is already divided by the valid tokens of the global batch, so it is
-  multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed is told the boundary and divides nothing.
-- Its hooks sit on `forward` of modules, our entry points are methods: `_EntryPoints` is the module that it sees.
-- It holds float32 weights and moments as flat fragments of parameters, cut where no row ends. Averages live on the same
-  fragments (`Fragment`), and only a checkpoint sees parameters of their own shape: see `pack`.
-- Its `step` measures, clips and updates in one, so that happens in `clip_grad_norm`.
+- DeepSpeed averages gradients over the ranks. The loss is already divided by the valid tokens of the global batch, so
+  it is multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed is told its end and does not divide.
+- DeepSpeed hooks `forward` of modules, while the entry points are other methods. `_EntryPoints` is the module it wraps.
+- DeepSpeed stores float32 weights and moments as flat fragments that may begin within a row. EMA uses the same
+  fragments (`Fragment`); `pack` converts them to the parameters' shapes for checkpoints.
+- DeepSpeed's `step` measures the norm, clips and updates at once, so all of it happens in `clip_grad_norm`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from scmdm.models.network import Network
 
 
 def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration. It names no optimizer and no schedule: those are ours."""
+    """DeepSpeed's configuration, without optimizer and schedule, which scmdm provides."""
     train = config.train
     zero: dict[str, Any] = {"stage": config.deepspeed.stage}
     if config.deepspeed.stage == 3:
-        zero["stage3_param_persistence_threshold"] = config.deepspeed.whole_below
+        zero["stage3_param_persistence_threshold"] = config.deepspeed.param_persistence_threshold
         if config.self_conditioning.rate > 0:
-            # The two passes do not run the same modules, so that what one foresees of the other is gathered in vain.
+            # Prefetching follows the trace of the previous pass, but the two passes run different modules.
             zero["stage3_prefetch_bucket_size"] = 0
     return {
         "train_batch_size": train.global_batch_size,
@@ -49,7 +49,7 @@ def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
         "gradient_accumulation_steps": train.global_batch_size // (world_size * train.micro_batch_size),
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": zero,
-        # Autocast and not "bf16", which would round the weights that an adaptation starts from.
+        # Not "bf16", which would round the float32 weights that an adaptation starts from.
         "torch_autocast": {
             "enabled": dtype != torch.float32,
             "dtype": str(torch.bfloat16),
@@ -60,7 +60,7 @@ def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> di
 
 
 def require_deepspeed() -> None:
-    """Raise UserError where DeepSpeed is not installed."""
+    """Raise UserError if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "engine=deepspeed needs DeepSpeed, which is not installed; `pip install -c constraints.txt -e "
@@ -69,24 +69,26 @@ def require_deepspeed() -> None:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """The package, quiet, on the device that the run is on."""
+    """Import the package for the run's device, without its log messages."""
     require_deepspeed()
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")  # one process without torchrun
     import deepspeed
 
-    # Else it compiles, with whatever compiler there is, a collective for inference on a CPU.
+    # Otherwise DeepSpeed compiles, with any compiler that it finds, a collective for inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that it still uses
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # deprecated names in DeepSpeed
     return deepspeed
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's part of a parameter: a range of its elements, of the float32 weights and of each moment.
+    """This rank's part of a parameter: a range of its elements, with float32 weights and moments.
 
-    All are flat views of what DeepSpeed updates, empty where the rank has no part.
+    The tensors are flat views of the memory that DeepSpeed updates, empty if the rank has no part.
     """
 
     shape: torch.Size  # of the whole parameter
@@ -95,19 +97,19 @@ class Fragment:
     moments: dict[str, Tensor]
 
     def gather(self, values: Tensor) -> Tensor:
-        """The whole parameter, or average or moment, from every rank's part."""
+        """Assemble the whole parameter, average or moment from the parts of all ranks."""
         whole = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
         self.of(whole).copy_(values)
         dist.all_reduce(whole)
         return whole.view(self.shape)
 
     def of(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole parameter, as a view."""
+        """View of this rank's part of a whole parameter."""
         return whole.view(-1).narrow(0, self.start, len(self.weights))
 
 
 class DeepspeedEngine(ParallelEngine):
-    """One rank of a model in DeepSpeed's hands."""
+    """Engine that wraps DeepSpeed's engine."""
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class DeepspeedEngine(ParallelEngine):
             model=entry, optimizer=optimizer, config=deepspeed_json(config, self.world_size, dtype)
         )
         if self._stage == 3:
-            for parameter in dict.fromkeys((model.vocab_embed.embedding, *model.head())):  # of a tied head once
+            for parameter in dict.fromkeys((model.vocab_embed.embedding, *model.head())):  # a tied head only once
                 if parameter is not None:
                     deepspeed.zero.register_external_parameter(entry, parameter)
         self.denoiser = _Denoiser(self._deepspeed)
@@ -139,7 +141,7 @@ class DeepspeedEngine(ParallelEngine):
         self._loss = torch.zeros((), device=device)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing: DeepSpeed's forward has its own autocast."""
+        """A null context: DeepSpeed's forward has its own autocast."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -148,7 +150,7 @@ class DeepspeedEngine(ParallelEngine):
         self._deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def clip_grad_norm(self, limit: float) -> Tensor:
-        """Also updates the parameters, unless the loss or the norm is not finite: then it is NaN."""
+        """Measure, clip and also update, unless the loss or the norm is not finite; the norm returned is then NaN."""
         assert limit == self._clip
         loss = self.sum(self._loss)
         self._loss.zero_()
@@ -159,7 +161,7 @@ class DeepspeedEngine(ParallelEngine):
         return torch.tensor(norm, device=self.device)
 
     def step(self, skip: Tensor) -> None:
-        """Nothing: it is done."""
+        """Do nothing: `clip_grad_norm` has updated the parameters."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Flat fragments of the float32 weights."""
@@ -167,7 +169,7 @@ class DeepspeedEngine(ParallelEngine):
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
         if self._stage == 3:
-            self._deepspeed.empty_partition_cache()  # whole parameters that are kept for the next pass
+            self._deepspeed.empty_partition_cache()  # gathered parameters kept for the next pass
         super().load_parameters(parameters)
         if self._stage < 3:
             self._zero.update_lp_params()
@@ -180,7 +182,7 @@ class DeepspeedEngine(ParallelEngine):
         return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}
 
     def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole parameters are put together one at a time, and of each the rank keeps its rows."""
+        """Assemble whole parameters one at a time, and keep this rank's rows of each."""
         return {name: _rows(self._fragments[name].gather(value), self._mesh) for name, value in values.items()}
 
     def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -190,7 +192,7 @@ class DeepspeedEngine(ParallelEngine):
             value.copy_(self._fragments[name].of(rows.full_tensor()))
 
     def _find_fragments(self) -> dict[str, Fragment]:
-        """Where DeepSpeed keeps what; the moments are made here, which it would do at the first step."""
+        """Locate the fragments in DeepSpeed's memory, and create the moments, as its first step would."""
         flat = (
             self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
         )
@@ -203,7 +205,7 @@ class DeepspeedEngine(ParallelEngine):
         return {name: self._fragment_of_stages_1_and_2(parameter) for name, parameter in self.trained.items()}
 
     def _fragment_of_stages_1_and_2(self, parameter: Any) -> Fragment:
-        """All parameters of a group lie end to end, and a rank owns a range of that."""
+        """Stages 1 and 2 concatenate all parameters of a group; a rank owns a range of that."""
         place = parameter._hp_mapping
         if place is None:
             empty = torch.empty(0, device=self.device)
@@ -214,7 +216,7 @@ class DeepspeedEngine(ParallelEngine):
         return Fragment(parameter.shape, place.lp_fragment_address.start, place.hp_fragment.detach(), moments)
 
     def _fragment_of_stage_3(self, parameter: Any) -> Fragment:
-        """Every parameter is padded and cut into as many parts as there are ranks."""
+        """Stage 3 pads every parameter and divides it into one part per rank."""
         padded = len(_local(parameter))
         start = min(self.rank * padded, parameter.ds_numel)
         size = min(padded, parameter.ds_numel - start)
@@ -223,9 +225,9 @@ class DeepspeedEngine(ParallelEngine):
 
 
 class _EntryPoints(nn.Module):
-    """The module that DeepSpeed sees: its `forward` is any of the model's methods, by name.
+    """Module for DeepSpeed to wrap, whose `forward` calls a method of the model by name.
 
-    Arguments go by keyword, where DeepSpeed leaves them alone.
+    Arguments are passed by keyword, which DeepSpeed leaves unchanged.
     """
 
     def __init__(self, model: Network) -> None:
@@ -237,7 +239,7 @@ class _EntryPoints(nn.Module):
 
 
 class _Denoiser:
-    """The objective's view of the model in DeepSpeed's hands."""
+    """Denoiser that calls the model through DeepSpeed's engine."""
 
     def __init__(self, deepspeed: Any) -> None:
         self._deepspeed = deepspeed
@@ -250,7 +252,7 @@ class _Denoiser:
 
 
 def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
-    """Stage 3: this rank's float32 weights of a parameter or a moment of them, flat and padded; a view."""
+    """Stage 3: flat, padded view of this rank's part of a parameter's float32 weights, or of a moment."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     found = safe_get_local_fp32_param(parameter) if kind is None else safe_get_local_optimizer_state(parameter, kind)
@@ -258,7 +260,7 @@ def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
 
 
 def _rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of a tensor that all ranks hold, without the memory of the others'."""
+    """This rank's rows of a tensor that all ranks hold, copied so that the rest can be freed."""
     parts = whole.chunk(mesh.size())
     mine = parts[mesh.get_rank()].clone() if mesh.get_rank() < len(parts) else whole.new_empty(0, *whole.shape[1:])
     return DTensor.from_local(mine, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride())

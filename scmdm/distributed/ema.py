@@ -15,8 +15,9 @@ from scmdm.torch_private import lerp_all_
 class Ema:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step.
 
-    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights, in
-    an adaptation those of the base's average, at k = 0: with the base's count of `updates` it stays base for long.
+    With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights at
+    k = `updates`. An adaptation starts from the base's average: counting on from the base's updates would keep the
+    average close to the base for long.
     """
 
     def __init__(self, engine: Engine, config: EmaConfig, *, updates: int = 0) -> None:
@@ -25,14 +26,14 @@ class Ema:
         self.average = {name: value.clone() for name, value in engine.parameters().items()}
 
     def decay(self) -> float:
-        """The decay of the next update."""
+        """Decay of the next update."""
         if not self.config.warmup:
             return self.config.decay
         return min(self.config.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
     def update(self, engine: Engine) -> None:
-        """Take the current weights into the average."""
+        """Add the current weights to the average."""
         current = engine.parameters()
         lerp_all_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
         self.updates += 1

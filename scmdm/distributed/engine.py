@@ -1,7 +1,6 @@
-"""The engine: everything in a training step that depends on where and over how many processes it runs.
+"""Engines: the parts of a training step that depend on the device and the number of processes.
 
-The trainer knows only this interface, so an engine that shards can take the place of `SingleEngine` without a change to
-the loop.
+The trainer uses only the interface `Engine`, so that it is the same for one process and for sharded models.
 """
 
 from __future__ import annotations
@@ -25,48 +24,53 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides the 
 
 
 class Engine(Protocol):
-    """One rank's view of a training step."""
+    """Interface of an engine, on one rank."""
 
     rank: int
     world_size: int
-    data_rank: int  # which part of a batch this rank has; several ranks have the same one under context parallelism
-    data_size: int  # how many parts there are
+    data_rank: int  # index of this rank's part of a batch; the ranks of a context-parallel group share one
+    data_size: int  # number of parts of a batch
     device: torch.device
     model: Network
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser  # what the objective calls
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Concatenate a 1-D tensor over the parts of the batch, in their order."""
+        """Concatenate a 1-D tensor over the parts of the batch, in order."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum of a tensor over the ranks."""
+        """Sum a tensor over all ranks."""
         ...
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
-        """Context in which forward passes run (precision)."""
+        """Context manager for forward passes, which sets their precision."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; `last` marks the last micro-batch of the optimizer step."""
+        """Accumulate gradients. `last` marks the last micro-batch of an optimizer step."""
         ...
 
     def clip_grad_norm(self, limit: float) -> Tensor:
-        """The gradient's norm over all ranks (scalar), after scaling gradients down to `limit` (0: only measure)."""
+        """Scale gradients down to norm `limit` (0: do not scale).
+
+        Returns their norm over all ranks before scaling, a scalar.
+        """
         ...
 
     def step(self, skip: Tensor) -> None:
-        """Update the parameters, unless `skip` (scalar, bool) is true, and clear the gradients. The host need not
-        know: it goes on while the device is still in the backward pass."""
+        """Update the parameters unless `skip`, a bool scalar on the device, is true; then clear the gradients.
+
+        The host does not read `skip`, so that it can run ahead of the device.
+        """
         ...
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's part of the parameters that are trained, by name, for EMA and checkpoints."""
+        """This rank's part of the trained parameters, by name, for EMA and checkpoints."""
         ...
 
     def frozen(self) -> dict[str, Tensor]:
-        """This rank's part of those that are not, for checkpoints: of the parameters' shapes, whole or DTensor."""
+        """This rank's part of the frozen parameters, by name, for checkpoints: whole tensors or DTensors."""
         ...
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
@@ -74,25 +78,27 @@ class Engine(Protocol):
         ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's running means by kind and parameter, zero before the first step: for checkpoints."""
+        """AdamW's moments by kind and parameter, for checkpoints; zero before the first step."""
         ...
 
     def set_optimizer_step(self, step: int) -> None:
-        """Tell the optimizer how many updates it has made, after its moments were loaded."""
+        """Set the optimizer's number of updates, after its moments were loaded."""
         ...
 
     def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint keeps of `parameters`, their averages or moments: tensors of the parameters' shapes, whole
-        or DTensor. All ranks call this together."""
+        """Convert parameters, averages or moments from the engine's layout to that of checkpoints.
+
+        The results have the parameters' shapes, as whole tensors or DTensors. All ranks call this together.
+        """
         ...
 
     def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        """Bring `values` up to date with the result of `pack`, after a checkpoint was read into that."""
+        """Copy `packed`, a result of `pack` into which a checkpoint was read, back to `values`."""
         ...
 
 
 class SingleEngine:
-    """One process, one device."""
+    """Engine for one process with one device."""
 
     rank, world_size, data_rank, data_size = 0, 1, 0, 1
 
@@ -121,8 +127,8 @@ class SingleEngine:
         return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
 
     def step(self, skip: Tensor) -> None:
-        # What torch's gradient scaler tells a fused optimizer. To the device of offloaded weights the optimizer itself
-        # would copy it without waiting for the copy.
+        # The attribute by which torch's GradScaler makes a fused optimizer skip. It is copied to the device of the
+        # weights here, because for offloaded weights the optimizer does not wait for its own copy.
         device = next(iter(self.trained.values())).device
         self.optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -157,11 +163,11 @@ class SingleEngine:
         return values
 
     def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        """Nothing: they are the same tensors."""
+        """Do nothing: `pack` returns the same tensors."""
 
 
 class ParallelEngine(SingleEngine):
-    """What engines of several processes have in common."""
+    """Base class of engines for several processes."""
 
     def __init__(
         self,
@@ -187,12 +193,12 @@ class ParallelEngine(SingleEngine):
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype`, or nothing for float32."""
+    """Autocast to `dtype`; a null context for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """ "auto" takes a GPU where there is one. Raises UserError for a device that this machine does not have."""
+    """Device for `name`, where "auto" means a GPU if there is one. Raises UserError if the device does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -205,7 +211,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" takes bfloat16 where the hardware multiplies it natively, else float32."""
+    """Data type for `name`, where "auto" means bfloat16 if the hardware multiplies it natively, else float32."""
     if name == "auto":
         return torch.bfloat16 if _native_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -219,7 +225,7 @@ def _native_bfloat16(device: torch.device) -> bool:
 
 
 def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:
-    """The device and compute dtype of a run; raises UserError when the configuration asks for what is not here."""
+    """Device and compute dtype of a run. Raises UserError if this machine lacks what the configuration requires."""
     device = resolve_device(config.device, local_rank)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
@@ -229,5 +235,5 @@ def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would call on a CPU, or None."""
+    """Path of the C++ compiler that torch.compile uses on a CPU, or None."""
     return shutil.which(os.environ.get("CXX", "g++"))

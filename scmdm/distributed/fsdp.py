@@ -1,11 +1,12 @@
-"""FSDP2: weights, gradients, optimizer and averages sharded over the ranks, with the two passes of an adaptation step.
+"""FSDP2 engine: weights, gradients, optimizer state and EMA are sharded over the ranks.
 
-`fully_shard` gathers a block's weights before it runs and frees them behind it. Three things are particular here:
+`fully_shard` gathers a block's weights before it runs and frees them afterwards. Three points differ from common use:
 
-- the loss is already divided by the valid tokens of the global batch, so gradients are summed, never averaged;
-- the entry points are methods of the denoiser, not `forward`, so that the head and `p @ E` see gathered weights;
-- a forward pass without gradients leaves the root's weights gathered: whoever reads or writes parameters uses the
-  sharded ones, kept by name from the start, and drops the gathered copies after a write.
+- The loss is already divided by the valid tokens of the global batch, so gradients are summed, not averaged.
+- Entry points are methods of the denoiser other than `forward`, registered so that the output head and `p @ E` see
+  gathered weights.
+- A forward pass without gradients leaves the root's weights gathered. Parameters are therefore read and written through
+  the sharded tensors, kept by name from the start, and gathered copies are freed after a write.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ENTRY_POINTS = ("estimate", "weighted_nll")
 
 
 def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
-    """Ranks that share one copy of the weights; with `fsdp.replicate` > 1 (HSDP) several such groups."""
+    """Device mesh of the ranks: one group that shards the weights, or `fsdp.replicate` such groups (HSDP)."""
     size = dist.get_world_size()
     if config.replicate == 1:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -44,11 +45,11 @@ def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
 
 
 def shard(model: Network, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
-    """Shard a model in place: one group per block, one for all the rest (both embeddings, so that `p @ E` finds them).
+    """Shard a model in place: one FSDP group per block, and one for the other parameters, embeddings included.
 
-    Weights travel in `dtype` (those of the rest in float32 for `head_precision=float32`), gradients are summed in
-    float32. Inputs are not cast: the residual stream and the times keep their precision, as under the single engine.
-    `offload` keeps the shards, gradients and what the optimizer makes of them in host memory.
+    Weights are gathered in `dtype`, those outside of blocks in float32 for `head_precision=float32`. Gradients are
+    summed in float32. Inputs are not cast, so that the residual stream and the times keep their precision, as with the
+    single engine. `offload` keeps shards, gradients and optimizer state in host memory.
     """
     where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for block in model.blocks:
@@ -69,7 +70,7 @@ def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
 
 
 class FsdpEngine(ParallelEngine):
-    """One rank of a sharded model."""
+    """Engine for a model that `shard` has sharded."""
 
     def __init__(
         self,
@@ -101,10 +102,10 @@ class FsdpEngine(ParallelEngine):
 
 
 class _TwoPassDenoiser:
-    """The model, with the setting of what happens to gathered weights between the two passes.
+    """The model, with a choice for gathered weights between the two passes of an adaptation step.
 
-    Kept (the default), blocks are gathered once for both forward passes; dropped, they are gathered again, and the
-    no-grad pass needs no more memory than one block.
+    By default blocks stay gathered, and are gathered once for both forward passes. With `reshard_after_estimate` they
+    are freed and gathered again, so that the pass without gradients holds one gathered block at a time.
     """
 
     def __init__(self, model: Network, reshard_after_estimate: bool) -> None:
@@ -121,7 +122,7 @@ class _TwoPassDenoiser:
         return self._model.weighted_nll(state, x_BL, weight_BL)
 
     def _free_blocks(self, after_forward: bool) -> None:
-        """Of the blocks alone: the rest is needed again at once, and stays gathered until the backward pass is done."""
+        """Set whether blocks are freed after a forward pass. The root group stays gathered until the backward pass."""
         for block in self._model.blocks:
             assert isinstance(block, FSDPModule)
             block.set_reshard_after_forward(after_forward)

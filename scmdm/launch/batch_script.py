@@ -1,7 +1,11 @@
-"""The batch script of a job: readable, complete, and good for `sbatch` by hand."""
+"""Batch scripts for SLURM: self-contained and readable, to be submitted again by hand if needed.
+
+Every value is quoted, for bash or for sbatch, or refused.
+"""
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,7 +13,8 @@ from pathlib import Path
 from signal import Signals
 
 from scmdm.config.launch import Ranks, SlurmJob
-from scmdm.launch.freeze import Frozen
+from scmdm.errors import UserError
+from scmdm.launch.freeze import FrozenLaunch
 from scmdm.system.signals import REQUEUE_EXIT, VARIABLE
 
 _SCRIPT = """\
@@ -21,7 +26,7 @@ _SCRIPT = """\
 launch={launch}
 checkpoints={checkpoints}
 {setup}
-# `scmdm` as it was at the launch, whatever the image or the working directory holds.
+# The copy of scmdm made at the launch, not the one in the image or the working directory.
 python=(env {environment} {python})
 
 # The address by which SLURM itself reaches the first node.
@@ -31,15 +36,15 @@ port=$((10000 + SLURM_JOB_ID % 20000))
 attempt=${{SLURM_RESTART_COUNT:-0}}
 echo "scmdm: job $SLURM_JOB_ID, start $((attempt + 1)), on $SLURM_JOB_NODELIST, rendezvous at $head:$port"
 
-# The ranks get the signals themselves. Without these traps the shell would not live to see how they end.
+# The ranks get the signals themselves. Without these traps the signals would end this shell before the ranks.
 trap : {trapped}
 
-# A task that ends, whatever its status, gives the others {grace} s: who saves ends by itself, who hangs is killed.
+# When a task has ended, the others have {grace} s to save and end before they are killed.
 {srun}
 status=$?
 
 requeue() {{
-  # scontrol would bring back even a job that was cancelled while its ranks saved.
+  # scontrol would requeue even a job that was cancelled while its ranks saved.
   state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
   if [ "$state" != RUNNING ]; then
     echo "scmdm: the job is ${{state:-gone}}: not requeued"
@@ -54,7 +59,7 @@ case $status in
     exit 0
     ;;
   75)
-    echo "scmdm: the run directory belongs to another run, see above: not requeued"
+    echo "scmdm: the run directory is in use by another run, see above: not requeued"
     exit 75
     ;;
   {stopped})
@@ -63,7 +68,7 @@ case $status in
     requeue
     ;;
 esac
-# A failure. So many in a row at the same checkpoint end the job; progress between them makes it start counting again.
+# A failure. After {attempts} in a row at the same checkpoint the job ends; a new checkpoint restarts the count.
 at=$(cat "$checkpoints/latest" 2>/dev/null || echo "no checkpoint")
 echo "$at" >>"$launch/failures-$SLURM_JOB_ID"
 failures=$(grep -cxF "$at" "$launch/failures-$SLURM_JOB_ID")
@@ -75,34 +80,34 @@ exit "$status"
 
 _PREPARATION = """\
 #!/usr/bin/env bash
-# scmdm prepare of {target} by the tasks of an array: each has a share of the parts, and takes what nobody is at.
-# Written by `scmdm launch slurm`; `sbatch {script}` goes on where it stopped.
+# scmdm prepare of {target} by an array of tasks, which share the parts of the corpus.
+# Written by `scmdm launch slurm`; `sbatch {script}` continues where it stopped.
 {directives}
 
 launch={launch}
 {setup}
-# `scmdm` as it was at the launch, whatever the image or the working directory holds.
+# The copy of scmdm made at the launch, not the one in the image or the working directory.
 python=(env {environment} {python})
 start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 echo "scmdm: task $SLURM_ARRAY_TASK_ID of {tasks}, job $SLURM_JOB_ID, start $start, on $SLURM_JOB_NODELIST"
 
-# Shortly before the time limit. Finished parts stay, so there is nothing to save.
+# Shortly before the time limit. There is nothing to save: finished parts are on disk.
 trap 'echo "scmdm: requeued before the time limit"; {requeue}' {signal}
 {srun} &
 wait $!
 """
 
 
-def render_preparation(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
-    """The script of a preparation."""
-    setup = "".join(f"{line}\n" for line in job.setup)
+def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
+    """Batch script of a preparation by an array of `tasks` tasks."""
+    setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
     directives = [*_directives(frozen, ranks, job, working_directory, tasks)]
     command = '"${python[@]}" -m scmdm prepare "$launch/config.yaml" ' + f'slice="$SLURM_ARRAY_TASK_ID/{tasks}"'
     cpus = [] if ranks.cpus_per_rank is None else ['--cpus-per-task="$SLURM_CPUS_PER_TASK"']
     return _PREPARATION.format(
-        target=frozen.target,
-        script=script_path(frozen),
-        directives="\n".join(f"#SBATCH --{line}" for line in directives),
+        target=_one_line("out", frozen.target),
+        script=shlex.quote(str(script_path(frozen))),
+        directives="\n".join(directives),
         launch=shlex.quote(str(frozen.directory)),
         setup=f"\n{setup}" if setup else "",
         environment=_assignments(frozen.environment),
@@ -114,19 +119,19 @@ def render_preparation(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_dire
     )
 
 
-def render(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
-    """The script of a launch."""
+def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
+    """Batch script of a training run."""
     quote = shlex.quote
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
-    # Also a process that had no handler yet was stopped, not broken; the shell adds 128.
+    # A process without a handler yet was stopped, too: the shell reports 128 plus the signal.
     stopped = [REQUEUE_EXIT, *(128 + Signals[f"SIG{name}"] for name in signals)]
     environment = {**frozen.environment, VARIABLE: ",".join((*signals, "INT"))}
-    setup = "".join(f"{line}\n" for line in job.setup)
+    setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
     return _SCRIPT.format(
         command=frozen.command,
-        run=frozen.target,
-        script=script_path(frozen),
-        directives="\n".join(f"#SBATCH --{line}" for line in _directives(frozen, ranks, job, working_directory)),
+        run=_one_line("run_dir", frozen.target),
+        script=quote(str(script_path(frozen))),
+        directives="\n".join(_directives(frozen, ranks, job, working_directory)),
         launch=quote(str(frozen.directory)),
         checkpoints=quote(str(frozen.target / "checkpoints")),
         setup=f"\n{setup}" if setup else "",
@@ -143,24 +148,26 @@ def render(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path)
 
 
 def _assignments(environment: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+    return " ".join(f"{key}={shlex.quote(_one_line(key, value))}" for key, value in environment.items())
 
 
 def _python(job: SlurmJob) -> str:
-    return job.python or ("python" if job.container.image else sys.executable)
+    return _one_line("--python", job.python or ("python" if job.container.image else sys.executable))
 
 
 def _requeue(job: SlurmJob) -> str:
     return 'scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit"
 
 
-def script_path(frozen: Frozen) -> Path:
+def script_path(frozen: FrozenLaunch) -> Path:
+    """Where the batch script of a launch is written."""
     return frozen.directory / "job.sbatch"
 
 
 def _directives(
-    frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path, array: int | None = None
+    frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, array: int | None = None
 ) -> list[str]:
+    """Lines `#SBATCH --key=value`."""
     tasks = ranks.per_node if ranks.starter == "srun" else 1
     cpus = None if ranks.cpus_per_rank is None else ranks.cpus_per_rank * ranks.per_node // tasks
     settings = {
@@ -176,20 +183,43 @@ def _directives(
         "array": f"0-{array - 1}" if array is not None else None,
         "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before}" if job.signal_before else None,
         "chdir": working_directory,
-        "output": f"{frozen.directory}/job-{'%j' if array is None else '%A-%a'}.log",
+        # In file names sbatch replaces %j and the like, and %% by %.
+        "output": f"{str(frozen.directory).replace('%', '%%')}/job-{'%j' if array is None else '%A-%a'}.log",
         "open-mode": "append",
     }
-    given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    return [*given, "requeue", *job.sbatch]
+    given = [(key, str(value)) for key, value in settings.items() if value is not None]
+    # A flag such as `exclusive` has no value.
+    others = [line.partition("=")[::2] if "=" in line else (line, None) for line in job.sbatch]
+    return [_directive(key, value) for key, value in [*given, ("requeue", None), *others]]
 
 
-def _srun(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
-    """The command that starts the ranks, an option a line."""
+def _directive(key: str, value: str | None) -> str:
+    if not re.fullmatch(r"[a-zA-Z][\w-]*", key):
+        raise UserError(f"--sbatch {key!r} is not possible; it must be KEY=VALUE or KEY, with a long option of sbatch")
+    return f"#SBATCH --{key}" + ("" if value is None else f"={_sbatch_quote(_one_line(f'--{key}', value))}")
+
+
+def _sbatch_quote(value: str) -> str:
+    """Quote for a directive. sbatch quotes as a shell does, but a backslash escapes within single quotes, too."""
+    return shlex.quote(value.replace("\\", "\\\\"))
+
+
+def _one_line(key: str, value: object) -> str:
+    text = str(value)
+    if not text.isprintable():
+        raise UserError(
+            f"{key}={text!r} is not possible in a batch script; it must be one line of printable characters"
+        )
+    return text
+
+
+def _srun(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
+    """The command that starts the ranks, with one option per line."""
     lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace}"]
     if ranks.cpus_per_rank is not None:
-        lines.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')  # srun does not take it from the job since SLURM 22.05
+        lines.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')  # since SLURM 22.05 srun does not take it from the job
     if ranks.starter == "srun":
-        lines.append('--output="$launch/logs/start-$((attempt + 1))-rank-%t.log"')
+        lines.append('--output="${launch//%/%%}/logs/start-$((attempt + 1))-rank-%t.log"')
     lines += _container(frozen, job, working_directory)
     node = [
         '"${python[@]}" -m scmdm.launch.node',
@@ -203,16 +233,20 @@ def _srun(frozen: Frozen, ranks: Ranks, job: SlurmJob, working_directory: Path) 
     return " \\\n  ".join([*lines, *node, command])
 
 
-def _container(frozen: Frozen, job: SlurmJob, working_directory: Path) -> list[str]:
+def _container(frozen: FrozenLaunch, job: SlurmJob, working_directory: Path) -> list[str]:
     container, quote = job.container, shlex.quote
     if container.image is None:
         return []
     own = [f"{path}:{path}" for path in (working_directory, frozen.target)]
-    mounts = quote(",".join([*dict.fromkeys(own), *container.mount]))
+    for path in (working_directory, frozen.target):
+        if re.search("[:,]", str(path)):
+            raise UserError(f"{path} cannot be mounted in a container; choose a directory without ',' and ':'")
+    mounts = quote(_one_line("--container-mount", ",".join([*dict.fromkeys(own), *container.mount])))
+    image = quote(_one_line("--container-image", container.image))
     if container.runtime == "pyxis":
         return [
-            f"--container-image={quote(container.image)}",
+            f"--container-image={image}",
             f"--container-mounts={mounts}",
             f"--container-workdir={quote(str(working_directory))}",
         ]
-    return [f"apptainer exec --nv --bind {mounts} --pwd {quote(str(working_directory))} {quote(container.image)}"]
+    return [f"apptainer exec --nv --bind {mounts} --pwd {quote(str(working_directory))} {image}"]

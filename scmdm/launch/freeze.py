@@ -1,6 +1,6 @@
-"""What a job runs is fixed when it is submitted: a copy of the code and of the resolved configuration.
+"""Freeze code and configuration when a job is submitted.
 
-A queued or requeued job must not change because somebody edits a file.
+A job runs the copies made here, so that editing a file does not change a queued or requeued job.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from scmdm.config.run import RunConfig
 from scmdm.data.preparation.shard_writer import check_place
 from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
-from scmdm.observability.git_revision import REVISION_FILE, git_revision
+from scmdm.observability.environment import REVISION_FILE, git_revision
 from scmdm.system.files import atomic_write_text
+from scmdm.system.run_directory import LAUNCH
 
 COMMANDS = ("train", "adapt")
 _PACKAGES = ("scmdm", "data_prep")
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """One launch: RUN/launch/TIME, or OUT.launch/TIME beside the data set that is to be made, with `code/`,
-    `config.yaml` and, later, `job.sbatch` and `logs/`."""
+class FrozenLaunch:
+    """Directory of one launch: `RUN/launch/TIME`, or for a preparation `OUT.launch/TIME`.
+
+    It contains `code/`, `config.yaml`, `logs/` and, on SLURM, `job.sbatch`.
+    """
 
     command: str
-    target: Path  # the run directory, or the data set
+    target: Path  # run directory or data set
     directory: Path
 
     @property
@@ -48,17 +51,17 @@ class Frozen:
 
     @property
     def environment(self) -> dict[str, str]:
-        """That makes Python take the copy: `-m` would look into the working directory first, often the checkout."""
+        """Variables that make Python import the copy. Without PYTHONSAFEPATH `-m` prefers the working directory."""
         return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
 
     @property
     def arguments(self) -> list[str]:
-        """Of `python -m scmdm`."""
+        """Arguments of `python -m scmdm`."""
         return [self.command, str(self.config)]
 
 
 def resolve_preparation(config: Path, overrides: list[str], tasks: int) -> PrepareConfig:
-    """Configuration of a preparation by `tasks` tasks. Raises UserError for what would fail when they start."""
+    """Load and check the configuration of a preparation by `tasks` tasks. Raises UserError for mistakes in it."""
     resolved = load_config(PrepareConfig, config, [*overrides, f"slice=0/{tasks}"])
     check_place(Path(resolved.out))
     make_source(resolved).files()
@@ -66,7 +69,7 @@ def resolve_preparation(config: Path, overrides: list[str], tasks: int) -> Prepa
 
 
 def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> RunConfig:
-    """The configuration that is to be launched; UserError now for what would otherwise fail when the job starts."""
+    """Load and check the configuration of `command` on `ranks` ranks. Raises UserError for mistakes in it."""
     if command not in COMMANDS:
         raise UserError(f"command {command!r} is not possible; it must be one of {', '.join(COMMANDS)}")
     resolved = load_config(RunConfig, config, overrides)
@@ -75,22 +78,22 @@ def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> Run
     return resolved
 
 
-def place(command: str, config: RunConfig | PrepareConfig) -> Frozen:
-    """Where the launch will be; nothing is written."""
+def plan_launch(command: str, config: RunConfig | PrepareConfig) -> FrozenLaunch:
+    """Choose a new launch directory. Nothing is written."""
     if isinstance(config, PrepareConfig):
         target = Path(config.out).resolve()
-        launches = target.with_name(f"{target.name}.launch")  # the data set appears under its name when it is complete
+        launches = target.with_name(f"{target.name}.launch")  # the data set itself appears only when it is complete
     else:
         target = Path(config.run_dir).resolve()
-        launches = target / "launch"
+        launches = target / LAUNCH
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     taken = {path.name for path in launches.glob(f"{name}*")}
     free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
-    return Frozen(command, target, launches / free)
+    return FrozenLaunch(command, target, launches / free)
 
 
-def freeze(frozen: Frozen, config: RunConfig | PrepareConfig) -> None:
-    """Copy code and configuration into the launch's directory."""
+def freeze(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> None:
+    """Copy code and configuration into the launch directory."""
     source = Path(__file__).resolve().parents[2]
     try:
         frozen.logs.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""What a job script starts on a machine: torchrun for all ranks of the machine, or, under plain srun, one rank.
+"""Launcher on each machine of a job: starts torchrun for the machine's ranks, or one rank as a task of srun.
 
     python -m scmdm.launch.node --ranks-per-node 8 --head HOST --port 12345 --logs DIR -- adapt config.yaml
 
-Its exit status is that of the ranks (torchrun's own is 1 whatever they say): 85 when all that ended were asked to.
+The exit status is that of the ranks, while torchrun's own is always 1: 85 if all ranks were stopped by a signal.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from scmdm.system.signals import REQUEUE_EXIT, stop_signals
 
 
 @dataclass(frozen=True)
-class Node:
-    """This machine among those of the job, as SLURM numbers them; without SLURM there is one."""
+class SlurmNode:
+    """This machine among those of the SLURM job; without SLURM the only one."""
 
     index: int
     count: int
@@ -31,10 +31,10 @@ class Node:
     start: int
 
     @staticmethod
-    def current() -> Node:
+    def current() -> SlurmNode:
         read = os.environ.get
         job, start = read("SLURM_JOB_ID", str(os.getpid())), int(read("SLURM_RESTART_COUNT", "0"))
-        return Node(int(read("SLURM_NODEID", "0")), int(read("SLURM_STEP_NUM_NODES", "1")), job, start)
+        return SlurmNode(int(read("SLURM_NODEID", "0")), int(read("SLURM_STEP_NUM_NODES", "1")), job, start)
 
     @property
     def name(self) -> str:
@@ -42,8 +42,8 @@ class Node:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the ranks of this machine and wait for them; returns the exit status."""
-    # The ranks inherit the block until they can act on a signal: none is lost however early it comes.
+    """Start the ranks of this machine, wait for them and return the exit status."""
+    # The ranks inherit the block and lift it when their handlers are installed, so that no signal is lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     options = _parser().parse_args(arguments)
     if options.starter == "srun":
@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--start-timeout", type=int, default=600, help="seconds to wait for the other machines")
     parser.add_argument("--logs", type=Path, required=True, help="directory of the ranks' logs")
-    parser.add_argument("--attempts", type=int, default=1, help="starts at most, when ranks fail")
-    parser.add_argument("command", nargs="+", help="behind --: arguments of scmdm")
+    parser.add_argument("--attempts", type=int, default=1, help="maximum number of starts if ranks fail")
+    parser.add_argument("command", nargs="+", help="arguments of scmdm, after --")
     return parser
 
 
@@ -75,7 +75,7 @@ def _become_rank(options: argparse.Namespace) -> None:
 
 
 def rank_environment(slurm: Mapping[str, str], head: str, port: int) -> dict[str, str]:
-    """What torch.distributed reads, from what srun sets for a task."""
+    """Variables for torch.distributed, from those that srun sets for a task."""
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
@@ -91,7 +91,7 @@ def _torchrun(options: argparse.Namespace, attempt: int) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    node = Node.current()
+    node = SlurmNode.current()
     stop = _forward_signals()
     try:
         torchrun(torchrun_arguments(options, node, attempt))
@@ -109,8 +109,8 @@ def _torchrun(options: argparse.Namespace, attempt: int) -> int:
     return 0
 
 
-def torchrun_arguments(options: argparse.Namespace, node: Node, attempt: int = 0) -> list[str]:
-    """The command line of torchrun on one machine of the job."""
+def torchrun_arguments(options: argparse.Namespace, node: SlurmNode, attempt: int = 0) -> list[str]:
+    """Arguments of torchrun on one machine of the job."""
     wait = options.start_timeout
     meet = ["--standalone"]
     if node.count > 1:
@@ -128,7 +128,7 @@ def torchrun_arguments(options: argparse.Namespace, node: Node, attempt: int = 0
     return [*meet, f"--nproc-per-node={options.ranks_per_node}", *show, "-m", "scmdm", *options.command]
 
 
-def _explain(node: Node, ended: Mapping[int, int], logs: Path) -> int:
+def _explain(node: SlurmNode, ended: Mapping[int, int], logs: Path) -> int:
     status = exit_status(ended.values())
     if status != REQUEUE_EXIT:
         causes = ", ".join(f"rank {rank}: {describe_exit(code)}" for rank, code in sorted(ended.items()))
@@ -137,18 +137,18 @@ def _explain(node: Node, ended: Mapping[int, int], logs: Path) -> int:
 
 
 def exit_status(codes: Iterable[int]) -> int:
-    """One status for the ranks that ended first: 85 if every one was asked to stop, else that of what went wrong."""
+    """Combined exit status of ranks: 85 if all of them were stopped by a signal, else that of the likely cause."""
     asked = {REQUEUE_EXIT, *(-number for number in stop_signals())}
     wrong = [code for code in codes if code not in asked]
     if not wrong:
         return REQUEUE_EXIT
-    # A rank that was killed is the cause; those that lost their connection to it end with 1.
+    # A rank that was killed is the cause of those that lost their connection to it and ended with 1.
     worst = min(wrong)
     return worst if worst > 0 else 128 - worst
 
 
 def describe_exit(code: int) -> str:
-    """A process's exit code in words."""
+    """Text for a process's exit code."""
     if code >= 0:
         return f"exit status {code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -156,7 +156,7 @@ def describe_exit(code: int) -> str:
 
 
 def _forward_signals() -> threading.Event:
-    """Hand stop signals that reach this process alone to its ranks; torchrun itself would give them 30 s to live."""
+    """Pass on stop signals that reach only this process to the ranks. torchrun would kill them after 30 s."""
     done = threading.Event()
 
     def forward() -> None:

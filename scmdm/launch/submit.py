@@ -14,7 +14,8 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
 from scmdm.launch.batch_script import render, render_preparation, script_path
-from scmdm.launch.freeze import Frozen, freeze, place, resolve, resolve_preparation
+from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch, resolve, resolve_preparation
+from scmdm.system.files import atomic_write_text
 
 
 def launch_slurm(
@@ -34,7 +35,7 @@ def launch_slurm(
         resolved = resolve_preparation(config, overrides, array)
     else:
         resolved = resolve(launched, config, overrides, ranks.size)
-    frozen = place(launched, resolved)
+    frozen = plan_launch(launched, resolved)
     if preparing:
         script = render_preparation(frozen, ranks, job, Path.cwd(), array)
     else:
@@ -43,7 +44,7 @@ def launch_slurm(
         print(script, end="")
         return
     freeze(frozen, resolved)
-    script_path(frozen).write_text(script)
+    atomic_write_text(script_path(frozen), script)
     print(f"job {_submit(script_path(frozen))}: {script_path(frozen)}, log beside it")
 
 
@@ -76,7 +77,7 @@ def launch_local(
     """Freeze code and configuration, then replace this process by the one that starts the ranks."""
     ranks.validate()
     resolved = resolve(launched, config, overrides, ranks.size)
-    frozen = place(launched, resolved)
+    frozen = plan_launch(launched, resolved)
     command = local_command(frozen, ranks, attempts)
     if dry_run:
         environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in frozen.environment.items())
@@ -87,7 +88,7 @@ def launch_local(
     os.execve(sys.executable, command, {**os.environ, **frozen.environment})
 
 
-def local_command(frozen: Frozen, ranks: LocalRanks, attempts: int) -> list[str]:
+def local_command(frozen: FrozenLaunch, ranks: LocalRanks, attempts: int) -> list[str]:
     """The command line that starts the ranks on one machine."""
     node = [sys.executable, "-m", "scmdm.launch.node", f"--ranks-per-node={ranks.per_node}", f"--attempts={attempts}"]
     return [*node, f"--logs={frozen.logs}", "--", *frozen.arguments]

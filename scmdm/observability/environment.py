@@ -1,18 +1,19 @@
-"""Describe the environment of a run: package versions, machine, git revision."""
+"""Environment of a run: package versions, machine, git revision of the source."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from scmdm.observability.git_revision import git_revision
-
+REVISION_FILE = "revision.json"  # beside a copy of the package: the git revision it was copied from
 PACKAGES = (
     "scmdm",
     "torch",
@@ -35,7 +36,7 @@ def installed_version(package: str) -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """JSON-able description, stored as `environment.json` in every run directory."""
+    """Description of this process's environment as JSON types, stored as `environment.json` in every run directory."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -45,3 +46,23 @@ def describe_environment() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def git_revision(package: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that contains `package`, or from which it was copied, and whether it had changes.
+
+    Returns None outside a checkout.
+    """
+    kept = package.parent / REVISION_FILE
+    if kept.is_file():
+        return cast(dict[str, Any] | None, json.loads(kept.read_text()))
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain"))}

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, wandb (on request), a progress bar or plain lines, `train.log`."""
+"""Outputs of a run's metrics and messages: `metrics.jsonl`, `train.log`, wandb."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from typing import IO, Any, TypeAlias
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scmdm.config.training import WandbConfig
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
-from scmdm.system.signals import signals_held
+from scmdm.system.run_directory import LOG_FILE
+from scmdm.system.signals import stop_signals_blocked
 
-METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
 _TAIL = 8192  # bytes: several rows
 logger = logging.getLogger("scmdm")
 
 
 class MetricsFile:
-    """Append-only JSON lines. Opening it for a resume drops what lies beyond the checkpoint's step, so that a step
-    appears once however often the run was interrupted. Without a path (the ranks that do not write) nothing is kept."""
+    """Append-only file of JSON lines.
+
+    Opening it at `resume_step` drops the rows of later steps, so that every step appears once however often the run was
+    interrupted. Without a path, on ranks other than 0, nothing is written.
+    """
 
     def __init__(self, path: Path | None, resume_step: int) -> None:
         self._file: IO[str] | None = None
@@ -47,7 +49,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a crash cut short is left out."""
+    """Rows of a metrics file, without lines that a crash has cut short."""
     if not path.exists():
         return []
     rows = []
@@ -60,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_row(path: Path, kind: str) -> dict[str, Any] | None:
-    """The last whole row of a kind near the end of a metrics file, which may be growing, without reading the rest."""
+    """The last row of a kind in a metrics file, which may be growing. Reads only the end of the file."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -78,7 +80,7 @@ Tracker: TypeAlias = Any  # a wandb run; wandb is optional
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], run_id: str | None) -> Tracker | None:
-    """Start, or with `run_id` continue, a wandb run; None when disabled. Offline needs no account."""
+    """Start a wandb run, or continue `run_id`; returns None if wandb is disabled. Offline mode needs no account."""
     if config.mode == "disabled":
         return None
     try:
@@ -88,7 +90,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
             "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
         ) from error
     try:
-        with signals_held():  # its service would not survive USR1; SIGTERM it unblocks
+        with stop_signals_blocked():  # SIGUSR1 would end its service, which unblocks SIGTERM itself
             return wandb.init(
                 project=config.project,
                 name=config.name or run_dir.name,
@@ -105,9 +107,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
 
 @contextmanager
 def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
-    """Send the `scmdm` logger to `train.log`, plain, and to the terminal or, without one, to standard output.
+    """Send messages of the `scmdm` logger to `train.log` and to the terminal or standard output.
 
-    Without `write` (the ranks that do not log) nothing is shown.
+    Yields the console. Without `write`, on ranks other than 0, nothing is logged or shown.
     """
     console = Console(quiet=not write)
     if not write:
@@ -132,34 +134,8 @@ def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
             handler.close()
 
 
-class StepDisplay:
-    """A bar with loss, tokens/s and time left on a terminal; without one the log lines alone speak."""
-
-    def __init__(self, console: Console, steps: int, done: int) -> None:
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        hidden = console.quiet or not console.is_terminal
-        self._progress = Progress(*columns, console=console, disable=hidden)
-        self._task = self._progress.add_task("train", total=steps, completed=done, loss="-", rate="-")
-
-    def __enter__(self) -> StepDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, loss: float, tokens_per_s: float) -> None:
-        self._progress.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{tokens_per_s:,.0f} tokens/s")
-
-
 def format_duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

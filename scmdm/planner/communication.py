@@ -80,9 +80,9 @@ def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
     ranks, batches = layout.ranks, layout.micro_batches(workload)
     padded = {p: -(-p.numel // ranks) * ranks for p in workload.parameters}
     width = {p: layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
-    large = [p for p in workload.parameters if p.numel > layout.whole_below]
+    large = [p for p in workload.parameters if p.numel > layout.param_persistence_threshold]
     gathered = sum(padded[p] * width[p] for p in large)
-    persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.whole_below)
+    persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.param_persistence_threshold)
     reduced = sum(padded[p] * width[p] for p in workload.parameters)
     overlaps = not workload.passes  # with several passes DeepSpeed prefetches nothing
     # The backward pass of a vanilla step reuses the weights that its forward pass gathered, up to a limit.

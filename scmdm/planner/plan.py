@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.config.fields import key
 from scmdm.config.run import RunConfig
 from scmdm.config.training import TrainConfig

@@ -81,7 +81,10 @@ def settings(layout: Layout, plan: Plan) -> dict[str, str | int | bool]:
             "fsdp.offload": layout.offload,
         }
     if layout.engine == "deepspeed":
-        own |= {"deepspeed.stage": layout.stage, "deepspeed.whole_below": layout.whole_below}
+        own |= {
+            "deepspeed.stage": layout.stage,
+            "deepspeed.param_persistence_threshold": layout.param_persistence_threshold,
+        }
     return own
 
 

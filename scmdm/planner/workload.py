@@ -86,7 +86,7 @@ class Layout:
     reshard_after_estimate: bool = False
     offload: bool = False
     stage: int = 2
-    whole_below: int = 100_000
+    param_persistence_threshold: int = 100_000
     gpu: bool = True  # false: as on a CPU, whose dropout masks and logits are larger
 
     @property
@@ -161,6 +161,6 @@ def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool 
         reshard_after_estimate=config.fsdp.reshard_after_estimate,
         offload=config.fsdp.offload and engine == "fsdp2",
         stage=config.deepspeed.stage,
-        whole_below=config.deepspeed.whole_below,
+        param_persistence_threshold=config.deepspeed.param_persistence_threshold,
         gpu=gpu,
     )

@@ -1,7 +1,8 @@
-"""Before the first step: do all ranks run the same thing, on machines that can take it, and how fast do they talk?
+"""Checks before the first step: all ranks run the same code on the same data, and disks have space.
 
-Every rank collects its `Facts`; `compare` holds them against those of rank 0. What would make the ranks compute
-different things, or end the run at its first save, ends it here with one line; what is merely suspicious is a warning.
+Every rank collects a `RankReport`, which `compare` checks against that of rank 0. Differences that would make the ranks
+compute different things, and disks too small for the first checkpoint, end the run with one line; others are warnings.
+Finally the all-reduce between the ranks is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scmdm.checkpoint.checkpoint import list_checkpoints, sha256_of_model
+from scmdm.checkpoint.reader import list_checkpoints
+from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.loading import flatten
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import remote_of
@@ -32,8 +34,9 @@ from scmdm.observability.environment import PACKAGES, installed_version
 from scmdm.observability.metrics import logger
 from scmdm.system.files import atomic_write_text
 from scmdm.system.process_group import World, all_gather_object, barrier, broadcast
+from scmdm.system.run_directory import CHECKPOINTS
 
-# What must be the same on all ranks, in the order in which a difference is told: the earlier explain the later.
+# What must be equal on all ranks, and the remedy. Earlier differences explain later ones, so they are reported first.
 REMEDIES = {
     "version of": "install the same packages on every machine",
     "source file": "install the same scmdm on every machine",
@@ -42,57 +45,59 @@ REMEDIES = {
     "mark in": "put run_dir on a file system that all machines share",
     "model of": "",
 }
-_SUSPICIOUS = ("model of",)  # ranks on different hardware wait for the slowest, and round differently
+_WARNINGS_ONLY = ("model of",)  # ranks on different hardware wait for the slowest, and round differently
 _MARK = ".start"
-_SKEW_WARNING_S, _SKEW_ERROR_S = 5.0, 300.0  # beyond the latter object stores and schedulers refuse a machine, too
+_SKEW_WARNING_S, _SKEW_ERROR_S = 5.0, 300.0  # object stores and schedulers refuse a larger skew, too
 _MIB = 2**20
-_SHM_LEAST, _SHM_WANTED = 16 * _MIB, 256 * _MIB
-_MESSAGE = 4 * _MIB
+_SHM_NEEDED, _SHM_WANTED = 16 * _MIB, 256 * _MIB
+_MESSAGE = 4 * _MIB  # bytes of the measured all-reduce
 
 
 @dataclass(frozen=True)
-class Place:
-    """A file system that a rank writes to."""
+class DiskSpace:
+    """Free space on a file system that a rank writes to."""
 
     key: str
     path: str
     free: int  # bytes
-    needed: int  # with less the run cannot go on
-    wanted: int  # with less it may end later
+    needed: int  # with less the run fails
+    wanted: int  # with less the run may fail later
     remedy: str
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What one rank says of itself."""
+class RankReport:
+    """What one rank runs, on which machine."""
 
     rank: int
     host: str
     same: Mapping[str, Mapping[str, str]]  # kind (of REMEDIES) -> key -> value
-    places: tuple[Place, ...]
-    clock: float  # of all ranks at the same moment
+    disks: tuple[DiskSpace, ...]
+    clock: float  # Unix time, read by all ranks at the same moment
 
 
 @dataclass(frozen=True)
-class Problem:
+class PreflightProblem:
+    """Difference or shortage that a check has found."""
+
     fatal: bool
     text: str
 
 
 @dataclass(frozen=True)
-class Started:
-    """What the check found, for the log and for the record of starts."""
+class PreflightReport:
+    """Result of the checks, for the log and for `starts.jsonl`."""
 
-    hosts: tuple[str, ...]  # of every rank
+    hosts: tuple[str, ...]  # one per rank
     source_sha256: str
     seconds: float
     skew_s: float
-    all_reduce_gb_per_s: float | None  # on the bus: comparable over numbers of ranks; None: one process
+    all_reduce_gb_per_s: float | None  # bus bandwidth, comparable between numbers of ranks; None: one process
     all_reduce_latency_us: float | None
     warnings: tuple[str, ...]
 
 
-def check_start(
+def run_preflight(
     config: RunConfig,
     data: DataMixture,
     spec: ModelSpec,
@@ -100,23 +105,23 @@ def check_start(
     directory: Path,
     world: World,
     device: torch.device,
-) -> Started:
-    """Compare all ranks and measure their collectives. All ranks call this together; UserError on all of them."""
+) -> PreflightReport:
+    """Compare all ranks and measure their all-reduce. All ranks call this together, and all raise UserError."""
     began = time.perf_counter()
     if world.is_main:
         atomic_write_text(directory / _MARK, uuid.uuid4().hex)
     barrier()
-    facts = collect(config, data, spec, base, directory, world, device)
+    report = collect(config, data, spec, base, directory, world, device)
     barrier()
-    facts = replace(facts, clock=time.time())
-    first = broadcast(facts)
-    found = all_gather_object((facts.host, facts.clock - first.clock, compare(first, facts)))
+    report = replace(report, clock=time.time())
+    first = broadcast(report)
+    found = all_gather_object((report.host, report.clock - first.clock, compare(first, report)))
     if world.is_main:
         (directory / _MARK).unlink(missing_ok=True)
     warnings = _refuse_fatal([problem for _, _, problems in found for problem in problems])
     speed, latency = _measure_all_reduce(device) if world.size > 1 else (None, None)
-    source = hashlib.sha256(repr(sorted(facts.same["source file"].items())).encode()).hexdigest()
-    return Started(
+    source = hashlib.sha256(repr(sorted(report.same["source file"].items())).encode()).hexdigest()
+    return PreflightReport(
         hosts=tuple(host for host, *_ in found),
         source_sha256=source,
         seconds=time.perf_counter() - began,
@@ -135,8 +140,8 @@ def collect(
     directory: Path,
     world: World,
     device: torch.device,
-) -> Facts:
-    """What this rank has. The clock is to be set later, by all ranks at once."""
+) -> RankReport:
+    """This rank's report, with the clock still to be set."""
     same = {
         "version of": _versions(),
         "source file": source_hashes(Path(__file__).parents[1]),
@@ -145,81 +150,81 @@ def collect(
         "mark in": {"run_dir": _read_mark(directory)},
         "model of": {device.type: _device_name(device)},
     }
-    places = [*_run_places(config, spec, directory)] if world.is_main else []
+    disks = [*_run_disks(config, spec, directory)] if world.is_main else []
     if world.local_rank == 0:
-        places += [*_machine_places(config, data)]
-    return Facts(world.rank, socket.gethostname(), same, tuple(places), 0.0)
+        disks += [*_machine_disks(config, data)]
+    return RankReport(world.rank, socket.gethostname(), same, tuple(disks), 0.0)
 
 
-def compare(first: Facts, own: Facts) -> list[Problem]:
-    """What is wrong with a rank, seen from rank 0."""
+def compare(first: RankReport, own: RankReport) -> list[PreflightProblem]:
+    """Problems of a rank, in comparison with rank 0."""
     return [*_differences(first, own), *_skew(first, own), *_shortages(own)]
 
 
-def _differences(first: Facts, own: Facts) -> Iterator[Problem]:
+def _differences(first: RankReport, own: RankReport) -> Iterator[PreflightProblem]:
     for kind, remedy in REMEDIES.items():
         theirs, ours = first.same.get(kind, {}), own.same.get(kind, {})
         for key in {**theirs, **ours}:
             here, there = ours.get(key, "missing"), theirs.get(key, "missing")
             if here != there:
-                yield Problem(
-                    kind not in _SUSPICIOUS,
+                yield PreflightProblem(
+                    kind not in _WARNINGS_ONLY,
                     f"rank {own.rank} on {own.host}: {kind} {key} is {_short(here)}, but {_short(there)} on rank "
                     f"{first.rank} on {first.host}{'; ' if remedy else ''}{remedy}",
                 )
 
 
-def _skew(first: Facts, own: Facts) -> Iterator[Problem]:
+def _skew(first: RankReport, own: RankReport) -> Iterator[PreflightProblem]:
     skew = own.clock - first.clock
     if abs(skew) > _SKEW_WARNING_S:
-        yield Problem(
+        yield PreflightProblem(
             abs(skew) > _SKEW_ERROR_S,
             f"rank {own.rank} on {own.host}: its clock shows {own.clock:.1f}, but {first.clock:.1f} on rank "
-            f"{first.rank} on {first.host} ({skew:+.1f} s); have both synchronised",
+            f"{first.rank} on {first.host} ({skew:+.1f} s); synchronize both clocks",
         )
 
 
-def _shortages(own: Facts) -> Iterator[Problem]:
-    for place in own.places:
-        if place.free < max(place.needed, place.wanted):
-            fatal = place.free < place.needed
-            least = place.needed if fatal else place.wanted
-            yield Problem(
+def _shortages(own: RankReport) -> Iterator[PreflightProblem]:
+    for disk in own.disks:
+        if disk.free < max(disk.needed, disk.wanted):
+            fatal = disk.free < disk.needed
+            least = disk.needed if fatal else disk.wanted
+            yield PreflightProblem(
                 fatal,
-                f"rank {own.rank} on {own.host}: {place.key}={place.path} has {_size(place.free)} free, "
-                f"{'at least' if fatal else 'better'} {_size(least)}; {place.remedy}",
+                f"rank {own.rank} on {own.host}: {disk.key}={disk.path} has {_size(disk.free)} free, "
+                f"{'needs' if fatal else 'should have'} {_size(least)}; {disk.remedy}",
             )
 
 
-def _refuse_fatal(problems: list[Problem]) -> tuple[str, ...]:
-    """The warnings among them; UserError when there is worse."""
+def _refuse_fatal(problems: list[PreflightProblem]) -> tuple[str, ...]:
+    """Texts of warnings. Raises UserError if a problem is fatal."""
     fatal = [problem.text for problem in problems if problem.fatal]
     if fatal:
-        raise UserError(fatal[0] + (f" (and {len(fatal) - 1} more such)" if len(fatal) > 1 else ""))
+        raise UserError(fatal[0] + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""))
     return tuple(problem.text for problem in problems)
 
 
-def log_start(started: Started) -> None:
-    """What the check found, into the run's log."""
-    for text in started.warnings:
+def log_preflight(report: PreflightReport) -> None:
+    """Log warnings and the measured all-reduce."""
+    for text in report.warnings:
         logger.warning("%s", text)
-    if started.all_reduce_gb_per_s is None:
+    if report.all_reduce_gb_per_s is None:
         return
     logger.info(
-        "%d ranks on %d machine(s) agree (%.2f s): all_reduce of %d MiB %.2f GB/s, of one number %.0f us; clocks "
-        "within %.3f s",
-        len(started.hosts),
-        len(set(started.hosts)),
-        started.seconds,
+        "%d ranks on %d machine(s) agree (checked in %.2f s): all-reduce of %d MiB at %.2f GB/s, latency %.0f us, "
+        "clock skew %.3f s",
+        len(report.hosts),
+        len(set(report.hosts)),
+        report.seconds,
         _MESSAGE // _MIB,
-        started.all_reduce_gb_per_s,
-        started.all_reduce_latency_us,
-        started.skew_s,
+        report.all_reduce_gb_per_s,
+        report.all_reduce_latency_us,
+        report.skew_s,
     )
 
 
 def source_hashes(package: Path) -> dict[str, str]:
-    """SHA-256 of every source file. Unlike a git revision it also sees what was changed, or was never in git."""
+    """SHA-256 of every source file, which unlike a git revision covers files that were changed or never committed."""
     return {
         str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(package.rglob("*.py"))
@@ -232,7 +237,7 @@ def _versions() -> dict[str, str]:
 
 
 def _configuration(config: RunConfig) -> dict[str, str]:
-    """All keys but the places that may have another name on every machine; what lies there is compared."""
+    """All keys except paths, which may differ between machines; the content at these paths is compared instead."""
     flat = flatten(asdict(config))
     local = {"run_dir", "data.path", *(f"data.streams.{name}.path" for name in config.data.streams)}
     return {key: str(value) for key, value in flat.items() if key not in local}
@@ -256,27 +261,27 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _run_places(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[Place]:
-    """A save needs room for one checkpoint beside those that are kept."""
-    copies = 3 + (config.ema.decay > 0)  # weights, two moments, averages, all in float32
+def _run_disks(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[DiskSpace]:
+    """Space for the checkpoints that are kept and one more, which a save writes before it removes the oldest."""
+    copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA, all in float32
     size = 4 * copies * count_parameters(spec.build())
-    lacking = config.train.keep_last + 1 - len(list_checkpoints(directory / "checkpoints"))
+    missing = config.train.keep_last + 1 - len(list_checkpoints(directory / CHECKPOINTS))
     remedy = "free space, lower train.keep_last, or choose another run_dir"
-    yield from _place("run_dir", directory, size, size * max(1, lacking), remedy)
+    yield from _disk("run_dir", directory, size, size * max(1, missing), remedy)
 
 
-def _machine_places(config: RunConfig, data: DataMixture) -> Iterator[Place]:
+def _machine_disks(config: RunConfig, data: DataMixture) -> Iterator[DiskSpace]:
     for source in data.streams:
         if remote_of(source.root) is not None:
             needed, wanted = _cache_needs(config, source)
             remedy = "free space, set data.cache_limit, or put the cache on another disk"
-            yield from _place(source.key, source.root, needed, wanted, remedy)
-    remedy = "give the container more (docker run --shm-size=1g)"
-    yield from _place("shared memory", Path("/dev/shm"), _SHM_LEAST, _SHM_WANTED, remedy)
+            yield from _disk(source.key, source.root, needed, wanted, remedy)
+    remedy = "give the container more shared memory (docker run --shm-size=1g)"
+    yield from _disk("shared memory", Path("/dev/shm"), _SHM_NEEDED, _SHM_WANTED, remedy)
 
 
 def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
-    """Bytes of the largest shard that is still to come, and of all that will come."""
+    """Bytes of the largest shard that is not cached yet, and of all such shards."""
     files = [file for split in source.manifest.splits.values() for file in split.files]
     missing = [file.bytes for file in files if not (source.root / file.file).is_file()]
     wanted = sum(missing)
@@ -285,17 +290,17 @@ def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
     return max(missing, default=0), wanted
 
 
-def _place(key: str, path: Path, needed: int, wanted: int, remedy: str) -> Iterator[Place]:
-    """Nothing where the system does not say how large the place is, as some network file systems do not."""
+def _disk(key: str, path: Path, needed: int, wanted: int, remedy: str) -> Iterator[DiskSpace]:
+    """Free space at `path`. Yields nothing if the file system does not report its size, as some network ones do not."""
     if not path.exists():
         return
     usage = shutil.disk_usage(path)
     if usage.total > 0:
-        yield Place(key, str(path), usage.free, needed, wanted, remedy)
+        yield DiskSpace(key, str(path), usage.free, needed, wanted, remedy)
 
 
 def _measure_all_reduce(device: torch.device) -> tuple[float, float]:
-    """GB/s on the bus for a message of some size, and microseconds for one number."""
+    """Bus bandwidth in GB/s of a message of `_MESSAGE` bytes, and microseconds for one number."""
     ranks = dist.get_world_size()
     seconds, latency = _all_reduce_seconds(_MESSAGE // 4, 5, device), _all_reduce_seconds(1, 20, device)
     return 2 * (ranks - 1) / ranks * _MESSAGE / seconds / 1e9, 1e6 * latency
@@ -303,7 +308,7 @@ def _measure_all_reduce(device: torch.device) -> tuple[float, float]:
 
 def _all_reduce_seconds(elements: int, repeats: int, device: torch.device) -> float:
     tensor = torch.zeros(elements, device=device)
-    dist.all_reduce(tensor)  # the first one connects
+    dist.all_reduce(tensor)  # the first one creates connections
     _wait_for(device)
     began = time.perf_counter()
     for _ in range(repeats):

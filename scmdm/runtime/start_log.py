@@ -1,4 +1,4 @@
-"""Every start of a run, one JSON line each, never rewritten: `starts.jsonl`."""
+"""Append-only log of a run's starts, one JSON line each: `starts.jsonl`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from scmdm.observability.metrics import read_metrics
-from scmdm.runtime.preflight import Started
+from scmdm.runtime.preflight import PreflightReport
+from scmdm.system.run_directory import ENVIRONMENT_FILE, STARTS_FILE
 
-STARTS_FILE = "starts.jsonl"
 
-
-def record_start(directory: Path, started: Started, step: int) -> None:
-    """Append what began here: a run at `step`. Reads `environment.json`, which must be that of this start."""
-    environment = json.loads((directory / "environment.json").read_text())
+def record_start(directory: Path, preflight: PreflightReport, step: int) -> None:
+    """Append a start at `step`. `environment.json` must already describe this start."""
+    environment = json.loads((directory / ENVIRONMENT_FILE).read_text())
     entry = {
         "time": time.time(),
         "step": step,
-        "world_size": len(started.hosts),
-        **asdict(started),
-        "hosts": list(dict.fromkeys(started.hosts)),
-        "host": started.hosts[0],
+        "world_size": len(preflight.hosts),
+        **asdict(preflight),
+        "hosts": list(dict.fromkeys(preflight.hosts)),
+        "host": preflight.hosts[0],
         "pid": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "git": environment["git"],
@@ -34,5 +33,5 @@ def record_start(directory: Path, started: Started, step: int) -> None:
 
 
 def read_starts(directory: Path) -> list[dict[str, Any]]:
-    """All starts, oldest first; a line that a crash cut short is left out."""
+    """All starts, oldest first, without lines that a crash has cut short."""
     return read_metrics(directory / STARTS_FILE)

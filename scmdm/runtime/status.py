@@ -1,14 +1,12 @@
-"""`scmdm status`: how a run stands, read from its directory alone, whoever runs it and wherever.
+"""`scmdm status`: the state of a run, read from its directory on any machine, by any user.
 
-Everything it reads may be half-written, missing or of an older scmdm; nothing it does disturbs the run.
+Files may be half-written, missing, or of an older scmdm. Nothing is written or locked, so that the command disturbs
+neither the run nor another start.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import re
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,70 +15,77 @@ from typing import Any
 
 import yaml
 
-from scmdm.checkpoint.checkpoint import SEAL, list_checkpoints, step_of, verify_checkpoint
+from scmdm.checkpoint.reader import list_checkpoints, step_of
+from scmdm.checkpoint.seal import SEAL, verify_checkpoint
 from scmdm.errors import UserError
-from scmdm.observability.metrics import LOG_FILE, METRICS_FILE, format_duration, read_metrics
+from scmdm.observability.metrics import format_duration, read_metrics
 from scmdm.runtime.start_log import read_starts
 from scmdm.runtime.watchdog import written_stacks
-from scmdm.system.liveness import JOB_LIVES, job_state, process_lives
+from scmdm.system.lease import SILENCE_LIMIT_S, LeaseHolder, read_lease
+from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives
+from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE, METRICS_FILE
 
-_OWNER, _LOCK = ".owner.json", ".lock"
-_SILENT_S = 300.0  # the owner gives a sign of life far more often
-_TAIL = 2**18
+_TAIL = 2**18  # bytes of the log that are searched for warnings
 _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The newest one from which the run would go on."""
+class CheckpointStatus:
+    """The newest checkpoint that verifies: the run would resume from it."""
 
     step: int
     path: str
     age_s: float
     verified: str  # "SHA-256" | "sizes"
-    damaged: list[str]  # newer ones that do not verify
+    damaged: list[str]  # problems of newer ones, one each
 
 
 @dataclass(frozen=True)
-class Owner:
-    """Who runs it, or ran it last; what is not known is None."""
+class OwnerStatus:
+    """The process that runs the run, or ran it last. None where unknown."""
 
     host: str | None
     pid: int | None
     user: str | None
     job: str | None
-    job_state: str | None  # as squeue says; None without a job or without squeue
+    job_state: str | None  # as squeue prints it; None without a job or without squeue
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
+    """State of a run."""
+
     run: str
-    state: str  # running | silent (its owner cannot be asked, and gives no sign) | stopped | finished
+    state: str  # running | silent (no heartbeat, and the owner cannot be looked up) | stopped | finished
     step: int
     steps: int | None
     loss: float | None
     tokens_per_s: float | None
-    eta_s: float | None  # training alone; None unless it runs
-    metrics_age_s: float | None  # since a row was written
-    checkpoint: Checkpoint | None
+    eta_s: float | None  # of training alone; None unless it runs
+    metrics_age_s: float | None  # since the last row
+    checkpoint: CheckpointStatus | None
     starts: int
     last_start: dict[str, Any] | None
-    owner: Owner | None
-    stacks: list[str]  # of ranks that the watchdog ended, or that crashed, since the last start
+    owner: OwnerStatus | None
+    stacks: list[str]  # files of ranks that the watchdog ended, or that crashed, since the last start
     warnings: list[str]
 
 
-def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> Status:
-    """How the run in `directory` stands; UserError when there is none. Without `hashes` only sizes are checked."""
+def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> RunStatus:
+    """State of the run in `directory`. Without `hashes` checkpoints are verified by size alone.
+
+    Raises UserError if `directory` is no run.
+    """
     if not (directory / LOG_FILE).exists() and not (directory / METRICS_FILE).exists():
         raise UserError(f"{directory} is no run (neither {METRICS_FILE} nor {LOG_FILE}); give a run directory")
     rows = [row for row in read_metrics(directory / METRICS_FILE) if row.get("kind") == "train"]
     row: Mapping[str, Any] = rows[-1] if rows else {}
     starts, steps = read_starts(directory), planned_steps(directory)
-    owner = _owner(directory, starts[-1] if starts else None)
+    lease, holder = read_lease(directory / LEASE)
+    owner = _owner(holder, starts[-1] if starts else None)
     step = int(row.get("step", 0))
-    state = "finished" if steps is not None and step >= steps else _state(directory, owner)
-    return Status(
+    state = "finished" if steps is not None and step >= steps else _state(lease, holder, owner)
+    return RunStatus(
         run=str(directory),
         state=state,
         step=step,
@@ -89,7 +94,7 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> S
         tokens_per_s=row.get("tokens_per_s"),
         eta_s=_eta(row, steps) if state == "running" else None,
         metrics_age_s=_age(directory / METRICS_FILE),
-        checkpoint=_checkpoint(directory / "checkpoints", hashes=hashes),
+        checkpoint=_checkpoint(directory / CHECKPOINTS, hashes=hashes),
         starts=len(starts),
         last_start=starts[-1] if starts else None,
         owner=owner,
@@ -98,8 +103,8 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> S
     )
 
 
-def describe_status(status: Status) -> list[str]:
-    """A few lines for a person."""
+def describe_status(status: RunStatus) -> list[str]:
+    """The status as lines of text."""
     lines = [f"{status.run}: {status.state}{_owner_text(status)}", f"step         {_progress(status)}"]
     if status.loss is not None and status.tokens_per_s is not None:
         eta = f", left {format_duration(status.eta_s)}" if status.eta_s is not None else ""
@@ -110,13 +115,13 @@ def describe_status(status: Status) -> list[str]:
     return lines + [f"warning      {text}" for text in status.warnings]
 
 
-def _progress(status: Status) -> str:
+def _progress(status: RunStatus) -> str:
     if status.steps is None:
         return f"{status.step:,}"
     return f"{status.step:,} of {status.steps:,} ({100 * status.step / status.steps:.1f} %)"
 
 
-def _owner_text(status: Status) -> str:
+def _owner_text(status: RunStatus) -> str:
     owner = status.owner
     if owner is None:
         return ""
@@ -126,14 +131,14 @@ def _owner_text(status: Status) -> str:
     return f" ({text})" if status.state in ("running", "silent") else f" (last: {text})"
 
 
-def _checkpoint_text(found: Checkpoint | None) -> str:
+def _checkpoint_text(found: CheckpointStatus | None) -> str:
     if found is None:
-        return "none yet that is whole"
+        return "none yet that verifies"
     damaged = f"; newer ones are damaged: {'; '.join(found.damaged)}" if found.damaged else ""
-    return f"step {found.step:,}, {format_duration(found.age_s)} old, whole by its {found.verified}{damaged}"
+    return f"step {found.step:,}, {format_duration(found.age_s)} old, verified by {found.verified}{damaged}"
 
 
-def _starts_text(status: Status) -> str:
+def _starts_text(status: RunStatus) -> str:
     last = status.last_start
     if last is None:
         return "none recorded"
@@ -145,9 +150,9 @@ def _starts_text(status: Status) -> str:
 
 
 def planned_steps(directory: Path) -> int | None:
-    """`train.steps` of a run as it was started last."""
+    """`train.steps` of the run's last start; None if unknown."""
     try:
-        return int(yaml.safe_load((directory / "config.yaml").read_text())["train"]["steps"])
+        return int(yaml.safe_load((directory / CONFIG_FILE).read_text())["train"]["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
 
@@ -166,64 +171,45 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _checkpoint(directory: Path, *, hashes: bool) -> Checkpoint | None:
+def _checkpoint(directory: Path, *, hashes: bool) -> CheckpointStatus | None:
     damaged: list[str] = []
     for path in reversed(list_checkpoints(directory)):
         problems = verify_checkpoint(path, hashes=hashes)
         age = _age(path / SEAL)
         if not problems and age is not None:
-            return Checkpoint(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
-        if path.exists():  # the run removes old ones while this looks
+            return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
+        if path.exists():  # the run may have removed it meanwhile
             damaged.append(problems[0])
     return None
 
 
-def _owner(directory: Path, last_start: Mapping[str, Any] | None) -> Owner | None:
-    """Who signed the directory, else who started last."""
-    try:
-        found = json.loads((directory / _OWNER).read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        found = last_start
-    if found is None:
+def _owner(holder: LeaseHolder | None, last_start: Mapping[str, Any] | None) -> OwnerStatus | None:
+    """The lease's last holder, else the process of the last recorded start."""
+    if holder is not None:
+        found: Mapping[str, Any] = vars(holder)
+    elif last_start is not None:
+        found = {**last_start, "job": last_start.get("slurm_job_id")}
+    else:
         return None
-    job = found.get("job") or found.get("slurm_job_id")
-    state = job_state(str(job)) if job else None
-    return Owner(found.get("host"), found.get("pid"), found.get("user"), job, state)
+    host, pid, user, job = (found.get(name) for name in ("host", "pid", "user", "job"))
+    return OwnerStatus(host, pid, user, job, job_state(str(job)) if job else None)
 
 
-def _state(directory: Path, owner: Owner | None) -> str:
-    """Whether a run that is not done goes on."""
-    here = owner is None or owner.host is None or owner.host == socket.gethostname()
-    if here:
-        alive = owner is None or owner.pid is None or process_lives(owner.pid)
-        return "running" if alive and _locked(directory / _LOCK) else "stopped"
+def _state(lease: Path | None, holder: LeaseHolder | None, owner: OwnerStatus | None) -> str:
+    """State of an unfinished run."""
+    if lease is None or (holder is not None and holder.released):
+        return "stopped"
+    if holder is not None and holder.machine == machine_id():
+        return "running" if process_lives(holder.pid, holder.pid_start) else "stopped"
     if owner is not None and owner.job_state is not None:
-        return "running" if owner.job_state in JOB_LIVES else "stopped"
-    signature = _age(directory / _OWNER)
-    if signature is None:  # it is removed at the end
-        return "running" if _locked(directory / _LOCK) else "stopped"
-    return "running" if signature < _SILENT_S else "silent"
-
-
-def _locked(path: Path) -> bool:
-    """Whether a process holds the run's lock. To ask, a shared lock is tried for a moment."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_UN)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError:  # no locks on this file system: the owner's word must do
-        return True
-    return False
+        return "running" if owner.job_state in LIVE_JOB_STATES else "stopped"
+    # By the local clock: asking the file server for the time would mean to write. Nothing is decided by it.
+    age = _age(lease)
+    return "running" if age is not None and age < SILENCE_LIMIT_S else "silent"
 
 
 def _warnings(path: Path) -> list[str]:
-    """The log's lines of that kind; only its end is read."""
+    """Warnings and errors near the end of the log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))

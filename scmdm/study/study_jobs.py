@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scmdm.checkpoint.checkpoint import find_model, sha256_of_model
+from scmdm.checkpoint.reader import find_model
+from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SamplerConfig

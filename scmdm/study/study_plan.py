@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.config.study import StudyConfig

@@ -1,4 +1,4 @@
-"""Writing that is complete or absent: temporary name, fsync, rename."""
+"""Atomic writes: a file or directory is complete or absent, also after a crash."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def sha256_file(path: Path) -> str:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old content or the new one.
+    """Write `data` to `path` so that readers, also after a crash, see either the old or the new content.
 
-    Raises UserError when the directory cannot be written or the disk is full; `path` is then untouched.
+    Raises UserError if the directory cannot be written or the disk is full; `path` is then unchanged.
     """
     temporary = None
     try:
@@ -52,7 +52,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Make the directory of a file that is to be written later; UserError now rather than after the work."""
+    """Create the parent of a file that is to be written later. Raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
@@ -64,17 +64,17 @@ def require_writable(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` of UTF-8 text."""
+    """`atomic_write_bytes` for text, as UTF-8."""
     atomic_write_bytes(path, text.encode())
 
 
 @contextmanager
 def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that becomes `final` when the block succeeds and vanishes when it fails.
+    """Yield a temporary directory that is renamed to `final` if the block succeeds and removed if it raises.
 
-    `final` must not exist, unless `replace` says that it may be thrown away. Every file is flushed to the disk before
-    the rename: after a power cut `final` is complete or absent. An OSError in the block (a full or read-only disk)
-    becomes a UserError that names `final`.
+    `final` must not exist, unless `replace` is set. All files are flushed to the disk before the rename, so that
+    `final` is complete or absent after a power failure. An OSError in the block, such as a full disk, becomes a
+    UserError that names `final`.
     """
     temporary: Path | None = None
     try:
@@ -86,7 +86,7 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
             fsync_path(path)
         fsync_path(temporary)
         if replace and final.exists():
-            # Two renames: a crash between them leaves both, the old one under a hidden name.
+            # A crash between the two renames leaves both directories, the old one under a hidden name.
             doomed = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
             os.rename(final, doomed)
             os.rename(temporary, final)

@@ -1,26 +1,66 @@
-"""Whether somebody still works: a process of this machine, or a SLURM job anywhere."""
+"""Look up whether a process of this machine, or a SLURM job, is alive."""
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
 import subprocess
+from pathlib import Path
 
-JOB_LIVES = ("RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
+LIVE_JOB_STATES = (
+    "RUNNING",
+    "SUSPENDED",
+    "STOPPED",
+    "COMPLETING",
+    "CONFIGURING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "RESIZING",
+)
 
 
-def process_lives(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
+@functools.cache
+def machine_id() -> str:
+    """Identity of the space in which process ids are unique: this boot of the kernel, and the PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def process_start(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if it is gone or /proc does not tell.
+
+    Together with the pid it identifies a process: the kernel reuses pids.
+    """
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def process_lives(pid: int, start: int | None = None) -> bool:
+    """Whether this machine runs a process `pid`, that began at `start` where that is given. A zombie does not run."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    fields = _stat(pid)
+    return not fields or (fields[0] not in "ZX" and start in (None, int(fields[19])))
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat behind the command, from the state on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def job_state(job: str) -> str | None:
-    """SLURM's word for the state of a job ("GONE": it knows none of that number); None when there is no asking it."""
+    """State of a SLURM job as `squeue` prints it; "GONE" if SLURM does not know it, None if SLURM cannot be asked."""
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--states", "all", "--format", "%T"],

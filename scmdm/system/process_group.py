@@ -1,6 +1,7 @@
-"""The processes of a run: who this one is, how many there are, and the few words they exchange outside a step.
+"""The processes of a run and the collectives outside of the training step.
 
-Without torchrun (or another launcher that sets RANK and WORLD_SIZE) there is one process and every function is a no-op.
+Without torchrun, or another launcher that sets RANK and WORLD_SIZE, there is one process, and collectives return their
+argument.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """Rank of this process among the processes of the run."""
 
     rank: int
     size: int
-    local_rank: int  # on this machine: the GPU that it takes
+    local_rank: int  # among the processes of this machine: index of its GPU
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +36,7 @@ class World:
 
 
 def current_world() -> World:
-    """From the launcher's environment; UserError when it is not one number each."""
+    """Read the launcher's environment variables. Raises UserError if one of them is not a number."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
     try:
@@ -50,9 +51,9 @@ def current_world() -> World:
 def process_group(
     world: World, device: torch.device, *, needed: bool, timeout: timedelta | None = None
 ) -> Iterator[None]:
-    """Connect the processes while the block runs; one process connects to itself when the engine needs a group.
+    """Initialize torch.distributed while the block runs: with several processes, or with one if `needed`.
 
-    `timeout` is how long a collective may wait (None: as torch has it).
+    `timeout` is the longest that a collective may take; None means torch's default.
     """
     if world.size == 1 and not needed:
         yield
@@ -66,7 +67,7 @@ def process_group(
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
-        barrier()  # who leaves first would tear the connections under those that still use them
+        barrier()  # a rank that leaves first would break connections that others still use
     finally:
         dist.destroy_process_group()
 
@@ -95,8 +96,8 @@ def all_gather_object(value: T) -> list[T]:
     return box
 
 
-def largest(value: int) -> int:
-    """The largest of the ranks' values."""
+def all_reduce_max(value: int) -> int:
+    """Maximum of the ranks' values."""
     if not dist.is_initialized():
         return value
     box = torch.tensor(value)

@@ -1,13 +1,15 @@
-"""The signals that ask a run to save and stop: none is lost, and none hurts the processes that help a run.
+"""Signals that ask a run to save and stop, and the death of parent processes.
 
-SLURM signals every process of a job step, not only the ranks: launcher, loader processes, wandb's service. What a run
-needs for its last save must outlive that.
+SLURM signals every process of a job step: ranks, launcher, loader processes, wandb's service. The processes that a run
+needs for its last checkpoint must survive the stop signals; all of them must end when their parent does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,14 @@ from types import FrameType
 
 from scmdm.errors import UserError
 
-REQUEUE_EXIT = 85  # stopped by a signal after saving: start the same command again to go on
+REQUEUE_EXIT = 85  # exit status: stopped by a signal after saving; the same command continues
 VARIABLE = "SCMDM_STOP_SIGNALS"
 _DEFAULT = "TERM,USR1,INT"
+_PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> frozenset[signal.Signals]:
-    """Those that the environment names (`SCMDM_STOP_SIGNALS=TERM,USR2`), or SIGTERM, SIGUSR1 and SIGINT."""
+    """Signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
     names = os.environ.get(VARIABLE, _DEFAULT)
     try:
         return frozenset(signal.Signals[f"SIG{name.strip().upper().removeprefix('SIG')}"] for name in names.split(","))
@@ -29,33 +32,49 @@ def stop_signals() -> frozenset[signal.Signals]:
         raise UserError(f"{VARIABLE}={names}: {error} is no signal; give names such as {_DEFAULT}") from error
 
 
-class StopRequest:
-    """Remembers that a stop signal came; the loop acts at the end of the step. A second Ctrl-C interrupts.
+def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Let the kernel send this process `number` when its parent dies, however that happens (Linux; else no effect).
 
-    A launcher may start a process with these signals blocked, so that none is lost before the handlers are there.
+    `parent` is the parent's pid where it is known: this process is signalled at once if it has died already. The kernel
+    means the thread that created this process, so that must be a thread that lives as long as the parent.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+class StopRequest:
+    """Context manager that records the first stop signal in `signal`; a second Ctrl-C raises KeyboardInterrupt.
+
+    A launcher may start a process with these signals blocked, so that none is lost before the handlers are installed.
+    A rank of torchrun also gets SIGTERM when torchrun dies: it saves and ends, instead of keeping the run directory.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._remember) for number in stop_signals()}
+        self._before = {number: signal.signal(number, self._record) for number in stop_signals()}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Processes that are started in the block never see a stop signal; this one sees it when the block is left."""
+def stop_signals_blocked() -> Iterator[None]:
+    """Processes started in the block have stop signals blocked. This process receives them when the block is left."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
@@ -63,15 +82,16 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def heed_parent_only(_worker: int = 0) -> None:
-    """For a loader process: only its rank may end it. It would take the rank along, with the save still to come."""
-    wanted = stop_signals() | {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-    threading.Thread(target=_wait_for_parent, args=(wanted,), name="signals", daemon=True).start()
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """Initialize a loader process: only its rank may end it, which needs it until the last checkpoint is saved."""
+    end_with_parent()
+    ignored = stop_signals() | {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+    threading.Thread(target=_wait_for_parent, args=(ignored,), name="signals", daemon=True).start()
 
 
-def _wait_for_parent(wanted: frozenset[signal.Signals]) -> None:
+def _wait_for_parent(ignored: frozenset[signal.Signals]) -> None:
     while True:
-        found = signal.sigwaitinfo(wanted)
+        found = signal.sigwaitinfo(ignored)
         if found.si_signo == signal.SIGTERM and found.si_pid == os.getppid():
             os._exit(0)

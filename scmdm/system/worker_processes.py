@@ -1,4 +1,4 @@
-"""Worker processes: on a CPU, two small jobs side by side are faster than one after the other on both cores."""
+"""Pools of worker processes for jobs that are too small to use all cores each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from types import FrameType
@@ -14,27 +13,30 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from scmdm.system.signals import REQUEUE_EXIT
+from scmdm.system.signals import REQUEUE_EXIT, end_with_parent
 
 T = TypeVar("T")
-_stopped = False  # of this worker
-_MOST = 8  # each has torch in memory, about 0.7 GiB
+_stopped = False  # in a worker: a stop signal has ended a job
+_MAX_WORKERS = 8  # each has torch in memory, about 0.7 GiB
 
 
 def worker_count() -> int:
-    """Jobs at once: as many as torch would use threads; one where there is a GPU to share."""
+    """Number of jobs to run at once: torch's number of threads, or one if there is a GPU, which they would share."""
     return 1 if torch.cuda.is_available() else core_count()
 
 
 def core_count() -> int:
-    """Jobs at once that need no GPU: as many as torch would use threads."""
-    return min(torch.get_num_threads(), _MOST)
+    """Number of jobs without a GPU to run at once: torch's number of threads, at most eight."""
+    return min(torch.get_num_threads(), _MAX_WORKERS)
 
 
 @contextlib.contextmanager
 def worker_processes(count: int) -> Iterator[Executor]:
-    """An executor of `count` silent processes. However the block is left, by SIGTERM too, none of them stays behind;
-    those that train save first."""
+    """An executor of `count` processes whose standard output is discarded.
+
+    When the block is left by an exception or by SIGTERM, workers get SIGTERM, which lets training jobs save, and are
+    waited for. When this process is killed, the kernel kills them.
+    """
     before = signal.signal(signal.SIGTERM, _interrupt)
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
     try:
@@ -53,7 +55,7 @@ def worker_processes(count: int) -> Iterator[Executor]:
 
 
 def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
-    """In a worker: run it, unless a signal stopped an earlier job there: what waits in the queue must not start."""
+    """In a worker: call `function`, unless a stop signal has ended an earlier job, so that no queued job starts."""
     global _stopped
     if _stopped:
         raise SystemExit(REQUEUE_EXIT)
@@ -65,18 +67,11 @@ def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _start() -> None:
-    """What a worker prints is in the files of its run; Ctrl-C is the parent's business, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed outright cannot end its workers, which would wait for its next job for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent(parent=parent.pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends the workers
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

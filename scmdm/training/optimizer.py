@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and its rate over time."""
+"""Parameter groups, AdamW and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scmdm.config.training import OptimizerConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
-    """What is trained: matrices (decayed) and the rest (norms, biases, embeddings), apart for trunk and conditioner."""
+    """Parameter groups of the trained parameters: with and without weight decay, for trunk and conditioner."""
     conditioner_lr = config.lr if config.conditioner_lr is None else config.conditioner_lr
     groups = []
     for name, peak_lr, in_conditioner in (("trunk", config.lr, False), ("conditioner", conditioner_lr, True)):
@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices that multiply activations, not for embeddings."""
+    """Whether weight decay applies to a parameter: to matrices that multiply activations, but not to embeddings."""
     return parameter.ndim >= 2 and not name.startswith("vocab_embed.")
 
 
@@ -37,7 +37,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
-    """Rate over peak rate at 0-based `step` of `steps`: a linear warm-up, then constant, cosine or linear decay."""
+    """Learning rate at 0-based `step` of `steps`, relative to its peak.
+
+    Linear warm-up, followed by constant rate, cosine decay or linear decay to `final_ratio`.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.kind == "constant":
@@ -48,7 +51,10 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to `factor` times its peak; returns the first group's, the trunk's if it is trained."""
+    """Set the learning rate of every group to `factor` times its peak.
+
+    Returns the rate of the first group, which is the trunk's if the trunk is trained.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])

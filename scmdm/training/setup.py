@@ -1,4 +1,4 @@
-"""From a configuration, a data set and perhaps a base model to an engine that can be trained."""
+"""Build model, optimizer and engine from a configuration, a data set and optionally a base model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from scmdm.training.optimizer import make_optimizer
 
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
-    """Fill in what follows from the rest: the conditioner from the rate, an adaptation's architecture from its base.
+    """Set keys that follow from others: the conditioner from the rate, an adaptation's architecture from its base.
 
     Raises UserError when the configuration asks for another architecture or process than the base's.
     """
@@ -80,7 +80,7 @@ def _adapted(section: str, given: Any, base: StoredModel) -> Any:
 
 
 def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> ModelSpec:
-    """What to build; UserError when the base speaks another vocabulary than the data set."""
+    """Specification of the model to build. Raises UserError if data set, base and configuration do not fit together."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
             f"base={base.path} has {base.spec.vocab_size} tokens, {config.data.label} {manifest.vocab_size}; "
@@ -109,12 +109,12 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
 
 
 def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:
-    """UserError when a model that knows labels meets samples without, or with others than its base's; and for a key
-    that is about labels where there are none."""
+    """Raise UserError if a model with labels gets data without labels, or with other labels than its base's, and if
+    `train.label_dropout` is set without labels."""
     if not config.model.labels:
         rate = config.train.label_dropout
         if rate not in (0, TrainConfig().label_dropout):
-            raise UserError(f"train.label_dropout={rate} is about labels, which the model does not know; leave it out")
+            raise UserError(f"train.label_dropout={rate} is not possible with model.labels=false; leave it out")
         return
     if not manifest.labels:
         raise UserError(
@@ -131,9 +131,9 @@ def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | Non
 def build_engine(
     config: RunConfig, spec: ModelSpec, base: StoredModel | None, device: torch.device, dtype: torch.dtype
 ) -> Engine:
-    """Model (fresh, or with the base's weights), optimizer and engine.
+    """Build the model, with new weights or the base's, its optimizer and its engine.
 
-    Under FSDP2 the model is sharded before it has any memory, and each rank fills only what it holds.
+    For FSDP2 the model is sharded on the meta device, and each rank then fills only its own shards.
     """
     model = spec.build()
     freeze(model, config)
@@ -157,7 +157,7 @@ def build_engine(
 
 
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:
-    """What engine=auto means for so many processes; UserError for a batch or a mesh that they cannot share."""
+    """Replace engine=auto by an engine for the number of processes. Raises UserError if the batch cannot be divided."""
     config.check_ranks(world.size)
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
     if engine == "deepspeed":
@@ -166,7 +166,7 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
 
 
 def compile_blocks(model: Network) -> None:
-    """torch.compile of each block in place: one graph serves all of them, and parameter names stay."""
+    """Compile each block in place, so that one graph serves all of them and parameter names do not change."""
     for block in model.blocks:
         block.compile()
 

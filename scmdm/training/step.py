@@ -19,11 +19,13 @@ from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
-from scmdm.observability.clock import Clock, TimedDenoiser
+from scmdm.observability.step_timer import StepTimer, TimedDenoiser
 
 
 @dataclass(frozen=True)
 class StepResult:
+    """What one optimizer step measured."""
+
     loss: float  # nats per valid token over the global batch
     grad_norm: float
     tokens: int  # valid tokens of the global batch
@@ -37,19 +39,19 @@ def train_step(
     mask_id: int,
     sequences: Sequences,
     step: int,
-    clock: Clock | None = None,
+    timer: StepTimer | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
     The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
     neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
-    finite; the weights are then untouched. `clock` learns where the time went.
+    finite; the weights are then unchanged. `timer` measures the parts of the step.
     """
-    clock = clock or Clock(engine.device)
-    with clock.part("sync"):
+    timer = timer or StepTimer(engine.device)
+    with timer.part("sync"):
         tokens = engine.all_gather(sequences.valid.sum()[None]).sum()
         t_B = _local_times(engine, config, sequences.ids, step)
-    denoiser = TimedDenoiser(engine.denoiser, clock)
+    denoiser = TimedDenoiser(engine.denoiser, timer)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(sequences), size):
@@ -65,11 +67,11 @@ def train_step(
                 estimate_dropout=config.self_conditioning.estimate_dropout,
                 stop_gradient=config.self_conditioning.stop_gradient,
             )
-        with clock.part("backward"):
+        with timer.part("backward"):
             engine.backward(output.loss / tokens, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
-    with clock.part("optimizer"):
+    with timer.part("optimizer"):
         loss = engine.sum(total) / tokens
         grad_norm = engine.clip_grad_norm(config.optimizer.clip)
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
@@ -79,7 +81,7 @@ def train_step(
 
 
 def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
-    """This rank's part (B,) of the times, which are stratified over the global batch."""
+    """This rank's part (B,) of the diffusion times, which are stratified over the global batch."""
     t_N = stratified_times(config.seed, step, engine.all_gather(ids_B), config.diffusion.t_min)
     return t_N[engine.data_rank * len(ids_B) :][: len(ids_B)]
 

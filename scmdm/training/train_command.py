@@ -23,7 +23,7 @@ def train(config: RunConfig) -> None:
 def adapt(config: RunConfig) -> None:
     """Adapt `config.base`, or resume the run."""
     with StopRequest() as stop:
-        from scmdm.checkpoint.checkpoint import find_model
+        from scmdm.checkpoint.reader import find_model
         from scmdm.models.model_files import open_model
         from scmdm.training.trainer import run_training
 

@@ -1,4 +1,4 @@
-"""`train` and `adapt`: one loop that orchestrates data, step, averaging, validation, checkpoints and logging."""
+"""The training loop of `scmdm train` and `scmdm adapt`: data, step, EMA, validation, checkpoints, logging."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import torch
 
-from scmdm.checkpoint.checkpoint import sha256_of_model
-from scmdm.checkpoint.writer import Saver, snapshot
+from scmdm.checkpoint.seal import sha256_of_model
+from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.loader import build_loader, epochs
@@ -23,42 +23,46 @@ from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel
-from scmdm.observability.clock import Profiler
 from scmdm.observability.metrics import log_to, logger
-from scmdm.runtime.preflight import check_start, log_start
-from scmdm.runtime.run_lock import claim_for_all
+from scmdm.observability.step_timer import Profiler
+from scmdm.runtime.flight_recorder import enable_flight_recorder
+from scmdm.runtime.preflight import log_preflight, run_preflight
+from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
-from scmdm.runtime.watchdog import Watchdog, longest_silence, set_aside_stacks
-from scmdm.system.process_group import World, barrier, current_world, largest, process_group
+from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stacks
+from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
+from scmdm.system.run_directory import STACKS
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
+from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
-from scmdm.training.run import Run, describe, resume
-from scmdm.training.run_reporting import Journal
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
+from scmdm.training.training_run import TrainingRun, describe, resume
 from scmdm.training.validation import to_device, validation_nelbo
 
 
 def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:
-    """Train to `config.train.steps`, from scratch or from `base`, resuming by itself; returns the run directory.
+    """Train to `config.train.steps`, from scratch or from `base`; returns the run directory.
 
-    `stop` is where signals are remembered, if that has begun already. Raises UserError for mistakes and
-    SystemExit(REQUEUE_EXIT) after a signal, with a checkpoint saved.
+    The run resumes from its newest checkpoint if it has one. `stop` is the `StopRequest` of a caller that has already
+    installed the signal handlers. Raises UserError for a mistake of the user, and SystemExit(REQUEUE_EXIT) after a stop
+    signal, with a checkpoint saved.
     """
     world = current_world()
     config = resolve_engine(resolve_config(config, base), world)
     device, dtype = check_hardware(config, world.local_rank)
-    # What "auto" meant is part of the run: a resume on other hardware must not go on in another precision.
+    # Stored in the resolved form: a resume on other hardware must not continue in another precision.
     config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
-    # The watchdog must be the first to lose its patience: it alone writes down where the ranks are.
-    timeout = longest_silence(config.train.watchdog_minutes)
+    # Longer than the watchdog waits, because only the watchdog writes the stacks of all ranks.
+    timeout = collective_timeout(config.train.watchdog_minutes)
+    enable_flight_recorder(Path(config.run_dir) / STACKS)
     with signals as stop, process_group(world, device, needed=config.engine != "single", timeout=timeout):
         try:
             return _run(config, base, stop, world, device, dtype)
         except SystemExit:
-            # All ranks stop, but rank 0 has files to close, and the launcher ends all when the first is gone.
+            # The launcher ends all ranks when the first one has ended, and rank 0 still has files to close.
             barrier()
             raise
 
@@ -75,80 +79,81 @@ def _run(
     data = open_data(config.data)
     data.require_splits(config.data.train_split, config.data.validation_split)
     spec = build_spec(config, data.manifest, base)
-    with claim_for_all(directory):
+    with acquire_run_on_rank_0(directory) as lease:
         if world.is_main:
             set_aside_stacks(directory)
         barrier()
         with Watchdog(directory, world, config.train.watchdog_minutes) as watchdog:
-            started = check_start(config, data, spec, base, directory, world, device)
+            preflight = run_preflight(config, data, spec, base, directory, world, device)
             engine = build_engine(config, spec, base, device, dtype)
             carried = 0 if base is None or config.ema.reset else base.spec.step
             ema = Ema(engine, config.ema, updates=carried) if config.ema.decay > 0 else None
-            _train(Run(config, directory, data, spec, engine, ema, watchdog, started), base, stop)
+            run = TrainingRun(config, directory, data, spec, engine, ema, watchdog, preflight, lease)
+            _train(run, base, stop)
     return directory
 
 
-def _train(run: Run, base: StoredModel | None, stop: StopRequest) -> None:
+def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> None:
     with log_to(run.directory, write=run.engine.rank == 0) as console:
         resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= run.config.train.steps:
             logger.info("%s is already at step %d of %d", run.directory, run.state.step, run.config.train.steps)
             return
-        if early := largest(stop.signal or 0):
+        if early := all_reduce_max(stop.signal or 0):
             _leave(early, "before the first step")
         describe(run, base)
-        log_start(run.started)
+        log_preflight(run.preflight)
         if run.engine.rank == 0:
-            record_start(run.directory, run.started, run.state.step)
-        saver = Saver(run.checkpoints, run.engine, run.config.train)
+            record_start(run.directory, run.preflight, run.state.step)
+        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease)
         try:
-            with Journal(run, console) as journal:
-                _loop(run, saver, journal, stop)
+            with MetricsLogger(run, console) as metrics:
+                _loop(run, writer, metrics, stop)
         finally:
-            saver.abandon()
+            writer.abandon()
 
 
-def _loop(run: Run, saver: Saver, journal: Journal, stop: StopRequest) -> None:
-    config, state, train, clock = run.config, run.state, run.config.train, journal.clock
+def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, stop: StopRequest) -> None:
+    config, state, train, timer = run.config, run.state, run.config.train, metrics.timer
     batches = _batches(run)
     profiler = Profiler(run.directory, train.profile_step, run.engine.rank)
     while state.step < train.steps:
         profiler.before(state.step + 1)
         started = time.perf_counter()
         lr = set_lr(run.engine.optimizer, lr_factor(state.step, train.steps, config.schedule))
-        with clock.part("data"):
+        with timer.part("data"):
             batch = next(batches)
         run.engine.model.train()
-        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, batch, state.step, clock)
+        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, batch, state.step, timer)
         if run.ema is not None:
-            with clock.part("optimizer"):
+            with timer.part("optimizer"):
                 run.ema.update(run.engine)
-        journal.count(result, started)
+        metrics.count(result, started)
         if (trace := profiler.after(state.step)) is not None:
             logger.info("wrote %s", trace)
         last = state.step == train.steps
         if state.step % train.log_every == 0 or last:
-            journal.log_step(result, lr)
+            metrics.log_step(result, lr)
         validated = None
         if train.validate_every and (state.step % train.validate_every == 0 or last):
-            with journal.paused():
-                validated = _validate(run, journal)
-        # Every rank must see the same answer at the same step, whichever of them got the signal.
-        stopped_by = largest(stop.signal or 0)
+            with metrics.paused():
+                validated = _validate(run, metrics)
+        # Only some ranks may have got the signal, but all must stop at the same step.
+        stopped_by = all_reduce_max(stop.signal or 0)
         if state.step % train.checkpoint_every == 0 or last or stopped_by:
-            with clock.part("checkpoint"):
-                _save(run, saver, validated, wait=bool(last or stopped_by))
+            with timer.part("checkpoint"):
+                _save(run, writer, validated, wait=bool(last or stopped_by))
         if stopped_by:
             _leave(stopped_by, f"at step {state.step}")
 
 
 def _leave(number: int, when: str) -> NoReturn:
-    logger.info("stopped by %s %s; the same command goes on", signal.Signals(number).name, when)
+    logger.info("stopped by %s %s; run the same command to continue", signal.Signals(number).name, when)
     raise SystemExit(REQUEUE_EXIT)
 
 
-def _batches(run: Run) -> Iterator[Sequences]:
-    """This rank's share of each global batch, for ever, epoch after epoch; keeps the loader's position in the state."""
+def _batches(run: TrainingRun) -> Iterator[Sequences]:
+    """This rank's share of each global batch, endlessly. Stores the loader's position in the run's state."""
     config = run.config
     loader = build_loader(
         run.data,
@@ -168,20 +173,20 @@ def _batches(run: Run) -> Iterator[Sequences]:
         yield to_device(batch, run.manifest, run.engine.device, labels=config.model.labels)
 
 
-def _validate(run: Run, journal: Journal) -> float:
-    """Measure and log the NELBO of the averaged weights; returns the one that the model is meant for."""
+def _validate(run: TrainingRun, metrics: MetricsLogger) -> float:
+    """Measure and log the NELBO with averaged weights; returns the conditioned one if the model is self-conditioned."""
     with run.ema.applied(run.engine) if run.ema is not None else contextlib.nullcontext():
-        measure = partial(validation_nelbo, run.engine, run.config, run.spec, run.data, alive=run.watchdog.beat)
+        measure = partial(validation_nelbo, run.engine, run.config, run.spec, run.data, on_batch=run.watchdog.beat)
         null = measure(condition=False)
         conditioned = None
         if run.spec.model.self_conditioned:
             conditioned = measure(condition=True)
-    journal.log_validation(null, conditioned)
+    metrics.log_validation(null, conditioned)
     return (conditioned or null).mean
 
 
-def _save(run: Run, saver: Saver, validated: float | None, *, wait: bool) -> None:
-    """Save this step; `validated` is its validation NELBO if there was one."""
+def _save(run: TrainingRun, writer: CheckpointWriter, validated: float | None, *, wait: bool) -> None:
+    """Save a checkpoint of this step. `validated` is the validation NELBO at this step, if measured."""
     state, config = run.state, run.config
     state.ema_updates = run.ema.updates if run.ema is not None else 0
     if validated is not None and (state.best_nelbo is None or validated < state.best_nelbo):
@@ -189,5 +194,5 @@ def _save(run: Run, saver: Saver, validated: float | None, *, wait: bool) -> Non
     run.spec.step, run.spec.tokens = state.step, state.tokens
     tokenizer = run.data.tokenizer_file
     copy = config.train.async_checkpoint and not wait
-    taken = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, to_yaml(config), copy=copy)
-    saver.save(taken, wait=wait)
+    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, to_yaml(config), copy=copy)
+    writer.save(captured, wait=wait)

@@ -1,4 +1,4 @@
-"""Held-out NELBO of a model that is being trained or evaluated.
+"""Held-out NELBO of a model during training or evaluation.
 
 Legend: B batch, L length.
 """
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device, *, labels: bool = False) -> Sequences:
-    """A loader's batch as the data set means it, with the samples' labels if a model is to see them.
+    """Convert a loader's batch of (B, L) tokens to `Sequences` on a device, with labels if `labels` is set.
 
-    Given, hence not valid, are the beginning of every document, where
-    the data set says so, and the leading positions that the column `given` counts.
+    Positions are not valid, hence carry no loss, where they are padding that the data set ignores, where they are
+    beginnings of documents that it declares as given, and where the column `given` counts them as a prefix.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
     valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
@@ -60,7 +60,7 @@ def validation_batches(
     *,
     labels: bool = False,
 ) -> Iterator[Sequences]:
-    """`samples` sequences spread evenly over a split; a sequence's id is its place in the split after `first_id`."""
+    """`samples` sequences spread evenly over a split; a sequence's id is `first_id` plus its index in the split."""
     rows = spread_rows(manifest.split(split, root).samples, samples)
     columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
     columns["index"] = torch.tensor(rows) + first_id
@@ -72,7 +72,7 @@ def validation_batches(
 def mixed_validation_batches(
     data: DataMixture, split: str, device: torch.device, samples: int, *, labels: bool = False
 ) -> Iterator[Sequences]:
-    """`validation_batches` of every validated stream in turn, its proportion of `samples` from each."""
+    """`validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
     first_id = 0
     for source, share in data.validation_shares(samples):
         yield from validation_batches(source.root, split, source.manifest, device, share, first_id, labels=labels)
@@ -86,11 +86,11 @@ def validation_nelbo(
     data: DataMixture,
     *,
     condition: bool,
-    alive: Callable[[str], None],
+    on_batch: Callable[[str], None],
 ) -> Nelbo:
-    """NELBO of the engine's present weights on the validation split, always with the same times and masks.
+    """NELBO of the engine's current weights on the validation split, with the same times and masks at every call.
 
-    `alive` hears of every batch.
+    `on_batch("validation")` is called before and after every batch.
     """
     samples = config.train.validation_samples
     split, labels = config.data.validation_split, spec.model.labels
@@ -99,7 +99,7 @@ def validation_nelbo(
     with engine.compute():
         return estimate_nelbo(
             engine.denoiser,
-            _announced(batches, alive),
+            _announced(batches, on_batch),
             spec.schedule,
             mask_id=spec.mask_id,
             seed=0,
@@ -109,8 +109,8 @@ def validation_nelbo(
         )
 
 
-def _announced(batches: Iterator[T], alive: Callable[[str], None]) -> Iterator[T]:
-    alive("validation")
+def _announced(batches: Iterator[T], on_batch: Callable[[str], None]) -> Iterator[T]:
+    on_batch("validation")
     for batch in batches:
         yield batch
-        alive("validation")
+        on_batch("validation")

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 import scmdm
-from scmdm.checkpoint.checkpoint import find_model, list_checkpoints, newest_checkpoint, verify_checkpoint
+from scmdm.checkpoint.reader import find_model, list_checkpoints, newest_checkpoint
+from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
 from scmdm.errors import UserError
 from tests.conftest import ADAPTED, TINY
@@ -48,7 +49,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_any_file_is_named_and_the_one_before_is_taken(run, damage):
+def test_damage_to_any_file_is_reported_and_the_previous_checkpoint_used(run, damage):
     checkpoint = newest(run)
     for name in sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()):
         saved = (checkpoint / name).read_bytes()
@@ -62,7 +63,7 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_taken(run, damage):
     assert verify_checkpoint(checkpoint) == []
 
 
-def test_resume_falls_back_and_says_so(run, molecules, empty_yaml):
+def test_resume_falls_back_with_a_warning(run, molecules, empty_yaml):
     flip(tensors(newest(run)))
     arguments = ["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *TINY, "train.steps=8"]
     assert main(arguments) == 0
@@ -75,8 +76,8 @@ def train(run, molecules, config, *overrides):
     return main(["train", str(config), f"run_dir={run}", f"data.path={molecules}", *TINY, *overrides])
 
 
-def test_a_new_checkpoint_outlives_the_damaged_ones_after_it(run, molecules, empty_yaml):
-    """The resume falls back from 6 to 5; a save at 6 must replace the damaged 6, and one at 5 must not be retired."""
+def test_a_new_checkpoint_is_kept_and_damaged_later_ones_are_removed(run, molecules, empty_yaml):
+    """The resume falls back from step 6 to 5. A save at 6 replaces the damaged one, and one at 5 is not removed."""
     flip(tensors(newest(run)))
     shutil.copytree(newest(run), run / "checkpoints" / "step_00000009")
     shutil.copytree(newest(run), run / "checkpoints" / "step_00000010")
@@ -85,7 +86,7 @@ def test_a_new_checkpoint_outlives_the_damaged_ones_after_it(run, molecules, emp
     assert find_model(run).name == "step_00000006"
 
 
-def test_a_run_without_a_good_checkpoint_is_not_started_anew(run, molecules, empty_yaml, capsys):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run, molecules, empty_yaml, capsys):
     for checkpoint in list_checkpoints(run / "checkpoints"):
         flip(tensors(checkpoint))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
@@ -115,7 +116,7 @@ def test_retention_keeps_the_newest(base):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
-    """The kernel refuses to let a file grow beyond 64 KiB, as a full disk would: EFBIG is an OSError like ENOSPC."""
+    """The kernel limits files to 64 KiB, like a full disk: EFBIG is an OSError like ENOSPC."""
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     arguments = ["train", empty_yaml, f"run_dir={run}", f"data.path={molecules}", *TINY, "train.steps=9"]
     process = start(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
@@ -157,7 +158,7 @@ def test_checkpoint_commands(run, capsys):
         assert "model.json is missing" in capsys.readouterr().err
 
 
-def test_models_that_are_not_models_are_refused(tmp_path, run):
+def test_directories_without_a_model_are_refused(tmp_path, run):
     with pytest.raises(UserError, match="does not exist"):
         find_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no checkpoint that verifies"):

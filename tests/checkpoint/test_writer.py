@@ -1,4 +1,4 @@
-"""Saving beside the training: retention, disks that fill up and empty again, the same files as a save in line."""
+"""Asynchronous saves, retention, and disks that are full for a while."""
 
 import json
 import resource
@@ -6,12 +6,18 @@ import time
 
 import pytest
 import safetensors
+import torch
 
-from scmdm.checkpoint.checkpoint import checkpoint_name, find_model, list_checkpoints, verify_checkpoint
-from scmdm.checkpoint.writer import retire
+from scmdm.checkpoint.reader import checkpoint_name, find_model, list_checkpoints
+from scmdm.checkpoint.retention import remove_old_checkpoints
+from scmdm.checkpoint.seal import verify_checkpoint
+from scmdm.checkpoint.writer import CheckpointWriter, Snapshot
 from scmdm.cli import main
 from scmdm.config.training import TrainConfig
+from scmdm.distributed.engine import SingleEngine
+from scmdm.errors import InUseError
 from scmdm.observability.metrics import read_metrics
+from scmdm.system.lease import acquire
 from tests.conftest import TINY, scmdm
 
 
@@ -24,13 +30,13 @@ def names(run):
 
 
 def tensors(checkpoint):
-    """Every tensor's bytes by file and name; the order in the header is safetensors' affair."""
+    """Every tensor's bytes by file and name, because safetensors does not fix the order in its header."""
     files = {path.name: safetensors.deserialize(path.read_bytes()) for path in (checkpoint / "tensors").iterdir()}
     return {(file, name): bytes(entry["data"]) for file, entries in files.items() for name, entry in entries}
 
 
-def test_a_save_beside_the_training_holds_the_step_it_was_asked_for(molecules, empty_yaml, tmp_path):
-    """The weights move on while it is written; the files must not."""
+def test_an_asynchronous_save_stores_the_step_at_which_it_was_requested(molecules, empty_yaml, tmp_path):
+    """The weights change while the checkpoint is written."""
     for run, key in (("a", "true"), ("b", "false")):
         keys = ("train.steps=8", "train.checkpoint_every=2", "train.keep_last=9", f"train.async_checkpoint={key}")
         assert main(arguments(tmp_path / run, molecules, empty_yaml, *keys)) == 0
@@ -56,13 +62,13 @@ def test_retention(tmp_path, keys, best, kept):
     """80 comes after the newest: the resume skipped it as damaged."""
     for step in range(10, 90, 10):
         (tmp_path / checkpoint_name(step)).mkdir()
-    retire(tmp_path, tmp_path / checkpoint_name(70), TrainConfig(steps=70, **keys), best)
+    remove_old_checkpoints(tmp_path, tmp_path / checkpoint_name(70), TrainConfig(steps=70, **keys), best)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in kept]
     assert len(list(tmp_path.iterdir())) == len(kept)
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_validation(molecules, empty_yaml, tmp_path):
-    """A rate that ruins the model after a few steps: the best is not the last."""
+def test_the_best_checkpoint_has_the_lowest_validation_nelbo(molecules, empty_yaml, tmp_path):
+    """The learning rate ruins the model after a few steps, so that the best checkpoint is not the last."""
     keys = ["train.steps=12", "train.checkpoint_every=2", "train.validate_every=2", "train.validation_samples=64"]
     keys += ["train.keep_last=1", "train.keep_best=true", "optimizer.lr=0.3", "optimizer.clip=0", "ema.decay=0"]
     assert main(arguments(tmp_path / "run", molecules, empty_yaml, *keys)) == 0
@@ -84,20 +90,50 @@ def wait_for(run, text, process):
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynchronous):
-    """Files may not grow beyond 64 KiB at first (the kernel's EFBIG, an OSError like ENOSPC); then space is made."""
+    """At first the kernel limits files to 64 KiB (EFBIG, an OSError like ENOSPC); then the limit is lifted."""
     run = tmp_path / "run"
     keys = ["train.steps=400", "train.checkpoint_every=4", "train.on_save_error=continue"]
     process = scmdm(
         *arguments(run, molecules, empty_yaml, *keys, f"train.async_checkpoint={asynchronous}"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY)),
     )
-    wait_for(run, "going on with the checkpoint before it", process)
+    wait_for(run, "continuing with the previous checkpoint", process)
     assert names(run) == [] and "free space" in (run / "train.log").read_text()
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_for(run, "saved ", process)
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 85 and verify_checkpoint(find_model(run)) == []
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("moment", ["before the save", "while the files are written"])
+def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchronous, moment):
+    """Whatever `train.on_save_error` says."""
+    checkpoints = tmp_path / "checkpoints"
+    config = TrainConfig(async_checkpoint=asynchronous, on_save_error="continue")
+    engine = SingleEngine(torch.nn.Linear(1, 1), None, torch.device("cpu"), torch.float32)
+    tensors = {"weights.a": torch.ones(2)}
+
+    def take_over(_=None):
+        if "00000002.json" not in {path.name for path in (tmp_path / "lease").iterdir()}:
+            (tmp_path / "lease" / "00000002.json").write_text("{}")
+
+    with acquire(tmp_path / "lease", "run_dir=x") as lease:
+        writer = CheckpointWriter(checkpoints, engine, config, lease)
+        writer.save(Snapshot(1, None, tensors, lambda directory: None))
+        writer.finish()
+        if moment == "before the save":
+            take_over()
+
+        def save():
+            writer.save(Snapshot(2, None, tensors, take_over))
+            writer.finish()
+
+        with pytest.raises(InUseError, match="run_dir=x was taken over"):
+            save()
+    assert [path.name for path in checkpoints.iterdir() if path.name != "latest"] == [checkpoint_name(1)]
+    assert (checkpoints / "latest").read_text() == f"{checkpoint_name(1)}\n"
 
 
 def test_the_last_save_must_succeed(molecules, empty_yaml, tmp_path):

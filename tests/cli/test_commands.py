@@ -330,7 +330,8 @@ def test_raw_weights_are_not_the_averages(base):
 def test_a_model_trained_with_flash_attention_loads_anywhere(base, tmp_path):
     import shutil
 
-    from scmdm.checkpoint.checkpoint import find_model, seal
+    from scmdm.checkpoint.reader import find_model
+    from scmdm.checkpoint.seal import seal
 
     copy = tmp_path / "model"
     shutil.copytree(find_model(base), copy)
@@ -399,7 +400,7 @@ def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molec
         ("adapt", ["base=/nonexistent"], "/nonexistent does not exist"),
         ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but base="),
         ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but base="),
-        ("train", ["run_dir={file}/run"], "cannot be made"),
+        ("train", ["run_dir={file}/run"], "cannot be created"),
         ("train", ["data.train_split=nope"], "no split 'nope'"),
         ("train", ["data.validation_split=nope"], "no split 'nope'"),
         ("train", ["data.path=/nonexistent"], "is not a prepared data set"),

@@ -18,7 +18,7 @@ def _arguments(base, molecules, config, run, *overrides):
 
 @pytest.fixture(scope="package")
 def single(tmp_path_factory, adapt):
-    """What all others must equal."""
+    """Reference run in one process."""
     run = tmp_path_factory.mktemp("runs") / "single"
     assert main(adapt(run, "train.micro_batch_size=64")) == 0
     return run

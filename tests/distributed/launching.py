@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def command(processes, *arguments, module="scmdm"):
-    """`processes` 0: without torchrun."""
+    """Command line of scmdm; `processes=0` means without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
     return [sys.executable, *launcher, "-m", module, *map(str, arguments)]
 
@@ -48,7 +48,7 @@ def _command_line(pid):
 
 
 def wait_for_descendants(process, word):
-    """Processes below `process` whose command has the word in it, once there are any; within two minutes."""
+    """Wait up to two minutes for descendants of `process` whose command contains `word`, and return their pids."""
     end = time.monotonic() + 120
     while not (found := [pid for pid in _descendants(process.pid) if word in _command_line(pid)]):
         assert process.poll() is None and time.monotonic() < end
@@ -69,7 +69,7 @@ def _descendants(pid):
 
 
 def are_gone(pids):
-    """Within twenty seconds: multiprocessing's tracker ends a moment after the process whose child it is."""
+    """Whether processes end within twenty seconds: multiprocessing's tracker ends a moment after its parent."""
     deadline = time.monotonic() + 20
     while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)

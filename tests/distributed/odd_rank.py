@@ -10,7 +10,7 @@ import sys
 
 
 def another_package(path, arguments):
-    """Runs the copy of scmdm that lies in a directory."""
+    """Run the copy of scmdm in a directory."""
     environment = {**os.environ, "PYTHONPATH": path}
     os.chdir(path)
     os.execve(sys.executable, [sys.executable, "-m", "scmdm", *arguments], environment)
@@ -21,7 +21,7 @@ def another_key(override, arguments):
 
 
 def blocked_read(fifo, arguments):
-    """Its disk hangs: the 150th sample comes from a pipe into which nobody writes."""
+    """Its disk hangs: the 150th sample is read from a pipe without a writer."""
     from scmdm.data.dataset import TokenDataset
 
     read, count = TokenDataset.__getitem__, itertools.count(1)
@@ -37,7 +37,7 @@ def blocked_read(fifo, arguments):
 
 
 def stuck_library(step, arguments):
-    """A C call that keeps the interpreter's lock does not come back."""
+    """A C call that holds the GIL does not return."""
     from scmdm.training import trainer
 
     train_step, count = trainer.train_step, itertools.count(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.models.model_files import weights_of
 from scmdm.observability.metrics import read_metrics
 from tests.conftest import ADAPTED, small_base
@@ -49,7 +49,7 @@ CASES = [
     Case("deepspeed", 2, 8, ("deepspeed.stage=1",)),
     Case("deepspeed", 2, 8, ("deepspeed.stage=2",)),
     Case("deepspeed", 2, 32, ("deepspeed.stage=3",)),
-    Case("deepspeed", 2, 8, ("deepspeed.stage=3", "deepspeed.whole_below=0")),
+    Case("deepspeed", 2, 8, ("deepspeed.stage=3", "deepspeed.param_persistence_threshold=0")),
 ]
 
 

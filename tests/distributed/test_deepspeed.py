@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import SEAL, seal
+from scmdm.checkpoint.seal import SEAL, seal
 from scmdm.cli import main
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.loading import load_config
@@ -30,8 +30,8 @@ def config_of(*overrides):
     return load_config(RunConfig, None, [*keys, *overrides])
 
 
-def test_the_json_says_what_our_configuration_says():
-    config = config_of("deepspeed.stage=3", "deepspeed.whole_below=7", "optimizer.clip=0.5")
+def test_the_json_follows_the_configuration():
+    config = config_of("deepspeed.stage=3", "deepspeed.param_persistence_threshold=7", "optimizer.clip=0.5")
     found = deepspeed_json(config, 2, torch.bfloat16)
     assert found["train_micro_batch_size_per_gpu"] == 8
     assert found["gradient_accumulation_steps"] == 4
@@ -65,7 +65,7 @@ def test_impossible_combinations_are_named(overrides, message):
 
 
 @installed
-def test_a_batch_that_the_ranks_cannot_share_is_named():
+def test_a_batch_that_the_ranks_cannot_divide_is_refused():
     with pytest.raises(UserError, match="a multiple of 2 x"):
         resolve_engine(config_of("train.micro_batch_size=64"), TWO)
 
@@ -90,11 +90,11 @@ def test_losses_and_weights_are_those_of_one_process(case, adapt, single, tmp_pa
 @pytest.mark.parametrize(
     "rate", [pytest.param(0, marks=pytest.mark.long), 0.5, pytest.param(1, marks=pytest.mark.long)]
 )
-def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
+def test_stage_3_gathers_correctly_for_every_order_of_passes(rate, adapt, tmp_path):
     """Loss passes with and without a no-grad pass before them, validation with averaged weights in between."""
     keys = [f"self_conditioning.rate={rate}", "train.validate_every=2", "train.micro_batch_size=16", "train.steps=6"]
     assert main(adapt(tmp_path / "one", *keys)) == 0
-    sharded = ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.whole_below=100"]
+    sharded = ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.param_persistence_threshold=100"]
     status, output = launch(2, *adapt(tmp_path / "two", *keys, *sharded))
     assert status == 0, output
     ours, theirs = (list(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("two", "one"))
@@ -111,7 +111,7 @@ def test_stage_3_gathers_right_for_every_order_of_passes(rate, adapt, tmp_path):
 def test_a_run_may_change_engine_stage_and_number_of_ranks_at_every_restart(adapt, single, tmp_path):
     legs = [
         (0, 3, []),
-        (2, 6, ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.whole_below=0"]),
+        (2, 6, ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.param_persistence_threshold=0"]),
         (2, 9, ["engine=fsdp2"]),
         (2, 12, ["engine=deepspeed", "deepspeed.stage=1"]),
         (4, 15, ["engine=deepspeed", "deepspeed.stage=3"]),

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.distributed.engine import cpp_compiler
 from tests import kills
 from tests.conftest import TINY
@@ -54,7 +54,7 @@ def wait_for_step(process, run, step):
         time.sleep(0.01)
 
 
-def test_kills_of_one_rank_or_all_change_nothing(base, molecules, empty_yaml, tmp_path):
+def test_kills_of_one_rank_or_all_change_no_result(base, molecules, empty_yaml, tmp_path):
     """The short version of `python -m tests.kills`."""
     arguments = {
         run: kills.adapt_arguments(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
     ],
     ids=str,
 )
-def test_two_ranks_that_stop_and_go_on_compute_what_one_does(keys, adapt, tmp_path):
+def test_two_ranks_that_are_interrupted_match_one_process(keys, adapt, tmp_path):
     assert main(adapt(tmp_path / "one", "train.micro_batch_size=64", *keys)) == 0
     for steps in (12, STEPS):
         status, output = launch(2, *adapt(tmp_path / "two", "train.micro_batch_size=16", f"train.steps={steps}", *keys))

@@ -1,4 +1,4 @@
-"""What FSDP2 does to a model, seen from one rank of a process group that only pretends to have others."""
+"""FSDP2 on one rank of a fake process group."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ LAYERS, VOCAB = 4, 12
 
 @pytest.fixture
 def ranks(request):
-    """This process as rank 0 of so many."""
+    """Make this process rank 0 of a fake group of `size` ranks."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
     yield request.param
     dist.destroy_process_group()
@@ -57,8 +57,8 @@ def step(engine, rate=1.0):
     [(0.0, False, 1 + 2 * LAYERS), (1.0, False, 1 + 2 * LAYERS), (1.0, True, 1 + 3 * LAYERS)],
 )
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_the_estimate_needs_no_gathers_of_its_own_unless_asked_for(rate, reshard, gathers, ranks):
-    """The rest is gathered once, each block for the forward passes together and for the backward pass."""
+def test_the_estimate_pass_gathers_nothing_extra_by_default(rate, reshard, gathers, ranks):
+    """The root is gathered once; each block once for both forward passes, and once for the backward pass."""
     engine = engine_of(rate=rate, reshard=reshard)
     for _ in range(2):
         with CommDebugMode() as counter:
@@ -69,7 +69,7 @@ def test_the_estimate_needs_no_gathers_of_its_own_unless_asked_for(rate, reshard
 
 @pytest.mark.parametrize("head", ["float32", "compute"])
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_bfloat16_leaves_the_residual_stream_and_a_float32_head_alone(head, ranks):
+def test_bfloat16_keeps_the_residual_stream_and_a_float32_head(head, ranks):
     engine, seen = engine_of(torch.bfloat16, head_precision=head), {}
     model = engine.model
     model.blocks[1].register_forward_hook(lambda _m, arguments, out: seen.update(x=arguments[0].dtype, y=out.dtype))
@@ -90,7 +90,7 @@ def test_bfloat16_leaves_the_residual_stream_and_a_float32_head_alone(head, rank
 
 
 @pytest.mark.parametrize("ranks", [3], indirect=True)
-def test_fresh_shards_are_cut_out_of_the_weights_of_one_process(ranks):
+def test_new_shards_equal_slices_of_the_weights_of_one_process(ranks):
     sharded = engine_of().parameters()
     whole = engine_of_one().parameters()
     assert sharded.keys() == whole.keys()
@@ -127,7 +127,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, coun
 
 
 def test_no_rank_ever_holds_a_whole_model():
-    """Of 64 ranks: its own part and one parameter at a time (MiB)."""
+    """Of 64 ranks each holds its own part and one parameter at a time (MiB)."""
     output = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
     grown, whole = map(float, output.split()[-2:])
     assert whole > 500

@@ -1,4 +1,4 @@
-"""Runs that hang, in real processes: they end by themselves, with the stacks of every rank."""
+"""Runs that hang, in real processes: the watchdog ends them with the stacks of every rank."""
 
 import json
 import os
@@ -35,12 +35,12 @@ def stacks(run):
 
 
 def end_of(process):
-    """Output, once the watchdog has ended it; generously late is a hang of the watchdog."""
+    """Output of a process that the watchdog ends within a generous limit."""
     output, _ = process.communicate(timeout=180)
     return output
 
 
-def test_one_rank_that_hangs_in_a_read_ends_all_with_its_stack(adapt, tmp_path):
+def test_a_rank_that_hangs_in_a_read_ends_all_ranks_with_their_stacks(adapt, tmp_path):
     run, fifo = tmp_path / "run", tmp_path / "fifo"
     os.mkfifo(fifo)
     odd = ["blocked_read", fifo, *adapt(run, *HALVED)]
@@ -50,15 +50,15 @@ def test_one_rank_that_hangs_in_a_read_ends_all_with_its_stack(adapt, tmp_path):
     assert set(found) == {"rank_0", "rank_1"}
     assert "read_from_a_disk_that_hangs" in found["rank_1"] and "in data, last step 4" in found["rank_1"]
     assert "all_gather" in found["rank_0"] and "read_from_a_disk_that_hangs" not in found["rank_0"]
-    assert all("no sign of life for" in text and "Thread 0x" in text for text in found.values())
+    assert all("no progress for" in text and "Thread 0x" in text for text in found.values())
     log = (run / "train.log").read_text()
-    assert f"the stacks of all ranks are in {run / 'stacks'}; ending with status {HANG_EXIT}" in log
+    assert f"the stacks of all ranks are in {run / 'stacks'}; exit status {HANG_EXIT}" in log
     assert "in data, last step 4: rank 1" in log and "in sync, last step 4: rank 0" in log
 
 
 @pytest.mark.long
-def test_the_others_end_a_job_whose_rank_was_stopped(adapt, tmp_path):
-    """Nothing runs in a stopped process, no watchdog either: the launcher must kill it."""
+def test_a_stopped_rank_ends_the_job(adapt, tmp_path):
+    """In a stopped process the watchdog does not run either, so the launcher must kill it."""
     run = tmp_path / "run"
     process = start(2, *adapt(run, *HALVED))
     wait_for_step(process, run, 5)
@@ -69,11 +69,11 @@ def test_the_others_end_a_job_whose_rank_was_stopped(adapt, tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)
     assert "train_step" in stacks(run)["rank_0"]
-    assert "no stacks (stopped, or its machine is gone): rank 1" in (run / "train.log").read_text()
+    assert "no stacks (stopped, or its machine is down): rank 1" in (run / "train.log").read_text()
 
 
 def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_path):
-    """What hangs is a child of the rank: its stack is there, too, and it does not outlive the run."""
+    """A child of the rank hangs: its stack is written, too, and it ends with the run."""
     run, data, fifo = tmp_path / "run", tmp_path / "qm9", tmp_path / "fifo"
     shutil.copytree(molecules, data)
     os.mkfifo(fifo)
@@ -86,13 +86,13 @@ def test_a_shard_that_cannot_be_read_in_a_loader_process(adapt, molecules, tmp_p
     assert process.returncode == HANG_EXIT, output
     (text,) = stacks(run).values()
     assert "in data, last step" in text
-    assert "get_sample_data" in text.split("--- process")[1]
+    assert "get_sample_data" in text.split("--- child process")[1]
     assert are_gone(children)
 
 
 @pytest.mark.long
-def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
-    """No Python thread runs then, so the end comes from outside of the interpreter, with status 1."""
+def test_a_c_call_that_holds_the_gil(adapt, tmp_path):
+    """No Python thread runs then, so faulthandler ends the process, with status 1."""
     run = tmp_path / "run"
     odd = ["stuck_library", "3", *adapt(run, *LONG, "train.micro_batch_size=64")]
     status, output = launch(0, *odd, module="tests.distributed.odd_rank")
@@ -101,8 +101,8 @@ def test_a_c_call_that_keeps_the_interpreters_lock(adapt, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
-    """Suspended for longer than the limit, as schedulers and people do: that is no hang."""
+def test_a_run_that_was_suspended_as_a_whole_continues(adapt, tmp_path):
+    """A suspension for longer than the limit is no hang."""
     run = tmp_path / "run"
     arguments = adapt(run, "train.steps=100", f"train.watchdog_minutes={MINUTES}", "train.micro_batch_size=64")
     process = start(0, *arguments)
@@ -115,8 +115,8 @@ def test_a_run_that_stood_still_as_a_whole_goes_on(adapt, tmp_path):
     assert not (run / "stacks").exists() or not stacks(run)
 
 
-def test_a_rank_leaves_only_after_rank_0_has_said_who_hangs_where(tmp_path):
-    """The first to leave makes the launcher end the others, and rank 0 with its summary to come."""
+def test_a_rank_exits_only_after_the_summary_of_rank_0(tmp_path):
+    """When the first rank exits, the launcher ends the others, also rank 0, which has still to write its summary."""
     process = subprocess.Popen([sys.executable, "-c", HANGS_AS_RANK_1, tmp_path])
     try:
         deadline = time.monotonic() + 60
@@ -131,7 +131,7 @@ def test_a_rank_leaves_only_after_rank_0_has_said_who_hangs_where(tmp_path):
         process.kill()
 
 
-def test_the_stacks_of_a_hang_are_kept_through_the_next_start(adapt, tmp_path):
+def test_the_next_start_keeps_the_stacks_of_a_hang(adapt, tmp_path):
     run = tmp_path / "run"
     arguments = adapt(run, "train.micro_batch_size=64", "train.steps=4")
     (run / "stacks").mkdir(parents=True)

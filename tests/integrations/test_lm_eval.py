@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import scmdm
-from scmdm.checkpoint.checkpoint import seal
+from scmdm.checkpoint.seal import seal
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError

@@ -1,16 +1,20 @@
-"""What is launched: a script that a person can read and bash can parse, from code and settings that stay."""
+"""Batch scripts, quoting, and the frozen code and configuration of a launch."""
 
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from scmdm.cli import main
+from scmdm.config.launch import Container, Ranks, SlurmJob
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
-from scmdm.launch.freeze import freeze, place
+from scmdm.errors import UserError
+from scmdm.launch.batch_script import render, render_preparation
+from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch
 from tests.conftest import ROOT
 
 ADAPT = ["adapt", str(ROOT / "configs/qm9/adapt.yaml"), "base=runs/base", "train.micro_batch_size=4"]
@@ -59,7 +63,7 @@ module load apptainer
 
 
 @pytest.mark.parametrize(("options", "lines"), SCRIPTS.items())
-def test_a_script_is_whole_and_holds_what_was_asked_for(capsys, tmp_path, options, lines):
+def test_scripts_are_valid_and_contain_the_options(capsys, tmp_path, options, lines):
     script = dry_run(capsys, tmp_path, "slurm", *shlex.split(options))
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not set(lines.strip("\n").splitlines()) - set(script.splitlines())
@@ -86,8 +90,66 @@ def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
         (["local", "train.stepps=3"], "did you mean `train.steps`?"),
     ],
 )
-def test_mistakes_show_at_the_launch(capsys, tmp_path, options, message):
+def test_mistakes_are_reported_at_the_launch(capsys, tmp_path, options, message):
     assert message in dry_run(capsys, tmp_path, *options, status=1)
+
+
+HOSTILE = "a b'c\"d$(touch e)`touch f`;touch g&&x|y>z#h\\i%j"
+
+
+def canonical(script):
+    """The commands of a script as bash itself parses and prints them."""
+    printing = f"f() {{\n{script}\n}}\ndeclare -f f"
+    return subprocess.run(["bash"], input=printing, capture_output=True, text=True, check=True).stdout
+
+
+def directives(script):
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def rendered(text, starter="srun", runtime="pyxis", array=None):
+    frozen = FrozenLaunch("adapt", Path("/runs") / text, Path("/runs") / text / "launch" / "now")
+    job = SlurmJob(
+        **dict.fromkeys(("name", "partition", "account", "qos", "python"), text),
+        sbatch=(f"comment={text}", "exclusive"),
+        container=Container(text, runtime, (f"/{text}:/{text}",)),
+    )
+    if array is not None:
+        return render_preparation(frozen, Ranks(starter=starter), job, Path("/cwd") / text, array)
+    return render(frozen, Ranks(starter=starter), job, Path("/cwd") / text)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"starter": "torchrun", "runtime": "apptainer"}, {"array": 3}, {"array": 3, "runtime": "apptainer"}]
+)
+def test_no_value_adds_a_command_or_an_option(kind):
+    """With hostile values in every place bash parses the same commands, and sbatch the same options."""
+    plain, hostile = rendered("PLAIN", **kind), rendered(HOSTILE, **kind)
+    subprocess.run(["bash", "-n"], input=hostile, text=True, check=True)
+    commands, expected = shlex.split(canonical(hostile)), shlex.split(canonical(plain))
+    assert [word.replace(HOSTILE, "PLAIN") for word in commands] == expected
+    # sbatch reads quotes as a shell does, except that a backslash escapes everywhere, and replaces %% by %.
+    options = [shlex.split(line.replace("\\\\", "\\")) for line in directives(hostile)]
+    assert all(len(words) == 1 for words in options)
+    found = [words[0].replace("%%", "%").replace(HOSTILE, "PLAIN") for words in options]
+    assert found == [line.replace("%%", "%") for line in directives(plain)]
+    assert "--exclusive" in found and "--comment=PLAIN" in found
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\0b", "a\rb"])
+def test_values_of_several_lines_are_refused(text):
+    with pytest.raises(UserError, match="must be one line of printable characters"):
+        rendered(text)
+
+
+def test_other_values_that_are_refused():
+    frozen, ranks = FrozenLaunch("adapt", Path("/runs/a:b"), Path("/runs/a:b/launch")), Ranks()
+    with pytest.raises(UserError, match="/runs/a:b cannot be mounted"):
+        render(frozen, ranks, SlurmJob(container=Container("image")), Path("/cwd"))
+    with pytest.raises(UserError, match="--sbatch 'a b' is not possible"):
+        render(frozen, ranks, SlurmJob(sbatch=("a b=c",)), Path("/cwd"))
+    with pytest.raises(UserError, match="--setup="):
+        render(frozen, ranks, SlurmJob(setup=("module load a\nrm b",)), Path("/cwd"))
 
 
 def test_a_preparation_is_an_array(capsys, tmp_path):
@@ -122,7 +184,7 @@ def test_only_runs_are_launched(capsys, tmp_path):
     assert "'sample' is not possible; it must be one of train, adapt" in capsys.readouterr().err
 
 
-def test_without_slurm_the_script_is_kept(capsys, tmp_path, monkeypatch):
+def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert main(["launch", "slurm", *ADAPT, f"run_dir={tmp_path / 'run'}"]) == 1
     assert "no sbatch on this machine" in capsys.readouterr().err
@@ -130,11 +192,11 @@ def test_without_slurm_the_script_is_kept(capsys, tmp_path, monkeypatch):
     assert script.read_text().startswith("#!/usr/bin/env bash\n# scmdm adapt into ")
 
 
-def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
+def test_a_job_runs_frozen_code_and_configuration(tmp_path):
     settings = tmp_path / "mine.yaml"
     settings.write_text(f"run_dir: {tmp_path / 'run'}\ntrain: {{steps: 3}}\ndata: {{path: here}}\n")
     config = load_config(RunConfig, settings, ["seed=5"])
-    frozen = place("train", config)
+    frozen = plan_launch("train", config)
     freeze(frozen, config)
     settings.write_text("train: {steps: 9}\n")
     kept = load_config(RunConfig, frozen.config)
@@ -147,10 +209,10 @@ def test_a_job_runs_the_code_and_the_settings_of_its_launch(tmp_path):
         [sys.executable, "-m", "scmdm", "--help"], cwd=ROOT, env=frozen.environment, capture_output=True, text=True
     )
     assert done.stdout.startswith("the copy\n"), done.stderr
-    assert place("train", config).directory != frozen.directory
+    assert plan_launch("train", config).directory != frozen.directory
 
 
-def test_a_sites_defaults_give_way_to_what_is_asked_for(tmp_path):
+def test_options_override_a_sites_defaults(tmp_path):
     command = [ROOT / "launch/slurm.sh", *ADAPT, f"run_dir={tmp_path / 'run'}", "--nodes", "2", "--time", "1:00:00"]
     wrapper = tmp_path / "scmdm"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m scmdm "$@"\n')

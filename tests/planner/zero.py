@@ -32,7 +32,7 @@ CASES.append((3, torch.bfloat16, 0.0))
 
 
 def compare(stage, dtype, rate, ranks):
-    keys = {"stage": stage, "whole_below": 0}
+    keys = {"stage": stage, "param_persistence_threshold": 0}
     config = run_config("deepspeed", rate=rate, batch=ranks * BATCHES, deepspeed=keys, width=64, layers=4)
     engine = engine_of(config, VOCAB, LENGTH, dtype)
     workload = make_workload(config, spec_of(config, VOCAB, LENGTH))

@@ -1,4 +1,4 @@
-"""The start-up check: what differs is told, once, with both sides; what agrees is not."""
+"""Start-up checks: each difference between ranks is reported once, with both values."""
 
 import shutil
 from dataclasses import replace
@@ -14,14 +14,23 @@ from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.data.mixture import open_data
 from scmdm.errors import UserError
-from scmdm.runtime.preflight import REMEDIES, Facts, Place, _refuse_fatal, check_start, collect, compare, source_hashes
+from scmdm.runtime.preflight import (
+    REMEDIES,
+    DiskSpace,
+    RankReport,
+    _refuse_fatal,
+    collect,
+    compare,
+    run_preflight,
+    source_hashes,
+)
 from scmdm.system.process_group import World
 from scmdm.training.setup import build_spec
 
 MIB = 2**20
 WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 SAME = st.fixed_dictionaries({kind: st.dictionaries(WORDS, WORDS, max_size=4) for kind in REMEDIES})
-FACTS = st.builds(Facts, rank=st.integers(0, 99), host=WORDS, same=SAME, places=st.just(()), clock=st.just(1e9))
+FACTS = st.builds(RankReport, rank=st.integers(0, 99), host=WORDS, same=SAME, disks=st.just(()), clock=st.just(1e9))
 
 
 @given(FACTS, st.integers(0, 99), WORDS)
@@ -30,7 +39,7 @@ def test_ranks_that_agree_have_no_problem(facts, rank, host):
 
 
 @given(FACTS, st.sampled_from(sorted(REMEDIES)), WORDS, WORDS, WORDS)
-def test_one_difference_is_one_problem_that_names_rank_host_key_and_both_values(facts, kind, key, here, there):
+def test_a_difference_names_rank_host_key_and_both_values(facts, kind, key, here, there):
     ours, theirs = ({**facts.same, kind: {**facts.same[kind], key: value}} for value in (here, there))
     own, first = replace(facts, rank=7, host="node7", same=ours), replace(facts, rank=0, host="node0", same=theirs)
     problems = compare(first, own)
@@ -42,7 +51,7 @@ def test_one_difference_is_one_problem_that_names_rank_host_key_and_both_values(
 
 
 @given(FACTS, st.sampled_from(sorted(REMEDIES)), WORDS, WORDS)
-def test_what_only_one_of_them_has_is_a_difference_from_either_side(facts, kind, key, value):
+def test_a_key_that_only_one_rank_has_is_a_difference_from_either_side(facts, kind, key, value):
     without = {**facts.same, kind: {k: v for k, v in facts.same[kind].items() if k != key}}
     more = replace(facts, same={**without, kind: {**without[kind], key: value}})
     less = replace(facts, same=without)
@@ -52,7 +61,7 @@ def test_what_only_one_of_them_has_is_a_difference_from_either_side(facts, kind,
 
 
 @given(FACTS, st.floats(-1e4, 1e4))
-def test_clocks(facts, skew):
+def test_clock_skew(facts, skew):
     problems = compare(facts, replace(facts, clock=facts.clock + skew))
     skew = facts.clock + skew - facts.clock
     assert len(problems) == (abs(skew) > 5)
@@ -60,25 +69,25 @@ def test_clocks(facts, skew):
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
-def test_too_little_space_is_fatal_below_what_is_needed_and_a_warning_below_what_is_wanted(free, needed, wanted):
-    place = Place("run_dir", "/x", free * MIB, needed * MIB, wanted * MIB, "free space")
-    problems = compare(facts := Facts(0, "a", {}, (place,), 0.0), facts)
+def test_space_below_needed_is_fatal_and_below_wanted_a_warning(free, needed, wanted):
+    place = DiskSpace("run_dir", "/x", free * MIB, needed * MIB, wanted * MIB, "free space")
+    problems = compare(facts := RankReport(0, "a", {}, (place,), 0.0), facts)
     assert [problem.fatal for problem in problems] == [free < needed] * (free < max(needed, wanted))
     for problem in problems:
         least = needed if free < needed else wanted
         assert f"run_dir=/x has {free} MiB free" in problem.text and f" {least} MiB; free space" in problem.text
 
 
-def test_all_differences_make_one_line():
-    first, own = (Facts(r, "a", {"key": {"seed": str(r), "threads": str(r)}}, (), 5.0 + 10 * r) for r in (0, 1))
+def test_all_fatal_differences_are_reported_in_one_line():
+    first, own = (RankReport(r, "a", {"key": {"seed": str(r), "threads": str(r)}}, (), 5.0 + 10 * r) for r in (0, 1))
     problems = compare(first, own)
-    with pytest.raises(UserError, match=r"key seed is 1, but 0 on rank 0 on a; .* \(and 1 more such\)$"):
+    with pytest.raises(UserError, match=r"key seed is 1, but 0 on rank 0 on a; .* \(and 1 more\)$"):
         _refuse_fatal(problems)
     (warning,) = _refuse_fatal([problem for problem in problems if not problem.fatal])
     assert "clock" in warning
 
 
-def test_any_changed_added_or_removed_source_file_shows(tmp_path):
+def test_changed_added_and_removed_source_files_are_found(tmp_path):
     for name in ("a.py", "sub/b.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
@@ -97,24 +106,24 @@ def given_run(molecules, tmp_path):
     return config, data, build_spec(config, data.manifest, None), None, tmp_path, World(0, 1, 0), torch.device("cpu")
 
 
-def test_the_facts_of_this_process(given_run):
+def test_the_report_of_this_process(given_run):
     facts = collect(*given_run)
     assert facts.same["version of"]["torch"] == torch.__version__
     assert set(facts.same["source file"]) == set(source_hashes(Path(scmdm.__file__).parent))
     assert facts.same["key"]["train.steps"] == "3" and "run_dir" not in facts.same["key"]
-    assert [place.key for place in facts.places][:1] == ["run_dir"]
-    assert facts.places[0].needed > 16 * 1e6 * 0.9  # 1.4M parameters, four float32 of each
+    assert [disk.key for disk in facts.disks][:1] == ["run_dir"]
+    assert facts.disks[0].needed > 16 * 1e6 * 0.9  # 1.4M parameters, four float32 of each
 
 
-def test_alone_it_compares_nothing_and_leaves_nothing(given_run):
-    started = check_start(*given_run)
+def test_one_process_compares_nothing_and_leaves_no_file(given_run):
+    started = run_preflight(*given_run)
     assert len(started.hosts) == 1 and started.skew_s == 0 and started.all_reduce_gb_per_s is None
     assert list(given_run[4].iterdir()) == []
 
 
-def test_a_disk_that_cannot_take_one_checkpoint_ends_the_run_before_it_begins(given_run, monkeypatch):
-    """The only thing that is not real is how full the disk is."""
+def test_a_disk_too_small_for_one_checkpoint_is_refused(given_run, monkeypatch):
+    """Only the amount of free space is simulated."""
     usage = shutil.disk_usage(given_run[4])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=MIB))
-    with pytest.raises(UserError, match=r"run_dir=.* has 1 MiB free, at least .* MiB; free space, lower train.keep"):
-        check_start(*given_run)
+    with pytest.raises(UserError, match=r"run_dir=.* has 1 MiB free, needs .* MiB; free space, lower train.keep"):
+        run_preflight(*given_run)

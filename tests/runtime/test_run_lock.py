@@ -1,35 +1,31 @@
-"""A run directory belongs to one run, and to nobody when that is dead."""
+"""A run directory has one run at a time. The lease itself is tested in tests/system/test_lease.py."""
 
 import contextlib
-import dataclasses
-import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from filelock import FileLock
 
-from scmdm.errors import InUseError
-from scmdm.runtime import run_lock as module
-from scmdm.runtime.run_lock import SILENT_S, Owner, claim, lives, read_owner
+from scmdm.checkpoint.reader import list_checkpoints
+from scmdm.errors import InUseError, UserError
+from scmdm.runtime.run_lock import acquire_run
+from scmdm.runtime.status import read_status
+from scmdm.system.lease import acquire, read_lease
+from scmdm.system.run_directory import LEASE
+from tests.conftest import TINY, scmdm
+from tests.kills import last_step
 
 HOLDER = """
 import pathlib, sys, time
-from scmdm.runtime.run_lock import claim
-with claim(pathlib.Path(sys.argv[1])):
+from scmdm.runtime.run_lock import acquire_run
+with acquire_run(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture
-def run(tmp_path):
-    return tmp_path / "run"
 
 
 @contextlib.contextmanager
@@ -43,120 +39,78 @@ def another_process(run):
         holder.wait()
 
 
-def leave_signature(run, age_s=0.0, **changes):
-    """What a run on another machine has left there."""
-    run.mkdir(exist_ok=True)
-    owner = dataclasses.replace(Owner.me(), host="elsewhere", token="other", **changes)
-    (run / ".owner.json").write_text(json.dumps(dataclasses.asdict(owner)))
-    os.utime(run / ".owner.json", (time.time() - age_s,) * 2)
-    return owner
-
-
-def claimed(run):
-    try:
-        with claim(run):
-            return read_owner(run / ".owner.json").pid == os.getpid()
-    except InUseError:
-        return False
-
-
-def test_the_owner_is_named_while_it_lives_and_forgotten_when_it_is_killed(run, monkeypatch):
+def test_the_owner_is_named_while_it_lives_and_replaced_when_it_is_killed(tmp_path, monkeypatch):
+    run = tmp_path / "run"
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with another_process(run) as holder:
         monkeypatch.delenv("SLURM_JOB_ID")
-        with pytest.raises(InUseError) as caught, claim(run):
+        with pytest.raises(InUseError) as caught, acquire_run(run):
             pass
-        host = module.Owner.me().host
-        assert f"process {holder.pid} of " in str(caught.value) and f" on {host} in SLURM job 4711" in str(caught.value)
-        assert "(scancel 4711)" in str(caught.value) and caught.value.status == 75
+        text = str(caught.value)
+        assert f"process {holder.pid} of " in text and f" on {socket.gethostname()} in SLURM job 4711" in text
+        assert "(scancel 4711)" in text and caught.value.status == 75
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        assert (run / ".owner.json").exists() and claimed(run)
-    assert not (run / ".owner.json").exists()
+        with acquire_run(run):
+            assert read_lease(run / LEASE)[1].pid == os.getpid()
+    assert read_lease(run / LEASE)[1].released
 
 
-def test_an_old_run_without_a_signature_is_respected(run):
-    run.mkdir()
-    with FileLock(run / ".lock"), pytest.raises(InUseError, match="in use by another process"), claim(run):
+def test_leftovers_of_a_dead_run_are_removed_so_that_it_cannot_commit_them(tmp_path):
+    leftover = tmp_path / "run" / "checkpoints" / ".step_00000004.x.tmp"
+    leftover.mkdir(parents=True)
+    with acquire_run(tmp_path / "run"):
+        assert not leftover.exists()
+
+
+def test_a_directory_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"run_dir=.*file/run cannot be created"),
+        acquire_run(tmp_path / "file" / "run"),
+    ):
         pass
-    assert claimed(run)
 
 
-def test_a_run_elsewhere_counts_as_dead_after_a_long_silence(run):
-    leave_signature(run, age_s=SILENT_S - 60)
-    assert not claimed(run)
-    leave_signature(run, age_s=SILENT_S + 60)
-    assert claimed(run)
+def contents(directory):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in [directory, *directory.rglob("*")]}
 
 
-def test_it_gives_signs_of_life(run, monkeypatch):
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    with claim(run):
-        os.utime(run / ".owner.json", (0, 0))
-        end = time.monotonic() + 10
-        while (run / ".owner.json").stat().st_mtime == 0:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
-
-def test_a_requeued_job_is_not_kept_out_by_itself_before(run, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    leave_signature(run)
-    assert not claimed(run), "another node of the same job in the same life"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert claimed(run)
-
-
-def test_without_a_kernel_lock_the_process_table_decides(run):
-    me = Owner.me()
-    with subprocess.Popen(["sleep", "60"]) as other:
-        neighbour = dataclasses.replace(me, pid=other.pid, token="other")
-        assert lives(neighbour, me, run / ".owner.json", kernel_lock=False)
-        assert not lives(neighbour, me, run / ".owner.json"), "who holds the kernel's lock knows that nobody else does"
-        other.kill()
-    assert not lives(neighbour, me, run / ".owner.json", kernel_lock=False)
-
-
-@pytest.mark.parametrize("left", ["signature", "signature and heir", "unreadable"])
-def test_of_many_that_find_a_dead_owner_one_gets_the_directory(run, monkeypatch, left):
-    """Without a kernel lock, as on a file system that has none, and with machines that stop to think anywhere."""
-
-    def slowly(function):
-        def slow(*args, **options):
-            time.sleep(random.choice([0, 0, 0.01, 0.05]))
-            return function(*args, **options)
-
-        return slow
-
-    for name in ("lives", "_create", "_last", "read_owner"):
-        monkeypatch.setattr(module, name, slowly(getattr(module, name)))
-    monkeypatch.setattr(module.os, "rename", slowly(os.rename))
-    signature = run / ".owner.json"
-
-    def take(number):
-        me = dataclasses.replace(Owner.me(), host=f"machine-{number}", token=str(number))
+def test_status_leaves_no_trace_and_disturbs_no_start(tmp_path):
+    run = tmp_path / "run"
+    with acquire_run(run):
+        (run / "train.log").touch()
+    before = contents(run)
+    assert read_status(run).state == "stopped"
+    assert contents(run) == before
+    looks = "import sys; from pathlib import Path; from scmdm.runtime.status import read_status\n"
+    looks += "while True: print(read_status(Path(sys.argv[1])).state, flush=True)"
+    with subprocess.Popen([sys.executable, "-c", looks, run], stdout=subprocess.PIPE, text=True) as looking:
         try:
-            module._sign(run, signature, me, kernel_lock=False)
-        except InUseError:
-            return None
-        return me
-
-    for _ in range(8):
-        dead = leave_signature(run, age_s=SILENT_S + 60)
-        if left == "signature and heir":
-            heir = dataclasses.replace(dead, token="heir")
-            (run / f".owner.json.heir-{dead.token}").write_text(json.dumps(dataclasses.asdict(heir)))
-            os.utime(run / f".owner.json.heir-{dead.token}", (0, 0))
-        if left == "unreadable":
-            signature.write_text("")
-        with ThreadPoolExecutor(8) as pool:
-            owners = [owner for owner in pool.map(take, range(8)) if owner is not None]
-        assert [read_owner(signature)] == owners
-        signature.unlink()
-    assert not list(run.glob(".owner*"))
+            assert looking.stdout.readline() in ("stopped\n", "running\n")
+            for _ in range(50):
+                with acquire_run(run):
+                    pass
+            assert looking.poll() is None
+        finally:
+            looking.kill()
 
 
-def test_an_unreadable_signature_does_not_block_for_ever(run):
-    run.mkdir()
-    (run / ".owner.json").write_text("{")
-    assert claimed(run)
+@pytest.mark.slow
+def test_a_suspended_run_that_was_taken_over_writes_nothing_more(molecules, empty_yaml, tmp_path):
+    run = tmp_path / "run"
+    keys = [*TINY, "train.steps=100000", "train.checkpoint_every=50", "train.log_every=5"]
+    process = scmdm("train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys)
+    end = time.monotonic() + 120
+    while last_step(run) < 10:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    with acquire(run / LEASE, f"run_dir={run}", silence_limit_s=1.0):
+        rows, checkpoints = last_step(run), list_checkpoints(run / "checkpoints")
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert f"was taken over by process {os.getpid()}" in errors
+        assert last_step(run) == rows and list_checkpoints(run / "checkpoints") == checkpoints

@@ -1,5 +1,6 @@
-"""`scmdm status` and `scmdm report` of runs that go on, were killed, are done, or are damaged."""
+"""`scmdm status` and `scmdm report` of running, killed, finished and damaged runs."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import time
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import list_checkpoints
+from scmdm.checkpoint.reader import list_checkpoints
 from scmdm.cli import main
 from scmdm.errors import UserError
 from scmdm.runtime.status import _eta, describe_status, read_status
+from scmdm.system.lease import LeaseHolder
 from scmdm.system.liveness import job_state
 from tests.conftest import TINY, scmdm
 from tests.kills import last_step
@@ -71,7 +73,7 @@ def test_a_run_that_was_killed(killed, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["state"] == "stopped" and found["checkpoint"]["step"] == status.checkpoint.step
     assert main(["status", str(run), "--quick"]) == 0
-    assert "whole by its sizes" in capsys.readouterr().out
+    assert "verified by sizes" in capsys.readouterr().out
 
 
 def test_a_finished_run(base, capsys):
@@ -82,7 +84,7 @@ def test_a_finished_run(base, capsys):
 
 @pytest.fixture
 def copy(base, tmp_path):
-    """A run of which nobody knows that it is done, because it is to be longer."""
+    """A finished run whose configuration asks for more steps."""
     run = tmp_path / "run"
     shutil.copytree(base, run)
     config = (run / "config.yaml").read_text()
@@ -105,14 +107,15 @@ def test_half_written_rows_and_damaged_checkpoints(copy, capsys):
     assert main(["report", str(copy)]) == 0
     shutil.rmtree(copy / "checkpoints")
     assert read_status(copy).checkpoint is None
-    assert any("none yet that is whole" in line for line in describe_status(read_status(copy)))
+    assert any("none yet that verifies" in line for line in describe_status(read_status(copy)))
     assert main(["report", str(copy)]) == 0
 
 
-def test_what_may_be_missing(copy):
-    """As in a run that has just begun, or one of an older scmdm."""
+def test_missing_files(copy):
+    """As in a run that has just started, or one of an older scmdm."""
     for name in ("starts.jsonl", "config.yaml", "environment.json"):
         (copy / name).unlink()
+    shutil.rmtree(copy / ".lease")
     (copy / "metrics.jsonl").write_text("")
     status = read_status(copy)
     assert (status.step, status.steps, status.loss, status.starts, status.owner) == (0, None, None, 0, None)
@@ -132,20 +135,37 @@ def test_warnings_and_stacks_are_shown(copy):
     assert status.stacks == [str(copy / "stacks" / "rank_3.txt")]
 
 
+def leave_lease(run, age_s=0.0, **changes):
+    """The run's lease as its newest holder left it."""
+    lease = run / ".lease" / "00000009.json"
+    lease.parent.mkdir(exist_ok=True)
+    lease.write_text(json.dumps(dataclasses.asdict(LeaseHolder.current()) | changes))
+    os.utime(lease, (time.time() - age_s,) * 2)
+
+
 @pytest.mark.parametrize(
-    ("owner", "age_s", "state"),
+    ("holder", "age_s", "state"),
     [
-        ({"host": "another", "pid": 1, "job": None}, 10, "running"),
-        ({"host": "another", "pid": 1, "job": None}, 3600, "silent"),
-        ({"host": socket.gethostname(), "pid": 2**22 + 1, "job": None}, 10, "stopped"),
-        ({"host": socket.gethostname(), "pid": os.getpid(), "job": None}, 10, "stopped"),  # nobody holds the lock
-        ("no owner at all", 10, "stopped"),
+        ({"machine": "another", "pid": 1}, 10, "running"),
+        ({"machine": "another", "pid": 1}, 3600, "silent"),
+        ({"machine": "another", "pid": 1, "released": True}, 10, "stopped"),
+        ({"pid": 2**22 + 1}, 10, "stopped"),
+        ({}, 10, "running"),
+        ({"pid_start": 1}, 10, "stopped"),  # another process has the pid now
+        ({"released": True}, 10, "stopped"),
     ],
 )
-def test_who_signed_the_directory(copy, owner, age_s, state):
-    (copy / ".owner.json").write_text(json.dumps(owner))
-    os.utime(copy / ".owner.json", (time.time() - age_s,) * 2)
+def test_the_state_follows_from_the_lease(copy, holder, age_s, state):
+    leave_lease(copy, age_s, **holder)
     assert read_status(copy).state == state
+
+
+def test_a_damaged_lease(copy):
+    leave_lease(copy)
+    (copy / ".lease" / "00000009.json").write_text('["no holder"]')
+    assert read_status(copy).state == "running"
+    os.utime(copy / ".lease" / "00000009.json", (0, 0))
+    assert read_status(copy).state == "silent"
 
 
 @pytest.mark.parametrize(
@@ -153,13 +173,13 @@ def test_who_signed_the_directory(copy, owner, age_s, state):
     [("echo RUNNING", "running"), ("exit 0", "stopped"), ("echo 'Invalid job id' >&2; exit 1", "stopped")],
 )
 def test_the_scheduler_knows_of_a_job_on_another_machine(copy, answer, expected, tmp_path, monkeypatch):
-    """SLURM does not run here: a script answers as its manual says that squeue does."""
+    """A script stands in for squeue and answers as its manual says. The real one: tests/slurm."""
     script = tmp_path / "bin" / "squeue"
     script.parent.mkdir()
     script.write_text(f"#!/bin/sh\n{answer}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    (copy / ".owner.json").write_text(json.dumps({"host": "another", "pid": 1, "job": "42"}))
+    leave_lease(copy, machine="another", pid=1, job="42")
     status = read_status(copy)
     assert status.state == expected and status.owner.job == "42"
     assert status.owner.job_state == ("RUNNING" if expected == "running" else "GONE")
@@ -170,7 +190,7 @@ def test_without_a_scheduler_nothing_is_known_of_a_job(monkeypatch, tmp_path):
     assert job_state("42") is None
 
 
-def test_time_left_by_hand():
+def test_time_left():
     """100 tokens a step, 50 tokens a second: two seconds for each of the 90 steps that are left."""
     assert _eta({"step": 10, "tokens": 1000, "tokens_per_s": 50.0}, 100) == 180
     assert _eta({"step": 10, "tokens": 1000, "tokens_per_s": 0.0}, 100) is None

@@ -1,4 +1,4 @@
-"""What counts as life: the watchdog in a process of its own, because it ends it."""
+"""What counts as progress. The watchdog runs in a process of its own, because it ends that process."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ import torch
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.data.mixture import open_data
-from scmdm.observability.clock import Clock
-from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, longest_silence
+from scmdm.observability.step_timer import StepTimer
+from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, collective_timeout
 from scmdm.system.process_group import World
 from scmdm.training import validation
 from scmdm.training.setup import build_engine, build_spec
@@ -38,8 +38,8 @@ def run(place, body, minutes=LIMIT_S / 60):
     return subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, timeout=120)
 
 
-def test_silence_ends_the_process_with_its_stacks(tmp_path):
-    done = run(tmp_path, "watchdog.count(7); watchdog.beat('sync'); hang_here()")
+def test_no_progress_ends_the_process_with_its_stacks(tmp_path):
+    done = run(tmp_path, "watchdog.step_done(7); watchdog.beat('sync'); hang_here()")
     assert done.returncode == HANG_EXIT, done.stderr
     text = (tmp_path / "stacks" / "rank_0.txt").read_text()
     assert "| in sync, last step 7" in text
@@ -47,7 +47,7 @@ def test_silence_ends_the_process_with_its_stacks(tmp_path):
     assert "in sync, last step 7: rank 0" in done.stderr
 
 
-def test_a_crash_leaves_its_stacks_where_a_hang_does(tmp_path):
+def test_a_crash_writes_its_stacks_as_a_hang_does(tmp_path):
     done = run(tmp_path, "import ctypes; ctypes.string_at(0)", minutes=10)
     assert done.returncode < 0, done.stderr
     text = (tmp_path / "stacks" / "rank_0.txt").read_text()
@@ -55,23 +55,23 @@ def test_a_crash_leaves_its_stacks_where_a_hang_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_signs_of_life_and_patience_with_a_checkpoint(tmp_path):
-    """Longer than the limit in small parts, longer than it in a part that may take long; nothing is left then."""
-    small = f"watchdog.count(1); [(time.sleep(0.5), watchdog.beat('validation')) for _ in range({3 * LIMIT_S})]"
+def test_progress_and_patience_with_a_checkpoint(tmp_path):
+    """Short parts and a checkpoint that last longer than the limit in all leave no file."""
+    small = f"watchdog.step_done(1); [(time.sleep(0.5), watchdog.beat('validation')) for _ in range({3 * LIMIT_S})]"
     done = run(tmp_path, f"{small}; watchdog.beat('checkpoint'); time.sleep({LIMIT_S + 2})")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_off_means_no_file_and_no_thread(tmp_path):
+def test_without_a_limit_there_is_no_file_and_no_thread(tmp_path):
     before = threading.active_count()
     with Watchdog(tmp_path, World(0, 1, 0), 0) as watchdog:
         watchdog.beat("data")
         assert threading.active_count() == before and list(tmp_path.iterdir()) == []
-    assert longest_silence(0) is None and longest_silence(10).total_seconds() > 4 * 600
+    assert collective_timeout(0) is None and collective_timeout(10).total_seconds() > 4 * 600
 
 
-def test_every_batch_of_a_validation_and_every_part_of_a_step_is_a_sign(molecules, tmp_path, monkeypatch):
+def test_every_validation_batch_and_every_part_of_a_step_is_progress(molecules, tmp_path, monkeypatch):
     keys = [f"run_dir={tmp_path}", f"data.path={molecules}", "train.steps=2", "train.validation_samples=64", *TINY]
     config = load_config(RunConfig, None, keys)
     config.engine = "single"
@@ -80,9 +80,9 @@ def test_every_batch_of_a_validation_and_every_part_of_a_step_is_a_sign(molecule
     engine = build_engine(config, spec, None, torch.device("cpu"), torch.float32)
     signs = []
     monkeypatch.setattr(validation, "_BATCH", 16)
-    validation.validation_nelbo(engine, config, spec, data, condition=False, alive=signs.append)
+    validation.validation_nelbo(engine, config, spec, data, condition=False, on_batch=signs.append)
     assert signs == ["validation"] * (1 + 64 // 16)
-    clock = Clock(engine.device, signs.append)
-    with clock.part("data"):
+    timer = StepTimer(engine.device, signs.append)
+    with timer.part("data"):
         assert signs[-1] == "data"
     assert Counter(signs)["after data"] == 1

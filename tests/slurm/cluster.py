@@ -1,4 +1,4 @@
-"""Jobs on the loopback SLURM: submit, watch, look at what they left."""
+"""Jobs on the loopback SLURM: submit, wait, read results."""
 
 import contextlib
 import json
@@ -118,12 +118,12 @@ def _launch(*arguments):
 
 
 def resubmit(job):
-    """The same script once more."""
+    """Submit a job's script again."""
     return Job(slurm("sbatch", "--parsable", str(job.directory / "job.sbatch")), job.run, job.directory)
 
 
 def power_off(pid_file):
-    """End all processes of a node: those in the mount namespace of its slurmd."""
+    """Kill all processes of a node, which are those in the mount namespace of its slurmd."""
     node = Path(f"/proc/{pid_file.read_text().strip()}/ns/mnt").readlink()
     assert node != Path("/proc/self/ns/mnt").readlink()
     for place in Path("/proc").glob("[0-9]*"):

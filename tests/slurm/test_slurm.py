@@ -1,6 +1,7 @@
-"""On a real SLURM of two nodes, brought up here: whatever ends a job, the run goes on as if nothing had been."""
+"""Jobs on a real SLURM of two nodes, started here: a run that was interrupted in any way continues identically."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from scmdm.checkpoint.checkpoint import newest_checkpoint
+from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.cli import main
-from scmdm.runtime.run_lock import Owner, job_state, lives
+from scmdm.errors import InUseError
+from scmdm.system.lease import LeaseHolder, acquire, holder_lives
+from scmdm.system.liveness import job_state
 from tests.data.preparation.test_prepare import files
 from tests.data.preparation.test_prepare_parallel import write_corpus
 from tests.distributed.launching import launch
@@ -45,7 +48,7 @@ def nodes():
 
 
 def bring_up(place):
-    """Start what does not run."""
+    """Start daemons that do not run."""
     done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
@@ -65,7 +68,7 @@ def adapt(base, molecules, empty_yaml):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, adapt):
-    """What every other run must equal: two ranks under plain torchrun."""
+    """Reference run: two ranks under plain torchrun."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     status, output = launch(2, *adapt(run, LONG, "train.checkpoint_every=1000"), timeout=900)
     assert status == 0, output
@@ -90,7 +93,7 @@ def test_a_time_limit_saves_requeues_and_finishes(adapt, undisturbed, tmp_path):
 
 
 def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yaml):
-    """Also when one of its tasks is killed."""
+    """One of its tasks is killed."""
     corpus = tmp_path / "corpus"
     for number in range(6):
         write_corpus(corpus / f"{number}.jsonl", 1, seed=number)
@@ -108,8 +111,8 @@ def test_an_array_job_prepares_the_same_bytes_as_one_process(tmp_path, empty_yam
 
 
 @pytest.mark.long
-def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path):
-    """Also: ranks that srun starts, without torchrun, and another signal."""
+def test_a_signal_before_any_handler_is_not_lost(adapt, undisturbed, tmp_path):
+    """With ranks started by srun, without torchrun, and with another signal."""
     job = submit(adapt(tmp_path / "run", SHORT), "--starter", "srun", "--signal", "USR2")
     job.wait(lambda: len(job.ranks) == 2, 120, "with two ranks")
     slurm("scancel", "--signal=USR2", job.id)
@@ -123,7 +126,7 @@ def test_a_signal_before_any_handler_costs_nothing(adapt, undisturbed, tmp_path)
 
 
 @pytest.mark.long
-def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
+def test_preemption_saves_and_frees_the_nodes(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(20)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
@@ -134,7 +137,7 @@ def test_preemption_saves_and_makes_room(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
+def test_scancel_saves_and_the_job_is_not_requeued(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", LONG, "train.checkpoint_every=1000"))
     job.wait_for_step(10)
     slurm("scancel", job.id)
@@ -149,7 +152,7 @@ def test_scancel_saves_and_the_job_stays_away(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp_path):
+def test_a_killed_rank_is_reported_and_the_job_requeued(adapt, undisturbed, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     os.kill(job.ranks[0], signal.SIGKILL)
@@ -163,8 +166,8 @@ def test_a_killed_rank_is_named_and_the_job_starts_again(adapt, undisturbed, tmp
 
 
 @pytest.mark.long
-def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbed, tmp_path):
-    """What srun runs on a node dies with all that belongs to it."""
+def test_a_killed_launcher_ends_the_job_and_it_is_requeued(adapt, undisturbed, tmp_path):
+    """The processes that srun started on one node are killed."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     agent = job.agents[0]
@@ -180,7 +183,7 @@ def test_a_killed_node_takes_the_job_along_and_it_starts_again(adapt, undisturbe
 
 @pytest.mark.long
 def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
-    """Everything on it is gone at once, slurmd included; SLURM notices, and the job waits until it has two nodes."""
+    """All processes of a node are killed, slurmd included; the job is requeued when two nodes are up again."""
     job = submit(adapt(tmp_path / "run", SHORT), *QUICK)
     job.wait_for_step(25)
     cluster.power_off(nodes / "run/slurmd-n2.pid")
@@ -192,7 +195,7 @@ def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed, tmp_path):
+def test_a_node_that_never_starts_ends_the_job_after_a_limit(adapt, undisturbed, tmp_path):
     slow = tmp_path / "python"
     slow.write_text(
         '#!/bin/sh\n[ "$SLURM_NODEID.${SLURM_RESTART_COUNT:-0}" = 1.0 ] && exec sleep 1000\n'
@@ -208,7 +211,7 @@ def test_a_node_that_never_starts_is_not_waited_for_for_ever(adapt, undisturbed,
 
 
 @pytest.mark.long
-def test_failures_at_one_place_end_the_job(adapt, tmp_path):
+def test_repeated_failures_at_one_checkpoint_end_the_job(adapt, tmp_path):
     job = submit(adapt(tmp_path / "run", SHORT), "--python", "/bin/false", "--attempts", "2")
     assert job.wait_for_end(400) == "FAILED"
     assert job.restarts == 1 and "(2 of 2 at no checkpoint)" in job.log
@@ -235,19 +238,25 @@ def test_a_run_directory_is_for_one_job(adapt, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_slurm_is_asked_whether_an_owner_on_another_machine_lives(tmp_path):
-    """The age of its last sign of life, an hour, would say that it does not."""
-    signature = tmp_path / ".owner.json"
-    signature.write_text("")
-    os.utime(signature, (time.time() - 3600,) * 2)
+def test_slurm_is_asked_whether_a_holder_on_another_machine_lives(tmp_path):
+    """Its lease was renewed an hour ago, so that its silence would say that it is dead."""
     number = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 300")
     job = cluster.Job(number, tmp_path, tmp_path)
     job.wait(lambda: job.state == "RUNNING", 60, "running")
-    me = Owner.me()
-    owner = dataclasses.replace(me, host="elsewhere", job=number)
-    assert lives(owner, me, signature)
+    me = LeaseHolder.current()
+    holder = dataclasses.replace(me, host="elsewhere", machine="another", job=number)
+    lease = tmp_path / "lease" / "00000001.json"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps(dataclasses.asdict(holder)))
+    os.utime(lease, (time.time() - 3600,) * 2)
+    assert holder_lives(holder, me) is True
+    with pytest.raises(InUseError, match=f"scancel {number}"), acquire(lease.parent, "run_dir=x"):
+        pass
     slurm("scancel", number)
     job.wait_for_end(60)
     job.wait(lambda: job_state(number) == "CANCELLED", 60, "cancelled")
-    assert not lives(owner, me, signature)
+    assert holder_lives(holder, me) is False
+    os.utime(lease)
+    with acquire(lease.parent, "run_dir=x") as taken_over:
+        assert taken_over.predecessor == holder
     assert job_state("999999") == "GONE"

@@ -14,10 +14,10 @@ SECTIONS = {
     "test_scancel": "`scancel`: saved, and not requeued",
     "test_a_signal_before": "A signal before the first step (ranks started by srun, SIGUSR2)",
     "test_a_killed_rank": "A rank is killed",
-    "test_a_killed_node": "All processes of a node are killed",
+    "test_a_killed_launcher": "All processes of a node are killed",
     "test_a_node_without": "A node loses its power, slurmd included, and comes back while the job waits",
     "test_a_node_that_never": "A node never starts its ranks",
-    "test_failures": "Two failures at one place, `--attempts 2`",
+    "test_repeated_failures": "Two failures at one place, `--attempts 2`",
     "test_a_run_directory": "A second job on the run directory; then the first one dies, and a third goes on",
     "test_an_array": "Preparation as an array of four tasks, one of which is killed",
 }

@@ -1,4 +1,4 @@
-"""Worker processes end with their parent, however it ends."""
+"""Worker processes end with their parent."""
 
 import os
 import signal

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
@@ -171,7 +171,7 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", "model.labels=true"]) == 1
     assert "model.labels=true, but the samples of data.path=" in capsys.readouterr().err
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", "train.label_dropout=0.2"]) == 1
-    assert "train.label_dropout=0.2 is about labels, which the model does not know" in capsys.readouterr().err
+    assert "train.label_dropout=0.2 is not possible with model.labels=false" in capsys.readouterr().err
     decoder = ["model.kind=decoder", "model.labels=true"]
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *decoder]) == 1
     assert "unknown key `model.condition_width`" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from scmdm.checkpoint.checkpoint import find_model
+from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear

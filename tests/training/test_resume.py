@@ -1,4 +1,4 @@
-"""An interruption costs nothing but time: kills, signals, and what a resumed run must refuse."""
+"""Kills and signals do not change results; a resume refuses other settings, data and bases."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from scmdm.checkpoint.checkpoint import find_model, newest_checkpoint
+from scmdm.checkpoint.reader import find_model, newest_checkpoint
 from scmdm.cli import main
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory, base, molecules, empty_yaml):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_steps_changes_nothing(tmp_path, base, molecules, empty_yaml, uninterrupted):
+def test_sigkill_at_random_steps_changes_no_result(tmp_path, base, molecules, empty_yaml, uninterrupted):
     arguments = adapt_arguments(tmp_path / "killed", base, molecules, empty_yaml)
     met = kills.kill_until_done(arguments, tmp_path / "killed", 0, 3, random.Random(0), life_s=0.1)
     assert met["kills"] >= 1
@@ -67,7 +67,7 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path, base, molecules, empt
     assert train_rows(tmp_path / "other")[0]["loss"] != train_rows(uninterrupted)[0]["loss"]
 
 
-def test_finished_run_is_left_alone(uninterrupted, base, molecules, empty_yaml, capsys):
+def test_a_finished_run_is_not_changed(uninterrupted, base, molecules, empty_yaml, capsys):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     assert main(adapt_arguments(uninterrupted, base, molecules, empty_yaml)) == 0
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
@@ -88,8 +88,8 @@ def test_resuming_with_other_settings_is_refused(uninterrupted, base, molecules,
     assert message in error and "another run_dir" in error and error.count("\n") == 1
 
 
-def test_a_run_from_before_a_key_existed_goes_on(uninterrupted, tmp_path):
-    """Its value was, in effect, the default."""
+def test_a_run_from_before_a_key_existed_resumes(uninterrupted, tmp_path):
+    """The missing key had the effect of its default."""
     recorded = yaml.safe_load((find_model(uninterrupted) / "config.yaml").read_text())
     config = load_config(RunConfig, find_model(uninterrupted) / "config.yaml", [])
     del recorded["optimizer"]["weight_decay"]
@@ -105,8 +105,8 @@ def test_another_base_is_refused(uninterrupted, molecules, empty_yaml, capsys):
     assert "is not the model that" in capsys.readouterr().err
 
 
-def test_longer_training_goes_on(tmp_path, base, molecules, empty_yaml):
-    """More steps on a constant rate are the same run, longer."""
+def test_a_finished_run_continues_with_more_steps(tmp_path, base, molecules, empty_yaml):
+    """At a constant rate a longer run equals a run of that length from the start."""
     short = adapt_arguments(tmp_path / "a", base, molecules, empty_yaml, "schedule.kind=constant", "train.steps=7")
     assert main(short) == 0
     assert main([*short, "train.steps=12"]) == 0

@@ -37,7 +37,7 @@ from scmdm.data.preparation.scan import hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
 from scmdm.data.preparation.source import Source, make_source
 from scmdm.data.preparation.splits import splits_of
-from scmdm.data.preparation.task_queue import Task, Worker, work_off
+from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
@@ -215,7 +215,7 @@ class _Preparation:
 
         show(_PHASES[name])
         tasks = [Task(path.name, run) for path, run in zip(self._results(name, len(runs)), runs, strict=True)]
-        work_off(self.work, tasks, worker, on_done)
+        run_tasks(self.work, tasks, worker, on_done)
 
     def _results(self, phase: str, count: int) -> list[Path]:
         return [self.work / f"{phase}-{number:05}" for number in range(count)]

@@ -1,33 +1,27 @@
-"""Tasks that any number of processes, on any number of machines with a common file system, work off together.
+"""Tasks that any number of processes, on machines that share a file system, complete together.
 
-A task's result is a directory that is complete or absent, and the same whoever makes it. So nothing has to be agreed:
-a worker takes its own share of the tasks first, then whatever of the others' nobody is at. Who is at a task says so in
-a file and touches it; when that is wrong, work is done twice and nothing else happens. A worker that is killed, or that
-SLURM has not started yet, is not waited for.
+A task's result is a directory that is complete or absent, and identical whichever worker makes it. A worker takes its
+own share of the tasks first, then those of the others that nobody works on. It holds a lease (`scmdm.system.lease`)
+while it works on a task. Workers that were killed, or that SLURM has not started yet, are not waited for.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scmdm.errors import UserError
+from scmdm.errors import InUseError, UserError
 from scmdm.system.files import atomic_directory
-from scmdm.system.liveness import process_lives
+from scmdm.system.lease import acquire
 
-_BEAT_S, _SILENT_S, _POLL_S = 5.0, 60.0, 0.2
+_SILENCE_LIMIT_S, _POLL_S = 60.0, 0.5
 
 
 @dataclass(frozen=True)
 class Task:
-    """`run` writes the result into the empty directory that it is given."""
+    """Unit of work. `run` writes the result into the empty directory that it is given."""
 
     name: str
     run: Callable[[Path], None]
@@ -35,93 +29,49 @@ class Task:
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `count` processes."""
+    """One of `count` processes that share the tasks."""
 
     index: int = 0
     count: int = 1
 
 
-def work_off(place: Path, tasks: Sequence[Task], worker: Worker, on_done: Callable[[int], None]) -> None:
-    """Return when every task has its result `place/NAME`, or when `place` is gone: all of the work was finished.
+def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progress: Callable[[int], None]) -> None:
+    """Complete all tasks together with the other workers; a task's result is `directory/NAME`.
 
-    `on_done` hears of how many of the tasks that is known. Raises what a task raises.
+    Returns when every task has its result, or when `directory` is gone because another worker has finished everything.
+    `on_progress` is called with the number of tasks known to be complete. Raises what a task raises.
     """
     own = tasks[worker.index :: worker.count]
     names = {task.name for task in own}
-    order = [*own, *(task for task in reversed(tasks) if task.name not in names)]  # far from where their owners begin
-    while order and place.is_dir():
+    # Others' tasks from the end, because their owners start at the front.
+    order = [*own, *(task for task in reversed(tasks) if task.name not in names)]
+    while order and directory.is_dir():
         waiting = []
-        for at, task in enumerate(order, start=1):
-            if not _try(place, task):
+        for tried, task in enumerate(order, start=1):
+            if not _complete(directory, task):
                 waiting.append(task)
-            on_done(len(tasks) - len(order) + at - len(waiting))
+            on_progress(len(tasks) - len(order) + tried - len(waiting))
         order = waiting
         if order:
             time.sleep(_POLL_S)
 
 
-def _try(place: Path, task: Task) -> bool:
-    """Whether the task has its result, if need be by making it; not while another worker is at it."""
-    result = place / task.name
+def _complete(directory: Path, task: Task) -> bool:
+    """Make the task's result unless it exists; False while another worker works on it."""
+    result = directory / task.name
     if result.is_dir():
         return True
-    with _claim(place / f".{task.name}.claim") as free:
-        if not free:
-            return False
-        if not result.is_dir():
-            _make(result, task)
-    return True
-
-
-def _make(result: Path, task: Task) -> None:
+    lease_directory = directory / f".{task.name}.lease"
     try:
-        with atomic_directory(result) as temporary:
-            task.run(temporary)
+        # Without SLURM, which hundreds of workers would ask twice a second.
+        with acquire(lease_directory, str(result), silence_limit_s=_SILENCE_LIMIT_S, ask_slurm=False) as lease:
+            if not result.is_dir():
+                with atomic_directory(result) as temporary:
+                    task.run(temporary)
+                    lease.require()
+    except InUseError:  # another worker holds it, or has taken it over
+        return False
     except UserError:
-        if not result.is_dir() and result.parent.is_dir():  # else another worker was faster, here or with everything
+        if directory.is_dir() and not result.is_dir():  # else another worker was faster
             raise
-
-
-@contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    if not _take(path):
-        yield False
-        return
-    stop = threading.Event()
-    threading.Thread(target=_beat, args=(path, stop), daemon=True).start()
-    try:
-        yield True
-    finally:
-        stop.set()
-        path.unlink(missing_ok=True)
-
-
-def _take(path: Path) -> bool:
-    try:
-        with open(path, "x") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-    except FileExistsError:
-        if not _is_dead(path):
-            return False
-        path.unlink(missing_ok=True)
-        return _take(path)
-    except FileNotFoundError:
-        return False  # all of the work was finished
     return True
-
-
-def _is_dead(path: Path) -> bool:
-    try:
-        silent = time.time() - path.stat().st_mtime > _SILENT_S
-        claim = json.loads(path.read_text())
-    except FileNotFoundError:
-        return True
-    except json.JSONDecodeError:
-        return silent  # not written yet
-    return silent or (claim["host"] == socket.gethostname() and not process_lives(claim["pid"]))
-
-
-def _beat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(_BEAT_S):
-        with suppress(OSError):
-            os.utime(path)

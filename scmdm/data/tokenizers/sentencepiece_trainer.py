@@ -6,10 +6,8 @@ JSON strings, one per line, from standard input, and writes the model to standar
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 
-_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from scmdm.system.signals import end_with_parent
 
 
 def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
@@ -45,8 +43,7 @@ def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
 
 
 def _main() -> int:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    end_with_parent()
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

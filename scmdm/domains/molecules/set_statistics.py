@@ -28,7 +28,7 @@ from scmdm.domains.frechet import Moments
 from scmdm.domains.molecules.metrics import chemnet_activations
 from scmdm.errors import UserError
 from scmdm.observability.environment import installed_version
-from scmdm.observability.progress import count_up
+from scmdm.observability.progress_bar import count_up
 from scmdm.system.files import atomic_write_bytes
 from scmdm.system.package_data import optional
 from scmdm.system.worker_processes import worker_processes

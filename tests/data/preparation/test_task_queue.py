@@ -1,8 +1,9 @@
-"""Tasks that several workers share: each done, whatever dies."""
+"""Tasks shared by several workers, some of which die."""
 
+import dataclasses
 import json
 import os
-import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmdm.data.preparation import task_queue as work
+from scmdm.data.preparation import task_queue
 from scmdm.data.preparation.duplicates import duplicates
 from scmdm.data.preparation.records import Slice, cut_into_parts, read_lines
-from scmdm.data.preparation.task_queue import Task, Worker, work_off
+from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.errors import UserError
+from scmdm.system.lease import LeaseHolder
 
 
 def tasks(made, count=6, seconds=0.0):
@@ -35,40 +37,64 @@ def ignore(_):
     pass
 
 
-def test_one_worker_does_its_share_first_and_then_what_nobody_is_at(tmp_path):
+def test_a_worker_does_its_own_share_first_and_then_the_rest(tmp_path):
     made, heard = [], []
-    work_off(tmp_path, tasks(made), Worker(1, 3), heard.append)
+    run_tasks(tmp_path, tasks(made), Worker(1, 3), heard.append)
     assert made[:2] == [1, 4] and sorted(made) == list(range(6)) and heard == [1, 2, 3, 4, 5, 6]
     assert results(tmp_path) == list("012345")
-    work_off(tmp_path, tasks(made), Worker(0, 3), ignore)
-    assert len(made) == 6, "what is there is not made again"
+    run_tasks(tmp_path, tasks(made), Worker(0, 3), ignore)
+    assert len(made) == 6, "existing results are not made again"
 
 
-def test_workers_at_the_same_time_do_nothing_twice(tmp_path):
+def test_concurrent_workers_do_no_task_twice(tmp_path):
     made = []
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda i: work_off(tmp_path, tasks(made, seconds=0.1), Worker(i, 3), ignore), range(3)))
+        list(pool.map(lambda i: run_tasks(tmp_path, tasks(made, seconds=0.1), Worker(i, 3), ignore), range(3)))
     assert sorted(made) == list(range(6)) and results(tmp_path) == list("012345")
 
 
-@pytest.mark.parametrize("left", ["dead here", "silent elsewhere", "half written and silent"])
-def test_the_claim_of_a_dead_worker_is_taken_over(tmp_path, left):
-    claim = tmp_path / ".t-0.claim"
-    host = "elsewhere" if left == "silent elsewhere" else socket.gethostname()
-    claim.write_text("{" if "half" in left else json.dumps({"host": host, "pid": 2**22 - 1}))
-    if "silent" in left:
-        os.utime(claim, (time.time() - 2 * work._SILENT_S,) * 2)
-    work_off(tmp_path, tasks([]), Worker(), ignore)
-    assert results(tmp_path) == list("012345") and not claim.exists()
+def leave_lease(place, age_s=0.0, **changes):
+    """Task t-0 is held by another worker."""
+    lease = place / ".t-0.lease" / "00000001.json"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps(dataclasses.asdict(LeaseHolder.current()) | changes))
+    os.utime(lease, (time.time() - age_s,) * 2)
+
+
+@pytest.mark.parametrize("where", ["dead here", "silent elsewhere"])
+def test_the_lease_of_a_dead_worker_is_taken_over(tmp_path, where):
+    if where == "dead here":
+        leave_lease(tmp_path, pid=2**22 - 1)
+    else:
+        leave_lease(tmp_path, age_s=2 * task_queue._SILENCE_LIMIT_S, machine="another")
+    run_tasks(tmp_path, tasks([]), Worker(), ignore)
+    assert results(tmp_path) == list("012345")
 
 
 def test_a_living_worker_elsewhere_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "_SILENT_S", 1.0)
-    claim = tmp_path / ".t-0.claim"
-    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    monkeypatch.setattr(task_queue, "_SILENCE_LIMIT_S", 1.0)
+    leave_lease(tmp_path, machine="another")
     made, started = [], time.monotonic()
-    work_off(tmp_path, tasks(made), Worker(), ignore)
+    run_tasks(tmp_path, tasks(made), Worker(), ignore)
     assert made[-1] == 0 and time.monotonic() - started > 0.5
+
+
+def test_a_worker_that_lost_its_lease_commits_nothing(tmp_path):
+    """Another worker took the task over, as after a suspension, and has not finished yet."""
+    waiting, done = threading.Event(), threading.Event()
+
+    def run(directory):
+        (directory / "result").write_text("first" if not waiting.is_set() else "second")
+        if not waiting.is_set():
+            waiting.set()
+            leave_second(2)
+
+    def leave_second(generation):
+        lease = tmp_path / ".t.lease" / f"{generation:08d}.json"
+        lease.write_text(json.dumps(dataclasses.asdict(LeaseHolder.current()) | {"pid": 2**22 - 1}))
+
+    run_tasks(tmp_path, [Task("t", run)], Worker(), lambda count: done.set() if count else None)
+    assert done.is_set() and (tmp_path / "t" / "result").read_text() == "second"
 
 
 def test_a_task_that_fails_ends_the_work_and_leaves_no_result(tmp_path):
@@ -77,12 +103,12 @@ def test_a_task_that_fails_ends_the_work_and_leaves_no_result(tmp_path):
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        work_off(tmp_path, [Task("bad", fail)], Worker(), ignore)
-    assert not list(tmp_path.iterdir())
+        run_tasks(tmp_path, [Task("bad", fail)], Worker(), ignore)
+    assert [path.name for path in tmp_path.iterdir()] == [".bad.lease"]
 
 
-def test_a_worker_that_comes_when_all_is_removed_goes(tmp_path):
-    work_off(tmp_path / "gone", tasks([]), Worker(), ignore)
+def test_a_worker_that_starts_after_the_end_returns(tmp_path):
+    run_tasks(tmp_path / "gone", tasks([]), Worker(), ignore)
     assert not (tmp_path / "gone").exists()
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, what the hardware does in it, and which rank the others wait for."""
+"""Measure a training step: seconds per part, FLOPs utilization, the slowest rank, memory, profiler traces."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.models.flops import StepFlops
 from scmdm.system.process_group import all_gather_object
+from scmdm.system.run_directory import PROFILE
 
-# Parts of a step in their order. `sync`: waiting for the other ranks at its start. `pass_2` holds the head's backward
-# pass, which the head makes together with its forward pass.
+# Parts of a step, in order. `sync` is the wait for the other ranks at the start. `pass_2` contains the output head's
+# backward pass, which runs together with its forward pass.
 PARTS = ("data", "sync", "pass_1", "pass_2", "backward", "optimizer", "checkpoint")
 PROFILED_STEPS = 3
 
 
-class Clock:
-    """Adds up seconds by part. On a GPU, where the host runs ahead, parts lie between events that are read at the end
-    of a window: measuring never makes the host wait. `alive` hears of every part that begins or has ended."""
+class StepTimer:
+    """Adds up seconds by part of a step.
 
-    def __init__(self, device: torch.device, alive: Callable[[str], None] | None = None) -> None:
-        self._cuda, self._alive = device.type == "cuda", alive or (lambda _: None)
+    On a GPU, parts of the device are measured between CUDA events that are read at the end of a logging window, so that
+    the host never waits. `on_part` is called when a part begins, with its name, and when it ends, with `after NAME`.
+    """
+
+    def __init__(self, device: torch.device, on_part: Callable[[str], None] | None = None) -> None:
+        self._cuda, self._on_part = device.type == "cuda", on_part or (lambda _: None)
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block as `name`, one of PARTS. `data` and `checkpoint` are the host's, the others the device's."""
+        """Measure the block as `name`, one of PARTS. `data` and `checkpoint` are measured on the host."""
         assert name in PARTS
-        self._alive(name)
+        self._on_part(name)
         if self._cuda and name not in ("data", "checkpoint"):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -50,10 +54,10 @@ class Clock:
             started = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - started
-        self._alive(f"after {name}")
+        self._on_part(f"after {name}")
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
+        """Seconds by part since the previous call."""
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
@@ -65,22 +69,22 @@ class Clock:
 
 
 class TimedDenoiser:
-    """A denoiser whose passes are counted by a clock."""
+    """A denoiser whose passes are measured by a timer."""
 
-    def __init__(self, denoiser: Denoiser, clock: Clock) -> None:
-        self._denoiser, self._clock = denoiser, clock
+    def __init__(self, denoiser: Denoiser, timer: StepTimer) -> None:
+        self._denoiser, self._timer = denoiser, timer
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
-        with self._clock.part("pass_1"):
+        with self._timer.part("pass_1"):
             return self._denoiser.estimate(state, dropout=dropout)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
-        with self._clock.part("pass_2"):
+        with self._timer.part("pass_2"):
             return self._denoiser.weighted_nll(state, x_BL, weight_BL)
 
 
-class Window:
-    """The steps since the last logged one, without what is not training."""
+class LoggingWindow:
+    """Steps, tokens and seconds since the last logged step."""
 
     def __init__(self) -> None:
         self.steps = self.tokens = 0
@@ -95,22 +99,22 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The block's time does not count."""
+        """Exclude the block's time, such as a validation's."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What a rank has, and what one sequence asks of it."""
+class Utilization:
+    """FLOPs of one sequence, against the peak FLOPs of a rank's device (None if unknown)."""
 
     flops: StepFlops
     peak_flops: float | None
     world_size: int
 
-    def utilisation(self, sequences_per_s: float) -> dict[str, float | None]:
-        """Tera-operations a second per rank, and the share of the peak, with and without the no-grad passes."""
+    def at(self, sequences_per_s: float) -> dict[str, float | None]:
+        """TFLOP/s per rank and the share of the peak (MFU), in all and in the pass with gradients alone."""
         per_rank = sequences_per_s / self.world_size
         rates = {"": self.flops.total * per_rank, "_loss_pass": self.flops.loss_pass * per_rank}
         found: dict[str, float | None] = {f"tflops{kind}": rate / 1e12 for kind, rate in rates.items()}
@@ -119,10 +123,11 @@ class Hardware:
         return found
 
 
-def step_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int | None]:
-    """Seconds per step of each part (mean of the ranks), and the rank that the others wait for.
+def summarize_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int | None]:
+    """Seconds per step of each part (mean over the ranks), and the slowest rank. All ranks call this together.
 
-    All ranks meet at the start of a step. Who comes last waits least: its lag is what the median rank waits longer.
+    All ranks wait for each other at the start of a step (`sync`), so the slowest rank waits least. Its lag is the
+    median rank's wait minus its own.
     """
     everyone = all_gather_object(seconds)
     found: dict[str, float | int | None] = {
@@ -136,7 +141,7 @@ def step_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int |
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has held so far: on the GPU, or on the host without one."""
+    """Peak memory of this process so far: allocated on the GPU, or resident on the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -144,21 +149,21 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Profiler:
-    """A torch profiler trace of `PROFILED_STEPS` steps from `first` on, one file per rank (0: none)."""
+    """Records a torch profiler trace of `PROFILED_STEPS` steps from step `first` on, one file per rank (0: none)."""
 
     def __init__(self, directory: Path, first: int, rank: int) -> None:
-        self._path = directory / "profile" / f"step_{first:08d}_rank_{rank}.json"
+        self._path = directory / PROFILE / f"step_{first:08d}_rank_{rank}.json"
         self._first = first
         self._profile: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Start, if `step` (counted from 1) is the first one to be seen."""
+        """Start recording if `step`, counted from 1, is the first to be recorded."""
         if step == self._first:
             self._profile = torch.profiler.profile()
             self._profile.start()
 
     def after(self, step: int) -> Path | None:
-        """Stop and write behind the last one; returns the file then."""
+        """Write the trace if `step` is the last to be recorded; returns its path then."""
         if self._profile is None or step < self._first + PROFILED_STEPS - 1:
             return None
         self._profile.stop()

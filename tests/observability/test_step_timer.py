@@ -1,4 +1,4 @@
-"""Telemetry: where a step's time goes, utilisation counted against torch's own counter, stragglers, traces."""
+"""Timing of a step's parts, FLOPs against torch's own counter, the slowest rank, profiler traces."""
 
 import json
 import time
@@ -13,9 +13,9 @@ from scmdm.diffusion.state import State
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
-from scmdm.observability import clock as telemetry
-from scmdm.observability.clock import PARTS, Clock, Hardware, Window, step_parts
+from scmdm.observability import step_timer
 from scmdm.observability.metrics import read_metrics
+from scmdm.observability.step_timer import PARTS, LoggingWindow, StepTimer, Utilization, summarize_parts
 from tests.conftest import TINY
 
 VOCAB, MASK, LENGTH, BATCH = 50, 49, 32, 8
@@ -50,37 +50,37 @@ def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
     assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
 
 
-def test_utilisation_by_hand():
+def test_utilization_by_hand():
     """Two ranks, 10 sequences a second together, 4e12 operations each of which 3e12 in the loss pass, peak 1e14."""
-    found = Hardware(StepFlops(1e12, 2e12, 1e12), 1e14, 2).utilisation(10)
+    found = Utilization(StepFlops(1e12, 2e12, 1e12), 1e14, 2).at(10)
     assert found == {"tflops": 20, "tflops_loss_pass": 15, "mfu": 0.2, "mfu_loss_pass": 0.15}
-    assert Hardware(StepFlops(1e12, 2e12, 1e12), None, 1).utilisation(10)["mfu"] is None
+    assert Utilization(StepFlops(1e12, 2e12, 1e12), None, 1).at(10)["mfu"] is None
 
 
-def test_clock_and_window():
+def test_timer_and_window():
     started = time.perf_counter()
-    clock, window = Clock(torch.device("cpu")), Window()
-    with clock.part("data"):
+    timer, window = StepTimer(torch.device("cpu")), LoggingWindow()
+    with timer.part("data"):
         time.sleep(0.05)
     with window.paused():
         time.sleep(0.2)
     window.add(7)
     assert 0.05 <= window.seconds() <= time.perf_counter() - started - 0.2
     assert (window.steps, window.tokens) == (1, 7)
-    seconds = clock.read()
+    seconds = timer.read()
     assert seconds["data"] >= 0.05 and sum(seconds.values()) == seconds["data"]
-    assert sum(clock.read().values()) == 0
+    assert sum(timer.read().values()) == 0
 
 
 def test_the_slowest_rank_is_the_one_that_waits_least(monkeypatch):
     ranks = [{**dict.fromkeys(PARTS, 0.0), "sync": wait, "data": 2.0} for wait in (4.0, 4.2, 0.1, 4.1)]
-    monkeypatch.setattr(telemetry, "all_gather_object", lambda _: ranks)
-    found = step_parts(ranks[0], steps=2)
+    monkeypatch.setattr(step_timer, "all_gather_object", lambda _: ranks)
+    found = summarize_parts(ranks[0], steps=2)
     assert (found["slowest_rank"], found["data_s"]) == (2, 1.0)
     assert found["slowest_rank_lag_s"] == pytest.approx((4.05 - 0.1) / 2)
 
 
-def test_a_run_says_where_its_time_went_and_writes_a_trace(molecules, empty_yaml, tmp_path):
+def test_a_run_logs_the_seconds_of_each_part_and_writes_a_trace(molecules, empty_yaml, tmp_path):
     run = tmp_path / "run"
     keys = ["train.steps=8", "train.profile_step=3", "self_conditioning.rate=1", *TINY, "train.checkpoint_every=4"]
     assert main(["train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys]) == 0

@@ -1,4 +1,4 @@
-"""What a run is: its directory, its model in an engine, its state; resumed and described here."""
+"""A training run: its directory, data, model, engine and state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from scmdm.checkpoint.checkpoint import TrainState, load_checkpoint, newest_checkpoint
+from scmdm.checkpoint.reader import load_checkpoint, newest_checkpoint
+from scmdm.checkpoint.train_state import TrainState
 from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest
@@ -19,19 +20,21 @@ from scmdm.errors import UserError
 from scmdm.models.flops import peak_flops, step_flops
 from scmdm.models.model_files import ModelSpec, StoredModel
 from scmdm.models.network import count_parameters
-from scmdm.observability.clock import Hardware
 from scmdm.observability.environment import describe_environment
 from scmdm.observability.metrics import logger
-from scmdm.runtime.preflight import Started
+from scmdm.observability.step_timer import Utilization
+from scmdm.runtime.preflight import PreflightReport
 from scmdm.runtime.watchdog import Watchdog
 from scmdm.system.files import atomic_write_text
+from scmdm.system.lease import Lease
 from scmdm.system.process_group import broadcast
+from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, ENVIRONMENT_FILE
 from scmdm.training.setup import check_same_run
 
 
 @dataclass
-class Run:
-    """Everything that the loop holds."""
+class TrainingRun:
+    """Everything that the training loop needs."""
 
     config: RunConfig
     directory: Path
@@ -40,12 +43,13 @@ class Run:
     engine: Engine
     ema: Ema | None
     watchdog: Watchdog
-    started: Started
+    preflight: PreflightReport
+    lease: Lease | None  # of the directory; rank 0 holds it
     state: TrainState = field(default_factory=TrainState)
 
     @property
-    def hardware(self) -> Hardware:
-        """What utilisation is measured against."""
+    def utilization(self) -> Utilization:
+        """FLOPs of a sequence, and the peak of the device."""
         conditioning = self.config.self_conditioning
         flops = step_flops(
             self.spec.model,
@@ -56,27 +60,30 @@ class Run:
             stop_gradient=conditioning.stop_gradient,
             trained_layers=self.config.trained_layers,
         )
-        return Hardware(flops, peak_flops(self.engine.device), self.engine.world_size)
+        return Utilization(flops, peak_flops(self.engine.device), self.engine.world_size)
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+        return self.directory / CHECKPOINTS
 
     @property
     def manifest(self) -> Manifest:
         return self.data.manifest
 
 
-def resume(run: Run, base_sha256: str | None) -> None:
-    """Continue from the newest checkpoint that verifies, if there is one, and refuse to continue another run."""
-    # Rank 0 reads and hashes; every rank takes its word.
+def resume(run: TrainingRun, base_sha256: str | None) -> None:
+    """Load the newest checkpoint that verifies, if there is one, and write the configuration into the run directory.
+
+    Raises UserError if all checkpoints are damaged, or if configuration, data or base differ from the earlier start.
+    """
+    # Rank 0 alone reads and hashes.
     path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
     for line in skipped:
         logger.warning("%s", line)
     if path is None and skipped:
         raise UserError(
             f"run_dir={run.directory} holds no checkpoint that verifies ({skipped[0]}); "
-            "restore one of them, or choose another run_dir to start anew"
+            "restore one of them, or choose another run_dir to start from scratch"
         )
     fingerprint = run.manifest.fingerprint()
     if path is not None:
@@ -85,29 +92,30 @@ def resume(run: Run, base_sha256: str | None) -> None:
         if run.state.data_fingerprint != fingerprint:
             raise UserError(
                 f"{run.config.data.label} is not the data that {run.directory} was trained on; "
-                "give that one back, or choose another run_dir"
+                "restore that data, or choose another run_dir"
             )
         if run.state.base_sha256 != base_sha256:
             raise UserError(
                 f"base={run.config.base} is not the model that {run.directory} was adapted from; "
-                "give that one back, or choose another run_dir"
+                "restore that model, or choose another run_dir"
             )
         logger.info("resuming from %s", path)
     run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
     if run.engine.rank != 0:
         return
-    atomic_write_text(run.directory / "config.yaml", to_yaml(run.config))
-    atomic_write_text(run.directory / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    atomic_write_text(run.directory / CONFIG_FILE, to_yaml(run.config))
+    atomic_write_text(run.directory / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
 
 
-def describe(run: Run, base: StoredModel | None) -> None:
+def describe(run: TrainingRun, base: StoredModel | None) -> None:
+    """Log model size, engine, data and epochs."""
     config, info = run.config, run.manifest.splits[run.config.data.train_split]
     origin = f"adapting {base.path} (step {base.spec.step})" if base else "training from scratch"
     epochs = config.train.steps * config.train.global_batch_size / info.samples
     model = run.engine.model
-    numbers = [count_parameters(model, trained=trained) / 1e6 for trained in (False, True)]
-    part = f", {numbers[1]:.2f}M of them trained" if config.trained_layers is not None else ""
-    logger.info("%s: %.2fM parameters%s, rate %g", origin, numbers[0], part, config.self_conditioning.rate)
+    total, trained = (count_parameters(model, trained=trained) / 1e6 for trained in (False, True))
+    part = f" ({trained:.2f}M trained)" if config.trained_layers is not None else ""
+    logger.info("%s: %.2fM parameters%s, rate %g", origin, total, part, config.self_conditioning.rate)
     logger.info(
         "engine %s on %d process(es), %s, %s, %d thread(s)",
         config.engine,

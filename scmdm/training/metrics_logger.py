@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: rows of `metrics.jsonl`, wandb, the progress bar, log lines."""
+"""Log a run's progress: rows of `metrics.jsonl`, wandb, the progress bar, log lines."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 from rich.console import Console
 
 from scmdm.diffusion.likelihood import Nelbo
-from scmdm.observability.clock import Clock, Window, peak_memory_gib, step_parts
 from scmdm.observability.metrics import (
-    METRICS_FILE,
     MetricsFile,
-    StepDisplay,
     Tracker,
     format_duration,
     logger,
     start_wandb,
 )
-from scmdm.training.run import Run
+from scmdm.observability.progress_bar import StepDisplay
+from scmdm.observability.step_timer import LoggingWindow, StepTimer, peak_memory_gib, summarize_parts
+from scmdm.system.run_directory import METRICS_FILE
 from scmdm.training.step import StepResult
+from scmdm.training.training_run import TrainingRun
 
 
-class Journal:
-    """All ranks call every method together; rank 0 writes."""
+class MetricsLogger:
+    """Logs steps and validations. All ranks call every method together; rank 0 writes."""
 
-    def __init__(self, run: Run, console: Console) -> None:
+    def __init__(self, run: TrainingRun, console: Console) -> None:
         config, state, main = run.config, run.state, run.engine.rank == 0
-        self._run, self._window = run, Window()
-        self.clock = Clock(run.engine.device, run.watchdog.beat)
+        self._run, self._window = run, LoggingWindow()
+        self.timer = StepTimer(run.engine.device, run.watchdog.beat)
         self._tracker: Tracker | None = None
         if main:
             self._tracker = start_wandb(config.wandb, run.directory, asdict(config), state.wandb_id)
@@ -40,7 +40,7 @@ class Journal:
         self._metrics = MetricsFile(run.directory / METRICS_FILE if main else None, state.step)
         self._display = StepDisplay(console, config.train.steps, state.step)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> MetricsLogger:
         self._display.__enter__()
         return self
 
@@ -51,10 +51,10 @@ class Journal:
         self._track(lambda tracker: tracker.finish())
 
     def count(self, result: StepResult, started: float) -> None:
-        """Take a step, `started` at that `perf_counter`, into the run's sums and the progress bar."""
+        """Add a step, which began at `started` on `time.perf_counter`, to the run's totals and the progress bar."""
         state, seconds = self._run.state, time.perf_counter() - started
         state.step += 1
-        self._run.watchdog.count(state.step)
+        self._run.watchdog.step_done(state.step)
         state.tokens += result.tokens
         state.evaluations += result.evaluations
         state.seconds += seconds
@@ -64,11 +64,11 @@ class Journal:
         self._display.advance(result.loss, result.tokens / seconds)
 
     def paused(self) -> AbstractContextManager[None]:
-        """The block is no part of the training time."""
+        """Exclude the block from the training time."""
         return self._window.paused()
 
     def log_step(self, result: StepResult, lr: float) -> None:
-        """A row over the steps since the last one."""
+        """Write a row over the steps since the last one."""
         run, window, state = self._run, self._window, self._run.state
         loss, train = state.loss_sum / state.loss_count, run.config.train
         state.loss_sum, state.loss_count = 0.0, 0
@@ -84,19 +84,19 @@ class Journal:
             "evaluations": state.evaluations,
             "tokens_per_s": speed,
             "seconds": state.seconds,
-            **step_parts(self.clock.read(), window.steps),
-            **run.hardware.utilisation(window.steps * train.global_batch_size / seconds),
+            **summarize_parts(self.timer.read(), window.steps),
+            **run.utilization.at(window.steps * train.global_batch_size / seconds),
             "peak_memory_gib": peak_memory_gib(run.engine.device),
         }
         self._write("train", row)
-        self._window = Window()
+        self._window = LoggingWindow()
         left = format_duration((train.steps - state.step) * result.tokens / speed)
         logger.info(
             "step %d/%d loss %.4f lr %.2e %.0f tokens/s left %s", state.step, train.steps, loss, lr, speed, left
         )
 
     def log_validation(self, null: Nelbo, conditioned: Nelbo | None) -> None:
-        """A row of both NELBOs; a vanilla model has no conditioned one."""
+        """Write a row of both NELBOs; `conditioned` is None for a vanilla model."""
         run = self._run
         row = {
             "kind": "validation",
@@ -113,17 +113,19 @@ class Journal:
         logger.info("step %d validation NELBO null %.4f +- %.4f %s", run.state.step, null.mean, null.stderr, text)
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
+        if self._run.lease is not None:
+            self._run.lease.require()
         self._metrics.write(row)
         numbers = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
         del numbers[f"{kind}/step"]
         self._track(lambda tracker: tracker.log(numbers, step=row["step"]))
 
     def _track(self, act: Callable[[Tracker], None]) -> None:
-        """wandb's end is not the run's: its service does not survive a SIGTERM to all processes of a job."""
+        """Call wandb, and continue without it if that fails: SIGTERM to all processes of a job ends its service."""
         if self._tracker is None:
             return
         try:
             act(self._tracker)
-        except Exception as error:  # noqa: BLE001 - what a dead service makes wandb raise has no common class
+        except Exception as error:  # noqa: BLE001 - a dead service makes wandb raise errors of many classes
             self._tracker = None
-            logger.warning("wandb is gone (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
+            logger.warning("wandb failed (%s: %s); metrics go to metrics.jsonl alone", type(error).__name__, error)
