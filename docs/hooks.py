@@ -1,0 +1,138 @@
+"""MkDocs hook: generate the reference pages from the command line's parser and the configuration's schemas."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from scmdm.cli import _parser
+from scmdm.config.fields import Key, rules_of
+
+SCHEMAS = (
+    ("prepare", "scmdm.config.preparation", "PrepareConfig"),
+    ("train and adapt", "scmdm.config.run", "RunConfig"),
+    ("sample", "scmdm.config.sampler", "SampleConfig"),
+    ("evaluate", "scmdm.config.sampler", "EvaluateConfig"),
+    ("study", "scmdm.config.study_config", "StudyConfig"),
+    ("moses", "scmdm.domains.molecules.moses_config", "MosesConfig"),
+    ("import", "scmdm.config.conversion", "ImportConfig"),
+    ("export", "scmdm.config.conversion", "ExportConfig"),
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to the site."""
+    files.append(File.generated(config, "reference/cli.md", content=cli_page()))
+    files.append(File.generated(config, "reference/configuration.md", content=configuration_page()))
+    return files
+
+
+def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """All commands with their parsers, nested ones as `checkpoint list`."""
+    yield from _commands(_parser(), "")
+
+
+def _commands(parser: argparse.ArgumentParser, prefix: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                nested = list(_commands(child, f"{prefix}{name} "))
+                yield from nested or [(f"{prefix}{name}", child)]
+
+
+def cli_page() -> str:
+    """Markdown of the command line's reference."""
+    lines = [
+        "# Command line",
+        "",
+        "Generated from the parser. The configuration keys of each command are on their",
+        "[own page](configuration.md), and at the end of `scmdm COMMAND --help`.",
+        "",
+    ]
+    for name, parser in commands():
+        # Without the keys, which argparse knows nothing of.
+        text = argparse.ArgumentParser.format_help(parser).rstrip()
+        lines += [f"## scmdm {name}", "", "```text", text, "```", ""]
+    return "\n".join(lines)
+
+
+def configuration_page() -> str:
+    """Markdown of all configuration keys."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "Generated from the schemas. A key is set in the YAML file or as `key=value` on the command line.",
+        "*Resume* marks keys that may change when a run is resumed; *adapt* says what an adaptation may do with a key",
+        "of its base's model.",
+        "",
+    ]
+    for command, module, name in SCHEMAS:
+        schema = getattr(importlib.import_module(module), name)
+        lines += [f"## {command}", "", *_tables(schema, ""), ""]
+    return "\n".join(lines)
+
+
+def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
+    """A table of the schema's own keys, then those of its sections."""
+    hints = typing.get_type_hints(schema)
+    own, sections = [], []
+    for field in dataclasses.fields(schema):
+        rules = rules_of(field)
+        element = _element(hints[field.name])
+        if rules is not None and rules.registry is not None:
+            sections += [
+                (f"{prefix}{field.name}.", rules.registry.schema(name), f"`{prefix}{field.name}.{rules.selector}={name}`")
+                for name in rules.registry.names
+            ]
+        elif dataclasses.is_dataclass(element):
+            named = _is_mapping(hints[field.name])
+            inner = f"{prefix}{field.name}.NAME." if named else f"{prefix}{field.name}."
+            sections.append((inner, element, f"`{inner.rstrip('.')}`"))
+        else:
+            own.append(_row(prefix, field, rules, hints[field.name]))
+    if own:
+        yield from ("| key | default | values | meaning | resume | adapt |", "|---|---|---|---|---|---|", *own, "")
+    for inner, section, title in sections:
+        yield from (f"{'#' * depth} {title}", "", *_tables(section, inner, depth + 1))
+
+
+def _row(prefix: str, field: dataclasses.Field[Any], rules: Key | None, hint: Any) -> str:
+    default: object = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(default), str(default))
+    values = rules.wanted() if rules is not None else ""
+    if values in ("", "a finite number"):
+        values = _type_name(hint)
+    cells = (
+        f"`{prefix}{field.name}`",
+        "required" if default is dataclasses.MISSING else f"`{shown}`" if shown else "",
+        values,
+        rules.help if rules is not None else "",
+        "yes" if rules is not None and rules.on_resume else "",
+        rules.on_adapt.value if rules is not None and prefix.startswith("model.") else "",
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _element(hint: Any) -> Any:
+    """The dataclass inside an optional or a mapping, else the type itself."""
+    arguments = [argument for argument in typing.get_args(hint) if dataclasses.is_dataclass(argument)]
+    return arguments[-1] if arguments else hint
+
+
+def _is_mapping(hint: Any) -> bool:
+    return any(typing.get_origin(part) is dict for part in (hint, *typing.get_args(hint)))
+
+
+def _type_name(hint: Any) -> str:
+    name = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    for old, new in (("typing.", ""), ("pathlib.", ""), (" | None", " or null"), ("NoneType", "null")):
+        name = name.replace(old, new)
+    return name
