@@ -1,4 +1,4 @@
-"""MkDocs hook: generate the reference pages from the command line's parser and the configuration's schemas."""
+"""MkDocs hook: add the pages that are generated from the command line, the configuration schemas and the root files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -16,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from scmdm.cli import _parser
 from scmdm.config.fields import Key, rules_of
 
+ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = (
     ("prepare", "scmdm.config.preparation", "PrepareConfig"),
     ("train and adapt", "scmdm.config.run", "RunConfig"),
@@ -32,6 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
     files.append(File.generated(config, "reference/configuration.md", content=configuration_page()))
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=text))
     return files
 
 
