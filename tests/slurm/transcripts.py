@@ -41,7 +41,7 @@ def shown(log):
         if saves <= 2:
             for pattern, short in SHORTER:
                 line = re.sub(pattern, short, line)
-            kept.append(line[:180])
+            kept.append(line[:120].rstrip())
     return kept
 
 
