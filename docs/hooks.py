@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import inspect
 import typing
 from collections.abc import Iterator
@@ -14,20 +13,11 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from scmdm.cli import _parser
-from scmdm.config.fields import Key, rules_of
+from scmdm.cli import COMMANDS
+from scmdm.config.arguments import Command, make_parser
+from scmdm.config.fields import Key, rules_of, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = (
-    ("prepare", "scmdm.config.preparation", "PrepareConfig"),
-    ("train and adapt", "scmdm.config.run", "RunConfig"),
-    ("sample", "scmdm.config.sampler", "SampleConfig"),
-    ("evaluate", "scmdm.config.sampler", "EvaluateConfig"),
-    ("study", "scmdm.config.study_config", "StudyConfig"),
-    ("moses", "scmdm.domains.molecules.moses_config", "MosesConfig"),
-    ("import", "scmdm.config.conversion", "ImportConfig"),
-    ("export", "scmdm.config.conversion", "ExportConfig"),
-)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -40,17 +30,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """All commands with their parsers, nested ones as `checkpoint list`."""
-    yield from _commands(_parser(), "")
+def parsers() -> Iterator[tuple[Command, argparse.ArgumentParser]]:
+    """All commands with their parsers."""
+    yield from _parsers(make_parser("scmdm", COMMANDS, "", ""))
 
 
-def _commands(parser: argparse.ArgumentParser, prefix: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[Command, argparse.ArgumentParser]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for name, child in action.choices.items():
-                nested = list(_commands(child, f"{prefix}{name} "))
-                yield from nested or [(f"{prefix}{name}", child)]
+            for child in action.choices.values():
+                yield from _parsers(child)
+    command = getattr(parser, "command", None)
+    if command is not None:
+        yield command, parser
 
 
 def cli_page() -> str:
@@ -62,15 +54,15 @@ def cli_page() -> str:
         "[own page](configuration.md), and at the end of `scmdm COMMAND --help`.",
         "",
     ]
-    for name, parser in commands():
-        # Without the keys, which argparse knows nothing of.
+    for command, parser in parsers():
+        # The base class's help has no configuration keys, which follow on their own page.
         text = argparse.ArgumentParser.format_help(parser).rstrip()
-        lines += [f"## scmdm {name}", "", "```text", text, "```", ""]
+        lines += [f"## scmdm {command.name}", "", "```text", text, "```", ""]
     return "\n".join(lines)
 
 
 def configuration_page() -> str:
-    """Markdown of all configuration keys."""
+    """Markdown of all configuration keys, with commands of the same configuration together."""
     lines = [
         "# Configuration keys",
         "",
@@ -79,24 +71,28 @@ def configuration_page() -> str:
         "of its base's model.",
         "",
     ]
-    for command, module, name in SCHEMAS:
-        schema = getattr(importlib.import_module(module), name)
-        lines += [f"## {command}", "", *_tables(schema, ""), ""]
+    by_schema: dict[str, list[Command]] = {}
+    for command in COMMANDS:
+        if command.schema is not None:
+            by_schema.setdefault(command.schema, []).append(command)
+    for commands in by_schema.values():
+        title = " and ".join(command.name for command in commands)
+        lines += [f"## {title}", "", *_tables(commands[0].load_schema(), ""), ""]
     return "\n".join(lines)
 
 
 def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
     """A table of the schema's own keys, then those of its sections."""
     hints = typing.get_type_hints(schema)
-    own, sections = [], []
+    own: list[str] = []
+    sections: list[tuple[str, type, str]] = []
     for field in dataclasses.fields(schema):
         rules = rules_of(field)
-        element = _element(hints[field.name])
+        element = section_of(field) or _element(hints[field.name])
         if rules is not None and rules.registry is not None:
-            sections += [
-                (f"{prefix}{field.name}.", rules.registry.schema(name), f"`{prefix}{field.name}.{rules.selector}={name}`")
-                for name in rules.registry.names
-            ]
+            for name in rules.registry.names:
+                inner = f"{prefix}{field.name}."
+                sections.append((inner, rules.registry.schema(name), f"`{inner}{rules.selector}={name}`"))
         elif dataclasses.is_dataclass(element):
             named = _is_mapping(hints[field.name])
             inner = f"{prefix}{field.name}.NAME." if named else f"{prefix}{field.name}."
