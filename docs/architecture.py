@@ -1,6 +1,6 @@
 """Draw docs/explanation/architecture.svg: the layers of the import contract in pyproject.toml.
 
-    python docs/architecture.py
+python docs/architecture.py
 """
 
 from __future__ import annotations

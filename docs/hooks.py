@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from scmdm.cli import COMMANDS
 from scmdm.config.arguments import Command, make_parser
 from scmdm.config.fields import Key, rules_of, section_of
+from scmdm.domains.registry import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +79,11 @@ def configuration_page() -> str:
     for commands in by_schema.values():
         title = " and ".join(command.name for command in commands)
         lines += [f"## {title}", "", *_tables(commands[0].load_schema(), ""), ""]
+    lines += ["## metrics", "", "Keys of the section `metrics` of `evaluate` and `study`, by domain.", ""]
+    for name in DOMAINS.names:
+        schema = DOMAINS.schema(name)
+        if dataclasses.fields(schema):
+            lines += [f"### {name}", "", *_tables(schema, "metrics.", 4), ""]
     return "\n".join(lines)
 
 

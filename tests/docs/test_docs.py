@@ -51,12 +51,17 @@ def test_links_lead_somewhere(page):
 def anchors(page):
     """Anchors that Markdown's `toc` extension gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()) for heading in headings}
+    return {
+        re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower())
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_named_files_exist(page):
-    for name in re.findall(r"(?<![\w/.-])((?:configs|docs|tests|scmdm|data_prep|benchmarks|launch)/[\w./-]+\.\w+)", page.read_text()):
+    for name in re.findall(
+        r"(?<![\w/.-])((?:configs|docs|tests|scmdm|data_prep|benchmarks|launch)/[\w./-]+\.\w+)", page.read_text()
+    ):
         if "lab/" in page_id(page) and not name.startswith("configs"):
             continue  # notes name the files of their commit
         assert (ROOT / name).exists() or name.removeprefix("docs/") in GENERATED, f"{page_id(page)} names {name}"
@@ -95,7 +100,9 @@ def test_commands_are_found():
     assert len(COMMANDS) > 50, "the pattern of commands no longer matches the documents"
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else None
+)
 def test_commands_parse(page, words):
     from scmdm.cli import COMMANDS as TABLE
     from scmdm.config.arguments import make_parser
