@@ -73,12 +73,19 @@ def configuration_page() -> str:
         "",
     ]
     by_schema: dict[str, list[Command]] = {}
+    shown: list[type] = []
     for command in COMMANDS:
         if command.schema is not None:
             by_schema.setdefault(command.schema, []).append(command)
     for commands in by_schema.values():
         title = " and ".join(command.name for command in commands)
-        lines += [f"## {title}", "", *_tables(commands[0].load_schema(), ""), ""]
+        schema = commands[0].load_schema()
+        lines += [f"## {title}", ""]
+        if issubclass(schema, tuple(shown)):
+            lines += ["All keys of `train`, none of which is required.", ""]
+        else:
+            lines += [*_tables(schema, ""), ""]
+        shown.append(schema)
     lines += ["## metrics", "", "Keys of the section `metrics` of `evaluate` and `study`, by domain.", ""]
     for name in DOMAINS.names:
         schema = DOMAINS.schema(name)
@@ -90,7 +97,7 @@ def configuration_page() -> str:
 def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
     """A table of the schema's own keys, then those of its sections."""
     hints = typing.get_type_hints(schema)
-    own: list[str] = []
+    own: list[list[str]] = []
     sections: list[tuple[str, type, str]] = []
     for field in dataclasses.fields(schema):
         rules = rules_of(field)
@@ -106,26 +113,37 @@ def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
         else:
             own.append(_row(prefix, field, rules, hints[field.name]))
     if own:
-        yield from ("| key | default | values | meaning | resume | adapt |", "|---|---|---|---|---|---|", *own, "")
+        titles = ("key", "default", "values", "meaning", "resume", "adapt")
+        # Columns without any content are left out.
+        kept = [column for column in range(len(titles)) if column < 4 or any(row[column] for row in own)]
+        rows = [[row[column] for column in kept] for row in (titles, ["---"] * len(titles), *own)]
+        yield from (f"| {' | '.join(cells)} |" for cells in rows)
+        yield ""
     for inner, section, title in sections:
         yield from (f"{'#' * depth} {title}", "", *_tables(section, inner, depth + 1))
 
 
-def _row(prefix: str, field: dataclasses.Field[Any], rules: Key | None, hint: Any) -> str:
+def _row(prefix: str, field: dataclasses.Field[Any], rules: Key | None, hint: Any) -> list[str]:
     default: object = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    shown = {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(default), str(default))
+    shown = {
+        "???": "required",
+        str(dataclasses.MISSING): "required",
+        "None": "null",
+        "True": "true",
+        "False": "false",
+    }.get(str(default), str(default))
     values = rules.wanted() if rules is not None else ""
     if values in ("", "a finite number"):
         values = _type_name(hint)
     cells = (
         f"`{prefix}{field.name}`",
-        "required" if default is dataclasses.MISSING else f"`{shown}`" if shown else "",
+        shown if shown in ("required", "") else f"`{shown}`",
         values,
         rules.help if rules is not None else "",
         "yes" if rules is not None and rules.on_resume else "",
         rules.on_adapt.value if rules is not None and prefix.startswith("model.") else "",
     )
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
 
 
 def _element(hint: Any) -> Any:
