@@ -94,6 +94,7 @@ def test_sampler(extended):
     assert texts == run("sample", *common, "sampler.steps=8", "batch_size=1").splitlines()
 
 
+@pytest.mark.slow
 def test_engine(extended):
     run = extended("engine")
     prepare_text(run)
@@ -105,6 +106,7 @@ def test_engine(extended):
     assert losses(run, "checked") == losses(run, "plain")
 
 
+@pytest.mark.slow
 def test_denoiser(extended):
     run = extended("denoiser")
     prepare_text(run)
@@ -117,6 +119,7 @@ def test_denoiser(extended):
     assert len((run.checkout / "samples.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_source_and_domain(extended):
     run = extended("source", "domain")
     write(run, "numbers.yaml", NUMBERS)
