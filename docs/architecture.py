@@ -35,6 +35,7 @@ ROLES = {
     "config": "keys with their rules, registries, loading",
     "system": "files, processes, signals",
     "errors": "UserError: one line that names the remedy",
+    "torch_private": "private torch API, in one place",
     "diffusion": "the mathematics: imports torch alone",
 }
 
