@@ -102,7 +102,7 @@ class Assumptions:
 
 
 # Width and fraction of peak products, without the update: scmdm's compiled steps of 170M and of a billion parameters on
-# an H100 (docs/performance.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
+# an H100 (docs/lab/2026-11-26-h100.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
 _MEASURED = ((768, 0.36), (2048, 0.52))
 
 
