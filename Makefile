@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 QUICKSTART := $(VENV)/bin/scmdm study configs/qm9/quickstart.yaml $(if $(FROM_SCRATCH),from_scratch=true out=quickstart-from-scratch) $(ARGS)
 
-.PHONY: install quickstart test test-all lint format bench
+.PHONY: install quickstart test test-all lint format docs bench
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The site is in build/site; a warning, such as a broken link, is an error.
+docs: $(STAMP)
+	$(VENV)/bin/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m benchmarks

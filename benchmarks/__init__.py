@@ -1,1 +1,1 @@
-"""Speed as ratios within one run: `python -m benchmarks`."""
+"""Benchmarks, reported as ratios within one run: `python -m benchmarks`."""

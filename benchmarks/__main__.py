@@ -1,4 +1,4 @@
-"""`python -m benchmarks [part ...]`: all parts, or the named ones."""
+"""`python -m benchmarks [part ...]`: run all benchmarks, or those named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = {
 
 
 def main(names: list[str]) -> None:
-    """Run the parts; an unknown name ends with those that exist."""
+    """Run benchmarks by name, all if there are no names."""
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(PARTS)}")
@@ -33,5 +33,5 @@ def main(names: list[str]) -> None:
         PARTS[name]()
 
 
-if __name__ == "__main__":  # the processes of `memory` import this module, too
+if __name__ == "__main__":  # `memory` spawns processes that import this module
     main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Attention backends, forward and backward: why "auto" takes plain products for short sequences on a CPU."""
+"""Attention kernels, forward and backward: the measurements behind `model.attention=auto`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU_SHAPES = ((32, 1024, 12, 64), (16, 1024, 16, 128))
 
 
 def main() -> None:
-    """Print the ratios for each shape."""
+    """Print ratios of the kernels for each shape."""
     device = resolve_device("auto")
     dtype = resolve_precision("auto", device)
     gpu = device.type == "cuda"

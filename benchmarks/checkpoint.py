@@ -1,4 +1,4 @@
-"""What a save costs the training: in line, and beside it (the copy that is waited for)."""
+"""Stall of the training while a checkpoint is saved, synchronously and asynchronously."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from benchmarks.timing import interleave, show
 from scmdm.checkpoint.train_state import TrainState
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, TrainConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import resolve_device
+from scmdm.models.dit import DiTConfig
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import count_parameters
 from scmdm.training.setup import build_engine
 
-_MODEL = ModelConfig(width=512, layers=8, heads=8, condition_width=128)
+_MODEL = DiTConfig(width=512, layers=8, heads=8, condition_width=128)
 
 
 def main() -> None:
-    """Print the stall of both kinds of save, for weights, averages and two moments in float32."""
+    """Print the stall of both kinds of save: weights, averages and two moments in float32."""
     device = resolve_device("auto")
     config = RunConfig(model=_MODEL, engine="single")
     spec = ModelSpec(_MODEL, config.diffusion, 4096, 4095, 128)

@@ -1,4 +1,4 @@
-"""What FSDP2 costs where there is nothing to shard: one rank of it against the single engine."""
+"""Overhead of FSDP2 with one rank, compared with the single engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`scmdm train` in this process: prints when, on the processor's clock, each part of its way to the first step ended.
+"""Run `scmdm train` in this process and print the CPU time at the end of each part before its first step.
 
-Apart from `benchmarks.start`, whose imports would be counted.
+A module of its own, because the imports of `benchmarks.start` would be counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments of the command; its configuration must end after one step."""
+    """Run the command with these arguments, whose configuration must end after one step."""
     ends: dict[str, float] = {}
 
     def end(part: str) -> None:

@@ -1,6 +1,6 @@
-"""The loader against the fastest training step and Hugging Face `datasets`; start and memory on a large set.
+"""The data loader compared with a training step and with Hugging Face `datasets`; start and memory on a large data set.
 
-`python -m benchmarks.loader DATA_SET` prints what a process of its own needs to the first batch, and its memory then.
+`python -m benchmarks.loader DATA_SET` prints the time of a process to its first batch, and its memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _READ = 100  # batches, of which memory is watched
 
 
 def main() -> None:
-    """Print the loader's speed beside a step's and the baseline's; then start and memory on ten million samples."""
+    """Print the speeds of loader, training step and baseline, then start and memory on ten million samples."""
     with tempfile.TemporaryDirectory(dir=".") as name:
         root = Path(name)
         ids_NL = np.random.default_rng(0).integers(4, 4 + len(_SYMBOLS), (_SHARD, QM9.length), np.uint16)
@@ -96,7 +96,7 @@ def _start(root: Path) -> None:
 
 
 def read(root: Path) -> dict[str, Any]:
-    """Seconds of this process, on the clock and of the processor, to its first batch; memory, batch by batch."""
+    """Print wall and CPU seconds of this process to its first batch, and its memory batch by batch."""
     process = psutil.Process(os.getpid())
     seconds = {"imports": _seconds(process)}
     batches = read_batches(root, _LARGE_BATCH)

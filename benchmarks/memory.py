@@ -1,4 +1,4 @@
-"""The most memory of a vanilla training step: ours against the dense baseline, each in a process of its own."""
+"""Peak memory of a vanilla training step, compared with the dense baseline, each in its own process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.step import TEXT, Shape, make_engine_step
 from benchmarks.timing import show_figures
-from scmdm.config.model import ModelConfig
+from scmdm.models.dit import DiTConfig
 
 _BATCHES = (4, 8)
-_TINY = ModelConfig(width=16, layers=1, heads=1)
+_TINY = DiTConfig(width=16, layers=1, heads=1)
 
 
 def main() -> None:
-    """Print what each adds to a process that has trained a tiny model: weights, gradients, moments, activations."""
+    """Print the memory that each adds to a process that has trained a tiny model."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         mib = {batch: [pool.apply(peak, (batch, dense)) for dense in (True, False)] for batch in _BATCHES}
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def peak(batch: int, dense: bool) -> float:
-    """MiB of two steps beyond those of a tiny model, which bring the libraries' code into memory."""
+    """MiB of two steps beyond two steps of a tiny model, which load the libraries."""
     torch.set_num_threads(1)
     _two_steps(replace(TEXT, model=_TINY, vocab=128, length=16, batch=1), dense)
     before = _peak()

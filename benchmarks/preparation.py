@@ -1,4 +1,4 @@
-"""Text to packed blocks: `scmdm prepare`, one worker against two, and against `datasets.map` per core."""
+"""Preparation of text into packed blocks: `scmdm prepare` with one and two workers, compared with `datasets.map`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COPIES, _COPIES_ROUNDS = 16, 2  # of the text, one after the other, for two wor
 
 
 def main() -> None:
-    """Print the processor's seconds of each, which other load on the machine hardly touches, and ratios."""
+    """Print CPU seconds, which other load hardly changes, and ratios."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
     with tempfile.TemporaryDirectory(dir=".") as name:
         root = Path(name)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def write_text(path: Path, size: int) -> Path:
-    """Lines of words of random letters, of which the k-th is drawn in proportion to 1 / k (Zipf)."""
+    """Write lines of random words, the k-th with probability proportional to 1 / k (Zipf)."""
     dice = np.random.default_rng(0)
     words = np.array(["".join(map(chr, dice.integers(97, 123, n))) for n in dice.integers(1, 11, _WORDS)])
     often = 1 / np.arange(1, _WORDS + 1)
@@ -53,7 +53,7 @@ def write_text(path: Path, size: int) -> Path:
 
 
 def train_tokenizer(text: Path, path: Path) -> Path:
-    """Byte-level BPE, as GPT-2's, in a `tokenizer.json`."""
+    """Train a byte-level BPE tokenizer, as GPT-2's, and write its `tokenizer.json`."""
     pipeline = tokenizers.ByteLevelBPETokenizer()
     pipeline.train([str(text)], vocab_size=_VOCAB, special_tokens=["<|endoftext|>"], show_progress=False)
     pipeline.save(str(path))
@@ -99,7 +99,7 @@ def _against_datasets(root: Path, text: Path, tokenizer: Path) -> None:
 
 
 def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
-    """Whole commands, imports of all processes included: 0.5 x the work in the clock's time would be linear."""
+    """Time whole commands, with the imports of all processes; linear scaling would halve the wall time."""
     size = text.stat().st_size >> 20
     empty = root / "empty.yaml"
     empty.write_text("{}\n")
@@ -118,7 +118,7 @@ def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds of a command, on the clock and of the processor, with the processes that it has waited for."""
+    """Wall and CPU seconds of a command, with those of its child processes."""
     started, used = time.perf_counter(), _used()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started, _used() - used

@@ -1,6 +1,6 @@
-"""A picture of where a step's time goes, by torch's profiler: dense, vanilla and adaptation.
+"""Time of a step by kind of operator, from torch's profiler: dense baseline, vanilla and adaptation.
 
-In parts of a step: the profiler knows only seconds on the clock, which other load stretches.
+Reported as fractions of a step: the profiler measures wall time, which other load stretches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = {
 
 
 def main() -> None:
-    """Draw one bar for each kind of step into `RESULTS`, and print its parts in per cent."""
+    """Draw a bar for each kind of step into `RESULTS`, and print its parts in per cent."""
     dense, dense_step = make_engine_step(TEXT, rate=0.0)
     dense.denoiser = DenseDenoiser(dense.model)
     steps: dict[str, Callable[[], object]] = {
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _milliseconds(step: Callable[[], object]) -> dict[str, float]:
-    """Of the operators themselves, without those that they call, on the GPU where there is one."""
+    """Time of operators without those that they call, on the GPU if there is one."""
     step()
     gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]

@@ -1,4 +1,4 @@
-"""From `scmdm train` to the end of its first step, part by part, in the processor's seconds; beside `import torch`."""
+"""CPU time from the start of `scmdm train` to the end of its first step, by part, compared with `import torch`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUNDS, _SAMPLES = 3, 10_000
 
 
 def main() -> None:
-    """Print the parts of a start with the quickstart's model and batch; medians."""
+    """Print medians of the parts, with the model and batch of the quickstart."""
     with tempfile.TemporaryDirectory(dir=".") as name:
         root = Path(name)
         _write(root / "data")
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def first_step(root: Path, run_dir: Path) -> dict[str, float]:
-    """Seconds of each part, and of all together, in a process of its own."""
+    """Seconds of each part and in total, in a new process."""
     batch = QM9.batch
     keys = ["train.steps=1", "train.validate_every=0", f"train.global_batch_size={batch}"]
     keys += [f"train.micro_batch_size={batch}", f"data.path={root / 'data'}", f"run_dir={run_dir}"]

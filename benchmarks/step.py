@@ -1,7 +1,7 @@
-"""What an adaptation step costs over a vanilla step, what a vanilla step costs over the dense baseline, and the head.
+"""Cost of an adaptation step over a vanilla step, of a vanilla step over the dense baseline, and of the output head.
 
-Theory without tricks: a forward pass costs 1, a backward pass 2; a vanilla step is 3, an adaptation step 4: 4/3. The
-estimate's head makes two products where the loss's forward pass makes one, so a large vocabulary costs more.
+In theory a forward pass costs 1 and a backward pass 2, so that a vanilla step costs 3 and an adaptation step 4: a ratio
+of 4/3. The head of the estimate computes two products with the vocabulary instead of one, which adds to that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.timing import Timing, interleave, show
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine, resolve_device, resolve_precision
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import peak_flops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import ModelSpec
@@ -35,25 +34,24 @@ from scmdm.training.step import train_step
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on batches of random tokens."""
+    """A model and a batch of random tokens."""
 
     name: str
-    model: ModelConfig
+    model: DiTConfig
     vocab: int
     length: int
-    batch: int  # sequences of a step
-    micro: int | None = None  # of a pass; None: all of them
+    batch: int  # sequences per step
+    micro: int | None = None  # sequences per pass; None: all
 
 
-QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", ModelConfig(), 34, 32, 256)
-TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", ModelConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
-_SMALL = ModelConfig(width=768, layers=12, heads=12, condition_width=128)
+QM9 = Shape("QM9 quickstart (V = 34, L = 32, B = 256)", DiTConfig(), 34, 32, 256)
+TEXT = Shape("text (V = 50,258, L = 256, B = 4, D = 256)", DiTConfig(width=256, layers=4, heads=4), 50_258, 256, 4)
+_SMALL = DiTConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
 _TOP_K = 16
-_RANK = 32
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
 # As in configs/text/owt-base.yaml on 8 GPUs, but for dropout.
-_COMPILED = ModelConfig(compile=True, condition_width=128)
+_COMPILED = DiTConfig(compile=True, condition_width=128)
 SMALL_GPU = Shape(
     "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
     replace(_COMPILED, width=768, layers=12, heads=12),
@@ -73,13 +71,13 @@ BILLION_GPU = Shape(
 
 
 def main() -> None:
-    """Print the ratios of two shapes that a laptop can do in a minute."""
+    """Print ratios for two shapes that a laptop runs in a minute."""
     _compare(QM9, rounds=15)
     _compare(TEXT, rounds=15)
 
 
 def small() -> None:
-    """Print those of MDLM's size: on a CPU some minutes and 8 GiB of memory."""
+    """Print ratios for MDLM's size; on a CPU this takes some minutes and 8 GiB of memory."""
     if torch.cuda.is_available():
         _compare_alone(SMALL_GPU)
     else:
@@ -87,7 +85,7 @@ def small() -> None:
 
 
 def billion() -> None:
-    """Print those of a billion parameters; for a GPU."""
+    """Print ratios for a billion parameters, on a GPU."""
     if torch.cuda.is_available():
         _compare_alone(BILLION_GPU)
     else:
@@ -101,14 +99,13 @@ def _compare(shape: Shape, rounds: int) -> None:
         _VANILLA: make_engine_step(shape, rate=0.0)[1],
         _ADAPTATION: make_engine_step(shape, rate=1.0)[1],
         f"adaptation step, top-{_TOP_K} estimate": make_engine_step(shape, rate=1.0, top_k=_TOP_K)[1],
-        f"the same, sought along {_RANK} axes": make_engine_step(shape, rate=1.0, top_k=_TOP_K, axes=_RANK)[1],
         "dense vanilla step": dense_step,
     }
     show(f"step: {shape.name}", interleave(steps, rounds=rounds), _VANILLA)
 
 
 def _compare_alone(shape: Shape) -> None:
-    """One after the other: a GPU is quiet, and has no room for all."""
+    """Time the steps one after the other: a GPU has no other load, and no memory for all of them."""
     timings: dict[str, Timing] = {}
     lines = []
     for passes, name in enumerate((_VANILLA, _ADAPTATION)):
@@ -122,7 +119,7 @@ def _compare_alone(shape: Shape) -> None:
 
 
 def _utilisation(shape: Shape, passes: int, timing: Timing) -> str:
-    """Tokens a second, the share of the GPU's products that a step reaches, by median time, and the most memory."""
+    """Describe tokens per second, model FLOPs utilisation (by median time) and peak memory."""
     config, seconds = replace(shape.model, self_conditioned=passes > 0), statistics.median(timing.wall)
     flops = step_flops(config, shape.vocab, shape.length, LogLinear(), passes=passes).total * shape.batch
     peak = peak_flops(torch.device("cuda"))
@@ -132,7 +129,7 @@ def _utilisation(shape: Shape, passes: int, timing: Timing) -> str:
 
 
 def head() -> None:
-    """Print the output head's share of a step, on a GPU beside liger-kernel's where that is installed."""
+    """Print times of the output head; on a GPU also those of liger-kernel, if installed."""
     loss, estimate = "loss with gradients", "expected embedding"
     for shape in (SMALL_GPU,) if torch.cuda.is_available() else (QM9, TEXT):
         shape = replace(shape, batch=shape.micro or shape.batch)
@@ -143,7 +140,7 @@ def head() -> None:
 
 
 def _liger(shape: Shape) -> Callable[[], object]:
-    """Liger-kernel's fused linear cross-entropy, which knows no weights of positions, on as many rows."""
+    """Liger-kernel's fused linear cross-entropy, without weights of positions, on the same number of rows."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     dit, h_ND, x_N = _head_problem(shape)
@@ -158,14 +155,14 @@ def _liger(shape: Shape) -> Callable[[], object]:
 
 
 def make_engine_step(
-    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None, axes: int | None = None
+    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None
 ) -> tuple[Engine, Callable[[], object]]:
-    """An engine, and one optimizer step of it on random tokens as a function without arguments."""
+    """Return an engine, and a function that runs one optimizer step on random tokens."""
     device = resolve_device("auto")
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = shape.batch, shape.micro or shape.batch
     config.self_conditioning.rate = rate
-    model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k, estimate_rank=axes)
+    model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k)
     config.engine, config.model = engine, model_config
     spec = ModelSpec(model_config, config.diffusion, shape.vocab, shape.vocab - 1, shape.length)
     built = build_engine(config, spec, None, device, resolve_precision("auto", device))
@@ -174,7 +171,7 @@ def make_engine_step(
     tokens = torch.randint(0, shape.vocab - 1, (shape.batch, shape.length), device=device)
     ids = torch.arange(shape.batch, device=device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    # The same step number every time: the same times and masks, hence the same work.
+    # The step number fixes times and masks, hence the work.
     batch = Sequences(tokens, valid, ids)
     step = functools.partial(train_step, built, config, LogLinear(), shape.vocab - 1, batch, 0)
     return built, step
@@ -186,7 +183,7 @@ def _head(shape: Shape, *, loss: bool) -> Callable[[], object]:
 
 
 def _head_problem(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
-    """A model, and half of all positions, as many as are masked on average."""
+    """Make a model and hidden states for half of all positions, the average number of masked ones."""
     device = resolve_device("auto")
     dit = DiT(shape.model, vocab_size=shape.vocab, mask_id=shape.vocab - 1, schedule=LogLinear()).to(device)
     init_weights(dit, 0)

@@ -1,7 +1,6 @@
 """Ratios of interleaved rounds, printed and saved.
 
-Other load on the machine makes seconds on the clock worthless but hardly touches the processor's seconds that a process
-has used, so without a GPU those are compared (`cpu`); `wall` is for what waits.
+Without a GPU, CPU time is compared (`cpu`), which other load hardly changes; `wall` time is for work that waits.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ CLOCK = "wall" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round's call."""
+    """Seconds of a function in each round."""
 
     wall: list[float]
-    cpu: list[float]  # processor's seconds of all threads
+    cpu: list[float]  # CPU time of all threads
 
     def of(self, clock: str) -> list[float]:
         return self.wall if clock == "wall" else self.cpu
@@ -41,7 +40,7 @@ def interleave(
     rounds: int = 7,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time all functions in turn, round by round, so that a slow phase of the machine hits all of them alike.
+    """Time all functions in turn, round by round, so that a slow phase of the machine affects all of them alike.
 
     `after` is called behind each of them and not timed.
     """
@@ -70,13 +69,13 @@ def _synchronize() -> None:
 
 
 def ratios(timings: Mapping[str, Timing], reference: str, clock: str = CLOCK) -> dict[str, list[float]]:
-    """Of each round: what a function took over what `reference` took in the same round."""
+    """Time of a function over that of `reference`, for each round."""
     base = timings[reference].of(clock)
     return {name: [a / b for a, b in zip(one.of(clock), base, strict=True)] for name, one in timings.items()}
 
 
 def show(title: str, timings: Mapping[str, Timing], reference: str, *, clock: str = CLOCK) -> None:
-    """Print medians and their ratio to `reference`, each with its lowest and highest round; save everything."""
+    """Print medians and ratios to `reference`, with their lowest and highest rounds, and save all figures."""
     print(f"\n{title} [{clock} time]")
     for name, values in ratios(timings, reference, clock).items():
         seconds = _spread([1e3 * x for x in timings[name].of(clock)], 1)
@@ -86,7 +85,7 @@ def show(title: str, timings: Mapping[str, Timing], reference: str, *, clock: st
 
 
 def show_figures(title: str, figures: Mapping[str, str], raw: Mapping[str, object]) -> None:
-    """Print lines that are no timings of interleaved rounds, and save what they come from."""
+    """Print lines other than timings of interleaved rounds, and save their figures."""
     print(f"\n{title}")
     for name, text in figures.items():
         print(f"  {name:<44}{text}", flush=True)
@@ -94,7 +93,7 @@ def show_figures(title: str, figures: Mapping[str, str], raw: Mapping[str, objec
 
 
 def save(title: str, content: Mapping[str, object]) -> None:
-    """Write a part's figures to `RESULTS`, with the machine that they are of."""
+    """Write the figures of a benchmark to `RESULTS`, with a description of the machine."""
     machine = {
         "host": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -41,9 +41,14 @@ class GenomeSourceConfig(SourceConfig):
         formerly=("stride",),
         help="letters from the start of a window to the next; null: windows do not overlap",
         at_least=1,
+        at_most=2**32,
     )
     block_windows: int = key(
-        64, formerly=("block_windows",), help="windows per block; a block belongs to one split", at_least=1
+        64,
+        formerly=("block_windows",),
+        help="windows per block; a block belongs to one split",
+        at_least=1,
+        at_most=2**32,
     )
     max_unknown: float = key(
         0.05,

@@ -53,7 +53,9 @@ class ImageFolderConfig(ImageSourceConfig):
     path: str = key(
         MISSING, formerly=("path",), help="folder of .png and .jpeg files, one sub-folder per class or none"
     )
-    image_size: int = key(MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1)
+    image_size: int = key(
+        MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1, at_most=2**16
+    )
     on_size: str = key(
         "crop",
         formerly=("on_size",),

@@ -1,1 +1,1 @@
-"""What published code for masked diffusion does, written plainly, to be compared with on the same weights and data."""
+"""Baselines: plain implementations of what published code does, for comparison on the same weights and data."""

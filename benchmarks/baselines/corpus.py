@@ -1,4 +1,4 @@
-"""Text to blocks on disk, and blocks to batches, as the examples of Hugging Face `datasets` do it, in one process.
+"""Text into blocks on disk, and blocks into batches, as in the examples of Hugging Face `datasets`, in one process.
 
 Written after transformers' `run_clm.py`: `map` over lines with the tokenizer's batched call, `map` that concatenates
 and cuts, an Arrow directory; then `with_format("torch")` under torch's DataLoader. The tokenizer is called as the
@@ -23,8 +23,10 @@ END = "<|endoftext|>"
 
 
 def tokenize(text: Path, tokenizer: Path, out: Path, length: int) -> datasets.Dataset:
-    """The lines of a file, `END` behind each, as a stream that is cut into blocks of `length`; an Arrow table in
-    `out / "blocks"`."""
+    """Tokenize the lines of a file, each followed by `END`, and cut the stream into blocks of `length` tokens.
+
+    The blocks are an Arrow table in `out / "blocks"`.
+    """
     pipeline = tokenizers.Tokenizer.from_file(str(tokenizer))
     end = pipeline.token_to_id(END)
 
@@ -44,12 +46,12 @@ def tokenize(text: Path, tokenizer: Path, out: Path, length: int) -> datasets.Da
 
 
 def save(tokens_NL: np.ndarray, out: Path) -> None:
-    """Samples as an Arrow directory."""
+    """Save samples as an Arrow directory."""
     datasets.Dataset.from_dict({"tokens": tokens_NL}).save_to_disk(str(out))
 
 
 def batches(place: Path, batch_size: int) -> Iterator[Tensor]:
-    """Shuffled batches (B, L) int64 of what `save` has written, epoch after epoch, for ever."""
+    """Iterate endlessly over shuffled batches (B, L), int64, of what `save` wrote."""
     table = datasets.load_from_disk(str(place)).with_format("torch")
     loader = DataLoader(table, batch_size=batch_size, shuffle=True, drop_last=True)
     while True:

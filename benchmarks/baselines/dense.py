@@ -1,4 +1,4 @@
-"""Dense objective and sampler: logits, log-softmax and draws at all B x L x V places.
+"""Dense objective and sampler: logits, log-softmax and draws of shape (B, L, V).
 
 Written after MDLM (github.com/kuleshov-group/mdlm, `diffusion.py`: `_subs_parameterization`, `_ddpm_update`,
 `_ddpm_caching_update`, `_sample_categorical`), the code that most of the field builds on. Trunk, weights and optimizer
@@ -21,13 +21,13 @@ from scmdm.models.network import Network
 
 
 class DenseDenoiser:
-    """`scmdm.diffusion.objective.Denoiser` on a network's weights, with everything dense."""
+    """A dense implementation of `scmdm.diffusion.objective.Denoiser` with the weights of a network."""
 
     def __init__(self, model: Network) -> None:
         self._model = model
 
     def log_probabilities(self, state: State, *, dropout: bool = False) -> Tensor:
-        """SUBS (B, L, V) float32: no mask, and what is not masked carries over."""
+        """Return log-probabilities (B, L, V), float32, with SUBS: no mask, and unmasked tokens carry over."""
         model, z_BL = self._model, state.z_BL
         logits_BLV = F.linear(model.hidden(state, dropout=dropout), *model.head()).float()
         blocked = torch.zeros(logits_BLV.shape[-1], device=z_BL.device)
@@ -45,7 +45,7 @@ class DenseDenoiser:
         return (nll_BL * weight_BL).sum(), nll_BL.detach()
 
     def embed(self, p_BLV: Tensor) -> Tensor:
-        """Expected embedding (B, L, D)."""
+        """Return the expected embedding (B, L, D)."""
         return p_BLV @ self._model.vocab_embed.embedding
 
 
@@ -66,10 +66,10 @@ def sample_dense(
     only: int | None = None,
     cached: bool = False,
 ) -> Tensor:
-    """MDLM's ancestral sampler; `carry` conditions each step on the last one's expected embedding.
+    """MDLM's ancestral sampler; `carry` conditions each step on the previous one's expected embedding.
 
-    `only` stops after so many steps: each does the same work. `cached` is MDLM's cache: without `carry`, and without
-    time conditioning, a prediction is used again where the last step revealed nothing in the whole batch.
+    `only` stops after that many steps, all of which do the same work. `cached` is MDLM's cache: without `carry` and
+    time conditioning, a prediction is reused if the last step revealed nothing in the whole batch.
     """
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=z_BL.device)
     move = (1 - schedule.alpha(grid)).float()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from scmdm.config.common import weights_key
 from scmdm.config.fields import key
+from scmdm.config.layouts import LAYOUTS
 
-LAYOUTS = ("mdlm", "llada", "dream", "llama", "qwen2")
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 
 
@@ -18,7 +18,7 @@ class ImportConfig:
     format: str = key(
         "auto",
         help="layout of the weights; auto: recognised by the tensors' names. mdlm: also UDLM, Duo",
-        choices=("auto", *LAYOUTS),
+        choices=("auto", *LAYOUTS.names),
     )
     tokenizer: str | None = key(
         None, help="tokenizer.json, folder of a transformers tokenizer, or a tokenizer file of scmdm"
@@ -58,7 +58,7 @@ class ExportConfig:
     format: str = key(
         "scmdm",
         help="layout; hub: for transformers' AutoModel, peft: LoRA adapters alone",
-        choices=("scmdm", *LAYOUTS, "hub", "peft"),
+        choices=("scmdm", *LAYOUTS.names, "hub", "peft"),
     )
     weights: str = weights_key()
     dtype: str = key("stored", help="data type of the weights; stored: unchanged", choices=DTYPES)

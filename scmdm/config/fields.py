@@ -20,6 +20,7 @@ from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
+_LONGEST_VALUE = 120  # characters of a value in a message
 _WIDTH, _TEXT_COLUMN = 120, 47  # of the help's lines
 
 
@@ -69,13 +70,13 @@ class Key:
     def allows(self, value: object) -> bool:
         """Whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
         if isinstance(value, list | tuple):
-            return all(self.allows(element) for element in value)
+            return all(not isinstance(element, list | tuple | dict) and self.allows(element) for element in value)
         if self.choices:
             return value in self.choices
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
-            math.isfinite(value)
+            not (isinstance(value, float) and not math.isfinite(value))
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -153,8 +154,11 @@ def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]
 
 
 def section_of(field: dataclasses.Field[Any]) -> type | None:
-    """The dataclass of a field that is a section; None for a key."""
+    """The dataclass of a field that is a section; None for a key. Of a registry's section, that of its default."""
     factory = field.default_factory
+    rules = rules_of(field)
+    if rules is not None and rules.registry is not None and factory is not dataclasses.MISSING:
+        return type(factory())
     return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
 
 
@@ -180,18 +184,29 @@ def replaced_keys(schema: type) -> dict[str, str]:
 
 def renamed_keys(schema: type) -> dict[str, str]:
     """Present name of every earlier one, both dotted from the root of the configuration."""
+    fields = dict(walk_fields(schema))
     found = {}
-    for name, field in walk_fields(schema):
+    for name, field in fields.items():
         rules = rules_of(field)
         for old in rules.formerly if rules is not None else ():
-            found[old] = name
+            if old not in fields:  # a key may have the former name of another one
+                found[old] = name
     return found
 
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raise UserError, which says what the key must be, unless `condition` holds."""
     if not condition:
-        raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
+        raise UserError(f"{name}={shorten(value)} is not possible; it must be {wanted}")
+
+
+def shorten(value: object) -> str:
+    """`repr` of a value, cut to a length that fits into a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return "(an integer of thousands of digits)"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def validate_keys(config: object, prefix: str = "") -> None:

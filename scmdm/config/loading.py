@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scmdm.config.fields import replaced_keys, rules_of, validate_keys
+from scmdm.config.fields import replaced_keys, rules_of, shorten, validate_keys
 from scmdm.errors import UserError
 
 Schema = TypeVar("Schema")
@@ -41,7 +41,7 @@ def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Sche
 def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
     schema = _concrete(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
-    for place, content in layers:
+    for place, content in _without_deselected(schema, layers):
         config = _merge(config, content, place)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
@@ -77,6 +77,27 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
     if not chosen:
         return schema
     return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+
+
+def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Layers without those keys of a section that its class lacks because a later layer or override selects another."""
+    assert dataclasses.is_dataclass(schema)
+    selected: dict[str, Any] = {}
+    for place, content in layers:
+        kept = dict(content)
+        for field in dataclasses.fields(schema):
+            rules, section = rules_of(field), content.get(field.name)
+            if rules is None or rules.registry is None or not isinstance(section, dict):
+                continue
+            name = selected[field.name] = section.get(rules.selector, selected.get(field.name))
+            if name is not None:
+                lacking = _names_of(rules.registry.schema(name)) - _names_of(field.default_factory)
+                kept[field.name] = {key: value for key, value in section.items() if key not in lacking}
+        yield place, kept
+
+
+def _names_of(schema: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema)}
 
 
 def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:
@@ -168,7 +189,7 @@ def _literal(value: Any) -> Any:
     return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
-def _nest(key: str, value: str) -> dict[str, Any]:
+def _nest(key: str, value: Any) -> dict[str, Any]:
     *sections, last = key.split(".")
     nested: dict[str, Any] = {last: value}
     for section in reversed(sections):
@@ -181,16 +202,27 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfi
     _reject_unknown(config, content, where, prefix="")
     try:
         return cast(DictConfig, OmegaConf.merge(config, content))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None) or next(iter(content), "?")
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        key = getattr(error, "full_key", None) or _refused_key(config, content)
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key}={_lookup(content, key)!r} {where}: {reason}") from error
+        raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {reason[:200]}") from error
+
+
+def _refused_key(config: DictConfig, content: dict[str, Any]) -> str:
+    """The first key of `content` that cannot be merged alone, for errors that do not name it."""
+    leaves = flatten(content)
+    for key, value in leaves.items():
+        try:
+            OmegaConf.merge(config, _nest(key, value))
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+            return key
+    return next(iter(leaves), "?")
 
 
 def _reject_replaced(schema: type | None, content: dict[str, Any], where: str) -> None:
     remedies = replaced_keys(schema) if dataclasses.is_dataclass(schema) else {}
     for name, value in _values_of(remedies, content):
-        raise UserError(f"key `{name}` (={value!r}) {where} is no longer used; {remedies[name]}")
+        raise UserError(f"key `{name}` (={shorten(value)}) {where} is no longer used; {remedies[name]}")
 
 
 def _values_of(names: Iterable[str], content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -223,7 +255,8 @@ def _unknown_key_message(config: DictConfig, key: str, value: object, where: str
     names = [str(name) for name in config]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean `{prefix}{near[0]}`?" if near else "see `scmdm <command> --help`"
-    return f"unknown key `{prefix}{key}` (={value!r}) {where}; {hint} (allowed: {', '.join(prefix + n for n in names)})"
+    allowed = ", ".join(f"{prefix}{name}" for name in names)
+    return f"unknown key `{prefix}{key}` (={shorten(value)}) {where}; {hint} (allowed: {allowed})"
 
 
 def _lookup(content: dict[str, Any], dotted: str) -> object:

@@ -1,151 +1,160 @@
-"""Configuration of the denoiser."""
+"""Configuration keys that all denoisers share, and the registry of denoisers.
+
+The keys of one kind of denoiser stand beside its module, in a subclass of `ModelConfig`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from scmdm.config.fields import OnAdapt, key
+from scmdm.config.registry import Registry
+from scmdm.errors import UserError
 
-
-@dataclass
-class LlamaConfig:
-    """Keys of `model.kind=llama`."""
-
-    kv_heads: int | None = key(
-        None, help="heads of keys and values; null: the number of model.heads", at_least=1, at_most=1024
-    )
-    mlp_width: int | None = key(
-        None,
-        help="width of the gated perceptron; null: model.mlp_ratio times model.width",
-        at_least=1,
-        at_most=2**20,
-    )
-    rotary_base: float = key(10_000.0, help="base of the rotary angles (rope_theta)", at_least=1, at_most=1e12)
-    norm_eps: float = key(1e-5, help="added to the mean square in RMS norms", at_least=0, at_most=1)
-    attention_bias: bool = key(False, help="biases of queries, keys and values (Qwen2, Dream)")
-    tied: bool = key(False, help="share the weights of output head and embedding")
-    logit_shift: bool = key(False, help="predict a position from the one before it (Dream, and autoregressive bases)")
+DENOISERS = Registry(
+    "model.kind", "scmdm.denoisers", {"dit": "scmdm.models.dit:DiT", "decoder": "scmdm.models.decoder:Decoder"}
+)
 
 
 @dataclass
 class ModelConfig:
     """Architecture of the denoiser.
 
-    An adaptation takes it from its base, except for the keys declared with another `on_adapt`.
+    An adaptation takes the architecture from its base; `OnAdapt` says which keys it may still set. Subclasses add the
+    keys of one kind and implement `block_matrix_elements`.
     """
 
-    kind: str = key("dit", help="network: dit (MDLM) or llama (LLaDA, Dream)", choices=("dit", "llama"))
-    width: int = key(128, help="width of the hidden states", at_least=2, at_most=65536)
-    layers: int = key(6, help="number of blocks", at_least=1, at_most=1024)
-    heads: int = key(4, help="attention heads", at_least=1, at_most=1024)
-    condition_width: int = key(32, help="width of the time condition (dit)", at_least=1, at_most=65536)
-    mlp_ratio: int = key(4, help="width of the perceptron over model.width", at_least=1, at_most=64)
-    time_conditioning: bool = key(False, help="condition the network on the noise level (dit)")
-    labels: bool = key(False, help="condition the network on the samples' labels (dit), for guidance")
-    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    kind: str = key("dit", help="network: dit (MDLM) | decoder (LLaDA, Dream; LLaMA and Qwen2 without causal mask)")
+    width: int = key(128, at_least=2, at_most=65536, help="width of the residual stream")
+    layers: int = key(6, at_least=1, at_most=1024, help="number of transformer blocks")
+    heads: int = key(4, at_least=1, at_most=1024, help="attention heads per block")
+    head_width: int | None = key(
+        None, at_least=2, at_most=65536, help="width of a query, key or value head; null: model.width / model.heads"
+    )
+    mlp_ratio: int = key(4, at_least=1, at_most=64, help="width of the MLP's hidden layer over model.width")
     self_conditioned: bool = key(
         False,
-        help="whether the model has a conditioner; follows from self_conditioning.rate, not to be set by hand",
         on_adapt=OnAdapt.OWN,
+        help="whether the model has a conditioner; follows from self_conditioning.rate, do not set it",
     )
     conditioner: str = key(
         "projection",
-        help="network that adds the estimate to the embedding",
         choices=("projection", "norm", "mlp"),
         on_adapt=OnAdapt.CONDITIONER,
+        help="how the estimate is mapped before it is added to the embedding",
     )
     inject_at: str = key(
-        "all",
-        help="positions at which the estimate is added",
-        choices=("all", "masked"),
-        on_adapt=OnAdapt.CONDITIONER,
+        "all", choices=("all", "masked"), on_adapt=OnAdapt.CONDITIONER, help="positions at which the estimate is added"
     )
     estimate_top_k: int | None = key(
         None,
-        help="restrict the estimate to this number of most probable tokens, renormalised; null: all tokens",
         at_least=1,
         at_most=2**31,
         on_adapt=OnAdapt.CONDITIONER,
-    )
-    estimate_rank: int | None = key(
-        None,
-        help="search the tokens of estimate_top_k along this number of principal axes of the head; null: exactly",
-        at_least=1,
-        at_most=65536,
-        on_adapt=OnAdapt.CONDITIONER,
+        help="compute the estimate from the k most probable tokens, renormalised; null: from all",
     )
     lora_rank: int = key(
         0,
-        help="adapt: rank of the LoRA adapters, which are then trained with the conditioner alone; 0: no adapters",
         at_least=0,
         at_most=65536,
         on_adapt=OnAdapt.OWN,
+        help="adapt: rank of LoRA adapters, trained together with the conditioner alone; 0: none",
     )
     lora_alpha: float = key(
-        16.0,
-        help="adapt: scale of the LoRA adapters, multiplied by lora_alpha / lora_rank",
-        at_least=1e-9,
-        at_most=1e9,
-        on_adapt=OnAdapt.OWN,
+        16.0, at_least=1e-9, at_most=1e9, on_adapt=OnAdapt.OWN, help="scale of LoRA adapters: lora_alpha / lora_rank"
     )
     lora_targets: list[str] = key(
-        factory=list,
-        help="adapt: names of the linear layers of a block that get LoRA adapters; empty: all",
-        on_adapt=OnAdapt.OWN,
+        factory=list, on_adapt=OnAdapt.OWN, help="names of the linear maps of a block that get adapters; empty: all"
     )
     dropout: float | None = key(
-        None,
-        help="dropout probability; null: that of the base, or 0 without one",
-        at_least=0,
-        at_most=0.99,
-        on_adapt=OnAdapt.OWN,
+        None, at_least=0, at_most=0.99, on_adapt=OnAdapt.OWN, help="dropout rate; null: that of the base, else 0"
     )
     attention: str = key(
         "auto",
-        help="attention kernel (varlen: as auto, with torch's variable-length kernel for packed samples)",
         choices=("auto", "sdpa", "cudnn", "flash", "varlen"),
         on_resume=True,
         on_adapt=OnAdapt.OWN,
+        help="attention kernel; varlen: as auto, with torch's varlen kernel for packed samples",
     )
     head_chunk: int = key(
         8192,
-        help="masked positions per call of the output head",
         at_least=1,
         at_most=2**31,
         on_resume=True,
         on_adapt=OnAdapt.OWN,
+        help="masked positions that the output head processes at once",
     )
     head_precision: str = key(
         "compute",
-        help="precision of the output head; compute: that of the key `precision`",
         choices=("float32", "compute"),
         on_adapt=OnAdapt.OWN,
+        help="dtype of the output head; compute: that of precision",
     )
     activation_checkpointing: str = key(
         "none",
-        help="activations recomputed in the backward pass: none, all but matrix products, or all of a block",
         choices=("none", "selective", "full"),
         on_resume=True,
         on_adapt=OnAdapt.OWN,
+        help="recompute activations in the backward pass; selective: all but matrix products and attention",
     )
     compile: bool = key(
-        False,
-        help="compile each block with torch.compile: a slower start, faster steps; on a CPU it needs a C++ compiler",
-        on_resume=True,
-        on_adapt=OnAdapt.OWN,
+        False, on_resume=True, on_adapt=OnAdapt.OWN, help="torch.compile each block; needs a C++ compiler on a CPU"
     )
 
     @property
-    def head_width(self) -> int:
-        """Width of each head's queries, keys and values."""
-        return self.width // self.heads
+    def head_dim(self) -> int:
+        """Width of a query, key or value head: `head_width`, or `width / heads`."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Width of the keys of all heads together."""
-        return (self.llama.kv_heads or self.heads) * self.head_width
+        """Width of all key heads together."""
+        return self.attention_width
 
     @property
-    def mlp_width(self) -> int:
-        """Inner width of the perceptron."""
-        return self.llama.mlp_width or self.mlp_ratio * self.width
+    def inner_width(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.mlp_ratio * self.width
+
+    @property
+    def labels(self) -> bool:
+        """Whether the network is conditioned on labels of samples. Kinds that can be have a key of this name."""
+        return False
+
+    @property
+    def logit_shift(self) -> bool:
+        """Whether a position is predicted from the one before it. Kinds that can do so have a key of this name."""
+        return False
+
+    def block_matrix_elements(self) -> int:
+        """Elements of a block's weight matrices that multiply every position; FLOPs follow from it."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Raise UserError for combinations that cannot work; single values are checked by the rules of their keys."""
+        if self.head_width is None and self.width % self.heads:
+            raise UserError(
+                f"model.width={self.width} is not possible; it must be a multiple of model.heads={self.heads}, or give "
+                "model.head_width"
+            )
+        if self.head_dim % 2:
+            given = f"model.head_width={self.head_width}"
+            if self.head_width is None:
+                given = f"model.width={self.width} with model.heads={self.heads}"
+            raise UserError(f"{given} is not possible; the width of a head must be even (rotary embeddings)")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise UserError(
+                "model.activation_checkpointing=selective is not possible with model.compile=true, which hides the "
+                "matrix products of a block; use none or full"
+            )
+
+
+def default_model() -> Any:
+    """The configuration of the default denoiser, imported lazily: `scmdm.models` stands above this package."""
+    return DENOISERS.schema(ModelConfig.kind)()

@@ -101,7 +101,10 @@ class PrepareConfig:
     source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
     tokenizer: TokenizerConfig = key(MISSING, help="tokenizer", registry=TOKENIZERS)
     length: int = key(
-        MISSING, help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]", at_least=4
+        MISSING,
+        help="ids per sample, including [BOS] and, where the tokenizer has one, [EOS]",
+        at_least=4,
+        at_most=2**24,
     )
     framing: str = key(
         "records",
@@ -129,20 +132,28 @@ class PrepareConfig:
         None,
         help="number of last records that form the validation split, without a test split; null: use the fractions",
         at_least=1,
+        at_most=2**40,
     )
-    limit: int | None = key(None, help="number of distinct records read, per published split; null: all", at_least=1)
+    limit: int | None = key(
+        None, help="number of distinct records read, per published split; null: all", at_least=1, at_most=2**40
+    )
     deduplicate: bool = key(True, help="keep only the first of equal records")
     on_dirty: str = key(
         "skip", help="unusable records are skipped and counted, or end the preparation", choices=("skip", "refuse")
     )
-    shard_mb: int = key(64, help="largest size of a shard in MiB", at_least=1)
+    shard_mb: int = key(
+        64, help="largest size of a shard in MiB (its format has 32-bit offsets)", at_least=1, at_most=4095
+    )
     part_mb: int = key(
-        64, help="MiB of raw files that one worker reads at a time; a shard never spans two parts", at_least=1
+        64,
+        help="MiB of raw files that one worker reads at a time; a shard never spans two parts",
+        at_least=1,
+        at_most=2**20,
     )
     upload: str | None = key(None, help="s3://bucket/prefix to copy the data set to, for data.remote of a run")
     overwrite: bool = key(False, help="replace a data set that was made with other settings")
     workers: int | None = key(
-        None, help="number of processes, which does not change the result; null: one per CPU", at_least=1
+        None, help="number of processes, which does not change the result; null: one per CPU", at_least=1, at_most=4096
     )
     slice: str | None = key(
         None, help="INDEX/COUNT of the machines that share the work, such as 0/4 for tasks of a SLURM array"

@@ -11,7 +11,7 @@ from scmdm.config.data import DataConfig
 from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
 from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
 from scmdm.config.fields import key, require
-from scmdm.config.model import ModelConfig
+from scmdm.config.model import DENOISERS, ModelConfig, default_model
 from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig, TrainConfig, WandbConfig
 from scmdm.errors import UserError
 
@@ -34,7 +34,9 @@ class RunConfig:
     )
     threads: int = threads_key(on_resume=True)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = key(
+        factory=default_model, registry=DENOISERS, selector="kind", help="architecture of the denoiser"
+    )
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     self_conditioning: SelfConditioningConfig = field(default_factory=SelfConditioningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -85,42 +87,13 @@ class RunConfig:
 
     def _validate_model(self) -> None:
         model = self.model
-        pairs = 2 * model.heads
-        require(
-            model.width % pairs == 0,
-            "model.width",
-            model.width,
-            f"a multiple of 2 x model.heads = {pairs} (rotary embeddings rotate pairs)",
-        )
-        self._validate_kind()
-        require(
-            model.estimate_rank is None or model.estimate_top_k is not None,
-            "model.estimate_rank",
-            model.estimate_rank,
-            "set with model.estimate_top_k",
-        )
+        model.validate()
         require(
             self.device != "cpu" or model.attention in ("auto", "sdpa"),
             "model.attention",
             model.attention,
             "auto or sdpa with device=cpu: the other kernels need a GPU",
         )
-        require(
-            not (model.compile and model.activation_checkpointing == "selective"),
-            "model.activation_checkpointing",
-            model.activation_checkpointing,
-            "none or full with model.compile=true: single products cannot be kept inside a compiled block",
-        )
-
-    def _validate_kind(self) -> None:
-        """Refuse keys that the model's kind does not read."""
-        model, default = self.model, ModelConfig()
-        others = {"dit": [f"llama.{name}" for name in vars(default.llama)]}
-        for name in others.get(model.kind, ["condition_width", "time_conditioning", "labels"]):
-            value = _get(model, name)
-            require(value == _get(default, name), f"model.{name}", value, f"left out with model.kind={model.kind}")
-        shared = model.llama.kv_heads or model.heads
-        require(model.heads % shared == 0, "model.llama.kv_heads", shared, f"a divisor of model.heads = {model.heads}")
 
     def _validate_training(self) -> None:
         train, warmup = self.train, self.schedule.warmup_steps

@@ -1,1 +1,1 @@
-"""Models as other people publish them: `scmdm import` and `scmdm export`."""
+"""Import and export of models in published layouts: `scmdm import` and `scmdm export`."""

@@ -1,7 +1,7 @@
-"""`scmdm export`: a trained model without its run, as a directory of ours or in a layout that other programs read.
+"""`scmdm export`: write a trained model as a model directory, or in a layout that other programs read.
 
-A published layout has no place for the conditioner: it lies beside, in `scmdm/`, with all that `scmdm import` needs to
-restore the adapted model. LoRA's adapters are merged, but for `format=peft`.
+Published layouts have no place for the conditioner. It is written into the subdirectory `scmdm/`, from which
+`scmdm import` restores the adapted model. LoRA adapters are merged, except with `format=peft`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
+from scmdm.config.layouts import LAYOUTS
 from scmdm.convert.importer import BESIDE, CONDITIONER_FILE
-from scmdm.convert.layouts import ALL, Layout, check_writable
+from scmdm.convert.layout import Layout, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
 from scmdm.data.tokenizers import HuggingFaceTokenizer
@@ -33,7 +34,6 @@ from scmdm.models.model_files import (
     open_model,
     write_model_files,
 )
-from scmdm.models.rotary import inverse_frequencies
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
 
@@ -44,13 +44,16 @@ HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     """Write the model of a run, a checkpoint or an export into the new directory `out`, with a model card.
 
-    Raises UserError when `config.format` has no place for such a model.
+    Raises UserError when the layout `config.format` cannot represent the model.
     """
     stored = open_model(find_model(path))
-    if config.format in ALL:
-        check_writable(ALL[config.format], stored.spec.model)
+    layout: Layout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
+    if layout is not None:
+        check_writable(layout, stored.spec.model)
     if config.format == "peft" and not stored.spec.model.lora_rank:
-        raise UserError(f"{path} has no adapters; give a run that was adapted with model.lora_rank, or another format")
+        raise UserError(
+            f"format=peft: {path} has no adapters; give a run with model.lora_rank above 0, or another format"
+        )
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")
     limit = int(config.shard_gb * 1e9)
@@ -63,9 +66,10 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
         elif config.format == "hub":
             _write_for_hub(stored, temporary, config, limit)
         else:
-            _write_published(stored, ALL[config.format], temporary, config, limit)
+            assert layout is not None
+            _write_published(stored, layout, temporary, config, limit)
         described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
-        atomic_write_text(temporary / "README.md", model_card(described, config))
+        atomic_write_text(temporary / "README.md", model_card(described, config, layout))
         if config.format == "scmdm":
             seal(temporary)
     return out
@@ -80,7 +84,7 @@ def _write_description(stored: StoredModel, to: Path) -> None:
 
 
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
-    """Adapters and conditioner in the files of `peft`."""
+    """Write adapters and conditioner as `peft` does."""
     model = stored.spec.model
     added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
     content = {
@@ -101,7 +105,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
 
 
 def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:
-    """Write what `MaskedDiffusion.save_pretrained` writes, without reading the whole model into memory."""
+    """Write the files of `MaskedDiffusion.save_pretrained`, without the whole model in memory."""
     described = {"model_type": HUB_TYPE, "architectures": [HUB_CLASS], "spec": asdict(_merged_spec(stored.spec))}
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     _write_tokenizer(stored, to)
@@ -130,13 +134,12 @@ def _write_published(stored: StoredModel, layout: Layout, to: Path, config: Expo
 def _published_weights(stored: StoredModel, layout: Layout, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
     for name, value in _weights(stored, config):
         if not name.startswith(_CONDITIONER):
-            yield layout.theirs(name), value
-    if layout.name == "mdlm":
-        yield layout.theirs("rotary_emb.inv_freq"), inverse_frequencies(stored.spec.model.head_width)
+            yield layout.published_name(name), value
+    yield from layout.derived_tensors(stored.spec.model)
 
 
 def _weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
-    """What is exported, adapters merged."""
+    """Iterate over the weights to export, with merged adapters."""
     return _cast(merged(_stored_weights(stored, config), stored.spec.model), config)
 
 

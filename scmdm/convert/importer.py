@@ -1,7 +1,7 @@
-"""`scmdm import`: from somebody's published model to a model directory that every other command takes.
+"""`scmdm import`: convert a published model into a model directory, which all other commands read.
 
-Files are checked before anything is allocated: names and shapes must be those of the architecture that the
-configuration describes. Weights are copied one file at a time, in the precision that they have.
+Names and shapes are compared with the architecture that the configuration describes before anything is allocated.
+Weights are copied one file at a time, in their own dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layouts import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
+from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
 from scmdm.convert.published_files import SINGLE_FILE, Source, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
@@ -30,37 +30,37 @@ from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
 
 BESIDE, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
-_SHARD = 2 * 10**9  # bytes of a file of the result, and so about what is in memory at once
+_SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
 _EPS = 1e-3  # MDLM's log-linear schedule ends at alpha_1 = eps
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made of a source."""
+    """Result of an import."""
 
     layout: str
     spec: ModelSpec
     parameters: int
-    notes: tuple[str, ...]  # what the files did not say, and what was done about it
+    notes: tuple[str, ...]  # assumptions about what the files do not say
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What to write."""
+class _ImportPlan:
+    """Files to write."""
 
     spec: ModelSpec
     manifest: Manifest
     tokenizer_file: Path
     conditioner: Source | None
-    mask_row: bool  # embedding and head get one row more
+    mask_row: bool  # add a row for the mask to embedding and head
     notes: tuple[str, ...]
 
 
 def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: int = _SHARD) -> Imported:
-    """Write the model of `path` (a directory, a safetensors file, a Lightning checkpoint) into the new directory `out`.
+    """Convert the model at `path` (directory, safetensors file or Lightning checkpoint) into the new directory `out`.
 
-    What `scmdm export` has written is restored with its conditioner. Raises UserError when the files are damaged,
-    hostile or of an architecture that scmdm does not have.
+    A directory that `scmdm export` wrote is restored with its conditioner. Raises UserError when files are damaged or
+    hostile, or when scmdm does not implement the architecture.
     """
     if out.exists():
         raise UserError(f"{out} exists; import into a new directory, or remove it first")
@@ -70,8 +70,8 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
         ours = (path / BESIDE).is_dir()
         plan = _restored(path / BESIDE) if ours else _new(source, layout, config, Path(scratch))
         if plan.spec.model.kind != layout.kind or plan.spec.model.layers > len(source.tensors.shapes()):
-            raise UserError(f"{path}: its {BESIDE}/model.json is of another model than its weights; export it again")
-        names = layout.ours(source.tensors.shapes(), plan.spec.model)
+            raise UserError(f"{path}: {BESIDE}/model.json describes another model than the weights; export it again")
+        names = layout.our_names(source.tensors.shapes(), plan.spec.model)
         parameters = _check_shapes(source, names, plan)
         write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
         write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes)
@@ -79,8 +79,8 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     return Imported(layout.name, plan.spec, parameters, plan.notes)
 
 
-def _restored(beside: Path) -> _Plan:
-    """What the export of a model of ours has kept."""
+def _restored(beside: Path) -> _ImportPlan:
+    """Plan for a directory that `scmdm export` wrote."""
     manifest, spec = Manifest.read(beside), read_spec(beside)
     name = manifest.tokenizer.file
     if Path(name).name != name or not (beside / name).is_file():
@@ -89,13 +89,13 @@ def _restored(beside: Path) -> _Plan:
     if not size == manifest.vocab_size == spec.vocab_size:
         raise UserError(f"{beside}: model, manifest and tokenizer have different vocabularies; export the model again")
     conditioner = open_source(beside / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
-    return _Plan(spec, manifest, beside / name, conditioner, mask_row=False, notes=())
+    return _ImportPlan(spec, manifest, beside / name, conditioner, mask_row=False, notes=())
 
 
-def _new(source: Source, layout: Layout, config: ImportConfig, place: Path) -> _Plan:
-    """The plan for a model that is not ours; writes its tokenizer into `place`."""
+def _new(source: Source, layout: Layout, config: ImportConfig, place: Path) -> _ImportPlan:
+    """Plan for a model of another project; saves its tokenizer in `place`."""
     model = _overridden(layout.architecture(source), config)
-    rows = source.tensors.shapes()[layout.theirs(EMBEDDING)][0]
+    rows = source.tensors.shapes()[layout.published_name(EMBEDDING)][0]
     tokenizer, notes = _tokenizer(source, config, rows)
     added = tokenizer.vocab_size - rows
     if added:
@@ -103,22 +103,22 @@ def _new(source: Source, layout: Layout, config: ImportConfig, place: Path) -> _
     length = config.length or _length(source)
     spec = ModelSpec(model, DiffusionConfig(eps=_EPS), tokenizer.vocab_size, tokenizer.mask_id, length)
     file = tokenizer.save(place)
-    bos_policy = config.bos_policy or ("loss" if layout.name == "mdlm" else "given")
+    bos_policy = config.bos_policy or layout.bos_policy
     origin = {"imported_from": layout.name}
     description = Description(source.path.name, length, "loss", bos_policy, origin, framing=config.framing)
     manifest = make_manifest(tokenizer, file, {}, description)
-    return _Plan(spec, manifest, file, None, mask_row=bool(added), notes=tuple(notes))
+    return _ImportPlan(spec, manifest, file, None, mask_row=bool(added), notes=tuple(notes))
 
 
 def _overridden(model: ModelConfig, config: ImportConfig) -> ModelConfig:
-    for key, kind in (("time_conditioning", "dit"), ("logit_shift", "llama")):
-        if getattr(config, key) is not None and model.kind != kind:
-            raise UserError(f"{key}={getattr(config, key)} is not possible; this model has model.kind={model.kind}")
-    if config.time_conditioning is not None:
-        model = dataclasses.replace(model, time_conditioning=config.time_conditioning)
-    if config.logit_shift is not None:
-        model = dataclasses.replace(model, llama=dataclasses.replace(model.llama, logit_shift=config.logit_shift))
-    return model
+    """Apply the keys of `scmdm import` that override the architecture."""
+    given = {key: getattr(config, key) for key in ("time_conditioning", "logit_shift")}
+    given = {key: value for key, value in given.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(model)}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"{key}={value} is not possible for model.kind={model.kind}; leave it out")
+    return dataclasses.replace(model, **given)
 
 
 def _length(source: Source) -> int:
@@ -127,19 +127,19 @@ def _length(source: Source) -> int:
     for value in (source.config.get("model_length"), nested):
         if isinstance(value, int) and 2 <= value <= 2**20:
             return value
-    raise UserError(f"{source.path} does not say how long a sample is; give length=NUMBER")
+    raise UserError(f"{source.path} does not state the length of a sample; give length=NUMBER")
 
 
 def _tokenizer(source: Source, config: ImportConfig, rows: int) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer with the model's mask, as many ids as the embedding has rows, or one more: the mask's."""
+    """Tokenizer with the model's mask, and notes. It has an id per row of the embedding, or one more for the mask."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
     mask_id = config.mask_id if config.mask_id is not None else _known_mask(source)
     tokenizer = open_model_tokenizer(given, rows, mask_id)
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(
-            f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), the model's "
-            f"embedding {rows} rows; give the tokenizer that the model was trained with"
+            f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), but the "
+            f"model's embedding {rows} rows; give the tokenizer that the model was trained with"
         )
     return tokenizer, [f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}"]
 
@@ -147,28 +147,30 @@ def _tokenizer(source: Source, config: ImportConfig, rows: int) -> tuple[Tokeniz
 def _known_mask(source: Source) -> int | None:
     value = source.config.get("mask_token_id")
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise UserError(f"{source.path}: mask_token_id={value!r} in its configuration is no id; give mask_id=NUMBER")
+        raise UserError(
+            f"{source.path}: mask_token_id={value!r} in its configuration; expected an id: give mask_id=NUMBER"
+        )
     return value
 
 
-def _check_shapes(source: Source, names: dict[str, str], plan: _Plan) -> int:
-    """UserError unless the tensors are those of the architecture; returns the number of parameters."""
+def _check_shapes(source: Source, names: dict[str, str], plan: _ImportPlan) -> int:
+    """Compare names and shapes with the architecture and return the number of parameters. Raises UserError."""
     expected = {name: value.shape for name, value in plan.spec.build().named_parameters()}
     shapes = source.tensors.shapes()
-    found = {ours: _grown(ours, shapes[theirs], plan) for theirs, ours in names.items()}
+    found = {ours: _imported_shape(ours, shapes[theirs], plan) for theirs, ours in names.items()}
     if plan.conditioner is not None:
         found |= plan.conditioner.tensors.shapes()
     check_fit(expected, found, str(source.path))
     return sum(shape.numel() for shape in expected.values())
 
 
-def _grown(ours: str, shape: torch.Size, plan: _Plan) -> torch.Size:
+def _imported_shape(ours: str, shape: torch.Size, plan: _ImportPlan) -> torch.Size:
     grows = plan.mask_row and ours in (EMBEDDING, HEAD, HEAD_BIAS)
     return torch.Size((shape[0] + 1, *shape[1:])) if grows else shape
 
 
-def _weights(source: Source, names: dict[str, str], plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """Our names and tensors, those of a file one after the other."""
+def _weights(source: Source, names: dict[str, str], plan: _ImportPlan) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over our names and tensors, file by file."""
     for group in source.tensors.groups():
         wanted = [name for name in group if name in names]
         for theirs, tensor in source.tensors.read(wanted) if wanted else ():
@@ -179,7 +181,7 @@ def _weights(source: Source, names: dict[str, str], plan: _Plan) -> Iterator[tup
 
 
 def _with_mask_row(ours: str, tensor: Tensor) -> Tensor:
-    """The mask's embedding is the mean of all; its logit is minus infinity anyway."""
+    """Add the mask's row: the mean embedding; zeros in the head, where the mask's logit is minus infinity anyway."""
     if ours == EMBEDDING:
         return torch.cat([tensor, tensor.float().mean(0, keepdim=True).to(tensor.dtype)])
     if ours in (HEAD, HEAD_BIAS):

@@ -1,8 +1,8 @@
-"""Lightning checkpoints (`.ckpt`): tensors and plain values, without the code that such a file may name.
+"""Lightning checkpoints (`.ckpt`), read without running code that they name.
 
-A checkpoint is a pickle. MDLM's hold the hyper-parameters as OmegaConf and tokenizer objects, so that
-`torch.load(weights_only=True)` alone refuses them. Here every class that torch does not trust is an `Inert` object,
-which keeps what the file says of it and does nothing; nothing is imported and nothing is called.
+A checkpoint is a pickle. Those of MDLM contain hyper-parameters as OmegaConf and tokenizer objects, which
+`torch.load(weights_only=True)` refuses. Here every class that torch does not trust is replaced by `Inert`, which stores
+its arguments and state: nothing is imported, and nothing is called.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from scmdm.errors import UserError
 
 PREFIX = "backbone."
-# What only a file that wants to run something names. Inert they would be harmless, but such a file is no checkpoint.
-_RUNS_CODE = frozenset(  # "commands": what pickle's second protocol calls subprocess
+# Modules that only a malicious file names. `Inert` would make them harmless, but such a file is refused.
+_RUNS_CODE = frozenset(  # "commands" is what pickle's protocol 2 calls subprocess
     [
         "os",
         "posix",
@@ -40,7 +40,7 @@ _BUILTINS_THAT_RUN = frozenset(("eval", "exec", "compile", "open", "getattr", "s
 
 
 class Inert:
-    """Stands for an object of a class that is not ours to make."""
+    """Stand-in for an object of an untrusted class."""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         self.arguments, self.state = arguments, None
@@ -55,9 +55,9 @@ class Inert:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dictionary of a checkpoint; tensors stay in the file until they are used.
+    """Read the dictionary of a checkpoint; tensors are mapped from the file.
 
-    Raises UserError when it is damaged, no zip archive of torch, or names code that would run.
+    Raises UserError when the file is damaged, is no zip archive of torch, or names code to run.
     """
     try:
         names = get_unsafe_globals_in_checkpoint(str(path))
@@ -69,7 +69,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; give a checkpoint or a directory with a model") from error
     except (pickle.UnpicklingError, ValueError, TypeError, RuntimeError, EOFError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no checkpoint that can be read safely ({reason}); give another one") from error
+        raise UserError(f"{path} cannot be read safely as a checkpoint ({reason}); give another file") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} has no `state_dict`; give a Lightning checkpoint")
     return content
@@ -81,24 +81,24 @@ def _refuse_code(path: Path, name: str) -> None:
         module in ("builtins", "__builtin__") and function in _BUILTINS_THAT_RUN
     )
     if runs:
-        raise UserError(f"{path} would call {name}: that is no checkpoint but a program; do not use it")
+        raise UserError(f"{path} would call {name} when loaded: it is malicious; do not use it")
 
 
 def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dict[str, Tensor]:
-    """The tensors of the backbone, averaged ("ema", where there are any) or as trained ("raw").
+    """Return the tensors of the backbone: averages where there are any ("ema"), or as trained ("raw").
 
-    Raises UserError when the averages do not fit the weights, or a tensor is larger than what the file holds of it.
+    Raises UserError when averages do not match the weights, or a tensor's shape exceeds its storage.
     """
     found = {name: value for name, value in content["state_dict"].items() if str(name).startswith(PREFIX)}
     if not found:
-        raise UserError(f"{path} has no tensor named {PREFIX}*; it is no checkpoint of MDLM, UDLM or Duo")
+        raise UserError(f"{path} has no tensor named {PREFIX}*; give a checkpoint of MDLM, UDLM or Duo")
     for name, value in found.items():
         _check_tensor(path, name, value)
     average = content.get("ema")
     if weights == "raw" or not average:
         return found
     shadows = average.get("shadow_params") if isinstance(average, dict) else None
-    # As MDLM keeps them: without names, in the order of the parameters.
+    # MDLM stores averages without names, in the order of the parameters.
     names = [name for name in found if not name.endswith("inv_freq")]
     if not isinstance(shadows, list) or len(shadows) != len(names):
         have = len(shadows) if isinstance(shadows, list) else "no"
@@ -113,20 +113,22 @@ def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dic
 
 def _check_tensor(path: Path, name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        raise UserError(f"{path}: {name} is no dense tensor of numbers; the file is damaged")
+        raise UserError(f"{path}: {name} is not a dense floating-point tensor; the file is damaged")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise UserError(f"{path}: {name} says {tuple(value.shape)}, but the file does not hold so many numbers")
+        raise UserError(
+            f"{path}: {name} has shape {tuple(value.shape)}, which exceeds its storage; the file is damaged"
+        )
 
 
 def hyper_parameters(content: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that MDLM saves with its hyper-parameters, as plain dictionaries; empty when there is none."""
+    """Return the configuration among MDLM's hyper-parameters as plain dictionaries; empty if there is none."""
     saved = content.get("hyper_parameters")
     plain = _plain(saved.get("config")) if isinstance(saved, dict) else None
     return plain if isinstance(plain, dict) else {}
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """An inert OmegaConf node as what it holds; other objects are None."""
+    """Replace inert OmegaConf nodes by their content, and other objects by None."""
     if depth > 16:
         return None
     if isinstance(value, Inert):

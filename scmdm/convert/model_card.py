@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was made, how to load it."""
+"""The README.md of an export: description, loading, training configuration and architecture."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import asdict
 import yaml
 
 from scmdm.config.conversion import ExportConfig
+from scmdm.convert.layout import Layout
 from scmdm.models.model_files import StoredModel
 from scmdm.models.network import count_parameters
 
-_RUN_CONFIG = "config.yaml"  # of a checkpoint
+_RUN_CONFIG = "config.yaml"  # in a checkpoint
 _SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
 
 
-def model_card(stored: StoredModel, config: ExportConfig) -> str:
-    """Markdown, with the front matter that the Hugging Face hub reads."""
+def model_card(stored: StoredModel, config: ExportConfig, layout: Layout | None) -> str:
+    """Return Markdown with the front matter of the Hugging Face hub. `layout` is that of a published format."""
     spec, model = stored.spec, stored.spec.model
     adapted = "self-conditioned" if model.self_conditioned else "vanilla"
     front = {"library_name": "scmdm", "tags": ["masked-diffusion", model.kind, adapted]}
@@ -24,7 +25,7 @@ def model_card(stored: StoredModel, config: ExportConfig) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {stored.manifest.name}: {adapted} masked diffusion model",
         _description(stored),
-        "## Loading\n\n" + _loading(stored, config),
+        "## Loading\n\n" + _loading(stored, config, layout),
         "## Training\n\n" + _training(stored),
         "## Architecture\n\n```json\n" + json.dumps(asdict(model), indent=1) + "\n```",
     ]
@@ -50,7 +51,7 @@ def _description(stored: StoredModel) -> str:
     return "\n".join(lines)
 
 
-def _loading(stored: StoredModel, config: ExportConfig) -> str:
+def _loading(stored: StoredModel, config: ExportConfig, layout: Layout | None) -> str:
     if config.format == "scmdm":
         return '```python\nimport scmdm\n\nloaded = scmdm.load("THIS DIRECTORY")\n```'
     if config.format == "peft":
@@ -68,19 +69,15 @@ def _loading(stored: StoredModel, config: ExportConfig) -> str:
     text = f"The weights are in the layout `{config.format}`. With scmdm:\n\n{commands}"
     if stored.spec.model.self_conditioned:
         text += (
-            "\n\nThat restores the conditioner, which is in `scmdm/`. A program that reads the layout alone gets the "
-            "denoiser without its estimate (the null mode)."
+            "\n\nThis restores the conditioner from `scmdm/`. Programs that read only the published layout get the "
+            "denoiser without self-conditioning."
         )
-    if config.format in ("llama", "qwen2"):
-        text += (
-            "\n\n`transformers` loads them as a causal model, which this is not: attention must see all positions"
-            + (", and a position is predicted from the one before it." if stored.spec.model.llama.logit_shift else ".")
-        )
-    return text
+    note = layout.card_note(stored.spec.model) if layout is not None else ""
+    return f"{text}\n\n{note}" if note else text
 
 
 def _training(stored: StoredModel) -> str:
-    """The keys of its run that matter, if it comes from one."""
+    """Return the training configuration, if the model comes from a run."""
     path = stored.path / _RUN_CONFIG
     if not path.is_file():
         origin = stored.manifest.source.get("imported_from")

@@ -1,4 +1,4 @@
-"""Where a published model's tensors are: read one at a time, from files that need not be trusted."""
+"""Files of a published model: configuration and tensors, read one at a time from files that need not be trusted."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _LARGEST_JSON = 2**26  # bytes
 
 
 class Tensors(Protocol):
-    """Tensors by name, in groups that are read together."""
+    """Tensors by name, grouped by file."""
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Of all of them."""
+        """Shapes of all tensors by name."""
         ...
 
     def groups(self) -> list[list[str]]:
-        """Names by the file that they are in."""
+        """Names, grouped by file."""
         ...
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one group."""
+        """Read tensors of one group."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published model: its configuration, as far as it has one, and its tensors."""
+    """A published model: its configuration (empty if it has none) and its tensors."""
 
     path: Path
     config: dict[str, Any]
@@ -45,9 +45,10 @@ class Source:
 
 
 def open_source(path: Path, weights: str) -> Source:
-    """A directory of safetensors with `config.json`, one such file, or a Lightning checkpoint.
+    """Open a directory of safetensors files with `config.json`, one safetensors file, or a Lightning checkpoint.
 
-    `weights` is for the last kind: see `checkpoint_weights`. Raises UserError for a file that cannot be read safely.
+    `weights` ("ema" or "raw") applies to Lightning checkpoints: see `checkpoint_weights`. Raises UserError for a file
+    that cannot be read safely.
     """
     if path.is_dir():
         return Source(path, read_json(path / CONFIG_FILE, required=False), _Files(path, _files_of(path)))
@@ -58,24 +59,26 @@ def open_source(path: Path, weights: str) -> Source:
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object; empty for a missing file unless it is `required`. Raises UserError."""
+    """Read a JSON object; empty for a missing file unless `required`. Raises UserError."""
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, far too many for what it should be")
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes; expected at most {_LARGEST_JSON}: download it again"
+            )
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         if not required:
             return {}
         raise UserError(f"{path} is missing; download the whole model") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); download it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
+        raise UserError(f"{path} is not a JSON object; download it again")
     return content
 
 
 def _files_of(directory: Path) -> list[str]:
-    """Names of the weights files: those of the index, else the one."""
+    """Names of the weights files, from the index or the single file."""
     if not (directory / INDEX_FILE).is_file():
         if not (directory / SINGLE_FILE).is_file():
             raise UserError(
@@ -87,21 +90,25 @@ def _files_of(directory: Path) -> list[str]:
         raise UserError(f"{directory / INDEX_FILE} has no `weight_map`; download it again")
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory")
+            raise UserError(
+                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory; download again"
+            )
     return sorted(set(listed.values()))
 
 
 class _Files:
-    """Safetensors files of one directory, of which at most one is open."""
+    """Safetensors files of one directory, opened one at a time."""
 
     def __init__(self, directory: Path, files: list[str]) -> None:
         self._directory, self._where = directory, dict[str, str]()
         self._shapes: dict[str, torch.Size] = {}
         for file in files:
             with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
                     if name in self._where:
-                        raise UserError(f"{directory}: {name} is in {self._where[name]} and in {file}; which is it?")
+                        raise UserError(
+                            f"{directory}: {name} is in {self._where[name]} and in {file}; remove one of the files"
+                        )
                     self._where[name] = file
                     self._shapes[name] = torch.Size(opened.get_slice(name).get_shape())
         self._check_index()
@@ -121,7 +128,7 @@ class _Files:
                 yield name, opened.get_tensor(name)
 
     def _check_index(self) -> None:
-        """A tensor that the index lists must be there: a shard may have been cut off or mixed up."""
+        """Raise UserError unless each tensor is in the file that the index names."""
         path = self._directory / INDEX_FILE
         listed = read_json(path, required=False).get("weight_map", {})
         for name, file in listed.items() if len(set(self._where.values())) > 1 else ():
@@ -134,11 +141,11 @@ class _Files:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is no whole safetensors file ({reason}); download it again") from error
+            raise UserError(f"{path} is no complete safetensors file ({reason}); download it again") from error
 
 
 class _Loaded:
-    """Tensors of a checkpoint, mapped into memory."""
+    """Tensors of a Lightning checkpoint, mapped into memory."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors

@@ -1,13 +1,12 @@
-"""The likelihood of a continuation given its context, and whether greedy decoding gives it.
+"""Likelihood of a continuation given its context, and comparison with greedy decoding.
 
-A bound on the likelihood of n tokens that are revealed in a random order: the model predicts each masked one from what
-is not masked, and the next one to be revealed is any of the masked ones alike. It
-is a sum over the sets S of masked tokens,
+The likelihood of n tokens is bounded by revealing them in a uniformly random order, each predicted from the tokens that
+are not masked. The bound is a sum over the sets S of masked tokens,
 
     -log p(x) <= sum_S  1 / (|S| C(n, |S|))  sum_{i in S} -log p(x_i | x without S),
 
-which is the NELBO of the absorbing process between nothing and everything masked, whatever the schedule. Few sets are
-enumerated. Of many a sample is drawn, with |S| uniform on 1 ... n, each counting n / |S| (LLaDA, arXiv 2502.09992).
+which is the NELBO of the absorbing process, whatever its schedule. If there are few sets, all are enumerated; otherwise
+some are drawn, with |S| uniform on 1 ... n and weight n / |S| (LLaDA, arXiv 2502.09992).
 
 Legend: B batch (states), L length, N tokens of a continuation, K states of it.
 """
@@ -31,16 +30,16 @@ from scmdm.diffusion.token_draw import certainty, most_certain
 
 @dataclass(frozen=True)
 class States:
-    """Which tokens of a continuation are masked in each of its states, and what their loss counts."""
+    """Masked tokens of a continuation in each of its states, and the weight of each state's loss."""
 
     masked_KN: Tensor  # bool
     weight_K: Tensor  # float64
 
 
 def masked_states(n: int, draws: int, *, seed: int, key: int) -> States:
-    """The states of a continuation of `n` tokens: all of them, where those are no more than `draws`, else `draws`.
+    """Return all states of a continuation of `n` tokens if there are at most `draws`, otherwise `draws` random ones.
 
-    The draws depend on `seed` and `key` alone. The numbers of masks are stratified.
+    Random states depend on `seed` and `key` alone, and their numbers of masks are stratified.
     """
     assert n >= 1
     assert draws >= 1
@@ -68,11 +67,11 @@ def masked_nll(
     mask_id: int,
     condition: bool,
 ) -> Tensor:
-    """Sum (B,) float64 of `-log p(x_i | z)` over the counted ones among the masked positions of each state.
+    """Return the sums (B,), float64, of `-log p(x_i | z)` over the masked positions of each state in `counted_BL`.
 
-    `share_B` is the share of the continuation that is masked; a network with time conditioning sees the time at which
-    the process masks as much. `condition` gives every state the estimate of a first pass over it, as in training.
-    What stands at masked positions that do not count is never looked at, but must not be the mask.
+    `share_B` is the masked fraction of the continuation, which determines the time for a network with time
+    conditioning. `condition` conditions each state on the estimate of a first pass over it, as in training. Tokens at
+    other masked positions have no influence, but must not be the mask.
     """
     z_BL = x_BL.masked_fill(masked_BL, mask_id)
     t_B = schedule.inverse(1 - share_B).clamp(max=1)
@@ -92,11 +91,11 @@ def greedy_agrees(
     mask_id: int,
     carry: bool,
 ) -> Tensor:
-    """Bool (B,): whether revealing one of the asked positions at a time, the most probable token of the most confident
-    one (LLaDA), gives `x_BL` at all of them. `hidden_BL` are positions that stay masked.
+    """Return a mask (B,) of the rows whose greedy decoding equals `x_BL` at all positions in `asked_BL`.
 
-    `carry` conditions every evaluation on the one before it, as the samplers do. At most one evaluation per token; a
-    row that went another way is not followed.
+    Greedy decoding reveals one position at a time: the most confident one, with its most probable token (LLaDA).
+    Positions in `hidden_BL` stay masked. `carry` conditions each evaluation on the previous one, as samplers do. A row
+    ends at its first different token.
     """
     agrees_B = torch.ones(len(x_BL), dtype=torch.bool, device=x_BL.device)
     rows, estimate = agrees_B.nonzero().squeeze(1), None

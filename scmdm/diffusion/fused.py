@@ -1,4 +1,4 @@
-"""Element-wise functions that a GPU runs as one kernel instead of one for each of their operations."""
+"""Element-wise functions that a GPU runs as one compiled kernel instead of one kernel per operation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from scmdm.torch_private import mark_dynamic_rows
+
 _T = TypeVar("_T")
 
 
 @functools.cache
 def can_fuse() -> bool:
-    """Whether torch.compile can make kernels for a GPU here: Triton, and what builds its launchers, a C compiler and
-    Python's headers."""
+    """Return whether Triton, a C compiler and Python's headers are installed, which compiled GPU kernels need."""
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     if importlib.util.find_spec("triton") is None or not any(shutil.which(name) for name in compilers if name):
         return False
@@ -28,8 +29,10 @@ def can_fuse() -> bool:
 
 
 def fused(function: Callable[..., _T]) -> Callable[..., _T]:
-    """`function`, whose arguments are tensors that need no gradient; on a GPU compiled, once for each way in which
-    dimensions are 1 or more. Where that is not possible it runs as it is."""
+    """Decorator: compile a function of tensors on its first call on a GPU; elsewhere run it as it is.
+
+    Gradients do not flow through it. It is compiled again only where a dimension changes between 1 and more.
+    """
     compiled: Any = None
 
     @functools.wraps(function)
@@ -37,11 +40,11 @@ def fused(function: Callable[..., _T]) -> Callable[..., _T]:
         nonlocal compiled
         if arguments[0].device.type != "cuda" or not can_fuse():
             return function(*arguments)
-        if compiled is None:  # not before it is needed: the compiler takes a second to import
+        if compiled is None:  # lazily: importing the compiler takes a second
             compiled = torch.compile(function)
         for tensor in arguments:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        with torch.no_grad():  # or it would be compiled once more for each state of autograd
+            mark_dynamic_rows(tensor)
+        with torch.no_grad():  # autograd's state is part of what is compiled
             result: _T = compiled(*arguments)
         return result
 

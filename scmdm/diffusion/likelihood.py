@@ -20,15 +20,16 @@ from scmdm.diffusion.state import Sequences
 
 @dataclass(frozen=True)
 class Nelbo:
-    """Nats per valid token; exp of it bounds the perplexity from above."""
+    """NELBO in nats per valid token; its exponential is an upper bound of the perplexity."""
 
     mean: float
-    stderr: float  # over sequences; times are stratified, so it errs on the large side
+    stderr: float  # over sequences; an overestimate, because times are stratified
     tokens: int
     sequences: int
 
     @property
     def perplexity(self) -> float:
+        """Upper bound of the perplexity per token."""
         return math.exp(self.mean)
 
 
@@ -45,11 +46,11 @@ def estimate_nelbo(
     condition: bool = False,
     passes: int = 1,
 ) -> Nelbo:
-    """Mean NELBO over batches, with `draws` times per sequence.
+    """Estimate the mean NELBO over batches, with `draws` times per sequence.
 
-    `condition` gives every sequence the estimate of `passes` no-grad passes, at twice the evaluations: still a bound
-    on the likelihood, because the estimate is a function of `z_t`. The same seed gives the same times and masks, so
-    two models, or both modes of one, are compared on the same noise.
+    `condition` conditions on the estimate of `passes` passes. The result is still a bound on the likelihood, because
+    the estimate is a function of `z_t`. The same seed gives the same times and masks, so that two models, or both modes
+    of one model, are compared on the same noise.
     """
     sums: list[Tensor] = []
     counts: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Keyed random numbers: a draw depends on what it belongs to, never on which process, device or order asked for it.
+"""Keyed random numbers: a draw depends on its key alone, not on process, device or order of the calls.
 
 Philox4x32-10 (Salmon et al., SC 2011) in torch integer arithmetic: the same bits on CPU and GPU, and on 1 or 512 ranks.
 
@@ -23,10 +23,10 @@ _ROUNDS = 10
 def philox_4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Four 32-bit words (in int64 tensors) for each 4 x 32-bit counter under one 64-bit key (ints, or 0-d tensors).
+    """Return four 32-bit words (in int64 tensors) for each counter of 4 x 32 bits.
 
-    The int64 products wrap modulo 2^64, which leaves the bits of the unsigned product; the mask undoes the
-    sign extension of the shift.
+    The key has 64 bits, as two ints or 0-d tensors. Products in int64 wrap modulo 2^64, which keeps the bits of the
+    unsigned product; the mask undoes the sign extension of the shift.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -54,28 +54,28 @@ def _words(ids_B: Tensor, block_K: Tensor, step_and_key_3: Tensor) -> tuple[Tens
 @fused
 def _uniform(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     pairs = torch.stack([(w0 << 21) | (w1 >> 11), (w2 << 21) | (w3 >> 11)], dim=-1).flatten(1)
-    # 53 bits and the half step that keeps 0 and 1 out need 54 bits of mantissa, so the lowest bit is given up.
+    # 53 bits plus the half step that excludes 0 and 1 would need a mantissa of 54 bits: drop the lowest bit.
     return ((pairs >> 1).double() + 0.5) * 2.0**-52
 
 
 def keyed_words(seed: int, purpose: str, step: int, ids_B: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    """Four tensors (B, blocks) of 32-bit words for samples `ids_B` (int64, any non-negative value) at `step`."""
+    """Return four tensors (B, blocks) of 32-bit words for non-negative sample ids (B,), int64, at `step`."""
     assert ids_B.dtype == torch.int64
     assert ids_B.ndim == 1
-    # A tensor: as numbers they would be compiled in.
+    # A tensor, because a compiled kernel would contain numbers as constants.
     step_and_key_3 = torch.tensor([step & _MASK, *_key(seed, purpose)], device=ids_B.device)
     return _words(ids_B, torch.arange(blocks, device=ids_B.device), step_and_key_3)
 
 
 def keyed_uniform(seed: int, purpose: str, step: int, ids_B: Tensor, n: int) -> Tensor:
-    """Uniforms (B, n), float64 with 52 random bits, strictly inside (0, 1)."""
+    """Return uniforms (B, n), float64 with 52 random bits, strictly within (0, 1)."""
     return _uniform(*keyed_words(seed, purpose, step, ids_B, (n + 1) // 2))[:, :n]
 
 
 def keyed_permutation(seed: int, purpose: str, step: int, ids_N: Tensor) -> Tensor:
-    """Rank (N,) of each id in a keyed random order of the ids; depends on the set of ids, not on their order.
+    """Return the rank (N,) of each id in a random order that depends on the set of ids, not on their order.
 
-    Equal ids (a sample drawn twice into one batch) are ranked by their place.
+    Equal ids (a sample drawn twice into one batch) are ranked by position.
     """
     w0, w1, _, _ = keyed_words(seed, purpose, step, ids_N, 1)
     keys = (w0[:, 0] << 31) | (w1[:, 0] >> 1)
@@ -87,6 +87,6 @@ def keyed_permutation(seed: int, purpose: str, step: int, ids_N: Tensor) -> Tens
 
 
 def keyed_int(seed: int, purpose: str, step: int) -> int:
-    """One 63-bit integer, to seed a library's own generator (dropout) for a step."""
+    """Return a 63-bit integer, to seed the generator of a library for a step (dropout)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

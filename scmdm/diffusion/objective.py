@@ -17,23 +17,30 @@ from scmdm.diffusion.state import State
 
 
 class Denoiser(Protocol):
-    """What the objective needs of a network. SUBS holds inside: the mask logit is minus infinity, and only masked
-    positions are ever predicted (others carry over: their loss is 0 and their estimate is the token itself)."""
+    """A network as the objective uses it, with MDLM's SUBS parameterization.
+
+    The mask's logit is minus infinity, and only masked positions are predicted. Others carry over: their loss is 0, and
+    their estimate is the embedding of the token.
+    """
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
-        """Expected embedding (B, L, D) of the clean tokens. `dropout` leaves a network that is in training mode its
-        dropout."""
+        """Return the expected embedding (B, L, D) of the clean tokens.
+
+        `dropout` applies dropout if the network is in training mode.
+        """
         ...
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over masked positions of `weight * -log p(x | z, estimate)` (scalar, differentiable) and the unweighted
-        per-token values (B, L), float32, 0 where not masked, without gradient."""
+        """Return the weighted sum of `-log p(x | z, estimate)` over masked positions, and the unweighted terms.
+
+        The sum is a differentiable scalar; the terms (B, L) are float32, detached, and 0 where not masked.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Sums over a micro-batch; the caller divides by the valid tokens of the global batch."""
+    """Sums over a micro-batch, to be divided by the valid tokens of the global batch."""
 
     loss: Tensor  # scalar, differentiable: sum of w(t) * nll
     weighted_nll_B: Tensor  # (B,) float64, no gradient: each sample's share of the loss
@@ -41,17 +48,16 @@ class ObjectiveOutput:
 
 
 def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
-    """`w(t) * 1[valid]` (B, L) float32."""
+    """Return the loss weights `w(t) * 1[valid]` (B, L), float32."""
     return loss_weight(schedule, batch.t)[:, None].float() * batch.valid
 
 
 def clean_state_estimate(
     denoiser: Denoiser, batch: NoisedBatch, *, passes: int, dropout: bool, stop_gradient: bool = True
 ) -> Tensor:
-    """The estimate (B, L, D) after `passes` passes: the first sees null, each further one the last one's.
+    """Return the estimate (B, L, D) after `passes` passes, each conditioned on the previous one's (the first: null).
 
-    With `stop_gradient` they run without gradients. Without it the estimate is a function of the weights like any
-    other: the loss's gradient flows through all passes, the embeddings among their factors included.
+    With `stop_gradient` the passes run without gradients; otherwise the gradient of the loss flows through all of them.
     """
     estimate = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
@@ -72,10 +78,10 @@ def self_conditioned_nelbo(
     estimate_dropout: bool = True,
     stop_gradient: bool = True,
 ) -> ObjectiveOutput:
-    """NELBO of the second pass, conditioned where `batch.conditioned` says so (design: one adaptation step).
+    """Return the NELBO of the second pass, conditioned on the estimate of the first where `batch.conditioned` is true.
 
-    `condition=False` (rate 0) skips pass 1 altogether; it is the vanilla MDM objective. Whether pass 1 runs must not
-    depend on this rank's coins: under sharding all ranks run the same collectives.
+    `condition=False` (rate 0) skips the first pass: the vanilla objective of masked diffusion. All ranks must pass the
+    same value, because sharded ranks run the same collectives.
     """
     estimate = None
     if condition:

@@ -1,4 +1,4 @@
-"""The forward (absorbing) process and the draws that drive it.
+"""The forward (absorbing) process and its random draws.
 
 Legend: B batch, L length.
 """
@@ -17,11 +17,11 @@ from scmdm.diffusion.state import Sequences
 
 
 def stratified_times(seed: int, step: int, ids_N: Tensor, t_min: float) -> Tensor:
-    """Times (N,) float64, `t_i = t_min + (1 - t_min) ((u + rank_i / N) mod 1)`, for ALL samples of a global batch.
+    """Return times (N,), float64, `t_i = t_min + (1 - t_min) ((u + rank_i / N) mod 1)`.
 
-    One `u` per step; the ranks are a keyed permutation of the sample ids, so that a sample's time does not depend on
-    how the batch is split over ranks and micro-batches. Each `t_i` is uniform on [t_min, 1]; together they cover it
-    evenly, which lowers the variance of the loss (antithetic times, MDLM section 3.5; VDM appendix I).
+    `ids_N` are all samples of the global batch. There is one `u` per step, and the ranks are a keyed permutation of the
+    ids: a sample's time does not depend on how the batch is split. Each time is uniform on [t_min, 1]; together they
+    cover it evenly, which lowers the variance of the loss (antithetic times, MDLM section 3.5; VDM appendix I).
     """
     u = keyed_uniform(seed, "time", step, torch.zeros(1, dtype=torch.int64, device=ids_N.device), 1)[0, 0]
     rank = keyed_permutation(seed, "time-order", step, ids_N)
@@ -30,23 +30,23 @@ def stratified_times(seed: int, step: int, ids_N: Tensor, t_min: float) -> Tenso
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """A micro-batch as the objective sees it; rows belong together."""
+    """A noised micro-batch; all tensors have the same rows."""
 
     x: Tensor  # (B, L) int64, clean tokens
     z: Tensor  # (B, L) int64, noised tokens at `t`
     t: Tensor  # (B,) float64
     valid: Tensor  # (B, L) bool: counts in the likelihood
-    z_estimate: Tensor  # (B, L) int64, the state that pass 1 sees; masks are a superset of those of `z`
-    t_estimate: Tensor  # (B,) float64, its time
-    conditioned: Tensor  # (B,) bool: pass 2 sees the estimate
+    z_estimate: Tensor  # (B, L) int64, input of pass 1; its masks include those of `z`
+    t_estimate: Tensor  # (B,) float64, time of `z_estimate`
+    conditioned: Tensor  # (B,) bool: pass 2 is conditioned on the estimate
     packing: Packing | None = None  # several documents in each row
-    labels: Tensor | None = None  # (B,) int64, classes as the denoiser sees them
+    labels: Tensor | None = None  # (B,) int64, labels, some replaced by NO_LABEL
 
 
 def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
-    """`z_t ~ q(z_t | x)`: the maskable tokens whose uniform is below `1 - alpha_t` become `mask_id`.
+    """Draw `z_t ~ q(z_t | x)`: mask the maskable tokens whose uniform is below `1 - alpha_t`.
 
-    With the same uniforms a larger time masks a superset.
+    With the same uniforms, the masks at a larger time include those at a smaller one.
     """
     masked = (u_BL < (1 - alpha_B)[:, None]) & maskable_BL
     return x_BL.masked_fill(masked, mask_id)
@@ -65,8 +65,8 @@ def noise_batch(
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
-    `rate` is the probability that a sample's second pass is conditioned. With `noisier_state` the estimate is made
-    from an earlier sampler state: a time drawn uniformly between t and 1, with the same uniforms, hence more masks.
+    `rate` is the probability that the second pass of a sample is conditioned. With `noisier_state` the first pass gets
+    an earlier state of the process: its time is uniform between t and 1, with the same uniforms, hence with more masks.
     Tokens that are not valid (ignored padding, a prompt) are never masked.
     """
     x_BL, valid_BL, ids_B = sequences.tokens, sequences.valid, sequences.ids
@@ -83,12 +83,12 @@ def noise_batch(
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:
-    """Bool (B, L): masked positions whose uniform says that they are unmasked in this step (never the others)."""
+    """Return a mask (B, L) of the masked positions that are revealed in this step, according to uniforms."""
     return (z_BL == mask_id) & (u_BL < probability_B[:, None])
 
 
 def first_hitting_position(z_BL: Tensor, u_B: Tensor, mask_id: int) -> Tensor:
-    """Bool (B, L): for each row one masked position, uniformly chosen by `u_B`; none in a row without masks."""
+    """Return a mask (B, L) of one masked position per row, chosen uniformly by `u_B`; none in a row without masks."""
     masked = z_BL == mask_id
     count_B = masked.sum(1)
     chosen_B = torch.minimum((u_B * count_B).long(), (count_B - 1).clamp(min=0))

@@ -1,4 +1,4 @@
-"""Which positions a sampler reveals, and takes back, in each of its steps.
+"""Positions that a sampler reveals and remasks in each of its steps.
 
 Legend: B batch, L length.
 """
@@ -20,39 +20,39 @@ ORDERS = ("confidence", "margin", "entropy")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How to sample. `gumbel="float32"` reproduces the truncated tail of older code (arXiv 2409.02908)."""
+    """Settings of a sampler. `gumbel="float32"` reproduces the truncated tail of older code (arXiv 2409.02908)."""
 
-    kind: str = "ancestral"  # "ancestral" | "first_hitting" | one of ORDERS: the most certain positions first
-    steps: int = 32  # denoiser evaluations; first_hitting reveals one token an evaluation
-    block_length: int | None = None  # semi-autoregressive: so many positions after the other, steps shared equally
+    kind: str = "ancestral"  # "ancestral", "first_hitting", or one of ORDERS: most certain positions first
+    steps: int = 32  # denoiser evaluations; first_hitting reveals one token per evaluation
+    block_length: int | None = None  # positions per block, decoded left to right, with equal steps; None: one block
     remask: str = "never"  # ancestral: "never" | "cap" | "rescale" (ReMDM)
-    remask_eta: float = 0.02  # cap: largest probability; rescale: part of the largest possible one
-    remasked_estimate: str = "token"  # carried where a token is taken back: "token" (that it was) | "null" (nothing)
+    remask_eta: float = 0.02  # cap: largest probability; rescale: fraction of the largest possible one
+    remasked_estimate: str = "token"  # estimate of a remasked position: "token" (its former token) | "null"
     temperature: float = 1.0  # 0: most probable token
     top_k: int | None = None
-    top_p: float = 1.0  # nucleus: smallest set of tokens with this much probability
+    top_p: float = 1.0  # nucleus: smallest set of tokens with at least this probability
     gumbel: str = "float64"  # "float64" | "float32"
-    guidance: float = 1.0  # of labelled samples: 1 draws from p(x | label), more from what tells it apart from p(x)
+    guidance: float = 1.0  # with labels; 1: draw from p(x | label); above 1: away from p(x)
     carry: bool = False  # condition each step on the previous step's estimate
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoiser evaluation and what follows from it."""
+    """One denoiser evaluation, and the positions that change after it."""
 
     index: int  # keys the draws
-    t_B: Tensor  # time of the state that the denoiser sees
-    candidates_BL: Tensor  # masked positions that are revealed, or of which the `count_B` most certain are
+    t_B: Tensor  # time of the denoiser's input
+    candidates_BL: Tensor  # masked positions to reveal; with `count_B`, only the most certain of them
     count_B: Tensor | None = None
-    remask_BL: Tensor | None = None  # positions that are taken back
+    remask_BL: Tensor | None = None  # positions to remask
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan is for. `state()` is the sequence (B, L) as it is now."""
+    """Input of a plan. `state()` returns the current sequences (B, L)."""
 
     state: Callable[[], Tensor]
-    given_BL: Tensor  # the sequence at the start
+    given_BL: Tensor  # sequences at the start
     ids_B: Tensor
     schedule: Schedule
     mask_id: int
@@ -60,14 +60,14 @@ class Problem:
 
 
 def make_plan(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """The steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
+    """Plan the steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
     if settings.kind == "first_hitting":
         return _first_hitting(problem)
     return _on_a_grid(problem, settings)
 
 
 def _on_a_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """A uniform time grid from 1 to 0 for each block; at its last step everything left of the block is unmasked."""
+    """A uniform grid of times from 1 to 0 for each block, whose last step reveals the rest of the block."""
     length, device = problem.given_BL.shape[1], problem.ids_B.device
     blocks = torch.arange(length, device=device).split(settings.block_length or length)
     if settings.steps < len(blocks):
@@ -78,11 +78,11 @@ def _on_a_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
         grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
         within_L = torch.zeros(length, dtype=torch.bool, device=device).index_fill(0, block, True)
         if not bool((problem.given_BL[:, block] == problem.mask_id).any()):
-            index += steps  # a block of the prompt costs nothing
+            index += steps  # a block of given tokens needs no evaluation
             continue
         later = len(blocks) - number - 1
         for k in range(steps):
-            # The denoiser's time is that of the whole sequence, in which later blocks are still masked.
+            # The time refers to the whole sequence, in which later blocks are still masked.
             level = (1 - problem.schedule.alpha(grid[k]) + later) / len(blocks)
             t = problem.schedule.inverse(1 - level) if len(blocks) > 1 else grid[k]
             yield _grid_step(problem, settings, index, t, grid[k], grid[k + 1], within_L, last=k + 1 == steps)
@@ -119,8 +119,11 @@ def _grid_step(
 
 
 def _first_hitting(problem: Problem) -> Iterator[Step]:
-    """First-hitting sampler (arXiv 2409.02908): with n masks left the next one falls when the mask level, uniform in
-    each position, has shrunk by `u^(1/n)`; which one is uniform. Exact, one token an evaluation."""
+    """First-hitting sampler (arXiv 2409.02908): exact, one token per evaluation.
+
+    With n masks left, the next position is revealed when the mask level has shrunk by the factor `u^(1/n)`; the
+    position is uniform.
+    """
     ids_B, schedule, mask_id = problem.ids_B, problem.schedule, problem.mask_id
     level_B = 1 - schedule.alpha(torch.ones(len(ids_B), dtype=torch.float64, device=ids_B.device))
     k = 0

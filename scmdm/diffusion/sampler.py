@@ -1,12 +1,12 @@
-"""Samplers of the reverse process, each with or without the carried clean-state estimate.
+"""Samplers of the reverse process, with or without the carried clean-state estimate.
 
-The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate that the last evaluation made. To carry
-it costs no denoiser evaluation. Every draw is keyed, so that a sample does not depend on its batch. What to reveal is
-decided first, unless by certainty, and logits are needed only there and for the estimate. Where no estimate is carried
-nothing else of a step is ever used, so that sequences in which it reveals nothing are not evaluated.
+The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate of the last evaluation, which costs no
+further evaluation. All draws are keyed, so that a sample does not depend on its batch. Unless positions are ranked by
+confidence, those to reveal are chosen first, and logits are computed only there and for the estimate. Without a carried
+estimate, sequences in which a step reveals nothing are not evaluated.
 
-A token that is taken back (remasking) was the model's clean-state estimate when the denoiser last saw it, by SUBS, so
-its embedding is what is carried; with `remasked_estimate="null"` nothing is, as if nobody had seen the position.
+By SUBS, the estimate of an unmasked position is its token. A remasked position therefore carries the embedding of its
+former token, or, with `remasked_estimate="null"`, nothing.
 
 Legend: B batch, L length, D width, V vocabulary with the mask, N selected positions.
 """
@@ -27,13 +27,15 @@ from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import true_positions
 from scmdm.diffusion.token_draw import certainty, draw_tokens, most_certain
 
-_DRAW_ROWS = 512  # positions drawn at once: bounds the float64 block of logits and noise
+_DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokens (B, L) without masks, and the sampler's denoiser evaluations: one a step (guided: two), those among them
-    whose result nothing would have used, and which were left out."""
+    """Result of a sampler: tokens (B, L) without masks, and denoiser evaluations, one per step (guided: two).
+
+    Evaluations include those that were skipped because nothing would have used their result.
+    """
 
     tokens: Tensor
     evaluations: int
@@ -41,13 +43,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Observation:
-    """A step that was taken. What the denoiser predicted is computed when it is asked for, by one more evaluation."""
+    """A step of the sampler. `logits` is computed on request, by another evaluation."""
 
-    evaluations: int  # so far, this step's included
-    t_B: Tensor  # time of the state that the denoiser saw
-    z_BL: Tensor  # the sequence after the step
-    revealed_BL: Tensor  # what the step revealed
-    logits: Callable[[Tensor], Tensor]  # of selected positions (B, L): (N, V), in row-major order
+    evaluations: int  # so far, with this step
+    t_B: Tensor  # time of the denoiser's input
+    z_BL: Tensor  # sequences after the step
+    revealed_BL: Tensor  # mask of revealed positions
+    logits: Callable[[Tensor], Tensor]  # maps a mask of positions (B, L) to logits (N, V), in row-major order
 
 
 StepHook = Callable[[Observation], None]
@@ -66,11 +68,11 @@ def sample(
     labels_B: Tensor | None = None,
     on_step: StepHook | None = None,
 ) -> Samples:
-    """Fill the masked positions of `given_BL` (int64); all other positions (a prompt, an infill frame) stay.
+    """Fill the masked positions of `given_BL` (B, L), int64; other positions (a prompt, an infill frame) stay.
 
-    `ids_B` (int64) name the samples: the same id, seed and settings give the same sample in any batch. `labels_B`
-    (int64) are their classes, of a model that knows them; NO_LABEL is none.
-    `on_step` is called after every step, and cannot change what is drawn.
+    `ids_B` (int64) identify the samples: the same id, seed and settings give the same sample in any batch. `labels_B`
+    (int64) are labels for a model that is conditioned on them; NO_LABEL stands for none. `on_step` is called after
+    every step, and does not influence the result.
     """
     z_BL, estimate, evaluations = given_BL, None, 0
     view = Guided(denoiser, labels_B, settings.guidance)
@@ -108,7 +110,7 @@ def _advance(
     settings: SamplerSettings,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """The sequences with what the step reveals, and the hidden states (B, L, D) that it came from."""
+    """Return the sequences after a step, and the hidden states (B, L, D)."""
     h_BLD = denoiser.hidden(z_BL, step.t_B, estimate_BLD)
     reveal_BL, drawn_N = _reveal(denoiser, h_BLD, step, ids_B, settings, seed)
     return z_BL.masked_scatter(reveal_BL, drawn_N), h_BLD
@@ -117,7 +119,7 @@ def _advance(
 def _advance_where_needed(
     denoiser: Guided, z_BL: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> Tensor:
-    """The sequences with what the step reveals; the denoiser sees only those in which that is something."""
+    """Return the sequences after a step, evaluating only those in which a position is revealed."""
     needed_B = step.candidates_BL.any(1) if step.count_B is None else step.count_B > 0
     rows = needed_B.nonzero().squeeze(1)
     if not len(rows):
@@ -131,7 +133,7 @@ def _advance_where_needed(
 def _reveal(
     denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """What is revealed (B, L), and the tokens (N,) there, in row-major order."""
+    """Return a mask (B, L) of revealed positions, and their tokens (N,) in row-major order."""
     candidates_BL = step.candidates_BL
     drawn_N, score_N = _draw(denoiser, h_BLD, step, ids_B, settings, seed)
     if step.count_B is None:
@@ -144,7 +146,7 @@ def _reveal(
 def _draw(
     denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (N,) at the candidates, in row-major order, and how certain they are if that matters."""
+    """Return tokens (N,) at the candidates, and confidence scores (empty unless ranking by confidence)."""
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
     h_ND = h_BLD[rows, columns]
     keys_N = ids_B[rows] * step.candidates_BL.shape[1] + columns
@@ -168,13 +170,10 @@ def _draw(
 
 
 def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
-    """What an evaluation with hidden states `h_BLD` leaves to the next one, which sees `z_BL`: `p @ E` where that is
-    still masked, the token's embedding elsewhere, (B, L, D)."""
+    """Return the estimate (B, L, D) for the next evaluation, whose input is `z_BL`.
+
+    It is the expected embedding where `z_BL` is masked, predicted from `h_BLD`, and the token's embedding elsewhere.
+    """
     at_N = true_positions(z_BL == mask_id)
-    return estimate_of_rows(denoiser, h_BLD.flatten(0, 1)[at_N], at_N, z_BL)
-
-
-def estimate_of_rows(denoiser: Embedder, h_ND: Tensor, at_N: Tensor, z_BL: Tensor) -> Tensor:
-    """`carried_estimate` of the hidden states at the masked positions `at_N`."""
-    predicted_ND = denoiser.expected_embedding(h_ND)
+    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
     return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)

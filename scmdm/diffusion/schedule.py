@@ -17,15 +17,15 @@ class Schedule(Protocol):
     """A decreasing, differentiable `alpha_t` on [0, 1] with its derivative and inverse."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Probability that a token is clean at time t."""
+        """Return the probability that a token is clean at time t."""
         ...
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """Derivative of `alpha` by t (negative)."""
+        """Return the derivative of `alpha` with respect to t, which is negative."""
         ...
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        """The time at which `alpha_t` has this value."""
+        """Return the time at which `alpha_t` has this value."""
         ...
 
 
@@ -76,7 +76,7 @@ class Polynomial:
 
 
 def make_schedule(kind: str, *, eps: float = 0.0, power: float = 2.0) -> Schedule:
-    """The schedule named `kind`: "log_linear" (uses `eps`), "cosine" or "polynomial" (uses `power`)."""
+    """Return the schedule named `kind`: "log_linear" (uses `eps`), "cosine" or "polynomial" (uses `power`)."""
     if kind == "log_linear":
         return LogLinear(eps)
     if kind == "polynomial":
@@ -86,22 +86,25 @@ def make_schedule(kind: str, *, eps: float = 0.0, power: float = 2.0) -> Schedul
 
 
 def loss_weight(schedule: Schedule, t: Tensor) -> Tensor:
-    """`w(t) = -alpha'_t / (1 - alpha_t)`, the NELBO's weight of a masked token (MDLM eq. 10); 1/t for log-linear."""
+    """Return the NELBO's weight of a masked token, `-alpha'_t / (1 - alpha_t)` (MDLM eq. 10); 1/t for log-linear."""
     return -schedule.d_alpha(t) / (1 - schedule.alpha(t))
 
 
 def unmask_probability(schedule: Schedule, t: Tensor, t_next: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
-    """`(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`: a token masked at t is clean at `t_next = s < t` with this
-    probability, when a clean one is masked again with probability `sigma` (ReMDM, arXiv 2503.00307, eq. 3)."""
+    """Return the probability that a token masked at t is clean at `t_next = s < t`.
+
+    It is `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)` if clean tokens are remasked with probability `sigma`
+    (ReMDM, arXiv 2503.00307, eq. 3).
+    """
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
     return ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)).clamp(0, 1)
 
 
 def remask_probability(schedule: Schedule, t: Tensor, t_next: Tensor, kind: str, eta: float) -> Tensor:
-    """`sigma_t`, with which a clean token is masked again on the way from t to `t_next = s` (ReMDM, section 4.1).
+    """Return `sigma_t`, the probability that a clean token is remasked from t to `t_next = s` (ReMDM, section 4.1).
 
-    At most `min(1, (1 - alpha_s) / alpha_t)`, which keeps the marginals those of the process. "cap": no more than
-    `eta`; "rescale": `eta` of the most; "never": 0.
+    At most `min(1, (1 - alpha_s) / alpha_t)` is possible with the marginals of the process. "cap" limits it to `eta`,
+    "rescale" takes the fraction `eta` of it, "never" is 0.
     """
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(t_next)
     most = ((1 - alpha_s) / alpha_t).clamp(max=1)

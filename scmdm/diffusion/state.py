@@ -1,4 +1,4 @@
-"""Clean sequences, and noised ones as a denoiser sees them, each with what belongs to it.
+"""Clean sequences, and the inputs of a denoiser evaluation.
 
 Legend: B batch, L length, D width.
 """
@@ -18,13 +18,13 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows belong together."""
+    """Clean sequences; all tensors have the same rows."""
 
     tokens: Tensor  # (B, L) int64
     valid: Tensor  # (B, L) bool: may be masked, and counts in the likelihood
-    ids: Tensor  # (B,) int64: what all noise is keyed on
-    documents: Tensor | None = None  # (B, L) int64: the number of each token's document, of packed samples
-    labels: Tensor | None = None  # (B,) int64: classes, of a model that knows them
+    ids: Tensor  # (B,) int64: keys of all noise
+    documents: Tensor | None = None  # (B, L) int64: number of each token's document, in packed samples
+    labels: Tensor | None = None  # (B,) int64: labels, for a model that is conditioned on them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,22 +36,24 @@ class Sequences:
 
 @dataclass(frozen=True)
 class State:
-    """All that one denoiser evaluation sees."""
+    """Input of a denoiser evaluation."""
 
     z_BL: Tensor  # int64, noised tokens
-    t_B: Tensor  # float64, their times
+    t_B: Tensor  # float64, times
     estimate_BLD: Tensor | None = None  # expected embedding of the clean tokens; None: the null estimate
     packing: Packing | None = None  # several documents in each row
-    labels_B: Tensor | None = None  # int64, class of each sequence or NO_LABEL, of a model that knows labels
+    labels_B: Tensor | None = None  # int64, label of each sequence or NO_LABEL; None: none has one
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:
-    """Labels of which each is replaced by NO_LABEL with probability `rate`, so that the model also learns what
-    guidance compares with (classifier-free guidance, arXiv 2207.12598, algorithm 1)."""
+    """Replace each label by NO_LABEL with probability `rate` (classifier-free guidance, arXiv 2207.12598, alg. 1).
+
+    The model thereby also learns the unlabelled prediction that guidance needs.
+    """
     dropped_B = keyed_uniform(seed, "label", step, ids_B, 1)[:, 0] < rate
     return torch.where(dropped_B, NO_LABEL, labels_B)
 
 
 def true_positions(mask_BL: Tensor) -> Tensor:
-    """Where a mask is true, as indices (N,) into its elements in row-major order."""
+    """Return the indices (N,) of true elements of a mask in row-major order."""
     return mask_BL.flatten().nonzero().squeeze(1)

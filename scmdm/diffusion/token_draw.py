@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, and how certain a prediction is.
+"""Drawing of tokens from logits, and confidence of predictions.
 
 Legend: N positions, V vocabulary with the mask.
 """
@@ -20,10 +20,10 @@ def draw_tokens(
     top_p: float = 1.0,
     gumbel: str = "float64",
 ) -> Tensor:
-    """Gumbel-max draw (N,) from `softmax(logits / temperature)` cut to its `top_k` tokens, then to its nucleus.
+    """Draw tokens (N,) by Gumbel-max from `softmax(logits / temperature)`, restricted to `top_k` and then to `top_p`.
 
-    float64 by default: a float32 uniform has 24 bits, cuts the Gumbel tail and so lowers the temperature
-    (arXiv 2409.02908). Temperature 0: the most probable token.
+    The noise is float64 by default: a float32 uniform has 24 bits, which truncates the Gumbel tail and lowers the
+    effective temperature (arXiv 2409.02908). Temperature 0 takes the most probable token.
     """
     if temperature == 0:
         return logits_NV.argmax(1)
@@ -40,7 +40,7 @@ def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
 
 
 def most_probable(logits_NV: Tensor, top_k: int | None) -> Tensor:
-    """Logits with minus infinity outside the `top_k` most probable tokens, and those that equal the last of them."""
+    """Set logits outside the `top_k` most probable tokens to minus infinity; ties with the last one are kept."""
     if top_k is None or top_k >= logits_NV.shape[1]:
         return logits_NV
     least_N1 = logits_NV.topk(top_k, dim=1).values[:, -1:]
@@ -48,7 +48,7 @@ def most_probable(logits_NV: Tensor, top_k: int | None) -> Tensor:
 
 
 def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
-    """Logits with minus infinity outside the smallest set of most probable tokens that holds at least `top_p`."""
+    """Set logits outside the smallest set of most probable tokens with probability `top_p` to minus infinity."""
     if top_p >= 1:
         return logits_NV
     ordered, order = logits_NV.sort(dim=1, descending=True)
@@ -58,10 +58,10 @@ def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
 
 
 def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor) -> Tensor:
-    """How certain each prediction is (N,), float64; of the whole distribution, not of what temperature leaves of it.
+    """Return the confidence (N,) of each prediction, float64, from the distribution without temperature.
 
-    "confidence": probability of the drawn token (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992); "margin": of the
-    most probable token less that of the next (arXiv 2502.06768); "entropy": minus the entropy (Dream).
+    "confidence": probability of the drawn token (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992); "margin": that
+    of the most probable token minus that of the second (arXiv 2502.06768); "entropy": the negative entropy (Dream).
     """
     p_NV = logits_NV.double().softmax(1)
     if kind == "confidence":
@@ -74,7 +74,7 @@ def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor) -> Tensor:
 
 
 def most_certain(score_BL: Tensor, candidates_BL: Tensor, count_B: Tensor) -> Tensor:
-    """Bool (B, L): in each row the `count_B` candidates with the highest score; of equal ones the first."""
+    """Return a mask (B, L) of the `count_B` candidates per row with the highest scores; ties go to the first."""
     score_BL = score_BL.masked_fill(~candidates_BL, float("-inf"))
     rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return candidates_BL & (rank_BL < count_B[:, None])

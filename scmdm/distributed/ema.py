@@ -9,6 +9,7 @@ import torch
 
 from scmdm.config.training import EmaConfig
 from scmdm.distributed.engine import Engine
+from scmdm.torch_private import lerp_all_
 
 
 class Ema:
@@ -34,7 +35,7 @@ class Ema:
     def update(self, engine: Engine) -> None:
         """Add the current weights to the average."""
         current = engine.parameters()
-        torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
+        lerp_all_(list(self.average.values()), [current[name] for name in self.average], 1 - self.decay())
         self.updates += 1
 
     @contextmanager

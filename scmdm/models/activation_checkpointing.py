@@ -1,4 +1,4 @@
-"""Activation checkpointing: memory for time. A block's activations are computed again in the backward pass."""
+"""Activation checkpointing: activations of a block are recomputed in the backward pass, to save memory."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scmdm.torch_private import ATTENTION_OPERATORS
+
 _aten = torch.ops.aten
-# What "selective" keeps: the results of matrix products and attention, most of the time and little of the memory.
-_KEPT = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+# "selective" keeps the results of matrix products and attention: most of the time, little of the memory.
+_KEPT = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION_OPERATORS})
 
 
 def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
-    """`block(*arguments)`, keeping for the backward pass all activations ("none"), the results of its products
-    ("selective") or its input alone ("full"). Without gradients (the estimate's pass) nothing is kept anyway."""
+    """Run a block, keeping for the backward pass everything, matrix products, or only its input.
+
+    `kind` is "none", "selective" or "full". Without gradients nothing is kept.
+    """
     if kind == "none" or not torch.is_grad_enabled():
         return block(*arguments)
     if kind == "full":
@@ -40,8 +34,11 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _no_cached_casts() -> Iterator[None]:
-    """Weights that autocast has cast in the estimate's pass would not be cast here, but in the backward pass: another
-    sequence of operators than the one whose results are kept, which torch refuses."""
+    """Disable autocast's cache of casts.
+
+    A weight that an earlier pass cast would be cast in the recomputation but not in the forward pass: a different
+    sequence of operators, which torch refuses.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,6 +1,6 @@
-"""Bidirectional attention behind one function, whatever computes it.
+"""Bidirectional attention: one function, several kernels.
 
-Legend: B batch, L length, H heads, K width of a head, C packed documents of a batch and one.
+Legend: B batch, L length, H heads, K width of a head, C packed documents of a batch plus one.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
+from scmdm.torch_private import constant_under_compile
 
-# `allowed_B1LL` and `bounds_C` of `attend`, of which one at most is given.
+# The arguments `allowed_B1LL` and `bounds_C` of `attend`; at most one is given.
 Masks: TypeAlias = tuple[Tensor | None, Tensor | None]
 NO_MASKS: Masks = (None, None)
 
-# On CPU in bfloat16 torch's fused kernel takes 15 x as long in its backward as three plain products (L = 32) and loses
-# up to about this length. In float32 it wins at any; benchmarks/attention.py prints the ratios.
+# On a CPU in bfloat16, the backward pass of torch's fused kernel takes 15 times as long as plain matrix products at
+# L = 32, and is slower up to about this length. In float32 it is always faster (benchmarks/attention.py).
 _CPU_MATMUL_LENGTH = 256
-# torch's kernels for "cudnn", the first that can: cuDNN's has no plan for some shapes and dtypes.
+# Kernels for "cudnn", in order of preference: cuDNN does not support all shapes and dtypes.
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -38,7 +39,7 @@ _CUDNN_FIRST = [
 
 @functools.cache
 def flash_unusable_because(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why flash-attn cannot run for this device and dtype, or None when it can. Importing is not enough to know."""
+    """Return why flash-attn cannot run for this device and dtype; None if it can."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return "flash-attn needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -55,7 +56,7 @@ def flash_unusable_because(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
-    """Raise UserError when `backend` is asked for by name and cannot run."""
+    """Raise UserError when the kernel that `model.attention` names cannot run."""
     reason = flash_unusable_because(device_type, dtype) if backend == "flash" else None
     if backend in ("cudnn", "varlen") and (device_type != "cuda" or dtype == torch.float32):
         kernel = "cuDNN's attention" if backend == "cudnn" else "torch's attention of packed samples"
@@ -65,12 +66,12 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: int, *, repeated: bool = False) -> str:
-    """What "auto" means for this input: "flash" where it runs, "matmul" for short bfloat16 on a CPU, else "sdpa".
+    """Resolve "auto": "flash" where it runs, "matmul" for short bfloat16 on a CPU, otherwise "sdpa" or "cudnn".
 
-    `repeated`: many calls will have this shape. cuDNN makes a plan for every new one, which takes longer than many
-    calls, and is the fastest of torch's kernels after that.
+    `repeated` says that many calls have this shape. cuDNN plans for every new shape, which takes longer than many
+    calls; after that it is the fastest of torch's kernels.
     """
-    if backend == "varlen":  # says how packed samples are done
+    if backend == "varlen":  # applies to packed samples only
         backend = "auto"
     if backend != "auto":
         return backend
@@ -81,16 +82,13 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, length: i
     return "cudnn" if repeated and dtype != torch.float32 else "sdpa"
 
 
+@constant_under_compile
 def _flash_runs(device_type: str, dtype: torch.dtype) -> bool:
     return flash_unusable_because(device_type, dtype) is None
 
 
-# `torch.compiler.assume_constant_result`, which would import the compiler into every process: a second.
-_flash_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def masks_of(packing: Packing | None, backend: str) -> Masks:
-    """What `attend` needs to keep documents apart: a mask, or bounds for kernels that take documents one by one."""
+    """Return the masks of `attend` that separate packed documents: bounds for varlen kernels, otherwise a mask."""
     if packing is None:
         return NO_MASKS
     return (None, packing.bounds_C) if backend in ("flash", "varlen") else (packing.allowed_B1LL, None)
@@ -106,10 +104,10 @@ def attend(
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Softmax attention without a causal mask, (B, L, H, K) each, scaled by 1/sqrt(K). Returns (B, L, H, K).
+    """Bidirectional softmax attention of queries, keys and values (B, L, H, K), scaled by 1/sqrt(K).
 
-    `allowed_B1LL` (bool) says which position (last) one (before it) sees, by default all; `bounds_C` that tokens see
-    those of their own document (`Packing.bounds_C`). At most one is given. `repeated`: see `choose_backend`.
+    `allowed_B1LL` is a bool mask of query and key positions; `bounds_C` (`Packing.bounds_C`) restricts attention to the
+    own document. At most one is given. `repeated`: see `choose_backend`. Returns (B, L, H, K).
     """
     if bounds_C is not None:
         return _attend_documents(q_BLHK, k_BLHK, v_BLHK, bounds_C, backend)
@@ -137,7 +135,7 @@ def _attend_documents(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, bounds_C: 
     length = q_BLHK.shape[1]
     kernel = _flash_varlen() if backend == "flash" else _torch_varlen()
     q, k, v = (x.flatten(0, 1) for x in (q_BLHK, k_BLHK, v_BLHK))
-    # No document is longer than a sample; how long the longest is, the host doesn't know.
+    # The length of a sample bounds that of its documents; the longest is unknown to the host.
     out: Tensor = kernel(q, k, v, bounds_C, bounds_C, length, length)
     return out.unflatten(0, q_BLHK.shape[:2])
 
@@ -157,9 +155,9 @@ def _torch_varlen() -> Callable[..., Any]:
 def attend_slices(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, context: DeviceMesh, *, repeated: bool = False
 ) -> Tensor:
-    """`attend` over sequences of which every rank of `context` holds a slice, in rank order; returns this rank's slice.
+    """`attend` for sequences that are sliced over the ranks of `context`, in rank order; returns this rank's slice.
 
-    An all-to-all gives each rank whole sequences of its share of the heads, another one gives the slices back
+    One all-to-all gives each rank whole sequences for its share of the heads, another restores the slices
     (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H.
     """
     qkv_3BLHK = _exchange(torch.stack((q_BLHK, k_BLHK, v_BLHK)), context, 2, 3)
@@ -168,6 +166,6 @@ def attend_slices(
 
 
 def _exchange(x: Tensor, context: DeviceMesh, sliced: int, slice_next: int) -> Tensor:
-    """Put the slices of dimension `sliced` together and cut `slice_next` instead."""
+    """Gather the slices of dimension `sliced`, and slice dimension `slice_next` instead."""
     whole = DTensor.from_local(x, context, (Shard(sliced),), run_check=False)
     return whole.redistribute(placements=(Shard(slice_next),)).to_local()

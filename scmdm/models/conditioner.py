@@ -1,7 +1,7 @@
 """How the clean-state estimate enters the network: `h0 = E[z] + g(s)`, `g(null) = 0`.
 
-Every kind is free of biases, so that the null estimate is simply `s = 0`, and has exactly one factor that starts at
-zero: the adapted model equals the base bitwise, and that factor has a gradient at the first step.
+No kind has biases, so that the null estimate is `s = 0`. In each, exactly one factor starts at zero: the adapted model
+equals the base bitwise, and that factor has a gradient at the first step.
 
 Legend: B batch, L length, D width.
 """
@@ -18,14 +18,14 @@ CONDITIONERS = ("projection", "norm", "mlp")
 
 
 class Conditioner(nn.Module):
-    """`g` in one of three kinds.
+    """The map `g`, of one of three kinds.
 
-    - "projection": `W s`, `W = 0`.
-    - "norm": `gain * LayerNorm(W s)`, `gain = 0` (as Loopholing carries its hidden state).
-    - "mlp": `W2 gelu(W1 s)`, `W2 = 0`.
+    - "projection": `W s`, with `W = 0` at the start.
+    - "norm": `gain * LayerNorm(W s)`, with `gain = 0` at the start (as Loopholing carries its hidden state).
+    - "mlp": `W2 gelu(W1 s)`, with `W2 = 0` at the start.
     """
 
-    starts_at = 0.0  # the gain: maps have their own
+    starts_at = 0.0  # of the gain
 
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class Conditioner(nn.Module):
             self.out = ZeroLinear(width, width, bias=False)
 
     def forward(self, estimate_BLD: Tensor) -> Tensor:
+        """Map estimates (B, L, D) to what is added to the embedding."""
         h = self.proj(estimate_BLD)
         if self.kind == "norm":
             return self.gain * F.layer_norm(h.float(), h.shape[-1:])

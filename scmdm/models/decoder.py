@@ -1,26 +1,98 @@
-"""A LLaMA-like transformer without a causal mask, as LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487) are.
+"""A LLaMA-style transformer without a causal mask, as in LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487).
 
-RMS norms, rotary positions, grouped-query attention, gated perceptron (SwiGLU), no time condition. It computes what
-the same layers of `transformers` compute; `scmdm.convert` maps the names.
+RMS norms, rotary positions, grouped-query attention, a gated MLP (SwiGLU), no time condition. Layer by layer it
+computes what LLaMA and Qwen2 in `transformers` compute; `scmdm.convert` maps the names of their weights.
 
-Legend: B batch, L length, D width, H heads, G heads of keys and values, K width of a head.
+Legend: B batch, L length, D width, H heads, G heads of keys and values, K width of a head, I width of the MLP.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from scmdm.config.fields import key
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.errors import UserError
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network, TokenEmbedding
 from scmdm.models.rotary import Rotary, attend_rotated
+
+
+@dataclass
+class DecoderConfig(ModelConfig):
+    """Keys of `model.kind=decoder`."""
+
+    kind: str = key("decoder", help="network: decoder (LLaDA, Dream; LLaMA and Qwen2 without causal mask)")
+    kv_heads: int | None = key(
+        None,
+        at_least=1,
+        at_most=1024,
+        formerly=("model.llama.kv_heads",),
+        help="heads of keys and values; null: model.heads",
+    )
+    mlp_width: int | None = key(
+        None,
+        at_least=1,
+        at_most=2**20,
+        formerly=("model.llama.mlp_width",),
+        help="width of the gated MLP's hidden layer; null: model.mlp_ratio times model.width",
+    )
+    rotary_base: float = key(
+        10_000.0,
+        at_least=1,
+        at_most=1e12,
+        formerly=("model.llama.rotary_base",),
+        help="base of the rotary angles (rope_theta)",
+    )
+    norm_eps: float = key(
+        1e-5,
+        at_least=0,
+        at_most=1,
+        formerly=("model.llama.norm_eps",),
+        help="epsilon of the RMS norms, added to the mean square",
+    )
+    attention_bias: bool = key(
+        False,
+        formerly=("model.llama.attention_bias",),
+        help="biases of the query, key and value projections (Qwen2, Dream)",
+    )
+    tied: bool = key(False, formerly=("model.llama.tied",), help="use the token embedding as the output head")
+    logit_shift: bool = key(
+        False,
+        formerly=("model.llama.logit_shift",),
+        help="predict a position from the one before it (Dream, and autoregressive bases)",
+    )
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together."""
+        return (self.kv_heads or self.heads) * self.head_dim
+
+    @property
+    def inner_width(self) -> int:
+        """Width of the gated MLP's hidden layer."""
+        return self.mlp_width or self.mlp_ratio * self.width
+
+    def block_matrix_elements(self) -> int:
+        """Elements of the projections of attention and of the three maps of the gated MLP."""
+        return self.width * (2 * self.attention_width + 2 * self.kv_width + 3 * self.inner_width)
+
+    def validate(self) -> None:
+        """Raise UserError unless `kv_heads` divides `heads`; see also `ModelConfig.validate`."""
+        super().validate()
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise UserError(
+                f"model.kv_heads={self.kv_heads} is not possible; it must be a divisor of model.heads={self.heads}"
+            )
 
 
 class RMSNorm(nn.Module):
@@ -34,35 +106,31 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result is float32."""
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
 
 
-class Block(nn.Module):
-    """Attention and a gated perceptron, each between a norm and a residual."""
+class DecoderBlock(nn.Module):
+    """Grouped-query attention and a gated MLP, each after an RMS norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        width, own = config.width, config.llama
-        self.head_width, self.attention = config.head_width, config.attention
+        width, bias = config.width, config.attention_bias
+        self.head_dim, self.attention = config.head_dim, config.attention
         self.dropout = config.dropout or 0.0
         self.context: DeviceMesh | None = None
-        self.norm1 = RMSNorm(width, own.norm_eps)
-        self.attn_q = Linear(width, width, bias=own.attention_bias)
-        self.attn_k = Linear(width, config.kv_width, bias=own.attention_bias)
-        self.attn_v = Linear(width, config.kv_width, bias=own.attention_bias)
-        self.attn_out = Linear(width, width, bias=False)
-        self.norm2 = RMSNorm(width, own.norm_eps)
-        self.mlp_gate = Linear(width, config.mlp_width, bias=False)
-        self.mlp_up = Linear(width, config.mlp_width, bias=False)
-        self.mlp_down = Linear(config.mlp_width, width, bias=False)
+        self.norm1 = RMSNorm(width, config.norm_eps)
+        self.attn_q = Linear(width, config.attention_width, bias=bias)
+        self.attn_k = Linear(width, config.kv_width, bias=bias)
+        self.attn_v = Linear(width, config.kv_width, bias=bias)
+        self.attn_out = Linear(config.attention_width, width, bias=False)
+        self.norm2 = RMSNorm(width, config.norm_eps)
+        self.mlp_gate = Linear(width, config.inner_width, bias=False)
+        self.mlp_up = Linear(width, config.inner_width, bias=False)
+        self.mlp_down = Linear(config.inner_width, width, bias=False)
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        rotary: Tensor,
-        dropout: bool,
-        masks: Masks = NO_MASKS,
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotary: Tensor, dropout: bool, masks: Masks = NO_MASKS) -> Tensor:
+        """Return the residual stream (B, L, D) after the block. `rotary`: table of `Rotary`; `masks`: `masks_of`."""
         h_BLD = self._attend(self.norm1(x_BLD), rotary, masks)
         x_BLD = x_BLD + F.dropout(h_BLD, self.dropout, dropout)
         h_BLD = self.norm2(x_BLD)
@@ -70,40 +138,47 @@ class Block(nn.Module):
         return x_BLD + F.dropout(self.mlp_down(h_BLI), self.dropout, dropout)
 
     def _attend(self, h_BLD: Tensor, rotary: Tensor, masks: Masks) -> Tensor:
-        maps = (self.attn_q, self.attn_k, self.attn_v)
-        q, k, v = (linear(h_BLD).unflatten(2, (-1, self.head_width)) for linear in maps)
+        projections = (self.attn_q, self.attn_k, self.attn_v)
+        q, k, v = (projection(h_BLD).unflatten(2, (-1, self.head_dim)) for projection in projections)
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
 
 
-class OutputLayer(nn.Module):
-    """Norm; the linear map (None: tied to the embedding) is applied by the head, on masked positions only."""
+class DecoderOutput(nn.Module):
+    """Final norm and, unless the embedding is tied, the output head's weight, which `Network` applies."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
-        self.norm_final = RMSNorm(config.width, config.llama.norm_eps)
-        self.linear = None if config.llama.tied else nn.Linear(config.width, vocab_size, bias=False)
+        self.norm_final = RMSNorm(config.width, config.norm_eps)
+        self.linear = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return normalised hidden states (B, L, D), float32."""
         return self.norm_final(x_BLD)
 
 
-class Llama(Network):
-    """The denoiser of LLaDA and Dream."""
+class Decoder(Network):
+    """Denoiser of LLaDA and Dream."""
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, mask_id: int, schedule: Schedule) -> None:
+    Config = DecoderConfig
+    config: DecoderConfig
+
+    def __init__(
+        self, config: DecoderConfig, *, vocab_size: int, mask_id: int, schedule: Schedule, classes: int = 0
+    ) -> None:
+        assert not classes, "this kind of denoiser has no labels"
         super().__init__(config, mask_id=mask_id, schedule=schedule)
         self.vocab_embed = TokenEmbedding(vocab_size, config.width)
-        self.rotary_emb = Rotary(config.head_width, config.llama.rotary_base)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.output_layer = OutputLayer(config, vocab_size)
+        self.rotary_emb = Rotary(config.head_dim, config.rotary_base)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
+        self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
 
     def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
-        """With `logit_shift` a position is predicted from the one before it, the first of a document from itself."""
-        if not self.config.llama.logit_shift:
+        """Shift hidden states by one position if `logit_shift`; the first of a document predicts itself."""
+        if not self.config.logit_shift:
             return h_BLD
-        assert self.context is None, "the state before a slice is on another rank"
+        assert self.context is None, "the hidden state before a slice is on another rank"
         shifted_BLD = torch.cat([h_BLD[:, :1], h_BLD[:, :-1]], dim=1)
         if packing is None:
             return shifted_BLD

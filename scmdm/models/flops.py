@@ -13,7 +13,7 @@ import torch
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import Schedule
 
-# Dense bfloat16 products a second, as vendors state them; the first name that a device's contains counts.
+# Dense bfloat16 FLOP/s from vendors' data sheets. The first key that the device's name contains applies.
 PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -28,18 +28,20 @@ PEAK_FLOPS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations per sequence of a step."""
+    """Operations of a training step."""
 
-    forward: float  # of the pass that carries the loss
+    forward: float  # the pass that carries the loss
     backward: float
-    estimate_passes: float  # all passes that make the estimate
+    estimate_passes: float  # all passes that compute the estimate
 
     @property
     def loss_pass(self) -> float:
+        """Forward and backward pass of the loss."""
         return self.forward + self.backward
 
     @property
     def total(self) -> float:
+        """All passes."""
         return self.loss_pass + self.estimate_passes
 
 
@@ -53,19 +55,20 @@ def step_flops(
     stop_gradient: bool = True,
     trained_layers: int | None = None,
 ) -> StepFlops:
-    """Of a sequence of `length` tokens; `passes` is the number of passes that make the estimate (0: vanilla).
+    """Count the operations per sequence of `length` tokens in one training step.
 
-    A backward pass counts twice its forward pass; the head counts where tokens are masked, on average over time. With
-    `trained_layers` the weights of so many blocks alone have a gradient (and adapters, which do not count).
+    `passes` is the number of passes that compute the estimate (0: vanilla training). A backward pass counts twice its
+    forward pass; the output head counts at masked positions only, averaged over time. With `trained_layers`, only the
+    weights of that many last blocks have gradients (adapters are not counted).
     """
-    width, masked = config.width, length * _mean_masked(schedule)
-    conditioner = 2.0 * width * width * length if config.self_conditioned else 0.0
-    products = 2.0 * _block_matrices(config) * length
-    attention = 4.0 * length * length * width
+    masked = length * _mean_masked(schedule)
+    conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
+    products = 2.0 * config.block_matrix_elements() * length
+    attention = 4.0 * length * length * config.attention_width
     trunk = config.layers * (products + attention)
-    logits = 2.0 * masked * width * vocab_size
-    # Logits, then the expected embedding, of a few tokens a sum of rows; its input is the null estimate.
-    first = trunk + _estimate_products(config) * logits
+    logits = 2.0 * masked * config.width * vocab_size
+    # Logits, then probabilities times embeddings; with top-k, the second product becomes a sum of a few rows.
+    first = trunk + (2.0 if config.estimate_top_k is None else 1.0) * logits  # its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits
@@ -73,27 +76,13 @@ def step_flops(
     return StepFlops(forward, 2 * forward - frozen, estimate if stop_gradient else 3 * estimate)
 
 
-def _estimate_products(config: ModelConfig) -> float:
-    """The head's, in those that logits take; without the head's own product with its axes, one for all positions."""
-    if config.estimate_top_k is None:
-        return 2.0
-    return 1.0 if config.estimate_rank is None else min(1.0, config.estimate_rank / config.width)
-
-
-def _block_matrices(config: ModelConfig) -> int:
-    """Elements of a block's matrices that multiply every position."""
-    width = config.width
-    if config.kind == "llama":
-        return width * (2 * width + 2 * config.kv_width + 3 * config.mlp_width)
-    return width * (4 * width + 2 * config.mlp_width)
-
-
 def _mean_masked(schedule: Schedule) -> float:
+    """Fraction of positions that are masked, averaged over time."""
     return float((1 - schedule.alpha(torch.linspace(0, 1, 1001, dtype=torch.float64))).mean())
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device can do at most, or None for one that we have no figure of (all CPUs)."""
+    """Dense bfloat16 FLOP/s of the device; None for CPUs and for GPUs that `PEAK_FLOPS` does not list."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

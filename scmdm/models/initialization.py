@@ -1,4 +1,4 @@
-"""Fresh weights, one parameter at a time: the same on any number of ranks, and no rank ever holds a whole model."""
+"""Initial weights, parameter by parameter: equal for any number of ranks, without a whole model on any of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ZeroLinear(nn.Linear):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda _: True) -> None:
-    """Fill every parameter (whose name `only` accepts), whole or sharded (DTensor), with draws keyed on the seed
-    and its name.
+    """Fill parameters, whole or sharded (DTensor), with draws keyed on the seed and the parameter's name.
 
-    A module with own parameters may say what they `starts_at`; otherwise they are uniform within 1 / sqrt(width of the
-    input), as torch's linear maps are (kaiming_uniform with a = sqrt(5)).
+    Parameters of a module with the attribute `starts_at` get that constant. Others are uniform within
+    1 / sqrt(width of the input), as in `torch.nn.Linear` (kaiming_uniform with a = sqrt(5)). `only` selects parameters
+    by name.
     """
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -44,7 +44,7 @@ def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = l
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
-        # No rank is the source: each cuts its part out of the same values.
+        # Every rank has drawn the same values, so that nothing needs to be sent.
         value = distribute_tensor(
             value.to(parameter.to_local().device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )

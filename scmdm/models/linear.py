@@ -1,6 +1,6 @@
-"""The linear maps of a block.
+"""Linear maps of a transformer block.
 
-Legend: I width of the input, O of the output.
+Legend: I width of the input, O width of the output.
 """
 
 from __future__ import annotations
@@ -9,24 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmdm.torch_private import addmm_gelu
+
 
 class Linear(nn.Linear):
-    """`W x + b` (..., O)."""
+    """Linear map `W x + b`, optionally multiplied by a gate that all positions share."""
 
-    def forward(self, x: Tensor, gate_O: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-        """`gate_O` is multiplied with the result; one that all rows share is taken into the weights, which are fewer.
-        `gelu` (tanh form): of the result, in autocast's dtype and by the product's own kernel; not differentiable."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if gate_O is not None:
-            weight = gate_O[:, None] * weight
-            bias = None if bias is None else gate_O * bias
-        return _gelu_of_product(x, weight, bias) if gelu else F.linear(x, weight, bias)
+    def forward(self, x: Tensor, gate_O: Tensor | None = None) -> Tensor:
+        """Map `x` (..., I) to (..., O).
+
+        A gate (O,) is multiplied into weight and bias, which have fewer elements than the result.
+        """
+        if gate_O is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, gate_O[:, None] * self.weight, None if self.bias is None else gate_O * self.bias)
 
 
-def _gelu_of_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    assert bias_O is not None
-    dtype = torch.get_autocast_dtype(x.device.type)
-    rows, weight_IO = x.flatten(0, -2).to(dtype), weight_OI.to(dtype).T
-    y: Tensor = torch._addmm_activation(bias_O.to(dtype), rows, weight_IO, use_gelu=True)
+def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh form, arXiv 1606.08415) of `linear(x)`.
+
+    On a GPU, under autocast and without gradients, the matrix product applies it before writing its result. That path
+    takes `Linear` itself, not subclasses.
+    """
+    fuses = x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+    if not fuses or type(linear) is not Linear or linear.bias is None:
+        return F.gelu(linear(x), approximate="tanh")
+    dtype = torch.get_autocast_dtype("cuda")
+    y = addmm_gelu(linear.bias.to(dtype), x.flatten(0, -2).to(dtype), linear.weight.to(dtype).T)
     return y.unflatten(0, x.shape[:-1])

@@ -1,7 +1,7 @@
-"""What of a model an adaptation trains, and low-rank adapters (LoRA, arXiv 2106.09685) beside its linear maps.
+"""Trained parameters of an adaptation, and low-rank adapters of linear maps (LoRA, arXiv 2106.09685).
 
-`y = W x + b + (alpha / rank) B A x`, `B = 0` at the start: the adapted model is the base. Modules are named as `peft`
-names them (`lora_A`, `lora_B` beside `weight`), so that its files are these parameters under a prefix.
+`y = W x + b + (alpha / rank) B A x`, with `B = 0` at the start, so that the adapted model equals the base. Modules are
+named as in `peft` (`lora_A`, `lora_B` beside `weight`), whose files contain these parameters under a prefix.
 
 Legend: R rank, I width of a map's input, O of its output.
 """
@@ -32,16 +32,16 @@ class LoraLinear(Linear):
         self.lora_B = ZeroLinear(rank, out, bias=False)
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor, gate_O: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-        assert not gelu, "the adapter comes behind the product's own kernel"
+    def forward(self, x: Tensor, gate_O: Tensor | None = None) -> Tensor:
+        """See `Linear.forward`; the gate also multiplies the adapter's output."""
         added = self.scale * self.lora_B(self.lora_A(x))
         return super().forward(x, gate_O) + (added if gate_O is None else gate_O * added)
 
 
 def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
-    """Put `LoraLinear` in the place of every plain linear map of `blocks`, or of `config.lora_targets` alone.
+    """Replace every `Linear` of `blocks`, or those in `config.lora_targets`, by `LoraLinear`.
 
-    To be called before the model has weights. UserError when a target is no linear map of a block.
+    Call it before the model has weights. Raises UserError when a target is no linear map of a block.
     """
     found = {name: module for name, module in blocks.named_modules() if type(module) is Linear}
     names = sorted({name.partition(".")[2] for name in found})
@@ -58,12 +58,12 @@ def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
 
 
 def is_added(name: str) -> bool:
-    """Whether an adaptation adds this parameter to its base."""
+    """Return whether an adaptation adds this parameter to its base (conditioner or adapter)."""
     return name.startswith("conditioner.") or _ADAPTER.fullmatch(name) is not None
 
 
 def is_trained(name: str, config: RunConfig) -> bool:
-    """Whether a run updates this parameter: everything, unless it says `train.last_layers` or has adapters."""
+    """Return whether a run trains this parameter; `train.last_layers` and adapters restrict it."""
     layers = config.trained_layers
     if layers is None or is_added(name):
         return True
@@ -71,19 +71,19 @@ def is_trained(name: str, config: RunConfig) -> bool:
 
 
 def freeze(model: nn.Module, config: RunConfig) -> None:
-    """Take the gradient from what is not trained. UserError when nothing is left."""
+    """Freeze parameters that are not trained. Raises UserError when none is trained."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, config))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            "train.last_layers=0 trains the conditioner alone, but there is none; set self_conditioning.rate above 0"
+            "train.last_layers=0 trains only the conditioner, but there is none; set self_conditioning.rate above 0"
         )
 
 
 def merged(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """`W + (alpha / rank) B A` in the place of every `W` with an adapter, summed in float64; the rest as it is.
+    """Replace each weight with an adapter by `W + (alpha / rank) B A`, summed in float64; pass other weights on.
 
-    The weights come in the order of their names, in which an adapter is before what it belongs to.
+    Weights must be sorted by name, so that adapters precede their weight.
     """
     adapters: dict[str, Tensor] = {}
     for name, value in weights:
@@ -99,5 +99,5 @@ def merged(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterat
 
 
 def adapted_modules(names: Iterable[str]) -> list[str]:
-    """Names of the linear maps that have an adapter."""
+    """Return the names of linear maps that have an adapter."""
     return sorted({match.group(1) for name in names if (match := _ADAPTER.fullmatch(name))})

@@ -1,6 +1,6 @@
-"""Models on disk: `model.json` (what to build), safetensors (weights), the tokenizer and its manifest.
+"""Model directories: `model.json` (architecture), safetensors (weights), the tokenizer and the data manifest.
 
-Other people's layouts: `scmdm.convert`.
+Published layouts of other projects are read and written by `scmdm.convert`.
 """
 
 from __future__ import annotations
@@ -16,50 +16,51 @@ import torch
 from torch import Tensor
 
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import LlamaConfig, ModelConfig
+from scmdm.config.model import DENOISERS, ModelConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
-from scmdm.models.decoder import Llama
-from scmdm.models.dit import DiT
+from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import add_adapters, is_added
 from scmdm.models.network import Network
 from scmdm.models.tensor_files import read_tensors, tensor_shapes
 from scmdm.system.files import atomic_write_text
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
-TENSORS = "tensors"  # in a checkpoint: directory of sharded weights, averages and optimizer state, by prefix
+TENSORS = "tensors"  # directory of a checkpoint with sharded weights, averages and optimizer state
 WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
 _FORMAT = 1
-_READ_AT_ONCE = 2**30  # bytes
+_READ_AT_ONCE = 2**30  # bytes of tensors that are in memory together
 
 
 @dataclass
 class ModelSpec:
-    """All that is needed to build a model and to know what it was trained on."""
+    """Architecture of a model, and the data and process that it was trained for."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
     vocab_size: int
     mask_id: int
-    length: int
-    step: int = 0
-    tokens: int = 0
-    classes: int = 0  # that model.labels tells apart
+    length: int  # tokens of a sample
+    step: int = 0  # optimizer steps of its last run
+    tokens: int = 0  # tokens seen in its last run
+    classes: int = 0  # number of labels, with model.labels
 
     @property
     def schedule(self) -> Schedule:
+        """Noise schedule of the diffusion process."""
         return make_schedule(self.diffusion.schedule, eps=self.diffusion.eps, power=self.diffusion.power)
 
     def build(self) -> Network:
-        """The model without weights, on the meta device: see `allocate`."""
-        common: dict[str, Any] = {"vocab_size": self.vocab_size, "mask_id": self.mask_id, "schedule": self.schedule}
+        """Build the model on the meta device; `allocate` gives it memory."""
         with torch.device("meta"):
-            model: Network = (
-                Llama(self.model, **common)
-                if self.model.kind == "llama"
-                else DiT(self.model, **common, classes=self.classes)
+            model: Network = DENOISERS.load(self.model.kind)(
+                self.model,
+                vocab_size=self.vocab_size,
+                mask_id=self.mask_id,
+                schedule=self.schedule,
+                classes=self.classes,
             )
             if self.model.lora_rank:
                 add_adapters(model.blocks, self.model)
@@ -68,7 +69,7 @@ class ModelSpec:
 
 @dataclass
 class StoredModel:
-    """A model on disk: all but its weights, which are read when they have a place to go."""
+    """A model directory without its weights, which `read_weights` reads into an allocated model."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -78,7 +79,7 @@ class StoredModel:
 
 @dataclass
 class LoadedModel(StoredModel):
-    """A model ready to sample."""
+    """A model directory with its weights in memory, in evaluation mode."""
 
     model: Network
 
@@ -91,47 +92,51 @@ def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, toke
 
 
 def spec_of(content: dict[str, Any]) -> ModelSpec:
-    """A spec from what `asdict` made of it; KeyError or TypeError for anything else."""
-    architecture = dict(content["model"])
-    model = ModelConfig(**{**architecture, "llama": LlamaConfig(**architecture.get("llama", {}))})
+    """Return the spec whose `asdict` is `content`, also from earlier versions.
+
+    Raises KeyError or TypeError for other content, UserError for an unknown `kind`.
+    """
+    keys = upgrade_model_keys(content["model"])
+    model = DENOISERS.schema(keys["kind"])(**keys)
     return ModelSpec(**{**content, "model": model, "diffusion": DiffusionConfig(**content["diffusion"])})
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """Read `model.json`; UserError when it is missing, malformed or of a newer format."""
+    """Read `model.json`. Raises UserError when it is missing, malformed or of a newer format."""
     path = directory / MODEL_FILE
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
-            raise UserError(f"{path} has an unknown format; expected {_FORMAT}: upgrade scmdm")
+            raise UserError(f"{path} has an unknown format; this scmdm reads format {_FORMAT}: upgrade scmdm")
         return spec_of(content)
     except FileNotFoundError as error:
         raise UserError(
-            f"{directory} is not a model: it has no {MODEL_FILE}; give a run, checkpoint or export"
+            f"{directory} is not a model directory: it has no {MODEL_FILE}; give a run, a checkpoint or an export"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); use another checkpoint, or export the model again") from error
 
 
 def open_model(directory: Path) -> StoredModel:
-    """Read a model directory but for its weights. Raises UserError when files are missing or do not fit together."""
+    """Open a model directory without reading weights. Raises UserError when files are missing or inconsistent."""
     spec = read_spec(directory)
     manifest = Manifest.read(directory)
     tokenizer = load_tokenizer(directory / manifest.tokenizer.file)
     if not manifest.vocab_size == tokenizer.vocab_size == spec.vocab_size:
         raise UserError(
-            f"{directory}: the model has {spec.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}, its manifest "
-            f"{manifest.vocab_size}; the files do not belong together: restore the directory"
+            f"{directory}: vocabulary of {spec.vocab_size} in {MODEL_FILE}, {tokenizer.vocab_size} in the tokenizer, "
+            f"{manifest.vocab_size} in the manifest; the files belong to different models: restore the directory"
         )
-    # How attention is computed is no part of a model: it may have been trained on other hardware.
+    # The attention kernel depends on the hardware, which may differ from that of the training.
     spec.model.attention = "auto"
     return StoredModel(spec, tokenizer, manifest, directory)
 
 
 def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
-    """Load a model directory onto the CPU; "ema" takes the averaged weights where there are any, "raw" never.
+    """Load a model directory onto the CPU, for sampling.
 
-    Raises UserError when files are missing or damaged, or do not fit together.
+    `weights` is "ema" for the averaged weights (those as trained where there are no averages) or "raw" for those as
+    trained. Raises UserError when files are missing, damaged or inconsistent.
     """
     stored = open_model(directory)
     model = stored.spec.build()
@@ -141,9 +146,9 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
 
 
 def allocate(model: Network, device: torch.device, *, weights_on: torch.device | None = None) -> None:
-    """Give a model that was built on the meta device, and perhaps sharded there, its memory; weights are undefined.
+    """Allocate a model that was built, and possibly sharded, on the meta device.
 
-    `weights_on` puts the weights elsewhere than the tables that the model derives itself.
+    Parameters are uninitialised, buffers are filled. `weights_on` is the device of the parameters, by default `device`.
     """
     model.to_empty(device=weights_on or device)
     model.rotary_emb.to_empty(device=device)
@@ -153,10 +158,10 @@ def allocate(model: Network, device: torch.device, *, weights_on: torch.device |
 def read_weights(
     model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
 ) -> None:
-    """Fill a model, whole or sharded, from a model directory, each rank reading what it holds.
+    """Fill a model, whole or sharded, from a model directory; each rank reads only its shards.
 
-    `new_conditioner` leaves conditioner and adapters alone where the directory has none. All ranks call this together,
-    or one of them `alone`. Raises UserError when files are damaged, or of another architecture.
+    With `new_conditioner` the conditioner and adapters keep their values where the directory has none. A collective
+    call of all ranks, unless `alone`. Raises UserError when files are damaged or of another architecture.
     """
     place, keys, found = _stored(directory, weights)
     own = dict(model.named_parameters())
@@ -167,13 +172,14 @@ def read_weights(
 
 
 def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
-    """The whole tensors of an export or, averaged ("ema") or not ("raw"), of a checkpoint, on the CPU."""
+    """Return the whole tensors of a model directory by name, on the CPU; `weights` as in `read_model`."""
     return dict(iterate_weights(directory, weights=weights))
 
 
 def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:
-    """`weights_of`, in the precision that they are stored in and the order of their names, some at a time: what is not
-    kept takes no memory.
+    """Iterate over the tensors of a model directory in the order of their names, in their stored dtype.
+
+    At most about 1 GiB of them is in memory at a time; `weights` as in `read_model`.
     """
     place, keys, shapes = _stored(directory, weights)
     names = sorted(shapes)
@@ -187,19 +193,19 @@ def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[
 
 
 def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[str, tuple[torch.Size, torch.dtype]]]:
-    """Where a model directory has its tensors, and by name what they are called there, their shape and precision."""
+    """Return the directory of the tensors, and for each parameter its key there, and its shape and dtype."""
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
     shapes = tensor_shapes(place)
-    # What a run does not train has no average.
+    # Frozen parameters have no average: "ema" falls back to the weights, parameter by parameter.
     prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
     keys = {key.removeprefix(prefix): key for prefix in prefixes for key in shapes if key.startswith(prefix)}
     return place, keys, {name: shapes[key] for name, key in keys.items()}
 
 
 def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
-    """Copy weights into a model; UserError names the first that is missing, unknown or of another shape.
+    """Copy weights into a model. Raises UserError that names the first missing, unknown or misshapen tensor.
 
-    `new_conditioner` keeps the fresh conditioner where `weights` has none: the first step of an adaptation.
+    With `new_conditioner` the conditioner and adapters keep their values where `weights` has none.
     """
     expected = dict(model.named_parameters())
     shapes = {name: value.shape for name, value in weights.items()}
@@ -212,16 +218,16 @@ def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new
 def check_fit(
     expected: dict[str, torch.Size], found: dict[str, torch.Size], origin: str, *, new_conditioner: bool = False
 ) -> None:
-    """UserError when weights are not those of a model; `new_conditioner`: they may lack what an adaptation adds."""
+    """Raise UserError unless names and shapes match; `new_conditioner` permits missing conditioner and adapters."""
     absent = [n for n in expected if n not in found and not (new_conditioner and is_added(n))]
     unknown = [n for n in found if n not in expected]
     wrong = [n for n in found if n in expected and found[n] != expected[n]]
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{origin}: {name} has shape {tuple(found[name])}, the model wants {tuple(expected[name])}; it is of "
-            "another architecture"
+            f"{origin}: {name} has shape {tuple(found[name])}, the model has {tuple(expected[name])}; the weights are "
+            "of another architecture"
         )
     if absent or unknown:
-        problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model does not"
-        raise UserError(f"{origin} {problem}; it is of another architecture")
+        problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model has not"
+        raise UserError(f"{origin} {problem}; the weights are of another architecture")

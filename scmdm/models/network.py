@@ -1,12 +1,15 @@
-"""What all denoisers have in common: embedding, conditioner, blocks one after the other, output head, entry points.
+"""What all denoisers share: embedding, conditioner, a sequence of blocks, output head, and the denoiser interface.
 
-A kind of network (`scmdm.models.dit`, `scmdm.models.decoder`) says what its blocks are, and what they see besides the
-residual stream.
+A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks, and what they are conditioned on
+besides the residual stream. To add one, subclass `Network` and `ModelConfig`, and register it in
+`scmdm.config.model.DENOISERS`.
 
 Legend: B batch, L length, D width, K width of a head, V vocabulary with the mask, N masked positions.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
-from scmdm.diffusion.sampler import carried_estimate, estimate_of_rows
+from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
@@ -28,27 +31,29 @@ from scmdm.ops.take_rows import take_rows
 
 
 class TokenEmbedding(nn.Module):
-    """One row per token id, the mask among them."""
+    """Embedding of token ids, including the mask."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Embed ids of any shape, (..., D)."""
         return F.embedding(ids, self.embedding)
 
 
 class Network(nn.Module):
     """A denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
 
-    Without `config.self_conditioned` it has no conditioner and is the plain MDM. A new one has no weights to speak of:
-    `scmdm.models.initialization.init_weights`, or those of a file.
+    Without `config.self_conditioned` there is no conditioner, and the model is a plain masked diffusion model.
+    Parameters are uninitialised: use `scmdm.models.initialization.init_weights`, or read weights from files.
     """
 
+    Config: ClassVar[type[ModelConfig]]  # keys of this kind of denoiser
     vocab_embed: TokenEmbedding
     rotary_emb: Rotary
     blocks: nn.ModuleList
-    output_layer: nn.Module  # with `linear`, None where the head is the embedding
+    output_layer: nn.Module  # its attribute `linear` is the output head, or None if the embedding is tied
     conditioner: Conditioner | None
 
     def __init__(self, config: ModelConfig, *, mask_id: int, schedule: Schedule) -> None:
@@ -65,37 +70,27 @@ class Network(nn.Module):
         return linear.weight, linear.bias
 
     def slice_sequences(self, context: DeviceMesh) -> None:
-        """Take slices of sequences from now on, this rank's among those of `context`."""
+        """Expect slices of sequences from now on: each rank of `context` holds one, in rank order."""
         for module in (self, *self.blocks):
             module.context = context
 
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
-        """Final hidden states (B, L, D), ready for the head: one denoiser evaluation."""
-        return self._hidden(state, None, dropout)
+        """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
 
-    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
-        """See `Denoiser.estimate`."""
-        # A GPU would wait for the host to learn which positions are masked, before it has the pass to do.
-        if state.z_BL.device.type != "cpu" or torch.is_grad_enabled() or not self._ends_by_rows(state):
-            return carried_estimate(self, self.hidden(state, dropout=dropout), state.z_BL, self.mask_id)
-        at_N = true_positions(state.z_BL == self.mask_id)
-        return estimate_of_rows(self, self._hidden(state, at_N, dropout).squeeze(0), at_N, state.z_BL)
-
-    def _hidden(self, state: State, at_N: Tensor | None, dropout: bool) -> Tensor:
-        """(B, L, D), or (1, N, D) of the positions `at_N` alone, which the last block then goes on with."""
+        `dropout` applies dropout in training mode only.
+        """
         packing = state.packing
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
         masks = masks_of(packing, self.config.attention)
         for block in self.blocks:
-            own = (at_N,) if at_N is not None and block is self.blocks[-1] else ()
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks, *own)
+            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
 
-    def _ends_by_rows(self, state: State) -> bool:
-        """Whether the last block can go on with some positions alone, once it has attended to all."""
-        return False
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        """See `Denoiser.estimate`."""
+        return carried_estimate(self, self.hidden(state, dropout=dropout), state.z_BL, self.mask_id)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
@@ -112,13 +107,13 @@ class Network(nn.Module):
         return total, weight_BL.new_zeros(x_BL.numel()).index_copy(0, at_N, nll_N).view_as(x_BL)
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        """SUBS logits (N, V) float32 of selected hidden states."""
+        """Return float32 logits (N, V) of hidden states (N, D); the mask has minus infinity."""
         weight_VD, bias_V = self._head_tensors()
         with torch.autocast(h_ND.device.type, enabled=False):
             return subs_logits(h_ND, weight_VD, subs_bias(bias_V, self.mask_id))
 
     def expected_embedding(self, h_ND: Tensor) -> Tensor:
-        """Expected embedding (N, D) of the predicted token at selected hidden states."""
+        """Return the expected embedding (N, D) of the predicted token for hidden states (N, D)."""
         return expected_embedding(
             h_ND,
             *self._head_tensors(),
@@ -126,31 +121,30 @@ class Network(nn.Module):
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
             top_k=self.config.estimate_top_k,
-            rank=self.config.estimate_rank,
         )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embedding of tokens, any shape in front."""
+        """Embed token ids of any shape, (..., D)."""
         return self.vocab_embed(ids)
 
     def _embed_state(self, state: State) -> Tensor:
-        """The residual stream (B, L, D) as it enters the blocks: float32, whatever the precision of the weights."""
+        """Return the first residual stream (B, L, D), in float32 whatever the dtype of the weights."""
         x_BLD = self.vocab_embed(state.z_BL).float()
         if state.estimate_BLD is None:
             return x_BLD
-        assert self.conditioner is not None, "an estimate needs a self-conditioned model"
+        assert self.conditioner is not None, "the model has no conditioner"
         estimate_BLD = state.estimate_BLD
         if self.config.inject_at == "masked":
             estimate_BLD = estimate_BLD.masked_fill((state.z_BL != self.mask_id)[..., None], 0)
         return x_BLD + self.conditioner(estimate_BLD)
 
     def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
-        """What blocks and output layer see besides the residual stream."""
-        assert labels_B is None, "this kind of network knows no labels"
+        """Return what blocks and output layer are conditioned on besides the residual stream."""
+        assert labels_B is None, "this kind of denoiser has no labels"
         return ()
 
     def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
-        """Put the hidden state that predicts a position at that position."""
+        """Move each hidden state to the position that it predicts."""
         return h_BLD
 
     def _head_tensors(self) -> tuple[Tensor, Tensor]:
@@ -158,7 +152,7 @@ class Network(nn.Module):
         return weight_VD, weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V
 
     def _rotary(self, length: int, packing: Packing | None) -> Tensor:
-        """The table's rows for the positions at hand."""
+        """Return the rows of the rotary table for the positions of a batch, or of this rank's slice."""
         if packing is not None:
             return self.rotary_emb(length)[packing.positions_BL]
         if self.context is None:
@@ -173,6 +167,6 @@ class Network(nn.Module):
 
 
 def count_parameters(model: nn.Module, *, trained: bool = False) -> int:
-    """Number of parameters, or of those that are trained, of the whole model also where an engine has sharded it."""
-    # DeepSpeed's stage 3 empties a parameter and keeps its size beside it.
+    """Count the parameters of the whole, possibly sharded, model; with `trained`, those that need gradients."""
+    # DeepSpeed stage 3 empties parameters and keeps their size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)

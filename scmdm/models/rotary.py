@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), half-split layout, and attention between rotated queries and keys.
+"""Rotary position embedding (arXiv 2104.09864) in the half-split layout, and attention with it.
 
 Legend: B batch, L length, H heads, G heads of keys and values, K width of a head.
 """
@@ -16,7 +16,7 @@ from scmdm.models.attention import NO_MASKS, Masks, attend, attend_slices
 
 
 class Rotary(nn.Module):
-    """The table (L, K/2, 2) of rotary positions: cosine and sine of each pair's angle."""
+    """Table (L, K/2, 2) of rotary embeddings: cosine and sine of the angle of each pair of channels."""
 
     def __init__(self, head_width: int, base: float = 10_000.0) -> None:
         super().__init__()
@@ -26,23 +26,24 @@ class Rotary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the table; also after `to_empty` on a meta device."""
+        """Fill the buffer; also to be called after `to_empty` of a model on the meta device."""
         with torch.no_grad():
             self.inv_freq.copy_(inverse_frequencies(self.head_width, self.base))
 
     def forward(self, length: int) -> Tensor:
+        """Return the rows of the first `length` positions."""
         angles = torch.outer(torch.arange(length, device=self.inv_freq.device).float(), self.inv_freq.float())
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def inverse_frequencies(head_width: int, base: float = 10_000.0) -> Tensor:
-    """Radians per position (K/2,) of the pairs of a head."""
+    """Return the angles per position (K/2,), in radians, of the pairs of channels of a head."""
     exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width
     return 1.0 / base**exponent
 
 
 class _ComplexRotation(torch.autograd.Function):
-    """Pairs as complex numbers, which leave side by side: one product instead of two, a sum and a swapped copy."""
+    """Rotation by complex multiplication, for CPUs. Channels of a pair are adjacent in the result."""
 
     @staticmethod
     def forward(ctx: Any, x_BLHK: Tensor, table: Tensor) -> Tensor:
@@ -62,10 +63,10 @@ class _ComplexRotation(torch.autograd.Function):
 
 
 def rotate(rotary: Tensor, *tensors_BLHK: Tensor) -> tuple[Tensor, ...]:
-    """Rotate each pair (k, k + K/2) by its position's angle; the table is (L, K/2, 2), of packed ones (B, L, K/2, 2).
+    """Rotate each pair of channels (k, k + K/2) by the angle of its position.
 
-    On a CPU, where it is differentiable once, pair k is then at (2 k, 2 k + 1): attention does not see an order that
-    queries and keys share.
+    The table is (L, K/2, 2), or (B, L, K/2, 2) for packed samples. On a CPU, the result is differentiable once and has
+    pair k at channels (2 k, 2 k + 1): attention does not depend on an order that queries and keys share.
     """
     like, table = tensors_BLHK[0], rotary.unsqueeze(-3)
     if like.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -88,9 +89,9 @@ def attend_rotated(
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Attention (B, L, H, K) in which each of G heads of keys and values serves H / G consecutive heads of queries.
+    """Attention (B, L, H, K) with rotary embeddings; each key and value head serves H / G consecutive query heads.
 
-    With a `context` each rank holds a slice of the sequences (`attend_slices`). `masks`, `repeated`: see `masks_of` and
+    With `context` each rank holds a slice of the sequences (`attend_slices`). `masks`: see `masks_of`; `repeated`: see
     `choose_backend`.
     """
     (q, k), v = rotate(rotary, q_BLHK, k_BLGK), v_BLGK

@@ -1,4 +1,4 @@
-"""Tensors into safetensors files of limited size, one after the other: memory holds one file's at most."""
+"""Writing of tensors into safetensors files of limited size, with at most one file's tensors in memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from scmdm.system.files import atomic_write_text
 
 
 def write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], limit: int, *, index: bool = False) -> None:
-    """Write `path`, or `NAME-00001-of-00003.safetensors` and so on beside it when `limit` bytes do not hold all.
+    """Write tensors to `path`, or to `NAME-00001-of-00003.safetensors`, ... if they exceed `limit` bytes.
 
-    `index`: with `NAME.safetensors.index.json` in the second case, as on the hub. Each file holds at least one tensor.
+    `index` also writes `NAME.safetensors.index.json` in the second case, as on the Hugging Face hub. Each file holds at
+    least one tensor.
     """
     where: dict[str, int] = {}
     total, size, count, batch = 0, 0, 0, dict[str, Tensor]()
@@ -23,7 +24,7 @@ def write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], limit: int, 
         if batch and size + tensor.nbytes > limit:
             _write(_part(path, count), batch)
             count, size, batch = count + 1, 0, {}
-        # A copy: of a view safetensors would refuse the storage it shares, and a mapped file's pages would stay.
+        # Copy: safetensors refuses views of a shared storage, and pages of a mapped file would stay in memory.
         batch[name] = tensor.detach().cpu().contiguous().clone()
         where[name], size, total = count, size + tensor.nbytes, total + tensor.nbytes
     _write(_part(path, count), batch)
@@ -42,4 +43,4 @@ def _part(path: Path, number: int) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # as of other files: safetensors makes them for the owner alone
+    path.chmod(0o644)  # safetensors creates files that only their owner can read

@@ -1,7 +1,7 @@
-"""Named tensors on disk, sharded or not: torch's distributed checkpoint in the safetensors format.
+"""Named tensors on disk, whole or sharded: torch's distributed checkpoint in the safetensors format.
 
-Every rank writes its shards into one file of a directory; whoever reads, with whatever number of ranks, fetches the
-slices that it needs. Nothing is pickled.
+Every rank writes its shards into one file of a directory. Readers, of any number of ranks, fetch the slices that they
+need. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors (plain or DTensor) into `directory`; every rank of `group` (None: all) calls this together.
+    """Write tensors (plain or DTensor) into `directory`: a collective call of `group` (None: all ranks).
 
     Raises OSError when a rank cannot write.
     """
@@ -41,9 +41,9 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist
 
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into` in place, resharding as they need it; `alone`: without the other ranks.
+    """Fill the tensors of `into` in place, resharded as they are: a collective call of all ranks, unless `alone`.
 
-    Raises UserError when the directory is damaged or lacks one of them.
+    Raises UserError when the directory is damaged or lacks a tensor.
     """
     try:
         reader = HuggingFaceStorageReader(str(directory))
@@ -55,7 +55,7 @@ def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = F
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor in a directory; UserError when it is missing or damaged."""
+    """Return shape and dtype of every tensor. Raises UserError when the directory is missing or damaged."""
     try:
         metadata = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
@@ -66,14 +66,14 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 @contextlib.contextmanager
 def _no_warnings() -> Iterator[None]:
-    """torch warns that a single process saves alone, which is what is meant."""
+    """Suppress torch's warning that a single process saves alone, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 def _cause(error: CheckpointException) -> Exception:
-    """The first rank's failure, an OSError if any rank had one: a full disk explains the others."""
+    """Return the failure of the first rank, or an OSError of any rank: a full disk explains the others."""
     causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError):

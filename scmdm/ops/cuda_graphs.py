@@ -1,7 +1,7 @@
-"""Evaluations that a GPU replays as one CUDA graph: the host launches one thing instead of hundreds of kernels.
+"""Denoiser evaluations replayed as CUDA graphs: one launch by the host instead of hundreds.
 
-Launching them is what a small batch waits for. A graph has fixed shapes and fixed memory: it is recorded of a shape
-that comes again, as in every step of a self-conditioned sampler, and other shapes are evaluated as they are.
+With small batches a GPU waits for the host to launch kernels. A graph has fixed shapes and fixed memory, so one is
+recorded for each shape that recurs, as in every step of a self-conditioned sampler; other shapes run without a graph.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.state import State
 
-_BEFORE = 2  # evaluations of a shape before it is recorded: kernels are chosen and compiled in them
-_MOST = 8  # graphs: the shapes of a vanilla sampler, which leaves sequences out, are many
+_WARMUP = 2  # evaluations of a shape before it is recorded, in which kernels are chosen and compiled
+_MAX_GRAPHS = 8  # a vanilla sampler leaves sequences out, and so has many shapes
 _TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B")
 
 Replay = Callable[[], Tensor]
@@ -26,7 +26,12 @@ Record = Callable[[Callable[[], Tensor]], Replay]
 
 
 class ReplayedDenoiser:
-    """`denoiser`, which must not change, with `hidden` replayed: in one thread, one autocast, without gradients."""
+    """A denoiser whose `hidden` is replayed from CUDA graphs where its shape recurs.
+
+    The wrapped denoiser is the reference and runs everything else. Its weights must not change. Use within one thread,
+    one autocast context, and without gradients. `record` turns a function into its replay; the default is
+    `CudaRecorder`.
+    """
 
     def __init__(self, denoiser: SamplingDenoiser, record: Record | None = None) -> None:
         self.denoiser, self.record = denoiser, record or CudaRecorder()
@@ -41,7 +46,7 @@ class ReplayedDenoiser:
         key = tuple((x.shape, x.dtype) if x is not None else None for x in _tensors(state).values())
         self.seen[key] += 1
         if key not in self.recorded:
-            if self.seen[key] <= _BEFORE or len(self.recorded) == _MOST:
+            if self.seen[key] <= _WARMUP or len(self.recorded) == _MAX_GRAPHS:
                 return self.denoiser.hidden(state)
             copies: dict[str, Any] = {k: x.clone() for k, x in _tensors(state).items() if x is not None}
             own = replace(state, **copies)
@@ -50,7 +55,7 @@ class ReplayedDenoiser:
         for name, tensor in _tensors(state).items():
             if tensor is not None:
                 getattr(own, name).copy_(tensor)
-        return replay().clone()  # graphs share their memory
+        return replay().clone()  # the next replay overwrites the result
 
 
 def _tensors(state: State) -> dict[str, Tensor | None]:
@@ -61,7 +66,10 @@ assert {field.name for field in fields(State)} == {*_TENSORS, "packing"}
 
 
 class CudaRecorder:
-    """Records functions without arguments, whose results lie where the next replay of any of them may write."""
+    """Records functions without arguments as CUDA graphs that share one memory pool.
+
+    A result is valid until the next replay of any of them.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -69,7 +77,7 @@ class CudaRecorder:
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        # Autocast's copies of weights end with its block, the graph does not: it has to make its own.
+        # Autocast frees its cached casts of weights when its context ends, but the graph is replayed later.
         with (
             torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             torch.autocast("cuda", dtype, enabled, cache_enabled=False),

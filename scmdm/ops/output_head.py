@@ -1,26 +1,100 @@
-"""The output head on masked positions only, in chunks: a B x L x V tensor never exists.
+"""The output head at masked positions: loss and expected embedding, without a (B, L, V) tensor.
 
-How a chunk is done depends on the device: `scmdm.ops.output_head_cpu` for a CPU, `scmdm.ops.output_head_gpu` for a GPU.
+`dense_weighted_nll_sum` and `dense_expected_embedding` define the results in plain PyTorch. `weighted_nll_sum` and
+`expected_embedding` compute the same in chunks: `scmdm.ops.output_head_gpu` for CUDA tensors,
+`scmdm.ops.output_head_cpu` otherwise.
 
-Legend: N masked positions, D width, V vocabulary (with the mask), C rows of a chunk.
+Legend: N masked positions, D width, V vocabulary (with the mask), C positions of a chunk.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from scmdm.ops import output_head_cpu, output_head_gpu
 from scmdm.ops.subs_logits import subs_bias, subs_logits
-from scmdm.ops.top_k import mean_of_best
+from scmdm.ops.top_k import top_k_embedding
+
+
+def dense_weighted_nll_sum(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, x_N: Tensor, w_N: Tensor, *, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    """Reference of `weighted_nll_sum`: all logits (N, V) at once, gradients by autograd."""
+    nll_N = F.cross_entropy(subs_logits(h_ND, weight_VD, subs_bias(bias_V, mask_id)), x_N, reduction="none")
+    return (nll_N.double() * w_N).sum().float(), nll_N.detach()
+
+
+def dense_expected_embedding(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, *, mask_id: int, top_k: int | None = None
+) -> Tensor:
+    """Reference of `expected_embedding`: all logits (N, V) at once, gradients by autograd."""
+    return _dense_estimate(h_ND, weight_VD, subs_bias(bias_V, mask_id), embedding_VD, top_k)
+
+
+def weighted_nll_sum(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    x_N: Tensor,
+    w_N: Tensor,
+    *,
+    mask_id: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Return `sum_n w_n * -log softmax(W h_n + b)[x_n]` (float32 scalar) and the unweighted terms (N,), detached.
+
+    The mask's logit is minus infinity, so `x_N` must not contain `mask_id`. Differentiable once, with respect to
+    `h_ND`, `weight_VD` and `bias_V`; the gradients are computed in the forward pass, at most `chunk` positions at a
+    time.
+    """
+    # Read here: inside an autograd function gradients are off, and `needs_input_grad` ignores `no_grad`.
+    train_head = torch.is_grad_enabled() and (weight_VD.requires_grad or bias_V.requires_grad)
+    need = train_head or (torch.is_grad_enabled() and h_ND.requires_grad)
+    with torch.autocast(h_ND.device.type, enabled=False):
+        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk, need, train_head)
+    return total, nll_N
+
+
+def expected_embedding(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    embedding_VD: Tensor,
+    *,
+    mask_id: int,
+    chunk: int,
+    top_k: int | None = None,
+) -> Tensor:
+    """Return `softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
+
+    With `top_k` only the `top_k` most probable tokens count, with renormalised probabilities; a sum of `top_k` rows
+    then replaces the second product with the vocabulary. Differentiable: the backward pass computes the logits again,
+    at most `chunk` positions at a time.
+    """
+    with torch.autocast(h_ND.device.type, enabled=False):
+        bias = subs_bias(bias_V, mask_id)
+        if torch.is_grad_enabled():
+            return _checkpointed_estimate(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
+        kernels = _kernels(h_ND.device)
+        if top_k is not None:
+            return kernels.top_k_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
+        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module that implements `nll_and_gradients`, `estimate` and `top_k_estimate` for a device."""
+    return output_head_gpu if device.type == "cuda" else output_head_cpu
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """Forward makes the gradients chunk by chunk, so that neither logits nor probabilities are kept for backward."""
+    """Computes the gradients in the forward pass, chunk by chunk, so that no logits are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -35,8 +109,7 @@ class _WeightedNLL(torch.autograd.Function):
         need_gradient: bool,
         train_head: bool,
     ) -> tuple[Tensor, Tensor]:
-        kernels = output_head_gpu if h_ND.device.type == "cuda" else output_head_cpu
-        nll_N, d_h, d_weight, d_bias = kernels.nll_and_gradients(
+        nll_N, d_h, d_weight, d_bias = _kernels(h_ND.device).nll_and_gradients(
             h_ND,
             weight_VD,
             subs_bias(bias_V, mask_id),
@@ -55,68 +128,20 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, _d_nll: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: nobody else has them, and autograd refuses a second backward pass after it.
+        # In place is safe: the graph holds the only references, and autograd refuses a second backward pass.
         scaled = [None if gradient is None else gradient.mul_(d_total) for gradient in ctx.saved_tensors]
         return *scaled, None, None, None, None, None, None, None
 
 
-def weighted_nll_sum(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor,
-    x_N: Tensor,
-    w_N: Tensor,
-    *,
-    mask_id: int,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """`sum_n w_n * -log softmax(W h_n + b)[x_n]` (float32 scalar) and the unweighted values (N,) without gradient.
-
-    `x_N` must not hold `mask_id`. Differentiable once, by `h_ND`, `weight_VD` and `bias_V`.
-    """
-    # Inside the function gradients are off, and `needs_input_grad` is true even under `no_grad`.
-    train_head = torch.is_grad_enabled() and (weight_VD.requires_grad or bias_V.requires_grad)
-    need = train_head or (torch.is_grad_enabled() and h_ND.requires_grad)
-    with torch.autocast(h_ND.device.type, enabled=False):
-        total, nll_N = _WeightedNLL.apply(h_ND, weight_VD, bias_V, x_N, w_N, mask_id, chunk, need, train_head)
-    return total, nll_N
-
-
-def expected_embedding(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor,
-    embedding_VD: Tensor,
-    *,
-    mask_id: int,
-    chunk: int,
-    top_k: int | None = None,
-    rank: int | None = None,
-) -> Tensor:
-    """`softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
-
-    `top_k` takes only so many most probable tokens, whose probabilities are renormalised: the estimate stays a mean of
-    embeddings, and the second product with the vocabulary becomes a sum of `top_k` of its rows. `rank` seeks them along
-    so many principal axes of the head, without gradients and where there are enough positions for that to be less work.
-    Differentiable; logits are then made again in the backward pass, chunk by chunk.
-    """
-    with torch.autocast(h_ND.device.type, enabled=False):
-        bias = subs_bias(bias_V, mask_id)
-        if torch.is_grad_enabled():
-            return _by_chunks(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
-        kernels = output_head_gpu if h_ND.device.type == "cuda" else output_head_cpu
-        if top_k is not None:
-            return kernels.estimate_of_best(h_ND, weight_VD, bias, embedding_VD, top_k, rank, chunk=chunk)
-        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
-
-
-def _by_chunks(
+def _checkpointed_estimate(
     h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, chunk: int, top_k: int | None
 ) -> Tensor:
-    parts = []
-    for h_CD in h_ND.split(output_head_cpu.chunk_rows(chunk, len(subs_bias_V)) if h_ND.device.type == "cpu" else chunk):
-        needed = (h_CD, weight_VD, subs_bias_V, embedding_VD, top_k)
-        parts.append(checkpoint(_dense_estimate, *needed, use_reentrant=False))
+    if h_ND.device.type == "cpu":
+        chunk = output_head_cpu.chunk_rows(chunk, len(subs_bias_V))
+    parts = [
+        checkpoint(_dense_estimate, h_CD, weight_VD, subs_bias_V, embedding_VD, top_k, use_reentrant=False)
+        for h_CD in h_ND.split(chunk)
+    ]
     return torch.cat(parts)
 
 
@@ -125,5 +150,5 @@ def _dense_estimate(
 ) -> Tensor:
     logits_CV = subs_logits(h_CD, weight_VD, subs_bias_V)
     if top_k is not None:
-        return mean_of_best(logits_CV, embedding_VD, top_k)
+        return top_k_embedding(logits_CV, embedding_VD, top_k)
     return (logits_CV.softmax(1).to(h_CD.dtype) @ embedding_VD.to(h_CD.dtype)).to(embedding_VD.dtype)

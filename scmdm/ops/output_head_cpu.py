@@ -1,9 +1,9 @@
-"""The output head on a CPU: chunks of rows, cut along the vocabulary, too.
+"""The output head on a CPU, tiled along positions and along the vocabulary.
 
-What is made of a tile's logits is made in their place while they are in the cache. Softmax runs along the tiles as in
-FlashAttention (arXiv 2205.14135).
+A tile of logits is transformed in place while it is in the cache. The softmax is accumulated over the tiles of the
+vocabulary as in FlashAttention (arXiv 2205.14135).
 
-Legend: N masked positions, D width, V vocabulary (with the mask), C rows of a chunk, T columns of a tile.
+Legend: N masked positions, D width, V vocabulary (with the mask), C positions of a chunk, T tokens of a tile.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scmdm.ops import top_k as top_k_ops
 from scmdm.ops.subs_logits import subs_logits
+from scmdm.ops.top_k import chunked_top_k_embedding
 
-_TILE = 4096
-_CHUNK = 1 << 24  # logits of a chunk, 64 MiB
+_TILE = 4096  # tokens
+_CHUNK = 1 << 24  # logits of a chunk: 64 MiB in float32
 
 
 def nll_and_gradients(
@@ -31,8 +31,11 @@ def nll_and_gradients(
     need_gradient: bool,
     train_head: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Negative log-likelihoods (N,) and the gradients of their sum weighted by `w_N`, by hidden states, weight and
-    bias, where they are needed."""
+    """Return the negative log-likelihoods (N,) and the gradients of their sum weighted by `w_N`.
+
+    The gradients are with respect to hidden states, weight and bias; None where `need_gradient` (states) or
+    `train_head` (weight and bias) is false.
+    """
     nll_N = subs_bias_V.new_empty(len(h_ND))
     d_h = torch.empty_like(h_ND) if need_gradient else None
     d_weight = torch.zeros_like(weight_VD, dtype=subs_bias_V.dtype) if train_head else None
@@ -44,7 +47,7 @@ def nll_and_gradients(
 
 
 def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
-    """`softmax(W h + b) @ E` (N, D), without gradients, in the dtype of `embedding_VD`."""
+    """Return `softmax(W h + b) @ E` (N, D) without gradients, in the dtype of `embedding_VD`."""
     chunks = [_Estimate(h_ND[rows], subs_bias_V) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
     for tile in _tiles(len(subs_bias_V)):
         weight_TD, embedding_TD = weight_VD[tile].to(h_ND.dtype), embedding_VD[tile].to(h_ND.dtype)
@@ -54,27 +57,20 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
     return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
 
 
-def estimate_of_best(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    subs_bias_V: Tensor,
-    embedding_VD: Tensor,
-    top_k: int,
-    rank: int | None,
-    *,
-    chunk: int,
+def top_k_estimate(
+    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
 ) -> Tensor:
-    """`estimate` of the `top_k` most probable tokens, whose probabilities are renormalised; `rank`: see `top_tokens`.
+    """`estimate` over the `top_k` most probable tokens, with renormalised probabilities.
 
-    Logits are rounded to the dtype of `h_ND`, once, with the bias in the product.
+    The product adds the bias, and rounds the logits once, to the dtype of `h_ND`.
     """
     weight_VD, bias_V = weight_VD.to(h_ND.dtype), subs_bias_V.to(h_ND.dtype)
-    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller block has fewer new pages
-    return top_k_ops.estimate_of_best(h_ND, weight_VD, bias_V, embedding_VD, top_k, rank, chunk=chunk)
+    chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller buffer maps fewer new pages
+    return chunked_top_k_embedding(h_ND, weight_VD, bias_V, embedding_VD, top_k, chunk=chunk)
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:
-    """How many rows are done at once where `chunk` are asked for."""
+    """Positions of a chunk on a CPU: at most `chunk`, and at most 64 MiB of logits unless that is under 64 rows."""
     return min(chunk, max(64, _CHUNK // vocab_size))
 
 
@@ -88,15 +84,15 @@ def _tiles(vocab_size: int) -> list[slice]:
 
 
 class _RunningSoftmax:
-    """Of rows of logits that come tile by tile: the largest so far, and the sum of `exp(logit - largest)`."""
+    """Softmax statistics of rows whose logits arrive in tiles: running maximum, and sum of `exp(logit - maximum)`."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        # Not minus infinity: a tile may hold the mask alone.
+        # Finite, because a tile may hold only the mask, whose logit is minus infinity.
         self.top_C1 = like.new_full((rows, 1), torch.finfo(like.dtype).min)
         self.sum_C1 = torch.zeros_like(self.top_C1)
 
     def add(self, tile_CT: Tensor) -> Tensor:
-        """Turn logits into `exp(logit - largest)` in place; returns the factor (C, 1) for what earlier tiles gave."""
+        """Replace a tile by `exp(logit - maximum)` and return the factor (C, 1) that rescales earlier tiles."""
         top_C1 = torch.maximum(self.top_C1, tile_CT.amax(1, keepdim=True))
         factor_C1 = (self.top_C1 - top_C1).exp_()
         tile_CT.sub_(top_C1).exp_()
@@ -105,7 +101,7 @@ class _RunningSoftmax:
 
 
 class _Estimate:
-    """A chunk's mean of embeddings under its softmax, of tiles that come one by one."""
+    """Expected embedding of a chunk, accumulated over tiles of the vocabulary."""
 
     def __init__(self, h_CD: Tensor, like: Tensor) -> None:
         self.h_CD, self.softmax = h_CD, _RunningSoftmax(len(h_CD), like)
@@ -122,7 +118,7 @@ class _Estimate:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Float32 sums that the chunks add to; `h_ND` they fill. A frozen head has none."""
+    """Buffers for gradients: chunks write their rows of `h_ND`, and add to the other two (None for a frozen head)."""
 
     h_ND: Tensor
     weight_VD: Tensor | None
@@ -132,7 +128,7 @@ class _Gradients:
 def _chunk_nll(
     h_CD: Tensor, weight_VD: Tensor, bias_V: Tensor, x_C1: Tensor, w_C1: Tensor, gradients: _Gradients | None
 ) -> Tensor:
-    """Negative log-likelihoods (C,) of a chunk, whose gradients, weighted by `w_C1`, are added to `gradients`."""
+    """Negative log-likelihoods (C,) of a chunk; adds their gradients, weighted by `w_C1`, to `gradients`."""
     softmax, own_C1 = _RunningSoftmax(len(h_CD), bias_V), torch.zeros_like(x_C1, dtype=bias_V.dtype)
     kept = []
     for tile in _tiles(len(bias_V)):
@@ -160,13 +156,13 @@ def _chunk_nll(
 
 
 def _within(tile: slice, x_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows' ids a tile holds, and their columns in it (any, where it does not)."""
+    """Mask (C, 1) of ids within a tile, and their columns (C, 1), clamped where they are outside."""
     at_C1 = x_C1 - tile.start
     return (x_C1 >= tile.start) & (x_C1 < tile.stop), at_C1.clamp(0, tile.stop - tile.start - 1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, in float32."""
+    """Add `a @ b` to `total` (float32)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:

@@ -1,9 +1,9 @@
-"""The output head on a GPU: products over whole chunks, and one pass over the logits for all that lies between.
+"""The output head on a GPU: matrix products over whole chunks, and one fused kernel between them.
 
-Logits stay in the dtype of the products, and their gradient takes their place; sums run in float32.
-The vocabulary is padded: cuBLAS has its fast kernels only where a row is a multiple of 16 bytes, and 50,258 is not.
+Logits stay in the dtype of the products, and their gradient overwrites them; sums are in float32. The vocabulary is
+padded to a multiple of 64: cuBLAS has fast kernels only where a row is a multiple of 16 bytes.
 
-Legend: V vocabulary (with the mask), P padded to a multiple of 64, D width, C rows of a chunk.
+Legend: N masked positions, V vocabulary (with the mask), P padded vocabulary, D width, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.diffusion.fused import fused
-from scmdm.ops import top_k as top_k_ops
+from scmdm.ops.top_k import chunked_top_k_embedding
 
 _MULTIPLE = 64
 
@@ -63,19 +63,12 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
     return estimate_ND.to(embedding_VD.dtype)
 
 
-def estimate_of_best(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    subs_bias_V: Tensor,
-    embedding_VD: Tensor,
-    top_k: int,
-    rank: int | None,
-    *,
-    chunk: int,
+def top_k_estimate(
+    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
 ) -> Tensor:
-    """See `scmdm.ops.output_head_cpu.estimate_of_best`."""
+    """See `scmdm.ops.output_head_cpu.top_k_estimate`."""
     weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V).to(h_ND.dtype)
-    return top_k_ops.estimate_of_best(h_ND, weight_PD, bias_P, embedding_VD, top_k, rank, chunk=chunk)
+    return chunked_top_k_embedding(h_ND, weight_PD, bias_P, embedding_VD, top_k, chunk=chunk)
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:
@@ -83,7 +76,7 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 
 def _widen(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight_VD` (P, D) in `dtype`, with zeros behind its rows."""
+    """Cast a weight and pad it with rows of zeros, (P, D)."""
     rows, width = weight_VD.shape
     weight_PD = weight_VD.new_zeros((rows + -rows % _MULTIPLE, width), dtype=dtype)
     weight_PD[:rows] = weight_VD
@@ -91,12 +84,12 @@ def _widen(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pad_bias(subs_bias_V: Tensor) -> Tensor:
-    """What is behind the vocabulary has probability 0."""
+    """Pad a bias with minus infinity, (P,): padding has probability 0."""
     return F.pad(subs_bias_V, (0, -len(subs_bias_V) % _MULTIPLE), value=float("-inf"))
 
 
 def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32, which a GPU sums in anyway."""
+    """`a @ b` in float32, the dtype in which a GPU accumulates it anyway."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else (a @ b).float()
@@ -104,7 +97,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @fused
 def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (C,), and logarithms (C,) of the sums of the softmax, float32."""
+    """Negative log-likelihoods (C,) and the softmax's log-normalisers (C,), in float32."""
     own_C = logits_CP.gather(1, x_C[:, None]).squeeze(1).float() + bias_P[x_C]
     log_sum_C = torch.logsumexp(logits_CP + bias_P, 1)
     return log_sum_C - own_C, log_sum_C
@@ -112,7 +105,7 @@ def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor
 
 @fused
 def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tensor, w_C: Tensor) -> Tensor:
-    """The gradient of `sum_c w_c nll_c` by the logits, in their place."""
+    """Overwrite logits with the gradient of `sum_c w_c nll_c` with respect to them."""
     p_CP = (logits_CP + bias_P).sub_(log_sum_C[:, None]).exp_()
     own_CP = torch.arange(len(bias_P), device=x_C.device) == x_C[:, None]
     return logits_CP.copy_(p_CP.sub_(own_CP.float()).mul_(w_C[:, None]))
@@ -120,5 +113,5 @@ def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tens
 
 @fused
 def _to_probabilities(logits_CP: Tensor, bias_P: Tensor) -> Tensor:
-    """Softmax (C, P)."""
+    """Softmax (C, P) of logits, in their dtype."""
     return (logits_CP + bias_P).softmax(1).to(logits_CP.dtype)

@@ -1,6 +1,8 @@
-"""Some rows of a matrix, each at most once: what knows that needs neither sorting nor adding in its backward pass.
+"""Selection of distinct rows of a matrix, with a backward pass that copies instead of accumulating.
 
-Legend: M rows, N of them, D width.
+The backward pass of `x[index]` sorts the index and accumulates, because rows may repeat.
+
+Legend: M rows, N selected rows, D width.
 """
 
 from __future__ import annotations
@@ -27,6 +29,6 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x_MD: Tensor, at_N: Tensor) -> Tensor:
-    """`x_MD[at_N]` (N, D) for indices that are all different. Differentiable once."""
+    """Return `x_MD[at_N]` (N, D) for distinct indices `at_N`. Differentiable once."""
     taken: Tensor = _TakeRows.apply(x_MD, at_N)
     return taken

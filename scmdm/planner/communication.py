@@ -1,14 +1,13 @@
-"""What the ranks of a run send each other in one optimizer step: which collectives, how often, how large.
+"""Collectives of one optimizer step: kind, number and size.
 
-Left out: the few numbers that are agreed on per step (token counts, sample ids, times, loss, gradient norm).
+Left out are a few numbers per step (token counts, sample ids, times, loss, gradient norm).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scmdm.planner.memory import ZERO_LIVE, gathered_weights
-from scmdm.planner.model_state import FLOAT32
+from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
 from scmdm.planner.workload import Layout, Workload
 
 ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step
@@ -16,26 +15,26 @@ ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"
 
 @dataclass(frozen=True)
 class Collective:
-    """The same collective, so many times in one part of a step."""
+    """A collective that is repeated within one part of a step."""
 
     kind: str  # all_gather | reduce_scatter | all_reduce | all_to_all
     what: str
     part: str
     group: str  # shard | replicate | context
-    ranks: int  # of the group
-    size: int  # bytes of the whole: gathered, reduced, or (all_to_all) what a rank exchanges
+    ranks: int  # size of the group
+    size: int  # bytes of the whole tensor; all_to_all: bytes that a rank exchanges
     times: int  # per optimizer step
-    overlaps: bool = True  # runs beside the computation of its part
+    overlaps: bool = True  # overlaps with the computation of its part
 
     @property
     def sent(self) -> int:
-        """Bytes that each rank sends in a step, by the best algorithms (rings)."""
+        """Bytes that each rank sends in a step, with ring algorithms."""
         rounds = 2 if self.kind == "all_reduce" else 1
         return rounds * self.size * self.times * (self.ranks - 1) // self.ranks
 
 
 def step_collectives(workload: Workload, layout: Layout) -> tuple[Collective, ...]:
-    """All of one step, in the order of its parts."""
+    """Return the collectives of one step in the order of its parts."""
     found = {"single": lambda *_: [], "fsdp2": _fsdp, "deepspeed": _zero}[layout.engine](workload, layout)
     found += _context(workload, layout)
     return tuple(one for one in found if one.ranks > 1 and one.times)
@@ -47,7 +46,7 @@ def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
     block = weights.blocks // layers
     rounds = {ESTIMATE: 0, LOSS: 1, BACKWARD: 1}
     if workload.passes:
-        # Kept, the weights of the first no-grad pass serve all forward passes.
+        # Weights that are kept after the first pass serve all forward passes.
         rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 1}
         if not layout.reshard_after_estimate:
             rounds = {ESTIMATE: 1, LOSS: 0, BACKWARD: 1}
@@ -55,7 +54,7 @@ def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
     found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]
     for part, times in rounds.items():
         found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * layers * batches))
-    # Adapters are in every block; without them the last ones are trained, or none.
+    # Adapters are in every block. Otherwise the last blocks are trained, or none.
     trained = (workload.trained_layers or layers) if weights.block_reduction else 0
     for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
         found.append(Collective("reduce_scatter", what, BACKWARD, "shard", shards, size, times))
@@ -69,7 +68,7 @@ def _zero(workload: Workload, layout: Layout) -> list[Collective]:
         return _zero_3(workload, layout)
     ranks = layout.ranks
     reduced = sum(p.numel * (layout.width if p.plain_linear else FLOAT32) for p in workload.parameters)
-    # Stage 2 reduces what each micro-batch has made, stage 1 once. Both all-reduce their buckets and keep a part.
+    # Stage 2 reduces after every micro-batch, stage 1 once. Both all-reduce buckets and keep their part.
     times = layout.micro_batches(workload) if layout.stage == 2 else 1
     return [
         Collective("all_reduce", "gradients", BACKWARD, "shard", ranks, reduced, times, overlaps=False),
@@ -85,8 +84,8 @@ def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
     gathered = sum(padded[p] * width[p] for p in large)
     persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.param_persistence_threshold)
     reduced = sum(padded[p] * width[p] for p in workload.parameters)
-    overlaps = not workload.passes  # with two passes nothing is fetched ahead
-    # A vanilla step's backward pass finds the weights that its forward pass has gathered, up to a limit.
+    overlaps = not workload.passes  # with several passes DeepSpeed prefetches nothing
+    # The backward pass of a vanilla step reuses the weights that its forward pass gathered, up to a limit.
     again = 0 if not workload.passes and workload.numel <= ZERO_LIVE else 1
     found = [
         Collective("all_gather", "weights", part, "shard", ranks, gathered, times * batches, overlaps=overlaps)
@@ -100,11 +99,11 @@ def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
 
 
 def _context(workload: Workload, layout: Layout) -> list[Collective]:
-    """Two exchanges around the attention of every block: q, k and v together, and the result."""
+    """Two all-to-alls around the attention of every block: queries, keys and values together, then the result."""
     if layout.context == 1:
         return []
     batches, again = layout.micro_batches(workload), layout.activation_checkpointing != "none"
-    size = layout.tokens(workload) * workload.model.width * layout.width
+    size = layout.tokens(workload) * workload.model.attention_width * layout.width
     rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 2 if again else 1}
     return [
         Collective(

@@ -1,7 +1,7 @@
-"""How long a step takes. Modelled, not measured: see `Assumptions` for all that it rests on.
+"""Duration of a step: modelled, not measured. `Assumptions` lists what the model rests on.
 
-Each part of a step takes as long as its computation or the collectives that run beside it, whichever is longer, and
-then those that nothing runs beside.
+Each part of a step takes the longer of its computation and the collectives that overlap with it, plus the collectives
+that do not overlap.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.planner.communication import BACKWARD, ESTIMATE, LOSS, UPDATE, Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import Layout, Workload
 
 _DAY = 86_400
@@ -23,41 +23,46 @@ class PartTime:
 
     compute: float
     beside: float  # collectives that overlap with the computation
-    alone: float  # those that do not
+    alone: float  # other collectives
 
     @property
     def total(self) -> float:
+        """Seconds of the part."""
         return max(self.compute, self.beside) + self.alone
 
 
 @dataclass(frozen=True)
 class StepTime:
+    """Duration of an optimizer step."""
+
     parts: dict[str, PartTime]
     tokens: int  # of a global batch
-    flops: StepFlops  # per rank and step, as `scmdm.models.flops` counts: without what checkpointing makes again
+    flops: StepFlops  # per rank and step, without recomputed activations
     peak_flops: float
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step."""
         return sum(part.total for part in self.parts.values())
 
     @property
     def exposed(self) -> float:
-        """Seconds in which nothing is computed."""
+        """Seconds without computation."""
         return self.seconds - sum(part.compute for part in self.parts.values())
 
     @property
     def tokens_per_day(self) -> float:
+        """Training tokens per day."""
         return self.tokens / self.seconds * _DAY
 
     @property
     def utilisation(self) -> float:
-        """Of peak products, all passes counted."""
+        """Fraction of peak FLOP/s, counting all passes."""
         return self.flops.total / self.seconds / self.peak_flops
 
 
 def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> StepTime:
-    """Of one optimizer step, without data, validation and checkpoints."""
+    """Model one optimizer step, without data loading, validation and checkpoints."""
     per_sequence = step_flops(
         workload.model,
         workload.vocab_size,
@@ -92,9 +97,9 @@ def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Ass
 
 
 def collective_seconds(one: Collective, cluster: Cluster, layout: Layout, assumed: Assumptions) -> float:
-    """Of all `times` of a collective: latency of a ring's steps, and bytes over the narrowest link on its way.
+    """Seconds of all repetitions of a collective: latency of the ring's steps, and bytes over the slowest link.
 
-    Between nodes all adapters of the node that belong to the group's ranks are used.
+    Between nodes, the network adapters of all ranks of the group on a node are used together.
     """
     nodes, together = _placement(one, cluster, layout)
     rounds = 2 if one.kind == "all_reduce" else 1
@@ -110,14 +115,14 @@ def collective_seconds(one: Collective, cluster: Cluster, layout: Layout, assume
 
 
 def _placement(one: Collective, cluster: Cluster, layout: Layout) -> tuple[int, int]:
-    """How many nodes a group spans, and how many of its ranks are on one of them."""
+    """Number of nodes that a group spans, and of its ranks on one node."""
     stride = layout.shards if one.group == "replicate" else 1
     together = max(1, min(one.ranks, cluster.gpus_per_node // stride))
     return -(-one.ranks // together), together
 
 
 def _seconds(collectives: list[Collective], cluster: Cluster, layout: Layout, assumed: Assumptions) -> float:
-    """Groups of different kinds work beside each other, those of one kind one after the other."""
+    """Seconds of collectives: kinds of groups overlap, collectives of one kind run one after the other."""
     groups: dict[str, float] = {}
     for one in collectives:
         groups[one.group] = groups.get(one.group, 0.0) + collective_seconds(one, cluster, layout, assumed)
@@ -125,8 +130,10 @@ def _seconds(collectives: list[Collective], cluster: Cluster, layout: Layout, as
 
 
 def _update_seconds(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> float:
-    """The update only moves memory: gradients are read for their norm, scaled, and read; weights, moments and averages
-    are read and written."""
+    """Seconds of the optimizer's update, which is bound by memory bandwidth.
+
+    Gradients are read for their norm, scaled and read again; weights, moments and averages are read and written.
+    """
     state = rank_state(workload, layout)
     moved = 4 * state.gradients + 2 * (state.weights + state.moments) + 2 * state.averages + state.weights
     bandwidth = cluster.gpu.memory_bandwidth * assumed.memory_efficiency
@@ -134,7 +141,7 @@ def _update_seconds(workload: Workload, layout: Layout, cluster: Cluster, assume
 
 
 def _host_seconds(part: str, workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> float:
-    """Under fsdp.offload: shards come to the GPU whenever they are gathered, gradients go back."""
+    """Seconds of copies between host and device under fsdp.offload: shards before each gather, gradients back."""
     if not layout.offload:
         return 0.0
     shard = rank_state(workload, layout).weights

@@ -1,7 +1,7 @@
-"""GPUs and how they are connected: vendors' figures, in bytes, operations and seconds.
+"""GPUs and their interconnects: vendors' figures, in bytes, operations and seconds.
 
 Sources: bfloat16 products per second are `scmdm.models.flops.PEAK_FLOPS`; memory, its bandwidth, float32 and NVLink are
-those of NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of NVIDIA's DGX
+from NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of NVIDIA's DGX
 reference designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no NVLink: its link is PCIe 4.0 x16.
 """
 
@@ -20,7 +20,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU, at its nominal figures."""
+    """Nominal figures of a GPU."""
 
     name: str
     memory: float  # bytes that a process can use: the nominal size, less about 1 % that the driver keeps
@@ -32,7 +32,7 @@ class Gpu:
     host_link: float  # bytes/s in one direction to host memory
 
     def flops(self, dtype: torch.dtype) -> float:
-        """Peak operations a second of products in `dtype`."""
+        """Peak FLOP/s of matrix products in `dtype`."""
         return self.bfloat16_flops if dtype == torch.bfloat16 else self.float32_flops
 
 
@@ -69,7 +69,7 @@ class Cluster:
 
 
 def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
-    """Raises UserError for a GPU without figures here, or for no machines."""
+    """Make a cluster. Raises UserError for an unlisted GPU or a number out of range."""
     if gpu.lower() not in GPUS:
         raise UserError(f"--gpu {gpu} is not known; it must be one of {', '.join(GPUS)}")
     for flag, number in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
@@ -80,7 +80,7 @@ def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not computed but taken for granted; every one is printed with the plan."""
+    """Assumptions of a plan, which are printed with it."""
 
     efficiency: float | None = None  # of peak products, in compute alone; None: `measured_efficiency`
     # Of the links' nominal bandwidth. ASTRA-sim's validation on HGX H100 measured at most 741 of 900 GB/s in both
@@ -97,24 +97,24 @@ class Assumptions:
     memory_reserve: float = 0.1
 
     def of_products(self, width: int) -> float:
-        """The achieved fraction of peak products of a model that is so wide."""
+        """Achieved fraction of peak FLOP/s for a model of this width."""
         return measured_efficiency(width) if self.efficiency is None else self.efficiency
 
 
 # Width and fraction of peak products, without the update: scmdm's compiled steps of 170M and of a billion parameters on
-# an H100 (docs/performance.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
+# an H100 (docs/lab/2026-11-26-h100.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
 _MEASURED = ((768, 0.36), (2048, 0.52))
 
 
 def measured_efficiency(width: int) -> float:
-    """Between the measured widths along the logarithm of the width, outside of them that of the nearest."""
+    """Fraction of peak FLOP/s, interpolated in the logarithm of the width and constant outside the measurements."""
     (narrow, low), (wide, high) = _MEASURED
     part = math.log(width / narrow) / math.log(wide / narrow)
     return low + (high - low) * min(1.0, max(0.0, part))
 
 
 def make_assumptions(efficiency: float | None = None) -> Assumptions:
-    """The usual ones but for the achieved fraction of the peak, if given; UserError unless that is one."""
+    """Make the assumptions, with an achieved fraction of peak FLOP/s if given. Raises UserError if it is none."""
     if efficiency is not None and not 0 < efficiency <= 1:
         raise UserError(f"--efficiency {efficiency} is not possible; it must be above 0 and at most 1")
     return Assumptions(efficiency=efficiency)

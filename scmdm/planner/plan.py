@@ -1,4 +1,4 @@
-"""`scmdm plan`: from a configuration and a cluster to a plan."""
+"""`scmdm plan`: plan a run of a configuration on a cluster."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ _NO_DATA = "(none: --length and --vocab)"
 
 
 @dataclass
+class PlannedTrainConfig(TrainConfig):
+    """The training loop of a run whose number of steps does not matter."""
+
+    steps: int = key(2**31, help="optimizer steps", at_least=1, at_most=2**40)
+
+
+@dataclass
 class PlanConfig(RunConfig):
-    """The configuration of a run, of which nothing is required: a model's YAML alone will do."""
+    """The configuration of a run without mandatory keys: a model's YAML file is enough."""
 
     run_dir: str = key("(none)", help="not used")
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2**31))
+    train: TrainConfig = field(default_factory=PlannedTrainConfig)
 
     def validate(self) -> None:
+        """See `RunConfig.validate`."""
         if self.data.path is None and not self.data.streams:
             self.data.path = _NO_DATA
         super().validate()
@@ -39,31 +47,31 @@ class PlanConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `scmdm plan` prints."""
+    """Result of `scmdm plan`."""
 
     workload: Workload
     cluster: Cluster
     assumed: Assumptions
     configured: Layout
     as_configured: Candidate | None  # None: the run would refuse to start
-    refused: str | None  # why
+    refused: str | None  # the reason
     found: Found
 
     def collectives(self, candidate: Candidate) -> tuple[Collective, ...]:
-        """Of one step of a candidate."""
+        """Collectives of one step of a candidate."""
         return step_collectives(self.workload, candidate.layout)
 
 
 def make_plan(
     config: RunConfig, cluster: Cluster, assumed: Assumptions, *, length: int | None = None, vocab: int | None = None
 ) -> Plan:
-    """Raises UserError when sequence length or vocabulary cannot be known, or the base does not fit."""
+    """Plan a run. Raises UserError when length or vocabulary are unknown, or when the base does not match."""
     if not config.self_conditioning.stop_gradient:
-        raise UserError("self_conditioning.stop_gradient=false is not planned: it is for ablations; leave it out")
+        raise UserError("self_conditioning.stop_gradient=false is not possible in a plan; leave it out")
     base = open_model(find_model(Path(config.base))) if config.base is not None else None
     config = resolve_config(config, base)
     workload = make_workload(config, _spec(config, base, length, vocab))
-    dtype = torch.float32 if config.precision == "float32" else torch.bfloat16  # every GPU of the table multiplies both
+    dtype = torch.float32 if config.precision == "float32" else torch.bfloat16  # all listed GPUs support both
     layout = make_layout(config, cluster.ranks, dtype)
     refused = impossible_because(workload, layout)
     as_configured = evaluate(workload, layout, cluster, assumed) if refused is None else None
@@ -82,8 +90,8 @@ def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab
     for flag, number, what in wanted:
         if number is None:
             raise UserError(
-                f"{config.data.label} is no data set here, so that the {what} is not known; give {flag} NUMBER, or the "
-                "path of a prepared data set as data.path"
+                f"the {what} is unknown: {config.data.label} is no prepared data set here; give {flag} NUMBER, or "
+                "data.path=DIRECTORY"
             )
         if number < 2:
             raise UserError(f"{flag} {number} is not possible; it must be at least 2")
@@ -97,7 +105,7 @@ def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab
 
 
 def _manifest(config: RunConfig) -> Manifest | None:
-    """Of the data set, or the first stream, if it is here."""
+    """Manifest of the data set or of the first stream that exists here."""
     paths = [config.data.path, *(stream.path for stream in config.data.streams.values())]
     for path in paths:
         if path is not None and (Path(path) / MANIFEST_FILE).is_file():

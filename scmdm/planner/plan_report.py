@@ -1,4 +1,4 @@
-"""A plan for people (tables) and for programs (JSON)."""
+"""Output of a plan: tables, or JSON."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scmdm.planner.workload import Layout
 
 _GIB, _GB = 2**30, 1e9
 NOTE = (
-    "Memory between steps and the number and size of collectives are computed (exactly but for DeepSpeed's stage 3); "
-    "activations and the peak follow from formulas that are tested against real passes on a CPU. Time is modelled: no "
-    "GPU has confirmed it."
+    "Training state and collectives are counted (exactly, except for DeepSpeed stage 3). Activations are measured on "
+    "fake tensors with the real model; the sum is tested against real passes on a CPU. Time is modelled: no GPU has "
+    "confirmed it."
 )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Every figure in bytes, seconds, operations and tokens."""
+    """Return all figures, in bytes, seconds, operations and tokens."""
     return {
         "note": NOTE,
         "workload": {
@@ -66,7 +66,7 @@ def _candidate_json(plan: Plan, candidate: Candidate | None) -> dict[str, Any] |
 
 
 def settings(layout: Layout, plan: Plan) -> dict[str, str | int | bool]:
-    """A layout as keys of the configuration; those of other engines are left out."""
+    """Return a layout as configuration keys, without those of other engines."""
     own: dict[str, str | int | bool] = {
         "engine": layout.engine,
         "precision": str(layout.dtype).removeprefix("torch."),
@@ -89,7 +89,7 @@ def settings(layout: Layout, plan: Plan) -> dict[str, str | int | bool]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Tables of both layouts side by side, what is assumed, and the settings to give the run."""
+    """Print tables of the configured and the best layout, and the assumptions."""
     work, cluster = plan.workload, plan.cluster
     kind = f"adaptation ({work.passes} no-grad pass{'es' if work.passes > 1 else ''})" if work.passes else "vanilla"
     trained = sum(parameter.numel for parameter in work.trained)
@@ -172,14 +172,14 @@ def _traffic_table(plan: Plan, shown: dict[str, Candidate]) -> Table:
 
 
 def _time_table(shown: dict[str, Candidate]) -> Table:
-    table = _table("time, modelled: s per step (computing / collectives beside it / alone)", shown)
+    table = _table("time, modelled: s per step (computation / overlapping collectives / others)", shown)
     times = [candidate.time for candidate in shown.values()]
     for part in times[0].parts:
         cells = (time.parts[part] for time in times)
         table.add_row(part, *(f"{one.total:.3f} ({one.compute:.3f}/{one.beside:.3f}/{one.alone:.3f})" for one in cells))
     table.add_section()
     table.add_row("step", *(f"{time.seconds:.3f}" for time in times))
-    table.add_row("of it, nothing computed", *(f"{time.exposed:.3f}" for time in times))
+    table.add_row("without computation", *(f"{time.exposed:.3f}" for time in times))
     table.add_row("tokens per day", *(f"{time.tokens_per_day / 1e9:.2f}e9" for time in times))
     table.add_row("share of peak, all passes", *(f"{time.utilisation:.2f}" for time in times))
     return table
@@ -189,10 +189,11 @@ def _assumptions(plan: Plan) -> str:
     assumed, gpu = plan.assumed, plan.cluster.gpu
     products = assumed.of_products(plan.workload.model.width)
     return (
-        f"Assumed: products at {products:.0%} of peak; collectives overlap with the computation of their "
-        f"part of the step unless listed as alone; links at {assumed.link_efficiency:.0%} of {gpu.link / _GB:.0f} GB/s "
-        f"within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, latencies of NCCL's rings; the "
-        f"update at {assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
-        "GPU's memory kept free; all positions masked (memory), half of them on average (time). Launches of kernels by "
-        "the host are left out: steps of a few hundredths of a second will take longer."
+        f"Assumed: matrix products at {products:.0%} of peak; collectives overlap with the computation of their "
+        f"part of the step unless listed as others; links at {assumed.link_efficiency:.0%} of "
+        f"{gpu.link / _GB:.0f} GB/s within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, "
+        "latencies of NCCL's rings; the update at "
+        f"{assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
+        "GPU's memory kept free; all positions masked (memory), half of them on average (time). Kernel launches are "
+        "left out: steps of a few hundredths of a second will take longer."
     )

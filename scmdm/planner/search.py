@@ -1,4 +1,4 @@
-"""The fastest way to run a workload that fits, and why nothing does when nothing does."""
+"""Search for the fastest layout that fits into memory, with a reason if there is none."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 from scmdm.planner.duration import StepTime, step_time
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.memory import Memory, rank_memory
+from scmdm.planner.rank_memory import RankMemory, rank_memory
 from scmdm.planner.workload import Layout, Workload
 
 CHECKPOINTING = ("none", "selective", "full")
-_EQUAL = 1.01  # layouts within one per cent of the fastest count as equally fast: the simplest of them is taken
-_LARGEST_FACTOR = 64  # of nodes, when asking how many would do
+_EQUAL = 1.01  # among layouts within 1 % of the fastest, the simplest is taken
+_LARGEST_FACTOR = 64  # most nodes to suggest, as a multiple of those given
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it needs."""
+    """A layout with its memory and duration."""
 
     layout: Layout
-    memory: Memory
+    memory: RankMemory
     time: StepTime
     fits: bool
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found: the best candidate, or the reason why there is none."""
+    """Result of a search: the best candidate, or the reason why there is none."""
 
     best: Candidate | None
     tried: int
@@ -38,19 +38,19 @@ class Found:
 
 
 def evaluate(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> Candidate:
-    """Memory and time of one layout, which must be possible."""
+    """Evaluate a layout that `impossible_because` accepts."""
     memory = rank_memory(workload, layout)
     fits = memory.peak.total <= usable_memory(cluster, assumed)
     return Candidate(layout, memory, step_time(workload, layout, cluster, assumed), fits)
 
 
 def usable_memory(cluster: Cluster, assumed: Assumptions) -> float:
-    """Bytes of a GPU that a plan may fill."""
+    """Bytes of GPU memory that a plan may use."""
     return cluster.gpu.memory * (1 - assumed.memory_reserve)
 
 
 def impossible_because(workload: Workload, layout: Layout) -> str | None:
-    """Why a run would refuse this layout, or None."""
+    """Return why a run would refuse this layout; None if it would not."""
     if layout.engine == "single" and layout.ranks > 1:
         return f"engine=single cannot use {layout.ranks} GPUs"
     for key, value in (("fsdp.replicate", layout.replicate), ("fsdp.context", layout.context)):
@@ -59,21 +59,21 @@ def impossible_because(workload: Workload, layout: Layout) -> str | None:
     for what, number in (("the length", workload.length), ("model.heads", workload.model.heads)):
         if number % layout.context:
             return f"fsdp.context={layout.context} does not divide {what} = {number}"
-    if workload.model.llama.logit_shift and layout.context > 1:
-        return "fsdp.context is not possible with model.llama.logit_shift=true"
+    if workload.model.logit_shift and layout.context > 1:
+        return f"fsdp.context={layout.context} is not possible with model.logit_shift=true"
     parts = layout.ranks // layout.context * layout.micro_batch_size
     if workload.global_batch % parts:
         return (
-            f"train.global_batch_size={workload.global_batch} is no multiple of {layout.ranks // layout.context} parts "
-            f"of a batch x train.micro_batch_size={layout.micro_batch_size}"
+            f"train.global_batch_size={workload.global_batch} is not a multiple of {layout.ranks // layout.context} x "
+            f"train.micro_batch_size={layout.micro_batch_size}"
         )
     return None
 
 
 def search(workload: Workload, start: Layout, cluster: Cluster, assumed: Assumptions) -> Found:
-    """Over micro-batch, checkpointing, sharding, context parallelism and, if nothing fits otherwise, offloading.
+    """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
 
-    The engine, its precision and what is compiled stay as `start` has them.
+    Offloading is tried if nothing fits otherwise. Engine, precision and compilation stay as in `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
     candidates = [evaluate(workload, layout, cluster, assumed) for layout in layouts if not layout.offload]
@@ -95,7 +95,7 @@ def _layouts(workload: Workload, start: Layout, cluster: Cluster) -> Iterator[La
 
 
 def _options(workload: Workload, start: Layout, cluster: Cluster) -> list[dict[str, Any]]:
-    """Of the engine."""
+    """Options of the engine to try, as fields of `Layout`."""
     if start.engine == "single":
         return [{}]
     if start.engine == "deepspeed":

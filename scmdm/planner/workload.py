@@ -1,6 +1,6 @@
-"""What is planned: a model and its data (`Workload`), and how a run lays them out over ranks (`Layout`).
+"""Inputs of a plan: a model with its data (`Workload`), and how a run distributes them over ranks (`Layout`).
 
-Both are plain values: everything else in `scmdm.planner` is a pure function of them.
+Both are plain values; everything else in `scmdm.planner` is a pure function of them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from scmdm.training.optimizer import is_decayed
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the whole model."""
+    """A parameter of the unsharded model."""
 
     name: str
     shape: tuple[int, ...]
-    block: int | None  # None: in none, sharded with the rest
-    group: tuple[bool, bool]  # of the optimizer: in the conditioner, decayed
-    plain_linear: bool  # of an `nn.Linear` or `Linear` proper: those DeepSpeed's autocast sends in bfloat16
+    block: int | None  # None: outside of the blocks, sharded with the rest
+    group: tuple[bool, bool]  # group of the optimizer: in the conditioner, with weight decay
+    plain_linear: bool  # belongs to `nn.Linear` or `Linear` itself, which DeepSpeed's autocast sends in bfloat16
     trained: bool = True
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Model, data and objective: what does not depend on how it is run."""
+    """Model, data and objective, independent of how they are run."""
 
     model: ModelConfig
     vocab_size: int
     length: int  # tokens of a sequence
     global_batch: int  # sequences of an optimizer step
-    passes: int  # no-grad passes of a step; 0: vanilla
-    averaged: bool  # has averaged weights (ema.decay > 0)
+    passes: int  # passes of a step that compute the estimate; 0: vanilla training
+    averaged: bool  # keeps averaged weights (ema.decay > 0)
     schedule: Schedule
-    trained_layers: int | None  # None: everything is trained
+    trained_layers: int | None  # blocks with trained weights; None: everything is trained
     parameters: tuple[Parameter, ...] = field(repr=False)
 
     @property
@@ -58,11 +59,11 @@ class Workload:
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
-        """Those that have gradients, moments and averages."""
+        """Parameters that have gradients, moments and averages."""
         return tuple(parameter for parameter in self.parameters if parameter.trained)
 
     def units(self) -> tuple[tuple[Parameter, ...], ...]:
-        """The parameters that travel together under FSDP2: the rest, then each block."""
+        """Parameters that FSDP2 gathers together: first those outside of the blocks, then each block's."""
         rest = tuple(p for p in self.parameters if p.block is None)
         blocks: dict[int, list[Parameter]] = {}
         for parameter in self.parameters:
@@ -73,12 +74,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to run a workload; the names are those of the configuration."""
+    """One way to run a workload; fields are named as the keys of the configuration."""
 
     engine: str  # single | fsdp2 | deepspeed
     ranks: int
-    dtype: torch.dtype  # of compute: float32 | bfloat16
-    micro_batch_size: int  # sequences at once on a rank
+    dtype: torch.dtype  # dtype of compute: float32 or bfloat16
+    micro_batch_size: int  # sequences that a rank processes at once
     activation_checkpointing: str = "none"
     replicate: int = 1
     context: int = 1
@@ -86,16 +87,16 @@ class Layout:
     offload: bool = False
     stage: int = 2
     param_persistence_threshold: int = 100_000
-    gpu: bool = True  # a CPU keeps larger masks of dropout, and its head float32 logits
+    gpu: bool = True  # false: as on a CPU, whose dropout masks and logits are larger
 
     @property
     def width(self) -> int:
-        """Bytes of an element in compute."""
+        """Bytes of an element in the dtype of compute."""
         return self.dtype.itemsize
 
     @property
     def shards(self) -> int:
-        """Ranks that share one copy of the weights."""
+        """Ranks over which one copy of the weights is sharded."""
         return self.ranks // self.replicate if self.engine == "fsdp2" else 1
 
     def micro_batches(self, workload: Workload) -> int:
@@ -103,12 +104,12 @@ class Layout:
         return workload.global_batch * self.context // (self.ranks * self.micro_batch_size)
 
     def tokens(self, workload: Workload) -> int:
-        """Positions that a rank holds of a micro-batch."""
+        """Positions of a micro-batch that a rank holds."""
         return self.micro_batch_size * workload.length // self.context
 
 
 def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
-    """From a resolved configuration."""
+    """Make the workload of a resolved configuration."""
     passes = config.self_conditioning.passes if config.self_conditioning.rate > 0 else 0
     model = spec.build()
     freeze(model, config)
@@ -126,7 +127,7 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
 
 
 def find_parameters(model: Network) -> tuple[Parameter, ...]:
-    """In the model's order; it may be on the meta device."""
+    """List the parameters of a model, which may be on the meta device."""
     plain = {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -147,7 +148,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
 
 
 def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool = True) -> Layout:
-    """As a configuration says; engine=auto is what it would be on so many ranks."""
+    """Make the layout of a configuration; `engine=auto` is resolved for the number of ranks."""
     engine = config.engine if config.engine != "auto" else ("single" if ranks == 1 else "fsdp2")
     return Layout(
         engine=engine,

@@ -19,6 +19,7 @@ from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights
+from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import freeze, is_added
 from scmdm.models.model_files import ModelSpec, StoredModel, allocate, read_weights
 from scmdm.models.network import Network
@@ -96,8 +97,8 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"{base.spec.length}; prepare the data with that length, or set any_length=true"
         )
     _check_labels(config, manifest, base)
-    if config.model.llama.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
-        raise UserError("fsdp.context is not possible with model.llama.logit_shift=true; set it to 1")
+    if config.model.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
+        raise UserError("fsdp.context is not possible with model.logit_shift=true; set it to 1")
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
         if number % config.fsdp.context:
             raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
@@ -173,9 +174,11 @@ def compile_blocks(model: Network) -> None:
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
     renamed = renamed_keys(type(config))
-    stored = flatten(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    content = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    stored = flatten({**content, "model": upgrade_model_keys(content["model"])})
     # A key that the checkpoint does not have is newer than the run, which behaved as by its default.
-    before = flatten(dataclasses.asdict(RunConfig())) | {renamed.get(name, name): stored[name] for name in stored}
+    defaults = flatten(dataclasses.asdict(RunConfig(model=type(config.model)())))
+    before = defaults | {renamed.get(name, name): stored[name] for name in stored}
     now = flatten(dataclasses.asdict(config))
     changeable = {name for name, rules, _ in walk_keys(config) if rules.on_resume}
     for name in sorted((before.keys() | now.keys()) - changeable):

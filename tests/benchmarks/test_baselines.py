@@ -1,14 +1,13 @@
-"""The baselines compute what scmdm computes: else a ratio between them would say nothing."""
+"""The dense baselines compute the same results as scmdm, without which ratios would be meaningless."""
 
 import pytest
 import torch
 
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from tests.diffusion.oracle import Oracle
 from tests.diffusion.test_sampler import chi_squared, exact_distribution
 
@@ -18,7 +17,7 @@ VOCAB = 40
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = ModelConfig(width=16, layers=1, heads=2, self_conditioned=True)
+    config = DiTConfig(width=16, layers=1, heads=2, self_conditioned=True)
     model = DiT(config, vocab_size=VOCAB, mask_id=VOCAB - 1, schedule=LogLinear())
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3 if "norm" not in name else 1.0)

@@ -1,4 +1,4 @@
-"""The baselines of data make what scmdm makes: else a ratio between them would say nothing."""
+"""The data baselines produce the same blocks as scmdm, without which ratios would be meaningless."""
 
 from itertools import islice
 

@@ -1,78 +1,116 @@
-"""Every numeric key of every command: a value out of bounds ends in one line."""
+"""Every key of every configuration class: a value that it cannot have ends in one line."""
 
 import contextlib
 import dataclasses
+import math
 import re
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from omegaconf import MISSING
 
 from scmdm.cli import COMMANDS
 from scmdm.config.fields import rules_of, section_of
-from scmdm.config.loading import load_config
+from scmdm.config.loading import read_config
 from scmdm.errors import UserError
-from tests.conftest import ROOT
-
-# What a user must give, by command: with it alone, loading succeeds.
-REQUIRED = {
-    "prepare": ["out=o", "source=qm9", "tokenizer=smiles", "length=32"],
-    "train": ["run_dir=r", "data.path=d", "train.steps=10"],
-}
-REQUIRED["adapt"] = [*REQUIRED["train"], "base=b"]
-STREAM = ["data.path=null", "data.streams.x.path=p"]
-FILES = {"study": ROOT / "configs/qm9/quickstart.yaml"}
 
 
-def numeric_keys(schema, prefix=""):
-    """Dotted name, rules and type (int, float, list) of every key that holds numbers."""
+def sections(schema):
+    """The class, and those of its sections, of mappings to sections, and of all names of its registries."""
+    yield schema
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        name, rules, section, hint = f"{prefix}{field.name}", rules_of(field), section_of(field), hints[field.name]
+        rules, section = rules_of(field), section_of(field)
         if rules is not None and rules.registry is not None:
-            for selected in rules.registry.names:
-                for key, *rest in numeric_keys(rules.registry.schema(selected), f"{name}."):
-                    yield key, *rest, f"{name}.{rules.selector}={selected}"
+            for name in rules.registry.names:
+                yield from sections(rules.registry.schema(name))
         elif section is not None:
-            yield from numeric_keys(section, f"{name}.")
-        elif hint is not bool and {int, float} & {hint, *get_args(hint)}:
-            yield name, rules, hint
-        for element in get_args(hint):
+            yield from sections(section)
+        for element in get_args(hints[field.name]):
             if dataclasses.is_dataclass(element):
-                yield from numeric_keys(element, f"{name}.x.")
+                yield from sections(element)
 
 
-SCHEMAS = [command for command in COMMANDS if command.schema is not None]
+COMMANDS_WITH_KEYS = [command for command in COMMANDS if command.schema is not None]
+SECTIONS = dict.fromkeys(section for command in COMMANDS_WITH_KEYS for section in sections(command.load_schema()))
 KEYS = [
-    pytest.param(command, *found, id=f"{command.name}:{found[0]}")
-    for command in SCHEMAS
-    for found in ((*key, None)[:4] for key in numeric_keys(command.load_schema()))
-    if found[1] is not None or command.name != "prepare"
+    pytest.param(section, field.name, get_type_hints(section)[field.name], id=f"{section.__name__}.{field.name}")
+    for section in SECTIONS
+    for field in dataclasses.fields(section)
+    if section_of(field) is None and (rules_of(field) is None or rules_of(field).registry is None)
 ]
 
 
-def load(command, *overrides):
-    return load_config(command.load_schema(), FILES.get(command.name), [*REQUIRED.get(command.name, []), *overrides])
+def is_numeric(hint):
+    return hint is not bool and bool({int, float} & {hint, *get_args(hint)})
 
 
-@pytest.mark.parametrize("command", SCHEMAS, ids=lambda command: command.name)
-def test_what_must_be_given_is_enough(command):
-    assert load(command)
+NUMBERS = [parameter for parameter in KEYS if is_numeric(parameter.values[2])]
 
 
-@pytest.mark.parametrize(("command", "name", "rules", "hint", "selection"), KEYS)
-def test_a_number_is_accepted_within_bounds_or_refused_in_one_line(command, name, rules, hint, selection):
-    around = [selection] if selection else STREAM if ".streams.x." in name else []
-    for value in ("nan", "inf", "-inf", "-1", "0", "1e30", "-1e30", str(10**30)):
-        text = f"[{value}]" if list in {hint, get_origin(hint)} else value
-        if rules.allows(float(value)):
-            with contextlib.suppress(UserError):  # a combination with another key
-                load(command, *around, f"{name}={text}")
-            continue
-        with pytest.raises(UserError, match=re.escape(name)) as refused:
-            load(command, *around, f"{name}={text}")
-        assert "\n" not in str(refused.value)
+def required(section):
+    """Something for each key that must be set."""
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        found = rules_of(field)
+        if found is not None and found.registry is not None:
+            name = found.registry.names[0]
+            yield field.name, {**dict(required(found.registry.schema(name))), found.selector: name}
+        elif field.default in (MISSING, dataclasses.MISSING) and field.default_factory is dataclasses.MISSING:
+            yield field.name, "x" if hints[field.name] is str else found.at_least or 1
+        elif inner := section_of(field):
+            yield field.name, dict(required(inner))
 
 
-@pytest.mark.parametrize(("command", "name", "rules", "hint", "selection"), KEYS)
-def test_a_numeric_key_has_a_lower_and_an_upper_bound(command, name, rules, hint, selection):
-    assert {rules.at_least, rules.above} != {None} and {rules.at_most, rules.below} != {None}
+def load(section, name, value):
+    return read_config(section, {**dict(required(section)), name: value}, "in the test")
+
+
+def rules(section, name):
+    (found,) = (rules_of(field) for field in dataclasses.fields(section) if field.name == name)
+    return found
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), KEYS)
+def test_every_key_is_declared_with_a_help_text(section, name, hint):
+    assert rules(section, name).help
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), NUMBERS)
+def test_a_numeric_key_has_a_lower_and_an_upper_bound(section, name, hint):
+    found = rules(section, name)
+    assert {found.at_least, found.above} != {None} and {found.at_most, found.below} != {None}
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), NUMBERS)
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, -1, 0, 1e30, 10**400],
+    ids=["nan", "inf", "-inf", "-1", "0", "1e30", "1e400"],
+)
+def test_a_number_is_accepted_within_bounds_or_refused_in_one_line(section, name, hint, value):
+    given = [value] if list in {hint, get_origin(hint)} else value
+    if rules(section, name).allows(value):
+        with contextlib.suppress(UserError):  # a combination with another key
+            load(section, name, given)
+        return
+    with pytest.raises(UserError, match=re.escape(name)) as refused:
+        load(section, name, given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), KEYS)
+@pytest.mark.parametrize(
+    "value",
+    [None, [[1]], {"a": {"b": None}}, 10**5000, "${x}"],
+    ids=["null", "list", "mapping", "long", "text"],
+)
+def test_a_value_of_any_type_is_accepted_or_refused_in_one_line(section, name, hint, value):
+    """As a YAML file or a request can have it. Anything but a UserError fails the test."""
+    try:
+        load(section, name, value)
+    except UserError as error:
+        message = str(error)
+    else:
+        return
+    assert "\n" not in message and len(message) < 3000

@@ -1,4 +1,4 @@
-"""Checkpoints as other people publish them, small and random, and MDLM's formulas written down on their own."""
+"""Small random checkpoints in published layouts, and an independent implementation of MDLM's formulas."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""MDLM's published checkpoints: what is imported is the published model, and comes back as it was."""
+"""Import and export of MDLM's checkpoints: outputs and tensors are equal."""
 
 import json
 

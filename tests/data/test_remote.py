@@ -135,7 +135,7 @@ def test_a_flipped_bit_in_a_cache_is_found_by_verify(remote, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(["prepare", "--verify", str(tmp_path / "cache")]) == 1
     found = capsys.readouterr()
-    assert f"{shard} does not match its SHA-256" in found.out and f"to fetch them from {remote} again" in found.err
+    assert f"{shard} does not match its SHA-256" in found.out and f"to download them from {remote} again" in found.err
     shard.unlink()
     assert main(["prepare", "--verify", str(tmp_path / "cache")]) == 0
     assert f"what has been fetched of {remote}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A denoiser that knows a tiny joint distribution exactly, and exact enumeration to check against.
+"""An exact denoiser of a tiny joint distribution, and exact enumeration for comparison.
 
 Legend: B batch, L length, V vocabulary (the mask is its last id), D = V: a hidden state is a row of log-probabilities.
 """

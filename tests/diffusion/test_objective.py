@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.likelihood import estimate_nelbo
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear, make_schedule
 from scmdm.diffusion.state import Sequences, State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from tests.diffusion.oracle import Oracle
 
@@ -30,7 +29,7 @@ def make_batch(x, t, rate=1.0, seed=0, mask_id=9, noisier=False):
 
 
 def small_model(rate=1.0, **overrides):
-    config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0, **overrides)
+    config = DiTConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0, **overrides)
     model = DiT(config, vocab_size=10, mask_id=9, schedule=LogLinear())
     init_weights(model, 0)
     with torch.no_grad():

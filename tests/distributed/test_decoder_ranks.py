@@ -5,7 +5,7 @@ import pytest
 from scmdm.cli import main
 from tests.conftest import ADAPTED
 from tests.convert.published import write_texts
-from tests.convert.test_llama_layouts import write_published
+from tests.convert.test_decoder_layouts import write_published
 from tests.distributed.launching import launch
 from tests.distributed.parity import STEPS, assert_same
 

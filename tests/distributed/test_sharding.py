@@ -11,11 +11,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.state import Sequences
+from scmdm.models.dit import DiTConfig
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine
 
@@ -33,7 +33,7 @@ def ranks(request):
 
 def engine_of(dtype=torch.float32, rate=1.0, reshard=False, **model):
     config = RunConfig(run_dir="unused", engine="fsdp2")
-    config.model = ModelConfig(
+    config.model = DiTConfig(
         width=16, layers=LAYERS, heads=2, condition_width=8, self_conditioned=rate > 0, head_chunk=64, **model
     )
     config.fsdp.reshard_after_estimate = reshard
@@ -101,7 +101,7 @@ def test_new_shards_equal_slices_of_the_weights_of_one_process(ranks):
 
 def engine_of_one():
     config = RunConfig(run_dir="unused", engine="single")
-    config.model = ModelConfig(width=16, layers=LAYERS, heads=2, condition_width=8, self_conditioned=True)
+    config.model = DiTConfig(width=16, layers=LAYERS, heads=2, condition_width=8, self_conditioned=True)
     spec = ModelSpec(config.model, DiffusionConfig(), VOCAB, VOCAB - 1, 8)
     return build_engine(config, spec, None, CPU, torch.float32)
 
@@ -118,7 +118,7 @@ from scmdm.training.setup import build_engine
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
 config = RunConfig(run_dir="unused", engine="fsdp2")
-config.model = ModelConfig(width=1024, layers=12, heads=16)
+config.model = DiTConfig(width=1024, layers=12, heads=16)
 spec = ModelSpec(config.model, DiffusionConfig(), 64, 63, 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 engine = build_engine(config, spec, None, torch.device("cpu"), torch.float32)

@@ -31,7 +31,7 @@ SETS = {
         "source.name=proteins",
         "tokenizer.name=amino_acids",
         "length=34",
-        "source.path={folder}/proteins.faa",
+        "source.path={folder}/a.faa",
     ),
     "text": ("source.name=text", "tokenizer.name=bytes", "length=64", "source.path={folder}"),
 }

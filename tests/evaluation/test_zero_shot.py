@@ -9,11 +9,11 @@ import torch
 
 from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
+from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
 from scmdm.sampling.generation import load
@@ -43,7 +43,7 @@ def described(tokenizer, framing="records", pad_policy="ignore", bos_policy="giv
 def uniform(tmp_path, tokenizer, **options):
     """A fresh model: its output layer is zero, so that every token but the mask has the same probability."""
     manifest = described(tokenizer, **options)
-    config = ModelConfig(width=16, layers=1, heads=2, condition_width=8)
+    config = DiTConfig(width=16, layers=1, heads=2, condition_width=8)
     spec = ModelSpec(config, DiffusionConfig(), tokenizer.vocab_size, tokenizer.mask_id, manifest.length)
     model = spec.build()
     allocate(model, torch.device("cpu"))

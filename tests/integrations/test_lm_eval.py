@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 import scmdm
 from scmdm.checkpoint.seal import seal
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
+from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files
 from tests.evaluation.test_zero_shot import described
@@ -36,7 +36,7 @@ def export(tmp_path, name, *, known=False, self_conditioned=False):
     place = tmp_path / name
     place.mkdir()
     manifest = described(TOKENIZER, length=LENGTH)
-    config = ModelConfig(width=16, layers=1, heads=2, condition_width=8, self_conditioned=self_conditioned)
+    config = DiTConfig(width=16, layers=1, heads=2, condition_width=8, self_conditioned=self_conditioned)
     spec = ModelSpec(config, DiffusionConfig(), TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH)
     model = spec.build()
     allocate(model, torch.device("cpu"))

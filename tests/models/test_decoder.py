@@ -1,4 +1,4 @@
-"""The LLaMA-like denoiser against the implementation of `transformers`, with the causal mask taken away."""
+"""The decoder against LLaMA and Qwen2 of `transformers` without their causal mask."""
 
 import dataclasses
 
@@ -8,15 +8,14 @@ from transformers import LlamaConfig as TheirLlama
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 from transformers import Qwen2Config as TheirQwen
 
-from scmdm.config.model import LlamaConfig, ModelConfig
-from scmdm.convert.layouts import ALL
+from scmdm.config.layouts import LAYOUTS
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.models.conditioner import CONDITIONERS
-from scmdm.models.decoder import Llama
+from scmdm.models.decoder import Decoder, DecoderConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import load_weights
 
@@ -33,9 +32,9 @@ SIZES = {
 }
 
 
-def their_model(kind, tied, base, eps):
+def their_model(kind, tied, base, eps, **more):
     torch.manual_seed(0)
-    options = {**SIZES, "tie_word_embeddings": tied, "rope_theta": base, "rms_norm_eps": eps}
+    options = {**SIZES, "tie_word_embeddings": tied, "rope_theta": base, "rms_norm_eps": eps, **more}
     model = LlamaForCausalLM(TheirLlama(**options)) if kind == "llama" else Qwen2ForCausalLM(TheirQwen(**options))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,11 +43,19 @@ def their_model(kind, tied, base, eps):
 
 
 def our_model(kind, tied, base, eps, **overrides):
-    llama = LlamaConfig(
-        kv_heads=2, mlp_width=88, rotary_base=base, norm_eps=eps, attention_bias=kind == "qwen2", tied=tied
+    config = DecoderConfig(
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=88,
+        rotary_base=base,
+        norm_eps=eps,
+        attention_bias=kind == "qwen2",
+        tied=tied,
+        **overrides,
     )
-    config = ModelConfig(kind="llama", width=32, layers=2, heads=4, llama=llama, **overrides)
-    model = Llama(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    model = Decoder(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     return model
 
@@ -56,9 +63,9 @@ def our_model(kind, tied, base, eps, **overrides):
 def loaded_model(kind, tied=False, base=10_000.0, eps=1e-6, shift=False, **overrides):
     """Ours with theirs' weights, and theirs."""
     theirs, ours = their_model(kind, tied, base, eps), our_model(kind, tied, base, eps, **overrides)
-    ours.config.llama.logit_shift = shift
+    ours.config.logit_shift = shift
     weights = dict(theirs.named_parameters())
-    names = ALL[kind].ours(weights, ours.config)
+    names = LAYOUTS.load(kind).our_names(weights, ours.config)
     load_weights(ours, {ours_: weights[name] for name, ours_ in names.items()}, kind, new_conditioner=True)
     return ours.eval(), theirs
 
@@ -83,6 +90,21 @@ def test_logits_are_those_of_transformers(kind, tied, base, eps, attention):
     real = torch.arange(VOCAB) != MASK
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
     assert bool((found[..., MASK] == float("-inf")).all())
+
+
+def test_heads_wider_than_width_over_heads():
+    theirs = their_model("llama", False, 10_000.0, 1e-6, head_dim=12)
+    ours = our_model("llama", False, 10_000.0, 1e-6, head_width=12).eval()
+    assert ours.config.attention_width == 48 and ours.blocks[0].attn_k.weight.shape == (24, 32)
+    weights = dict(theirs.named_parameters())
+    names = LAYOUTS.load("llama").our_names(weights, ours.config)
+    load_weights(ours, {name: weights[published] for published, name in names.items()}, "llama")
+    ids = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=see_everything(11)).logits
+        found = ours.logits(ours.hidden(State(ids, TIME)).flatten(0, 1)).view(2, 11, VOCAB)
+    real = torch.arange(VOCAB) != MASK
+    torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
 
 
 def test_shifted_logits_come_from_the_position_before():
@@ -156,6 +178,7 @@ def test_recomputed_activations_give_the_same_gradients(recompute):
 
 def test_architecture_is_what_the_configuration_says():
     config = our_model("llama", False, 1e4, 1e-5).config
-    assert (config.head_width, config.kv_width, config.mlp_width) == (8, 16, 88)
-    wide = dataclasses.replace(config, llama=LlamaConfig())
-    assert (wide.kv_width, wide.mlp_width) == (32, 128)
+    assert (config.head_dim, config.kv_width, config.inner_width) == (8, 16, 88)
+    wide = dataclasses.replace(config, kv_heads=None, mlp_width=None)
+    assert (wide.kv_width, wide.inner_width) == (32, 128)
+    assert dataclasses.replace(wide, head_width=6).attention_width == 24

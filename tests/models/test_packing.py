@@ -1,4 +1,4 @@
-"""Packed documents do not see each other: a sample's logits are those of each of its documents alone."""
+"""Packed documents do not attend to each other: logits equal those of each document alone."""
 
 from itertools import pairwise
 

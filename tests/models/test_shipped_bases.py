@@ -1,4 +1,4 @@
-"""The models that are shipped as bases of the studies."""
+"""The base models in `configs`."""
 
 from __future__ import annotations
 

@@ -8,10 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.observability import step_timer
@@ -23,14 +22,11 @@ VOCAB, MASK, LENGTH, BATCH = 50, 49, 32, 8
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
-def test_flops_agree_with_torchs_counter(passes, monkeypatch):
+def test_flops_agree_with_torchs_counter(passes):
     """Every position masked half of the time, as the log-linear schedule has it; within 2 %: the time condition and the
-    projections of single rows are left out. All positions go through the whole trunk, as on a GPU."""
-    monkeypatch.setattr(DiT, "_ends_by_rows", lambda self, state: False)
+    projections of single rows are left out."""
     # Plain products: the counter does not know the CPU's fused attention.
-    config = ModelConfig(
-        width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul"
-    )
+    config = DiTConfig(width=64, layers=3, heads=2, condition_width=2, self_conditioned=passes > 0, attention="matmul")
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     z = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
@@ -49,7 +45,7 @@ def test_flops_agree_with_torchs_counter(passes, monkeypatch):
 
 
 def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
-    config = ModelConfig(width=512, layers=24, heads=8, self_conditioned=True)
+    config = DiTConfig(width=512, layers=24, heads=8, self_conditioned=True)
     flops = step_flops(config, 34, 128, LogLinear(), passes=1)
     assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
 

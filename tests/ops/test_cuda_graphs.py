@@ -1,17 +1,16 @@
-"""Replaying evaluations of a shape that comes again; CUDA's own graphs: test_gpu.py."""
+"""Replay of evaluations whose shape recurs; CUDA graphs themselves: tests/models/test_gpu.py."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.errors import UserError
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.sampling.generation import generate, load
@@ -40,7 +39,7 @@ class Recorder:
 
 @pytest.fixture
 def model():
-    config = ModelConfig(width=32, layers=2, heads=2, self_conditioned=True, labels=True, time_conditioning=True)
+    config = DiTConfig(width=32, layers=2, heads=2, self_conditioned=True, labels=True, time_conditioning=True)
     model = DiT(config, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear(), classes=2).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The masked-only chunked head against the dense head, and that nothing of size B x L x V exists in a step."""
+"""The chunked output head against the dense reference; no step allocates a (B, L, V) tensor."""
 
 import math
 
@@ -7,15 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops import output_head_gpu
-from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
+from scmdm.ops.output_head import (
+    dense_expected_embedding,
+    dense_weighted_nll_sum,
+    expected_embedding,
+    weighted_nll_sum,
+)
 from scmdm.ops.subs_logits import subs_bias
 
 N, D, V, MASK = 37, 8, 23, 11
@@ -44,22 +48,41 @@ def dense_logits(h, weight, bias):
 def test_loss_and_gradients_equal_the_dense_head(problem, chunk, tile):
     h, weight, bias, x, w, _ = problem
     total, nll = weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK, chunk=chunk)
-    dense = torch.nn.functional.cross_entropy(dense_logits(h, weight, bias), x, reduction="none")
-    torch.testing.assert_close(nll, dense.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(total, (dense * w).sum(), rtol=1e-5, atol=1e-5)
+    expected, terms = dense_weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK)
+    torch.testing.assert_close(nll, terms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     assert not nll.requires_grad
     ours = torch.autograd.grad(3 * total, (h, weight, bias))
-    theirs = torch.autograd.grad(3 * (dense * w).sum(), (h, weight, bias))
+    theirs = torch.autograd.grad(3 * expected, (h, weight, bias))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert ours[2][MASK] == 0
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("chunk", [1, 5, N, 1000])
-def test_expected_embedding_equals_the_dense_one(problem, chunk, tile):
+def test_expected_embedding_equals_the_dense_one(problem, chunk, top_k, gradients, tile):
     h, weight, bias, _, _, embedding = problem
-    ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk)
-    torch.testing.assert_close(ours, dense_logits(h, weight, bias).softmax(1) @ embedding, rtol=1e-5, atol=1e-5)
+    with torch.set_grad_enabled(gradients):
+        ours = expected_embedding(h, weight, bias, embedding, mask_id=MASK, chunk=chunk, top_k=top_k)
+    expected = dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK, top_k=top_k)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert ours.requires_grad == gradients
+
+
+def test_the_reference_is_softmax_without_the_mask(problem):
+    h, weight, bias, x, w, embedding = (t.detach() for t in problem)
+    logits = dense_logits(h, weight, bias)
+    total, terms = dense_weighted_nll_sum(h, weight, bias, x, w, mask_id=MASK)
+    torch.testing.assert_close(terms, torch.nn.functional.cross_entropy(logits, x, reduction="none"))
+    torch.testing.assert_close(total, (terms * w).sum(), rtol=1e-5, atol=1e-5)
+    p = logits.softmax(1)
+    torch.testing.assert_close(dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK), p @ embedding)
+    best = p.topk(3, dim=1)
+    p = torch.zeros_like(p).scatter(1, best.indices, best.values / best.values.sum(1, keepdim=True))
+    found = dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK, top_k=3)
+    torch.testing.assert_close(found, p @ embedding, rtol=1e-5, atol=1e-5)
 
 
 def test_no_masked_position_at_all(problem):
@@ -105,7 +128,7 @@ def test_the_gpu_head_takes_the_most_probable_tokens_in_the_dtype_of_its_states(
     bias, h = torch.randn(vocab, generator=g), h.to(dtype)
     blocked = subs_bias(bias, vocab - 1)
     with LargestTensor() as largest:
-        found = output_head_gpu.estimate_of_best(h, weight, blocked, embedding, top_k, None, chunk=10)
+        found = output_head_gpu.top_k_estimate(h, weight, blocked, embedding, top_k, chunk=10)
     assert largest.numel <= max(10 * 4160, weight.numel() + 8 * 64)
     logits = torch.addmm(blocked.to(dtype), h, weight.to(dtype).T).float()
     best = logits.topk(top_k, dim=1)
@@ -143,7 +166,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
     """All positions masked (the worst case); with one huge chunk the tensor appears, so the probe can see it."""
     batch_size, length, vocab = 16, 32, 1000
-    config = ModelConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
+    config = DiTConfig(width=16, layers=1, heads=2, self_conditioned=True, head_chunk=chunk)
     model = DiT(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear())
     init_weights(model, 0)
     x = torch.randint(0, vocab - 1, (batch_size, length))

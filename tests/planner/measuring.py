@@ -1,4 +1,4 @@
-"""What a pass really allocates and sends, for the plan to be compared with."""
+"""Measurements of real passes, for comparison with plans."""
 
 import collections
 import contextlib
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scmdm.config.diffusion import DiffusionConfig
-from scmdm.config.model import ModelConfig
+from scmdm.config.model import DENOISERS
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
@@ -22,55 +22,25 @@ from scmdm.training.setup import build_engine
 CPU = torch.device("cpu")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators have made since the start and that still exist, and the most there were."""
+@contextlib.contextmanager
+def following_resizes(live):
+    """Count storages that FSDP2 frees and allocates again in place, too."""
+    resize = torch.UntypedStorage.resize_
 
-    def __init__(self, known=()):
-        """`known` tensors were there before, and do not count."""
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes = {}
-        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+    def resize_and_count(storage, size):
+        result = resize(storage, size)
+        if storage._cdata in live._sizes or size:
+            known = storage._cdata in live._sizes
+            live.resize(storage._cdata, size)
+            if not known:
+                weakref.finalize(storage, live.resize, storage._cdata, 0)
+        return result
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._track(tensor.untyped_storage())
-        return made
-
-    def _track(self, storage):
-        key = storage._cdata
-        if key not in self._sizes and key not in self._known:
-            self._change(key, storage.nbytes())
-            weakref.finalize(storage, self._change, key, 0)
-
-    def _change(self, key, size):
-        self.live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        if not size:
-            del self._sizes[key]
-        self.peak = max(self.peak, self.live)
-
-    @contextlib.contextmanager
-    def following_resizes(self):
-        """Storages that FSDP2 frees and allocates again in place count, too."""
-        resize = torch.UntypedStorage.resize_
-
-        def resize_and_count(storage, size):
-            result = resize(storage, size)
-            if storage._cdata in self._sizes or size:
-                known = storage._cdata in self._sizes
-                self._change(storage._cdata, size)
-                if not known:
-                    weakref.finalize(storage, self._change, storage._cdata, 0)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_and_count
-        try:
-            yield
-        finally:
-            torch.UntypedStorage.resize_ = resize
+    torch.UntypedStorage.resize_ = resize_and_count
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize
 
 
 @contextlib.contextmanager
@@ -85,8 +55,10 @@ def fake_ranks(size, rank=0):
 
 def run_config(engine="single", *, rate=1.0, micro=1, batch=None, fsdp=None, deepspeed=None, **model):
     config = RunConfig(run_dir="unused", engine=engine)
-    given = {"width": 64, "layers": 3, "heads": 4, "condition_width": 8, "attention": "sdpa", **model}
-    config.model = ModelConfig(self_conditioned=rate > 0, **given)
+    given = {"kind": "dit", "width": 64, "layers": 3, "heads": 4, "attention": "sdpa", **model}
+    if given["kind"] == "dit":
+        given.setdefault("condition_width", 8)
+    config.model = DENOISERS.schema(given["kind"])(self_conditioned=rate > 0, **given)
     config.self_conditioning.rate = rate
     config.train.micro_batch_size, config.train.global_batch_size = micro, batch or micro
     for section, values in ((config.fsdp, fsdp), (config.deepspeed, deepspeed)):

@@ -1,4 +1,4 @@
-"""What one of several real processes holds and sends, beside the plan: started by torchrun, rank 0 prints JSON."""
+"""State and traffic of real processes beside the plan; started by torchrun, rank 0 prints JSON."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
-from scmdm.planner.memory import rank_memory
+from scmdm.planner.rank_memory import rank_memory
 from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import Collectives, engine_of, loss_of, masked_batch, run_config, spec_of, storage_bytes
 

@@ -1,4 +1,4 @@
-"""`scmdm plan` as a user gives it."""
+"""`scmdm plan` on the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a plan says that ranks send, against the collectives of real steps on ranks that do not exist."""
+"""Planned collectives, against those of real steps with a fake process group."""
 
 import collections
 

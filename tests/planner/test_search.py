@@ -1,4 +1,4 @@
-"""Which layout is taken, and what is said when none fits; how the time of a step hangs together."""
+"""The search for a layout, its messages when none fits, and the duration of a step."""
 
 import dataclasses
 
@@ -48,7 +48,8 @@ def test_less_memory_means_slower_layouts_with_recomputation_and_offloading_last
         found = search(workload, layout, with_memory(cluster, bytes_ / 0.9), ASSUMED)
         if found.best is None:
             break
-        assert found.best.time.seconds >= before / 1.011
+        if not steps or steps[-1].offload == found.best.layout.offload:  # offloading is tried last, fast or not
+            assert found.best.time.seconds >= before / 1.011
         before = found.best.time.seconds
         steps.append(found.best.layout)
         bytes_ = found.best.memory.peak.total * 0.9

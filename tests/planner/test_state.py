@@ -1,4 +1,4 @@
-"""What a plan says of weights, gradients, moments and averages, against the tensors that build_engine makes."""
+"""Planned weights, gradients, moments and averages, against the tensors of real engines."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from scmdm.training import setup
 from tests.planner.measuring import (

@@ -1,4 +1,4 @@
-"""What a plan says of DeepSpeed's stages, against DeepSpeed on ranks that do not exist."""
+"""Planned state and traffic of DeepSpeed's stages, against DeepSpeed with a fake process group."""
 
 import json
 import subprocess

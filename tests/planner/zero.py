@@ -1,4 +1,4 @@
-"""What DeepSpeed's stages allocate and send on so many pretended ranks, and what is planned, as JSON.
+"""State and traffic of DeepSpeed's stages with a fake process group, beside the plan, as JSON.
 
 `python -m tests.planner.zero RANKS`: in a process of its own, because DeepSpeed remembers its process groups.
 """
@@ -12,8 +12,7 @@ import torch
 
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
-from scmdm.planner.memory import gathered_weights
-from scmdm.planner.model_state import rank_state
+from scmdm.planner.sharding import gathered_weights, rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import (
     Collectives,

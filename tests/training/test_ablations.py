@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.diffusion.objective import clean_state_estimate, self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.ops.output_head import expected_embedding
@@ -23,7 +22,7 @@ MASK = 9
 
 def small_model(**overrides):
     """Every parameter away from its initial value."""
-    config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=True, **overrides)
+    config = DiTConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=True, **overrides)
     model = DiT(config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     with torch.no_grad():
@@ -109,7 +108,7 @@ def test_the_step_lets_the_gradient_through_when_told(monkeypatch):
 
 
 def test_an_estimate_with_a_gradient_costs_a_backward_pass():
-    model, schedule = ModelConfig(self_conditioned=True), LogLinear()
+    model, schedule = DiTConfig(self_conditioned=True), LogLinear()
     stopped, through = (step_flops(model, 34, 32, schedule, passes=2, stop_gradient=stop) for stop in (True, False))
     assert through.estimate_passes == 3 * stopped.estimate_passes and through.loss_pass == stopped.loss_pass
 

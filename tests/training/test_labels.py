@@ -8,14 +8,13 @@ import torch
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
-from scmdm.config.model import ModelConfig
 from scmdm.data.loader import build_loader, read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import NO_LABEL, State
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import read_spec
 from tests.conftest import ADAPTED, TINY
@@ -87,7 +86,7 @@ def test_samples_are_of_their_label(of, request, tmp_path):
 def test_transformers_get_the_label(adapted, tmp_path, capsys):
     hub = pytest.importorskip("scmdm.integrations.transformers")
     assert main(["export", str(adapted), str(tmp_path / "mdlm"), "format=mdlm"]) == 1
-    assert "the model knows labels, which the layout has no place for" in capsys.readouterr().err
+    assert "model.labels=true" in capsys.readouterr().err
     assert main(["export", str(adapted), str(tmp_path / "hub"), "format=hub"]) == 0
     theirs, labels = hub.MaskedDiffusion.from_pretrained(tmp_path / "hub").eval(), torch.arange(64) % 2
     mask_id, warm = theirs.spec.mask_id, torch.tensor([4, 7])  # A and T
@@ -141,7 +140,7 @@ def test_the_spec_and_the_batches_know_the_classes(labelled, adapted, data):
 
 
 def test_without_a_label_is_the_last_row():
-    config = ModelConfig(width=16, layers=1, heads=2, condition_width=8, labels=True)
+    config = DiTConfig(width=16, layers=1, heads=2, condition_width=8, labels=True)
     model = DiT(config, vocab_size=10, mask_id=9, schedule=LogLinear(), classes=3)
     init_weights(model, 0)
     torch.nn.init.normal_(model.blocks[0].adaLN_modulation.weight)
@@ -173,9 +172,9 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     assert "model.labels=true, but the samples of data.path=" in capsys.readouterr().err
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", "train.label_dropout=0.2"]) == 1
     assert "train.label_dropout=0.2 is not possible with model.labels=false" in capsys.readouterr().err
-    llama = ["model.kind=llama", "model.labels=true", "model.condition_width=32"]
-    assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *llama]) == 1
-    assert "model.labels=True is not possible; it must be left out with model.kind=llama" in capsys.readouterr().err
+    decoder = ["model.kind=decoder", "model.labels=true"]
+    assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *decoder]) == 1
+    assert "unknown key `model.condition_width`" in capsys.readouterr().err
     other = genomes(tmp_path / "other", {"cold": "CG", "hot": "AT"}, empty_yaml, "species_from=file")
     adaptation = [*ADAPTED, f"run_dir={tmp_path / 'run'}", f"base={labelled}", "train.steps=2"]
     capsys.readouterr()

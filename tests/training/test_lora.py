@@ -7,12 +7,11 @@ import torch
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.cli import main
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.lora import add_adapters, freeze, is_added, merged
 from scmdm.models.model_files import load_weights, read_model, weights_of
@@ -24,7 +23,7 @@ LORA = ["model.lora_rank=4", "model.lora_alpha=16", "optimizer.lr=0.02"]
 
 
 def model_of(**overrides):
-    config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, **overrides)
+    config = DiTConfig(width=16, layers=2, heads=2, condition_width=8, **overrides)
     model = DiT(config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
     if config.lora_rank:
         add_adapters(model.blocks, config)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
@@ -13,7 +12,7 @@ from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import SingleEngine, cpp_compiler
 from scmdm.errors import UserError
-from scmdm.models.dit import DiT
+from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
 from scmdm.training.setup import compile_blocks
@@ -27,7 +26,7 @@ def make(micro=64, rate=1.0, compiled=False, **optimizer):
     config.train.global_batch_size, config.train.micro_batch_size = 64, micro
     config.self_conditioning.rate = rate
     config.optimizer = OptimizerConfig(lr=1e-2, **optimizer)
-    model_config = ModelConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0)
+    model_config = DiTConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0)
     model = DiT(model_config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
     if compiled:

@@ -29,7 +29,7 @@ class SentencePieceConfig(TokenizerConfig):
 
     path: str | None = key(None, formerly=("tokenizer_path",), help=".model file; null: train a model on the corpus")
     vocab_size: int = key(
-        2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1
+        2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1, at_most=2**24
     )
 
 

@@ -12,6 +12,7 @@ from scmdm.config.loading import load_config
 from scmdm.config.preparation import SOURCES, TOKENIZERS, PrepareConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import recorded_options
+from scmdm.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 # Of the shipped configurations, as the code before the sections recorded them.
@@ -84,6 +85,20 @@ def test_former_and_unknown_keys_are_refused(tmp_path, empty_yaml, capsys, keys,
     assert main(["prepare", str(empty_yaml), *keys, "length=16", f"out={tmp_path / 'data'}"]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_selecting_another_name_drops_the_keys_that_it_lacks(tmp_path):
+    responses = ROOT / "configs/data/responses.yaml"
+    assert load_config(PrepareConfig, responses, ["tokenizer.name=bytes"]).tokenizer.name == "bytes"
+    path = tmp_path / "own.yaml"
+    path.write_text(f"extends: {responses}\ntokenizer: {{name: characters}}\nsource: {{name: huggingface, split: x}}\n")
+    source = load_config(PrepareConfig, path).source
+    assert (source.path, source.prompt_key, source.split) == ("raw/dialogue.jsonl", "prompt", "x")
+    with pytest.raises(UserError, match=r"unknown key `tokenizer\.vocab_size`"):
+        load_config(PrepareConfig, responses, ["tokenizer.name=bytes", "tokenizer.vocab_size=9"])
+    path.write_text(f"extends: {responses}\ntokenizer: {{name: bytes, vocab: 3}}\n")
+    with pytest.raises(UserError, match=r"unknown key `tokenizer\.vocab`"):
+        load_config(PrepareConfig, path)
 
 
 def test_a_flat_file_is_refused(tmp_path, capsys):

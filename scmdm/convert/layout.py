@@ -1,0 +1,119 @@
+"""Interface of a published layout: names of tensors, and the description of the architecture in `config.json`.
+
+`scmdm.config.layouts` registers layouts by name; each family has a module in `scmdm.convert.families`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.layouts import LAYOUTS
+from scmdm.config.model import ModelConfig
+from scmdm.convert.published_files import Source
+from scmdm.errors import UserError
+from scmdm.models.model_files import ModelSpec
+
+EMBEDDING, HEAD, HEAD_BIAS = "vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"
+FINAL_NORM = "output_layer.norm_final.weight"
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def _no_tensors(_: ModelConfig) -> Iterable[tuple[str, Tensor]]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published model names its tensors and describes its architecture.
+
+    Attributes:
+        name: Value of the key `format`.
+        kind: `model.kind` of the models that it describes.
+        published_name: Maps our name of a parameter to the published one.
+        recognises: Whether a source is in this layout.
+        architecture: Reads the architecture from the configuration and shapes of a source. Raises UserError for an
+            architecture that scmdm does not implement.
+        describe: Makes the content of `config.json` from architecture, vocabulary size, mask id and length.
+        unsupported: Explains why a model of `kind` cannot be written in this layout; None if it can.
+        derived: Endings of the names of published tensors that scmdm computes.
+        derived_tensors: Names and values of such tensors, to be written.
+        bos_policy: Policy for the first token that models of this layout were trained with.
+        card_note: Sentence on the model card about programs that read this layout; may be empty.
+    """
+
+    name: str
+    kind: str
+    published_name: Callable[[str], str]
+    recognises: Callable[[Source], bool]
+    architecture: Callable[[Source], ModelConfig]
+    describe: Callable[[ModelConfig, int, int, int], dict[str, Any]]
+    unsupported: Callable[[ModelConfig], str | None]
+    derived: tuple[str, ...] = ()
+    derived_tensors: Callable[[ModelConfig], Iterable[tuple[str, Tensor]]] = _no_tensors
+    bos_policy: str = "given"
+    card_note: Callable[[ModelConfig], str] = lambda _: ""
+
+    def our_names(self, published: Iterable[str], config: ModelConfig) -> dict[str, str]:
+        """Map published names to ours, without derived tensors; an unknown name is mapped to itself."""
+        kept = [name for name in published if not any(name.endswith(ending) for ending in self.derived)]
+        ours = parameter_names(config)
+        if HEAD not in ours:  # tied embedding: a published head is a copy of it
+            kept = [name for name in kept if name != self.published_name(HEAD)]
+        known = {self.published_name(name): name for name in ours}
+        return {name: known.get(name, name) for name in kept}
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Names of a model's parameters, without the conditioner's."""
+    model = ModelSpec(config, DiffusionConfig(), 2, 1, 2).build()
+    return [name for name, _ in model.named_parameters() if not name.startswith("conditioner.")]
+
+
+def renamed(block: Mapping[str, str], blocks: str, outer: Mapping[str, str]) -> Callable[[str], str]:
+    """Make `Layout.published_name` from tables.
+
+    `block` maps modules of a block, `blocks` is the published prefix of all blocks, `outer` maps other parameters.
+    """
+
+    def published_name(ours: str) -> str:
+        if (match := _BLOCK.match(ours)) is None:
+            return outer[ours]
+        module, _, parameter = ours[match.end() :].partition(".")
+        return f"{blocks}.{match[1]}.{block[module]}.{parameter}"
+
+    return published_name
+
+
+def find_layout(source: Source, name: str) -> Layout:
+    """Return the layout called `name`, or, for "auto", the one that recognises the source.
+
+    Raises UserError when there is none.
+    """
+    if name != "auto":
+        layout: Layout = LAYOUTS.load(name)
+        return layout
+    for candidate in map(LAYOUTS.load, LAYOUTS.names):
+        if candidate.recognises(source):
+            found: Layout = candidate
+            return found
+    example = next(iter(source.tensors.shapes()), "no tensor")
+    raise UserError(
+        f"{source.path} is in no layout that scmdm knows (model_type {source.config.get('model_type')}, {example}); "
+        f"give format={'|'.join(LAYOUTS.names)}"
+    )
+
+
+def check_writable(layout: Layout, config: ModelConfig) -> None:
+    """Raise UserError when a layout cannot represent a model."""
+    if config.kind != layout.kind:
+        fitting = "|".join(name for name in LAYOUTS.names if LAYOUTS.load(name).kind == config.kind)
+        raise UserError(f"format={layout.name} is not possible for model.kind={config.kind}; give format={fitting}")
+    reason = layout.unsupported(config)
+    if reason is not None:
+        raise UserError(f"format={layout.name} is not possible: {reason}; give format=scmdm or hub, or another layout")

@@ -1,0 +1,241 @@
+"""Activation memory of a training step, measured: the real model runs on fake tensors, and live storages are counted.
+
+Fake tensors have shapes and no memory, so that a block of an 8B model is measured in a fraction of a second. Two small
+numbers of layers are measured; every block adds the same, so more layers follow by linear extrapolation.
+
+The output head is measured with a vocabulary of a few tokens, that is, without its logits: its GPU kernels are
+compiled and cannot be traced here. `scmdm.planner.rank_memory` adds logits and gradients of the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.model import DENOISERS, ModelConfig
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import NoisedBatch
+from scmdm.distributed.engine import compute_context
+from scmdm.models.model_files import ModelSpec
+from scmdm.models.network import Network
+from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tree_leaves
+
+_LAYERS = (2, 3)  # one layer is special: it is the first and the last to be differentiated
+_VOCABULARY = 8
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes beside weights, gradients of all blocks but one, and the head's logits, at moments of a step."""
+
+    estimate_blocks: int  # most in the blocks of the passes that compute the estimate
+    estimate_head: int  # most from the output layer of such a pass to the next pass
+    loss_blocks: int  # most in the blocks of the pass that carries the loss
+    loss_head: int  # most from its output layer to the loss
+    kept: int  # kept for the backward pass
+    backward: int  # most in the backward pass, with the weight gradients of one block
+    kept_by_block: int = 0  # of `kept`, what each block adds
+
+    def extrapolate(self, more: ActivationBytes, layers: int) -> ActivationBytes:
+        """Bytes with `layers` layers, of which `self` has `_LAYERS[0]` and `more` has `_LAYERS[1]`."""
+        between = _LAYERS[1] - _LAYERS[0]
+        pairs = zip(astuple(self), astuple(more), strict=True)
+        extrapolated = ActivationBytes(
+            *(one + (layers - _LAYERS[0]) * (other - one) // between for one, other in pairs)
+        )
+        return dataclasses.replace(extrapolated, kept_by_block=(more.kept - self.kept) // between)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operators create while the mode is on, until they are freed.
+
+    Attributes:
+        live: Bytes now.
+        peak: Most bytes so far; may be assigned to start a new interval.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), *, gpu: bool = False) -> None:
+        """`known` tensors are not counted. `gpu` counts a byte per element of a dropout mask, as CUDA keeps it."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._gpu = gpu
+        self._sizes: dict[int, int] = {}
+        self._known = {storage_id(tensor.untyped_storage()): tensor for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.track(tensor.untyped_storage())
+        if self._gpu and function is torch.ops.aten.bernoulli_.float:
+            self.resize(storage_id(result.untyped_storage()), result.numel())
+        return result
+
+    def track(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key = storage_id(storage)
+        if key not in self._sizes and key not in self._known:
+            self.resize(key, storage.nbytes())
+            weakref.finalize(storage, self.resize, key, 0)
+
+    def resize(self, key: int, size: int) -> None:
+        """Set the size in bytes of a storage, by its `storage_id`."""
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        if not size:
+            del self._sizes[key]
+        self.peak = max(self.peak, self.live)
+
+
+class _EverythingMasked(TorchDispatchMode):
+    """Answers `nonzero`, whose result has no shape for fake tensors, as if all elements were nonzero."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        return function(*args, **(kwargs or {}))
+
+
+def measure_activations(
+    model: ModelConfig,
+    *,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    gathered: bool,
+    passes: int,
+    trained_layers: int | None,
+    gpu: bool,
+) -> ActivationBytes:
+    """Measure one micro-batch of `rows` sequences of `length` tokens, all of them masked.
+
+    `dtype` is the dtype of compute. With `gathered` weights arrive in that dtype, as FSDP2 gathers them; otherwise they
+    are float32 and autocast copies them. `passes` compute the estimate (0: vanilla training). `trained_layers` as in
+    `scmdm.models.flops.step_flops`.
+    """
+    # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
+    model = dataclasses.replace(model, compile=False, attention="sdpa" if gpu else model.attention)
+    described = json.dumps(asdict(dataclasses.replace(model, layers=0)))
+    least, more = (
+        _measure(described, layers, rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu)
+        for layers in _LAYERS
+    )
+    return least.extrapolate(more, model.layers)
+
+
+@functools.cache
+def _measure(
+    described: str,
+    layers: int,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    gathered: bool,
+    passes: int,
+    trained_layers: int | None,
+    gpu: bool,
+) -> ActivationBytes:
+    keys = {**json.loads(described), "layers": layers}
+    config = DENOISERS.schema(keys["kind"])(**keys)
+    spec = ModelSpec(config, DiffusionConfig(), _VOCABULARY, _VOCABULARY - 1, length, classes=2 if config.labels else 0)
+    model = spec.build().train()
+    with fake_tensors():
+        _make_fake(model, dtype if gathered else torch.float32)
+        _freeze(model, trained_layers)
+        tracker = LiveBytes([*model.parameters(), *model.buffers()], gpu=gpu)
+        batch = _masked_batch(rows, length, labels=config.labels)
+        peaks: list[int] = []
+
+        def next_interval(*_: Any) -> None:
+            peaks.append(tracker.peak)
+            tracker.peak = tracker.live
+
+        hooks = [
+            model.blocks[0].register_forward_pre_hook(next_interval),
+            model.output_layer.register_forward_hook(next_interval),
+        ]
+        with _EverythingMasked(), tracker:
+            with compute_context(_CPU, dtype):
+                loss = self_conditioned_nelbo(
+                    model, batch, spec.schedule, condition=passes > 0, passes=max(1, passes)
+                ).loss
+            next_interval()
+            for hook in hooks:  # recomputation would call them
+                hook.remove()
+            kept, tracker.peak = tracker.live, tracker.live
+            loss.backward()
+        return _by_moment(peaks, passes, kept, tracker.peak)
+
+
+def _by_moment(peaks: list[int], passes: int, kept: int, backward: int) -> ActivationBytes:
+    """`peaks` are of: embedding, then for each pass its blocks and its head."""
+    blocks, heads = peaks[1::2], peaks[2::2]
+    assert len(blocks) == len(heads) == passes + 1
+    estimate_blocks, estimate_head = max(blocks[:-1], default=0), max(heads[:-1], default=0)
+    return ActivationBytes(estimate_blocks, estimate_head, blocks[-1], heads[-1], kept, backward)
+
+
+def _make_fake(model: Network, dtype: torch.dtype) -> None:
+    """Replace parameters and buffers of a model on the meta device by fake tensors on the CPU."""
+    rest = torch.float32 if model.config.head_precision == "float32" else dtype
+    gradients = _BlockGradients()
+    for path, module in model.named_modules():
+        own = dtype if path.startswith("blocks.") else rest
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=own))
+            fake.register_post_accumulate_grad_hook(gradients.made(path))
+            module._parameters[name] = fake
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _BlockGradients:
+    """Keeps the weight gradients of one block at a time, as FSDP2 does, which reduces them block by block."""
+
+    def __init__(self) -> None:
+        self._block, self._parameters = "", list[Tensor]()
+
+    def made(self, path: str) -> Callable[[Tensor], None]:
+        """Make the hook for a parameter of the module at `path`, to be called when its gradient is complete."""
+        block = ".".join(path.split(".")[:2]) if path.startswith("blocks.") else "rest"
+
+        def hook(parameter: Tensor) -> None:
+            if block != self._block:
+                for earlier in self._parameters:
+                    earlier.grad = None
+                self._block, self._parameters = block, []
+            self._parameters.append(parameter)
+
+        return hook
+
+
+def _freeze(model: nn.Module, trained_layers: int | None) -> None:
+    """Freeze what a run with adapters or `train.last_layers` does not train."""
+    if trained_layers is None:
+        return
+    for name, parameter in model.named_parameters():
+        added = name.startswith("conditioner.") or ".lora_" in name
+        parameter.requires_grad_(added or (trained_layers > 0 and name.startswith("blocks.")))
+
+
+def _masked_batch(rows: int, length: int, *, labels: bool) -> NoisedBatch:
+    """A batch in which every position is masked, the most that a pass can need."""
+    x = torch.zeros((rows, length), dtype=torch.int64)
+    z, t = torch.full_like(x, _VOCABULARY - 1), torch.ones(rows, dtype=torch.float64)
+    yes = torch.ones(rows, dtype=torch.bool)
+    classes = torch.zeros(rows, dtype=torch.int64) if labels else None
+    return NoisedBatch(x, z, t, torch.ones_like(x, dtype=torch.bool), z, t, yes, labels=classes)

@@ -1,0 +1,193 @@
+"""Memory of a rank: what it holds between steps, and the most that it holds within one.
+
+Memory can peak at six moments of a step. Each is a sum of the training state and of gathered weights (counted,
+`scmdm.planner.sharding`), of activations (measured, `scmdm.planner.activation_memory`) and of the output head's logits
+and gradients (the formulas below). All positions are assumed to be masked: with one sequence per micro-batch some rank
+will meet that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from scmdm.planner.activation_memory import measure_activations
+from scmdm.planner.sharding import (
+    FLOAT32,
+    TrainingState,
+    gathered_weights,
+    gathers_in_compute_dtype,
+    head_width,
+    rank_state,
+)
+from scmdm.planner.workload import Layout, Workload
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes by part at one moment of a step."""
+
+    weights: int = 0
+    gradients: int = 0  # sharded, or whole if the engine keeps them whole
+    moments: int = 0
+    averages: int = 0
+    gathered: int = 0  # whole weights, and the buffers that they arrive in
+    reduced: int = 0  # whole gradients being reduced, and those that accumulate
+    activations: int = 0  # kept for the backward pass, with copies of weights that autocast makes
+    head: int = 0  # logits and gradients of the output head
+    working: int = 0  # within a pass, including recomputed activations
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of rank 0, which holds the most."""
+
+    state: TrainingState
+    steps: dict[str, Moment]  # on the device, by name of the moment
+    host: int  # in host memory (fsdp.offload)
+
+    @property
+    def peak_at(self) -> str:
+        """Name of the moment with the most memory."""
+        return max(self.steps, key=lambda name: self.steps[name].total)
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with the most memory."""
+        return self.steps[self.peak_at]
+
+
+def rank_memory(workload: Workload, layout: Layout) -> RankMemory:
+    """Return the memory of rank 0."""
+    state = rank_state(workload, layout)
+    on_device = TrainingState(0, 0, 0, 0) if layout.offload else state
+    parts = _StepParts(workload, layout, on_device)
+    steps = {
+        "head of the loss pass": parts.head(),
+        "first blocks backward": parts.first_backward(),
+        "last blocks backward": parts.last_backward(),
+        "end of the backward pass": parts.end(),
+        "update": parts.moment(gradients=on_device.gradients),
+    }
+    if workload.passes:
+        steps = {"estimate": parts.estimate(), **steps}
+    return RankMemory(state, steps, state.total if layout.offload else 0)
+
+
+def head_logits(workload: Workload, layout: Layout) -> int:
+    """Bytes of a chunk of logits, with every position masked.
+
+    A GPU has the softmax beside them, both in the dtype of the head. On a CPU everything is computed in place in
+    float32, with a copy in the dtype of the head for the products.
+    """
+    rows = min(layout.tokens(workload), workload.model.head_chunk)
+    width = head_width(workload, layout)
+    per_logit = 2 * width if layout.gpu else FLOAT32 + (width if width < FLOAT32 else 0)
+    return per_logit * rows * workload.vocab_size
+
+
+class _StepParts:
+    """The moments of a step."""
+
+    def __init__(self, workload: Workload, layout: Layout, state: TrainingState) -> None:
+        self._workload, self._layout, self._state = workload, layout, state
+        self._gathered = gathered_weights(workload, layout)
+        # Memory follows from the positions of a rank: slices of many sequences are as good as fewer whole ones.
+        shared = math.gcd(layout.micro_batch_size, layout.context)
+        self._activations = measure_activations(
+            workload.model,
+            rows=layout.micro_batch_size // shared,
+            length=workload.length * shared // layout.context,
+            dtype=layout.dtype,
+            gathered=gathers_in_compute_dtype(layout),
+            passes=workload.passes,
+            trained_layers=workload.trained_layers,
+            gpu=layout.gpu,
+        )
+        accumulates = layout.micro_batches(workload) > 1
+        # Unless they reduce after every micro-batch, engines keep gradients whole, in float32.
+        zero = layout.engine == "deepspeed"
+        trained = sum(parameter.numel for parameter in workload.trained) * FLOAT32
+        whole = trained if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
+        self._accumulated = whole if accumulates else 0
+        self._at_the_end = whole if zero else self._accumulated
+        # DeepSpeed allocates its buffers for the first gradients, and frees them at the update (stage 3: never).
+        self._standing = self._gathered.buckets if accumulates or layout.stage == 3 else 0
+        self._earlier = state.gradients if accumulates and not whole else 0
+        self._block_gradients = sum(p.numel for p in workload.units()[-1] if p.trained) * FLOAT32
+        self._keeps = workload.passes > 0 and not layout.reshard_after_estimate
+
+    def moment(self, **parts: int) -> Moment:
+        """A moment with the training state, except gradients, and these parts."""
+        state = self._state
+        return Moment(weights=state.weights, moments=state.moments, averages=state.averages, **parts)
+
+    def estimate(self) -> Moment:
+        """The last pass that computes the estimate: in its blocks, or in its head."""
+        gathered, found = self._gathered, self._activations
+        logits = head_logits(self._workload, self._layout)
+        in_head = found.estimate_head + logits >= found.estimate_blocks
+        return self.moment(
+            gradients=self._earlier,
+            gathered=gathered.rest + (gathered.blocks if self._keeps else gathered.block) + gathered.buffers,
+            reduced=self._accumulated + self._standing,
+            head=logits if in_head else 0,
+            working=found.estimate_head if in_head else found.estimate_blocks,
+        )
+
+    def head(self) -> Moment:
+        """The loss pass: in its head, with everything kept for the backward pass, or in its last block."""
+        gathered, found = self._gathered, self._activations
+        head = head_logits(self._workload, self._layout) + self._head_gradient(FLOAT32)
+        in_head = found.loss_head + head >= found.loss_blocks
+        most = found.loss_head if in_head else found.loss_blocks
+        return self.moment(
+            gradients=self._earlier,
+            gathered=gathered.rest + (0 if self._keeps else gathered.buffers),  # blocks are freed as the pass proceeds
+            reduced=self._accumulated + self._standing,
+            activations=found.kept,
+            head=head if in_head else 0,
+            working=max(0, most - found.kept),
+        )
+
+    def last_backward(self) -> Moment:
+        """The backward pass of the first layer: all gradients exist, and the activations of one block."""
+        gathered, found = self._gathered, self._activations
+        return self.moment(
+            gradients=self._state.gradients - (self._block_gradients if not gathered.block else 0),
+            gathered=gathered.rest + gathered.block,
+            reduced=self._accumulated + gathered.buckets,
+            activations=found.kept_by_block,
+            working=max(0, found.backward - found.kept),
+        )
+
+    def first_backward(self) -> Moment:
+        """The backward pass of the last layers: hardly any activation has been freed."""
+        gathered, found = self._gathered, self._activations
+        # By the time the second block's gradients are reduced, the first one's activations are freed.
+        on_their_way = max(0, gathered.block_reduction - found.kept_by_block) if not self._accumulated else 0
+        return self.moment(
+            gradients=self._earlier,
+            gathered=gathered.rest + gathered.block + gathered.buffers,
+            reduced=self._accumulated + on_their_way + gathered.buckets,
+            activations=found.kept,
+            head=2 * self._head_gradient(gathered.rest_width),
+            working=max(0, found.backward - found.kept),
+        )
+
+    def end(self) -> Moment:
+        """The last gradients: no activations are left."""
+        gathered = self._gathered
+        reduced = (self._at_the_end or gathered.rest_gradients) + gathered.rest_reduction + gathered.buckets
+        return self.moment(gradients=self._state.gradients, gathered=gathered.rest, reduced=reduced)
+
+    def _head_gradient(self, width: int) -> int:
+        """Bytes of the gradient of the output head's weight."""
+        if self._workload.trained_layers is not None:
+            return 0
+        return self._workload.vocab_size * self._workload.model.width * width

@@ -1,0 +1,94 @@
+"""Private torch API that scmdm uses, in one place: check this file first when torch is upgraded.
+
+Each function names what it uses, why no public API does the same, and the torch version that it was last tested with.
+This module imports torch alone, so that every layer, `scmdm.diffusion` included, may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# `TorchDispatchMode` intercepts all operators, `tree_leaves` lists the tensors in their results. torch documents both
+# for extensions, but their modules are private (torch 2.14).
+__all__ = [
+    "ATTENTION_OPERATORS",
+    "TorchDispatchMode",
+    "addmm_gelu",
+    "constant_under_compile",
+    "fake_tensors",
+    "lerp_all_",
+    "mark_dynamic_rows",
+    "storage_id",
+    "tree_leaves",
+]
+
+# Operators that `scaled_dot_product_attention` dispatches to; they have no public names (torch 2.14).
+ATTENTION_OPERATORS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def addmm_gelu(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
+    """GELU (tanh form) of `x @ weight + bias`, (N, O), computed in the epilogue of the matrix product on a GPU.
+
+    All three tensors have one dtype. Not differentiable. Uses `torch._addmm_activation`; no public function selects
+    cuBLASLt's GELU epilogue (torch 2.14).
+    """
+    return torch._addmm_activation(bias_O, x_NI, weight_IO, use_gelu=True)
+
+
+def constant_under_compile(function: _Function) -> _Function:
+    """Decorator: `torch.compile` calls the function while tracing and treats its result as a constant.
+
+    Sets the attribute that `torch.compiler.assume_constant_result` sets. The public function imports the compiler,
+    which takes a second in every process (torch 2.14).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def mark_dynamic_rows(tensor: Tensor) -> None:
+    """Tell `torch.compile` that dimension 0 varies, so that a new size causes no recompilation where that is possible.
+
+    Uses `torch._dynamo.maybe_mark_dynamic`; the public `mark_dynamic` raises where a size has to be fixed (torch 2.14).
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move each target by the fraction `weight` towards its end, in place and in few kernels.
+
+    Uses `torch._foreach_lerp_`, as torch's optimizers and `torch.optim.swa_utils` do (torch 2.14).
+    """
+    torch._foreach_lerp_(list(targets), list(ends), weight)
+
+
+def fake_tensors() -> contextlib.AbstractContextManager[object]:
+    """Context in which new tensors have shapes, dtypes and devices, but no memory.
+
+    Uses `torch._subclasses.FakeTensorMode`, which `torch.compile` and torch's memory tracker use; there is no public
+    constructor (torch 2.14).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return an identifier of a storage while it exists, also without memory.
+
+    Uses `UntypedStorage._cdata`; `data_ptr` is 0 for storages of fake tensors (torch 2.14).
+    """
+    return storage._cdata
