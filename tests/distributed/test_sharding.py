@@ -109,9 +109,9 @@ def engine_of_one():
 _MEMORY = """
 import resource, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from scmdm.config.model import ModelConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
+from scmdm.models.dit import DiTConfig
 from scmdm.models.network import count_parameters
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine
