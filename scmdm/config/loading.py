@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -51,7 +52,7 @@ def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequ
 def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
     """`schema` with the class of each registry section chosen by the last name given for it."""
     assert dataclasses.is_dataclass(schema)
-    chosen: list[tuple[str, Any, Any]] = []
+    chosen: list[tuple[str, type]] = []
     for field in dataclasses.fields(schema):
         rules = rules_of(field)
         if rules is None or rules.registry is None:
@@ -72,11 +73,19 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
         section_schema = rules.registry.schema(names[-1])
-        default = dataclasses.field(default_factory=section_schema, metadata=field.metadata)
-        chosen.append((field.name, section_schema, default))
-    if not chosen:
-        return schema
-    return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+        if field.default_factory is dataclasses.MISSING or type(field.default_factory()) is not section_schema:
+            chosen.append((field.name, section_schema))
+    return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
+
+
+@functools.cache  # equal configurations have the same class
+def _with_sections(schema: type, chosen: tuple[tuple[str, type], ...]) -> type:
+    """A subclass of `schema` in which each chosen section has the given class."""
+    metadata = {field.name: field.metadata for field in dataclasses.fields(schema)}
+    fields = [
+        (name, section, dataclasses.field(default_factory=section, metadata=metadata[name])) for name, section in chosen
+    ]
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
 
 
 def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -74,3 +74,11 @@ def test_help_has_the_keys_of_each_name():
     lines = [line.split()[0] if "with" not in line else line.strip() for line in describe_keys(Required).splitlines()]
     expected = ["shape.name=required", "with shape.name=circle:", "shape.radius=1.0"]
     assert lines == [*expected, "with shape.name=square:", "shape.side=a"]
+
+
+@pytest.mark.parametrize("name", ["circle", "square"])
+def test_a_configuration_equals_its_resolved_copy(name, tmp_path):
+    found = load_config(Drawing, None, [f"shape.name={name}"])
+    (tmp_path / "copy.yaml").write_text(to_yaml(found))
+    assert load_config(Drawing, tmp_path / "copy.yaml") == found
+    assert load_config(Drawing, None, ["shape.name=circle"]) == load_config(Drawing, None)
