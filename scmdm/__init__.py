@@ -9,7 +9,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
-    # torch takes seconds to import: `scmdm --help` does without it.
+    # Imported on use: torch takes seconds to import, and `scmdm --help` does not need it.
     if name == "load":
         from scmdm.sampling.generation import load
 

@@ -4,5 +4,5 @@ import sys
 
 from scmdm.cli import main
 
-if __name__ == "__main__":  # worker processes import this file, too
+if __name__ == "__main__":  # spawned worker processes import this module
     sys.exit(main())

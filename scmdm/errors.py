@@ -1,17 +1,17 @@
-"""The one exception that a user's mistake raises."""
+"""Exceptions for mistakes of the user."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a key, a file, a combination.
+    """A mistake in the user's input: a key, a file, or a combination of them.
 
-    The message is one line that names the key or file, what was found, what was expected and what to do.
-    The command line prints it without a traceback and exits with `status`.
+    The message is one line that names the key or file, the value found, the values allowed and the remedy. The command
+    line prints it without a traceback and exits with `status`.
     """
 
     status = 1
 
 
 class InUseError(UserError):
-    """What the user gave belongs to another run that is alive. A job script must not try again at once."""
+    """A directory is in use by another running process. A job script must not retry immediately."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h

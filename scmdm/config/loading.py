@@ -1,9 +1,10 @@
-"""From a YAML file and `key=value` overrides to a checked data class."""
+"""Load a configuration from a YAML file and `key=value` overrides into a checked dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -19,12 +20,12 @@ Schema = TypeVar("Schema")
 
 
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
-    """Merge defaults < YAML file < overrides into an instance of the data class `schema`.
+    """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
     A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
-    wrong type, a value outside an enumeration, or a mandatory key that nobody set. If `schema` has a method
+    wrong type or out of bounds, a renamed key, or a mandatory key that is not set. If `schema` has a method
     `validate`, it is called last and may raise UserError for impossible combinations.
     """
     layers = [(f"in {file}", content) for file, content in _read_chain(path)] if path is not None else []
@@ -32,7 +33,7 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
-    """A configuration with `key=value` overrides; `where` says in errors where they stand. Raises as `load_config`."""
+    """Apply `key=value` overrides to a configuration. Errors, as in `load_config`, say that they stand `where`."""
     assert dataclasses.is_dataclass(config)
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
     return _merged(type(config), [("in the configuration", _literal(content))], overrides, where)
@@ -49,9 +50,9 @@ def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequ
 
 
 def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
-    """`schema` in which each section of a registry has the class of its name, the last one given."""
+    """`schema` with the class of each registry section chosen by the last name given for it."""
     assert dataclasses.is_dataclass(schema)
-    chosen: list[tuple[str, Any, Any]] = []
+    chosen: list[tuple[str, type]] = []
     for field in dataclasses.fields(schema):
         rules = rules_of(field)
         if rules is None or rules.registry is None:
@@ -72,11 +73,19 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
         section_schema = rules.registry.schema(names[-1])
-        default = dataclasses.field(default_factory=section_schema, metadata=field.metadata)
-        chosen.append((field.name, section_schema, default))
-    if not chosen:
-        return schema
-    return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+        if field.default_factory is dataclasses.MISSING or type(field.default_factory()) is not section_schema:
+            chosen.append((field.name, section_schema))
+    return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
+
+
+@functools.cache  # equal configurations have the same class
+def _with_sections(schema: type, chosen: tuple[tuple[str, type], ...]) -> type:
+    """A subclass of `schema` in which each chosen section has the given class."""
+    metadata = {field.name: field.metadata for field in dataclasses.fields(schema)}
+    fields = [
+        (name, section, dataclasses.field(default_factory=section, metadata=metadata[name])) for name, section in chosen
+    ]
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
 
 
 def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -101,7 +110,7 @@ def _names_of(schema: Any) -> set[str]:
 
 
 def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:
-    """What overrides say of a section as a whole, or of the name that selects its class."""
+    """Values that overrides give to a section as a whole, or to the name that selects its class."""
     for override in overrides:
         key, _, value = override.partition("=")
         if key == f"{field}.{selector}":
@@ -111,9 +120,9 @@ def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterato
 
 
 def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
-    """As `load_config`, from keys that came some other way; `where` says which in errors, as in "in the request".
+    """Check keys that come from elsewhere than a file, as `load_config` does.
 
-    Text stands for itself: nothing in it is interpolated.
+    Errors say that the keys stand `where`, as in "in the request". Text is taken literally, without interpolation.
     """
     return _merged(schema, [(where, _literal(content))], (), where)
 
@@ -130,7 +139,7 @@ def _checked(schema: type[Schema], config: DictConfig) -> Schema:
 
 def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` goes round in a circle; remove one of the `extends` lines")
+        raise UserError(f"{path}: `extends` forms a cycle; remove one of the `extends` lines")
     content = _read_yaml(path)
     parent = content.pop("extends", None)
     if parent is None:
@@ -169,7 +178,7 @@ def _parse_override(override: str, schema: type) -> dict[str, Any]:
 
 
 def _text_of(schema: type, key: str, value: str) -> str | None:
-    """The value as it stands, if `key` is a text: `prompt=[NH3+]CC` and `prompt=NO` are no YAML. None otherwise."""
+    """The literal value of a string key, as `prompt=[NH3+]CC` and `prompt=NO` are not meant as YAML; else None."""
     hint: Any = schema
     for part in key.split("."):
         fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
@@ -183,7 +192,7 @@ def _text_of(schema: type, key: str, value: str) -> str | None:
 
 
 def _literal(value: Any) -> Any:
-    """The same keys and texts, without interpolation."""
+    """Escape interpolations in all strings of a value."""
     if isinstance(value, dict):
         return {key: _literal(child) for key, child in value.items()}
     return value.replace("${", r"\${") if isinstance(value, str) else value
@@ -276,19 +285,19 @@ def _to_object(config: DictConfig) -> object:
         raise UserError(
             f"key `{key}` is not set; give it in the YAML file or as {key}=... on the command line"
         ) from error
-    except OmegaConfBaseException as error:  # such as an interpolation of what is not there
+    except OmegaConfBaseException as error:  # such as an interpolation of a missing key
         key = getattr(error, "full_key", None) or "?"
         raise UserError(f"key `{key}` cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
 def to_yaml(config: object) -> str:
-    """The resolved configuration as YAML, every key written out."""
+    """The configuration as YAML, with every key."""
     assert dataclasses.is_dataclass(config)
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values."""
+    """Flatten nested keys to dotted ones."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):

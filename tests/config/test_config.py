@@ -116,7 +116,7 @@ def test_files(tmp_path):
         ("list.yaml", "- 1\n", "holds a list"),
         ("key.yaml", "trian:\n  steps: 3\n", r"unknown key `trian` .*key\.yaml; did you mean `train`"),
         ("extends.yaml", "extends: 3\n", "extends=3 in .*must be the name of one YAML file"),
-        ("loop.yaml", "extends: loop.yaml\n", "goes round in a circle"),
+        ("loop.yaml", "extends: loop.yaml\n", "forms a cycle"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from scmdm.config.fields import key
+from scmdm.config.fields import describe_keys, key
 from scmdm.config.loading import load_config, read_config, to_yaml, with_overrides
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
@@ -68,3 +68,17 @@ def test_mistakes_name_the_key(schema, overrides, named):
     with pytest.raises(UserError) as error:
         load_config(schema, None, overrides)
     assert named in str(error.value)
+
+
+def test_help_has_the_keys_of_each_name():
+    lines = [line.split()[0] if "with" not in line else line.strip() for line in describe_keys(Required).splitlines()]
+    expected = ["shape.name=required", "with shape.name=circle:", "shape.radius=1.0"]
+    assert lines == [*expected, "with shape.name=square:", "shape.side=a"]
+
+
+@pytest.mark.parametrize("name", ["circle", "square"])
+def test_a_configuration_equals_its_resolved_copy(name, tmp_path):
+    found = load_config(Drawing, None, [f"shape.name={name}"])
+    (tmp_path / "copy.yaml").write_text(to_yaml(found))
+    assert load_config(Drawing, tmp_path / "copy.yaml") == found
+    assert load_config(Drawing, None, ["shape.name=circle"]) == load_config(Drawing, None)
