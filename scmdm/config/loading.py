@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -51,7 +52,7 @@ def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequ
 def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
     """`schema` in which each section of a registry has the class of its name, the last one given."""
     assert dataclasses.is_dataclass(schema)
-    chosen: list[tuple[str, Any, Any]] = []
+    chosen: list[tuple[str, type]] = []
     for field in dataclasses.fields(schema):
         rules = rules_of(field)
         if rules is None or rules.registry is None:
@@ -71,12 +72,20 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
             raise UserError(
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
-        section_schema = rules.registry.schema(names[-1])
-        default = dataclasses.field(default_factory=section_schema, metadata=field.metadata)
-        chosen.append((field.name, section_schema, default))
-    if not chosen:
-        return schema
-    return cast(type[Schema], dataclasses.make_dataclass(schema.__name__, chosen, bases=(schema,)))
+        chosen.append((field.name, rules.registry.schema(names[-1])))
+    return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
+
+
+@cache  # equal configurations have one class, or they would not compare equal
+def _with_sections(schema: type, sections: tuple[tuple[str, type], ...]) -> type:
+    """Subclass of a configuration class whose sections have the given classes."""
+    assert dataclasses.is_dataclass(schema)
+    metadata = {field.name: field.metadata for field in dataclasses.fields(schema)}
+    fields = [
+        (name, section, dataclasses.field(default_factory=section, metadata=metadata[name]))
+        for name, section in sections
+    ]
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
 
 
 def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
