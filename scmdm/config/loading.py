@@ -72,7 +72,9 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
             raise UserError(
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
-        chosen.append((field.name, rules.registry.schema(names[-1])))
+        section_schema = rules.registry.schema(names[-1])
+        if section_schema is not field.default_factory:
+            chosen.append((field.name, section_schema))
     return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
 
 
