@@ -40,7 +40,7 @@ def genomes(place, letters, empty_yaml, *keys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, empty_yaml):
-    return genomes(tmp_path_factory.mktemp("labels"), LETTERS, empty_yaml, "species_from=file")
+    return genomes(tmp_path_factory.mktemp("labels"), LETTERS, empty_yaml, "source.species_from=file")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     decoder = ["model.kind=decoder", "model.labels=true"]
     assert main(["train", str(empty_yaml), *keys, f"data.path={molecules}", *decoder]) == 1
     assert "unknown key `model.condition_width`" in capsys.readouterr().err
-    other = genomes(tmp_path / "other", {"cold": "CG", "hot": "AT"}, empty_yaml, "species_from=file")
+    other = genomes(tmp_path / "other", {"cold": "CG", "hot": "AT"}, empty_yaml, "source.species_from=file")
     adaptation = [*ADAPTED, f"run_dir={tmp_path / 'run'}", f"base={labelled}", "train.steps=2"]
     capsys.readouterr()
     assert main(["adapt", str(empty_yaml), *adaptation, f"data.path={other}", "self_conditioning.rate=1"]) == 1

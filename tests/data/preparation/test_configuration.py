@@ -101,6 +101,11 @@ def test_selecting_another_name_drops_the_keys_that_it_lacks(tmp_path):
         load_config(PrepareConfig, path)
 
 
+def test_equal_configurations_compare_equal():
+    first, second = (load_config(PrepareConfig, ROOT / "configs/data/qm9.yaml", ["limit=3"]) for _ in range(2))
+    assert first == second != load_config(PrepareConfig, ROOT / "configs/data/qm9_selfies.yaml", ["limit=3"])
+
+
 def test_a_flat_file_is_refused(tmp_path, capsys):
     path = tmp_path / "flat.yaml"
     path.write_text("out: data\nsource: genomes\npath: g\ntokenizer: dna\nlength: 16\n")
