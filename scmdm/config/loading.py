@@ -67,14 +67,14 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
                 )
         names = [section[rules.selector] for section in sections if rules.selector in section]
         if not names and field.default_factory is not dataclasses.MISSING:
-            continue  # the default's class
+            chosen.append((field.name, type(field.default_factory())))
+            continue
         if not names:
             raise UserError(
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
         section_schema = rules.registry.schema(names[-1])
-        if field.default_factory is dataclasses.MISSING or type(field.default_factory()) is not section_schema:
-            chosen.append((field.name, section_schema))
+        chosen.append((field.name, section_schema))
     return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
 
 
