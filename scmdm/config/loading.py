@@ -73,7 +73,8 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
                 f"key `{rules.registry.key}` is not set; it must be one of {', '.join(rules.registry.names)}"
             )
         section_schema = rules.registry.schema(names[-1])
-        if section_schema is not field.default_factory:
+        factory = field.default_factory
+        if factory is dataclasses.MISSING or type(factory()) is not section_schema:
             chosen.append((field.name, section_schema))
     return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
 
@@ -102,13 +103,13 @@ def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator
                 continue
             name = selected[field.name] = section.get(rules.selector, selected.get(field.name))
             if name is not None:
-                lacking = _names_of(rules.registry.schema(name)) - _names_of(field.default_factory)
+                lacking = _names_of(rules.registry.schema(name)) - _names_of(field.default_factory())
                 kept[field.name] = {key: value for key, value in section.items() if key not in lacking}
         yield place, kept
 
 
-def _names_of(schema: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(schema)}
+def _names_of(section: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}
 
 
 def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:
