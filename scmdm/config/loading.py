@@ -102,7 +102,7 @@ def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator
             if rules is None or rules.registry is None or not isinstance(section, dict):
                 continue
             name = selected[field.name] = section.get(rules.selector, selected.get(field.name))
-            if name is not None:
+            if name is not None and field.default_factory is not dataclasses.MISSING:
                 lacking = _names_of(rules.registry.schema(name)) - _names_of(field.default_factory())
                 kept[field.name] = {key: value for key, value in section.items() if key not in lacking}
         yield place, kept
