@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 from scmdm.cli import COMMANDS
 from scmdm.config.arguments import Command, make_parser
 from scmdm.config.fields import Key, rules_of, section_of
-from scmdm.domains.registry import DOMAINS
+from scmdm.domains.domain_registry import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 

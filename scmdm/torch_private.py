@@ -1,7 +1,7 @@
 """Private torch API that scmdm uses, in one place: check this file first when torch is upgraded.
 
 Each function names what it uses, why no public API does the same, and the torch version that it was last tested with.
-This module imports torch alone, so that every layer, `scmdm.diffusion` included, may import it.
+It imports torch alone, so that every layer but `scmdm.diffusion`, which uses public API only, may import it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ __all__ = [
     "constant_under_compile",
     "fake_tensors",
     "lerp_all_",
-    "mark_dynamic_rows",
     "storage_id",
     "tree_leaves",
 ]
@@ -57,14 +56,6 @@ def constant_under_compile(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def mark_dynamic_rows(tensor: Tensor) -> None:
-    """Tell `torch.compile` that dimension 0 varies, so that a new size causes no recompilation where that is possible.
-
-    Uses `torch._dynamo.maybe_mark_dynamic`; the public `mark_dynamic` raises where a size has to be fixed (torch 2.14).
-    """
-    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:

@@ -20,7 +20,7 @@ from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.convert.importer import BESIDE, CONDITIONER_FILE
-from scmdm.convert.layout import Layout, check_writable
+from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
 from scmdm.data.tokenizers import HuggingFaceTokenizer
@@ -47,7 +47,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     Raises UserError when the layout `config.format` cannot represent the model.
     """
     stored = open_model(find_model(path))
-    layout: Layout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
+    layout: PublishedLayout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
     if layout is not None:
         check_writable(layout, stored.spec.model)
     if config.format == "peft" and not stored.spec.model.lora_rank:
@@ -118,7 +118,7 @@ def _write_tokenizer(stored: StoredModel, to: Path) -> None:
         atomic_write_text(to / "tokenizer.json", json.dumps(stored.tokenizer.pipeline, ensure_ascii=False) + "\n")
 
 
-def _write_published(stored: StoredModel, layout: Layout, to: Path, config: ExportConfig, limit: int) -> None:
+def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, config: ExportConfig, limit: int) -> None:
     spec, beside = stored.spec, to / BESIDE
     beside.mkdir()
     _write_description(stored, beside)
@@ -131,7 +131,9 @@ def _write_published(stored: StoredModel, layout: Layout, to: Path, config: Expo
         write_shards(beside / CONDITIONER_FILE, own, limit=2**63)
 
 
-def _published_weights(stored: StoredModel, layout: Layout, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
+def _published_weights(
+    stored: StoredModel, layout: PublishedLayout, config: ExportConfig
+) -> Iterator[tuple[str, Tensor]]:
     for name, value in _weights(stored, config):
         if not name.startswith(_CONDITIONER):
             yield layout.published_name(name), value

@@ -19,8 +19,8 @@ from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, Layout, find_layout
-from scmdm.convert.published_files import SINGLE_FILE, Source, open_source
+from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
+from scmdm.convert.published_files import SINGLE_FILE, PublishedFiles, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer, open_model_tokenizer
@@ -51,7 +51,7 @@ class _ImportPlan:
     spec: ModelSpec
     manifest: Manifest
     tokenizer_file: Path
-    conditioner: Source | None
+    conditioner: PublishedFiles | None
     mask_row: bool  # add a row for the mask to embedding and head
     notes: tuple[str, ...]
 
@@ -92,7 +92,7 @@ def _restored(beside: Path) -> _ImportPlan:
     return _ImportPlan(spec, manifest, beside / name, conditioner, mask_row=False, notes=())
 
 
-def _new(source: Source, layout: Layout, config: ImportConfig, place: Path) -> _ImportPlan:
+def _new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, place: Path) -> _ImportPlan:
     """Plan for a model of another project; saves its tokenizer in `place`."""
     model = _overridden(layout.architecture(source), config)
     rows = source.tensors.shapes()[layout.published_name(EMBEDDING)][0]
@@ -121,7 +121,7 @@ def _overridden(model: ModelConfig, config: ImportConfig) -> ModelConfig:
     return dataclasses.replace(model, **given)
 
 
-def _length(source: Source) -> int:
+def _length(source: PublishedFiles) -> int:
     saved = source.config.get("model")
     nested = saved.get("length") if isinstance(saved, dict) else None
     for value in (source.config.get("model_length"), nested):
@@ -130,7 +130,7 @@ def _length(source: Source) -> int:
     raise UserError(f"{source.path} does not state the length of a sample; give length=NUMBER")
 
 
-def _tokenizer(source: Source, config: ImportConfig, rows: int) -> tuple[Tokenizer, list[str]]:
+def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple[Tokenizer, list[str]]:
     """Tokenizer with the model's mask, and notes. It has an id per row of the embedding, or one more for the mask."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
@@ -144,7 +144,7 @@ def _tokenizer(source: Source, config: ImportConfig, rows: int) -> tuple[Tokeniz
     return tokenizer, [f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}"]
 
 
-def _known_mask(source: Source) -> int | None:
+def _known_mask(source: PublishedFiles) -> int | None:
     value = source.config.get("mask_token_id")
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise UserError(
@@ -153,7 +153,7 @@ def _known_mask(source: Source) -> int | None:
     return value
 
 
-def _check_shapes(source: Source, names: dict[str, str], plan: _ImportPlan) -> int:
+def _check_shapes(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -> int:
     """Compare names and shapes with the architecture and return the number of parameters. Raises UserError."""
     expected = {name: value.shape for name, value in plan.spec.build().named_parameters()}
     shapes = source.tensors.shapes()
@@ -169,7 +169,7 @@ def _imported_shape(ours: str, shape: torch.Size, plan: _ImportPlan) -> torch.Si
     return torch.Size((shape[0] + 1, *shape[1:])) if grows else shape
 
 
-def _weights(source: Source, names: dict[str, str], plan: _ImportPlan) -> Iterator[tuple[str, Tensor]]:
+def _weights(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -> Iterator[tuple[str, Tensor]]:
     """Iterate over our names and tensors, file by file."""
     for group in source.tensors.groups():
         wanted = [name for name in group if name in names]

@@ -15,7 +15,7 @@ from torch import Tensor
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.model import ModelConfig
-from scmdm.convert.published_files import Source
+from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec
 
@@ -29,7 +29,7 @@ def _no_tensors(_: ModelConfig) -> Iterable[tuple[str, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PublishedLayout:
     """How a published model names its tensors and describes its architecture.
 
     Attributes:
@@ -50,8 +50,8 @@ class Layout:
     name: str
     kind: str
     published_name: Callable[[str], str]
-    recognises: Callable[[Source], bool]
-    architecture: Callable[[Source], ModelConfig]
+    recognises: Callable[[PublishedFiles], bool]
+    architecture: Callable[[PublishedFiles], ModelConfig]
     describe: Callable[[ModelConfig, int, int, int], dict[str, Any]]
     unsupported: Callable[[ModelConfig], str | None]
     derived: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ def parameter_names(config: ModelConfig) -> list[str]:
 
 
 def renamed(block: Mapping[str, str], blocks: str, outer: Mapping[str, str]) -> Callable[[str], str]:
-    """Make `Layout.published_name` from tables.
+    """Make `PublishedLayout.published_name` from tables.
 
     `block` maps modules of a block, `blocks` is the published prefix of all blocks, `outer` maps other parameters.
     """
@@ -90,17 +90,17 @@ def renamed(block: Mapping[str, str], blocks: str, outer: Mapping[str, str]) -> 
     return published_name
 
 
-def find_layout(source: Source, name: str) -> Layout:
+def find_layout(source: PublishedFiles, name: str) -> PublishedLayout:
     """Return the layout called `name`, or, for "auto", the one that recognises the source.
 
     Raises UserError when there is none.
     """
     if name != "auto":
-        layout: Layout = LAYOUTS.load(name)
+        layout: PublishedLayout = LAYOUTS.load(name)
         return layout
     for candidate in map(LAYOUTS.load, LAYOUTS.names):
         if candidate.recognises(source):
-            found: Layout = candidate
+            found: PublishedLayout = candidate
             return found
     example = next(iter(source.tensors.shapes()), "no tensor")
     raise UserError(
@@ -109,7 +109,7 @@ def find_layout(source: Source, name: str) -> Layout:
     )
 
 
-def check_writable(layout: Layout, config: ModelConfig) -> None:
+def check_writable(layout: PublishedLayout, config: ModelConfig) -> None:
     """Raise UserError when a layout cannot represent a model."""
     if config.kind != layout.kind:
         fitting = "|".join(name for name in LAYOUTS.names if LAYOUTS.load(name).kind == config.kind)

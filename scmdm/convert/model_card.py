@@ -8,7 +8,7 @@ from dataclasses import asdict
 import yaml
 
 from scmdm.config.conversion import ExportConfig
-from scmdm.convert.layout import Layout
+from scmdm.convert.layout import PublishedLayout
 from scmdm.models.model_files import StoredModel
 from scmdm.models.network import count_parameters
 
@@ -16,7 +16,7 @@ _RUN_CONFIG = "config.yaml"  # in a checkpoint
 _SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
 
 
-def model_card(stored: StoredModel, config: ExportConfig, layout: Layout | None) -> str:
+def model_card(stored: StoredModel, config: ExportConfig, layout: PublishedLayout | None) -> str:
     """Return Markdown with the front matter of the Hugging Face hub. `layout` is that of a published format."""
     spec, model = stored.spec, stored.spec.model
     adapted = "self-conditioned" if model.self_conditioned else "vanilla"
@@ -51,7 +51,7 @@ def _description(stored: StoredModel) -> str:
     return "\n".join(lines)
 
 
-def _loading(stored: StoredModel, config: ExportConfig, layout: Layout | None) -> str:
+def _loading(stored: StoredModel, config: ExportConfig, layout: PublishedLayout | None) -> str:
     if config.format == "scmdm":
         return '```python\nimport scmdm\n\nloaded = scmdm.load("THIS DIRECTORY")\n```'
     if config.format == "peft":

@@ -6,14 +6,14 @@ import re
 
 import torch
 
-from scmdm.convert.published_files import Source
+from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 
 
 class PublishedConfig:
     """Values of a published configuration; each method raises UserError that names the key and the value found."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: PublishedFiles) -> None:
         self._path, self._content = source.path, source.config
 
     def number(self, key: str, default: float | None, low: float, high: float) -> float:
@@ -45,7 +45,7 @@ class PublishedConfig:
             raise UserError(f"{self._path}: {key}={value!r} in its configuration; scmdm implements only {names}")
 
 
-def count_blocks(source: Source, pattern: str) -> int:
+def count_blocks(source: PublishedFiles, pattern: str) -> int:
     """Count the blocks by the names of tensors. Raises UserError unless they are numbered 0, 1, 2, ..."""
     numbers = {int(found[1]) for name in source.tensors.shapes() if (found := re.match(pattern, name))}
     if numbers != set(range(len(numbers))) or not numbers:
@@ -55,7 +55,7 @@ def count_blocks(source: Source, pattern: str) -> int:
     return len(numbers)
 
 
-def matrix_shape(source: Source, name: str) -> torch.Size:
+def matrix_shape(source: PublishedFiles, name: str) -> torch.Size:
     """Shape of a published matrix. Raises UserError when it is missing, empty or no matrix."""
     shape = source.tensors.shapes().get(name)
     if shape is None or len(shape) != 2 or 0 in shape:

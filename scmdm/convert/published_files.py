@@ -36,7 +36,7 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedFiles:
     """A published model: its configuration (empty if it has none) and its tensors."""
 
     path: Path
@@ -44,18 +44,20 @@ class Source:
     tensors: Tensors
 
 
-def open_source(path: Path, weights: str) -> Source:
+def open_source(path: Path, weights: str) -> PublishedFiles:
     """Open a directory of safetensors files with `config.json`, one safetensors file, or a Lightning checkpoint.
 
     `weights` ("ema" or "raw") applies to Lightning checkpoints: see `checkpoint_weights`. Raises UserError for a file
     that cannot be read safely.
     """
     if path.is_dir():
-        return Source(path, read_json(path / CONFIG_FILE, required=False), _Files(path, _files_of(path)))
+        return PublishedFiles(path, read_json(path / CONFIG_FILE, required=False), _Files(path, _files_of(path)))
     if path.suffix == ".safetensors":
-        return Source(path, read_json(path.parent / CONFIG_FILE, required=False), _Files(path.parent, [path.name]))
+        return PublishedFiles(
+            path, read_json(path.parent / CONFIG_FILE, required=False), _Files(path.parent, [path.name])
+        )
     content = read_checkpoint(path)
-    return Source(path, hyper_parameters(content), _Loaded(checkpoint_weights(path, content, weights)))
+    return PublishedFiles(path, hyper_parameters(content), _Loaded(checkpoint_weights(path, content, weights)))
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:

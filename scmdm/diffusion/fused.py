@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from scmdm.torch_private import mark_dynamic_rows
-
 _T = TypeVar("_T")
 
 
@@ -31,7 +29,8 @@ def can_fuse() -> bool:
 def fused(function: Callable[..., _T]) -> Callable[..., _T]:
     """Decorator: compile a function of tensors on its first call on a GPU; elsewhere run it as it is.
 
-    Gradients do not flow through it. It is compiled again only where a dimension changes between 1 and more.
+    Gradients do not flow through it. torch treats a dimension as variable from its first change on, so that it compiles
+    once more at most for each dimension that varies.
     """
     compiled: Any = None
 
@@ -42,8 +41,6 @@ def fused(function: Callable[..., _T]) -> Callable[..., _T]:
             return function(*arguments)
         if compiled is None:  # lazily: importing the compiler takes a second
             compiled = torch.compile(function)
-        for tensor in arguments:
-            mark_dynamic_rows(tensor)
         with torch.no_grad():  # autograd's state is part of what is compiled
             result: _T = compiled(*arguments)
         return result

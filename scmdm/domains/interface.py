@@ -1,8 +1,8 @@
 """The interface between evaluation and the domains: what a domain provides, and what it is given.
 
 A domain is one folder of `scmdm.domains`: `domain.py` (the class), `config.py` (its keys in the section `metrics`),
-`metrics.py` and `figures.py`. It is registered in `scmdm.domains.registry`; other packages register theirs by an entry
-point of the group `scmdm.domains`.
+`metrics.py` and `figures.py`. It is registered in `scmdm.domains.domain_registry`; other packages register theirs by an
+entry point of the group `scmdm.domains`.
 
 Legend: N samples, L sequence length.
 """

@@ -17,8 +17,8 @@ from scmdm.config.evaluation import EvaluateConfig
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
 from scmdm.domains.interface import Domain, EvaluationSettings
-from scmdm.domains.registry import domain_of, load_domain, metrics_config
 from scmdm.errors import UserError
 from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.zero_shot import read_texts, zero_shot

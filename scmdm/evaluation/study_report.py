@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.domains.domain_registry import load_domain
 from scmdm.domains.interface import Domain, Metric
 from scmdm.domains.plotting import COLOURS
-from scmdm.domains.registry import load_domain
 from scmdm.errors import UserError
 from scmdm.evaluation.comparison import (
     IntervalsByMetric,

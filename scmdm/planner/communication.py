@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
-from scmdm.planner.workload import Layout, Workload
+from scmdm.planner.workload import ParallelLayout, Workload
 
 ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step
 
@@ -33,14 +33,14 @@ class Collective:
         return rounds * self.size * self.times * (self.ranks - 1) // self.ranks
 
 
-def step_collectives(workload: Workload, layout: Layout) -> tuple[Collective, ...]:
+def step_collectives(workload: Workload, layout: ParallelLayout) -> tuple[Collective, ...]:
     """Return the collectives of one step in the order of its parts."""
     found = {"single": lambda *_: [], "fsdp2": _fsdp, "deepspeed": _zero}[layout.engine](workload, layout)
     found += _context(workload, layout)
     return tuple(one for one in found if one.ranks > 1 and one.times)
 
 
-def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
+def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     weights, layers = gathered_weights(workload, layout), workload.model.layers
     shards, batches = layout.shards, layout.micro_batches(workload)
     block = weights.blocks // layers
@@ -63,7 +63,7 @@ def _fsdp(workload: Workload, layout: Layout) -> list[Collective]:
     return found
 
 
-def _zero(workload: Workload, layout: Layout) -> list[Collective]:
+def _zero(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     if layout.stage == 3:
         return _zero_3(workload, layout)
     ranks = layout.ranks
@@ -76,7 +76,7 @@ def _zero(workload: Workload, layout: Layout) -> list[Collective]:
     ]
 
 
-def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
+def _zero_3(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     ranks, batches = layout.ranks, layout.micro_batches(workload)
     padded = {p: -(-p.numel // ranks) * ranks for p in workload.parameters}
     width = {p: layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
@@ -98,7 +98,7 @@ def _zero_3(workload: Workload, layout: Layout) -> list[Collective]:
     ]
 
 
-def _context(workload: Workload, layout: Layout) -> list[Collective]:
+def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     """Two all-to-alls around the attention of every block: queries, keys and values together, then the result."""
     if layout.context == 1:
         return []

@@ -12,7 +12,7 @@ from scmdm.models.flops import StepFlops, step_flops
 from scmdm.planner.communication import BACKWARD, ESTIMATE, LOSS, UPDATE, Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
 from scmdm.planner.sharding import rank_state
-from scmdm.planner.workload import Layout, Workload
+from scmdm.planner.workload import ParallelLayout, Workload
 
 _DAY = 86_400
 
@@ -61,7 +61,7 @@ class StepTime:
         return self.flops.total / self.seconds / self.peak_flops
 
 
-def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> StepTime:
+def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> StepTime:
     """Model one optimizer step, without data loading, validation and checkpoints."""
     per_sequence = step_flops(
         workload.model,
@@ -96,7 +96,7 @@ def step_time(workload: Workload, layout: Layout, cluster: Cluster, assumed: Ass
     return StepTime(parts, workload.global_batch * workload.length, flops, peak)
 
 
-def collective_seconds(one: Collective, cluster: Cluster, layout: Layout, assumed: Assumptions) -> float:
+def collective_seconds(one: Collective, cluster: Cluster, layout: ParallelLayout, assumed: Assumptions) -> float:
     """Seconds of all repetitions of a collective: latency of the ring's steps, and bytes over the slowest link.
 
     Between nodes, the network adapters of all ranks of the group on a node are used together.
@@ -114,14 +114,14 @@ def collective_seconds(one: Collective, cluster: Cluster, layout: Layout, assume
     return one.times * latency + one.sent / (bandwidth * assumed.link_efficiency)
 
 
-def _placement(one: Collective, cluster: Cluster, layout: Layout) -> tuple[int, int]:
+def _placement(one: Collective, cluster: Cluster, layout: ParallelLayout) -> tuple[int, int]:
     """Number of nodes that a group spans, and of its ranks on one node."""
     stride = layout.shards if one.group == "replicate" else 1
     together = max(1, min(one.ranks, cluster.gpus_per_node // stride))
     return -(-one.ranks // together), together
 
 
-def _seconds(collectives: list[Collective], cluster: Cluster, layout: Layout, assumed: Assumptions) -> float:
+def _seconds(collectives: list[Collective], cluster: Cluster, layout: ParallelLayout, assumed: Assumptions) -> float:
     """Seconds of collectives: kinds of groups overlap, collectives of one kind run one after the other."""
     groups: dict[str, float] = {}
     for one in collectives:
@@ -129,7 +129,7 @@ def _seconds(collectives: list[Collective], cluster: Cluster, layout: Layout, as
     return max(groups.values(), default=0.0)
 
 
-def _update_seconds(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> float:
+def _update_seconds(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> float:
     """Seconds of the optimizer's update, which is bound by memory bandwidth.
 
     Gradients are read for their norm, scaled and read again; weights, moments and averages are read and written.
@@ -140,7 +140,9 @@ def _update_seconds(workload: Workload, layout: Layout, cluster: Cluster, assume
     return moved / (assumed.host_bandwidth if layout.offload else bandwidth)
 
 
-def _host_seconds(part: str, workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> float:
+def _host_seconds(
+    part: str, workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions
+) -> float:
     """Seconds of copies between host and device under fsdp.offload: shards before each gather, gradients back."""
     if not layout.offload:
         return 0.0

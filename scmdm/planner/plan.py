@@ -18,7 +18,7 @@ from scmdm.models.model_files import ModelSpec, StoredModel, open_model
 from scmdm.planner.communication import Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
 from scmdm.planner.search import Candidate, Found, evaluate, impossible_because, search
-from scmdm.planner.workload import Layout, Workload, make_layout, make_workload
+from scmdm.planner.workload import ParallelLayout, Workload, make_layout, make_workload
 from scmdm.training.setup import resolve_config
 
 _NO_DATA = "(none: --length and --vocab)"
@@ -52,7 +52,7 @@ class Plan:
     workload: Workload
     cluster: Cluster
     assumed: Assumptions
-    configured: Layout
+    configured: ParallelLayout
     as_configured: Candidate | None  # None: the run would refuse to start
     refused: str | None  # the reason
     found: Found

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from scmdm.planner.plan import Plan
 from scmdm.planner.search import Candidate, usable_memory
-from scmdm.planner.workload import Layout
+from scmdm.planner.workload import ParallelLayout
 
 _GIB, _GB = 2**30, 1e9
 NOTE = (
@@ -65,7 +65,7 @@ def _candidate_json(plan: Plan, candidate: Candidate | None) -> dict[str, Any] |
     }
 
 
-def settings(layout: Layout, plan: Plan) -> dict[str, str | int | bool]:
+def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
     """Return a layout as configuration keys, without those of other engines."""
     own: dict[str, str | int | bool] = {
         "engine": layout.engine,

@@ -9,7 +9,7 @@ will meet that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from scmdm.planner.activation_memory import measure_activations
 from scmdm.planner.sharding import (
@@ -20,7 +20,7 @@ from scmdm.planner.sharding import (
     head_width,
     rank_state,
 )
-from scmdm.planner.workload import Layout, Workload
+from scmdm.planner.workload import ParallelLayout, Workload
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RankMemory:
         return self.steps[self.peak_at]
 
 
-def rank_memory(workload: Workload, layout: Layout) -> RankMemory:
+def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
     """Return the memory of rank 0."""
     state = rank_state(workload, layout)
     on_device = TrainingState(0, 0, 0, 0) if layout.offload else state
@@ -79,7 +79,7 @@ def rank_memory(workload: Workload, layout: Layout) -> RankMemory:
     return RankMemory(state, steps, state.total if layout.offload else 0)
 
 
-def head_logits(workload: Workload, layout: Layout) -> int:
+def head_logits(workload: Workload, layout: ParallelLayout) -> int:
     """Bytes of a chunk of logits, with every position masked.
 
     A GPU has the softmax beside them, both in the dtype of the head. On a CPU everything is computed in place in
@@ -94,13 +94,13 @@ def head_logits(workload: Workload, layout: Layout) -> int:
 class _StepParts:
     """The moments of a step."""
 
-    def __init__(self, workload: Workload, layout: Layout, state: TrainingState) -> None:
+    def __init__(self, workload: Workload, layout: ParallelLayout, state: TrainingState) -> None:
         self._workload, self._layout, self._state = workload, layout, state
         self._gathered = gathered_weights(workload, layout)
         # Memory follows from the positions of a rank: slices of many sequences are as good as fewer whole ones.
         shared = math.gcd(layout.micro_batch_size, layout.context)
         self._activations = measure_activations(
-            workload.model,
+            replace(workload.model, activation_checkpointing=layout.activation_checkpointing),
             rows=layout.micro_batch_size // shared,
             length=workload.length * shared // layout.context,
             dtype=layout.dtype,

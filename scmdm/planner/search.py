@@ -11,7 +11,7 @@ from typing import Any
 from scmdm.planner.duration import StepTime, step_time
 from scmdm.planner.hardware import Assumptions, Cluster
 from scmdm.planner.rank_memory import RankMemory, rank_memory
-from scmdm.planner.workload import Layout, Workload
+from scmdm.planner.workload import ParallelLayout, Workload
 
 CHECKPOINTING = ("none", "selective", "full")
 _EQUAL = 1.01  # among layouts within 1 % of the fastest, the simplest is taken
@@ -22,7 +22,7 @@ _LARGEST_FACTOR = 64  # most nodes to suggest, as a multiple of those given
 class Candidate:
     """A layout with its memory and duration."""
 
-    layout: Layout
+    layout: ParallelLayout
     memory: RankMemory
     time: StepTime
     fits: bool
@@ -37,7 +37,7 @@ class Found:
     reason: str | None
 
 
-def evaluate(workload: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions) -> Candidate:
+def evaluate(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> Candidate:
     """Evaluate a layout that `impossible_because` accepts."""
     memory = rank_memory(workload, layout)
     fits = memory.peak.total <= usable_memory(cluster, assumed)
@@ -49,7 +49,7 @@ def usable_memory(cluster: Cluster, assumed: Assumptions) -> float:
     return cluster.gpu.memory * (1 - assumed.memory_reserve)
 
 
-def impossible_because(workload: Workload, layout: Layout) -> str | None:
+def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None:
     """Return why a run would refuse this layout; None if it would not."""
     if layout.engine == "single" and layout.ranks > 1:
         return f"engine=single cannot use {layout.ranks} GPUs"
@@ -70,7 +70,7 @@ def impossible_because(workload: Workload, layout: Layout) -> str | None:
     return None
 
 
-def search(workload: Workload, start: Layout, cluster: Cluster, assumed: Assumptions) -> Found:
+def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> Found:
     """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
 
     Offloading is tried if nothing fits otherwise. Engine, precision and compilation stay as in `start`.
@@ -87,15 +87,15 @@ def search(workload: Workload, start: Layout, cluster: Cluster, assumed: Assumpt
     return Found(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
 
 
-def _layouts(workload: Workload, start: Layout, cluster: Cluster) -> Iterator[Layout]:
+def _layouts(workload: Workload, start: ParallelLayout, cluster: Cluster) -> Iterator[ParallelLayout]:
     sizes = [2**power for power in range(workload.global_batch.bit_length())]
     kinds = [kind for kind in CHECKPOINTING if not (workload.model.compile and kind == "selective")]
     for size, kind, options in itertools.product(sizes, kinds, _options(workload, start, cluster)):
         yield dataclasses.replace(start, micro_batch_size=size, activation_checkpointing=kind, **options)
 
 
-def _options(workload: Workload, start: Layout, cluster: Cluster) -> list[dict[str, Any]]:
-    """Options of the engine to try, as fields of `Layout`."""
+def _options(workload: Workload, start: ParallelLayout, cluster: Cluster) -> list[dict[str, Any]]:
+    """Options of the engine to try, as fields of `ParallelLayout`."""
     if start.engine == "single":
         return [{}]
     if start.engine == "deepspeed":
@@ -129,14 +129,14 @@ def _complexity(candidate: Candidate) -> tuple[int, ...]:
     return (*map(int, order), candidate.memory.peak.total)
 
 
-def _why_none_is_possible(workload: Workload, start: Layout) -> str:
+def _why_none_is_possible(workload: Workload, start: ParallelLayout) -> str:
     smallest = dataclasses.replace(start, micro_batch_size=1, replicate=1, context=1)
     reason = impossible_because(workload, smallest)
     return f"no layout is possible: {reason}; choose a global batch that {start.ranks} ranks can share, or fewer GPUs"
 
 
 def _why_none_fits(
-    workload: Workload, candidates: list[Candidate], start: Layout, cluster: Cluster, assumed: Assumptions
+    workload: Workload, candidates: list[Candidate], start: ParallelLayout, cluster: Cluster, assumed: Assumptions
 ) -> str:
     least = min(candidates, key=lambda candidate: candidate.memory.peak.total)
     peak, usable = least.memory.peak, usable_memory(cluster, assumed)
@@ -149,7 +149,7 @@ def _why_none_fits(
     )
 
 
-def _remedy(workload: Workload, start: Layout, cluster: Cluster, assumed: Assumptions) -> str:
+def _remedy(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> str:
     factor = 2
     while start.engine != "single" and factor <= _LARGEST_FACTOR:
         larger = dataclasses.replace(cluster, nodes=cluster.nodes * factor)

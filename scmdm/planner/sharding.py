@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scmdm.planner.workload import Layout, Parameter, Workload
+from scmdm.planner.workload import ParallelLayout, Parameter, Workload
 
 FLOAT32 = 4  # bytes; weights, gradients, moments and averages are float32 in every engine and precision
 ZERO_LIVE = 1_000_000_000  # elements that DeepSpeed stage 3 keeps gathered in vanilla steps (`max_live_parameters`)
@@ -34,7 +34,7 @@ class TrainingState:
         return self.weights + self.gradients + self.moments + self.averages
 
 
-def rank_state(workload: Workload, layout: Layout) -> TrainingState:
+def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
     """Return what rank 0 holds between steps, exactly."""
     if layout.engine == "deepspeed":
         return _zero_3_state(workload, layout) if layout.stage == 3 else _zero_state(workload, layout)
@@ -52,7 +52,7 @@ def held_elements(parameter: Parameter, shards: int) -> int:
     return -(-rows // shards) * (parameter.numel // rows)
 
 
-def _zero_state(workload: Workload, layout: Layout) -> TrainingState:
+def _zero_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
     groups: dict[tuple[bool, bool], int] = {}
     for parameter in workload.parameters:
         groups[parameter.group] = groups.get(parameter.group, 0) + parameter.numel
@@ -65,7 +65,7 @@ def _zero_state(workload: Workload, layout: Layout) -> TrainingState:
     return TrainingState(whole + part, part, 2 * part + _COUNTER * len(groups), averages if workload.averaged else 0)
 
 
-def _zero_3_state(workload: Workload, layout: Layout) -> TrainingState:
+def _zero_3_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
     part = sum(-(-parameter.numel // layout.ranks) for parameter in workload.parameters) * FLOAT32
     groups = len({parameter.group for parameter in workload.parameters})
     return TrainingState(part, part, 2 * part + _COUNTER * groups, part if workload.averaged else 0)
@@ -86,12 +86,12 @@ class GatheredWeights:
     buckets: int = 0  # DeepSpeed's buffers for gradients
 
 
-def head_width(workload: Workload, layout: Layout) -> int:
+def head_width(workload: Workload, layout: ParallelLayout) -> int:
     """Bytes of an element in the output head."""
     return FLOAT32 if workload.model.head_precision == "float32" else layout.width
 
 
-def gathered_weights(workload: Workload, layout: Layout) -> GatheredWeights:
+def gathered_weights(workload: Workload, layout: ParallelLayout) -> GatheredWeights:
     """Return what the engine gathers and reduces on one rank."""
     if layout.engine != "fsdp2":
         return _zero_gathered(workload, layout)
@@ -120,7 +120,7 @@ def _padded(unit: tuple[Parameter, ...], shards: int) -> int:
     return sum(held_elements(parameter, shards) * shards for parameter in unit)
 
 
-def _zero_gathered(workload: Workload, layout: Layout) -> GatheredWeights:
+def _zero_gathered(workload: Workload, layout: ParallelLayout) -> GatheredWeights:
     """Gathered weights of one process, and of DeepSpeed, whose stage 3 gathers a module at a time (and embeddings)."""
     zero_3 = layout.engine == "deepspeed" and layout.stage == 3
     module = max(p.numel for p in workload.units()[1]) * layout.width if zero_3 else 0
@@ -140,13 +140,13 @@ def _zero_gathered(workload: Workload, layout: Layout) -> GatheredWeights:
     )
 
 
-def _zero_buckets(workload: Workload, layout: Layout) -> int:
+def _zero_buckets(workload: Workload, layout: ParallelLayout) -> int:
     """DeepSpeed's buffers for gradients, one per dtype in which they travel; stages 1 and 2 keep all in float32."""
     widths = {layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
     return sum(width if layout.stage == 3 else FLOAT32 for width in widths) * _ZERO_BUCKET
 
 
-def gathers_in_compute_dtype(layout: Layout) -> bool:
+def gathers_in_compute_dtype(layout: ParallelLayout) -> bool:
     """Return whether weights arrive at a block in the dtype of compute, not in float32 that autocast copies."""
     return layout.dtype != torch.float32 and (
         layout.engine == "fsdp2" or (layout.engine == "deepspeed" and layout.stage == 3)

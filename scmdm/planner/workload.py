@@ -1,4 +1,4 @@
-"""Inputs of a plan: a model with its data (`Workload`), and how a run distributes them over ranks (`Layout`).
+"""Inputs of a plan: a model with its data (`Workload`), and how a run distributes them over ranks (`ParallelLayout`).
 
 Both are plain values; everything else in `scmdm.planner` is a pure function of them.
 """
@@ -73,7 +73,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """One way to run a workload; fields are named as the keys of the configuration."""
 
     engine: str  # single | fsdp2 | deepspeed
@@ -147,10 +147,10 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
     )
 
 
-def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool = True) -> Layout:
+def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool = True) -> ParallelLayout:
     """Make the layout of a configuration; `engine=auto` is resolved for the number of ranks."""
     engine = config.engine if config.engine != "auto" else ("single" if ranks == 1 else "fsdp2")
-    return Layout(
+    return ParallelLayout(
         engine=engine,
         ranks=ranks,
         dtype=dtype,

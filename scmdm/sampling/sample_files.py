@@ -56,7 +56,7 @@ def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:
 
 
 def _draw(path: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
-    from scmdm.domains.registry import domain_of_tokenizer, load_domain
+    from scmdm.domains.domain_registry import domain_of_tokenizer, load_domain
 
     if load_domain(domain_of_tokenizer(tokenizer.kind)).draw(rows, tokenizer, path) is None:
         raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")

@@ -20,8 +20,8 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
+from scmdm.domains.domain_registry import domain_of, metrics_config
 from scmdm.domains.interface import decode_split
-from scmdm.domains.registry import domain_of, metrics_config
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs

@@ -18,8 +18,8 @@ from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.engine import resolve_device
+from scmdm.domains.domain_registry import changed_keys, load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, MetricKeys
-from scmdm.domains.registry import changed_keys, load_domain
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.models.model_files import open_model
 from scmdm.sampling.generation import generate, load

@@ -14,9 +14,10 @@ from scmdm.cli import main
 from scmdm.config.data import DataConfig, StreamConfig
 from scmdm.data import dataset as dataset_module
 from scmdm.data.loader import build_loader, epochs, read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import open_data
 from scmdm.data.remote import upload_dataset
+from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 from tests.conftest import ROOT, TINY
 from tests.data.sets import write_texts
@@ -107,7 +108,7 @@ def test_the_cache_is_enough_once_it_is_full(local, remote, tmp_path, monkeypatc
 def test_a_split_of_a_cache_is_fetched_when_it_is_read(local, remote, tmp_path):
     open_data(cached(tmp_path, remote))
     cache = tmp_path / "cache"
-    assert not list(cache.rglob("*.mds")) and verify_dataset(cache, hashes=True) == []
+    assert not list(cache.rglob("*.mds")) and verify_dataset(cache) == []
     assert np.array_equal(read_split(cache, "test", [0, 5]), read_split(local, "test", [0, 5]))
     assert shards(cache, "test") == shards(local, "test") and shards(cache) == []
 
@@ -138,7 +139,7 @@ def test_a_flipped_bit_in_a_cache_is_found_by_verify(remote, tmp_path, capsys):
     assert f"{shard} does not match its SHA-256" in found.out and f"to download them from {remote} again" in found.err
     shard.unlink()
     assert main(["prepare", "--verify", str(tmp_path / "cache")]) == 0
-    assert f"what has been fetched of {remote}" in capsys.readouterr().out
+    assert remote in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -202,12 +203,12 @@ def test_a_manifest_that_points_outside_is_refused(local, tmp_path):
     manifest = Manifest.read(tmp_path / "evil")
     manifest.splits["test"].files[0].file = "../../outside/index.json"
     manifest.write(tmp_path / "evil")
-    with pytest.raises(UserError, match="outside the data set"):
+    with pytest.raises(UserError, match=r"manifest\.json names '\.\./\.\./outside/index\.json'"):
         open_data(cached(tmp_path, str(tmp_path / "evil")))
 
 
 def test_limits_of_caches(local, remote, tmp_path):
-    with pytest.raises(UserError, match=r"data\.cache_limit=1gb, but data\.path=.* is no cache"):
+    with pytest.raises(UserError, match=r"data\.cache_limit=1gb .*data\.path="):
         open_data(DataConfig(path=str(local), cache_limit="1gb"))
     config = cached(tmp_path, remote)
     with pytest.raises(UserError, match=r"data\.cache_limit=5kb is not possible: .*four times the largest shard"):

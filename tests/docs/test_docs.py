@@ -124,7 +124,7 @@ def test_commands_parse(page, words):
 def unknown_key(schema, config, overrides):
     """The error of an override that names no key. Values, which may need files of the reader, are not judged."""
     from scmdm.config.loading import load_config
-    from scmdm.domains.registry import DOMAINS
+    from scmdm.domains.domain_registry import DOMAINS
     from scmdm.errors import UserError
 
     path = ROOT / config if config is not None and (ROOT / config).exists() else None

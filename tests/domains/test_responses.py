@@ -11,8 +11,8 @@ from scmdm.cli import main
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.domains.domain_registry import domain_of, load_domain
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
-from scmdm.domains.registry import domain_of, load_domain
 from scmdm.domains.responses.domain import ResponsesDomain, extract_responses
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.sampling.generation import load

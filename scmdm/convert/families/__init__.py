@@ -1,1 +1,4 @@
-"""Published layouts, one module per family. To add one, write a `Layout` and name it in `scmdm.config.layouts`."""
+"""Published layouts, one module per family.
+
+To add one, write a `PublishedLayout` and name it in `scmdm.config.layouts`.
+"""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, renamed
+from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, PublishedLayout, renamed
 from scmdm.convert.published_config import PublishedConfig, count_blocks, matrix_shape
-from scmdm.convert.published_files import Source
+from scmdm.convert.published_files import PublishedFiles
 from scmdm.models.decoder import DecoderConfig
 
 _published_name = renamed(
@@ -39,11 +39,11 @@ _UNIMPLEMENTED = (
 )
 
 
-def _recognises(source: Source) -> bool:
+def _recognises(source: PublishedFiles) -> bool:
     return _published_name(EMBEDDING) in source.tensors.shapes()
 
 
-def _architecture(source: Source) -> DecoderConfig:
+def _architecture(source: PublishedFiles) -> DecoderConfig:
     config = PublishedConfig(source)
     config.expect("activation_type", "silu")
     config.expect("layer_norm_type", "rms")
@@ -103,7 +103,7 @@ def _unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-LLADA = Layout(
+LLADA = PublishedLayout(
     name="llada",
     kind="decoder",
     published_name=_published_name,

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, renamed
+from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, PublishedLayout, renamed
 from scmdm.convert.published_config import PublishedConfig, count_blocks
-from scmdm.convert.published_files import Source
+from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 from scmdm.models.decoder import DecoderConfig
 
@@ -32,7 +32,7 @@ _published_name = renamed(
 )
 
 
-def _architecture(source: Source) -> DecoderConfig:
+def _architecture(source: PublishedFiles) -> DecoderConfig:
     config = PublishedConfig(source)
     config.expect("hidden_act", "silu")
     config.expect("use_sliding_window", False)
@@ -90,11 +90,11 @@ def _causal_note(config: ModelConfig) -> str:
     )
 
 
-def _layout(model_type: str, architecture: str, *, biased: bool, shifted: bool | None = None) -> Layout:
+def _layout(model_type: str, architecture: str, *, biased: bool, shifted: bool | None = None) -> PublishedLayout:
     """A layout of this family. `shifted`: the only `logit_shift` that its readers know; None: either."""
     name = model_type.lower()
 
-    def recognises(source: Source) -> bool:
+    def recognises(source: PublishedFiles) -> bool:
         named = _published_name(EMBEDDING) in source.tensors.shapes()
         return named and str(source.config.get("model_type")).lower() == name
 
@@ -108,7 +108,7 @@ def _layout(model_type: str, architecture: str, *, biased: bool, shifted: bool |
             return "it predicts a position from the one before, the model does not (model.logit_shift=false)"
         return None
 
-    return Layout(
+    return PublishedLayout(
         name=name,
         kind="decoder",
         published_name=_published_name,

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layout import EMBEDDING, Layout
+from scmdm.convert.layout import EMBEDDING, PublishedLayout
 from scmdm.convert.published_config import PublishedConfig, count_blocks, matrix_shape
-from scmdm.convert.published_files import Source
+from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 from scmdm.models.dit import DiTConfig
 from scmdm.models.rotary import inverse_frequencies
@@ -27,15 +27,15 @@ def _published_name(ours: str) -> str:
     return _PREFIX + ours
 
 
-def _recognises(source: Source) -> bool:
+def _recognises(source: PublishedFiles) -> bool:
     return any(name.startswith(_PREFIX) for name in source.tensors.shapes())
 
 
-def _architecture(source: Source) -> DiTConfig:
+def _architecture(source: PublishedFiles) -> DiTConfig:
     """From the shapes; heads, dropout and time conditioning from the configuration (hub or hyper-parameters)."""
     saved = source.config.get("model")
     flat = {**source.config, **(saved if isinstance(saved, dict) else {})}
-    config = PublishedConfig(Source(source.path, flat, source.tensors))
+    config = PublishedConfig(PublishedFiles(source.path, flat, source.tensors))
     config.expect("parameterization", "subs", "d3pm")
     config.expect("backbone", "dit")
     _refuse_other_networks(source)
@@ -58,7 +58,7 @@ def _architecture(source: Source) -> DiTConfig:
     )
 
 
-def _refuse_other_networks(source: Source) -> None:
+def _refuse_other_networks(source: PublishedFiles) -> None:
     names = source.tensors.shapes()
     if any(name.startswith(f"{_PREFIX}cond_map.") for name in names):
         raise UserError(f"{source.path} is conditioned on classes (cond_map), which scmdm does not import")
@@ -96,7 +96,7 @@ def _derived_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     yield _PREFIX + _FREQUENCIES, inverse_frequencies(config.head_dim)
 
 
-MDLM = Layout(
+MDLM = PublishedLayout(
     name="mdlm",
     kind="dit",
     published_name=_published_name,

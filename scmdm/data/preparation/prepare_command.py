@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from scmdm.config.preparation import PrepareConfig
-from scmdm.data.manifest import Manifest, remote_of, verify_dataset
+from scmdm.data.manifest import Manifest, remote_of
+from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 
 
@@ -24,7 +25,7 @@ def prepare_or_verify(config: PrepareConfig | None, *, verify: Path | None) -> N
 def _verify(root: Path) -> None:
     """Print the problems of a data set, or its sizes. Raises UserError when there are problems."""
     remote, manifest = remote_of(root), Manifest.read(root)
-    problems = verify_dataset(root, hashes=True)
+    problems = verify_dataset(root)
     for problem in problems:
         print(problem)
     if problems:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
-from scmdm.domains.registry import domain_of_tokenizer
+from scmdm.domains.domain_registry import domain_of_tokenizer
 from scmdm.integrations.demo.trajectory import Frame, Trajectory, best_guess
 from scmdm.models.model_files import LoadedModel
 

@@ -9,9 +9,10 @@ import torch
 
 from scmdm.cli import main
 from scmdm.data.loader import build_loader, epochs, read_columns, read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.data.verification import verify_dataset
 from scmdm.training.validation import to_device, validation_batches
 from tests.conftest import TINY
 
@@ -29,7 +30,7 @@ def prepared(path, out, empty_yaml, *keys):
     ]
     fractions = ["validation_fraction=0.2", "test_fraction=0.2", "workers=1"]
     assert main(["prepare", str(empty_yaml), *options, *fractions, *keys]) == 0
-    assert not verify_dataset(out, hashes=True)
+    assert not verify_dataset(out)
     return Manifest.read(out)
 
 

@@ -12,9 +12,10 @@ from rdkit import Chem
 
 from scmdm.cli import main
 from scmdm.data.loader import read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest, file_problems
 from scmdm.data.preparation.records import SPLITS
 from scmdm.data.tokenizers import load_tokenizer
+from scmdm.data.verification import verify_dataset
 from scmdm.training.validation import validation_batches
 from tests.conftest import prepare_qm9
 from tests.data.sets import split_of
@@ -142,8 +143,8 @@ def other_tokenizer(root):
 )
 def test_verify_names_the_damage(dataset, damage, message, cheap, capsys):
     damage(dataset)
-    assert any(message in problem for problem in verify_dataset(dataset, hashes=True))
-    assert any(message in problem for problem in verify_dataset(dataset, hashes=False)) == cheap
+    assert any(message in problem for problem in verify_dataset(dataset))
+    assert any(message in problem for problem in file_problems(dataset, hashes=False)) == cheap
     assert main(["prepare", "--verify", str(dataset)]) == 1
     captured = capsys.readouterr()
     assert message in captured.out and "overwrite=true" in captured.err

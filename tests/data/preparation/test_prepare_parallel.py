@@ -13,7 +13,8 @@ from functools import partial
 import pytest
 
 from scmdm.cli import main
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
+from scmdm.data.verification import verify_dataset
 from tests.data.preparation.test_prepare import files
 from tests.distributed.launching import are_gone, wait_for_descendants
 
@@ -59,7 +60,7 @@ def alone(corpus, tmp_path_factory):
     yaml.write_text("{}")
     out = tmp_path_factory.mktemp("alone") / "data"
     assert main(["prepare", str(yaml), *KEYS, f"source.path={corpus}", f"out={out}", "workers=1"]) == 0
-    assert not verify_dataset(out, hashes=True)
+    assert not verify_dataset(out)
     counts = Manifest.read(out).counts
     assert counts["dropped: duplicate"] > 50 and counts["dropped: no key text"] > 5
     assert counts["read"] == counts["kept"] + counts["dropped: duplicate"]

@@ -14,9 +14,10 @@ from data_prep.genomes import GenomeSource, GenomeSourceConfig, read_species_tab
 from scmdm.cli import main
 from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.loader import read_labels, read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import SPLITS, Tally, join_parts
 from scmdm.data.tokenizers import DnaTokenizer, UnknownSymbol, load_tokenizer
+from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 from tests.data.preparation.test_prepare import decoded, files
 
@@ -178,7 +179,7 @@ def test_samples_are_full_and_labelled(tmp_path, empty_yaml):
         file.write(fasta({"I": dna(2500, seed=3)}))
     (folder / "README.txt").write_text("no genome")
     out = prepared(tmp_path, empty_yaml, folder, "source.species_from=folder", "source.block_windows=4", *FRACTIONS)
-    assert not verify_dataset(out, hashes=True)
+    assert not verify_dataset(out)
     manifest = Manifest.read(out)
     assert manifest.labels == ["worm", "yeast"] and manifest.tokenizer.kind == "dna" and manifest.vocab_size == 9
     ids_NL = read_split(out, "train")

@@ -11,9 +11,10 @@ from PIL import Image
 
 from scmdm.cli import main
 from scmdm.data.loader import read_labels, read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import SPLITS
 from scmdm.data.tokenizers import GridLayout, LevelTokenizer, UnknownSymbol, is_framed, load_tokenizer
+from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 from tests.conftest import ROOT
 from tests.data.preparation.test_prepare import files
@@ -60,7 +61,7 @@ def test_cifar10_keeps_the_published_sets(tmp_path, empty_yaml):
     for part in ("part_mb=64", "part_mb=1"):
         out = tmp_path / part
         assert prepare(empty_yaml, out, *CIFAR, f"source.path={tmp_path / 'raw'}", part) == 0
-        assert not verify_dataset(out, hashes=True)
+        assert not verify_dataset(out)
         found = {split: pictures(out, split) for split in SPLITS}
         assert as_set(found["test"]) == as_set(raw["test"]) and len(found["test"]) == 20
         assert as_set(found["train"] + found["validation"]) == as_set(raw["train"])

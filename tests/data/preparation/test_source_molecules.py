@@ -11,9 +11,10 @@ from data_prep.moses import PUBLISHED_SPLITS, MosesSource, read_smiles
 from data_prep.smiles import SmilesSource, SmilesSourceConfig, canonical_smiles
 from scmdm.cli import main
 from scmdm.config.preparation import SourceConfig
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import Tally
 from scmdm.data.tokenizers import SelfiesTokenizer, UnknownSymbol, load_tokenizer
+from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 from tests.conftest import prepare_qm9
 from tests.data.preparation.test_prepare import decoded
@@ -80,7 +81,7 @@ def test_published_splits_stand_and_validation_comes_out_of_train(moses, tmp_pat
     assert texts["train"] == drawn["train"] and texts["validation"] == drawn["validation"]
     assert texts["test"] == many(20, "S"), "what is in train, too, is not tested on"
     assert texts["test_scaffolds"] == many(20, "Cl")
-    assert not verify_dataset(out, hashes=True)
+    assert not verify_dataset(out)
 
 
 def test_a_missing_file_of_moses_is_named(moses):

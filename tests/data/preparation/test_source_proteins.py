@@ -8,9 +8,10 @@ import pytest
 from data_prep.proteins import ProteinSource, ProteinSourceConfig
 from scmdm.cli import main
 from scmdm.data.loader import read_split
-from scmdm.data.manifest import Manifest, verify_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import SPLITS, Tally
 from scmdm.data.tokenizers.symbol_tokenizer import AMINO_ACIDS
+from scmdm.data.verification import verify_dataset
 from tests.data.preparation.test_prepare import decoded
 
 
@@ -60,7 +61,7 @@ def test_windows_of_a_protein_share_a_split(tmp_path, empty_yaml):
         "workers=1",
     ]
     assert main(["prepare", str(empty_yaml), *keys, f"out={out}"]) == 0
-    assert not verify_dataset(out, hashes=True)
+    assert not verify_dataset(out)
     manifest = Manifest.read(out)
     assert manifest.tokenizer.kind == "amino_acids" and manifest.vocab_size == 25 and manifest.labels == []
     assert manifest.counts["kept"] == sum(-(-len(protein) // 20) for protein in proteins)

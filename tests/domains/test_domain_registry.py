@@ -11,8 +11,8 @@ from scmdm.cli import main
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import is_framed, load_tokenizer
+from scmdm.domains.domain_registry import DOMAINS, changed_keys, domain_of, load_domain, metrics_config
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
-from scmdm.domains.registry import DOMAINS, changed_keys, domain_of, load_domain, metrics_config
 from scmdm.errors import UserError
 
 BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))
