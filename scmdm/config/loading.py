@@ -85,7 +85,13 @@ def _with_sections(schema: type, chosen: tuple[tuple[str, type], ...]) -> type:
     fields = [
         (name, section, dataclasses.field(default_factory=section, metadata=metadata[name])) for name, section in chosen
     ]
-    return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,))
+    # Pickle finds classes by their names, which this one shares with `schema`; jobs of a study are pickled.
+    namespace = {"__reduce__": lambda config: (_rebuilt, (schema, chosen, dict(vars(config))))}
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,), namespace=namespace)
+
+
+def _rebuilt(schema: type, chosen: tuple[tuple[str, type], ...], values: dict[str, Any]) -> Any:
+    return _with_sections(schema, chosen)(**values)
 
 
 def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,6 @@ import venv
 import pytest
 from packaging.requirements import Requirement
 
-from scmdm.cli import main
 from scmdm.system.extras import EXTRAS, PURPOSES, extra_of_module, missing_packages, module_of
 from tests.conftest import ADAPTED, ROOT, TINY
 
@@ -58,13 +57,11 @@ def test_an_extra_is_named_for_its_module():
     assert missing_packages("demo") == []
 
 
-def test_a_missing_package_ends_a_command_in_one_line(base, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("scmdm.domains.molecules")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rdkit", None)
-    assert main(["evaluate", str(base), "num=4"]) == 1
-    error = capsys.readouterr().err
-    assert "rdkit" in error and "scmdm[molecules]" in error and error.count("\n") == 1
+def test_a_missing_package_ends_a_command_in_one_line(base):
+    code = "import sys; sys.modules['rdkit'] = None; from scmdm.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "evaluate", str(base), "num=4"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "rdkit" in done.stderr and "scmdm[molecules]" in done.stderr and done.stderr.count("\n") == 1
 
 
 RUNNER = """

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,3 +83,9 @@ def test_a_configuration_equals_its_resolved_copy(name, tmp_path):
     (tmp_path / "copy.yaml").write_text(to_yaml(found))
     assert load_config(Drawing, tmp_path / "copy.yaml") == found
     assert load_config(Drawing, None, ["shape.name=circle"]) == load_config(Drawing, None)
+
+
+def test_a_configuration_with_a_chosen_section_can_be_sent_to_another_process():
+    found = load_config(Drawing, None, ["shape.name=square", "shape.side=z"])
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found and type(again) is type(found) and again.shape.side == "z"

@@ -85,9 +85,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(adapt, single, tmp_path
 @pytest.mark.parametrize(
     ("processes", "overrides", "message"),
     [
-        (2, ["engine=single"], "engine=single, but there are 2 processes"),
+        (2, ["engine=single"], "engine=single"),
         (2, ["train.micro_batch_size=64"], "a multiple of 2 x train.micro_batch_size = 128"),
-        (2, ["fsdp.replicate=3"], "fsdp.replicate=3 is not possible; it must divide the 2 processes"),
+        (2, ["fsdp.replicate=3"], "fsdp.replicate=3 is not possible"),
         (
             3,
             ["fsdp.context=3", "train.micro_batch_size=8"],
