@@ -94,18 +94,26 @@ def configuration_page() -> str:
     return "\n".join(lines)
 
 
-def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
-    """A table of the schema's own keys, then those of its sections."""
+def _tables(schema: type, prefix: str, depth: int = 3, selector: str = "") -> Iterator[str]:
+    """A table of the schema's own keys except for `selector`, then those of its sections."""
     hints = typing.get_type_hints(schema)
     own: list[list[str]] = []
     sections: list[tuple[str, type, str]] = []
     for field in dataclasses.fields(schema):
+        if f"{prefix}{field.name}" == selector:
+            continue
         rules = rules_of(field)
         element = section_of(field) or _element(hints[field.name])
         if rules is not None and rules.registry is not None:
-            for name in rules.registry.names:
-                inner = f"{prefix}{field.name}."
-                sections.append((inner, rules.registry.schema(name), f"`{inner}{rules.selector}={name}`"))
+            inner = f"{prefix}{field.name}."
+            selected = getattr(section_of(field), rules.selector, "required")
+            default = selected if selected in ("required", "???") else f"`{selected}`"
+            values = f"one of {', '.join(rules.registry.names)}"
+            own.append([f"`{inner}{rules.selector}`", default.replace("???", "required"), values, rules.help, "", ""])
+            sections += [
+                (inner, rules.registry.schema(name), f"`{inner}{rules.selector}={name}`")
+                for name in rules.registry.names
+            ]
         elif dataclasses.is_dataclass(element):
             named = _is_mapping(hints[field.name])
             inner = f"{prefix}{field.name}.NAME." if named else f"{prefix}{field.name}."
@@ -120,7 +128,8 @@ def _tables(schema: type, prefix: str, depth: int = 3) -> Iterator[str]:
         yield from (f"| {' | '.join(cells)} |" for cells in rows)
         yield ""
     for inner, section, title in sections:
-        yield from (f"{'#' * depth} {title}", "", *_tables(section, inner, depth + 1))
+        lines = list(_tables(section, inner, depth + 1, selector=title.partition("=")[0].strip("`")))
+        yield from (f"{'#' * depth} {title}", "", *(lines or ["No other keys.", ""]))
 
 
 def _row(prefix: str, field: dataclasses.Field[Any], rules: Key | None, hint: Any) -> list[str]:

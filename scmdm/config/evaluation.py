@@ -53,7 +53,9 @@ class EvaluateConfig:
     )
     batch_size: int | None = batch_size_key()
     metrics: dict[str, Any] = key(
-        factory=dict, help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text"
+        factory=dict,
+        help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text",
+        keys_of="scmdm.domains.domain_registry:DOMAINS",
     )
     texts: dict[str, Any] = key(
         factory=dict,

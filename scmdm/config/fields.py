@@ -7,6 +7,7 @@ and the check of an adaptation against its base read the field's metadata; there
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +51,7 @@ class Key:
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
     registry: Registry | None = None  # of a section: its class is that of the name under `selector`
     selector: str = "name"
+    keys_of: str = ""  # of a mapping: the registry, as `module:NAME`, whose classes declare its keys
     formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
     def wanted(self) -> str:
@@ -106,13 +108,15 @@ def key(
     on_adapt: OnAdapt = OnAdapt.FROM_BASE,
     registry: Registry | None = None,
     selector: str = "name",
+    keys_of: str = "",
     formerly: Sequence[str] = (),
 ) -> Any:
     """Declare a configuration key: a dataclass field with its default, its help text and its rules.
 
     With `registry` the field is a section whose class depends on the name that the user gives under `selector`;
-    `factory` makes the section when the user gives none. `formerly` lists earlier names of the key, dotted from the
-    root of the configuration: they are refused with the present name.
+    `factory` makes the section when the user gives none. `keys_of` names a registry, as `module:NAME`, whose classes
+    declare the keys of a mapping; `--help` lists them. `formerly` lists earlier names of the key, dotted from the root
+    of the configuration: they are refused with the present name.
     """
     rules = Key(
         help,
@@ -125,6 +129,7 @@ def key(
         on_adapt,
         registry=registry,
         selector=selector,
+        keys_of=keys_of,
         formerly=tuple(formerly),
     )
     if factory is not dataclasses.MISSING:
@@ -233,6 +238,8 @@ def _lines(fields: Iterable[dataclasses.Field[Any]], prefix: str) -> Iterator[st
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield _line(f"{prefix}{field.name}", default, _help(rules))
+            if rules is not None and rules.keys_of:
+                yield from _lines_of_mapping(rules.keys_of, f"{prefix}{field.name}.")
 
 
 def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix: str) -> Iterator[str]:
@@ -245,12 +252,23 @@ def _lines_by_name(rules: Key, registry: Registry, default: type | None, prefix:
     yield from _lines((first[name] for name in first if name in shared), prefix)
     for name, own in fields.items():
         yield f"  with {prefix}{rules.selector}={name}:"
-        if own is None:
-            yield "    (a package that it needs is not installed; see `scmdm doctor`)"
-            continue
-        own_lines = _lines((own[key] for key in own if key not in shared), prefix)
-        lines = [textwrap.indent(line, "  ") for line in own_lines]
-        yield from lines or ["    (no other keys)"]
+        yield from _own_lines(own, shared, prefix) or ["    (no other keys)"]
+
+
+def _lines_of_mapping(registry_name: str, prefix: str) -> Iterator[str]:
+    """The keys that each class of a registry declares for a mapping; classes without keys are left out."""
+    module, _, attribute = registry_name.partition(":")
+    registry: Registry = getattr(importlib.import_module(module), attribute)
+    for name in registry.names:
+        lines = _own_lines(_fields_by_name(registry, name, ""), set(), prefix)
+        yield from (f"  of the {registry.key} {name}:", *lines) if lines else ()
+
+
+def _own_lines(own: dict[str, dataclasses.Field[Any]] | None, shared: set[str], prefix: str) -> list[str]:
+    if own is None:
+        return ["    (a package that it needs is not installed; see `scmdm doctor`)"]
+    own_lines = _lines((own[key] for key in own if key not in shared), prefix)
+    return [textwrap.indent(line, "  ") for line in own_lines]
 
 
 def _fields_by_name(registry: Registry, name: str, selector: str) -> dict[str, dataclasses.Field[Any]] | None:

@@ -17,6 +17,7 @@ from scmdm.config.fields import replaced_keys, rules_of, shorten, validate_keys
 from scmdm.errors import UserError
 
 Schema = TypeVar("Schema")
+_DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
 
 
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
@@ -40,9 +41,9 @@ def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Sche
 
 
 def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
-    schema = _concrete(schema, [content for _, content in layers], overrides)
+    declared, schema = schema, _concrete(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
-    for place, content in _without_deselected(schema, layers):
+    for place, content in _without_deselected(declared, schema, layers):
         config = _merge(config, content, place)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
@@ -75,7 +76,7 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
             )
         section_schema = rules.registry.schema(names[-1])
         chosen.append((field.name, section_schema))
-    return cast(type[Schema], _with_sections(schema, tuple(chosen))) if chosen else schema
+    return cast(type[Schema], _with_sections(_declared(schema), tuple(chosen))) if chosen else schema
 
 
 @functools.cache  # equal configurations have the same class
@@ -86,7 +87,7 @@ def _with_sections(schema: type, chosen: tuple[tuple[str, type], ...]) -> type:
         (name, section, dataclasses.field(default_factory=section, metadata=metadata[name])) for name, section in chosen
     ]
     # Pickle finds classes by their names, which this one shares with `schema`; jobs of a study are pickled.
-    namespace = {"__reduce__": lambda config: (_rebuilt, (schema, chosen, dict(vars(config))))}
+    namespace = {_DECLARED: schema, "__reduce__": lambda config: (_rebuilt, (schema, chosen, dict(vars(config))))}
     return dataclasses.make_dataclass(schema.__name__, fields, bases=(schema,), namespace=namespace)
 
 
@@ -94,10 +95,32 @@ def _rebuilt(schema: type, chosen: tuple[tuple[str, type], ...], values: dict[st
     return _with_sections(schema, chosen)(**values)
 
 
-def _without_deselected(schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Layers without those keys of a section that its class lacks because a later layer or override selects another."""
+def _declared(schema: type) -> type:
+    """The class that `_with_sections` made `schema` from, else `schema` itself."""
+    return cast(type, getattr(schema, _DECLARED, schema))
+
+
+def replace_sections(config: Schema, **sections: Any) -> Schema:
+    """A copy of a configuration with other sections, each of which may be of another class of its registry."""
+    assert dataclasses.is_dataclass(config)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | sections
+    rules = {field.name: rules_of(field) for field in dataclasses.fields(config)}
+    chosen = tuple((name, type(values[name])) for name, key in rules.items() if key is not None and key.registry)
+    return cast(Schema, _with_sections(_declared(type(config)), chosen)(**values))
+
+
+def _without_deselected(declared: type, schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Layers without those keys of a section that its class lacks because a later layer or override selects another.
+
+    A layer that names no class, with none named before it, means the default of `declared`.
+    """
+    assert dataclasses.is_dataclass(declared)
     assert dataclasses.is_dataclass(schema)
     selected: dict[str, Any] = {}
+    for field in dataclasses.fields(declared):
+        rules = rules_of(field)
+        if rules is not None and rules.registry is not None and field.default_factory is not dataclasses.MISSING:
+            selected[field.name] = getattr(field.default_factory(), rules.selector)
     for place, content in layers:
         kept = dict(content)
         for field in dataclasses.fields(schema):

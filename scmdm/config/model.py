@@ -13,7 +13,10 @@ from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 DENOISERS = Registry(
-    "model.kind", "scmdm.denoisers", {"dit": "scmdm.models.dit:DiT", "decoder": "scmdm.models.decoder:Decoder"}
+    "model.kind",
+    "scmdm.denoisers",
+    {"dit": "scmdm.models.dit:DiT", "decoder": "scmdm.models.decoder:Decoder"},
+    formerly={"llama": "decoder"},
 )
 
 

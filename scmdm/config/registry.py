@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from scmdm.errors import UserError
@@ -20,12 +21,14 @@ class Registry:
     """Classes by name, imported lazily.
 
     `key` is the configuration key that selects one, as in `source.name`; `group` the entry point group through which
-    other packages add theirs, as in `scmdm.sources`.
+    other packages add theirs, as in `scmdm.sources`; `formerly` the present name of each earlier one.
     """
 
-    def __init__(self, key: str, group: str, entries: Mapping[str, str]) -> None:
+    def __init__(
+        self, key: str, group: str, entries: Mapping[str, str], formerly: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.key = key
-        self._group, self._own = group, dict(entries)
+        self._group, self._own, self._formerly = group, dict(entries), dict(formerly)
 
     @cached_property
     def _entries(self) -> dict[str, str]:
@@ -39,6 +42,8 @@ class Registry:
 
     def load(self, name: object) -> Any:
         """Import the class called `name`. Raises UserError, which lists the names, when there is none."""
+        if isinstance(name, str) and name in self._formerly and name not in self._entries:
+            raise UserError(f"{self.key}={name!r} is no longer used; write {self.key}={self._formerly[name]}")
         if not isinstance(name, str) or name not in self._entries:
             raise UserError(f"{self.key}={name!r} is not possible; it must be one of {', '.join(self.names)}")
         module, _, attribute = self._entries[name].partition(":")

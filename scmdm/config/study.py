@@ -62,7 +62,9 @@ class StudyConfig:
     nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     metrics: dict[str, Any] = key(
-        factory=dict, help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text"
+        factory=dict,
+        help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text",
+        keys_of="scmdm.domains.domain_registry:DOMAINS",
     )
     overrides: list[str] = key(factory=list, help="key=value of every adaptation")
     base_overrides: list[str] = key(factory=list, help="key=value of the base's training")

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from scmdm.config.fields import OnAdapt, renamed_keys, walk_keys
-from scmdm.config.loading import flatten
+from scmdm.config.loading import flatten, replace_sections
 from scmdm.config.run import RunConfig
 from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
@@ -50,7 +50,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; base={base.path} has "
             f"{base.spec.model.layers} blocks"
         )
-    return dataclasses.replace(
+    return replace_sections(
         config,
         model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
         diffusion=_adapted("diffusion", config.diffusion, base),

@@ -380,6 +380,20 @@ def test_run_directory_holds_all_that_made_it(base):
     assert "step 6/6 loss" in (base / "train.log").read_text()
 
 
+def test_a_decoder_is_adapted_and_the_adaptation_resumed(molecules, empty_yaml, tmp_path):
+    run, adapted = tmp_path / "run", tmp_path / "adapted"
+    width = tmp_path / "model.yaml"  # of a DiT, until the command line selects another kind
+    width.write_text("model: {width: 32, layers: 2, heads: 2, condition_width: 8}\n")
+    keys = [f"data.path={molecules}", "schedule.warmup_steps=0", *ADAPTED]
+    decoder = ["model.kind=decoder", "model.kv_heads=1", "train.steps=2"]
+    assert main(["train", str(width), f"run_dir={run}", *keys, *decoder]) == 0
+    for steps in (2, 3):
+        adaptation = [f"base={run}", f"run_dir={adapted}", "self_conditioning.rate=1", f"train.steps={steps}"]
+        assert main(["adapt", str(empty_yaml), *keys, *adaptation]) == 0
+    model = yaml.safe_load((adapted / "config.yaml").read_text())["model"]
+    assert model["kind"] == "decoder" and model["kv_heads"] == 1 and model["self_conditioned"]
+
+
 def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molecules, empty_yaml, tmp_path):
     def adapted(source, name, *keys):
         common = [f"run_dir={tmp_path / name}", f"base={source}", f"data.path={molecules}", "train.steps=2", *ADAPTED]

@@ -1,12 +1,18 @@
+import dataclasses
+import itertools
 import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.fields import describe_keys, key
-from scmdm.config.loading import load_config, read_config, to_yaml, with_overrides
+from scmdm.config.loading import load_config, read_config, replace_sections, to_yaml, with_overrides
 from scmdm.config.registry import Registry
+from scmdm.config.run import RunConfig
+from scmdm.config.study import StudyConfig
+from scmdm.domains.domain_registry import DOMAINS
 from scmdm.errors import UserError
 
 
@@ -55,6 +61,27 @@ def test_the_section_has_the_class_of_its_name(tmp_path):
     assert "side: '[x'" in to_yaml(found)
 
 
+def test_an_override_selects_another_class_than_a_file_that_names_none(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("shape: {radius: 2}\n")
+    assert load_config(Drawing, path, ["shape.name=square"]).shape == SquareConfig("square")
+    with pytest.raises(UserError, match=r"shape\.radius"):
+        load_config(Drawing, path, ["shape={name: square, radius: 2}"])
+
+
+def test_a_section_is_replaced_by_one_of_another_class():
+    circle, square = load_config(Drawing, None), load_config(Drawing, None, ["shape.name=square"])
+    found = replace_sections(circle, shape=SquareConfig("square"))
+    assert found == square
+    assert to_yaml(found) == to_yaml(square)
+    assert with_overrides(found, [], "here") == square
+
+
+def test_a_former_name_is_refused_with_the_present_one():
+    with pytest.raises(UserError, match=r"model\.kind='llama'.*model\.kind=decoder"):
+        load_config(RunConfig, None, ["run_dir=r", "train.steps=1", "model.kind=llama"])
+
+
 @pytest.mark.parametrize(
     ("schema", "overrides", "named"),
     [
@@ -75,6 +102,19 @@ def test_help_has_the_keys_of_each_name():
     lines = [line.split()[0] if "with" not in line else line.strip() for line in describe_keys(Required).splitlines()]
     expected = ["shape.name=required", "with shape.name=circle:", "shape.radius=1.0"]
     assert lines == [*expected, "with shape.name=square:", "shape.side=a"]
+
+
+@pytest.mark.parametrize("schema", [EvaluateConfig, StudyConfig])
+def test_help_has_the_metrics_of_each_domain(schema):
+    lines = describe_keys(schema).splitlines()
+    for name in DOMAINS.names:
+        keys = [field.name for field in dataclasses.fields(DOMAINS.schema(name))]
+        title = f"  of the domain {name}:"
+        assert (title in lines) == bool(keys)
+        if keys:
+            following = itertools.takewhile(lambda line: line.startswith("   "), lines[lines.index(title) + 1 :])
+            shown = [line.split()[0].partition("=")[0] for line in following if line[4] != " "]
+            assert shown == [f"metrics.{key}" for key in keys]
 
 
 @pytest.mark.parametrize("name", ["circle", "square"])
