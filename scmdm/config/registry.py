@@ -1,8 +1,8 @@
 """Implementations by name: sources, tokenizers, denoisers, domains.
 
-An entry names a class as `module:Class`, which is imported when it is used, so that nobody pays for, or has to install,
-what another name needs. The class has an attribute `Config`: the dataclass of the keys that belong to it. Packages of
-others add entries by an entry point of the registry's group, without a change here.
+An entry names a class as `module:Class`, which is imported on first use, so that only its users need its dependencies.
+The class has an attribute `Config`: the dataclass of the keys that belong to it. Other packages add entries through
+entry points of the registry's group.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from scmdm.errors import UserError
 class Registry:
     """Classes by name, imported lazily.
 
-    `key` is the configuration key that selects one, as in `source.name`; `group` the entry point group through which
-    other packages add theirs, as in `scmdm.sources`.
+    `key` is the configuration key that selects a class, as in `source.name`; `group` is the entry point group, as in
+    `scmdm.sources`.
     """
 
     def __init__(self, key: str, group: str, entries: Mapping[str, str]) -> None:
@@ -38,13 +38,13 @@ class Registry:
         return tuple(dict.fromkeys((*self._own, *self._entries)))
 
     def load(self, name: object) -> Any:
-        """Import the class called `name`. Raises UserError, which lists the names, when there is none."""
+        """Import the class named `name`. Raises UserError, which lists the names, for an unknown one."""
         if not isinstance(name, str) or name not in self._entries:
             raise UserError(f"{self.key}={name!r} is not possible; it must be one of {', '.join(self.names)}")
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def schema(self, name: object) -> type:
-        """The dataclass of the keys that belong to `name`. Raises UserError as `load` does."""
+        """Return the dataclass of the keys that belong to `name`. Raises UserError as `load` does."""
         schema: type = self.load(name).Config
         return schema

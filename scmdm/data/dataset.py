@@ -121,7 +121,7 @@ class TokenDataset(StreamingDataset):
             raise self._failure from error
 
     def _is_there(self, shard_id: int) -> bool:
-        """Whether this process has prepared the shard and not evicted it since. Marks it as recently used.
+        """Return whether this process has prepared the shard and not evicted it since. Marks it as recently used.
 
         The reading thread asks this for every sample. Streaming would acquire an inter-process lock and check the disk
         each time, which costs more than reading the sample. The reader notices a file that has been removed.

@@ -1,7 +1,7 @@
 """The extras of the distribution, as in `pip install 'scmdm[molecules]'`, and the packages of each.
 
-The same lists stand in `pyproject.toml`; a test compares them. They are repeated here because the metadata of an
-installed distribution is absent or stale when scmdm runs from its source tree.
+The lists repeat `pyproject.toml`, because the metadata of an installed distribution is absent or stale when scmdm runs
+from its source tree. A test compares them.
 """
 
 from __future__ import annotations

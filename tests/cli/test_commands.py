@@ -396,7 +396,7 @@ def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molec
     ("command", "keys", "message"),
     [
         ("train", ["base=x"], "`scmdm train` starts from scratch"),
-        ("adapt", [], "base is not set"),
+        ("adapt", [], "`base` is not set"),
         ("adapt", ["base=/nonexistent"], "/nonexistent does not exist"),
         ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but base="),
         ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but base="),

@@ -59,7 +59,7 @@ def check_place(root: Path) -> None:
 
 
 def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `root` already holds this data set, with all its files in their sizes.
+    """Return whether `root` already holds this data set, with all its files in their sizes.
 
     Raises UserError when it holds another data set and `overwrite` is false, or something else.
     """

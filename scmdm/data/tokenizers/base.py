@@ -126,7 +126,7 @@ class OwnFraming(Protocol):
         ...
 
     def is_framed(self, ids: Sequence[int]) -> bool:
-        """Whether a sequence has the form that `frame` returns."""
+        """Return whether a sequence has the form that `frame` returns."""
         ...
 
 
@@ -148,7 +148,7 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
+    """Return whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
     if isinstance(tokenizer, OwnFraming):
         return tokenizer.is_framed(ids)
     ids = list(ids)
@@ -159,7 +159,7 @@ def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 
 
 def is_block(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids have the form of a block of concatenated texts: [BOS] first, [EOS] last, no [MASK]."""
+    """Return whether ids have the form of a block of concatenated texts: [BOS] first, [EOS] last, no [MASK]."""
     ids = list(ids)
     marks = {tokenizer.bos_id, tokenizer.mask_id} - {tokenizer.eos_id}
     return ids[:1] == [tokenizer.bos_id] and ids[-1:] == [tokenizer.eos_id] and marks.isdisjoint(ids[1:])

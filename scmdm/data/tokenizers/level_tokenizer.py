@@ -67,7 +67,7 @@ class LevelTokenizer(Tokenizer):
         return [self.bos_id, *ids]
 
     def is_framed(self, ids: Sequence[int]) -> bool:
-        """Whether a sequence is [BOS] and the values of one sample."""
+        """Return whether a sequence is [BOS] and the values of one sample."""
         ids = list(ids)
         return len(ids) == self.layout.length and ids[0] == self.bos_id and min(ids[1:]) >= len(SPECIALS)
 

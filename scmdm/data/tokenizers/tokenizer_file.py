@@ -32,7 +32,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def is_tokenizer_file(path: Path) -> bool:
-    """Whether a file is JSON that `Tokenizer.save` has written."""
+    """Return whether a file is JSON that `Tokenizer.save` has written."""
     try:
         return path.is_file() and isinstance(json.loads(path.read_text()).get("kind"), str)
     except (OSError, ValueError, AttributeError):

@@ -18,7 +18,7 @@ _MOST = 1 << 17  # words, about 40 MB
 
 
 def splits_at_white_space(pipeline: Mapping[str, Any]) -> bool:
-    """Whether a pipeline splits before white space: byte-level BPE with GPT-2's pattern and no normalizer."""
+    """Return whether a pipeline splits before white space: byte-level BPE with GPT-2's pattern and no normalizer."""
     pre, model = pipeline.get("pre_tokenizer") or {}, pipeline.get("model") or {}
     by_pattern = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
     ordinary = [token for token in pipeline.get("added_tokens") or [] if not token.get("special")]
