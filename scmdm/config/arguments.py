@@ -174,7 +174,7 @@ def _import_object(name: str) -> Any:
 
 
 def _options_of(group: type, prefix: str = "--") -> Iterator[Argument]:
-    """Yield an option per key of a dataclass: `--start-timeout` for `start_timeout`, `--no-x` for a flag that defaults to true."""
+    """Yield an option per key: `--start-timeout` for `start_timeout`, `--no-x` for a flag `x` that defaults to true."""
     hints = get_type_hints(group)
     for declared in dataclasses.fields(group):
         rules, section, hint = rules_of(declared), section_of(declared), hints[declared.name]

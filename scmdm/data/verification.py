@@ -15,9 +15,9 @@ from scmdm.data.manifest import Manifest, file_problems, remote_of
 
 
 def verify_dataset(root: Path) -> list[str]:
-    """List the problems of a data set, each with the file: hashes of all files, then the ids in the shards.
+    """List the problems of a data set, each with its file. Checks the hashes of all files, then the ids in the shards.
 
-    A cache of a remote data set may lack files; only splits that are whole have their ids checked.
+    A cache of a remote data set may lack files; ids are checked only in complete splits.
     """
     problems = file_problems(root, hashes=True)
     if problems:

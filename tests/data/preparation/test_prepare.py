@@ -121,7 +121,7 @@ def other_tokenizer(root):
         (lambda root: shard(root).write_bytes(shard(root).read_bytes()[:-9]), "bytes instead of", True),
         (lambda root: flip(shard(root)), "does not match its SHA-256", False),
         (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is missing", True),
-        (other_tokenizer, "is not that of the manifest", True),
+        (other_tokenizer, "does not match its SHA-256 in manifest.json", True),
         (lambda root: lie(root, vocab_size=99), "the manifest says 99", True),
         (lambda root: (root / "train/index.json").unlink(), "index.json is missing", True),
         (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", False),
