@@ -2,7 +2,7 @@
 
 The corpus is cut into parts. Each phase is a set of tasks, one per part, that `task_queue` distributes: hash the files;
 scan the records (clean, hash, collect symbols); fit (find duplicates, build the tokenizer); encode into shards. Finally
-the shards get one index and one manifest, and the directory is renamed. Results of finished tasks are kept in `.OUT.KEY.work`
+the shards get one index and one manifest, and the directory is renamed. Finished tasks are kept in `.OUT.KEY.work`
 beside `out`, from which an interrupted preparation continues.
 """
 
