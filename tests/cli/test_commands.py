@@ -188,7 +188,7 @@ def test_templates():
         (["length=0"], "length=0 is not possible"),
         (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
         (["sampler.kind=magic"], "one of ancestral, first_hitting"),
-        (["device=cuda"], "torch sees no CUDA device"),
+        (["device=cuda"], "torch finds no CUDA device"),
     ],
 )
 def test_sampling_mistakes(base, capsys, keys, message):

@@ -48,7 +48,7 @@ class LevelTokenizer(Tokenizer):
         return cls(GridLayout(**layout))
 
     def encode(self, content: Content) -> list[int]:
-        """Return the ids of values, given as a record's bytes or as numbers separated by blanks. Raises UnknownSymbol."""
+        """Return the ids of values, given as bytes of a record or as numbers between blanks. Raises UnknownSymbol."""
         values = np.frombuffer(content, self.layout.dtype).tolist() if isinstance(content, bytes) else _numbers(content)
         wrong = next((value for value in values if value >= self.layout.levels), None)
         if wrong is not None:
