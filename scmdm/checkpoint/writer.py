@@ -116,7 +116,7 @@ class CheckpointWriter:
         self._agree(strict=False)
 
     def abandon(self) -> None:
-        """Wait for this rank's part of the save in progress, without the other ranks, one of which may have failed."""
+        """Wait for this rank's part of the save in progress, but not for other ranks, which may have failed."""
         if self._thread is not None:
             self._thread.join(timeout=60)
 

@@ -82,7 +82,7 @@ class Command:
     overrides: bool = False  # accepts key=value without a schema
 
     def all_arguments(self) -> Iterator[Argument]:
-        """Positional arguments, options, and the options of groups."""
+        """Yield positional arguments, options, and the options of groups."""
         yield from self.arguments
         yield from self.options
         for group in self.option_groups.values():

@@ -73,7 +73,7 @@ class EvaluateConfig:
         self.sampler.validate()
 
     def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:
-        """The corpora of `texts` by name. Raises UserError for an unknown key or an impossible value."""
+        """Return the corpora of `texts` by name. Raises UserError for an unknown key or an impossible value."""
         found = {}
         for name, value in self.texts.items():
             keys = {"path": value} if isinstance(value, str) else value

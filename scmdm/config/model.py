@@ -137,7 +137,7 @@ class ModelConfig:
         return False
 
     def block_matrix_elements(self) -> int:
-        """Elements of a block's weight matrices that multiply every position; FLOPs follow from it."""
+        """Count the elements of a block's weight matrices that multiply every position, from which FLOPs follow."""
         raise NotImplementedError
 
     def validate(self) -> None:

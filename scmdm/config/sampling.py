@@ -76,7 +76,7 @@ class SamplerConfig:
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
     def settings(self, self_conditioned: bool) -> SamplerSettings:
-        """Settings for `scmdm.diffusion.sampler.sample`.
+        """Return settings for `scmdm.diffusion.sampler.sample`.
 
         Raises UserError when an estimate should be carried, but the model is not self-conditioned.
         """

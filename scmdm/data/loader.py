@@ -121,7 +121,7 @@ def _construct(options: dict[str, Any]) -> TokenDataset:
 
 
 def _claim_caches(data: DataMixture) -> list[FileLock]:
-    """Lock size-limited caches: a run counts only its own shards towards the limit, and removes any shards."""
+    """Lock size-limited caches: runs would remove each other's shards."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return []
     claims = [FileLock(stream.root / ".limit.lock", timeout=0, thread_local=False) for stream in data.streams]

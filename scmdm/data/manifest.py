@@ -182,7 +182,7 @@ def _verify_tokenizer(root: Path, manifest: Manifest) -> Iterator[str]:
     elif sha256_file(path) != manifest.tokenizer.sha256:
         yield f"tokenizer {path} does not match its SHA-256 in {MANIFEST_FILE}"
     elif (size := load_tokenizer(path).vocab_size) != manifest.vocab_size:
-        yield f"tokenizer {path} has {size} tokens, the manifest says {manifest.vocab_size}"
+        yield f"tokenizer {path} has {size} tokens, but {MANIFEST_FILE} gives {manifest.vocab_size}"
 
 
 def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
@@ -193,4 +193,4 @@ def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
         yield f"{path} is missing or damaged ({type(error).__name__})"
         return
     if samples != manifest.splits[split].samples:
-        yield f"{path} lists {samples} samples, the manifest says {manifest.splits[split].samples}"
+        yield f"{path} lists {samples} samples, but {MANIFEST_FILE} gives {manifest.splits[split].samples}"

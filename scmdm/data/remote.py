@@ -82,7 +82,7 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
         size, sha256 = found.stat().st_size, sha256_file(found)
         if sha256 != file.sha256:
             raise UserError(
-                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., the manifest says "
+                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., but {MANIFEST_FILE} has "
                 f"{file.sha256[:12]}...; upload it again"
             )
         os.replace(found, path)
@@ -130,7 +130,7 @@ def _reason(error: Exception) -> str:
 
 
 def _small_files(manifest: Manifest) -> Iterator[FileInfo]:
-    """Tokenizer and indexes, which a run reads before any shard."""
+    """Yield tokenizer and indexes, which a run reads before any shard."""
     yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # the manifest has no size
     for split in manifest.splits.values():
         yield from (file for file in split.files if PurePosixPath(file.file).name == _INDEX)

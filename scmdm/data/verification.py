@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from scmdm.data.loader import read_split
-from scmdm.data.manifest import Manifest, file_problems, remote_of
+from scmdm.data.manifest import MANIFEST_FILE, Manifest, file_problems, remote_of
 
 
 def verify_dataset(root: Path) -> list[str]:
@@ -35,8 +35,8 @@ def _verify_ids(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
     ids_NL: np.ndarray = read_split(root, split)
     expected = (manifest.splits[split].samples, manifest.length)
     if ids_NL.shape != expected:
-        yield f"{root / split} holds ids of shape {ids_NL.shape}, the manifest says {expected}"
+        yield f"{root / split} holds ids of shape {ids_NL.shape}, but {MANIFEST_FILE} gives {expected}"
     elif ids_NL.max() >= manifest.vocab_size:
-        yield f"{root / split} holds id {ids_NL.max()}, the vocabulary ends at {manifest.vocab_size - 1}"
+        yield f"{root / split} holds id {ids_NL.max()}, but the vocabulary ends at {manifest.vocab_size - 1}"
     elif (ids_NL == manifest.mask_id).any():
         yield f"{root / split} holds the mask id {manifest.mask_id} as data"

@@ -48,7 +48,8 @@ class SlicedDenoiser:
     def _sliced(self, state: State) -> State:
         """Return the state with `z_BL` sliced; its estimate is a slice already."""
         if state.packing is not None:
-            raise UserError("fsdp.context is not possible with packed samples (framing=packed); set it to 1")
+            size = self._context.size()
+            raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
         return replace(state, z_BL=self._slice(state.z_BL))
 
     def _slice(self, x_BL: Tensor) -> Tensor:

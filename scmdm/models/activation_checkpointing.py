@@ -21,7 +21,7 @@ _KEPT = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *AT
 def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
     """Run a block, and keep activations for the backward pass according to `kind`.
 
-    "none" keeps all of them, "selective" those of `_KEPT`, "full" only the block's input. None without gradients.
+    "none" keeps all, "selective" those of `_KEPT`, "full" only the block's input. Without gradients, none is kept.
     """
     if kind == "none" or not torch.is_grad_enabled():
         return block(*arguments)

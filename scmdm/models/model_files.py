@@ -203,7 +203,7 @@ def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[s
 
 
 def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
-    """Copy weights into a model. Raises UserError that names the first missing, unknown or misshapen tensor.
+    """Copy weights into a model. Raises UserError, which names a missing, unknown or misshapen tensor.
 
     With `new_conditioner` the conditioner and adapters keep their values where `weights` has none.
     """

@@ -62,7 +62,7 @@ class Network(nn.Module):
         self.context: DeviceMesh | None = None
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, D) and bias (V,) of the output head."""
+        """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
         linear = self.output_layer.linear
         if linear is None:
             return self.vocab_embed.embedding, None

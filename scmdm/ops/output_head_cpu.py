@@ -70,7 +70,7 @@ def top_k_estimate(
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:
-    """Return the positions of a chunk on a CPU: at most `chunk`, and at most 64 MiB of logits or 64 rows."""
+    """Return the positions of a chunk on a CPU: at most `chunk`, and 64 MiB of logits, or 64 rows if that is more."""
     return min(chunk, max(64, _CHUNK // vocab_size))
 
 

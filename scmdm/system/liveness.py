@@ -22,7 +22,7 @@ LIVE_JOB_STATES = (
 
 @functools.cache
 def machine_id() -> str:
-    """Identity of the space in which process ids are unique: this boot of the kernel, and the PID namespace."""
+    """Identify the space in which process ids are unique: this boot of the kernel, and the PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

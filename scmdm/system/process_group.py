@@ -51,7 +51,7 @@ def current_world() -> World:
 def process_group(
     world: World, device: torch.device, *, needed: bool, timeout: timedelta | None = None
 ) -> Iterator[None]:
-    """Initialize torch.distributed while the block runs, if there are several processes or it is `needed` for one.
+    """Initialize torch.distributed while the block runs: with several processes, or with one if `needed`.
 
     `timeout` is the longest that a collective may take; None means torch's default.
     """

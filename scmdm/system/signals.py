@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop, and the death of parent processes.
+"""Signals on which a run saves and stops, and child processes that end with their parent.
 
 SLURM signals every process of a job step: ranks, launcher, loader processes, wandb's service. The processes that a run
 needs for its last checkpoint must survive the stop signals; all of them must end when their parent does.
@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> frozenset[signal.Signals]:
-    """Signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
+    """Return the signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
     names = os.environ.get(STOP_SIGNALS_VARIABLE, _DEFAULT)
     try:
         return frozenset(signal.Signals[f"SIG{name.strip().upper().removeprefix('SIG')}"] for name in names.split(","))

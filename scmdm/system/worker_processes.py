@@ -55,7 +55,7 @@ def worker_processes(count: int) -> Iterator[Executor]:
 
 
 def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
-    """In a worker: call `function`, unless a stop signal has ended an earlier job, so that no queued job starts."""
+    """Call `function` in a worker, unless a stop signal has ended an earlier job: queued jobs must not start."""
     global _stopped
     if _stopped:
         raise SystemExit(REQUEUE_EXIT)

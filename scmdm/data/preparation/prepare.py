@@ -67,7 +67,7 @@ ShowProgress = Callable[[str], None]
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Make the data set of a configuration unless `out` holds it, and `upload` it if set. Raises UserError."""
+    """Make the data set of a configuration unless `out` holds it, then upload it if so configured. Raises UserError."""
     console, started, root = Console(), time.monotonic(), Path(config.out)
     check_place(root)
     before = root.stat().st_ino if root.exists() else None

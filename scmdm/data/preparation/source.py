@@ -1,4 +1,4 @@
-"""Interface of sources: corpora that are read in independent parts, each of which returns clean records."""
+"""Interface of sources: corpora that are read in independent parts and yield clean records."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def other_tokenizer(root):
         (lambda root: flip(shard(root)), "does not match its SHA-256", False),
         (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is missing", True),
         (other_tokenizer, "does not match its SHA-256 in manifest.json", True),
-        (lambda root: lie(root, vocab_size=99), "the manifest says 99", True),
+        (lambda root: lie(root, vocab_size=99), "manifest.json gives 99", True),
         (lambda root: (root / "train/index.json").unlink(), "index.json is missing", True),
         (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", False),
         (lambda root: lie(root, length=99), "holds ids of shape", False),
