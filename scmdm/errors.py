@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user."""
+"""Exceptions for user errors."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""`scmdm checkpoint list` and `scmdm checkpoint verify`."""
+"""The commands `scmdm checkpoint list` and `scmdm checkpoint verify`."""
 
 from __future__ import annotations
 

@@ -24,24 +24,24 @@ _NAME = re.compile(r"step_\d{8,}")
 
 
 def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` steps."""
+    """Return the directory name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """Number of steps in a checkpoint's name."""
+    """Return the number of steps in a checkpoint's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in `directory`, oldest first, without unfinished ones."""
+    """List the checkpoints in `directory`, oldest first, without unfinished ones."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, None if none does, and the problems of newer ones."""
+    """Return the newest undamaged checkpoint, None if there is none, and the problems of newer ones."""
     skipped: list[str] = []
     for path in reversed(list_checkpoints(directory)):
         problems = verify_checkpoint(path)
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
 
 
 def find_model(path: Path) -> Path:
-    """The model directory at `path`: `path` itself, or the newest checkpoint of a run that verifies.
+    """Return the model directory at `path`: `path` itself, or the newest undamaged checkpoint of a run.
 
     Raises UserError if there is none, or if `path` is a damaged model directory.
     """
@@ -87,6 +87,6 @@ def find_model(path: Path) -> Path:
     if checkpoint is None:
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(
-            f"{path} holds no checkpoint that verifies{reason}; give a run directory, a checkpoint or an export"
+            f"{path} holds no undamaged checkpoint{reason}; give a run directory, a checkpoint or an export"
         )
     return checkpoint

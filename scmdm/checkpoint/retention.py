@@ -13,7 +13,7 @@ from scmdm.config.training import TrainConfig
 def remove_old_checkpoints(directory: Path, newest: Path, config: TrainConfig, best_step: int | None) -> None:
     """Remove all checkpoints except those that the configuration keeps.
 
-    Kept are the last `train.keep_last` up to `newest`, one every `train.keep_every` steps, and with `train.keep_best`
+    It keeps the last `train.keep_last` up to `newest`, one every `train.keep_every` steps, and with `train.keep_best`
     that of `best_step`. Checkpoints after `newest` are removed: the run resumed before them because they were damaged.
     """
     found = list_checkpoints(directory)
@@ -26,11 +26,11 @@ def remove_old_checkpoints(directory: Path, newest: Path, config: TrainConfig, b
     for path in found:
         if path in kept:
             continue
-        # Renamed first: a checkpoint under its own name is complete at every moment.
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        # Rename first, so that a checkpoint under its own name is always complete.
+        renamed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.rename(path, renamed)
+        shutil.rmtree(renamed)
 
 
 def remove_leftovers(directory: Path) -> None:

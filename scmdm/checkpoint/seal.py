@@ -19,7 +19,7 @@ def seal(directory: Path) -> None:
 
 
 def verify_checkpoint(path: Path, *, hashes: bool = True) -> list[str]:
-    """Problems of a checkpoint or export, each naming the file; empty if it is undamaged.
+    """List the problems of a checkpoint or export, each naming the file; empty if it is undamaged.
 
     Without `hashes` only the existence and the size of files are checked.
     """
@@ -35,7 +35,7 @@ def verify_checkpoint(path: Path, *, hashes: bool = True) -> list[str]:
 
 
 def sha256_of_model(path: Path) -> str:
-    """SHA-256 of a checkpoint's or export's seal, which identifies the model."""
+    """Return the SHA-256 of a checkpoint's or export's seal, which identifies the model."""
     return sha256_file(path / SEAL)
 
 

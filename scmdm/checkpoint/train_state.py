@@ -16,7 +16,7 @@ STATE_FILE = "state.json"
 
 @dataclass
 class TrainState:
-    """What a resumed run needs besides tensors to continue as if it had not been interrupted."""
+    """State besides tensors that a resumed run needs to continue as if it had not been interrupted."""
 
     step: int = 0
     tokens: int = 0  # valid tokens trained on
@@ -34,7 +34,7 @@ class TrainState:
 
 
 def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
-    """This rank's part of every tensor that a checkpoint stores, by name.
+    """Return this rank's part of every tensor that a checkpoint stores, by name.
 
     Tensors are shared with the engine, except those that it has to convert.
     """
@@ -43,7 +43,7 @@ def named_tensors(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
 
 
 def trained_groups(engine: Engine, ema: Ema | None) -> dict[str, dict[str, Tensor]]:
-    """Trained weights, averages and optimizer moments by prefix and parameter, in the engine's own layout."""
+    """Return trained weights, averages and optimizer moments by prefix and parameter, in the engine's own layout."""
     groups = {WEIGHTS_PREFIX: engine.parameters(), **{f"{kind}.": m for kind, m in engine.moments().items()}}
     if ema is not None:
         groups[EMA_PREFIX] = ema.average
@@ -51,5 +51,5 @@ def trained_groups(engine: Engine, ema: Ema | None) -> dict[str, dict[str, Tenso
 
 
 def with_prefixes(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One dictionary of all groups, with each group's prefix before its names."""
+    """Merge all groups into one dictionary, with each group's prefix before its names."""
     return {prefix + name: value for prefix, group in groups.items() for name, value in group.items()}

@@ -59,7 +59,7 @@ def snapshot(
     *,
     copy: bool,
 ) -> Snapshot:
-    """Capture the present state. With `copy`, tensors go to host memory, so that training may continue."""
+    """Capture the present state. With `copy`, tensors are copied to host memory, so that training may continue."""
     tensors = named_tensors(engine, ema)
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -74,9 +74,9 @@ def snapshot(
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. All ranks call every method together.
+    """Writer of the checkpoints of one run. All ranks call every method together.
 
-    `lease` is the run directory's, held by rank 0: nothing is committed after it was taken over.
+    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over.
     """
 
     def __init__(self, directory: Path, engine: Engine, config: TrainConfig, lease: Lease | None = None) -> None:
@@ -85,15 +85,15 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._problem: UserError | None = None
         background = config.async_checkpoint and dist.is_initialized()
-        # A group of its own: the thread's collectives must not interleave with those of the step.
+        # The thread has its own group: its collectives must not interleave with those of the step.
         self._group = dist.new_group(backend="gloo") if background else None
 
     def save(self, captured: Snapshot, *, wait: bool = False) -> None:
-        """Write a snapshot. With `wait`, return when it is complete whatever `train.async_checkpoint` says.
+        """Write a snapshot. With `wait`, return when it is complete, even with `train.async_checkpoint`.
 
-        A disk that is full or cannot be written leaves all earlier checkpoints intact. It raises UserError, or logs a
-        warning with `train.on_save_error=continue`, unless `wait` is set. Raises InUseError if the run directory was
-        taken over by another run.
+        A failure to write leaves all earlier checkpoints intact and raises UserError, or logs a warning with
+        `train.on_save_error=continue` unless `wait` is set. Raises InUseError if another run has taken the run
+        directory over.
         """
         self.finish()
         final = self._directory / checkpoint_name(captured.step)
@@ -105,7 +105,7 @@ class CheckpointWriter:
             return
         if temporary is not None:
             self._write(captured, stack, temporary, final, None)
-        self._settle(must=wait)
+        self._agree(strict=wait)
 
     def finish(self) -> None:
         """Wait for the save in progress, if any. Raises as `save` does."""
@@ -113,20 +113,20 @@ class CheckpointWriter:
             return
         self._thread.join()
         self._thread = None
-        self._settle(must=False)
+        self._agree(strict=False)
 
     def abandon(self) -> None:
-        """Wait for this rank's part of the save in progress, without the other ranks, one of which may have failed."""
+        """Wait for this rank's part of the save in progress, but not for other ranks, which may have failed."""
         if self._thread is not None:
             self._thread.join(timeout=60)
 
     def _stage(self, final: Path) -> tuple[ExitStack, Path | None]:
-        """The directory that all ranks write into, created by rank 0; None if it could not be created."""
+        """Return the directory that all ranks write into, created by rank 0; None if that failed."""
         stack, temporary = ExitStack(), None
         if self._main:
             try:
                 self._require_lease()
-                # An existing checkpoint of that name did not verify, else the run would have resumed from it.
+                # An existing checkpoint of that name is damaged, otherwise the run would have resumed from it.
                 temporary = stack.enter_context(atomic_directory(final, replace=True))
             except UserError as error:
                 self._problem = error
@@ -135,7 +135,7 @@ class CheckpointWriter:
     def _write(
         self, captured: Snapshot, stack: ExitStack, temporary: Path, final: Path, group: dist.ProcessGroup | None
     ) -> None:
-        """Write this rank's tensors; on rank 0 also commit. Failures are kept for `_settle`, in the calling thread."""
+        """Write this rank's tensors; on rank 0 also commit. Failures are kept for `_agree`, in the calling thread."""
         try:
             with stack:
                 write_tensors(temporary / TENSORS, captured.tensors, group=group)
@@ -153,8 +153,8 @@ class CheckpointWriter:
             self._problem = UserError(
                 f"cannot write {final}: {error.strerror or error}; free space or choose another place"
             )
-        except Exception as error:  # noqa: BLE001 - in a thread any other would be lost, and the save count as complete
-            reason = " ".join(str(error).split())[:200]  # such as another rank's failure, met in a collective
+        except Exception as error:  # noqa: BLE001 - lost in a thread, where the save would count as complete
+            reason = " ".join(str(error).split())[:200]  # such as another rank's failure during a collective
             self._problem = UserError(f"cannot write {final}: {type(error).__name__}: {reason}")
         else:
             logger.info("saved %s", final)
@@ -163,13 +163,13 @@ class CheckpointWriter:
         if self._lease is not None:
             self._lease.require()
 
-    def _settle(self, *, must: bool) -> None:
+    def _agree(self, *, strict: bool) -> None:
         """Agree with the other ranks on the result of a save."""
         problems = [problem for problem in all_gather_object(self._problem) if problem is not None]
         self._problem = None
         if not problems:
             return
         lost = [problem for problem in problems if isinstance(problem, InUseError)]
-        if lost or must or self._config.on_save_error == "stop":
+        if lost or strict or self._config.on_save_error == "stop":
             raise (lost or problems)[0]
         logger.warning("%s; continuing with the previous checkpoint", problems[0])

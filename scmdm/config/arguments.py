@@ -33,7 +33,7 @@ class Argument:
 
     @property
     def is_option(self) -> bool:
-        """Whether the name begins with dashes."""
+        """Return whether the name begins with dashes."""
         return self.name.startswith("--")
 
     @property
@@ -79,10 +79,10 @@ class Command:
     schema: str | None = None  # dataclass of the configuration, which a YAML file (`config`) and key=value set
     options: tuple[Argument, ...] = ()
     option_groups: dict[str, type] = field(default_factory=dict)  # dataclasses whose keys are options, by parameter
-    overrides: bool = False  # takes key=value without having a schema
+    overrides: bool = False  # accepts key=value without a schema
 
     def all_arguments(self) -> Iterator[Argument]:
-        """Positional arguments, options, and the options of groups."""
+        """Yield positional arguments, options, and the options of groups."""
         yield from self.arguments
         yield from self.options
         for group in self.option_groups.values():
@@ -91,12 +91,12 @@ class Command:
     def load_schema(self) -> type:
         """Import the dataclass of the configuration."""
         assert self.schema is not None
-        schema: type = _load(self.schema)
+        schema: type = _import_object(self.schema)
         return schema
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lists the keys of the command's configuration, which is imported for it, at the end of the help."""
+    """Parser whose help ends with the keys of the command's configuration, imported only then."""
 
     command: Command | None = None
 
@@ -111,7 +111,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def make_parser(program: str, commands: Sequence[Command], description: str, epilog: str) -> argparse.ArgumentParser:
-    """An argparse parser of all commands, whose result `run_command` takes."""
+    """Make an argparse parser of all commands, whose result is the argument of `run_command`."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog=program, description=description, epilog=epilog, formatter_class=layout)
     top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -149,14 +149,14 @@ def run_command(options: argparse.Namespace) -> None:
     positional = [values.pop(declared.attribute) for declared in command.arguments]
     if command.schema is not None:
         values, positional = _with_config(command, values, positional)
-    groups = {name: _built(group, values) for name, group in command.option_groups.items()}
-    _load(command.function)(*positional, **values, **groups)
+    groups = {name: _build_group(group, values) for name, group in command.option_groups.items()}
+    _import_object(command.function)(*positional, **values, **groups)
 
 
 def _with_config(command: Command, values: dict[str, Any], positional: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Replace the YAML file and the overrides among the arguments by the configuration, the last positional argument.
+    """Load the YAML file and the overrides, and append the configuration to the positional arguments.
 
-    The configuration is None when neither was given to a command that can do without.
+    It is None when neither was given to a command whose configuration is optional.
     """
     overrides: list[str] = values.pop("overrides")
     path, needed = values.pop("config", None), True
@@ -168,13 +168,13 @@ def _with_config(command: Command, values: dict[str, Any], positional: list[Any]
     return values, [*positional, config]
 
 
-def _load(name: str) -> Any:
+def _import_object(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(f"scmdm.{module}"), attribute)
 
 
 def _options_of(group: type, prefix: str = "--") -> Iterator[Argument]:
-    """An option for each key of a dataclass: `start_timeout` is `--start-timeout`, a true flag `x` is `--no-x`."""
+    """Yield an option per key: `--start-timeout` for `start_timeout`, `--no-x` for a flag `x` that defaults to true."""
     hints = get_type_hints(group)
     for declared in dataclasses.fields(group):
         rules, section, hint = rules_of(declared), section_of(declared), hints[declared.name]
@@ -189,13 +189,13 @@ def _options_of(group: type, prefix: str = "--") -> Iterator[Argument]:
         yield Argument(name, rules, kinds[0], declared.default, repeatable=declared.default == ())
 
 
-def _built(group: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Move the options of a dataclass from `values` into an instance of it."""
+def _build_group(group: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Build an instance of a dataclass from its options, which are removed from `values`."""
     found: dict[str, Any] = {}
     for declared in dataclasses.fields(group):
         name, section = f"{prefix}{declared.name}", section_of(declared)
         if section is not None:
-            found[declared.name] = _built(section, values, f"{name}_")
+            found[declared.name] = _build_group(section, values, f"{name}_")
         elif declared.default is True:
             found[declared.name] = not values.pop(f"no_{name}")
         else:

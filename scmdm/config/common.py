@@ -10,12 +10,12 @@ LARGEST_SEED = 2**62
 
 
 def seed_key() -> Any:
-    """Seed of every random draw."""
+    """Declare the seed of every random draw."""
     return key(0, help="seed of every random draw", at_least=0, at_most=LARGEST_SEED)
 
 
 def device_key(*, on_resume: bool = False) -> Any:
-    """Device to compute on; auto: the GPU, if there is one."""
+    """Declare the device to compute on."""
     return key(
         "auto",
         help="device to compute on; auto: the GPU, if there is one",
@@ -25,7 +25,7 @@ def device_key(*, on_resume: bool = False) -> Any:
 
 
 def precision_key() -> Any:
-    """Precision of the network's computations."""
+    """Declare the precision of the network's computations."""
     return key(
         "auto",
         help="precision of the network; auto: bfloat16 where the hardware has it",
@@ -34,17 +34,17 @@ def precision_key() -> Any:
 
 
 def threads_key(*, on_resume: bool = False) -> Any:
-    """Number of CPU threads."""
+    """Declare the number of CPU threads."""
     return key(0, help="CPU threads; 0: one per core", at_least=0, at_most=1024, on_resume=on_resume)
 
 
 def weights_key() -> Any:
-    """Which weights of a model to use."""
+    """Declare the choice between averaged and raw weights."""
     return key("ema", help="weights to use; ema: the averages, where the model has them", choices=("ema", "raw"))
 
 
 def batch_size_key() -> Any:
-    """Number of samples that are drawn at once."""
+    """Declare the number of samples drawn at once."""
     return key(
         None,
         help="samples drawn at once; null: 64 on each CPU core, 1024 on a GPU",

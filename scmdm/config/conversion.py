@@ -13,11 +13,11 @@ DTYPES = ("stored", "float32", "bfloat16", "float16")
 
 @dataclass
 class ImportConfig:
-    """What the files of a published model do not say, or say wrongly."""
+    """Properties that the files of a published model omit or misstate."""
 
     format: str = key(
         "auto",
-        help="layout of the weights; auto: recognised by the tensors' names. mdlm: also UDLM, Duo",
+        help="layout of the weights; auto: detected from the tensors' names; mdlm: also UDLM, Duo",
         choices=("auto", *LAYOUTS.names),
     )
     tokenizer: str | None = key(
@@ -40,14 +40,14 @@ class ImportConfig:
     )
     bos_policy: str | None = key(
         None,
-        help="whether the first token is masked like any other; null: loss for mdlm, given otherwise",
+        help="loss: [BOS] is masked like any token; given: never masked; null: loss for mdlm, given otherwise",
         choices=("loss", "given"),
     )
     time_conditioning: bool | None = key(
-        None, help="mdlm: the network is conditioned on the noise level; null: as in its configuration"
+        None, help="mdlm: condition the network on the noise level; null: as in the model's configuration"
     )
     logit_shift: bool | None = key(
-        None, help="a position is predicted from the one before; null: true for dream, llama and qwen2"
+        None, help="predict a position from the one before it; null: true for dream, llama and qwen2"
     )
 
 
@@ -62,4 +62,4 @@ class ExportConfig:
     )
     weights: str = weights_key()
     dtype: str = key("stored", help="data type of the weights; stored: unchanged", choices=DTYPES)
-    shard_gb: float = key(5.0, help="largest weights file, in 10^9 bytes", above=0, at_most=1e6)
+    shard_gb: float = key(5.0, help="maximum size of a weights file, in 10^9 bytes", above=0, at_most=1e6)

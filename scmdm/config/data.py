@@ -46,7 +46,7 @@ class DataConfig:
     )
     shuffle_block: int | None = key(
         None,
-        help="samples shuffled together; null: 262144. A cache must hold 2 blocks",
+        help="samples shuffled together; null: 262144; a limited cache must hold 2 blocks",
         at_least=1,
         at_most=2**40,
     )
@@ -59,7 +59,7 @@ class DataConfig:
 
     @property
     def label(self) -> str:
-        """The data as the user gave it, for messages."""
+        """Key and value that name the data, for messages."""
         return f"data.streams={','.join(sorted(self.streams))}" if self.streams else f"data.path={self.path}"
 
     def validate(self) -> None:
@@ -75,6 +75,6 @@ class DataConfig:
             raise UserError(f"data.remote={self.remote} belongs to data.path; give data.streams.NAME.remote instead")
         sized = self.cache_limit is None or _SIZE.fullmatch(self.cache_limit.strip().lower()) is not None
         require(sized, "data.cache_limit", self.cache_limit, "a size such as 10gb")
-        names = ", ".join(self.streams) or "data.streams, which is empty"
+        wanted = f"one of {', '.join(self.streams)}" if self.streams else "null, because data.streams is empty"
         known = self.validation_stream is None or self.validation_stream in self.streams
-        require(known, "data.validation_stream", self.validation_stream, f"one of {names}")
+        require(known, "data.validation_stream", self.validation_stream, wanted)

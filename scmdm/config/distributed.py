@@ -30,7 +30,7 @@ class FsdpConfig:
     )
     context: int = key(
         1,
-        help="context parallelism: ranks that share each sequence; divides its length and model.heads",
+        help="context parallelism: ranks that share each sequence; must divide its length and model.heads",
         at_least=1,
         at_most=65536,
         on_resume=True,

@@ -32,7 +32,7 @@ class ZeroShotConfig:
     path: str = fields.key(MISSING, help="file or folder")
     key: str = fields.key("text", help="key or column of the text")
     unit: str = fields.key("documents", help="records to split files into", choices=TEXT_UNITS)
-    detokenize: str = fields.key("none", help="corpus whose spacing to undo", choices=TEXT_DETOKENIZERS)
+    detokenize: str = fields.key("none", help="corpus whose tokenized spacing is undone", choices=TEXT_DETOKENIZERS)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class EvaluateConfig:
         self.sampler.validate()
 
     def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:
-        """The corpora of `texts` by name. Raises UserError for an unknown key or an impossible value."""
+        """Return the corpora of `texts` by name. Raises UserError for an unknown key or an impossible value."""
         found = {}
         for name, value in self.texts.items():
             keys = {"path": value} if isinstance(value, str) else value
@@ -85,6 +85,6 @@ class EvaluateConfig:
 
 
 def require_distinct(name: str, numbers: Sequence[int]) -> None:
-    """Raise UserError unless the key `name` lists at least one number, and none twice."""
+    """Raise UserError unless the key `name` lists at least one number, all of them distinct."""
     distinct = len(numbers) > 0 and len(set(numbers)) == len(numbers)
-    require(distinct, name, list(numbers), "a list of at least one number, each once")
+    require(distinct, name, list(numbers), "a list of at least one number, without repetitions")

@@ -1,7 +1,7 @@
-"""Configuration keys: everything known about a key stands with its field.
+"""Configuration keys: default, help text and rules of a key are declared together, with its field.
 
 A configuration is a dataclass whose fields are declared with `key`. Validation, `--help`, the check of a resumed run
-and the check of an adaptation against its base read the field's metadata; there is no second table.
+and the check of an adaptation against its base all read the field's metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
 _LONGEST_VALUE = 120  # characters of a value in a message
-_WIDTH, _TEXT_COLUMN = 120, 47  # of the help's lines
+_WIDTH, _TEXT_COLUMN = 120, 47  # width of a line of `--help`, and column of its text
 
 
 class OnAdapt(Enum):
@@ -49,13 +49,13 @@ class Key:
     below: float | None = None
     on_resume: bool = False  # may change when a run is resumed
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
-    registry: Registry | None = None  # of a section: its class is that of the name under `selector`
+    registry: Registry | None = None  # for a section: classes by the name that the key `selector` holds
     selector: str = "name"
     keys_of: str = ""  # of a mapping: the registry, as `module:NAME`, whose classes declare its keys
     formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
     def wanted(self) -> str:
-        """Allowed values, as in `between 0 and 1` or `above 0`."""
+        """Describe the allowed values, as in `between 0 and 1` or `above 0`."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.at_least is not None and self.at_most is not None:
@@ -70,7 +70,7 @@ class Key:
         return " and ".join(given) or "a finite number"
 
     def allows(self, value: object) -> bool:
-        """Whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
+        """Return whether a value that is not None satisfies choices and bounds. Numbers must be finite."""
         if isinstance(value, list | tuple):
             return all(not isinstance(element, list | tuple | dict) and self.allows(element) for element in value)
         if self.choices:
@@ -138,12 +138,12 @@ def key(
 
 
 def rules_of(field: dataclasses.Field[Any]) -> Key | None:
-    """The rules of a field that `key` declared; None for a section or a plain field."""
+    """Return the rules of a field that `key` declared; None for a section or a plain field."""
     return field.metadata.get(_METADATA)
 
 
 def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
-    """Dotted name, rules and value of every key of a configuration and its sections, in declaration order."""
+    """Yield dotted name, rules and value of every key of a configuration and its sections, in declaration order."""
     assert dataclasses.is_dataclass(config)
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
@@ -159,7 +159,7 @@ def walk_keys(config: object, prefix: str = "") -> Iterator[tuple[str, Key, Any]
 
 
 def section_of(field: dataclasses.Field[Any]) -> type | None:
-    """The dataclass of a field that is a section; None for a key. Of a registry's section, that of its default."""
+    """Return the dataclass of a section, with a registry that of the default; None for a key."""
     factory = field.default_factory
     rules = rules_of(field)
     if rules is not None and rules.registry is not None and factory is not dataclasses.MISSING:
@@ -168,7 +168,7 @@ def section_of(field: dataclasses.Field[Any]) -> type | None:
 
 
 def walk_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Dotted name and field of every key of a configuration class and its sections, in declaration order."""
+    """Yield dotted name and field of every key of a configuration class and its sections, in declaration order."""
     for field in dataclasses.fields(schema):
         section = section_of(field)
         if section is None:
@@ -178,17 +178,17 @@ def walk_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclass
 
 
 def replaced_keys(schema: type) -> dict[str, str]:
-    """Keys that were renamed or removed, each with the remedy, as in `write metrics.fcd`.
+    """Return the remedy for each renamed or removed key, as in `write metrics.fcd`.
 
-    Renamed keys say so with `key(formerly=...)`. Keys without a successor that a field could name stand in the class
-    attribute `removed_keys` of `schema`, a mapping from the dotted name to the remedy.
+    Renamed keys are declared with `key(formerly=...)`, removed ones in the class attribute `removed_keys` of `schema`,
+    a mapping from the dotted name to the remedy.
     """
     renamed = {old: f"write `{name}`" for old, name in renamed_keys(schema).items()}
     return dict(getattr(schema, "removed_keys", {})) | renamed
 
 
 def renamed_keys(schema: type) -> dict[str, str]:
-    """Present name of every earlier one, both dotted from the root of the configuration."""
+    """Map each former name of a key to its present name, both dotted from the root of the configuration."""
     fields = dict(walk_fields(schema))
     found = {}
     for name, field in fields.items():
@@ -200,13 +200,13 @@ def renamed_keys(schema: type) -> dict[str, str]:
 
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
-    """Raise UserError, which says what the key must be, unless `condition` holds."""
+    """Raise UserError, which names the allowed values, unless `condition` holds."""
     if not condition:
         raise UserError(f"{name}={shorten(value)} is not possible; it must be {wanted}")
 
 
 def shorten(value: object) -> str:
-    """`repr` of a value, cut to a length that fits into a message."""
+    """Return the `repr` of a value, truncated for a message."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python converts
@@ -221,7 +221,7 @@ def validate_keys(config: object, prefix: str = "") -> None:
 
 
 def describe_keys(schema: type, prefix: str = "") -> str:
-    """Keys of a configuration class for `--help`, each with its default, help text and allowed names.
+    """List the keys of a configuration class for `--help`, each with its default, help text and choices.
 
     For a section whose class depends on a name, the keys that all names share come first, then those of each name.
     """
@@ -266,13 +266,13 @@ def _lines_of_mapping(registry_name: str, prefix: str) -> Iterator[str]:
 
 def _own_lines(own: dict[str, dataclasses.Field[Any]] | None, shared: set[str], prefix: str) -> list[str]:
     if own is None:
-        return ["    (a package that it needs is not installed; see `scmdm doctor`)"]
+        return ["    (a required package is not installed; see `scmdm doctor`)"]
     own_lines = _lines((own[key] for key in own if key not in shared), prefix)
     return [textwrap.indent(line, "  ") for line in own_lines]
 
 
 def _fields_by_name(registry: Registry, name: str, selector: str) -> dict[str, dataclasses.Field[Any]] | None:
-    """Fields of the class of `name`, except for the selector; None when a package that it needs is missing."""
+    """Return the fields of the class of `name` except for the selector; None when a package is missing."""
     try:
         schema = registry.schema(name)
     except ImportError:
@@ -285,8 +285,8 @@ def _same(one: dataclasses.Field[Any], other: dataclasses.Field[Any] | None) -> 
 
 
 def _line(name: str, default: object, text: str) -> str:
-    """`  name=default   text`, with the text wrapped in its own column."""
-    start = f"  {f'{name}={_shown(default)}':<{_TEXT_COLUMN - 3}} "
+    """Format `  name=default   text`, with the text wrapped in its own column."""
+    start = f"  {f'{name}={_format_default(default)}':<{_TEXT_COLUMN - 3}} "
     wrapped = textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _TEXT_COLUMN)
     return (wrapped if text else start).rstrip()
 
@@ -297,5 +297,5 @@ def _help(rules: Key | None) -> str:
     return f"{rules.help} [{' | '.join(rules.choices)}]" if rules.choices else rules.help
 
 
-def _shown(default: object) -> str:
+def _format_default(default: object) -> str:
     return {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(default), str(default))

@@ -1,4 +1,4 @@
-"""Options of `scmdm launch`: machines, limits, how ranks are started, what happens when they end."""
+"""Options of `scmdm launch`: ranks, machines, container and SLURM job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DAY = 86_400
 class LocalRanks:
     """Ranks on one machine."""
 
-    gpus_per_node: int = key(0, help="GPUs per machine, each with a rank; 0: ranks on CPUs", at_least=0, at_most=1024)
+    gpus_per_node: int = key(0, help="GPUs per machine, one rank on each; 0: ranks on CPUs", at_least=0, at_most=1024)
     ranks_per_node: int | None = key(
         None, help="ranks per machine without GPUs (default: 1)", at_least=1, at_most=65536
     )
@@ -40,11 +40,11 @@ class LocalRanks:
 class Ranks(LocalRanks):
     """Ranks on one or several machines."""
 
-    nodes: int = key(1, help="machines", at_least=1, at_most=65536)
+    nodes: int = key(1, help="number of machines", at_least=1, at_most=65536)
     cpus_per_rank: int | None = key(None, help="CPU cores per rank", at_least=1, at_most=65536)
     starter: str = key(
         "torchrun",
-        help="starts the ranks: one torchrun per machine, or srun",
+        help="program that starts the ranks: one torchrun per machine, or srun",
         choices=("torchrun", "srun"),
     )
     start_timeout: int = key(600, help="seconds to wait for all machines at the start", at_least=1, at_most=_DAY)
@@ -59,14 +59,14 @@ class Ranks(LocalRanks):
 class Container:
     """The container that the ranks run in."""
 
-    image: str | None = key(None, help="container image; without it ranks run on the machine itself")
+    image: str | None = key(None, help="container image (default: none, ranks run on the machine itself)")
     runtime: str = key("pyxis", help="container runtime", choices=("pyxis", "apptainer"))
-    mount: tuple[str, ...] = key((), help="HOST:CONTAINER, a mount besides working and run directory; repeatable")
+    mount: tuple[str, ...] = key((), help="HOST:CONTAINER, a mount besides the working and run directories; repeatable")
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job around the ranks."""
+    """The SLURM job that runs the ranks."""
 
     name: str | None = key(None, help="name of the job (default: scmdm-RUN)")
     time: str | None = key(None, help="time limit of one start, as for sbatch: 4:00:00")
@@ -79,15 +79,15 @@ class SlurmJob:
     )
     attempts: int = key(3, help="successive failures at the same checkpoint that end the job", at_least=1, at_most=1000)
     requeue: bool = key(True, help="do not requeue the job from its script: exit with 85, for SLURM's RequeueExit=85")
-    setup: tuple[str, ...] = key((), help="shell line to run first, as 'module load cuda'; repeatable")
-    sbatch: tuple[str, ...] = key((), help="KEY=VALUE, any other option of sbatch, as mem=0; repeatable")
+    setup: tuple[str, ...] = key((), help="shell line to run first, such as 'module load cuda'; repeatable")
+    sbatch: tuple[str, ...] = key((), help="KEY=VALUE, any other option of sbatch, such as mem=0; repeatable")
     python: str | None = key(
         None, help="interpreter that has scmdm's packages (default: this one; in a container: python)"
     )
     container: Container = field(default_factory=Container)
 
     def validate(self) -> None:
-        """Raise UserError for a time limit or a line that a batch script cannot hold."""
+        """Raise UserError for a malformed time limit, or a value of several lines."""
         timed = self.time is None or _TIME.fullmatch(self.time) is not None
         require(timed, "--time", self.time, "minutes, HH:MM:SS or days-hours")
         for option, line in (

@@ -34,24 +34,24 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
-    """Apply `key=value` overrides to a configuration. Errors, as in `load_config`, say that they stand `where`."""
+    """Apply `key=value` overrides to a configuration. Errors are those of `load_config`; they contain `where`."""
     assert dataclasses.is_dataclass(config)
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
     return _merged(type(config), [("in the configuration", _literal(content))], overrides, where)
 
 
 def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
-    declared, schema = schema, _concrete(schema, [content for _, content in layers], overrides)
+    declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
-    for place, content in _without_deselected(declared, schema, layers):
+    for place, content in _drop_deselected_keys(declared, schema, layers):
         config = _merge(config, content, place)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
     return _checked(schema, config)
 
 
-def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
-    """`schema` with the class of each registry section chosen by the last name given for it."""
+def _choose_sections(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
+    """Return `schema` with the class of each registry section chosen by the last name given for it."""
     assert dataclasses.is_dataclass(schema)
     chosen: list[tuple[str, type]] = []
     for field in dataclasses.fields(schema):
@@ -63,7 +63,7 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
         for section in sections:
             if not isinstance(section, dict):
                 raise UserError(
-                    f"{field.name}={section!r} is not possible; it is a section: "
+                    f"{field.name}={section!r} is not possible; it must be a section: "
                     f"{field.name}: {{{rules.selector}: {section}, ...}}, or {field.name}.{rules.selector}={section}"
                 )
         names = [section[rules.selector] for section in sections if rules.selector in section]
@@ -81,7 +81,7 @@ def _concrete(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides:
 
 @functools.cache  # equal configurations have the same class
 def _with_sections(schema: type, chosen: tuple[tuple[str, type], ...]) -> type:
-    """A subclass of `schema` in which each chosen section has the given class."""
+    """Make a subclass of `schema` in which each chosen section has the given class."""
     metadata = {field.name: field.metadata for field in dataclasses.fields(schema)}
     fields = [
         (name, section, dataclasses.field(default_factory=section, metadata=metadata[name])) for name, section in chosen
@@ -96,12 +96,12 @@ def _rebuilt(schema: type, chosen: tuple[tuple[str, type], ...], values: dict[st
 
 
 def _declared(schema: type) -> type:
-    """The class that `_with_sections` made `schema` from, else `schema` itself."""
+    """Return the class that `_with_sections` derived `schema` from, or `schema` itself."""
     return cast(type, getattr(schema, _DECLARED, schema))
 
 
 def replace_sections(config: Schema, **sections: Any) -> Schema:
-    """A copy of a configuration with other sections, each of which may be of another class of its registry."""
+    """Return a copy with other sections, which may have other classes of their registries."""
     assert dataclasses.is_dataclass(config)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | sections
     rules = {field.name: rules_of(field) for field in dataclasses.fields(config)}
@@ -109,10 +109,10 @@ def replace_sections(config: Schema, **sections: Any) -> Schema:
     return cast(Schema, _with_sections(_declared(type(config)), chosen)(**values))
 
 
-def _without_deselected(declared: type, schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Layers without those keys of a section that its class lacks because a later layer or override selects another.
+def _drop_deselected_keys(declared: type, schema: type, layers: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the layers without keys of a section class that a later layer or override replaces by another class.
 
-    A layer that names no class, with none named before it, means the default of `declared`.
+    Until a layer names a class, the class is the default of `declared`.
     """
     assert dataclasses.is_dataclass(declared)
     assert dataclasses.is_dataclass(schema)
@@ -139,7 +139,7 @@ def _names_of(schema: Any) -> set[str]:
 
 
 def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterator[Any]:
-    """Values that overrides give to a section as a whole, or to the name that selects its class."""
+    """Yield the values that overrides give to a whole section, or to the key that selects its class."""
     for override in overrides:
         key, _, value = override.partition("=")
         if key == f"{field}.{selector}":
@@ -149,9 +149,9 @@ def _sections_of(field: str, selector: str, overrides: Sequence[str]) -> Iterato
 
 
 def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
-    """Check keys that come from elsewhere than a file, as `load_config` does.
+    """Make a configuration from a dictionary, with the checks of `load_config`.
 
-    Errors say that the keys stand `where`, as in "in the request". Text is taken literally, without interpolation.
+    Errors name the origin of the keys, `where`, as in "in the request". Strings are literal, without interpolation.
     """
     return _merged(schema, [(where, _literal(content))], (), where)
 
@@ -207,7 +207,7 @@ def _parse_override(override: str, schema: type) -> dict[str, Any]:
 
 
 def _text_of(schema: type, key: str, value: str) -> str | None:
-    """The literal value of a string key, as `prompt=[NH3+]CC` and `prompt=NO` are not meant as YAML; else None."""
+    """Return the value of a string key unparsed, because YAML would misread `prompt=NO`; None for other keys."""
     hint: Any = schema
     for part in key.split("."):
         fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
@@ -247,7 +247,7 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfi
 
 
 def _refused_key(config: DictConfig, content: dict[str, Any]) -> str:
-    """The first key of `content` that cannot be merged alone, for errors that do not name it."""
+    """Return the first key of `content` that cannot be merged alone, for errors that do not name the key."""
     leaves = flatten(content)
     for key, value in leaves.items():
         try:
@@ -264,7 +264,7 @@ def _reject_replaced(schema: type | None, content: dict[str, Any], where: str) -
 
 
 def _values_of(names: Iterable[str], content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Those of the dotted names that `content` sets, with their values."""
+    """Yield the dotted names that `content` sets, with their values."""
     for name in names:
         value: Any = content
         for part in name.split("."):
@@ -320,7 +320,7 @@ def _to_object(config: DictConfig) -> object:
 
 
 def to_yaml(config: object) -> str:
-    """The configuration as YAML, with every key."""
+    """Return the configuration as YAML, with every key."""
     assert dataclasses.is_dataclass(config)
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

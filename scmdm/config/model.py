@@ -1,6 +1,6 @@
 """Configuration keys that all denoisers share, and the registry of denoisers.
 
-The keys of one kind of denoiser stand beside its module, in a subclass of `ModelConfig`.
+The keys of one kind of denoiser are declared in its module, in a subclass of `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class ModelConfig:
     head_width: int | None = key(
         None, at_least=2, at_most=65536, help="width of a query, key or value head; null: model.width / model.heads"
     )
-    mlp_ratio: int = key(4, at_least=1, at_most=64, help="width of the MLP's hidden layer over model.width")
+    mlp_ratio: int = key(4, at_least=1, at_most=64, help="width of the MLP's hidden layer divided by model.width")
     self_conditioned: bool = key(
         False,
         on_adapt=OnAdapt.OWN,
-        help="whether the model has a conditioner; follows from self_conditioning.rate, do not set it",
+        help="whether the model has a conditioner; do not set it: it follows from self_conditioning.rate",
     )
     conditioner: str = key(
         "projection",
@@ -62,7 +62,7 @@ class ModelConfig:
         at_least=0,
         at_most=65536,
         on_adapt=OnAdapt.OWN,
-        help="adapt: rank of LoRA adapters, trained together with the conditioner alone; 0: none",
+        help="adapt: rank of LoRA adapters; only they and the conditioner are trained; 0: none",
     )
     lora_alpha: float = key(
         16.0, at_least=1e-9, at_most=1e9, on_adapt=OnAdapt.OWN, help="scale of LoRA adapters: lora_alpha / lora_rank"
@@ -71,7 +71,11 @@ class ModelConfig:
         factory=list, on_adapt=OnAdapt.OWN, help="names of the linear maps of a block that get adapters; empty: all"
     )
     dropout: float | None = key(
-        None, at_least=0, at_most=0.99, on_adapt=OnAdapt.OWN, help="dropout rate; null: that of the base, else 0"
+        None,
+        at_least=0,
+        at_most=0.99,
+        on_adapt=OnAdapt.OWN,
+        help="dropout rate; null: that of the base, or 0 without a base",
     )
     attention: str = key(
         "auto",
@@ -127,16 +131,16 @@ class ModelConfig:
 
     @property
     def labels(self) -> bool:
-        """Whether the network is conditioned on labels of samples. Kinds that can be have a key of this name."""
+        """Return whether the network is conditioned on labels of samples; a key of kinds that support labels."""
         return False
 
     @property
     def logit_shift(self) -> bool:
-        """Whether a position is predicted from the one before it. Kinds that can do so have a key of this name."""
+        """Return whether a position is predicted from the one before it; a key of kinds that support this."""
         return False
 
     def block_matrix_elements(self) -> int:
-        """Elements of a block's weight matrices that multiply every position; FLOPs follow from it."""
+        """Count the elements of a block's weight matrices that multiply every position, from which FLOPs follow."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -159,5 +163,5 @@ class ModelConfig:
 
 
 def default_model() -> Any:
-    """The configuration of the default denoiser, imported lazily: `scmdm.models` stands above this package."""
+    """Make the configuration of the default denoiser, imported lazily because `scmdm.models` imports this package."""
     return DENOISERS.schema(ModelConfig.kind)()

@@ -1,7 +1,6 @@
 """Configuration of `scmdm prepare`, and the registries of its sources and tokenizers.
 
-This module holds the keys that every preparation has. The keys of a source or a tokenizer stand with its class, under
-`Config`.
+The keys of a source or a tokenizer are declared with its class, as the attribute `Config`.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ TEXT_DETOKENIZERS = ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_p
 class SectionConfig:
     """Base of the sections `source` and `tokenizer`.
 
-    A manifest records the keys of a section that differ from their defaults, except those in `unrecorded`: paths, of
-    whose files it has the hashes.
+    A manifest records the keys of a section that differ from their defaults, except those in `unrecorded`: it has
+    the hashes of files instead of their paths.
     """
 
     unrecorded: ClassVar[frozenset[str]] = frozenset({"path"})
@@ -79,12 +78,12 @@ class SourceConfig(SectionConfig):
 
     @property
     def has_prompts(self) -> bool:
-        """Whether every record is a prompt and a response."""
+        """Return whether every record is a prompt and a response."""
         return False
 
     @property
     def splits_by_name(self) -> bool:
-        """Whether the names of files or splits assign the records to splits, so that the fractions may be 0."""
+        """Return whether the names of files or splits assign the records to splits, so that the fractions may be 0."""
         return False
 
 
@@ -95,7 +94,7 @@ class TokenizerConfig(SectionConfig):
 
 @dataclass
 class PrepareConfig:
-    """Configuration of `scmdm prepare`: from the files of a corpus to a data set of token sequences."""
+    """Configuration of `scmdm prepare`, which converts a corpus to a data set of token sequences."""
 
     out: str = key(MISSING, help="directory of the data set; it is created")
     source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
@@ -108,20 +107,20 @@ class PrepareConfig:
     )
     framing: str = key(
         "records",
-        help="one record per sample; blocks of the concatenated records; or several whole records per sample",
+        help="records: one per sample; concatenate: blocks of the joined records; packed: several records per sample",
         choices=("records", "concatenate", "packed"),
     )
     pad_policy: str = key(
-        "loss", help="padding is predicted like any token (loss), or left out of the loss", choices=("loss", "ignore")
+        "loss", help="loss: predict padding like any token; ignore: omit it from the loss", choices=("loss", "ignore")
     )
     bos_policy: str = key(
         "given",
-        help="[BOS] is never masked (rotary attention has no other absolute position), or masked like any token",
+        help="given: never mask [BOS] (rotary attention's only absolute position); loss: mask it like any token",
         choices=("given", "loss"),
     )
     validation_fraction: float = key(
         0.05,
-        help="share of the records in the validation split; of the training set where the source publishes only that",
+        help="share of the records in the validation split (of the training set, if the source publishes that alone)",
         at_least=0,
         below=1,
     )
@@ -139,7 +138,7 @@ class PrepareConfig:
     )
     deduplicate: bool = key(True, help="keep only the first of equal records")
     on_dirty: str = key(
-        "skip", help="unusable records are skipped and counted, or end the preparation", choices=("skip", "refuse")
+        "skip", help="unusable records: skip and count them, or refuse the corpus", choices=("skip", "refuse")
     )
     shard_mb: int = key(
         64, help="largest size of a shard in MiB (its format has 32-bit offsets)", at_least=1, at_most=4095
@@ -156,7 +155,7 @@ class PrepareConfig:
         None, help="number of processes, which does not change the result; null: one per CPU", at_least=1, at_most=4096
     )
     slice: str | None = key(
-        None, help="INDEX/COUNT of the machines that share the work, such as 0/4 for tasks of a SLURM array"
+        None, help="INDEX/COUNT of this machine among those that share the work, such as 0/4 in a SLURM array"
     )
 
     def validate(self) -> None:
@@ -168,14 +167,14 @@ class PrepareConfig:
                 raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
 
     def _rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """Key, its value, whether the value is possible, and the allowed values."""
+        """Yield keys, their values, whether these are possible, and the allowed values."""
         source, tokenizer = self.source, self.tokenizer
-        fitting = SOURCES.load(source.name).tokenizers
+        supported = SOURCES.load(source.name).tokenizers
         yield (
             "tokenizer.name",
             tokenizer.name,
-            tokenizer.name in fitting,
-            f"one of {', '.join(fitting)} with source.name={source.name}",
+            tokenizer.name in supported,
+            f"one of {', '.join(supported)} with source.name={source.name}",
         )
         for name in ("validation_fraction", "test_fraction"):
             fraction = getattr(self, name)

@@ -1,8 +1,8 @@
 """Implementations by name: sources, tokenizers, denoisers, domains.
 
-An entry names a class as `module:Class`, which is imported when it is used, so that nobody pays for, or has to install,
-what another name needs. The class has an attribute `Config`: the dataclass of the keys that belong to it. Packages of
-others add entries by an entry point of the registry's group, without a change here.
+An entry names a class as `module:Class`, which is imported on first use, so that only its users need its dependencies.
+The class has an attribute `Config`: the dataclass of the keys that belong to it. Other packages add entries through
+entry points of the registry's group.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from scmdm.errors import UserError
 class Registry:
     """Classes by name, imported lazily.
 
-    `key` is the configuration key that selects one, as in `source.name`; `group` the entry point group through which
-    other packages add theirs, as in `scmdm.sources`; `formerly` the present name of each earlier one.
+    `key` is the configuration key that selects a class, as in `source.name`; `group` is the entry point group, as in
+    `scmdm.sources`; `formerly` maps earlier names to present ones.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Registry:
         return tuple(dict.fromkeys((*self._own, *self._entries)))
 
     def load(self, name: object) -> Any:
-        """Import the class called `name`. Raises UserError, which lists the names, when there is none."""
+        """Import the class named `name`. Raises UserError, which lists the names, for an unknown one."""
         if isinstance(name, str) and name in self._formerly and name not in self._entries:
             raise UserError(f"{self.key}={name!r} is no longer used; write {self.key}={self._formerly[name]}")
         if not isinstance(name, str) or name not in self._entries:
@@ -50,6 +50,6 @@ class Registry:
         return getattr(importlib.import_module(module), attribute)
 
     def schema(self, name: object) -> type:
-        """The dataclass of the keys that belong to `name`. Raises UserError as `load` does."""
+        """Return the dataclass of the keys that belong to `name`. Raises UserError as `load` does."""
         schema: type = self.load(name).Config
         return schema

@@ -60,21 +60,29 @@ class RunConfig:
         if command == "train" and self.base is not None:
             raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
         if command == "adapt" and self.base is None:
-            raise UserError("base is not set; give the model to adapt as base=RUN, a checkpoint or an export")
+            raise UserError("key `base` is not set; give a run, a checkpoint or an export to adapt as base=PATH")
         if command == "train" and not self.ema.reset:
             raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
         if command == "train" and self.trained_layers is not None:
-            raise UserError("train.last_layers and model.lora_rank are for `scmdm adapt`: leave them out")
+            name = self._partial_key
+            raise UserError(f"{name}={_get(self, name)} is for `scmdm adapt`; leave it out")
 
     @property
     def trained_layers(self) -> int | None:
         """Number of the base's blocks that are trained while the rest is frozen; None: everything is trained."""
         return 0 if self.model.lora_rank else self.train.last_layers
 
+    @property
+    def _partial_key(self) -> str:
+        """Key that restricts training to a part of the weights."""
+        return "model.lora_rank" if self.model.lora_rank else "train.last_layers"
+
     def check_ranks(self, size: int) -> None:
         """Raise UserError when `size` ranks cannot share the batch or form the device mesh."""
         if self.engine == "single" and size > 1:
-            raise UserError(f"engine=single with {size} processes; use engine=auto, or start one process")
+            raise UserError(
+                f"engine=single is not possible with {size} processes; use engine=auto, or start one process"
+            )
         for name in ("replicate", "context"):
             value = getattr(self.fsdp, name)
             require(size % value == 0, f"fsdp.{name}", value, f"a divisor of the number of processes = {size}")
@@ -108,7 +116,7 @@ class RunConfig:
             self.ema.reset or (self.ema.warmup and self.ema.decay > 0),
             "ema.reset",
             self.ema.reset,
-            "true without averages or without ema.warmup: only the warm-up counts updates",
+            "true without averages or ema.warmup: only the warm-up uses the base's number of updates",
         )
         require(
             train.last_layers is None or not self.model.lora_rank,
@@ -121,11 +129,10 @@ class RunConfig:
         for name, default in vars(FsdpConfig()).items():
             value = getattr(self.fsdp, name)
             require(value == default, f"fsdp.{name}", value, "left out with engine=deepspeed; it is for engine=fsdp2")
-        partial = "model.lora_rank" if self.model.lora_rank else "train.last_layers"
         require(
             self.trained_layers is None,
-            partial,
-            _get(self, partial),
+            self._partial_key,
+            _get(self, self._partial_key),
             "left out with engine=deepspeed, which cannot freeze weights; use engine=fsdp2",
         )
         require(

@@ -23,7 +23,7 @@ class SamplerConfig:
         choices=("ancestral", "first_hitting", *ORDERS),
     )
     steps: int = key(
-        32, help="denoiser evaluations; first_hitting: one per token, whatever steps says", at_least=1, at_most=2**31
+        32, help="denoiser evaluations; ignored by first_hitting, which needs one per token", at_least=1, at_most=2**31
     )
     block_length: int | None = key(
         None,
@@ -37,18 +37,23 @@ class SamplerConfig:
         choices=("never", "cap", "rescale"),
     )
     remask_eta: float = key(
-        0.02, help="cap: largest such probability; rescale: fraction of the largest possible one", at_least=0, at_most=1
+        0.02,
+        help="cap: largest remasking probability; rescale: fraction of the largest possible one",
+        at_least=0,
+        at_most=1,
     )
     remasked_estimate: str = key(
         "token",
-        help="carried estimate at a remasked position: the token that stood there, or none",
+        help="carried estimate at a remasked position: its former token, or none",
         choices=("token", "null"),
     )
     temperature: float = key(1.0, help="divides the logits; 0: the most probable token", at_least=0, at_most=1e6)
     top_k: int | None = key(
         None, help="draw from this number of most probable tokens; null: all", at_least=1, at_most=2**31
     )
-    top_p: float = key(1.0, help="draw from the smallest set of tokens of this probability", above=0, at_most=1)
+    top_p: float = key(
+        1.0, help="draw from the smallest set of tokens with at least this probability", above=0, at_most=1
+    )
     gumbel: str = key(
         "float64",
         help="precision of the Gumbel noise; float32 reproduces the truncated tail of earlier code",
@@ -59,19 +64,19 @@ class SamplerConfig:
     )
     guidance: float = key(
         1.0,
-        help="classifier-free guidance; 1: none, above: closer to the label, with two evaluations per step",
+        help="classifier-free guidance; 1: none; above 1: closer to the label, with two evaluations per step",
         at_least=0,
         at_most=1e6,
     )
     carry: str = key(
         "auto",
-        help="condition each step on the estimate of the last; auto: if the model is self-conditioned",
+        help="condition each step on the estimate of the previous one; auto: if the model is self-conditioned",
         choices=("auto", "always", "never"),
     )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
     def settings(self, self_conditioned: bool) -> SamplerSettings:
-        """Settings for `scmdm.diffusion.sampler.sample`.
+        """Return settings for `scmdm.diffusion.sampler.sample`.
 
         Raises UserError when an estimate should be carried, but the model is not self-conditioned.
         """

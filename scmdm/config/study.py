@@ -21,12 +21,12 @@ class ArmConfig:
     """A compared model: an adaptation, a model trained from scratch, or another way to sample a trained model."""
 
     label: str = key(MISSING, help="name in figures and tables")
-    overrides: list[str] = key(factory=list, help="key=value of its training, after those of the study")
+    overrides: list[str] = key(factory=list, help="key=value of its training, applied after those of the study")
     from_scratch: bool = key(
         False, help="train it with base_config, on as many sequences as base and adaptation together"
     )
     samples_of: str | None = key(None, help="do not train: sample the models of this arm, or of `base`")
-    sampler: list[str] = key(factory=list, help="key=value of its sampler, after those of the study")
+    sampler: list[str] = key(factory=list, help="key=value of its sampler, applied after those of the study")
 
 
 @dataclass
@@ -47,9 +47,9 @@ class StudyConfig:
     from_scratch: bool = key(False, help="train the base first")
     adapt_config: str = key(MISSING, help="YAML file of `scmdm adapt`, common to all arms")
     arms: dict[str, ArmConfig] = key(factory=dict, help="NAME: {label, overrides, ...} of each compared model")
-    only: list[str] = key(factory=list, help="run these arms alone; empty: all")
+    only: list[str] = key(factory=list, help="names of the arms to run; empty: all")
     reference: str | None = key(
-        None, help="arm that the others are compared with; null: one of the largest self_conditioning.rate"
+        None, help="arm that the others are compared with; null: one with the largest self_conditioning.rate"
     )
     adaptation_seeds: list[int] = key(factory=lambda: [0], help="seeds of training", at_least=0, at_most=LARGEST_SEED)
     sampling_seeds: list[int] = key(
@@ -73,7 +73,7 @@ class StudyConfig:
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work."""
         named = bool(self.arms) and "base" not in self.arms
-        require(named, "arms", list(self.arms), "at least one arm, none of them called base")
+        require(named, "arms", list(self.arms), "at least one arm, none of them named base")
         for name in ("steps", "adaptation_seeds", "sampling_seeds"):
             require_distinct(name, getattr(self, name))
         for key_name, names in (("only", self.only), ("reference", [self.reference] if self.reference else [])):
@@ -99,13 +99,13 @@ class StudyConfig:
             )
 
     def sampler_of(self, arm: str) -> SamplerConfig:
-        """The sampler of an arm, or of the base."""
+        """Return the sampler of an arm, or of the base."""
         if arm not in self.arms:
             return self.sampler
         return with_overrides(self.sampler, self.arms[arm].sampler, f"in arms.{arm}.sampler")
 
     def selected(self) -> StudyConfig:
-        """The study restricted to the arms of `only` and the arms whose models they sample."""
+        """Return the study restricted to the arms of `only` and the arms whose models they sample."""
         if not self.only:
             return self
         wanted = {*self.only, *(self.arms[name].samples_of for name in self.only)}

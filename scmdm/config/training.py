@@ -11,7 +11,7 @@ from scmdm.config.fields import key
 
 @dataclass
 class OptimizerConfig:
-    """AdamW."""
+    """The AdamW optimizer."""
 
     lr: float = key(3e-4, help="peak learning rate", at_least=0, at_most=10)
     conditioner_lr: float | None = key(
@@ -23,7 +23,7 @@ class OptimizerConfig:
     weight_decay: float = key(
         0.0, help="decay of weight matrices; never of norms, biases and embeddings", at_least=0, at_most=10
     )
-    clip: float = key(1.0, help="largest gradient norm; 0: no clipping", at_least=0, at_most=1e9)
+    clip: float = key(1.0, help="maximum gradient norm; 0: no clipping", at_least=0, at_most=1e9)
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ScheduleConfig:
 
     kind: str = key("constant", help="learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = key(0, help="steps of linear warm-up", at_least=0, at_most=2**31)
-    final_ratio: float = key(0.0, help="cosine, linear: last learning rate over the peak", at_least=0, at_most=1)
+    final_ratio: float = key(0.0, help="cosine, linear: final learning rate divided by the peak", at_least=0, at_most=1)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TrainConfig:
     )
     profile_step: int = key(
         0,
-        help="write a torch profiler trace of three steps from this one on into run_dir/profile; 0: none",
+        help="write a torch profiler trace of three steps, beginning with this one, into run_dir/profile; 0: none",
         at_least=0,
         at_most=2**40,
         on_resume=True,

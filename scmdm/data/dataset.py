@@ -1,7 +1,7 @@
 """Samples of one or several sharded data sets, read with mosaicml-streaming.
 
 Extends streaming in three ways: every repetition of a sample has an id of its own; `scmdm.data.remote` fetches and
-verifies shards; and errors reach the reader with the name of the file, where streaming would end the epoch silently.
+verifies shards; and the reader raises errors that name the file, where streaming would end the epoch silently.
 
 Legend: L length, N samples.
 """
@@ -27,14 +27,14 @@ from scmdm.errors import UserError
 COLUMN, LABEL = "tokens", "label"
 DOCUMENTS = "documents"  # of packed samples: index of each token's document within the sample
 GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and the prompt
-MORE = (DOCUMENTS, GIVEN, LABEL)  # columns that only some data sets have
+OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, LABEL)
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
 
 
 class TokenStream(Stream):
     """A split of one data set. In a cache, missing shards are fetched from the remote data set.
 
-    Streaming does not know of the remote: its own download would leave a damaged shard in the cache and use it at the
+    Streaming is not given the remote: its own download would leave a damaged shard in the cache and use it at the
     next attempt, and it refuses a directory that a killed run has left in shared memory.
     """
 
@@ -44,8 +44,8 @@ class TokenStream(Stream):
         self._files = {file.file: file for file in stream.manifest.split(split, stream.root).files}
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
-        """Readers of the shards, which are faster than streaming's."""
-        return [_faster(reader) for reader in super().get_shards(world, allow_unsafe_types)]
+        """Return the shards' readers, which are faster than streaming's."""
+        return [_fast_reader(reader) for reader in super().get_shards(world, allow_unsafe_types)]
 
     def prepare_shard(self, shard: Reader) -> int:
         """Make the files of a shard local and return the number of bytes added to the directory."""
@@ -61,9 +61,9 @@ class TokenDataset(StreamingDataset):
     Packed samples also have `documents` int64 (L,), samples with prompts `given` int64 (), and samples with classes
     `label` int64 ().
 
-    `index`, on which all noise is keyed, is the position of the sample in its split, counted through all streams. When
+    `index`, on which all noise is keyed, is the position of the sample in its split, numbered across all streams. When
     a stream is drawn more than once in an epoch, each repetition of a sample adds the number of all samples to the
-    index: equal indices in one batch would have equal masks.
+    index, because equal indices in one batch would have equal masks.
     """
 
     streams: list[TokenStream]
@@ -72,15 +72,15 @@ class TokenDataset(StreamingDataset):
         super().__init__(**options)
         self.spanner: Any = _Spans(self.samples_per_shard)
         self._failure: UserError | None = None  # raised in a reading thread
-        self._found: set[int] = set()  # shards that this process has prepared
+        self._prepared: set[int] = set()  # shards that this process has prepared
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids of an epoch, drawn by streaming, with distinct ids for repetitions."""
+        """Return the sample ids of an epoch, drawn by streaming, with distinct ids for repetitions."""
         units, ids = super().resample_streams(epoch, stream_id)
         return units, ids + self.num_samples * repetitions(ids) if self.num_streams > 1 else ids
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
-        """As in streaming, but raise a failure of the reading thread, for which the caller would wait forever."""
+        """Yield ids as streaming does, but raise a failure of the reading thread instead of waiting forever."""
         yield from super()._each_sample_id(it)
         if self._failure is not None:
             raise self._failure
@@ -103,55 +103,55 @@ class TokenDataset(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard available, for the reading thread or for a reader that misses a file.
 
-        Raises UserError when the shard is missing or cannot be fetched. In streaming the thread would then end with the
-        shard marked as being prepared, and the reader would wait forever.
+        Raises UserError when the shard is missing or cannot be fetched. In streaming the thread would end and leave the
+        shard marked as being prepared, so that the reader would wait forever.
         """
-        if not blocking and self._is_there(shard_id):
+        if not blocking and self._is_prepared(shard_id):
             return
         path = self._path(shard_id)
         try:
             if not path.is_file() and self._stream(shard_id).origin is None:
                 raise UserError(f"{path} is missing; restore the shard or prepare again")
             super().prepare_shard(shard_id, blocking)
-            self._found.add(shard_id)
+            self._prepared.add(shard_id)
         except (UserError, *_UNREADABLE) as error:
             if self._shard_states[shard_id] == ShardState.PREPARING:
                 self._shard_states[shard_id] = ShardState.REMOTE
             self._failure = error if isinstance(error, UserError) else UserError(f"cannot prepare {path}: {error}")
             raise self._failure from error
 
-    def _is_there(self, shard_id: int) -> bool:
-        """Whether this process has prepared the shard and not evicted it since. Marks it as recently used.
+    def _is_prepared(self, shard_id: int) -> bool:
+        """Return whether this process has prepared the shard and not evicted it since; mark it as recently used.
 
-        The reading thread asks this for every sample. Streaming would acquire an inter-process lock and check the disk
+        The reading thread calls this for every sample. Streaming would acquire an inter-process lock and check the disk
         each time, which costs more than reading the sample. The reader notices a file that has been removed.
         """
-        if shard_id not in self._found or self._shard_states[shard_id] != ShardState.LOCAL:
+        if shard_id not in self._prepared or self._shard_states[shard_id] != ShardState.LOCAL:
             return False
         if self.cache_limit is not None:
             self._shard_access_times[shard_id] = time.time_ns()
         return True
 
     def on_exception(self, future: Future) -> None:
-        """Notify the other threads. The reader raises the failure, so that it is not logged here."""
+        """Notify the other threads. The reader raises the failure, so it is not logged here."""
         if (error := future.exception()) is not None:
-            self._failure = self._failure or UserError(f"{self._places()} cannot be read: {error!r}")
+            self._failure = self._failure or UserError(f"{self._split_paths()} cannot be read: {error!r}")
             self._event.set()
 
     def explain_early_end(self) -> NoReturn:
-        """Raise the UserError for samples that ended before the epoch."""
+        """Raise UserError because the samples ended before the epoch did."""
         for stream in self.streams:
             check_dataset(Path(stream.local))
         raise UserError(
-            f"{self._places()} ended before the epoch did; check it with `scmdm prepare --verify DIRECTORY`"
+            f"{self._split_paths()} ended before the epoch did; check it with `scmdm prepare --verify DIRECTORY`"
         )
 
-    def _places(self) -> str:
+    def _split_paths(self) -> str:
         return ", ".join(str(Path(stream.local) / stream.split) for stream in self.streams)
 
     def _sample(self, at: Any) -> dict[str, Any]:
         found = super().__getitem__(at % self.num_samples)
-        more = {name: np.asarray(found[name]).astype(np.int64) for name in MORE if name in found}
+        more = {name: np.asarray(found[name]).astype(np.int64) for name in OPTIONAL_COLUMNS if name in found}
         return {"tokens": found[COLUMN].astype(np.int64), "index": at, **more}
 
     def _unreadable(self, at: Any, error: Exception) -> UserError:
@@ -167,7 +167,7 @@ class TokenDataset(StreamingDataset):
         return Path(shard.dirname) / shard.split / shard.raw_data.basename
 
 
-def _faster(reader: Any) -> ShardReader:
+def _fast_reader(reader: Any) -> ShardReader:
     names = ("column_encodings", "column_names", "column_sizes", "compression", "hashes", "raw_data")
     more = ("samples", "size_limit", "zip_data")
     return ShardReader(reader.dirname, reader.split, **{name: getattr(reader, name) for name in (*names, *more)})
@@ -186,7 +186,7 @@ class _Spans:
 
 
 def repetitions(ids_N: np.ndarray) -> np.ndarray:
-    """Number of earlier equal ids for each id, (N,)."""
+    """Return the number of earlier equal ids for each id, (N,)."""
     order = np.argsort(ids_N, kind="stable")
     new_N = np.diff(ids_N[order], prepend=-1) != 0
     starts_N = np.maximum.accumulate(np.where(new_N, np.arange(len(ids_N)), 0))

@@ -1,4 +1,4 @@
-"""Reading data sets: a streaming loader that resumes within an epoch, and whole splits in memory.
+"""Read data sets: a streaming loader that resumes within an epoch, and whole splits in memory.
 
 Legend: B batch, L length, N samples.
 """
@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, LABEL, MORE, TokenDataset, TokenStream
+from scmdm.data.dataset import COLUMN, LABEL, OPTIONAL_COLUMNS, TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
@@ -33,7 +33,7 @@ from scmdm.errors import UserError
 from scmdm.system.process_group import all_gather_object, barrier, current_world
 from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
 
-_CONSTRUCTION_S = 60  # time limit of the lock
+_CONSTRUCTION_S = 60  # longest wait for the lock
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
 
 
@@ -67,7 +67,7 @@ def build_loader(
         num_canonical_nodes: fixes the order for any number of nodes.
         num_workers: loader processes per rank.
         cache_limit: size such as 10gb, beyond which shards are removed from the caches.
-        shuffle_block: number of samples that are shuffled among each other.
+        shuffle_block: number of consecutive samples that are shuffled together.
         replication: number of consecutive ranks that receive the same batches.
 
     Raises:
@@ -107,7 +107,7 @@ def build_loader(
 
 
 def _construct(options: dict[str, Any]) -> TokenDataset:
-    # Python's tracker of shared memory starts here and runs until the process ends.
+    # Python's shared-memory tracker starts here; it must outlive stop signals.
     with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked():
         # Streaming warns about local directories without a remote, which are intended.
         warnings.simplefilter("ignore")
@@ -121,7 +121,7 @@ def _construct(options: dict[str, Any]) -> TokenDataset:
 
 
 def _claim_caches(data: DataMixture) -> list[FileLock]:
-    """Lock limited caches against other runs: each run counts only its own shards, and removes shards."""
+    """Lock size-limited caches: runs would remove each other's shards."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return []
     claims = [FileLock(stream.root / ".limit.lock", timeout=0, thread_local=False) for stream in data.streams]
@@ -138,30 +138,30 @@ def _claim_caches(data: DataMixture) -> list[FileLock]:
 
 @contextlib.contextmanager
 def _construction_lock() -> Iterator[None]:
-    """Lock of the machine for the names that streaming chooses in shared memory.
+    """Hold a machine-wide lock while streaming chooses names in shared memory.
 
-    Without it, two runs that start at the same moment could choose the same names. The first of a run's ranks on the
-    machine holds the lock. It proceeds without the lock after a minute, because two runs on several shared machines
-    could wait for each other.
+    Otherwise two runs that start at the same moment could choose the same names. A run's first rank on the machine
+    holds the lock. It proceeds without the lock after a minute, because two runs on several shared machines could wait
+    for each other.
     """
     folder = Path(tempfile.gettempdir())
     lock, sharers = FileLock(folder / f"scmdm-streaming-{os.getuid()}.lock"), all_gather_object(_identity(folder))
     with contextlib.ExitStack() as held:
-        # Not the local rank: several nodes of a launcher may share a machine, and would wait for each other.
+        # Not local rank 0: several nodes of a launcher may share a machine, and their ranks 0 would block each other.
         if sharers.index(_identity(folder)) == current_world().rank:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
-            _skip_remains(folder)
+            _skip_leftover_names(folder)
         barrier()
         yield
         barrier()
 
 
-def _skip_remains(folder: Path) -> None:
-    """Make streaming skip numbers for which a killed run has left names in shared memory.
+def _skip_leftover_names(folder: Path) -> None:
+    """Make streaming skip numbers whose names a killed run has left in shared memory.
 
-    Streaming takes the largest of the first free numbers of each kind of name, which other kinds may use. It skips a
-    number whose lock file exists, but that file is lost when `folder` has been cleaned.
+    Streaming finds the first free number of each kind of name, and takes the largest, which another kind may occupy.
+    It skips numbers whose lock file exists, but a cleaned `folder` has none.
     """
     for piece in Path("/dev/shm").glob("[0-9]" * 6 + "_*"):
         locks = [folder / f"{piece.name[:6]}_{kind}" for kind in LOCK_FILES]
@@ -171,7 +171,7 @@ def _skip_remains(folder: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    """Identity of a file or folder across processes and containers."""
+    """Return an identity of a file or folder that holds across processes and containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
     status = path.stat()
@@ -181,7 +181,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def epochs(
     loader: StreamingDataLoader, global_batch_size: int, state: dict[str, Any] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield this rank's share of every whole global batch, epoch after epoch without end, from a loader's `state` on.
+    """Yield this rank's share of every whole global batch, for endless epochs, beginning at a loader's `state`.
 
     The remainder of an epoch after its last whole batch is not used: streaming pads the shares of the ranks with
     repeated samples, which for some numbers of ranks would form another batch.
@@ -196,7 +196,7 @@ def epochs(
     used = state["sample_in_epoch"] if state is not None else 0
     while True:
         expected, found = (dataset.epoch_size - used) // global_batch_size, 0
-        with _plain_errors():
+        with _without_traceback():
             for batch in itertools.islice(loader, expected):
                 found += 1
                 yield batch
@@ -206,8 +206,8 @@ def epochs(
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Reduce a UserError of a loader process, which torch raises with its traceback, to its one line."""
+def _without_traceback() -> Iterator[None]:
+    """Remove the traceback that torch adds to the message of a UserError from a loader process."""
     try:
         yield
     except UserError as error:
@@ -218,7 +218,7 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]))
     more = {
         name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in MORE
+        for name in OPTIONAL_COLUMNS
         if all(name in sample for sample in samples)  # a mixture may have streams without labels
     }
     return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples]), **more}
@@ -240,14 +240,14 @@ def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np
     Raises UserError when the data set has no labels, and when a file is missing or damaged.
     """
     if not Manifest.read(root).labels:
-        raise UserError(f"{root} has no labels; prepare it from a stream with classes")
+        raise UserError(f"{root} has no labels; prepare it from a source with labels")
     found = _read(root, split, rows, (LABEL,))
     return found[LABEL].astype(np.int32) if LABEL in found else np.zeros(0, np.int32)
 
 
 def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """Read the columns of some rows (ascending) as in a loader's batch, int64, without `index`. Raises UserError."""
-    found = _read(root, split, rows, (COLUMN, *MORE))
+    found = _read(root, split, rows, (COLUMN, *OPTIONAL_COLUMNS))
     return {name: values.astype(np.int64) for name, values in found.items()}
 
 
@@ -275,5 +275,5 @@ def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[st
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:
-    """Evenly spaced indices of `wanted` rows (all if there are fewer): the order of a split may be meaningful."""
+    """Return evenly spaced indices of `wanted` rows (all if there are fewer), because a split may be sorted."""
     return np.unique(np.linspace(0, samples - 1, min(wanted, samples)).round().astype(int)).tolist()

@@ -45,12 +45,12 @@ class SplitInfo:
     """Size and files of a split."""
 
     samples: int
-    tokens: int  # that count in the loss
+    tokens: int  # number of tokens that count in the loss
     files: list[FileInfo]
 
     @staticmethod
     def parse(content: dict[str, Any]) -> SplitInfo:
-        """Split of its JSON content."""
+        """Make a split from its JSON content."""
         return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
 
 
@@ -103,7 +103,7 @@ class Manifest:
         atomic_write_text(root / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content, which is equal for equal data sets."""
+        """Return the SHA-256 of the content, which is equal for equal data sets."""
         content = asdict(self)
         if not self.labels:
             del content["labels"]  # keep fingerprints from before there were labels
@@ -112,14 +112,14 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str, root: Path) -> SplitInfo:
-        """Split by name. Raises UserError, which lists the splits."""
+        """Return a split. Raises UserError, which lists the splits, for an unknown name."""
         if name not in self.splits:
             raise UserError(f"{root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
 
 
 def remote_of(root: Path) -> str | None:
-    """URL of the data set that a directory is a cache of; None when it is not a cache."""
+    """Return the URL of the data set that a directory caches; None when it is not a cache."""
     path = root / REMOTE_FILE
     try:
         return str(json.loads(path.read_text())["remote"])
@@ -147,7 +147,7 @@ def file_problems(root: Path, *, hashes: bool) -> list[str]:
 def check_dataset(root: Path) -> Manifest:
     """Check existence and sizes of the files, and return the manifest. Raises UserError for the first problem.
 
-    In a cache, files of another size are removed, to be fetched again.
+    In a cache, files of another size are removed and fetched again later.
     """
     if remote_of(root) is not None:
         _remove_damaged(root)
@@ -180,9 +180,9 @@ def _verify_tokenizer(root: Path, manifest: Manifest) -> Iterator[str]:
     if not path.is_file():
         yield f"tokenizer {path} is missing"
     elif sha256_file(path) != manifest.tokenizer.sha256:
-        yield f"tokenizer {path} is not that of the manifest"
+        yield f"tokenizer {path} does not match its SHA-256 in {MANIFEST_FILE}"
     elif (size := load_tokenizer(path).vocab_size) != manifest.vocab_size:
-        yield f"tokenizer {path} has {size} tokens, the manifest says {manifest.vocab_size}"
+        yield f"tokenizer {path} has {size} tokens, but {MANIFEST_FILE} gives {manifest.vocab_size}"
 
 
 def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
@@ -193,4 +193,4 @@ def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
         yield f"{path} is missing or damaged ({type(error).__name__})"
         return
     if samples != manifest.splits[split].samples:
-        yield f"{path} lists {samples} samples, the manifest says {manifest.splits[split].samples}"
+        yield f"{path} lists {samples} samples, but {MANIFEST_FILE} gives {manifest.splits[split].samples}"

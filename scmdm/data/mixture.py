@@ -28,7 +28,7 @@ class DataStream:
 
 @dataclass(frozen=True)
 class DataMixture:
-    """All data sets of a run, sorted by name, in which order the sample ids count through them."""
+    """All data sets of a run, sorted by name; sample ids are numbered across them in this order."""
 
     streams: tuple[DataStream, ...]
     manifest: Manifest  # of the mixture; its fingerprint covers every stream and proportion
@@ -36,7 +36,7 @@ class DataMixture:
 
     @classmethod
     def at(cls, root: Path) -> DataMixture:
-        """Mixture of a single data set. Raises UserError when a file is missing or has another size."""
+        """Open a single data set. Raises UserError when a file is missing or has another size."""
         stream = DataStream("data.path", root, check_dataset(root))
         return cls((stream,), stream.manifest, (stream,))
 
@@ -51,13 +51,13 @@ class DataMixture:
                 stream.manifest.split(split, stream.root)
 
     def validation_shares(self, samples: int) -> list[tuple[DataStream, int]]:
-        """Number of validation sequences of each stream, in proportion and at least one, for a total of `samples`."""
+        """Divide `samples` validation sequences among the streams, in proportion and at least one each."""
         total = sum(stream.proportion or 1.0 for stream in self.validated)
         return [(stream, max(1, round(samples * (stream.proportion or 1.0) / total))) for stream in self.validated]
 
 
 def open_data(config: DataConfig) -> DataMixture:
-    """Open the data sets of a run. The caches of remote ones receive their manifests, tokenizers and indexes.
+    """Open the data sets of a run, and fetch manifests, tokenizers and indexes of remote ones.
 
     Raises UserError when a file is missing or has another size, and when the data sets cannot be mixed.
     """
@@ -93,7 +93,7 @@ def _require_caches(limit: str, streams: list[DataStream]) -> None:
         if remote_of(stream.root) is None:
             raise UserError(
                 f"data.cache_limit={limit} is not possible, because {stream.key}={stream.root} is not the cache of a "
-                "remote data set, and its shards may not be removed; leave it out, or give every data set a remote"
+                "remote data set, and a limit removes shards; leave it out, or give every data set a remote"
             )
 
 
@@ -115,7 +115,7 @@ def _require_mixable(one: DataStream, other: DataStream) -> None:
 
 
 def _mixed_manifest(streams: list[DataStream]) -> Manifest:
-    """Manifest with the common properties, the sums of the common splits, and the proportions."""
+    """Make a manifest of the common properties, the summed sizes of the common splits, and the proportions."""
     first = streams[0].manifest
     names = [name for name in first.splits if all(name in stream.manifest.splits for stream in streams)]
     mixed = {
@@ -129,12 +129,12 @@ def _mixed_manifest(streams: list[DataStream]) -> Manifest:
     return dataclasses.replace(
         first,
         name="+".join(stream.manifest.name for stream in streams),
-        splits={name: _sum([stream.manifest.splits[name] for stream in streams]) for name in names},
+        splits={name: _sum_sizes([stream.manifest.splits[name] for stream in streams]) for name in names},
         source={"streams": mixed},
         counts={},
         labels=first.labels if all(stream.manifest.labels == first.labels for stream in streams) else [],
     )
 
 
-def _sum(splits: list[SplitInfo]) -> SplitInfo:
+def _sum_sizes(splits: list[SplitInfo]) -> SplitInfo:
     return SplitInfo(sum(split.samples for split in splits), sum(split.tokens for split in splits), [])

@@ -1,6 +1,6 @@
 """Local directories as caches of data sets in an object store; upload of data sets.
 
-`remote.json` in the directory names the remote data set. From the start the cache holds the manifest, the tokenizer and
+`remote.json` in the directory names the remote data set. The cache first receives the manifest, the tokenizer and
 the indexes of the shards; shards are added when they are needed. Every file is written under a temporary name and
 renamed when its SHA-256 matches the manifest, so that a file in the cache was whole when it was fetched.
 
@@ -26,7 +26,7 @@ from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text, sha256_file
 
-_TIMEOUT_S = 60.0  # without an answer
+_TIMEOUT_S = 60.0
 _INDEX = "index.json"
 
 
@@ -42,11 +42,11 @@ def open_cache(root: Path, remote: str, key: str) -> None:
         manifest = Manifest.read(Path(temporary))
         if (root / MANIFEST_FILE).exists() and Manifest.read(root).fingerprint() != manifest.fingerprint():
             raise UserError(
-                f"{key}={root} holds another data set than {remote}; give another directory for the cache, or remove it"
+                f"{key}={root} holds a different data set from {remote}; give another cache directory, or remove it"
             )
         atomic_write_text(root / REMOTE_FILE, json.dumps({"remote": remote}) + "\n")
         for file in _small_files(manifest):
-            _fetch_good(root, remote, file)
+            _fetch_or_replace(root, remote, file)
         os.replace(Path(temporary) / MANIFEST_FILE, root / MANIFEST_FILE)
 
 
@@ -82,7 +82,7 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
         size, sha256 = found.stat().st_size, sha256_file(found)
         if sha256 != file.sha256:
             raise UserError(
-                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., the manifest says "
+                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., but {MANIFEST_FILE} has "
                 f"{file.sha256[:12]}...; upload it again"
             )
         os.replace(found, path)
@@ -104,7 +104,7 @@ def download(remote: str, name: str, to: Path) -> None:
 
 @lru_cache(maxsize=16)
 def _transport(remote: str, _endpoint: str | None, _process: int) -> CloudDownloader:
-    """Client of a remote, which is slow to make; threads may share it, child processes may not."""
+    """Return the client of a remote, cached because it is slow to make. Only threads may share it, not processes."""
     return CloudDownloader.get(remote)
 
 
@@ -112,7 +112,7 @@ def upload_dataset(root: Path, remote: str) -> None:
     """Copy a data set to `remote`. The manifest comes last: once it exists, the data set is complete."""
     manifest = Manifest.read(root)
     shards = [file.file for split in manifest.splits.values() for file in split.files]
-    # It warns about a local directory that is not empty.
+    # The uploader warns about a local directory that is not empty.
     logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
     try:
         uploader = CloudUploader.get((str(root), remote.rstrip("/")), keep_local=True, exist_ok=True)
@@ -130,14 +130,14 @@ def _reason(error: Exception) -> str:
 
 
 def _small_files(manifest: Manifest) -> Iterator[FileInfo]:
-    """Tokenizer and indexes, which a run reads before any shard."""
+    """Yield tokenizer and indexes, which a run reads before any shard."""
     yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # the manifest has no size
     for split in manifest.splits.values():
         yield from (file for file in split.files if PurePosixPath(file.file).name == _INDEX)
 
 
-def _fetch_good(root: Path, remote: str, file: FileInfo) -> None:
-    """Fetch a small file, also in place of a damaged one."""
+def _fetch_or_replace(root: Path, remote: str, file: FileInfo) -> None:
+    """Fetch a small file unless the cache has it undamaged."""
     path = root / file.file
     if path.is_file() and sha256_file(path) != file.sha256:
         path.unlink()
@@ -146,7 +146,7 @@ def _fetch_good(root: Path, remote: str, file: FileInfo) -> None:
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Lock of a cache, for the ranks and runs of a machine."""
+    """Lock a cache against other ranks and runs on the machine."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".fetch.lock"):

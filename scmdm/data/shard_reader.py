@@ -1,4 +1,4 @@
-"""Reader of single samples of a shard, at the cost of their bytes."""
+"""Fast reader of single samples of a shard."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ShardReader(MDSReader):
         self._columns = [(name, *_dtype_and_shape(encoding)) for name, encoding in types]
 
     def get_sample_data(self, idx: int) -> bytes:
-        """Bytes of a sample, between two offsets of the table that follows the number of samples."""
+        """Return the bytes of a sample. The file begins with the number of samples and a table of their offsets."""
         file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            pair = os.pread(file, 8, 4 * (1 + idx))
-            begin, end = int.from_bytes(pair[:4], "little"), int.from_bytes(pair[4:], "little")
+            offsets = os.pread(file, 8, 4 * (1 + idx))
+            begin, end = int.from_bytes(offsets[:4], "little"), int.from_bytes(offsets[4:], "little")
             data = os.pread(file, end - begin, begin)
         finally:
             os.close(file)
@@ -37,7 +37,7 @@ class ShardReader(MDSReader):
         return data
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
-        """Columns by name, as read-only arrays and scalars. Raises ValueError when bytes are missing."""
+        """Return the columns by name, as read-only arrays and scalars. Raises ValueError when bytes are missing."""
         sample: dict[str, Any] = {}
         at = 0
         for name, dtype, shape in self._columns:
@@ -48,7 +48,7 @@ class ShardReader(MDSReader):
 
 
 def _dtype_and_shape(encoding: str) -> tuple[np.dtype, int]:
-    """Data type and length of an encoding such as `ndarray:uint16:32`; length 0 for a scalar such as `int32`."""
+    """Return data type and length of an encoding such as `ndarray:uint16:32`; length 0 for a scalar such as `int32`."""
     kind, *rest = encoding.split(":")
     if kind != "ndarray":
         return np.dtype(kind), 0

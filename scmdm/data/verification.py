@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from scmdm.data.loader import read_split
-from scmdm.data.manifest import Manifest, file_problems, remote_of
+from scmdm.data.manifest import MANIFEST_FILE, Manifest, file_problems, remote_of
 
 
 def verify_dataset(root: Path) -> list[str]:
-    """List the problems of a data set, each with the file: hashes of all files, then the ids in the shards.
+    """List the problems of a data set, each with its file. Checks the hashes of all files, then the ids in the shards.
 
-    A cache of a remote data set may lack files; only splits that are whole have their ids checked.
+    A cache of a remote data set may lack files; ids are checked only in complete splits.
     """
     problems = file_problems(root, hashes=True)
     if problems:
@@ -35,8 +35,8 @@ def _verify_ids(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
     ids_NL: np.ndarray = read_split(root, split)
     expected = (manifest.splits[split].samples, manifest.length)
     if ids_NL.shape != expected:
-        yield f"{root / split} holds ids of shape {ids_NL.shape}, the manifest says {expected}"
+        yield f"{root / split} holds ids of shape {ids_NL.shape}, but {MANIFEST_FILE} gives {expected}"
     elif ids_NL.max() >= manifest.vocab_size:
-        yield f"{root / split} holds id {ids_NL.max()}, the vocabulary ends at {manifest.vocab_size - 1}"
+        yield f"{root / split} holds id {ids_NL.max()}, but the vocabulary ends at {manifest.vocab_size - 1}"
     elif (ids_NL == manifest.mask_id).any():
         yield f"{root / split} holds the mask id {manifest.mask_id} as data"

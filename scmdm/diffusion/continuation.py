@@ -59,7 +59,7 @@ def masked_states(n: int, draws: int, *, seed: int, key: int) -> States:
 def masked_nll(
     denoiser: Denoiser,
     x_BL: Tensor,
-    masked_BL: Tensor,
+    mtarget_BL: Tensor,
     counted_BL: Tensor,
     share_B: Tensor,
     *,
@@ -73,7 +73,7 @@ def masked_nll(
     conditioning. `condition` conditions each state on the estimate of a first pass over it, as in training. Tokens at
     other masked positions have no influence, but must not be the mask.
     """
-    z_BL = x_BL.masked_fill(masked_BL, mask_id)
+    z_BL = x_BL.masked_fill(mtarget_BL, mask_id)
     t_B = schedule.inverse(1 - share_B).clamp(max=1)
     estimate = denoiser.estimate(State(z_BL, t_B)) if condition else None
     _, nll_BL = denoiser.weighted_nll(State(z_BL, t_B, estimate), x_BL, counted_BL.float())
@@ -84,26 +84,26 @@ def masked_nll(
 def greedy_agrees(
     denoiser: SamplingDenoiser,
     x_BL: Tensor,
-    asked_BL: Tensor,
-    hidden_BL: Tensor,
+    target_BL: Tensor,
+    ignored_BL: Tensor,
     *,
     schedule: Schedule,
     mask_id: int,
     carry: bool,
 ) -> Tensor:
-    """Return a mask (B,) of the rows whose greedy decoding equals `x_BL` at all positions in `asked_BL`.
+    """Return a mask (B,) of the rows whose greedy decoding equals `x_BL` at all positions in `target_BL`.
 
     Greedy decoding reveals one position at a time: the most confident one, with its most probable token (LLaDA).
-    Positions in `hidden_BL` stay masked. `carry` conditions each evaluation on the previous one, as samplers do. A row
+    Positions in `ignored_BL` stay masked. `carry` conditions each evaluation on the previous one, as samplers do. A row
     ends at its first different token.
     """
     agrees_B = torch.ones(len(x_BL), dtype=torch.bool, device=x_BL.device)
     rows, estimate = agrees_B.nonzero().squeeze(1), None
-    z_BL = x_BL.masked_fill(asked_BL | hidden_BL, mask_id)
-    whole_B = asked_BL.sum(1)
+    z_BL = x_BL.masked_fill(target_BL | ignored_BL, mask_id)
+    count_B = target_BL.sum(1)
     while len(rows):
-        open_BL = (z_BL == mask_id) & asked_BL[rows]
-        t_B = schedule.inverse(1 - open_BL.sum(1).double() / whole_B[rows]).clamp(max=1)
+        open_BL = (z_BL == mask_id) & target_BL[rows]
+        t_B = schedule.inverse(1 - open_BL.sum(1).double() / count_B[rows]).clamp(max=1)
         h_BLD = denoiser.hidden(State(z_BL, t_B, estimate))
         logits_NV = denoiser.logits(h_BLD[open_BL])
         token_N = logits_NV.argmax(1)
@@ -113,8 +113,8 @@ def greedy_agrees(
         z_BL = torch.where(chosen_BL, z_BL.masked_scatter(open_BL, token_N), z_BL)
         wrong_B = (chosen_BL & (z_BL != x_BL[rows])).any(1)
         agrees_B[rows[wrong_B]] = False
-        going_B = ~wrong_B & ((z_BL == mask_id) & asked_BL[rows]).any(1)
+        continues_B = ~wrong_B & ((z_BL == mask_id) & target_BL[rows]).any(1)
         if carry:
-            estimate = carried_estimate(denoiser, h_BLD, z_BL, mask_id)[going_B]
-        rows, z_BL = rows[going_B], z_BL[going_B]
+            estimate = carried_estimate(denoiser, h_BLD, z_BL, mask_id)[continues_B]
+        rows, z_BL = rows[continues_B], z_BL[continues_B]
     return agrees_B

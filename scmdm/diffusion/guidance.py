@@ -31,7 +31,7 @@ class Embedder(Protocol):
 
 
 class SamplingDenoiser(Embedder, Protocol):
-    """A network as the samplers use it."""
+    """The interface of a network that the samplers use."""
 
     def hidden(self, state: State) -> Tensor:
         """Evaluate the network: final hidden states (B, L, D)."""

@@ -75,7 +75,7 @@ def estimate_nelbo(
 
 
 def _ratio(sums: Tensor, counts: Tensor) -> Nelbo:
-    """Mean per token and its standard error (delta method for a ratio of sums)."""
+    """Return the mean per token and its standard error (delta method for a ratio of sums)."""
     n, mean = len(sums), float(sums.sum() / counts.sum())
     residual = sums - mean * counts
     stderr = float(residual.square().sum().sqrt() / counts.sum()) if n > 1 else float("nan")

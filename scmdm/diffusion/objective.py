@@ -17,7 +17,7 @@ from scmdm.diffusion.state import State
 
 
 class Denoiser(Protocol):
-    """A network as the objective uses it, with MDLM's SUBS parameterization.
+    """The interface of a network that the objective uses, with MDLM's SUBS parameterization.
 
     The mask's logit is minus infinity, and only masked positions are predicted. Others carry over: their loss is 0, and
     their estimate is the embedding of the token.

@@ -1,6 +1,6 @@
 """Packing: several documents in one sequence that do not attend to each other.
 
-Legend: B batch, L length, C documents of a batch and one.
+Legend: B batch, L length, C documents of a batch plus one.
 """
 
 from __future__ import annotations

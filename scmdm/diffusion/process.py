@@ -77,9 +77,9 @@ def noise_batch(
         v_B = keyed_uniform(seed, "estimate-time", step, ids_B, 1)[:, 0]
         t_estimate = t_B + (1 - t_B) * v_B
         z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
-    coin_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
+    conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     packing = None if sequences.documents is None else make_packing(sequences.documents)
-    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, coin_B, packing, sequences.labels)
+    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, conditioned_B, packing, sequences.labels)
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:

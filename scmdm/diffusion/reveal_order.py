@@ -62,12 +62,12 @@ class Problem:
 def make_plan(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
     """Plan the steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
     if settings.kind == "first_hitting":
-        return _first_hitting(problem)
-    return _on_a_grid(problem, settings)
+        return _plan_first_hitting(problem)
+    return _plan_on_grid(problem, settings)
 
 
-def _on_a_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """A uniform grid of times from 1 to 0 for each block, whose last step reveals the rest of the block."""
+def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
+    """Plan a uniform grid of times from 1 to 0 for each block; its last step reveals the rest of the block."""
     length, device = problem.given_BL.shape[1], problem.ids_B.device
     blocks = torch.arange(length, device=device).split(settings.block_length or length)
     if settings.steps < len(blocks):
@@ -104,8 +104,8 @@ def _grid_step(
     t_B = t_denoiser.expand(len(ids_B))
     masked_BL = (z_BL == problem.mask_id) & within_L
     if settings.kind in ORDERS:
-        whole_B = ((problem.given_BL == problem.mask_id) & within_L).sum(1)
-        left_B = torch.zeros_like(whole_B) if last else (whole_B * (1 - schedule.alpha(t_next))).round().long()
+        count_B = ((problem.given_BL == problem.mask_id) & within_L).sum(1)
+        left_B = torch.zeros_like(count_B) if last else (count_B * (1 - schedule.alpha(t_next))).round().long()
         return Step(index, t_B, masked_BL, (masked_BL.sum(1) - left_B).clamp(min=0))
     sigma = remask_probability(schedule, t, t_next, settings.remask, settings.remask_eta)
     probability = torch.ones_like(t) if last else unmask_probability(schedule, t, t_next, sigma)
@@ -118,8 +118,8 @@ def _grid_step(
     return Step(index, t_B, reveal_BL, remask_BL=drawn_BL & (u_BL < sigma))
 
 
-def _first_hitting(problem: Problem) -> Iterator[Step]:
-    """First-hitting sampler (arXiv 2409.02908): exact, one token per evaluation.
+def _plan_first_hitting(problem: Problem) -> Iterator[Step]:
+    """Plan the first-hitting sampler (arXiv 2409.02908): exact, one token per evaluation.
 
     With n masks left, the next position is revealed when the mask level has shrunk by the factor `u^(1/n)`; the
     position is uniform.

@@ -68,10 +68,10 @@ def sample(
     labels_B: Tensor | None = None,
     on_step: StepHook | None = None,
 ) -> Samples:
-    """Fill the masked positions of `given_BL` (B, L), int64; other positions (a prompt, an infill frame) stay.
+    """Fill the masked positions of `given_BL` (B, L), int64; other positions (a prompt, an infill frame) are kept.
 
     `ids_B` (int64) identify the samples: the same id, seed and settings give the same sample in any batch. `labels_B`
-    (int64) are labels for a model that is conditioned on them; NO_LABEL stands for none. `on_step` is called after
+    (int64) are labels for a model that is conditioned on them, or NO_LABEL. `on_step` is called after
     every step, and does not influence the result.
     """
     z_BL, estimate, evaluations = given_BL, None, 0

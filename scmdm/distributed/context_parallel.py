@@ -2,7 +2,7 @@
 
 Everything except attention works on single positions, hence on the slice alone. Attention gets whole sequences of some
 of the heads (`scmdm.models.attention.attend_slices`). The ranks of a group read the same samples and draw the same
-noise, keyed on the sample. Sequences are sliced here, so that objective and step need not know about slices.
+noise, keyed on the sample. Sequences are sliced here, so that objective and training step work on whole sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scmdm.errors import UserError
 
 
 def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
-    """This rank's group of `ranks` consecutive ranks; None for one rank. All ranks call this together."""
+    """Make the mesh of this rank's group of consecutive `ranks`; None for one rank. All ranks call this together."""
     if ranks == 1:
         return None
     shape = (dist.get_world_size() // ranks, ranks)
@@ -41,14 +41,15 @@ class SlicedDenoiser:
         return self._denoiser.estimate(self._sliced(state), dropout=dropout)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns this slice's part of the loss, to be summed over the ranks, and the NLL of whole sequences (B, L)."""
+        """Return this slice's part of the loss, to be summed over the ranks, and the NLL of whole sequences (B, L)."""
         total, nll_BL = self._denoiser.weighted_nll(self._sliced(state), self._slice(x_BL), self._slice(weight_BL))
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
 
     def _sliced(self, state: State) -> State:
-        """The state with `z_BL` sliced; its estimate is a slice already."""
+        """Return the state with `z_BL` sliced; its estimate is a slice already."""
         if state.packing is not None:
-            raise UserError("fsdp.context is not possible with packed samples (framing=packed); set it to 1")
+            size = self._context.size()
+            raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
         return replace(state, z_BL=self._slice(state.z_BL))
 
     def _slice(self, x_BL: Tensor) -> Tensor:

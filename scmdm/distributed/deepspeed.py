@@ -3,8 +3,8 @@
 Differences of DeepSpeed, and how the engine handles them:
 
 - DeepSpeed averages gradients over the ranks. The loss is already divided by the valid tokens of the global batch, so
-  it is multiplied by the number of ranks first. Accumulation is a sum: DeepSpeed is told its end and does not divide.
-- DeepSpeed hooks `forward` of modules, while the entry points are other methods. `_EntryPoints` is the module it wraps.
+  it is multiplied by the number of ranks first. Micro-batches are summed: DeepSpeed is told not to divide them.
+- DeepSpeed hooks `forward`, while the model's entry points are other methods: it wraps the module `_EntryPoints`.
 - DeepSpeed stores float32 weights and moments as flat fragments that may begin within a row. EMA uses the same
   fragments (`Fragment`); `pack` converts them to the parameters' shapes for checkpoints.
 - DeepSpeed's `step` measures the norm, clips and updates at once, so all of it happens in `clip_grad_norm`.
@@ -35,7 +35,7 @@ from scmdm.models.network import Network
 
 
 def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration, without optimizer and schedule, which scmdm provides."""
+    """Return DeepSpeed's configuration, without optimizer and schedule, which scmdm provides."""
     train = config.train
     zero: dict[str, Any] = {"stage": config.deepspeed.stage}
     if config.deepspeed.stage == 3:
@@ -63,19 +63,19 @@ def require_deepspeed() -> None:
     """Raise UserError if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "engine=deepspeed needs DeepSpeed, which is not installed; `pip install -c constraints.txt -e "
-            "'.[deepspeed]'`, or choose engine=fsdp2"
+            "engine=deepspeed needs DeepSpeed, which is not installed; run `pip install -c constraints.txt "
+            "-e '.[deepspeed]'`, or set engine=fsdp2"
         )
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import the package for the run's device, without its log messages."""
+    """Import DeepSpeed for the run's device, without its log messages."""
     require_deepspeed()
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")  # one process without torchrun
     import deepspeed
 
-    # Otherwise DeepSpeed compiles, with any compiler that it finds, a collective for inference on CPUs.
+    # Otherwise DeepSpeed compiles a collective for inference on CPUs, with any compiler that it finds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -99,12 +99,12 @@ class Fragment:
     def gather(self, values: Tensor) -> Tensor:
         """Assemble the whole parameter, average or moment from the parts of all ranks."""
         whole = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
-        self.of(whole).copy_(values)
+        self.part_of(whole).copy_(values)
         dist.all_reduce(whole)
         return whole.view(self.shape)
 
-    def of(self, whole: Tensor) -> Tensor:
-        """View of this rank's part of a whole parameter."""
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return a view of this rank's part of a whole parameter."""
         return whole.view(-1).narrow(0, self.start, len(self.weights))
 
 
@@ -141,7 +141,7 @@ class DeepspeedEngine(ParallelEngine):
         self._loss = torch.zeros((), device=device)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
-        """A null context: DeepSpeed's forward has its own autocast."""
+        """Return a null context: DeepSpeed's forward has its own autocast."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -150,7 +150,7 @@ class DeepspeedEngine(ParallelEngine):
         self._deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def clip_grad_norm(self, limit: float) -> Tensor:
-        """Measure, clip and also update, unless the loss or the norm is not finite; the norm returned is then NaN."""
+        """Measure, clip and also update. If the loss or the norm is not finite, do not update and return NaN."""
         assert limit == self._clip
         loss = self.sum(self._loss)
         self._loss.zero_()
@@ -164,7 +164,7 @@ class DeepspeedEngine(ParallelEngine):
         """Do nothing: `clip_grad_norm` has updated the parameters."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Flat fragments of the float32 weights."""
+        """Return the flat fragments of the float32 weights."""
         return {name: fragment.weights for name, fragment in self._fragments.items()}
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
@@ -189,7 +189,7 @@ class DeepspeedEngine(ParallelEngine):
         for name, value in values.items():
             rows = packed[name]
             assert isinstance(rows, DTensor)
-            value.copy_(self._fragments[name].of(rows.full_tensor()))
+            value.copy_(self._fragments[name].part_of(rows.full_tensor()))
 
     def _find_fragments(self) -> dict[str, Fragment]:
         """Locate the fragments in DeepSpeed's memory, and create the moments, as its first step would."""
@@ -205,7 +205,7 @@ class DeepspeedEngine(ParallelEngine):
         return {name: self._fragment_of_stages_1_and_2(parameter) for name, parameter in self.trained.items()}
 
     def _fragment_of_stages_1_and_2(self, parameter: Any) -> Fragment:
-        """Stages 1 and 2 concatenate all parameters of a group; a rank owns a range of that."""
+        """Locate a fragment: stages 1 and 2 concatenate the parameters of a group and give each rank a range."""
         place = parameter._hp_mapping
         if place is None:
             empty = torch.empty(0, device=self.device)
@@ -216,7 +216,7 @@ class DeepspeedEngine(ParallelEngine):
         return Fragment(parameter.shape, place.lp_fragment_address.start, place.hp_fragment.detach(), moments)
 
     def _fragment_of_stage_3(self, parameter: Any) -> Fragment:
-        """Stage 3 pads every parameter and divides it into one part per rank."""
+        """Locate a fragment: stage 3 pads every parameter and divides it into one part per rank."""
         padded = len(_local(parameter))
         start = min(self.rank * padded, parameter.ds_numel)
         size = min(padded, parameter.ds_numel - start)
@@ -227,7 +227,7 @@ class DeepspeedEngine(ParallelEngine):
 class _EntryPoints(nn.Module):
     """Module for DeepSpeed to wrap, whose `forward` calls a method of the model by name.
 
-    Arguments are passed by keyword, which DeepSpeed leaves unchanged.
+    Arguments are passed by keyword, because DeepSpeed does not change those.
     """
 
     def __init__(self, model: Network) -> None:
@@ -252,7 +252,7 @@ class _Denoiser:
 
 
 def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
-    """Stage 3: flat, padded view of this rank's part of a parameter's float32 weights, or of a moment."""
+    """Return stage 3's flat, padded view of this rank's part of a parameter's float32 weights, or of a moment."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     found = safe_get_local_fp32_param(parameter) if kind is None else safe_get_local_optimizer_state(parameter, kind)
@@ -260,7 +260,7 @@ def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
 
 
 def _rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of a tensor that all ranks hold, copied so that the rest can be freed."""
+    """Return this rank's rows of a tensor that all ranks hold, copied so that the rest can be freed."""
     parts = whole.chunk(mesh.size())
     mine = parts[mesh.get_rank()].clone() if mesh.get_rank() < len(parts) else whole.new_empty(0, *whole.shape[1:])
     return DTensor.from_local(mine, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride())

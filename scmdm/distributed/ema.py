@@ -16,8 +16,8 @@ class Ema:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step.
 
     With `warmup` the decay is at most `(1 + k) / (10 + k)` at update k. A new `Ema` starts from the current weights at
-    k = `updates`. An adaptation starts from the base's average: counting on from the base's updates would keep the
-    average close to the base for long.
+    k = `updates`. An adaptation starts from the base's average: continuing the base's count of updates would
+    keep the average close to the base for long.
     """
 
     def __init__(self, engine: Engine, config: EmaConfig, *, updates: int = 0) -> None:
@@ -26,7 +26,7 @@ class Ema:
         self.average = {name: value.clone() for name, value in engine.parameters().items()}
 
     def decay(self) -> float:
-        """Decay of the next update."""
+        """Return the decay of the next update."""
         if not self.config.warmup:
             return self.config.decay
         return min(self.config.decay, (1 + self.updates) / (10 + self.updates))

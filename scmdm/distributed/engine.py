@@ -33,7 +33,7 @@ class Engine(Protocol):
     device: torch.device
     model: Network
     optimizer: torch.optim.Optimizer
-    denoiser: Denoiser  # what the objective calls
+    denoiser: Denoiser  # the model as the objective calls it
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Concatenate a 1-D tensor over the parts of the batch, in order."""
@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
-        """Context manager for forward passes, which sets their precision."""
+        """Return a context manager that sets the precision of forward passes."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -52,10 +52,7 @@ class Engine(Protocol):
         ...
 
     def clip_grad_norm(self, limit: float) -> Tensor:
-        """Scale gradients down to norm `limit` (0: do not scale).
-
-        Returns their norm over all ranks before scaling, a scalar.
-        """
+        """Scale gradients down to norm `limit` (0: do not scale), and return their norm before that, over all ranks."""
         ...
 
     def step(self, skip: Tensor) -> None:
@@ -66,11 +63,11 @@ class Engine(Protocol):
         ...
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's part of the trained parameters, by name, for EMA and checkpoints."""
+        """Return this rank's part of the trained parameters, by name, for EMA and checkpoints."""
         ...
 
     def frozen(self) -> dict[str, Tensor]:
-        """This rank's part of the frozen parameters, by name, for checkpoints: whole tensors or DTensors."""
+        """Return this rank's part of the frozen parameters, by name, for checkpoints: whole tensors or DTensors."""
         ...
 
     def load_parameters(self, parameters: dict[str, Tensor]) -> None:
@@ -78,7 +75,7 @@ class Engine(Protocol):
         ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's moments by kind and parameter, for checkpoints; zero before the first step."""
+        """Return AdamW's moments by kind and parameter, for checkpoints; zero before the first step."""
         ...
 
     def set_optimizer_step(self, step: int) -> None:
@@ -127,8 +124,8 @@ class SingleEngine:
         return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
 
     def step(self, skip: Tensor) -> None:
-        # The attribute by which torch's GradScaler makes a fused optimizer skip. It is copied to the device of the
-        # weights here, because for offloaded weights the optimizer does not wait for its own copy.
+        # A fused optimizer skips the update if this attribute, which torch's GradScaler sets, is 1. It is copied to the
+        # device of the weights here, because for offloaded weights the optimizer does not wait for its own copy.
         device = next(iter(self.trained.values())).device
         self.optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -193,16 +190,16 @@ class ParallelEngine(SingleEngine):
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype`; a null context for float32."""
+    """Return a context that casts to `dtype`; a null context for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device for `name`, where "auto" means a GPU if there is one. Raises UserError if the device does not exist."""
+    """Return the device for `name`; "auto" is a GPU if there is one. Raises UserError if the device does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no CUDA device here; use device=cpu, or see `scmdm doctor`")
+        raise UserError("device=cuda, but torch finds no CUDA device; use device=cpu, or see `scmdm doctor`")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start one process per GPU"
@@ -211,7 +208,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Data type for `name`, where "auto" means bfloat16 if the hardware multiplies it natively, else float32."""
+    """Return the dtype for `name`; "auto" is bfloat16 if the hardware multiplies it natively, else float32."""
     if name == "auto":
         return torch.bfloat16 if _native_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -225,15 +222,15 @@ def _native_bfloat16(device: torch.device) -> bool:
 
 
 def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:
-    """Device and compute dtype of a run. Raises UserError if this machine lacks what the configuration requires."""
+    """Return device and compute dtype of a run. Raises UserError if the machine lacks what it requires."""
     device = resolve_device(config.device, local_rank)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
     if config.model.compile and device.type == "cpu" and not cpp_compiler():
-        raise UserError("model.compile=true needs a C++ compiler on a CPU, and there is none; install g++ or set CXX")
+        raise UserError("model.compile=true needs a C++ compiler on a CPU, and none was found; install g++ or set CXX")
     return device, dtype
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile uses on a CPU, or None."""
+    """Return the path of the C++ compiler that torch.compile uses on a CPU, or None."""
     return shutil.which(os.environ.get("CXX", "g++"))

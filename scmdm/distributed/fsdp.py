@@ -36,7 +36,7 @@ ENTRY_POINTS = ("estimate", "weighted_nll")
 
 
 def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
-    """Device mesh of the ranks: one group that shards the weights, or `fsdp.replicate` such groups (HSDP)."""
+    """Make the device mesh of the ranks: one group that shards the weights, or `fsdp.replicate` such groups (HSDP)."""
     size = dist.get_world_size()
     if config.replicate == 1:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -51,11 +51,11 @@ def shard(model: Network, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool
     summed in float32. Inputs are not cast, so that the residual stream and the times keep their precision, as with the
     single engine. `offload` keeps shards, gradients and optimizer state in host memory.
     """
-    where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    offloading = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=where)
+        fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=offloading)
     rest = _policy(torch.float32 if model.config.head_precision == "float32" else dtype)
-    fully_shard(model, mesh=mesh, mp_policy=rest, offload_policy=where)
+    fully_shard(model, mesh=mesh, mp_policy=rest, offload_policy=offloading)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -102,7 +102,7 @@ class FsdpEngine(ParallelEngine):
 
 
 class _TwoPassDenoiser:
-    """The model, with a choice for gathered weights between the two passes of an adaptation step.
+    """The model, which keeps or frees gathered weights between the two passes of an adaptation step.
 
     By default blocks stay gathered, and are gathered once for both forward passes. With `reshard_after_estimate` they
     are freed and gathered again, so that the pass without gradients holds one gathered block at a time.

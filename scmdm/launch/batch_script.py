@@ -15,7 +15,7 @@ from signal import Signals
 from scmdm.config.launch import Ranks, SlurmJob
 from scmdm.errors import UserError
 from scmdm.launch.freeze import FrozenLaunch
-from scmdm.system.signals import REQUEUE_EXIT, VARIABLE
+from scmdm.system.signals import REQUEUE_EXIT, STOP_SIGNALS_VARIABLE
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -125,7 +125,7 @@ def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory:
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
     # A process without a handler yet was stopped, too: the shell reports 128 plus the signal.
     stopped = [REQUEUE_EXIT, *(128 + Signals[f"SIG{name}"] for name in signals)]
-    environment = {**frozen.environment, VARIABLE: ",".join((*signals, "INT"))}
+    environment = {**frozen.environment, STOP_SIGNALS_VARIABLE: ",".join((*signals, "INT"))}
     setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
     return _SCRIPT.format(
         command=frozen.command,

@@ -14,14 +14,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from scmdm.torch_private import ATTENTION_OPERATORS
 
 _aten = torch.ops.aten
-# "selective" keeps the results of matrix products and attention: most of the time, little of the memory.
+# "selective" keeps the results of matrix products and attention, which take long to compute but little memory.
 _KEPT = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION_OPERATORS})
 
 
 def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
-    """Run a block, keeping for the backward pass everything, matrix products, or only its input.
+    """Run a block, and keep activations for the backward pass according to `kind`.
 
-    `kind` is "none", "selective" or "full". Without gradients nothing is kept.
+    "none" keeps all, "selective" those of `_KEPT`, "full" only the block's input. Without gradients, none is kept.
     """
     if kind == "none" or not torch.is_grad_enabled():
         return block(*arguments)
@@ -36,8 +36,8 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
 def _no_cached_casts() -> Iterator[None]:
     """Disable autocast's cache of casts.
 
-    A weight that an earlier pass cast would be cast in the recomputation but not in the forward pass: a different
-    sequence of operators, which torch refuses.
+    Otherwise a weight that an earlier pass has cast is cast in the recomputation but not in the forward pass, and torch
+    refuses a different sequence of operators.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

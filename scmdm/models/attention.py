@@ -104,10 +104,10 @@ def attend(
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Bidirectional softmax attention of queries, keys and values (B, L, H, K), scaled by 1/sqrt(K).
+    """Compute bidirectional softmax attention of queries, keys and values (B, L, H, K), scaled by 1/sqrt(K).
 
     `allowed_B1LL` is a bool mask of query and key positions; `bounds_C` (`Packing.bounds_C`) restricts attention to the
-    own document. At most one is given. `repeated`: see `choose_backend`. Returns (B, L, H, K).
+    query's document. At most one is given. `repeated`: see `choose_backend`. Returns (B, L, H, K).
     """
     if bounds_C is not None:
         return _attend_documents(q_BLHK, k_BLHK, v_BLHK, bounds_C, backend)
@@ -155,7 +155,7 @@ def _torch_varlen() -> Callable[..., Any]:
 def attend_slices(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, context: DeviceMesh, *, repeated: bool = False
 ) -> Tensor:
-    """`attend` for sequences that are sliced over the ranks of `context`, in rank order; returns this rank's slice.
+    """Compute `attend` for sequences sliced over the ranks of `context`, in rank order; return this rank's slice.
 
     One all-to-all gives each rank whole sequences for its share of the heads, another restores the slices
     (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H.

@@ -1,4 +1,4 @@
-"""How the clean-state estimate enters the network: `h0 = E[z] + g(s)`, `g(null) = 0`.
+"""The conditioner, through which the clean-state estimate enters the network: `h0 = E[z] + g(s)`, `g(null) = 0`.
 
 No kind has biases, so that the null estimate is `s = 0`. In each, exactly one factor starts at zero: the adapted model
 equals the base bitwise, and that factor has a gradient at the first step.
@@ -25,7 +25,7 @@ class Conditioner(nn.Module):
     - "mlp": `W2 gelu(W1 s)`, with `W2 = 0` at the start.
     """
 
-    starts_at = 0.0  # of the gain
+    starts_at = 0.0  # initial value of the gain
 
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Conditioner(nn.Module):
             self.out = ZeroLinear(width, width, bias=False)
 
     def forward(self, estimate_BLD: Tensor) -> Tensor:
-        """Map estimates (B, L, D) to what is added to the embedding."""
+        """Map estimates (B, L, D) to the term (B, L, D) that is added to the embedding."""
         h = self.proj(estimate_BLD)
         if self.kind == "norm":
             return self.gain * F.layer_norm(h.float(), h.shape[-1:])

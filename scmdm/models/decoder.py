@@ -83,7 +83,7 @@ class DecoderConfig(ModelConfig):
         return self.mlp_width or self.mlp_ratio * self.width
 
     def block_matrix_elements(self) -> int:
-        """Elements of the projections of attention and of the three maps of the gated MLP."""
+        """Count the elements of the projections of attention and of the three maps of the gated MLP."""
         return self.width * (2 * self.attention_width + 2 * self.kv_width + 3 * self.inner_width)
 
     def validate(self) -> None:

@@ -40,7 +40,7 @@ class DiTConfig(ModelConfig):
     labels: bool = key(False, help="condition the network on labels of samples, for guidance")
 
     def block_matrix_elements(self) -> int:
-        """Elements of the projections of attention and of the two maps of the MLP."""
+        """Count the elements of the projections of attention and of the two maps of the MLP."""
         return self.width * (4 * self.attention_width + 2 * self.inner_width)
 
 

@@ -77,12 +77,12 @@ def step_flops(
 
 
 def _mean_masked(schedule: Schedule) -> float:
-    """Fraction of positions that are masked, averaged over time."""
+    """Return the fraction of positions that are masked, averaged over time."""
     return float((1 - schedule.alpha(torch.linspace(0, 1, 1001, dtype=torch.float64))).mean())
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of the device; None for CPUs and for GPUs that `PEAK_FLOPS` does not list."""
+    """Return the dense bfloat16 FLOP/s of the device; None for CPUs and for GPUs that `PEAK_FLOPS` does not list."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

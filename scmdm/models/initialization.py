@@ -1,4 +1,4 @@
-"""Initial weights, parameter by parameter: equal for any number of ranks, without a whole model on any of them."""
+"""Initial weights, drawn per parameter: equal for any number of ranks, none of which holds a whole model."""
 
 from __future__ import annotations
 

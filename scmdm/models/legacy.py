@@ -2,18 +2,18 @@
 
 Earlier versions kept the keys of the decoder in a section `llama`, called that kind `llama`, wrote the keys of every
 kind into each description, and had `estimate_rank`, an approximate search for the estimate's tokens. The first ones had
-no kind but the DiT.
+no key `kind`, only the DiT.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_OF_DIT = ("condition_width", "time_conditioning", "labels")
+_DIT_KEYS = ("condition_width", "time_conditioning", "labels")
 
 
 def upgrade_model_keys(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the section `model` of a `model.json` or `config.yaml` with today's keys; `content` is not changed.
+    """Return the section `model` of a `model.json` or `config.yaml` with current keys; `content` is not changed.
 
     `estimate_rank` is dropped: the estimate is then computed exactly.
     """
@@ -22,6 +22,6 @@ def upgrade_model_keys(content: dict[str, Any]) -> dict[str, Any]:
         return keys
     decoder_keys = keys.pop("llama")
     if keys.get("kind") == "llama":
-        keys = {name: value for name, value in keys.items() if name not in _OF_DIT}
+        keys = {name: value for name, value in keys.items() if name not in _DIT_KEYS}
         keys |= {"kind": "decoder", **decoder_keys}
     return keys

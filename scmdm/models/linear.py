@@ -26,10 +26,10 @@ class Linear(nn.Linear):
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU (tanh form, arXiv 1606.08415) of `linear(x)`.
+    """Return the GELU (tanh form, arXiv 1606.08415) of `linear(x)`.
 
-    On a GPU, under autocast and without gradients, the matrix product applies it before writing its result. That path
-    takes `Linear` itself, not subclasses.
+    On a GPU, under autocast and without gradients, the matrix product applies the GELU before writing its result,
+    for `Linear` itself, not for subclasses.
     """
     fuses = x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
     if not fuses or type(linear) is not Linear or linear.bias is None:

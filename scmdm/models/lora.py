@@ -41,7 +41,7 @@ class LoraLinear(Linear):
 def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
     """Replace every `Linear` of `blocks`, or those in `config.lora_targets`, by `LoraLinear`.
 
-    Call it before the model has weights. Raises UserError when a target is no linear map of a block.
+    Call this before the model has weights. Raises UserError when a target is not a linear map of a block.
     """
     found = {name: module for name, module in blocks.named_modules() if type(module) is Linear}
     names = sorted({name.partition(".")[2] for name in found})

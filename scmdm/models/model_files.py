@@ -31,7 +31,7 @@ MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 TENSORS = "tensors"  # directory of a checkpoint with sharded weights, averages and optimizer state
 WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
 _FORMAT = 1
-_READ_AT_ONCE = 2**30  # bytes of tensors that are in memory together
+_READ_AT_ONCE = 2**30  # bytes of tensors in memory at a time
 
 
 @dataclass
@@ -135,8 +135,8 @@ def open_model(directory: Path) -> StoredModel:
 def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
     """Load a model directory onto the CPU, for sampling.
 
-    `weights` is "ema" for the averaged weights (those as trained where there are no averages) or "raw" for those as
-    trained. Raises UserError when files are missing, damaged or inconsistent.
+    `weights` is "raw" for the weights as trained, or "ema" for their averages (raw for parameters without an average).
+    Raises UserError when files are missing, damaged or inconsistent.
     """
     stored = open_model(directory)
     model = stored.spec.build()
@@ -160,8 +160,8 @@ def read_weights(
 ) -> None:
     """Fill a model, whole or sharded, from a model directory; each rank reads only its shards.
 
-    With `new_conditioner` the conditioner and adapters keep their values where the directory has none. A collective
-    call of all ranks, unless `alone`. Raises UserError when files are damaged or of another architecture.
+    With `new_conditioner` the conditioner and adapters keep their values where the directory has none. All ranks call
+    this together, unless `alone`. Raises UserError when files are damaged or of another architecture.
     """
     place, keys, found = _stored(directory, weights)
     own = dict(model.named_parameters())
@@ -203,7 +203,7 @@ def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[s
 
 
 def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
-    """Copy weights into a model. Raises UserError that names the first missing, unknown or misshapen tensor.
+    """Copy weights into a model. Raises UserError, which names a missing, unknown or misshapen tensor.
 
     With `new_conditioner` the conditioner and adapters keep their values where `weights` has none.
     """
@@ -229,5 +229,5 @@ def check_fit(
             "of another architecture"
         )
     if absent or unknown:
-        problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model has not"
+        problem = f"lacks {absent[0]}" if absent else f"has {unknown[0]}, which the model does not have"
         raise UserError(f"{origin} {problem}; the weights are of another architecture")

@@ -1,7 +1,7 @@
-"""What all denoisers share: embedding, conditioner, a sequence of blocks, output head, and the denoiser interface.
+"""Base of all denoisers: embedding, conditioner, a sequence of blocks, output head, and the denoiser interface.
 
-A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks, and what they are conditioned on
-besides the residual stream. To add one, subclass `Network` and `ModelConfig`, and register it in
+A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks and their
+conditioning tensors. To add one, subclass `Network` and `ModelConfig`, and register it in
 `scmdm.config.model.DENOISERS`.
 
 Legend: B batch, L length, D width, K width of a head, V vocabulary with the mask, N masked positions.
@@ -62,7 +62,7 @@ class Network(nn.Module):
         self.context: DeviceMesh | None = None
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, D) and bias (V,) of the output head."""
+        """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
         linear = self.output_layer.linear
         if linear is None:
             return self.vocab_embed.embedding, None
@@ -70,7 +70,7 @@ class Network(nn.Module):
         return linear.weight, linear.bias
 
     def slice_sequences(self, context: DeviceMesh) -> None:
-        """Expect slices of sequences from now on: each rank of `context` holds one, in rank order."""
+        """Switch to sliced sequences: each rank of `context` holds one slice of every sequence, in rank order."""
         for module in (self, *self.blocks):
             module.context = context
 
@@ -128,7 +128,7 @@ class Network(nn.Module):
         return self.vocab_embed(ids)
 
     def _embed_state(self, state: State) -> Tensor:
-        """Return the first residual stream (B, L, D), in float32 whatever the dtype of the weights."""
+        """Return the input (B, L, D) of the first block, in float32 for any dtype of the weights."""
         x_BLD = self.vocab_embed(state.z_BL).float()
         if state.estimate_BLD is None:
             return x_BLD
@@ -139,7 +139,7 @@ class Network(nn.Module):
         return x_BLD + self.conditioner(estimate_BLD)
 
     def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
-        """Return what blocks and output layer are conditioned on besides the residual stream."""
+        """Return the tensors that condition blocks and output layer, besides the residual stream."""
         assert labels_B is None, "this kind of denoiser has no labels"
         return ()
 

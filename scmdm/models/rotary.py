@@ -26,7 +26,7 @@ class Rotary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the buffer; also to be called after `to_empty` of a model on the meta device."""
+        """Fill the buffer. Call this also after `to_empty` of a model on the meta device."""
         with torch.no_grad():
             self.inv_freq.copy_(inverse_frequencies(self.head_width, self.base))
 
@@ -89,7 +89,7 @@ def attend_rotated(
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Attention (B, L, H, K) with rotary embeddings; each key and value head serves H / G consecutive query heads.
+    """Compute attention (B, L, H, K) with rotary embeddings; a key and value head serves H / G consecutive query heads.
 
     With `context` each rank holds a slice of the sequences (`attend_slices`). `masks`: see `masks_of`; `repeated`: see
     `choose_backend`.

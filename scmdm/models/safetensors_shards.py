@@ -1,4 +1,4 @@
-"""Writing of tensors into safetensors files of limited size, with at most one file's tensors in memory."""
+"""Write tensors into safetensors files of limited size, with at most one file's tensors in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], limit: int, 
     `index` also writes `NAME.safetensors.index.json` in the second case, as on the Hugging Face hub. Each file holds at
     least one tensor.
     """
-    where: dict[str, int] = {}
+    file_of: dict[str, int] = {}
     total, size, count, batch = 0, 0, 0, dict[str, Tensor]()
     for name, tensor in tensors:
         if batch and size + tensor.nbytes > limit:
@@ -26,14 +26,17 @@ def write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], limit: int, 
             count, size, batch = count + 1, 0, {}
         # Copy: safetensors refuses views of a shared storage, and pages of a mapped file would stay in memory.
         batch[name] = tensor.detach().cpu().contiguous().clone()
-        where[name], size, total = count, size + tensor.nbytes, total + tensor.nbytes
+        file_of[name], size, total = count, size + tensor.nbytes, total + tensor.nbytes
     _write(_part(path, count), batch)
     count += 1
     names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05}-of-{count:05}{path.suffix}" for i in range(count)]
     for number, name in enumerate(names):
         _part(path, number).rename(path.with_name(name))
     if index and count > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in where.items()}}
+        content = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: names[part] for name, part in file_of.items()},
+        }
         atomic_write_text(path.with_name(f"{path.name}.index.json"), json.dumps(content, indent=2) + "\n")
 
 

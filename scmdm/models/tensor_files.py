@@ -27,7 +27,7 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors (plain or DTensor) into `directory`: a collective call of `group` (None: all ranks).
+    """Write tensors (plain or DTensor) into `directory`. All ranks of `group` (None: all ranks) call this together.
 
     Raises OSError when a rank cannot write.
     """
@@ -41,9 +41,9 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist
 
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into` in place, resharded as they are: a collective call of all ranks, unless `alone`.
+    """Fill the tensors of `into` in place, however they are sharded.
 
-    Raises UserError when the directory is damaged or lacks a tensor.
+    All ranks call this together, unless `alone`. Raises UserError when the directory is damaged or lacks a tensor.
     """
     try:
         reader = HuggingFaceStorageReader(str(directory))
@@ -73,7 +73,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _cause(error: CheckpointException) -> Exception:
-    """Return the failure of the first rank, or an OSError of any rank: a full disk explains the others."""
+    """Return an OSError of any rank, such as a full disk, which explains the others; else all messages in one error."""
     causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError):

@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def installed_version(package: str) -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Description of this process's environment as JSON types, stored as `environment.json` in every run directory."""
+    """Describe this process's environment in JSON types, for `environment.json` in the run directory."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -49,10 +49,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_revision(package: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that contains `package`, or from which it was copied, and whether it had changes.
-
-    Returns None outside a checkout.
-    """
+    """Return the commit of the checkout of `package` or of its original, and whether it had changes, or None."""
     kept = package.parent / REVISION_FILE
     if kept.is_file():
         return cast(dict[str, Any] | None, json.loads(kept.read_text()))

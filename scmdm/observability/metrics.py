@@ -20,7 +20,7 @@ from scmdm.system.files import atomic_write_text
 from scmdm.system.run_directory import LOG_FILE
 from scmdm.system.signals import stop_signals_blocked
 
-_TAIL = 8192  # bytes: several rows
+_TAIL = 8192  # bytes at the end of a file, which hold several rows
 logger = logging.getLogger("scmdm")
 
 
@@ -49,7 +49,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, without lines that a crash has cut short."""
+    """Return the rows of a metrics file, without lines that a crash has cut short."""
     if not path.exists():
         return []
     rows = []
@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_row(path: Path, kind: str) -> dict[str, Any] | None:
-    """The last row of a kind in a metrics file, which may be growing. Reads only the end of the file."""
+    """Return the last row of a kind in a metrics file, which may be growing. Reads only the end of the file."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -87,10 +87,10 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
         import wandb
     except ImportError as error:
         raise UserError(
-            "wandb.mode is set but wandb is not installed; `pip install wandb` or wandb.mode=disabled"
+            f"wandb.mode={config.mode}, but wandb is not installed; run `pip install wandb`, or set wandb.mode=disabled"
         ) from error
     try:
-        with stop_signals_blocked():  # SIGUSR1 would end its service, which unblocks SIGTERM itself
+        with stop_signals_blocked():  # SIGUSR1 would end wandb's service, which unblocks SIGTERM itself
             return wandb.init(
                 project=config.project,
                 name=config.name or run_dir.name,
@@ -102,7 +102,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
             )
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"wandb.mode={config.mode} failed: {reason}; `wandb login`, or wandb.mode=offline") from error
+        raise UserError(
+            f"wandb.mode={config.mode} failed: {reason}; run `wandb login`, or set wandb.mode=offline"
+        ) from error
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as `1:02:03` or `2:03`."""
+    """Format seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, a few plain lines elsewhere."""
+"""Progress bars on a terminal, and a few plain lines elsewhere."""
 
 from __future__ import annotations
 

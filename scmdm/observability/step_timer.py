@@ -28,9 +28,9 @@ PROFILED_STEPS = 3
 
 
 class StepTimer:
-    """Adds up seconds by part of a step.
+    """Timer that adds up seconds by part of a step.
 
-    On a GPU, parts of the device are measured between CUDA events that are read at the end of a logging window, so that
+    On a GPU, work of the device is measured between CUDA events that are read at the end of a logging window, so that
     the host never waits. `on_part` is called when a part begins, with its name, and when it ends, with `after NAME`.
     """
 
@@ -57,7 +57,7 @@ class StepTimer:
         self._on_part(f"after {name}")
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the previous call."""
+        """Return the seconds by part since the previous call."""
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
@@ -114,7 +114,7 @@ class Utilization:
     world_size: int
 
     def at(self, sequences_per_s: float) -> dict[str, float | None]:
-        """TFLOP/s per rank and the share of the peak (MFU), in all and in the pass with gradients alone."""
+        """Return TFLOP/s per rank and the share of the peak (MFU), of all passes and of the pass with gradients."""
         per_rank = sequences_per_s / self.world_size
         rates = {"": self.flops.total * per_rank, "_loss_pass": self.flops.loss_pass * per_rank}
         found: dict[str, float | None] = {f"tflops{kind}": rate / 1e12 for kind, rate in rates.items()}
@@ -124,16 +124,16 @@ class Utilization:
 
 
 def summarize_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int | None]:
-    """Seconds per step of each part (mean over the ranks), and the slowest rank. All ranks call this together.
+    """Return seconds per step of each part (mean over ranks), and the slowest rank. All ranks call this together.
 
     All ranks wait for each other at the start of a step (`sync`), so the slowest rank waits least. Its lag is the
     median rank's wait minus its own.
     """
-    everyone = all_gather_object(seconds)
+    seconds_by_rank = all_gather_object(seconds)
     found: dict[str, float | int | None] = {
-        f"{name}_s": statistics.fmean(rank[name] for rank in everyone) / steps for name in PARTS
+        f"{name}_s": statistics.fmean(rank[name] for rank in seconds_by_rank) / steps for name in PARTS
     }
-    waits = [rank["sync"] / steps for rank in everyone]
+    waits = [rank["sync"] / steps for rank in seconds_by_rank]
     alone = len(waits) == 1
     found["slowest_rank"] = None if alone else waits.index(min(waits))
     found["slowest_rank_lag_s"] = None if alone else statistics.median(waits) - min(waits)
@@ -141,7 +141,7 @@ def summarize_parts(seconds: dict[str, float], steps: int) -> dict[str, float | 
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: allocated on the GPU, or resident on the host without one."""
+    """Return the peak memory of this process so far, in GiB: allocated on the GPU, or else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -149,7 +149,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Profiler:
-    """Records a torch profiler trace of `PROFILED_STEPS` steps from step `first` on, one file per rank (0: none)."""
+    """Recorder of a profiler trace of `PROFILED_STEPS` steps, beginning with `first` (0: none), one file per rank."""
 
     def __init__(self, directory: Path, first: int, rank: int) -> None:
         self._path = directory / PROFILE / f"step_{first:08d}_rank_{rank}.json"
@@ -163,7 +163,7 @@ class Profiler:
             self._profile.start()
 
     def after(self, step: int) -> Path | None:
-        """Write the trace if `step` is the last to be recorded; returns its path then."""
+        """Write the trace and return its path if `step` is the last to be recorded."""
         if self._profile is None or step < self._first + PROFILED_STEPS - 1:
             return None
         self._profile.stop()

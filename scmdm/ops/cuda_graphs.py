@@ -17,8 +17,8 @@ from torch import Tensor
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.state import State
 
-_WARMUP = 2  # evaluations of a shape before it is recorded, in which kernels are chosen and compiled
-_MAX_GRAPHS = 8  # a vanilla sampler leaves sequences out, and so has many shapes
+_WARMUP = 2  # evaluations before a shape is recorded, in which kernels are chosen and compiled
+_MAX_GRAPHS = 8  # a vanilla sampler skips sequences, and therefore has many shapes
 _TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B")
 
 Replay = Callable[[], Tensor]
@@ -66,7 +66,7 @@ assert {field.name for field in fields(State)} == {*_TENSORS, "packing"}
 
 
 class CudaRecorder:
-    """Records functions without arguments as CUDA graphs that share one memory pool.
+    """Recorder of functions without arguments as CUDA graphs that share one memory pool.
 
     A result is valid until the next replay of any of them.
     """

@@ -26,7 +26,7 @@ from scmdm.ops.top_k import top_k_embedding
 def dense_weighted_nll_sum(
     h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, x_N: Tensor, w_N: Tensor, *, mask_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Reference of `weighted_nll_sum`: all logits (N, V) at once, gradients by autograd."""
+    """Compute the reference of `weighted_nll_sum`: all logits (N, V) at once, gradients by autograd."""
     nll_N = F.cross_entropy(subs_logits(h_ND, weight_VD, subs_bias(bias_V, mask_id)), x_N, reduction="none")
     return (nll_N.double() * w_N).sum().float(), nll_N.detach()
 
@@ -34,7 +34,7 @@ def dense_weighted_nll_sum(
 def dense_expected_embedding(
     h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, *, mask_id: int, top_k: int | None = None
 ) -> Tensor:
-    """Reference of `expected_embedding`: all logits (N, V) at once, gradients by autograd."""
+    """Compute the reference of `expected_embedding`: all logits (N, V) at once, gradients by autograd."""
     return _dense_estimate(h_ND, weight_VD, subs_bias(bias_V, mask_id), embedding_VD, top_k)
 
 
@@ -54,7 +54,7 @@ def weighted_nll_sum(
     `h_ND`, `weight_VD` and `bias_V`; the gradients are computed in the forward pass, at most `chunk` positions at a
     time.
     """
-    # Read here: inside an autograd function gradients are off, and `needs_input_grad` ignores `no_grad`.
+    # Determined here: inside an autograd function gradients are off, and `needs_input_grad` ignores `no_grad`.
     train_head = torch.is_grad_enabled() and (weight_VD.requires_grad or bias_V.requires_grad)
     need = train_head or (torch.is_grad_enabled() and h_ND.requires_grad)
     with torch.autocast(h_ND.device.type, enabled=False):
@@ -89,12 +89,12 @@ def expected_embedding(
 
 
 def _kernels(device: torch.device) -> ModuleType:
-    """The module that implements `nll_and_gradients`, `estimate` and `top_k_estimate` for a device."""
+    """Return the module that implements `nll_and_gradients`, `estimate` and `top_k_estimate` for a device."""
     return output_head_gpu if device.type == "cuda" else output_head_cpu
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """Computes the gradients in the forward pass, chunk by chunk, so that no logits are kept for the backward pass."""
+    """Loss that computes its gradients in the forward pass, chunk by chunk, so that no logits are kept."""
 
     @staticmethod
     def forward(

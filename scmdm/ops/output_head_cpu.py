@@ -60,9 +60,9 @@ def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD:
 def top_k_estimate(
     h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
 ) -> Tensor:
-    """`estimate` over the `top_k` most probable tokens, with renormalised probabilities.
+    """Compute `estimate` over the `top_k` most probable tokens, with renormalised probabilities.
 
-    The product adds the bias, and rounds the logits once, to the dtype of `h_ND`.
+    Logits are rounded once, to the dtype of `h_ND`, after the bias is added.
     """
     weight_VD, bias_V = weight_VD.to(h_ND.dtype), subs_bias_V.to(h_ND.dtype)
     chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller buffer maps fewer new pages
@@ -70,7 +70,7 @@ def top_k_estimate(
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:
-    """Positions of a chunk on a CPU: at most `chunk`, and at most 64 MiB of logits unless that is under 64 rows."""
+    """Return the positions of a chunk on a CPU: at most `chunk`, and 64 MiB of logits, or 64 rows if that is more."""
     return min(chunk, max(64, _CHUNK // vocab_size))
 
 
@@ -128,7 +128,7 @@ class _Gradients:
 def _chunk_nll(
     h_CD: Tensor, weight_VD: Tensor, bias_V: Tensor, x_C1: Tensor, w_C1: Tensor, gradients: _Gradients | None
 ) -> Tensor:
-    """Negative log-likelihoods (C,) of a chunk; adds their gradients, weighted by `w_C1`, to `gradients`."""
+    """Return the negative log-likelihoods (C,) of a chunk; add their gradients, weighted by `w_C1`, to `gradients`."""
     softmax, own_C1 = _RunningSoftmax(len(h_CD), bias_V), torch.zeros_like(x_C1, dtype=bias_V.dtype)
     kept = []
     for tile in _tiles(len(bias_V)):
@@ -156,7 +156,7 @@ def _chunk_nll(
 
 
 def _within(tile: slice, x_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask (C, 1) of ids within a tile, and their columns (C, 1), clamped where they are outside."""
+    """Return the mask (C, 1) of ids within a tile, and their columns (C, 1), clamped where they are outside."""
     at_C1 = x_C1 - tile.start
     return (x_C1 >= tile.start) & (x_C1 < tile.stop), at_C1.clamp(0, tile.stop - tile.start - 1)
 

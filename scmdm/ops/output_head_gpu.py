@@ -89,7 +89,7 @@ def _pad_bias(subs_bias_V: Tensor) -> Tensor:
 
 
 def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32, the dtype in which a GPU accumulates it anyway."""
+    """Return `a @ b` in float32, the dtype in which a GPU accumulates it."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else (a @ b).float()
@@ -97,7 +97,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @fused
 def _nll(logits_CP: Tensor, bias_P: Tensor, x_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (C,) and the softmax's log-normalisers (C,), in float32."""
+    """Return the negative log-likelihoods (C,) and the softmax's log-normalisers (C,), in float32."""
     own_C = logits_CP.gather(1, x_C[:, None]).squeeze(1).float() + bias_P[x_C]
     log_sum_C = torch.logsumexp(logits_CP + bias_P, 1)
     return log_sum_C - own_C, log_sum_C
@@ -113,5 +113,5 @@ def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tens
 
 @fused
 def _to_probabilities(logits_CP: Tensor, bias_P: Tensor) -> Tensor:
-    """Softmax (C, P) of logits, in their dtype."""
+    """Return the softmax (C, P) of logits, in their dtype."""
     return (logits_CP + bias_P).softmax(1).to(logits_CP.dtype)

@@ -15,8 +15,8 @@ _BLOCK = 64  # tokens of a block
 def top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the `k` largest logits (N, K), in descending order, and their ids (N, K).
 
-    As `torch.topk`, except for the order of ties. Differentiable with respect to the logits. A vocabulary of more than
-    `2 k` blocks is searched by `_blocked_top_tokens`, which is faster than `torch.topk` there.
+    Equals `torch.topk`, except for the order of ties. Differentiable with respect to the logits. A vocabulary of more
+    than `2 k` blocks is searched by `_blocked_top_tokens`, which is faster than `torch.topk` there.
     """
     if logits_NV.shape[1] // _BLOCK > 2 * k:
         return _blocked_top_tokens(logits_NV, k)
@@ -25,7 +25,7 @@ def top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocked_top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`top_tokens` in two steps: the `k` blocks with the largest maxima contain all `k` tokens; sort only those."""
+    """Compute `top_tokens` in two steps: the `k` blocks with the largest maxima contain all `k` tokens."""
     with torch.no_grad():
         ids = _candidates(logits_NV, k)
         ids_NK = ids.gather(1, logits_NV.gather(1, ids).topk(k, dim=1).indices)
@@ -33,7 +33,7 @@ def _blocked_top_tokens(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(logits_NV: Tensor, k: int) -> Tensor:
-    """Ids of the tokens in the `k` blocks with the largest maxima, and of those behind the last whole block."""
+    """Return the ids of the tokens in the `k` blocks with the largest maxima, and after the last whole block."""
     blocks = logits_NV.shape[1] // _BLOCK
     # Block m holds the tokens m, m + blocks, m + 2 blocks, ...: maxima over strided blocks vectorise.
     maxima_NM = logits_NV[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks)).amax(1)
@@ -44,7 +44,7 @@ def _candidates(logits_NV: Tensor, k: int) -> Tensor:
 
 
 def top_k_embedding(logits_NV: Tensor, embedding_VD: Tensor, k: int) -> Tensor:
-    """Expected embedding (N, D) over the `k` most probable tokens, with their probabilities renormalised."""
+    """Return the expected embedding (N, D) over the `k` most probable tokens, with their probabilities renormalised."""
     best_NK, ids_NK = top_tokens(logits_NV, k)
     p_NK = best_NK.float().softmax(1).to(embedding_VD.dtype)
     return F.embedding_bag(ids_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")
@@ -53,7 +53,7 @@ def top_k_embedding(logits_NV: Tensor, embedding_VD: Tensor, k: int) -> Tensor:
 def chunked_top_k_embedding(
     h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, k: int, *, chunk: int
 ) -> Tensor:
-    """`top_k_embedding` (N, D) of the logits `W h + b`, `chunk` positions at a time, without gradients.
+    """Compute `top_k_embedding` (N, D) of the logits `W h + b`, `chunk` positions at a time, without gradients.
 
     States, weight and bias have one dtype; weight and bias may be padded beyond the rows of the embedding.
     """

@@ -1,7 +1,7 @@
 """The extras of the distribution, as in `pip install 'scmdm[molecules]'`, and the packages of each.
 
-The same lists stand in `pyproject.toml`; a test compares them. They are repeated here because the metadata of an
-installed distribution is absent or stale when scmdm runs from its source tree.
+The lists repeat `pyproject.toml`, because the metadata of an installed distribution is absent or stale when scmdm runs
+from its source tree. A test compares them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "mauve-text": "mauve"}  
 
 
 def module_of(package: str) -> str:
-    """Top-level module of a package of an extra."""
+    """Return the top-level module of a package of an extra."""
     return _MODULES.get(package, package.replace("-", "_"))
 
 
 def extra_of_module(module: str) -> str | None:
-    """Extra that installs the package of a module, such as `rdkit.Chem`; None for a package of no extra."""
+    """Return the extra that installs the package of a module, such as `rdkit.Chem`, or None."""
     top = module.partition(".")[0]
     return next((extra for extra, packages in EXTRAS.items() if top in map(module_of, packages)), None)
 
 
 def missing_packages(extra: str) -> list[str]:
-    """Packages of an extra that are not installed."""
+    """List the packages of an extra that are not installed."""
     return [package for package in EXTRAS[extra] if not _is_installed(package)]
 
 

@@ -23,7 +23,7 @@ def fsync_path(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -52,7 +52,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Create the parent of a file that is to be written later. Raises UserError if it cannot be written."""
+    """Create the parent directory of an output file. Raises UserError unless files can be created in it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
@@ -64,7 +64,7 @@ def require_writable(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` for text, as UTF-8."""
+    """Write text as UTF-8, as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode())
 
 
@@ -87,10 +87,10 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         fsync_path(temporary)
         if replace and final.exists():
             # A crash between the two renames leaves both directories, the old one under a hidden name.
-            doomed = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
-            os.rename(final, doomed)
+            replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+            os.rename(final, replaced)
             os.rename(temporary, final)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(temporary, final)
         fsync_path(final.parent)

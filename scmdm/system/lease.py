@@ -2,13 +2,13 @@
 
 A lease is a folder with one file per generation, `00000001.json` and so on. The process named in the highest generation
 holds the lease. To take it over, a process creates the next generation's file exclusively (by a hard link, which is
-atomic on NFS, too): of several that try, one succeeds. Files are not removed, so generations only increase, and a
-generation is a fencing token.
+atomic on NFS, too): exactly one of several contenders succeeds. Files are not removed, so generations only increase,
+and a generation is a fencing token.
 
 The holder renews the lease by setting its file's modification time. Another process takes the lease over
 
 - at once if the holder has released it, if its process is gone from this machine, or if SLURM has ended its job;
-- if the holder has not renewed it for `silence_limit_s` and SLURM does not say that its job is alive. Both times are
+- if the holder has not renewed it for `silence_limit_s` and SLURM does not report its job as alive. Both times are
   modification times on the same file system, so that only the file server's clock matters.
 
 A holder that was suspended for longer than that may wake up without the lease. It must call `Lease.require` before it
@@ -84,16 +84,16 @@ class Lease:
         return _generation(self._path)
 
     def still_owned(self) -> bool:
-        """Whether no other process has taken the lease over."""
+        """Return whether no other process has taken the lease over."""
         return _newest(self._path.parent) == self._path
 
     def require(self) -> None:
-        """Raise InUseError if another process has taken the lease over. To be called before every commit."""
+        """Raise InUseError if another process has taken the lease over. Call this before every commit."""
         if not self.still_owned():
             _, holder = read_lease(self._path.parent)
             raise InUseError(
-                f"{self._name} was taken over by {holder or 'another process'} while this process stood still; "
-                "nothing more is written here"
+                f"{self._name} was taken over by {holder or 'another process'} while this process was suspended; "
+                "this process writes nothing more there"
             )
 
     def renew(self) -> None:
@@ -107,7 +107,10 @@ class Lease:
     def release(self) -> None:
         """Let other processes acquire the lease at once."""
         self._stop.set()
-        with contextlib.suppress(OSError), _written(self._path.parent, replace(self._holder, released=True)) as record:
+        with (
+            contextlib.suppress(OSError),
+            _temporary_record(self._path.parent, replace(self._holder, released=True)) as record,
+        ):
             os.replace(record, self._path)
 
 
@@ -117,7 +120,7 @@ def acquire(
 ) -> Iterator[Lease]:
     """Hold the lease kept in the folder `directory` while the block runs. The folder's parent must exist.
 
-    `name` says in errors what is leased, as in `run_dir=runs/qm9`. Raises InUseError, which names the holder, if
+    `name` identifies the lease in errors, as in `run_dir=runs/qm9`. Raises InUseError, which names the holder, if
     another process holds the lease, and UserError if the folder cannot be written.
     """
     try:
@@ -134,7 +137,7 @@ def acquire(
 
 
 def read_lease(directory: Path) -> tuple[Path | None, LeaseHolder | None]:
-    """The file of a lease's newest generation and its content; None for what is missing or damaged. Only reads."""
+    """Return the file of the newest generation and its content, each None if missing or damaged. Writes nothing."""
     path = _newest(directory)
     if path is None:
         return None, None
@@ -146,9 +149,9 @@ def read_lease(directory: Path) -> tuple[Path | None, LeaseHolder | None]:
 
 
 def holder_lives(holder: LeaseHolder, me: LeaseHolder, *, ask_slurm: bool = True) -> bool | None:
-    """Whether a holder is alive, as this machine's process table or SLURM says; None if neither can tell.
+    """Return whether a holder is alive according to the process table or SLURM; None if neither determines it.
 
-    A process of this machine that exists may be stopped for good: that is None, and its silence decides.
+    A process that exists on this machine may be suspended for good. It gives None, so that `silence_limit_s` decides.
     """
     if holder.machine == me.machine:
         return None if process_lives(holder.pid, holder.pid_start) else False
@@ -161,7 +164,7 @@ def holder_lives(holder: LeaseHolder, me: LeaseHolder, *, ask_slurm: bool = True
 def _acquire(directory: Path, name: str, silence_limit_s: float, *, ask_slurm: bool) -> Lease:
     me = LeaseHolder.current()
     directory.mkdir(exist_ok=True)
-    with _written(directory, me) as record:
+    with _temporary_record(directory, me) as record:
         now = record.stat().st_mtime  # by the file server's clock
         while True:
             newest, holder = read_lease(directory)
@@ -171,7 +174,7 @@ def _acquire(directory: Path, name: str, silence_limit_s: float, *, ask_slurm: b
             try:
                 os.link(record, path)
             except FileExistsError:
-                if record.stat().st_nlink != 2:  # on NFS an answer can be lost and the call repeated
+                if record.stat().st_nlink != 2:  # on NFS a reply can be lost and the call repeated
                     continue
             return Lease(name, path, me, None if holder is None or holder.released else holder)
 
@@ -184,8 +187,8 @@ def _is_free(newest: Path, holder: LeaseHolder | None, me: LeaseHolder, renewed_
 
 
 @contextlib.contextmanager
-def _written(directory: Path, holder: LeaseHolder) -> Iterator[Path]:
-    """A complete record under a temporary name."""
+def _temporary_record(directory: Path, holder: LeaseHolder) -> Iterator[Path]:
+    """Yield a complete record under a temporary name."""
     descriptor, name = tempfile.mkstemp(prefix=".lease.", dir=directory)
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -200,7 +203,7 @@ def _written(directory: Path, holder: LeaseHolder) -> Iterator[Path]:
 
 
 def _newest(directory: Path) -> Path | None:
-    # A listing, because NFS clients remember for a while that a single name did not exist.
+    # List the directory: NFS clients cache for a while that a single name does not exist.
     try:
         names = [name for name in os.listdir(directory) if name.endswith(".json")]
     except FileNotFoundError:

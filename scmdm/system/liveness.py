@@ -22,16 +22,16 @@ LIVE_JOB_STATES = (
 
 @functools.cache
 def machine_id() -> str:
-    """Identity of the space in which process ids are unique: this boot of the kernel, and the PID namespace."""
+    """Identify the space in which process ids are unique: this boot of the kernel, and the PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def process_start(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; None if it is gone or /proc does not tell.
+    """Return the start time of a process in clock ticks since boot; None if it is gone or there is no /proc.
 
     Together with the pid it identifies a process: the kernel reuses pids.
     """
@@ -40,7 +40,7 @@ def process_start(pid: int) -> int | None:
 
 
 def process_lives(pid: int, start: int | None = None) -> bool:
-    """Whether this machine runs a process `pid`, that began at `start` where that is given. A zombie does not run."""
+    """Return whether process `pid` runs on this machine and, if given, began at `start`. Zombies do not count."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -52,7 +52,7 @@ def process_lives(pid: int, start: int | None = None) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat behind the command, from the state on."""
+    """Return the fields of /proc/PID/stat after the command, beginning with the state."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -60,7 +60,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def job_state(job: str) -> str | None:
-    """State of a SLURM job as `squeue` prints it; "GONE" if SLURM does not know it, None if SLURM cannot be asked."""
+    """Return the state of a SLURM job as `squeue` prints it; "GONE" for an unknown job, None if squeue fails."""
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--states", "all", "--format", "%T"],

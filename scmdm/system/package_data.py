@@ -21,7 +21,7 @@ from scmdm.system.files import atomic_directory
 
 
 def user_cache(name: str) -> Path:
-    """Path of a directory in the user's cache; the directory need not exist."""
+    """Return the path of a directory in the user's cache; the directory need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
 
 
@@ -73,7 +73,7 @@ def optional(module: str, wanted_by: str, extra: str) -> Any:
 
 
 def package_folder(package: str, wanted_by: str, extra: str) -> Path:
-    """Folder of an installed package, found without importing it. Arguments and errors are those of `optional`."""
+    """Return the folder of an installed package without importing it. Arguments and errors are those of `optional`."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, wanted_by, extra)

@@ -1,4 +1,4 @@
-"""The processes of a run and the collectives outside of the training step.
+"""The processes of a run, and collectives outside of the training step.
 
 Without torchrun, or another launcher that sets RANK and WORLD_SIZE, there is one process, and collectives return their
 argument.
@@ -31,7 +31,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes checkpoints, metrics and logs."""
+        """Return whether this is rank 0, which writes checkpoints, metrics and logs."""
         return self.rank == 0
 
 
@@ -43,7 +43,7 @@ def current_world() -> World:
         rank, size, local_rank = map(int, values)
     except ValueError as error:
         found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        raise UserError(f"{found}: not numbers; start several processes with torchrun") from error
+        raise UserError(f"{found} are not all integers; start several processes with torchrun") from error
     return World(rank, size, local_rank)
 
 
@@ -79,7 +79,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -88,7 +88,7 @@ def broadcast(value: T) -> T:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's value, in rank order."""
+    """Return every rank's value, in rank order."""
     if not dist.is_initialized():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
@@ -97,7 +97,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def all_reduce_max(value: int) -> int:
-    """Maximum of the ranks' values."""
+    """Return the maximum of the ranks' values."""
     if not dist.is_initialized():
         return value
     box = torch.tensor(value)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop, and the death of parent processes.
+"""Signals on which a run saves and stops, and child processes that end with their parent.
 
 SLURM signals every process of a job step: ranks, launcher, loader processes, wandb's service. The processes that a run
 needs for its last checkpoint must survive the stop signals; all of them must end when their parent does.
@@ -18,25 +18,27 @@ from types import FrameType
 from scmdm.errors import UserError
 
 REQUEUE_EXIT = 85  # exit status: stopped by a signal after saving; the same command continues
-VARIABLE = "SCMDM_STOP_SIGNALS"
+STOP_SIGNALS_VARIABLE = "SCMDM_STOP_SIGNALS"
 _DEFAULT = "TERM,USR1,INT"
 _PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> frozenset[signal.Signals]:
-    """Signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
-    names = os.environ.get(VARIABLE, _DEFAULT)
+    """Return the signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
+    names = os.environ.get(STOP_SIGNALS_VARIABLE, _DEFAULT)
     try:
         return frozenset(signal.Signals[f"SIG{name.strip().upper().removeprefix('SIG')}"] for name in names.split(","))
     except KeyError as error:
-        raise UserError(f"{VARIABLE}={names}: {error} is no signal; give names such as {_DEFAULT}") from error
+        raise UserError(
+            f"{STOP_SIGNALS_VARIABLE}={names}: {error} is not a signal; give names such as {_DEFAULT}"
+        ) from error
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
     """Let the kernel send this process `number` when its parent dies, however that happens (Linux; else no effect).
 
-    `parent` is the parent's pid where it is known: this process is signalled at once if it has died already. The kernel
-    means the thread that created this process, so that must be a thread that lives as long as the parent.
+    `parent` is the parent's pid, if known: this process is signalled at once if the parent has died already. To the
+    kernel the parent is the thread that created this process, which must therefore live as long as the parent process.
     """
     if sys.platform != "linux":
         return
@@ -49,7 +51,7 @@ class StopRequest:
     """Context manager that records the first stop signal in `signal`; a second Ctrl-C raises KeyboardInterrupt.
 
     A launcher may start a process with these signals blocked, so that none is lost before the handlers are installed.
-    A rank of torchrun also gets SIGTERM when torchrun dies: it saves and ends, instead of keeping the run directory.
+    A rank of torchrun also gets SIGTERM when torchrun dies: it saves and ends, instead of occupying the run directory.
     """
 
     def __init__(self) -> None:
@@ -74,7 +76,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Processes started in the block have stop signals blocked. This process receives them when the block is left."""
+    """Start processes in this block with stop signals blocked. This process receives pending ones after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
@@ -83,7 +85,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
-    """Initialize a loader process: only its rank may end it, which needs it until the last checkpoint is saved."""
+    """Make a loader process ignore stop signals, because its rank needs it until the end. The rank may send SIGTERM."""
     end_with_parent()
     ignored = stop_signals() | {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ignored)

@@ -1,4 +1,4 @@
-"""Pools of worker processes for jobs that are too small to use all cores each."""
+"""Pools of worker processes, for jobs too small to use all cores."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _MAX_WORKERS = 8  # each has torch in memory, about 0.7 GiB
 
 
 def worker_count() -> int:
-    """Number of jobs to run at once: torch's number of threads, or one if there is a GPU, which they would share."""
+    """Return the number of jobs to run at once: `core_count`, or one if there is a GPU, which jobs would share."""
     return 1 if torch.cuda.is_available() else core_count()
 
 
 def core_count() -> int:
-    """Number of jobs without a GPU to run at once: torch's number of threads, at most eight."""
+    """Return the number of CPU jobs to run at once: torch's number of threads, at most eight."""
     return min(torch.get_num_threads(), _MAX_WORKERS)
 
 
 @contextlib.contextmanager
 def worker_processes(count: int) -> Iterator[Executor]:
-    """An executor of `count` processes whose standard output is discarded.
+    """Yield an executor of `count` processes whose standard output is discarded.
 
     When the block is left by an exception or by SIGTERM, workers get SIGTERM, which lets training jobs save, and are
     waited for. When this process is killed, the kernel kills them.
@@ -55,7 +55,7 @@ def worker_processes(count: int) -> Iterator[Executor]:
 
 
 def unless_stopped(function: Callable[..., T], *arguments: Any) -> T:
-    """In a worker: call `function`, unless a stop signal has ended an earlier job, so that no queued job starts."""
+    """Call `function` in a worker, unless a stop signal has ended an earlier job: queued jobs must not start."""
     global _stopped
     if _stopped:
         raise SystemExit(REQUEUE_EXIT)

@@ -188,7 +188,7 @@ def test_templates():
         (["length=0"], "length=0 is not possible"),
         (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
         (["sampler.kind=magic"], "one of ancestral, first_hitting"),
-        (["device=cuda"], "torch sees no CUDA device"),
+        (["device=cuda"], "torch finds no CUDA device"),
     ],
 )
 def test_sampling_mistakes(base, capsys, keys, message):
@@ -410,7 +410,7 @@ def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molec
     ("command", "keys", "message"),
     [
         ("train", ["base=x"], "`scmdm train` starts from scratch"),
-        ("adapt", [], "base is not set"),
+        ("adapt", [], "`base` is not set"),
         ("adapt", ["base=/nonexistent"], "/nonexistent does not exist"),
         ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but base="),
         ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but base="),

@@ -191,7 +191,7 @@ def test_a_cache_of_another_data_set_is_refused(s3, local, remote, tmp_path):
     open_data(cached(tmp_path, remote))
     other = write_texts(tmp_path / "other", 40, seed=5)
     upload_dataset(other, "s3://bucket/other")
-    with pytest.raises(UserError, match=r"cache holds another data set than s3://bucket/other"):
+    with pytest.raises(UserError, match=r"cache holds a different data set from s3://bucket/other"):
         open_data(cached(tmp_path, "s3://bucket/other"))
     upload_dataset(local, "s3://bucket/moved")
     open_data(cached(tmp_path, "s3://bucket/moved/"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmdm.data.tokenizers.word_cache import _MOST, WordEncoder, splits_at_white_space
+from scmdm.data.tokenizers.word_cache import _MAX_WORDS, WordEncoder, splits_at_white_space
 from tests.data.preparation.test_source_huggingface import byte_pairs
 
 PIPELINE = byte_pairs()
@@ -35,9 +35,9 @@ def test_the_memory_is_bounded_and_what_is_asked_again_is_not_encoded_again():
     assert encoder("one two two") == [3, 4, 4] and asked == ["one", " two"]
     long = "x" * 1000
     assert encoder(long) == encoder(long) == [1000] and asked.count(long) == 2
-    for number in range(_MOST + 10):
+    for number in range(_MAX_WORDS + 10):
         encoder(str(number))
-    assert len(encoder._known) <= _MOST
+    assert len(encoder._known) <= _MAX_WORDS
 
 
 def changed(**parts):

@@ -85,8 +85,8 @@ def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
         (["slurm", "--time", "soon"], "--time='soon' is not possible; it must be minutes, HH:MM:SS or days-hours"),
         (["slurm", "--attempts", "0"], "--attempts=0"),
         (["slurm", "--nodes", "3"], "train.global_batch_size=64 is not possible with 3 processes"),
-        (["slurm", "engine=single", "--nodes", "2"], "engine=single with 2 processes"),
-        (["local", "base=null"], "base is not set"),
+        (["slurm", "engine=single", "--nodes", "2"], "engine=single is not possible with 2 processes"),
+        (["local", "base=null"], "`base` is not set"),
         (["local", "train.stepps=3"], "did you mean `train.steps`?"),
     ],
 )

@@ -15,10 +15,10 @@ RECORDS_AT_ONCE = 1 << 24
 def duplicates(
     hashes: Sequence[np.ndarray], rows: Sequence[np.ndarray], at_once: int = RECORDS_AT_ONCE
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield parts with rows whose hash also belongs to an earlier row, of the same part or of an earlier one.
+    """Yield the number of a part with its rows whose hash an earlier row of this or an earlier part also has.
 
-    Parts come in no particular order, and repeatedly. Among 6 billion distinct records, one pair is expected to share
-    its 64-bit hash.
+    A part may be yielded repeatedly, and parts in any order. Among 6 billion distinct records, one pair is expected to
+    share its 64-bit hash.
 
     Args:
         hashes: sorted hashes of each part, uint64 (N,), possibly memory-mapped.
@@ -31,9 +31,9 @@ def duplicates(
     for index in range(ranges):
         spans = [slice(cut[index], cut[index + 1]) for cut in cuts]
         part = np.repeat(np.arange(len(spans)), [span.stop - span.start for span in spans])
-        together = np.concatenate([hashes_N[span] for hashes_N, span in zip(hashes, spans, strict=True)])
+        merged = np.concatenate([hashes_N[span] for hashes_N, span in zip(hashes, spans, strict=True)])
         row = np.concatenate([rows_N[span] for rows_N, span in zip(rows, spans, strict=True)])
-        order = np.lexsort((row, part, together))
-        again = order[1:][np.diff(together[order]) == 0]
-        for number in np.unique(part[again]).tolist():
-            yield number, row[again[part[again] == number]]
+        order = np.lexsort((row, part, merged))
+        repeated = order[1:][np.diff(merged[order]) == 0]
+        for number in np.unique(part[repeated]).tolist():
+            yield number, row[repeated[part[repeated] == number]]

@@ -43,7 +43,7 @@ def encode(
 def _records(
     config: PrepareConfig, source: Source, part: Part, scanned: Path, fitted: Path, number: int, tally: Tally
 ) -> Iterator[tuple[str, Record]]:
-    """Records of a part with their splits, without duplicates."""
+    """Yield the records of a part with their splits, without duplicates."""
     repeated_N, place = fitted_part(fitted, number)
     hashes_N = np.load(scanned / "hashes.npy")
     columns = zip(scanned_records(scanned), hashes_N.tolist(), repeated_N.tolist(), strict=True)
@@ -63,7 +63,7 @@ def _rows(
     records: Iterator[tuple[str, Record]],
     tally: Tally,
 ) -> Iterator[tuple[str, FramedSequence]]:
-    """Sequences of a part with their splits. Counts kept and dropped records."""
+    """Yield the sequences of a part with their splits, and count kept and dropped records."""
     framers = dict[str, Framer]()
     own = tokenizer if isinstance(tokenizer, OwnFraming) else None  # once, because isinstance is slow for a protocol
     for split, record in records:
@@ -83,7 +83,7 @@ def _rows(
 
 
 def _versions(source: Source, split: str, record: Record) -> Iterator[Record]:
-    """A record and, in the training split, its mirror image, if the source has one."""
+    """Yield a record and, in the training split, its mirror image, if the source has one."""
     yield record
     mirrored = source.mirror_image(record) if split == "train" else None
     if mirrored is not None:
@@ -93,7 +93,7 @@ def _versions(source: Source, split: str, record: Record) -> Iterator[Record]:
 def _sequences(
     config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer, own: OwnFraming | None
 ) -> Iterator[FramedSequence]:
-    """Sequences that are complete after a record. Raises _Unusable."""
+    """Yield the sequences that are complete after a record. Raises _Unusable."""
     try:
         prompt = tokenizer.encode(record.prompt) if record.prompt else []
         ids = tokenizer.encode(record.content)
@@ -114,7 +114,7 @@ def _sequences(
 def describe(
     config: PrepareConfig, source: Source, described: dict[str, Any] | None = None, counts: dict[str, int] | None = None
 ) -> Description:
-    """Description of the data set for its manifest."""
+    """Describe the data set for its manifest."""
     return Description(
         source.name,
         config.length,

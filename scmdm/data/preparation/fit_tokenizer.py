@@ -54,31 +54,31 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
-    """The existing tokenizer that the configuration names; None when one is to be built. Raises UserError."""
+    """Open the tokenizer that the configuration names; None when one is to be built. Raises UserError."""
     tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
     return tokenizer.open(config.tokenizer, padded=config.framing != "concatenate")
 
 
 def fitted_tokenizer(fitted: Path) -> Tokenizer:
-    """Tokenizer that `fit` has written, cached for all parts that a process encodes."""
+    """Return the tokenizer that `fit` has written, cached for all parts that a process encodes."""
     path = next((fitted / "tokenizer").iterdir())
     return _read_tokenizer(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _read_tokenizer(path: Path, _modified_ns: int) -> Tokenizer:  # the time tells preparations in one place apart
+def _read_tokenizer(path: Path, _modified_ns: int) -> Tokenizer:  # the time distinguishes preparations in one directory
     return load_tokenizer(path)
 
 
 def fitted_part(fitted: Path, number: int) -> tuple[np.ndarray, PartPosition]:
-    """Mask of a part's duplicates, bool (N,), and its position in the corpus."""
-    return np.load(_repeated(fitted, number)), PartPosition(
+    """Return the mask of a part's duplicates, bool (N,), and its position in the corpus."""
+    return np.load(_duplicates_file(fitted, number)), PartPosition(
         **json.loads((fitted / "positions.json").read_text())[number]
     )
 
 
 def total_counts(files: Sequence[Path]) -> dict[str, int]:
-    """Sum of the counts of all parts, sorted by name."""
+    """Sum the counts of all parts, sorted by name."""
     total = Counter[str]()
     for file in files:
         total.update(json.loads(file.read_text())["counts"])
@@ -86,7 +86,7 @@ def total_counts(files: Sequence[Path]) -> dict[str, int]:
 
 
 def _positions(config: PrepareConfig, counts: Sequence[int]) -> list[PartPosition]:
-    """Raises UserError when all records would be held out."""
+    """Return the position of each part. Raises UserError when all records would be held out."""
     total, last = sum(counts), config.held_out_last
     if last is not None and last >= total:
         raise UserError(f"held_out_last={last}, but the corpus has {total} records; hold out fewer")
@@ -98,23 +98,23 @@ def _positions(config: PrepareConfig, counts: Sequence[int]) -> list[PartPositio
 
 
 def _mark_duplicates(config: PrepareConfig, scans: Sequence[Path], to: Path) -> list[np.ndarray]:
-    hashes, order = ([_mapped(scan / f"{name}.npy") for scan in scans] for name in ("sorted", "order"))
+    hashes, order = ([_load_mapped(scan / f"{name}.npy") for scan in scans] for name in ("sorted", "order"))
     for number, hashes_N in enumerate(hashes):
-        np.save(_repeated(to, number), np.zeros(len(hashes_N), bool))
-    masks = [_mapped(_repeated(to, number), "r+") for number in range(len(scans))]
+        np.save(_duplicates_file(to, number), np.zeros(len(hashes_N), bool))
+    masks = [_load_mapped(_duplicates_file(to, number), "r+") for number in range(len(scans))]
     if config.deduplicate:
         for number, rows in duplicates(hashes, order):
             masks[number][rows] = True
     return masks
 
 
-def _mapped(path: Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+def _load_mapped(path: Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
     if path.stat().st_size <= 128:  # an array without elements cannot be mapped
         return np.load(path)
     return np.load(path, mmap_mode=mode)
 
 
-def _repeated(fitted: Path, number: int) -> Path:
+def _duplicates_file(fitted: Path, number: int) -> Path:
     return fitted / f"repeated-{number:05}.npy"
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from scmdm.data.tokenizers import Tokenizer
 
-_OPEN = 64  # samples that a packing framer fills at the same time
+_MAX_OPEN = 64  # samples that a packing framer fills at the same time
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FramedSequence:
 class Framer(Protocol):
     """Builder of the sequences of one split of one part."""
 
-    dropped: int  # tokens in no sequence
+    dropped: int  # tokens that are in no sequence
 
     def add(self, ids: Sequence[int], label: int | None) -> Iterator[FramedSequence]:
         """Add a record and return the sequences that are complete now."""
@@ -101,7 +101,7 @@ class PackingFramer:
     def add(self, ids: Sequence[int], label: int | None) -> Iterator[FramedSequence]:
         for sequence in wrap(ids, self._length, self._tokenizer):
             fits = [sample for sample in self._open if len(sample.ids) + len(sequence) <= self._length]
-            if not fits and len(self._open) == _OPEN:
+            if not fits and len(self._open) == _MAX_OPEN:
                 fullest = max(self._open, key=lambda sample: len(sample.ids))
                 self._open.remove(fullest)
                 yield _packed(fullest)
@@ -120,7 +120,7 @@ def _packed(sample: _Sample) -> FramedSequence:
 
 
 def wrap(ids: Sequence[int], length: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """`[BOS] ids [EOS]`, cut into sequences of at most `length` ids (MDLM's chunks)."""
+    """Cut ids into sequences `[BOS] ids [EOS]` of at most `length` ids (MDLM's chunks)."""
     size = length - 2
     return [[tokenizer.bos_id, *ids[at : at + size], tokenizer.eos_id] for at in range(0, len(ids), size)]
 

@@ -1,9 +1,9 @@
-"""`scmdm prepare`: from a corpus to a data set, by any number of processes and machines.
+"""`scmdm prepare`: make a data set from a corpus, with any number of processes and machines.
 
 The corpus is cut into parts. Each phase is a set of tasks, one per part, that `task_queue` distributes: hash the files;
 scan the records (clean, hash, collect symbols); fit (find duplicates, build the tokenizer); encode into shards. Finally
-the shards get one index and one manifest, and the directory its final name. Results of finished tasks are kept in
-`.OUT.KEY.work` beside `out`, from which an interrupted preparation continues.
+the shards get one index and one manifest, and the directory is renamed. Finished tasks are kept in `.OUT.KEY.work`
+beside `out`, from which an interrupted preparation continues.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ALWAYS_RECORDED = (
     "limit",
     "shard_mb",
 )
-# In every manifest since the first, whatever the source and the tokenizer.
+# Recorded in every manifest since the first version, for any source and tokenizer.
 _COMMON_DEFAULTS = {"text_key": "text", "vocab_size": 2048}
 _PHASES = {
     "hash": "hashing",
@@ -63,18 +63,18 @@ _PHASES = {
     "encode": "encoding",
     "join": "joining",
 }
-Show = Callable[[str], None]  # displays the progress
+ShowProgress = Callable[[str], None]
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Make the data set of a configuration unless `out` already holds it, and upload it if asked. Raises UserError."""
+    """Make the data set of a configuration unless `out` holds it, then upload it if so configured. Raises UserError."""
     console, started, root = Console(), time.monotonic(), Path(config.out)
     check_place(root)
     before = root.stat().st_ino if root.exists() else None
     preparation = _Preparation.of(config)
     try:
         with _display(console) as show:
-            _work_together(preparation, show)
+            _run_workers(preparation, show)
     except UserError:
         if preparation.work.is_dir():
             kept = f"finished work is kept in {preparation.work}; the same command continues from it"
@@ -92,8 +92,8 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 @contextmanager
-def _display(console: Console) -> Iterator[Show]:
-    """Display of the progress: a line that changes on a terminal, elsewhere a line per phase."""
+def _display(console: Console) -> Iterator[ShowProgress]:
+    """Display the progress: one line that changes on a terminal, elsewhere a line per phase."""
     shown: list[str] = []
     with console.status("") as status:
 
@@ -107,7 +107,7 @@ def _display(console: Console) -> Iterator[Show]:
         yield show
 
 
-def _work_together(preparation: _Preparation, show: Show) -> None:
+def _run_workers(preparation: _Preparation, show: ShowProgress) -> None:
     """Run the preparation in this process and in further worker processes."""
     from scmdm.system.worker_processes import worker_processes
 
@@ -147,7 +147,7 @@ def _raise_error(future: Future[None]) -> None:
 
 _KILLED = (
     "a worker was killed, perhaps for lack of memory, which ended all workers; this process continues alone. To use "
-    "several again, stop it and repeat the command with fewer workers"
+    "several again, stop it and repeat the command with a smaller workers=N"
 )
 
 
@@ -174,12 +174,12 @@ class _Preparation:
             parts = join_parts(parts)  # the first records are found only in sequence
         found = {name: _identity(path) for name, path in source.files().items()}
         tokenizer = _tokenizer_hash(config)
-        what = [recorded_options(config), found, tokenizer]
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        inputs = [recorded_options(config), found, tokenizer]
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
         return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
 
-    def run(self, worker: Worker, show: Show) -> None:
-        """Do a worker's share and any unclaimed work, until the data set is complete, which it may be already."""
+    def run(self, worker: Worker, show: ShowProgress) -> None:
+        """Do a worker's share and any unclaimed work until the data set is complete."""
         root = Path(self.config.out)
         groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
         self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
@@ -193,7 +193,7 @@ class _Preparation:
         self._make(described, worker, show)
         return self._remove_work()
 
-    def _make(self, described: dict[str, Any], worker: Worker, show: Show) -> None:
+    def _make(self, described: dict[str, Any], worker: Worker, show: ShowProgress) -> None:
         def on_read(records: int) -> None:
             if records % 10_000 == 0:
                 show(f"scanning: {records:,} records of a part")
@@ -209,7 +209,7 @@ class _Preparation:
         self._phase("encode", encodings, worker, show)
         self._phase("join", [partial(self._join, described, scans)], worker, show)
 
-    def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: Show) -> None:
+    def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: ShowProgress) -> None:
         def on_done(count: int) -> None:
             show(f"{_PHASES[name]}: {count} of {len(runs)} parts")
 
@@ -221,7 +221,7 @@ class _Preparation:
         return [self.work / f"{phase}-{number:05}" for number in range(count)]
 
     def _described(self, groups: int) -> dict[str, Any] | None:
-        """Description of the corpus for the manifest; None when other workers have finished the data set."""
+        """Describe the corpus for the manifest; None when other workers have finished the data set."""
         try:
             found = [json.loads((path / "hashes.json").read_text()) for path in self._results("hash", groups)]
         except FileNotFoundError:
@@ -239,21 +239,21 @@ class _Preparation:
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
 
     def _remove_work(self) -> None:
-        """Remove the intermediate results. They are renamed first, because other workers stop when they are gone."""
-        doomed = self.work.with_suffix(f".{os.getpid()}.old")
+        """Remove the intermediate results. The directory is renamed first: other workers stop when it is gone."""
+        removed = self.work.with_suffix(f".{os.getpid()}.old")
         with suppress(FileNotFoundError):
-            self.work.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            self.work.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def recorded_options(config: PrepareConfig) -> dict[str, Any]:
-    """Keys that a data set depends on, in the flat form of manifests: renaming a key leaves its first name there."""
+    """Return the keys that determine a data set, in the flat form of manifests, under the first of their names."""
     options: dict[str, Any] = {
         **_COMMON_DEFAULTS,
         "source": config.source.name,
         "tokenizer": config.tokenizer.name,
-        **_changed(config.source),
-        **_changed(config.tokenizer),
+        **_changed_keys(config.source),
+        **_changed_keys(config.tokenizer),
     }
     for field in fields(PrepareConfig):
         value = getattr(config, field.name)
@@ -262,8 +262,8 @@ def recorded_options(config: PrepareConfig) -> dict[str, Any]:
     return options
 
 
-def _changed(section: SectionConfig) -> dict[str, Any]:
-    """Recorded keys of a section with values other than their defaults, under the first of their names."""
+def _changed_keys(section: SectionConfig) -> dict[str, Any]:
+    """Return the recorded keys of a section that differ from their defaults, under the first of their names."""
     changed = {}
     for field in fields(section):
         value, rules = getattr(section, field.name), rules_of(field)
@@ -273,7 +273,7 @@ def _changed(section: SectionConfig) -> dict[str, Any]:
 
 
 def _tokenizer_hash(config: PrepareConfig) -> str | None:
-    """SHA-256 of an existing tokenizer, saved as the data set will hold it; None when one is built."""
+    """Return the SHA-256 of an existing tokenizer as the data set will store it; None when one is built."""
     tokenizer = given_tokenizer(config)
     if tokenizer is None:
         return None
@@ -282,7 +282,7 @@ def _tokenizer_hash(config: PrepareConfig) -> str | None:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Size and time of a file, to detect changes when a preparation continues. The manifest has hashes."""
+    """Return size and time of a file, to detect changes when a preparation continues. The manifest has hashes."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 

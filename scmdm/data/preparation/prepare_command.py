@@ -1,4 +1,4 @@
-"""`scmdm prepare`."""
+"""The command `scmdm prepare`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prepare_or_verify(config: PrepareConfig | None, *, verify: Path | None) -> N
         return
     if config is None:
         raise UserError("prepare needs a YAML file (see configs/data) or --verify DIR")
-    from scmdm.data.preparation.prepare import prepare  # torch: not for --verify
+    from scmdm.data.preparation.prepare import prepare  # imports torch, which --verify does not need
 
     prepare(config)
 

@@ -13,7 +13,7 @@ from scmdm.data.tokenizers import Content
 from scmdm.errors import UserError
 
 SPLITS = ("train", "validation", "test")  # of every data set, unless `held_out_last` is set
-_SKIPPED_BYTES = 1 << 20  # per read
+_SKIPPED_BYTES = 1 << 20  # bytes per read while skipping a line
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Part:
 
 
 class Tally:
-    """Count of records that were read, and of dropped ones by reason.
+    """Counts of records read, and of records dropped by reason.
 
     Args:
         refuse: raise an error for the first unusable record (`on_dirty=refuse`).
@@ -73,13 +73,13 @@ class Tally:
             self._on_read(self.counts["read"])
 
     def drop(self, reason: str, where: object) -> None:
-        """Count an unusable record. With `refuse`, raises UserError that names its place."""
+        """Count an unusable record. With `refuse`, raise UserError that names `where` it is."""
         if self._refuse:
             raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
         self.leave_out(reason)
 
     def leave_out(self, reason: str) -> None:
-        """Count an intentional drop, such as a duplicate, which `refuse` does not concern."""
+        """Count an intentional drop, such as a duplicate, which is no error even with `refuse`."""
         self.counts[f"dropped: {reason}"] += 1
 
 

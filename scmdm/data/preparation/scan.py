@@ -1,6 +1,6 @@
 """First passes over a corpus, part by part: hash the files, and read the records.
 
-Each function writes its result, which depends on the corpus and the configuration alone, into a directory of its own.
+Each function writes its result into a directory of its own. Results depend on corpus and configuration alone.
 
 Legend: N records of a part.
 """
@@ -36,7 +36,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
     """Write the clean records of a part with their hashes, its counts, and the input for building a tokenizer."""
     tally = Tally(refuse=config.on_dirty == "refuse", on_read=on_read)
     tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
-    learns = tokenizer.learns_from_text and getattr(config.tokenizer, "path", None) is None
+    needs_sample = tokenizer.learns_from_text and getattr(config.tokenizer, "path", None) is None
     sampled = min(1.0, _SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in source.files().values())))
     hashes: list[int] = []
     symbols: set[str] = set()
@@ -52,7 +52,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             hashes.append(hash_)
             records.write(_to_json(record) + "\n")
             # The records that `held_out_last` holds out are known only after all parts have been counted.
-            if not learns or (
+            if not needs_sample or (
                 config.held_out_last is None and split_of(config, source, part, record, hash_) != "train"
             ):
                 continue
@@ -66,13 +66,13 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
 
 
 def scanned_records(directory: Path) -> Iterator[Record]:
-    """Records of a part that `scan` has written, in order."""
+    """Yield the records of a part that `scan` has written, in order."""
     with open(directory / "records.jsonl") as file:
         yield from map(_from_json, file)
 
 
 def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
-    """Records up to the `limit`-th distinct one."""
+    """Yield records up to the `limit`-th distinct one."""
     if limit is None:
         yield from records
         return

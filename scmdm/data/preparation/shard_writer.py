@@ -1,4 +1,4 @@
-"""Writing a data set: MDS shards of mosaicml-streaming and a manifest. A data set is complete or absent."""
+"""Write a data set: MDS shards of mosaicml-streaming and a manifest. A data set is complete or absent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Description:
 
 
 def check_place(root: Path) -> None:
-    """Raise UserError when `root` exists and is not a data set of its own, which is never replaced."""
+    """Raise UserError when `root` exists but is a cache or no data set; these are never replaced."""
     if not root.exists():
         return
     if not (root / MANIFEST_FILE).is_file():
@@ -59,9 +59,9 @@ def check_place(root: Path) -> None:
 
 
 def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `root` already holds this data set, with all its files in their sizes.
+    """Return whether `root` already holds this data set, complete.
 
-    Raises UserError when it holds another data set and `overwrite` is false, or something else.
+    Raises UserError when a file is missing, when `root` is not a data set, or is another one and `overwrite` is false.
     """
     check_place(root)
     if overwrite or not root.exists():
@@ -124,7 +124,7 @@ def write_piece(
     description: Description,
     shard_bytes: int,
 ) -> None:
-    """Write sequences, given with their splits, as shards in `directory`. `join_pieces` joins such pieces."""
+    """Write (split, sequence) pairs as shards in `directory`: a piece for `join_pieces`."""
     writers: dict[str, SplitWriter] = {}
     for split, sequence in sequences:
         if split not in writers:
@@ -143,9 +143,9 @@ def join_pieces(
     *,
     overwrite: bool = False,
 ) -> Manifest:
-    """Join the pieces that `write_piece` has written, in order, to the data set `root`.
+    """Join pieces that `write_piece` has written, in order, into the data set `root`.
 
-    The files are linked, not moved. `root` appears when it is complete. Raises UserError for an empty split, and for a
+    Files are linked, not moved; `root` is complete or absent. Raises UserError for an empty split, and for a
     piece that has changed since it was written.
     """
     found = [_read_piece(piece) for piece in pieces]
@@ -192,17 +192,17 @@ def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> Sp
     for place, info in pieces:
         hashes = {file.file: file for file in info.files}
         for shard in json.loads((place / _INDEX).read_text())["shards"]:
-            was = shard["raw_data"]["basename"]
+            old_name = shard["raw_data"]["basename"]
             name = f"shard.{len(shards):05}.mds"
-            _link(place / was, directory / name)
-            if (directory / name).stat().st_size != hashes[was].bytes:
+            _link(place / old_name, directory / name)
+            if (directory / name).stat().st_size != hashes[old_name].bytes:
                 raise UserError(
-                    f"{place / was} has changed since it was written; remove {place.parent.parent} and start again"
+                    f"{place / old_name} has changed since it was written; remove {place.parent.parent} and start again"
                 )
             shard["raw_data"]["basename"] = name
             shards.append(shard)
-            files.append(FileInfo(f"{directory.name}/{name}", hashes[was].bytes, hashes[was].sha256))
-    # In the form of streaming's writer.
+            files.append(FileInfo(f"{directory.name}/{name}", hashes[old_name].bytes, hashes[old_name].sha256))
+    # The format of streaming's writer.
     (directory / _INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
     index = _file_info(directory / _INDEX, f"{directory.name}/{_INDEX}")
     samples, tokens = (sum(getattr(info, key) for _, info in pieces) for key in ("samples", "tokens"))
@@ -225,7 +225,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 
 def make_manifest(tokenizer: Tokenizer, file: Path, splits: dict[str, SplitInfo], description: Description) -> Manifest:
-    """Manifest of a data set with these splits and this tokenizer, saved as `file`."""
+    """Make the manifest of a data set with these splits and this tokenizer, saved as `file`."""
     return Manifest(
         version=VERSION,
         name=description.name,

@@ -1,4 +1,4 @@
-"""Interface of sources: corpora that are read in independent parts, each of which returns clean records."""
+"""Interface of sources: corpora that are read in independent parts and yield clean records."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Source(ABC):
         length: ids per sample, [BOS] and [EOS] included.
 
     Raises:
-        UserError: the files do not have the form that the configuration says.
+        UserError: the files do not match the configuration.
     """
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
-    tokenizers: ClassVar[tuple[str, ...]]  # names of those that fit
+    tokenizers: ClassVar[tuple[str, ...]]  # names of supported tokenizers
     whole_records: ClassVar[bool] = True  # a record is one sample, as a molecule is; else it may fill several
 
     name: str  # in the manifest
@@ -39,7 +39,7 @@ class Source(ABC):
 
     @property
     def published(self) -> tuple[str, ...]:
-        """Splits that the corpus defines, possibly other than `SPLITS`; the rest follows from hashes."""
+        """Splits that the corpus defines, possibly other than `SPLITS`; hashes assign records to the others."""
         return ()
 
     @property
@@ -49,18 +49,18 @@ class Source(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, Path]:
-        """Raw files in reading order, by names that do not depend on the location of the corpus."""
+        """Return the raw files in reading order, by names that do not depend on the location of the corpus."""
 
     @abstractmethod
     def parts(self, part_bytes: int) -> list[Part]:
-        """The corpus in reading order, cut into parts of about `part_bytes` bytes of raw files."""
+        """Cut the corpus, in reading order, into parts of about `part_bytes` bytes of raw files."""
 
     @abstractmethod
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Clean records of a part in a fixed order, duplicates included. Counts them and what is dropped in `tally`."""
+        """Yield the clean records of a part in fixed order, with duplicates; count kept and dropped ones in `tally`."""
 
     def mirror_image(self, record: Record) -> Record | None:
-        """Mirror image of a training record, which joins the training split; None: no augmentation."""
+        """Return the mirror image of a record, to be added to the training split; None: no augmentation."""
         return None
 
 
@@ -76,6 +76,6 @@ class GridSource(Source):
 
 
 def make_source(config: PrepareConfig) -> Source:
-    """The corpus of a preparation. Raises UserError as the source does."""
+    """Make the source of a preparation. Raises UserError as the source does."""
     source: Source = SOURCES.load(config.source.name)(config.source, config.length)
     return source

@@ -10,14 +10,14 @@ from scmdm.data.preparation.source import Source
 
 
 def splits_of(config: PrepareConfig, source: Source) -> tuple[str, ...]:
-    """Names of the splits of the data set: `SPLITS`, and further ones that the source publishes."""
+    """Return the names of the splits of the data set: `SPLITS`, and further ones that the source publishes."""
     if config.held_out_last is not None:
         return "train", "validation"
     return (*SPLITS, *(name for name in source.published if name not in SPLITS))
 
 
 def split_of(config: PrepareConfig, source: Source, part: Part, record: Record, hash_: int) -> str:
-    """Split of a record.
+    """Return the split of a record.
 
     Published splits are kept. Validation and test, where they are not published, are taken out of the training set by
     the hash of the record's group or, without a group, by `hash_`, the hash of its content.
@@ -34,7 +34,7 @@ def split_of(config: PrepareConfig, source: Source, part: Part, record: Record, 
 
 
 def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) -> str:
-    """Split of a record by its hash alone, independent of other records and of their order."""
+    """Return the split of a record by its hash alone, independent of other records and of their order."""
     u = hash_ / 2**64
     if u < test_fraction:
         return "test"
@@ -42,5 +42,5 @@ def split_of_hash(hash_: int, validation_fraction: float, test_fraction: float) 
 
 
 def leading_bits(digest: bytes) -> int:
-    """First 8 bytes of a digest as an integer."""
+    """Return the first 8 bytes of a digest as an integer."""
     return int.from_bytes(digest[:8], "big")

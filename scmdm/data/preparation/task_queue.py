@@ -1,7 +1,7 @@
 """Tasks that any number of processes, on machines that share a file system, complete together.
 
 A task's result is a directory that is complete or absent, and identical whichever worker makes it. A worker takes its
-own share of the tasks first, then those of the others that nobody works on. It holds a lease (`scmdm.system.lease`)
+own share of the tasks first, then unclaimed tasks of other workers. It holds a lease (`scmdm.system.lease`)
 while it works on a task. Workers that were killed, or that SLURM has not started yet, are not waited for.
 """
 
@@ -39,7 +39,7 @@ def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progres
     """Complete all tasks together with the other workers; a task's result is `directory/NAME`.
 
     Returns when every task has its result, or when `directory` is gone because another worker has finished everything.
-    `on_progress` is called with the number of tasks known to be complete. Raises what a task raises.
+    `on_progress` is called with the number of tasks known to be complete. Errors of a task propagate.
     """
     own = tasks[worker.index :: worker.count]
     names = {task.name for task in own}
@@ -48,7 +48,7 @@ def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progres
     while order and directory.is_dir():
         waiting = []
         for tried, task in enumerate(order, start=1):
-            if not _complete(directory, task):
+            if not _try_to_complete(directory, task):
                 waiting.append(task)
             on_progress(len(tasks) - len(order) + tried - len(waiting))
         order = waiting
@@ -56,14 +56,14 @@ def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progres
             time.sleep(_POLL_S)
 
 
-def _complete(directory: Path, task: Task) -> bool:
+def _try_to_complete(directory: Path, task: Task) -> bool:
     """Make the task's result unless it exists; False while another worker works on it."""
     result = directory / task.name
     if result.is_dir():
         return True
     lease_directory = directory / f".{task.name}.lease"
     try:
-        # Without SLURM, which hundreds of workers would ask twice a second.
+        # Do not query SLURM: hundreds of workers would, twice a second.
         with acquire(lease_directory, str(result), silence_limit_s=_SILENCE_LIMIT_S, ask_slurm=False) as lease:
             if not result.is_dir():
                 with atomic_directory(result) as temporary:

@@ -39,7 +39,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def open(cls, config: Any, *, padded: bool) -> Self | None:
-        """Read the existing tokenizer that the configuration names; None when it is to be built from the corpus.
+        """Open the tokenizer that the configuration names; None when it is to be built from the corpus.
 
         `padded`: whether the data set has padding, for which the tokenizer then needs an id. Raises UserError.
         """
@@ -62,25 +62,25 @@ class Tokenizer(ABC):
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Self:
-        """Tokenizer of the content of its JSON file. Raises KeyError, TypeError or ValueError for malformed content."""
+        """Make a tokenizer from its JSON content. Raises KeyError, TypeError or ValueError if that is malformed."""
         raise ValueError(f"a tokenizer of kind {cls.kind} is not stored as JSON")
 
     @classmethod
     def symbols_of(cls, content: Content) -> Iterable[str]:
-        """Symbols of a record that the vocabulary must contain. Raises UnknownSymbol for unusable content."""
+        """Return the symbols of a record, for the vocabulary. Raises UnknownSymbol for unusable content."""
         return ()
 
     @abstractmethod
     def encode(self, content: Content) -> list[int]:
-        """Ids of a record's content, without specials. Raises UnknownSymbol."""
+        """Return the ids of a record's content, without specials. Raises UnknownSymbol."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the first end mark, without specials."""
+        """Return the text before the first [EOS], without specials."""
 
     @abstractmethod
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Readable token for each id."""
+        """Return a readable token for each id."""
 
     @abstractmethod
     def save(self, directory: Path) -> Path:
@@ -112,7 +112,7 @@ class GridLayout:
         return np.dtype("u1" if self.levels <= 1 << 8 else "<u2" if self.levels <= 1 << 16 else "<u4")
 
     def mirrored(self, content: bytes) -> bytes:
-        """Bytes of an image with left and right exchanged."""
+        """Return the bytes of an image with left and right exchanged."""
         values_HWC = np.frombuffer(content, self.dtype).reshape(self.height, self.width, self.channels)
         return values_HWC[:, ::-1].tobytes()
 
@@ -122,22 +122,22 @@ class OwnFraming(Protocol):
     """Tokenizer whose sequences all have the same length and another frame than `[BOS] text [EOS]`."""
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """Sequence of a record's ids, specials included."""
+        """Return the sequence of a record's ids, specials included."""
         ...
 
     def is_framed(self, ids: Sequence[int]) -> bool:
-        """Whether a sequence has the form that `frame` returns."""
+        """Return whether a sequence has the form that `frame` returns."""
         ...
 
 
 def as_text(content: Content) -> str:
-    """Content of a text record."""
+    """Return the content of a text record."""
     assert isinstance(content, str)
     return content
 
 
 def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids of the text alone: up to the first [EOS], without [PAD], [BOS] and [MASK].
+    """Return the ids of the text alone: up to the first [EOS], without [PAD], [BOS] and [MASK].
 
     Where [BOS] and [EOS] share an id, a leading one counts as [BOS].
     """
@@ -148,7 +148,7 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
+    """Return whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
     if isinstance(tokenizer, OwnFraming):
         return tokenizer.is_framed(ids)
     ids = list(ids)
@@ -159,14 +159,14 @@ def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 
 
 def is_block(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether ids have the form of a block of concatenated texts: [BOS] first, [EOS] last, no [MASK]."""
+    """Return whether ids have the form of a block of concatenated texts: [BOS] first, [EOS] last, no [MASK]."""
     ids = list(ids)
     marks = {tokenizer.bos_id, tokenizer.mask_id} - {tokenizer.eos_id}
     return ids[:1] == [tokenizer.bos_id] and ids[-1:] == [tokenizer.eos_id] and marks.isdisjoint(ids[1:])
 
 
 def block_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Text of a block of concatenated texts, joined by the name of the [EOS] token.
+    """Return the text of a block of concatenated texts, joined by the name of the [EOS] token.
 
     A scorer with the same tokenizer parses that name as [EOS] again. MDLM measures generative perplexity on such texts.
     """

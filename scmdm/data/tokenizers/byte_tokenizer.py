@@ -1,4 +1,4 @@
-"""Bytes of UTF-8 text: a fixed vocabulary that covers every text.
+"""Tokenizer of UTF-8 bytes: a fixed vocabulary that covers every text.
 
 Ids 0 to 3 are [PAD], [BOS], [EOS] and [MASK]; byte `b` has the id `b + 4`.
 """
@@ -34,7 +34,7 @@ class ByteTokenizer(Tokenizer):
         return [value + len(SPECIALS) for value in raw]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the first end mark; invalid UTF-8, which a model may sample, becomes U+FFFD."""
+        """Return the text before the first [EOS]; invalid UTF-8, which a model may sample, becomes U+FFFD."""
         return bytes(i - len(SPECIALS) for i in text_ids(ids, self)).decode(errors="replace")
 
     def tokens(self, ids: Sequence[int]) -> list[str]:

@@ -150,7 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenizer:
-    """Tokenizer of a published model.
+    """Open the tokenizer of a published model.
 
     Args:
         path: `tokenizer.json` or folder of a Hugging Face tokenizer, a .model file, or a tokenizer file of scmdm.
@@ -164,12 +164,12 @@ def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenize
         return HuggingFaceTokenizer.from_files(path, padded=False, rows=rows, mask_id=mask_id, named="tokenizer")
     saved = load_tokenizer(path)
     if mask_id is not None and mask_id != saved.mask_id:
-        raise UserError(f"tokenizer={path} has the mask id {saved.mask_id}, the model {mask_id}; give the model's own")
+        raise UserError(f"tokenizer={path} has the mask id {saved.mask_id}, the model {mask_id}; give its tokenizer")
     return saved
 
 
 def _pipeline(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, set to encode the names of special tokens in a text as ordinary text."""
+    """Make the library's tokenizer, set to encode the names of special tokens as ordinary text."""
     try:
         found = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises nothing narrower
@@ -187,7 +187,7 @@ def _size(tokenizer: tokenizers.Tokenizer) -> int:
 def _special_ids(
     tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | None], padded: bool, mask_id: int | None
 ) -> SpecialIds:
-    """Ids of the named specials, and ids after the vocabulary for the others."""
+    """Return the ids of the named specials, and ids after the vocabulary for the others."""
     ids = {role: tokenizer.token_to_id(name) for role, name in names.items() if name is not None}
     end = _size(tokenizer)
     found: dict[str, int] = {} if mask_id is None else {"mask": mask_id}
@@ -214,12 +214,12 @@ def _from_file(path: Path, named: str) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}={path} is not a tokenizer.json: {reason}; give one") from error
+        raise UserError(f"{named}={path} is not a tokenizer.json: {reason}; give another file") from error
     return content
 
 
 def _from_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content of the tokenizer.json, and names of the specials by role."""
+    """Return the content of the tokenizer.json, and the names of the specials by role."""
     from transformers import AutoTokenizer
 
     try:
@@ -227,7 +227,7 @@ def _from_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]
         pipeline = json.loads(loaded.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}={path} holds no tokenizer that transformers can load: {reason}") from error
+        raise UserError(f"{named}={path} is not a tokenizer that transformers can load: {reason}") from error
     names = {role: getattr(loaded, f"{role}_token") for role in _NAMES}
     for role, other in _BERT_ROLES.items():
         names[role] = names[role] or getattr(loaded, f"{other}_token")

@@ -48,7 +48,7 @@ class LevelTokenizer(Tokenizer):
         return cls(GridLayout(**layout))
 
     def encode(self, content: Content) -> list[int]:
-        """Ids of values, given as the bytes of a record or as numbers separated by blanks. Raises UnknownSymbol."""
+        """Return the ids of values, given as bytes of a record or as numbers between blanks. Raises UnknownSymbol."""
         values = np.frombuffer(content, self.layout.dtype).tolist() if isinstance(content, bytes) else _numbers(content)
         wrong = next((value for value in values if value >= self.layout.levels), None)
         if wrong is not None:
@@ -56,32 +56,32 @@ class LevelTokenizer(Tokenizer):
         return [value + len(SPECIALS) for value in values]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Values as numbers separated by blanks, without specials."""
+        """Return the values as numbers separated by blanks, without specials."""
         return " ".join(str(i - len(SPECIALS)) for i in ids if i >= len(SPECIALS))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [SPECIALS[i] if i < len(SPECIALS) else str(i - len(SPECIALS)) for i in ids]
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """Sequence of a sample: [BOS] and its ids."""
+        """Return the sequence of a sample: [BOS] and its ids."""
         return [self.bos_id, *ids]
 
     def is_framed(self, ids: Sequence[int]) -> bool:
-        """Whether a sequence is [BOS] and the values of one sample."""
+        """Return whether a sequence is [BOS] and the values of one sample."""
         ids = list(ids)
         return len(ids) == self.layout.length and ids[0] == self.bos_id and min(ids[1:]) >= len(SPECIALS)
 
     def values(self, ids_NL: np.ndarray) -> np.ndarray:
-        """Values (N, V) int64 of sequences; 0 where an id is not a value, which `is_framed` detects."""
+        """Return the values (N, V) int64 of sequences; 0 where an id is not a value, which `is_framed` detects."""
         values_NV = ids_NL[:, 1 : self.layout.length].astype(np.int64) - len(SPECIALS)
         return np.maximum(values_NV, 0)
 
     def codes(self, ids_NL: np.ndarray) -> np.ndarray:
-        """Values (N, H, W) int64 of sequences, in rows; 0 where an id is not a value."""
+        """Return the values (N, H, W) int64 of sequences, in rows; 0 where an id is not a value."""
         return self.values(ids_NL).reshape(-1, self.layout.height, self.layout.width * self.layout.channels)
 
     def pictures(self, ids_NL: np.ndarray) -> np.ndarray:
-        """Images (N, H, W, C) uint8 of sequences, with levels scaled to 0 to 255.
+        """Return the images (N, H, W, C) uint8 of sequences, with levels scaled to 0 to 255.
 
         An id that is not a level is black; `is_framed` detects it. Raises UserError for codes, which only their own
         decoder turns into images, and for sequences of another length.
@@ -102,7 +102,7 @@ class LevelTokenizer(Tokenizer):
         return grey_NV.astype(np.uint8).reshape(-1, layout.height, layout.width, layout.channels)
 
     def picture(self, ids: Sequence[int]) -> np.ndarray:
-        """Image (H, W, C) uint8 of one sequence, as `pictures` returns it."""
+        """Return the image (H, W, C) uint8 of one sequence, as `pictures` returns it."""
         picture_HWC: np.ndarray = self.pictures(np.asarray(ids)[None])[0]
         return picture_HWC
 

@@ -40,7 +40,7 @@ class SymbolTokenizer(Tokenizer):
     @classmethod
     @abstractmethod
     def split(cls, text: str) -> list[str]:
-        """Symbols of a text. Raises UnknownSymbol for a text that has none."""
+        """Split a text into symbols. Raises UnknownSymbol where that is impossible."""
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Self:
@@ -105,10 +105,10 @@ class _FixedAlphabet(SymbolTokenizer):
 
     @classmethod
     def split(cls, text: str) -> list[str]:
-        """Letters. Raises UnknownSymbol for a letter outside the alphabet, lower case included."""
+        """Split a text into letters. Raises UnknownSymbol for others than the alphabet's, lower case included."""
         rest = text.translate(str.maketrans("", "", cls.alphabet))
         if rest:
-            raise UnknownSymbol(f"{rest[:1]!r} is none of {', '.join(cls.alphabet)}")
+            raise UnknownSymbol(f"{rest[:1]!r} is not one of {', '.join(cls.alphabet)}")
         return list(text)
 
 
@@ -129,7 +129,7 @@ class SmilesTokenizer(_CorpusSymbols):
 
     @classmethod
     def split(cls, text: str) -> list[str]:
-        """Atom-level pieces. Raises UnknownSymbol for a text that is not SMILES."""
+        """Split a text into atom-level pieces. Raises UnknownSymbol for a text that is not SMILES."""
         pieces = SMILES_PIECES.findall(text)
         if sum(map(len, pieces)) != len(text):
             rest = SMILES_PIECES.sub("", text)
@@ -144,9 +144,9 @@ class SelfiesTokenizer(_CorpusSymbols):
 
     @classmethod
     def split(cls, text: str) -> list[str]:
-        """SELFIES symbols of a SMILES string.
+        """Return the SELFIES symbols of a SMILES string.
 
-        Raises UnknownSymbol for SMILES without SELFIES, such as atoms beyond its valences and wildcards.
+        Raises UnknownSymbol for SMILES that SELFIES cannot represent, such as wildcards.
         """
         selfies = optional("selfies", "tokenizer.name=selfies", "molecules")
         try:
@@ -155,7 +155,7 @@ class SelfiesTokenizer(_CorpusSymbols):
             raise UnknownSymbol(f"{text!r} has no SELFIES: {str(error).strip().splitlines()[0]}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Canonical SMILES, as in the data; SELFIES' own spelling where RDKit cannot parse that."""
+        """Return canonical SMILES, as in the data, or the SMILES of SELFIES where RDKit cannot parse it."""
         selfies = optional("selfies", "tokenizer.name=selfies", "molecules")
         chem, base = (optional(name, "tokenizer.name=selfies", "molecules") for name in ("rdkit.Chem", "rdkit.rdBase"))
         smiles: str = selfies.decoder(super().decode(ids))

@@ -1,4 +1,4 @@
-"""Reading tokenizer files that `Tokenizer.save` has written."""
+"""Read tokenizer files that `Tokenizer.save` has written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         content: dict[str, Any] = json.loads(path.read_text())
         kind = content["kind"]
         if kind not in TOKENIZERS.names:
-            raise ValueError(f"kind {kind!r} is none of {', '.join(TOKENIZERS.names)}")
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(TOKENIZERS.names)}")
         tokenizer: Tokenizer = TOKENIZERS.load(kind).parse(content)
         return tokenizer
     except FileNotFoundError as error:
@@ -32,7 +32,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def is_tokenizer_file(path: Path) -> bool:
-    """Whether a file is JSON that `Tokenizer.save` has written."""
+    """Return whether a file is JSON that `Tokenizer.save` has written."""
     try:
         return path.is_file() and isinstance(json.loads(path.read_text()).get("kind"), str)
     except (OSError, ValueError, AttributeError):
@@ -40,7 +40,7 @@ def is_tokenizer_file(path: Path) -> bool:
 
 
 def open_tokenizer_file(path: Path, kind: str) -> Tokenizer:
-    """The tokenizer of the key `tokenizer.path`. Raises UserError when the file is damaged or of another kind."""
+    """Open the file that the key `tokenizer.path` names. Raises UserError when it is damaged or of another kind."""
     if not is_tokenizer_file(path):
         raise UserError(
             f"tokenizer.path={path} is not a tokenizer file of scmdm; give the tokenizer.json of a model or a data set"

@@ -13,12 +13,12 @@ from typing import Any
 
 _WORD = re.compile(r"\s*\S+|\s+")
 _AMBIGUOUS_SPACE = re.compile("[\x1c-\x1f]")  # white space in Python, not in Unicode
-_LONGEST = 64  # characters of a cached word
-_MOST = 1 << 17  # words, about 40 MB
+_MAX_CHARACTERS = 64  # characters of a cached word
+_MAX_WORDS = 1 << 17  # words, about 40 MB
 
 
 def splits_at_white_space(pipeline: Mapping[str, Any]) -> bool:
-    """Whether a pipeline splits before white space: byte-level BPE with GPT-2's pattern and no normalizer."""
+    """Return whether a pipeline splits before white space: byte-level BPE with GPT-2's pattern and no normalizer."""
     pre, model = pipeline.get("pre_tokenizer") or {}, pipeline.get("model") or {}
     by_pattern = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
     ordinary = [token for token in pipeline.get("added_tokens") or [] if not token.get("special")]
@@ -38,13 +38,13 @@ class WordEncoder:
         ids, known = list[int](), self._known
         for word in _WORD.findall(text):
             found = known.get(word)
-            ids += self._learn(word) if found is None else found
+            ids += self._encode_and_cache(word) if found is None else found
         return ids
 
-    def _learn(self, word: str) -> list[int]:
+    def _encode_and_cache(self, word: str) -> list[int]:
         ids = self._encode(word)
-        if len(word) <= _LONGEST:
-            if len(self._known) >= _MOST:
+        if len(word) <= _MAX_CHARACTERS:
+            if len(self._known) >= _MAX_WORDS:
                 self._known.clear()
             self._known[word] = ids
         return ids

@@ -154,7 +154,7 @@ def test_its_file_says_all(gpt2, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.json", "does not exist"), ("bad.json", "is not a tokenizer.json"), ("empty", "holds no tokenizer")],
+    [("none.json", "does not exist"), ("bad.json", "is not a tokenizer.json"), ("empty", "empty is not a tokenizer")],
 )
 def test_what_is_no_tokenizer(tmp_path, name, message):
     (tmp_path / "bad.json").write_text('{"version": 1}')
