@@ -132,7 +132,7 @@ def _explain(node: SlurmNode, ended: Mapping[int, int], logs: Path) -> int:
     status = exit_status(ended.values())
     if status != REQUEUE_EXIT:
         causes = ", ".join(f"rank {rank}: {describe_exit(code)}" for rank, code in sorted(ended.items()))
-        print(f"scmdm: on {node.name} ended {causes}; logs in {logs}", file=sys.stderr, flush=True)
+        print(f"scmdm: ranks failed on {node.name}: {causes}; logs in {logs}", file=sys.stderr, flush=True)
     return status
 
 

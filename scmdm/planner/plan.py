@@ -53,8 +53,8 @@ class Plan:
     cluster: Cluster
     assumed: Assumptions
     configured: ParallelLayout
-    as_configured: Candidate | None  # None: the run would refuse to start
-    refused: str | None  # the reason
+    as_configured: Candidate | None  # None: the run would not start
+    refused: str | None  # the reason why it would not start
     found: Found
 
     def collectives(self, candidate: Candidate) -> tuple[Collective, ...]:
@@ -90,8 +90,8 @@ def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab
     for flag, number, what in wanted:
         if number is None:
             raise UserError(
-                f"the {what} is unknown: {config.data.label} is no prepared data set here; give {flag} NUMBER, or "
-                "data.path=DIRECTORY"
+                f"the {what} is unknown: {config.data.label} is no prepared data set on this machine; give {flag} N "
+                "or data.path=DIRECTORY"
             )
         if number < 2:
             raise UserError(f"{flag} {number} is not possible; it must be at least 2")
