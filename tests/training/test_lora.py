@@ -175,7 +175,7 @@ def test_an_export_is_merged_and_peft_reads_the_adapter(adapted, base, tmp_path,
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["train.last_layers=3"], "has 2 blocks"),
+        (["train.last_layers=3"], "train.last_layers=3 is not possible"),
         (["train.last_layers=1", "model.lora_rank=2"], "train.last_layers=1 is not possible"),
         (["model.lora_rank=2", "engine=deepspeed"], "use engine=fsdp2"),
         (["model.lora_rank=2", "model.lora_targets=[qkv]"], "model.lora_targets=qkv is not possible"),
