@@ -143,7 +143,7 @@ def _liger(shape: Shape) -> Callable[[], object]:
     """Liger-kernel's fused linear cross-entropy, without weights of positions, on the same number of rows."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    dit, h_ND, x_N = _head_problem(shape)
+    dit, h_ND, x_N = _head_inputs(shape)
     (weight_VD, bias_V), loss = dit.head(), LigerFusedLinearCrossEntropyLoss(reduction="sum")
     assert bias_V is not None
 
@@ -178,11 +178,11 @@ def make_engine_step(
 
 
 def _head(shape: Shape, *, loss: bool) -> Callable[[], object]:
-    dit, h_ND, x_N = _head_problem(shape)
+    dit, h_ND, x_N = _head_inputs(shape)
     return functools.partial(_loss, dit, h_ND, x_N) if loss else functools.partial(_estimate, dit, h_ND)
 
 
-def _head_problem(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
+def _head_inputs(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
     """Make a model and hidden states for half of all positions, the average number of masked ones."""
     device = resolve_device("auto")
     dit = DiT(shape.model, vocab_size=shape.vocab, mask_id=shape.vocab - 1, schedule=LogLinear()).to(device)
