@@ -119,16 +119,16 @@ def _write_tokenizer(stored: StoredModel, to: Path) -> None:
 
 
 def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, config: ExportConfig, limit: int) -> None:
-    spec, beside = stored.spec, to / SUBDIRECTORY
-    beside.mkdir()
-    _write_description(stored, beside)
+    spec, subdirectory = stored.spec, to / SUBDIRECTORY
+    subdirectory.mkdir()
+    _write_description(stored, subdirectory)
     described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
     if spec.model.self_conditioned:
         own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))
-        write_shards(beside / CONDITIONER_FILE, own, limit=2**63)
+        write_shards(subdirectory / CONDITIONER_FILE, own, limit=2**63)
 
 
 def _published_weights(

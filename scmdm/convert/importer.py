@@ -67,8 +67,8 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     source = open_source(path, config.weights)
     layout = find_layout(source, config.format)
     with tempfile.TemporaryDirectory() as scratch, atomic_directory(out) as temporary:
-        ours = (path / SUBDIRECTORY).is_dir()
-        plan = _plan_restore(path / SUBDIRECTORY) if ours else _plan_new(source, layout, config, Path(scratch))
+        is_export = (path / SUBDIRECTORY).is_dir()
+        plan = _plan_restore(path / SUBDIRECTORY) if is_export else _plan_new(source, layout, config, Path(scratch))
         if plan.spec.model.kind != layout.kind or plan.spec.model.layers > len(source.tensors.shapes()):
             raise UserError(
                 f"{path}: {SUBDIRECTORY}/model.json describes another model than the weights; export it again"
@@ -81,17 +81,19 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     return Imported(layout.name, plan.spec, parameters, plan.notes)
 
 
-def _plan_restore(beside: Path) -> _ImportPlan:
+def _plan_restore(exported: Path) -> _ImportPlan:
     """Plan the import of a directory that `scmdm export` wrote."""
-    manifest, spec = Manifest.read(beside), read_spec(beside)
+    manifest, spec = Manifest.read(exported), read_spec(exported)
     name = manifest.tokenizer.file
-    if Path(name).name != name or not (beside / name).is_file():
-        raise UserError(f"{beside} has no tokenizer {name!r}; export the model again")
-    size = load_tokenizer(beside / name).vocab_size
+    if Path(name).name != name or not (exported / name).is_file():
+        raise UserError(f"{exported} has no tokenizer {name!r}; export the model again")
+    size = load_tokenizer(exported / name).vocab_size
     if not size == manifest.vocab_size == spec.vocab_size:
-        raise UserError(f"{beside}: model, manifest and tokenizer have different vocabularies; export the model again")
-    conditioner = open_source(beside / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
-    return _ImportPlan(spec, manifest, beside / name, conditioner, mask_row=False, notes=())
+        raise UserError(
+            f"{exported}: model, manifest and tokenizer have different vocabularies; export the model again"
+        )
+    conditioner = open_source(exported / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
+    return _ImportPlan(spec, manifest, exported / name, conditioner, mask_row=False, notes=())
 
 
 def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, scratch: Path) -> _ImportPlan:

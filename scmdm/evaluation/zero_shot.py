@@ -67,8 +67,8 @@ def read_texts(
 def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:
     """Tokenize, frame and pad texts as the data set of `manifest`; returns (N, L) int64.
 
-    Texts are not packed: each has its own sequence. Raises UserError if a text contains a symbol outside
-    the vocabulary, or if all texts together are shorter than one block.
+    Texts of a packed data set are not packed: each has its own sequence. Raises UserError if a text contains a symbol
+    outside the vocabulary, or if all texts together are shorter than one block.
     """
     framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
     rows = [row for text in texts for row in framer.add(encode_text(tokenizer, text), None)]

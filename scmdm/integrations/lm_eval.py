@@ -77,7 +77,7 @@ class _Prompt:
 
     request: int
     context: list[int]
-    room: int  # tokens to generate
+    max_new_tokens: int  # tokens to generate
     until: list[str]  # strings that end the text
     sampler: SamplerConfig
     draw_key: int  # key of the random draws
@@ -186,7 +186,9 @@ class MaskedDiffusionLM(TemplateLM):
             prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), seen[repr(request.args)]))
             seen[repr(request.args)] += 1
         texts = [""] * len(requests)
-        for group in self._groups(prompts, lambda p: (len(p.context) + p.room, repr(p.sampler)), disable_tqdm):
+        for group in self._groups(
+            prompts, lambda p: (len(p.context) + p.max_new_tokens, repr(p.sampler)), disable_tqdm
+        ):
             for prompt, text in zip(group, self._generate(group), strict=True):
                 texts[prompt.request] = text
         return texts
@@ -199,9 +201,9 @@ class MaskedDiffusionLM(TemplateLM):
     def _prompt(self, number: int, context: str, options: Any, repeat: int) -> _Prompt:
         """Make a request. At most half of a sequence is generated text; a long context is cut on the left."""
         ids = self.tok_encode(context)
-        room = min(options["max_gen_toks"], self._loaded.spec.length // 2)
-        ids = ids[max(0, len(ids) - (self.max_length - room)) :]
-        return _Prompt(number, ids, room, options["until"], self._sampler(options), _key(ids, repeat))
+        max_new_tokens = min(options["max_gen_toks"], self._loaded.spec.length // 2)
+        ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
+        return _Prompt(number, ids, max_new_tokens, options["until"], self._sampler(options), _key(ids, repeat))
 
     def _groups(self, items: Sequence[T], group_key: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
         """Yield batches of items that have the same `group_key`."""
@@ -273,7 +275,7 @@ class MaskedDiffusionLM(TemplateLM):
         spec, tokenizer = self._loaded.spec, self._loaded.tokenizer
         templates = []
         for prompt in group:
-            row, tail = self._row(prompt.context, prompt.room)
+            row, tail = self._row(prompt.context, prompt.max_new_tokens)
             templates.append(row.masked_fill(tail, spec.mask_id))
         templates_BL = torch.stack(templates)
         group[0].sampler.check_length(templates_BL.shape[1])
@@ -290,7 +292,7 @@ class MaskedDiffusionLM(TemplateLM):
         texts = []
         for prompt, row_L in zip(group, drawn.tokens.tolist(), strict=True):
             end = 1 + len(prompt.context)
-            text = tokenizer.decode(row_L[: end + prompt.room])[len(tokenizer.decode(row_L[:end])) :]
+            text = tokenizer.decode(row_L[: end + prompt.max_new_tokens])[len(tokenizer.decode(row_L[:end])) :]
             texts.append(_cut(text, prompt.until))
         return texts
 

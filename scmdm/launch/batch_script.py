@@ -183,7 +183,7 @@ def _directives(
         "array": f"0-{array - 1}" if array is not None else None,
         "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before}" if job.signal_before else None,
         "chdir": working_directory,
-        # In file names sbatch replaces %j and the like, and %% by %.
+        # In file names, sbatch replaces patterns such as %j, and %% by %.
         "output": f"{str(frozen.directory).replace('%', '%%')}/job-{'%j' if array is None else '%A-%a'}.log",
         "open-mode": "append",
     }

@@ -17,7 +17,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel, open_model
 from scmdm.planner.communication import Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.search import Candidate, Found, evaluate, impossible_because, search
+from scmdm.planner.search import Candidate, SearchResult, evaluate, impossible_because, search
 from scmdm.planner.workload import ParallelLayout, Workload, make_layout, make_workload
 from scmdm.training.setup import resolve_config
 
@@ -55,7 +55,7 @@ class Plan:
     configured: ParallelLayout
     as_configured: Candidate | None  # None: the run would not start
     refused: str | None  # the reason why it would not start
-    found: Found
+    found: SearchResult
 
     def collectives(self, candidate: Candidate) -> tuple[Collective, ...]:
         """Collectives of one step of a candidate."""

@@ -29,7 +29,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Result of a search: the best candidate, or the reason why there is none."""
 
     best: Candidate | None
@@ -70,7 +70,7 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
     return None
 
 
-def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> Found:
+def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> SearchResult:
     """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
 
     Offloading is tried only if no other layout fits. Engine, precision and compilation stay as in `start`.
@@ -81,10 +81,10 @@ def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed:
         candidates += [evaluate(workload, layout, cluster, assumed) for layout in layouts if layout.offload]
     fitting = [candidate for candidate in candidates if candidate.fits]
     if fitting:
-        return Found(_simplest(fitting), len(candidates), None)
+        return SearchResult(_simplest(fitting), len(candidates), None)
     if not candidates:
-        return Found(None, 0, _why_none_is_possible(workload, start))
-    return Found(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
+        return SearchResult(None, 0, _why_none_is_possible(workload, start))
+    return SearchResult(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
 
 
 def _layouts(workload: Workload, start: ParallelLayout, cluster: Cluster) -> Iterator[ParallelLayout]:

@@ -178,7 +178,7 @@ def _checkpoint(directory: Path, *, hashes: bool) -> CheckpointStatus | None:
         age = _age(path / SEAL)
         if not problems and age is not None:
             return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
-        if path.exists():  # the run may have removed it meanwhile
+        if path.exists():  # the run may have removed it since
             damaged.append(problems[0])
     return None
 

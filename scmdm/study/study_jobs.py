@@ -63,7 +63,7 @@ class StudyJobs:
         ]
         display = StudyDisplay(self._console, shown)
         with worker_processes(worker_count()) as pool, display:
-            # The longest run first, because it would otherwise run alone at the end.
+            # Start the longest run first, because it would otherwise run alone at the end.
             for model, run in sorted(runs.items(), key=lambda item: -_num_sequences(item[1])):
                 run.threads = run.threads or threads
                 self._running[pool.submit(unless_stopped, _train, run, self._base.path)] = model

@@ -1,6 +1,6 @@
 """Web server of `scmdm demo`: a page, and an endpoint that denoises.
 
-The server accepts connections from this machine alone. To use it over ssh: `ssh -L 7860:localhost:7860 HOST`.
+The server accepts connections from this machine only. To use it over ssh: `ssh -L 7860:localhost:7860 HOST`.
 """
 
 from __future__ import annotations

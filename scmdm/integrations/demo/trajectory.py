@@ -38,7 +38,7 @@ class Trajectory:
 
     given: list[int]  # initial sequence
     frames: list[Frame]
-    generated: GeneratedSamples  # with this sample alone
+    generated: GeneratedSamples  # with this sample only
 
 
 @dataclass
