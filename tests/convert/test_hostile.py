@@ -187,5 +187,5 @@ def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):
 
 def test_another_models_tokenizer(tmp_path, capsys):
     source = write_mdlm(tmp_path / "mdlm", mdlm_weights(rows=VOCAB - 4))
-    assert f"embedding {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
+    assert f"has {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
     assert "tokenizer=" in refuse(source, tmp_path / "out", capsys, f"tokenizer={tmp_path / 'none.json'}")

@@ -129,7 +129,7 @@ def relabel(folder):
         (
             lambda folder: None,
             ["source.levels=300"],
-            "source.levels=300 is not possible; it must be at least 2 and at most 256",
+            "source.levels=300 is not possible",
         ),
         (lambda folder: None, ["tokenizer.name=smiles"], "tokenizer.name='smiles' is not possible"),
         (
