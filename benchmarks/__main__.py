@@ -25,10 +25,10 @@ PARTS = {
 
 
 def main(names: list[str]) -> None:
-    """Run benchmarks by name, all if there are no names."""
+    """Run the named benchmarks, or all without names."""
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(PARTS)}")
+        sys.exit(f"unknown benchmark {unknown[0]!r}; it must be one of {', '.join(PARTS)}")
     for name in names or PARTS:
         PARTS[name]()
 

@@ -1,4 +1,4 @@
-"""Stall of the training while a checkpoint is saved, synchronously and asynchronously."""
+"""Stall of training while a checkpoint is saved, synchronously and asynchronously."""
 
 from __future__ import annotations
 
@@ -37,22 +37,21 @@ def main() -> None:
         reference = TokenizerRef("characters", tokenizer.name, "")
         manifest = Manifest(2, "none", reference, 4096, 4095, 0, 1, 2, 128, "uint16", "loss", "given", {})
         writers = {
-            kind: CheckpointWriter(directory / kind, engine, _train(kind))
-            for kind in ("in line", "beside the training")
+            kind: CheckpointWriter(directory / kind, engine, _train(kind)) for kind in ("synchronous", "asynchronous")
         }
 
         def save(kind: str) -> None:
             state.step += 1
-            copy = kind != "in line"
+            copy = kind == "asynchronous"
             writers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, "", copy=copy))
 
         timings = interleave(
             {kind: lambda kind=kind: save(kind) for kind in writers},  # type: ignore[misc]
-            after=writers["beside the training"].finish,
+            after=writers["asynchronous"].finish,
         )
     size = 4 * 4 * count_parameters(engine.model) / 2**20
-    show(f"a save of {size:.0f} MiB: how long the training waits", timings, "in line", clock="wall")
+    show(f"stall of training during a save of {size:.0f} MiB", timings, "synchronous", clock="wall")
 
 
 def _train(kind: str) -> TrainConfig:
-    return TrainConfig(steps=1, async_checkpoint=kind != "in line", keep_last=1)
+    return TrainConfig(steps=1, async_checkpoint=kind == "asynchronous", keep_last=1)

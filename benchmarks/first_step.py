@@ -1,6 +1,6 @@
 """Run `scmdm train` in this process and print the CPU time at the end of each part before its first step.
 
-A module of its own, because the imports of `benchmarks.start` would be counted.
+This is a separate module, because the imports of `benchmarks.start` would be counted.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ from scmdm.data.preparation.shard_writer import Description, join_pieces, write_
 from scmdm.data.tokenizers import CharacterTokenizer
 
 _SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123"  # 34 ids with the specials, as QM9
-_TIMED = 20  # batches
+_TIMED = 20  # batches per timed round
 _LARGE_LENGTH, _LARGE_BATCH = 16, 1024
-_SHARD, _SHARDS = 100_000, 100  # samples, and how often the shard is linked: 10 million
-_READ = 100  # batches, of which memory is watched
+_SHARD, _SHARDS = 100_000, 100  # samples per shard, and links to the shard: 10 million samples
+_READ = 100  # batches over which memory is measured
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write(root: Path, name: str, ids_NL: np.ndarray, shards: int) -> None:
-    """A data set of one shard under so many names."""
+    """Write a data set of one shard, linked under `shards` names."""
     tokenizer, piece = CharacterTokenizer(_SYMBOLS), root / f"{name}-piece"
     description = Description("benchmark", ids_NL.shape[1], "loss", "loss", {})
     piece.mkdir()
@@ -64,7 +64,7 @@ def read_batches(root: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def _speed(root: Path, ids_NL: np.ndarray) -> None:
-    from benchmarks.baselines import corpus  # `datasets`, which nothing else here needs
+    from benchmarks.baselines import corpus  # imports `datasets`, which only this comparison needs
 
     corpus.save(ids_NL, root / "arrow")
     ours, theirs = f"{_TIMED} batches", f"{_TIMED} batches of datasets"
@@ -89,14 +89,14 @@ def _take(source: Iterator[object]) -> None:
 def _start(root: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.loader", str(root)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    figures = {name: f"{wall:.2f} s, {cpu:.2f} s of the processor" for name, (wall, cpu) in found["seconds"].items()}
+    figures = {name: f"{wall:.2f} s, {cpu:.2f} s of CPU time" for name, (wall, cpu) in found["seconds"].items()}
     memory = ", ".join(f"{mib:.0f} MiB after {count}" for count, mib in found["resident"].items())
     title = f"loader: first batch of {_SHARD * _SHARDS:,} samples, and memory by batches"
     show_figures(title, {**figures, "resident": memory}, found)
 
 
 def read(root: Path) -> dict[str, Any]:
-    """Print wall and CPU seconds of this process to its first batch, and its memory batch by batch."""
+    """Return wall and CPU seconds of this process to its first batch, and its memory by number of batches."""
     process = psutil.Process(os.getpid())
     seconds = {"imports": _seconds(process)}
     batches = read_batches(root, _LARGE_BATCH)

@@ -18,7 +18,7 @@ _TINY = DiTConfig(width=16, layers=1, heads=1)
 
 
 def main() -> None:
-    """Print the memory that each adds to a process that has trained a tiny model."""
+    """Print the memory that each step adds to a process that has trained a tiny model."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         mib = {batch: [pool.apply(peak, (batch, dense)) for dense in (True, False)] for batch in _BATCHES}
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def peak(batch: int, dense: bool) -> float:
-    """MiB of two steps beyond two steps of a tiny model, which load the libraries."""
+    """Measure the MiB that two steps add to two steps of a tiny model, which load the libraries."""
     torch.set_num_threads(1)
     _two_steps(replace(TEXT, model=_TINY, vocab=128, length=16, batch=1), dense)
     before = _peak()

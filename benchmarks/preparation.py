@@ -22,14 +22,14 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.prepare import prepare
 
 _MIB, _LENGTH, _VOCAB = 16, 256, 8192
-_WORDS, _LINE = 30_000, 100  # different words, and words of a line
+_WORDS, _LINE = 30_000, 100  # distinct words, and words per line
 _ROUNDS = 3
-_COPIES, _COPIES_ROUNDS = 16, 2  # of the text, one after the other, for two workers: imports must not be most of it
+_COPIES, _COPIES_ROUNDS = 16, 2  # copies of the text for two workers, so that imports do not dominate
 
 
 def main() -> None:
     """Print CPU seconds, which other load hardly changes, and ratios."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # compare single cores
     with tempfile.TemporaryDirectory(dir=".") as name:
         root = Path(name)
         text = write_text(root / "text.txt", _MIB << 20)
@@ -42,12 +42,12 @@ def main() -> None:
 
 def write_text(path: Path, size: int) -> Path:
     """Write lines of random words, the k-th with probability proportional to 1 / k (Zipf)."""
-    dice = np.random.default_rng(0)
-    words = np.array(["".join(map(chr, dice.integers(97, 123, n))) for n in dice.integers(1, 11, _WORDS)])
-    often = 1 / np.arange(1, _WORDS + 1)
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(map(chr, rng.integers(97, 123, n))) for n in rng.integers(1, 11, _WORDS)])
+    weights = 1 / np.arange(1, _WORDS + 1)
     with open(path, "w") as file:
         while file.tell() < size:
-            drawn = words[dice.choice(_WORDS, (100, _LINE), p=often / often.sum())]
+            drawn = words[rng.choice(_WORDS, (100, _LINE), p=weights / weights.sum())]
             file.writelines(" ".join(line) + ".\n" for line in drawn)
     return path
 
@@ -80,7 +80,7 @@ def options(text: Path, tokenizer: Path, out: Path, workers: int, length: int = 
 
 
 def _against_datasets(root: Path, text: Path, tokenizer: Path) -> None:
-    from benchmarks.baselines import corpus  # `datasets`, which nothing else here needs
+    from benchmarks.baselines import corpus  # imports `datasets`, which only this comparison needs
 
     def ours() -> None:
         shutil.rmtree(root / "ours", ignore_errors=True)
@@ -114,16 +114,16 @@ def _two_workers(root: Path, text: Path, tokenizer: Path) -> None:
     for clock in ("cpu", "wall"):
         show(f"preparation by workers, {clock} ({size} MiB of text)", timings, "workers=1", clock=clock)
     linear = [1 / x for x in ratios(timings, "workers=1", "cpu")["workers=2"]]
-    print(f"  of linear, were both cores idle: {np.median(linear):.2f} [{min(linear):.2f}, {max(linear):.2f}]")
+    print(f"  fraction of linear scaling on idle cores: {np.median(linear):.2f} [{min(linear):.2f}, {max(linear):.2f}]")
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of a command, with those of its child processes."""
-    started, used = time.perf_counter(), _used()
+    """Measure wall and CPU seconds of a command with its child processes."""
+    started, used = time.perf_counter(), _cpu_seconds()
     subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - started, _used() - used
+    return time.perf_counter() - started, _cpu_seconds() - used
 
 
-def _used() -> float:
+def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -15,7 +15,7 @@ from benchmarks.baselines.dense import DenseDenoiser
 from benchmarks.step import TEXT, make_engine_step
 from benchmarks.timing import RESULTS, show_figures
 
-# The first kind with a word that an operator's name contains; the rest is "other".
+# An operator belongs to the first kind with a word that its name contains, or else to "other".
 _KINDS = {
     "matrix products": ("mm", "matmul", "gemm", "attention"),
     "softmax, exponentials": ("softmax", "exp", "log", "amax", "max", "sum", "nll"),
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _milliseconds(step: Callable[[], object]) -> dict[str, float]:
-    """Time of operators without those that they call, on the GPU if there is one."""
+    """Measure the time of operators without the operators that they call, on the GPU if there is one."""
     step()
     gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]

@@ -21,7 +21,7 @@ from scmdm.ops.cuda_graphs import ReplayedDenoiser
 
 _MODEL = DiTConfig(width=256, layers=4, heads=4, condition_width=64, self_conditioned=True)
 _VOCAB, _LENGTH, _BATCH = 50_258, 256, 1
-_BASELINE_STEPS = 1  # timed; each does the same work
+_BASELINE_STEPS = 1  # timed steps; all steps do the same work
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def thousand() -> None:
-    """Print the speed-up for 1,024 steps, in some minutes."""
+    """Print the speed-up for 1,024 steps; this takes some minutes."""
     _run({1024: 1})
 
 

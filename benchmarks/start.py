@@ -32,11 +32,11 @@ def main() -> None:
         part: f"{statistics.median(seconds):6.2f} s [{min(seconds):.2f}, {max(seconds):.2f}]"
         for part, seconds in parts.items()
     }
-    show_figures("start: seconds of the processor to the first step (QM9's model and batch)", figures, parts)
+    show_figures("start: CPU seconds to the first step (QM9's model and batch)", figures, parts)
 
 
 def first_step(root: Path, run_dir: Path) -> dict[str, float]:
-    """Seconds of each part and in total, in a new process."""
+    """Measure the CPU seconds of each part and in total, in a new process."""
     batch = QM9.batch
     keys = ["train.steps=1", "train.validate_every=0", f"train.global_batch_size={batch}"]
     keys += [f"train.micro_batch_size={batch}", f"data.path={root / 'data'}", f"run_dir={run_dir}"]

@@ -50,7 +50,7 @@ _SMALL = DiTConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
 _TOP_K = 16
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
-# As in configs/text/owt-base.yaml on 8 GPUs, but for dropout.
+# As in configs/text/owt-base.yaml on 8 GPUs, but without dropout.
 _COMPILED = DiTConfig(compile=True, condition_width=128)
 SMALL_GPU = Shape(
     "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
@@ -105,7 +105,7 @@ def _compare(shape: Shape, rounds: int) -> None:
 
 
 def _compare_alone(shape: Shape) -> None:
-    """Time the steps one after the other: a GPU has no other load, and no memory for all of them."""
+    """Time the steps one after the other, because a GPU has no other load and too little memory for all."""
     timings: dict[str, Timing] = {}
     lines = []
     for passes, name in enumerate((_VANILLA, _ADAPTATION)):
@@ -140,10 +140,10 @@ def head() -> None:
 
 
 def _liger(shape: Shape) -> Callable[[], object]:
-    """Liger-kernel's fused linear cross-entropy, without weights of positions, on the same number of rows."""
+    """Make a step of liger-kernel's fused linear cross-entropy, without position weights, on the same rows."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    dit, h_ND, x_N = _head_problem(shape)
+    dit, h_ND, x_N = _head_inputs(shape)
     (weight_VD, bias_V), loss = dit.head(), LigerFusedLinearCrossEntropyLoss(reduction="sum")
     assert bias_V is not None
 
@@ -171,18 +171,18 @@ def make_engine_step(
     tokens = torch.randint(0, shape.vocab - 1, (shape.batch, shape.length), device=device)
     ids = torch.arange(shape.batch, device=device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    # The step number fixes times and masks, hence the work.
+    # A constant step number fixes times and masks, hence the work.
     batch = Sequences(tokens, valid, ids)
     step = functools.partial(train_step, built, config, LogLinear(), shape.vocab - 1, batch, 0)
     return built, step
 
 
 def _head(shape: Shape, *, loss: bool) -> Callable[[], object]:
-    dit, h_ND, x_N = _head_problem(shape)
+    dit, h_ND, x_N = _head_inputs(shape)
     return functools.partial(_loss, dit, h_ND, x_N) if loss else functools.partial(_estimate, dit, h_ND)
 
 
-def _head_problem(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
+def _head_inputs(shape: Shape) -> tuple[DiT, Tensor, Tensor]:
     """Make a model and hidden states for half of all positions, the average number of masked ones."""
     device = resolve_device("auto")
     dit = DiT(shape.model, vocab_size=shape.vocab, mask_id=shape.vocab - 1, schedule=LogLinear()).to(device)

@@ -1,6 +1,6 @@
-"""Ratios of interleaved rounds, printed and saved.
+"""Timing of functions in interleaved rounds, whose ratios are printed and saved.
 
-Without a GPU, CPU time is compared (`cpu`), which other load hardly changes; `wall` time is for work that waits.
+Without a GPU, CPU time is compared (`cpu`), which other load hardly changes; `wall` time includes waiting.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all functions in turn, round by round, so that a slow phase of the machine affects all of them alike.
 
-    `after` is called behind each of them and not timed.
+    `after` is called after each function and is not timed.
     """
     timings = {name: Timing([], []) for name in functions}
     for number in range(warmup + rounds):
@@ -69,7 +69,7 @@ def _synchronize() -> None:
 
 
 def ratios(timings: Mapping[str, Timing], reference: str, clock: str = CLOCK) -> dict[str, list[float]]:
-    """Time of a function over that of `reference`, for each round."""
+    """Divide the time of each function by that of `reference`, for each round."""
     base = timings[reference].of(clock)
     return {name: [a / b for a, b in zip(one.of(clock), base, strict=True)] for name, one in timings.items()}
 
@@ -85,7 +85,7 @@ def show(title: str, timings: Mapping[str, Timing], reference: str, *, clock: st
 
 
 def show_figures(title: str, figures: Mapping[str, str], raw: Mapping[str, object]) -> None:
-    """Print lines other than timings of interleaved rounds, and save their figures."""
+    """Print figures other than timings of interleaved rounds, and save them."""
     print(f"\n{title}")
     for name, text in figures.items():
         print(f"  {name:<44}{text}", flush=True)

@@ -1,4 +1,4 @@
-"""Codes of a discrete autoencoder (VQ-VAE, VQ-GAN, ...) of the user: `.npy` files of integers.
+"""Codes of the user's discrete autoencoder (VQ-VAE, VQ-GAN, ...): `.npy` files of integers.
 
 Legend: N samples, L codes of a sample.
 """
@@ -20,7 +20,7 @@ from scmdm.data.preparation.source import GridSource
 from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
 
-_ROWS = 1024  # read from the mapped file at a time
+_ROWS = 1024  # rows read from the mapped file at a time
 
 
 @dataclass
@@ -32,7 +32,7 @@ class CodeSourceConfig(SourceConfig):
 
 
 class CodeSource(GridSource):
-    """Rows of one `.npy` file, or of all in a folder, sorted by name.
+    """Rows of one `.npy` file, or of all `.npy` files in a folder, sorted by name.
 
     Files have the shape (samples, codes) or (samples, rows, codes).
     """
@@ -53,8 +53,8 @@ class CodeSource(GridSource):
         other = next((name for name, found in shapes.items() if found != shape), None)
         if other is not None:
             raise UserError(
-                f"source.path={self.path}: samples of {other} have {_size(shapes[other])} codes, those of {first} "
-                f"{_size(shape)}; give files of one model"
+                f"source.path={self.path}: samples of {other} have {_size(shapes[other])} codes, but those of "
+                f"{first} have {_size(shape)}; give files of one model"
             )
         height, width = (1, *shape)[-2:]
         return GridLayout(height, width, 1, self._levels)

@@ -1,4 +1,4 @@
-"""Lines of compressed files in bounded memory. Of a damaged file, the lines before the damage are read."""
+"""Lines of compressed files, read in bounded memory; a damaged file is read up to the damage."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import IO
 
 from scmdm.system.package_data import optional
 
-_OUTPUT_BYTES = 1 << 20  # decompressed at once
-_INPUT_BYTES = 1 << 16  # read at once; each may decompress to hundreds
-_GZIP = 16 + zlib.MAX_WBITS  # expect a gzip header
-_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31`, the largest
+_OUTPUT_BYTES = 1 << 20  # bytes decompressed at once
+_INPUT_BYTES = 1 << 16  # bytes read at once; each may decompress to hundreds
+_GZIP = 16 + zlib.MAX_WBITS  # makes zlib expect a gzip header
+_ZSTD_WINDOW = 1 << 31  # window of `zstd --long=31`, the largest
 
 Decompress = Callable[[IO[bytes]], Iterator[bytes]]  # raises EOFError, OSError or zlib.error for damage
 
@@ -51,7 +51,7 @@ def gunzip(file: IO[bytes]) -> Iterator[bytes]:
     """Decompress gzip member by member. `gzip.open` would lose the bytes of the read in which it finds damage."""
     member, inside = zlib.decompressobj(_GZIP), False
     while compressed := file.read(_INPUT_BYTES):
-        # Tapes pad a member with zeros to the end of a block.
+        # Tape archives pad a member with zeros to the end of a block.
         while compressed := compressed if inside else compressed.lstrip(b"\0"):
             yield member.decompress(compressed, _OUTPUT_BYTES)
             compressed, inside = (member.unused_data, False) if member.eof else (member.unconsumed_tail, True)

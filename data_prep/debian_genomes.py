@@ -1,4 +1,4 @@
-"""Genomes in Debian packages of examples: downloaded once with apt-get and unpacked, never installed."""
+"""Genomes from Debian's example packages, downloaded once with apt-get and unpacked, but not installed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _INSTEAD = "give a folder of FASTA as source.path=..."
 class _Package:
     """Gzipped FASTA files of a package, by species."""
 
-    name: str  # of the corpus
+    name: str  # name of the corpus
     folder: str
     files: dict[str, str]
 
 
 # Complete genomes without unknown letters.
 _PACKAGES = {
-    # One strain of each species: MG1655, G27, COL, O395.
+    # One strain per species: MG1655, G27, COL, O395.
     "ragout-examples": _Package(
         "bacteria",
         "usr/share/doc/ragout/examples",
@@ -56,7 +56,7 @@ _PACKAGES = {
 
 
 def download_genomes(package: str) -> tuple[str, Path]:
-    """Name of the corpus and folder of `SPECIES.fasta.gz` files, downloaded into the user's cache once.
+    """Download genomes into the user's cache once; returns the corpus name and a folder of `SPECIES.fasta.gz` files.
 
     Raises UserError for an unknown package, and when apt-get cannot download it.
     """

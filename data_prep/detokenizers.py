@@ -1,4 +1,4 @@
-"""Detokenizers: ordinary spelling for corpora that were published as separate tokens.
+"""Detokenizers, which restore ordinary spelling in corpora that were published as separate tokens.
 
 Wikitext (Merity et al., 2017), LM1B (Chelba et al., 2014), the Penn Treebank and the scientific papers of arXiv and
 PubMed (Cohan et al., 2018) have spaces around punctuation, LAMBADA (Paperno et al., 2016) typographic quotes. Published
@@ -50,7 +50,7 @@ _PTB = _rules(
     (r"(?<=s) '(?= )", "'"),
     (r" \n ", "\n"),
     (r"\\/", "/"),
-    (r"(?<= )N(?= )", "1"),  # stands for any number
+    (r"(?<= )N(?= )", "1"),  # N stands for any number
     (r"([$#]) (?=1)", r"\1"),
     (r"<unk>", "?"),
 )

@@ -17,7 +17,7 @@ from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 
 WHITE_SPACE = b" \t\r\n\v\f"
-_READ = 1 << 20  # bytes at once: a line may be a whole chromosome
+_READ = 1 << 20  # bytes read at once, because a line may be a whole chromosome
 
 
 class FastaSource(Source):
@@ -26,7 +26,7 @@ class FastaSource(Source):
     Raises UserError when there are none.
     """
 
-    suffixes: ClassVar[tuple[str, ...]]  # of the files in a folder, each also with .gz
+    suffixes: ClassVar[tuple[str, ...]]  # suffixes of FASTA files in a folder, each also with .gz
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path, self.name = path, name or path.name
@@ -51,12 +51,12 @@ class FastaSource(Source):
         return re.compile(rf"({'|'.join(map(re.escape, self.suffixes))})(\.gz)?$", re.IGNORECASE)
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Small files together, large uncompressed ones in runs of whole sequences."""
+        """Group small files, and divide large uncompressed files between sequences."""
         fasta = self._fasta()
         return [part for whole in cut_into_parts(fasta, part_bytes) for part in _by_sequence(whole, fasta, part_bytes)]
 
     def _sequences(self, part: Part, tally: Tally) -> Iterator[tuple[str, str, Iterator[bytes]]]:
-        """File name, id and raw lines of each sequence of a part. Drops damaged files and what is not FASTA."""
+        """Yield file name, id and raw lines of each sequence of a part; drop files that are damaged or not FASTA."""
         fasta = self._fasta()
         for piece in part.slices:
             damage = find_damage(fasta[piece.file]) if piece.start == 0 else None
@@ -68,7 +68,7 @@ class FastaSource(Source):
 
 
 def find_damage(path: Path) -> str | None:
-    """Reason why a file cannot be used; None for a usable one. Reads gzipped files to the checksum at their end."""
+    """Return why a file cannot be used, or None. Gzipped files are read to the checksum at their end."""
     try:
         with _open(path) as file:
             start = file.read(_READ).lstrip()
@@ -89,7 +89,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_fasta(path: Path, piece: Slice) -> Iterator[tuple[tuple[int, str], bytes]]:
-    """Number and id (first word of the header) of a sequence, with each of its lines after an empty one."""
+    """Yield number and id (first word of the header) of a sequence with each line: an empty one, then its letters."""
     sequence, at, line_begins = (0, ""), piece.start, True
     with _open(path) as file:
         file.seek(piece.start)

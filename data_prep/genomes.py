@@ -34,7 +34,7 @@ class GenomeSourceConfig(SourceConfig):
     path: str | None = key(
         None,
         formerly=("path",),
-        help="FASTA file, or folder of FASTA; debian:PACKAGE: genomes of a Debian package; null: four bacteria of one",
+        help="FASTA file, or folder of FASTA; debian:PACKAGE: genomes of a Debian package; null: four bacteria",
     )
     stride: int | None = key(
         None,
@@ -60,7 +60,7 @@ class GenomeSourceConfig(SourceConfig):
     soft_masked: str = key(
         "keep",
         formerly=("soft_masked",),
-        help="lower case (repeats) becomes upper case, or unknown (N)",
+        help="lower case letters (repeats) become upper case (keep) or N (unknown)",
         choices=("keep", "unknown"),
     )
     reverse_complement: bool = key(
@@ -131,7 +131,7 @@ class GenomeSource(FastaSource):
         return self._fasta() | ({self._table.name: self._table} if self._table else {})
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Windows. Drops damaged files, what is not FASTA and windows with other letters."""
+        """Yield windows; drop files that are damaged or not FASTA, and windows with other letters."""
         for file, identifier, lines in self._sequences(part, tally):
             where = f"{self._fasta()[file]}: {identifier}"
             yield from self._windows(lines, identifier, self._label(file, identifier), where, tally)
@@ -191,7 +191,7 @@ class GenomeSource(FastaSource):
 
 
 def _translation(soft_masked_unknown: bool) -> bytes:
-    """Table for `bytes.translate` from IUPAC codes to A, C, G, T and N; other bytes stay."""
+    """Make a table for `bytes.translate` from IUPAC codes to A, C, G, T and N; other bytes stay."""
     upper = b"ACGTT" + b"N" * len(_AMBIGUOUS)
     lower = b"N" * len(upper) if soft_masked_unknown else upper
     letters = _KNOWN + _AMBIGUOUS
@@ -199,7 +199,7 @@ def _translation(soft_masked_unknown: bool) -> bytes:
 
 
 def read_species_table(path: Path) -> dict[str, str]:
-    """Species by file name or sequence id, from lines of two columns; `#` begins a comment, blank lines are skipped.
+    """Read species by file name or sequence id from lines of two columns; skip blank lines and `#` comments.
 
     Raises UserError for a missing file, a malformed line, and a name with two species.
     """

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face `datasets` package: folders of `save_to_disk`, and what `load_dataset` finds.
+"""Data sets of the Hugging Face `datasets` package: folders of `save_to_disk`, and names for `load_dataset`.
 
 Rows are read from memory-mapped Arrow files; a slice is a range of rows.
 """
@@ -21,8 +21,8 @@ from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
-_ROWS = 256  # decoded at once
-_SPLITS = {"train": None, "validation": "validation", "test": "test"}  # theirs: ours (None: by hash)
+_ROWS = 256  # rows decoded at once
+_SPLITS = {"train": None, "validation": "validation", "test": "test"}  # split in `datasets` -> split here; None: hash
 
 
 @dataclass
@@ -31,7 +31,7 @@ class HuggingFaceSourceConfig(DocumentsConfig):
 
     path: str = key(MISSING, formerly=("path",), help="folder that save_to_disk wrote, or a name for load_dataset")
     config: str | None = key(None, formerly=("hf_config",), help="name of the data set's configuration")
-    split: str = key("train", formerly=("hf_split",), help="split that is read; with split_by=names: all of them")
+    split: str = key("train", formerly=("hf_split",), help="split to read; split_by=names reads all splits")
 
 
 class HuggingFaceSource(DocumentSource):
@@ -69,7 +69,7 @@ class HuggingFaceSource(DocumentSource):
         return parts
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Records of the documents; drops empty ones and rows without text."""
+        """Yield records of the documents; drop empty documents and rows without text."""
         for piece in part.slices:
             yield from self._records(self._documents(piece), tally)
 
@@ -96,12 +96,12 @@ class HuggingFaceSource(DocumentSource):
 
 @lru_cache(maxsize=4)
 def _load(path: str, config: str | None, split: str | None) -> dict[str, Any]:
-    """Data sets by split: the given one, or without `split` all of train, validation and test that exist."""
+    """Load data sets by split: `split`, or if it is None all of train, validation and test that exist."""
     datasets = optional("datasets", "source.name=huggingface", "huggingface")
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config, split=split)
-    # A failed connection raises an OSError; a malformed line is only in the cause of a DatasetsError.
+    # A failed connection raises an OSError; a DatasetsError names a malformed line only in its cause.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         wanted = f"source.config={config}" + (f", source.split={split}" if split else "")

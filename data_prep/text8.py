@@ -58,7 +58,7 @@ class Text8Source(Source):
         ]
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Windows; drops those with a byte outside ASCII."""
+        """Yield windows; drop those with a byte outside ASCII."""
         for piece in part.slices:
             assert piece.end is not None
             with open(self.path, "rb") as file:

@@ -1,6 +1,6 @@
-"""Formats of text files, by suffix: their documents, in bounded memory.
+"""Formats of text files by suffix, whose readers yield documents in bounded memory.
 
-Of a damaged file, the documents before the damage are read, and then the damage is reported.
+A damaged file is read up to the damage, which is then reported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
 _PEEKED = 1 << 16  # bytes that are searched for the start of a JSON array
-_ROWS = 256  # of a parquet file decoded at once
+_ROWS = 256  # rows of a parquet file decoded at once
 _DAMAGED, _TOO_LONG = "damaged file", "over-long document"
 LONGEST = 1 << 26  # bytes of a line or a document; longer ones are dropped
 # Suffixes of files that would otherwise be read as plain text.
@@ -58,19 +58,19 @@ Cut = Callable[[str, Path, int], list[Slice]]
 class Format:
     """Functions of a format.
 
-    `read(path, slice, keys)` yields the documents of a slice; `keys` are the key (column) of the text, or those of
+    `read(path, slice, keys)` yields the documents of a slice; `keys` is the key (column) of the text, or the keys of
     prompt and text. `cut(name, path, part_bytes)` cuts a large file into slices; None: the format has no slices.
     """
 
     read: Callable[[Path, Slice, Sequence[str]], Iterator[Document]]
     cut: Cut | None
-    whole_text: bool = False  # the file is one document, and a slice is lines of it
+    whole_text: bool = False  # the file is one document, and a slice some of its lines
 
 
 def format_of(path: Path) -> Format:
-    """Format of a file by its suffix, ignoring case; any unknown suffix is plain text.
+    """Return the format of a file by its suffix, ignoring case; an unknown suffix means plain text.
 
-    Raises UserError for a suffix of something else, such as .csv.
+    Raises UserError for a suffix that is known not to be text, such as .csv.
     """
     name = path.name.lower()
     known = FORMATS | _ONLY_BY_NAME
@@ -81,18 +81,18 @@ def format_of(path: Path) -> Format:
 
 
 def is_known(path: Path) -> bool:
-    """Whether a file in a folder counts as text."""
+    """Return whether a file in a folder is read as text."""
     return path.name.lower().endswith(tuple(FORMATS))
 
 
 def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
-    """The slice as one document, or a whole file in blocks."""
+    """Read a slice as one document, or a whole file in blocks."""
     lines = read_lines(path, piece, LONGEST)
     yield from _blocks(((f"{path} at byte {at}", line) for at, line in lines), LONGEST if piece.end is None else None)
 
 
 def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator[Document]:
-    """Join lines, given with their places, to documents of up to `longest` bytes."""
+    """Join lines, given with their places, into documents of up to `longest` bytes."""
     block: list[tuple[str, bytes]] = []
     size = 0
     for where, line in lines:
@@ -121,7 +121,7 @@ def _block(lines: Sequence[tuple[str, bytes]]) -> Iterator[Document]:
 
 
 def as_one_document(found: Iterable[Document], where: str) -> Iterator[Document]:
-    """Join the documents of a file to one, after its problems. Stops reading when the text exceeds `LONGEST`."""
+    """Join the documents of a file into one, after its problems. Stops reading when the text exceeds `LONGEST`."""
     texts: list[str] = []
     size = 0
     for place in found:
@@ -151,7 +151,7 @@ def _read_json(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Docume
 
 
 def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
-    """Articles whose title is in the slice, each up to the next title; text before the first title is an article."""
+    """Read articles whose title is in the slice, up to the next title; text before the first title is an article."""
     article: list[bytes] = []
     start, size = piece.start, 0
     for at, line in read_lines(path, Slice(piece.file, piece.start), LONGEST):
@@ -196,7 +196,7 @@ def _from_json(line: bytes, keys: Sequence[str], where: str) -> Document:
 
 
 def document_of_row(row: Any, keys: Sequence[str], where: str) -> Document:
-    """Document of a row (a mapping). With two keys, the first is that of the prompt."""
+    """Make the document of a row (a mapping). Two keys are those of the prompt and the text."""
     values = [row.get(key) if isinstance(row, dict) else None for key in keys]
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
@@ -207,7 +207,7 @@ def document_of_row(row: Any, keys: Sequence[str], where: str) -> Document:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may contain a lone surrogate, which is not a character."""
+    """Return whether a text can be encoded: JSON may contain a lone surrogate, which is not a character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -241,7 +241,7 @@ def _damage(stream: CompressedLines) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
-    """Row groups, a few rows at a time, to bound the memory of large ones."""
+    """Read row groups a few rows at a time, to bound the memory of large ones."""
     parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
     group, row = piece.start, 0
     try:
@@ -266,7 +266,7 @@ def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Doc
 
 
 def _rows(batch: Any) -> list[Any]:
-    """Rows of an Arrow record batch; None for a row that is not UTF-8, which only decoding reveals."""
+    """Decode the rows of an Arrow record batch; None for a row that is not UTF-8, which only decoding reveals."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -274,7 +274,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
-    """Slices of row groups of `part_bytes` or more. A damaged file stays whole, and its reader reports the damage."""
+    """Cut a file into slices of row groups. A damaged file stays whole, and its reader reports the damage."""
     parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
     try:
         with parquet.ParquetFile(path) as file:
@@ -290,7 +290,7 @@ def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
     return [Slice(name, start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
-# A longer suffix stands before one that it ends in.
+# The first matching suffix wins, so longer suffixes come first.
 FORMATS = {
     ".jsonl": Format(_read_json_lines, cut_bytes),
     ".jsonl.gz": Format(_compressed_json_lines(gunzip), None),
@@ -302,5 +302,5 @@ FORMATS = {
     ".tokens": Format(_read_articles, cut_bytes),
     ".txt": Format(_read_text, cut_bytes, whole_text=True),
 }
-# Not searched for in folders, where such a file often holds metadata.
+# Not read from folders, where such a file often holds metadata.
 _ONLY_BY_NAME = {".json": Format(_read_json, cut_bytes)}

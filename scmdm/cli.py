@@ -26,7 +26,7 @@ A run is one YAML file and key=value overrides:
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
   scmdm import  mdlm-owt models/mdlm-owt tokenizer=gpt2   convert a published model (MDLM, LLaDA, Dream ...)
-  scmdm export  runs/qm9-scmdm exported format=mdlm       and back, with its conditioner and a model card
+  scmdm export  runs/qm9-scmdm exported format=mdlm       convert a run to MDLM's layout, with a model card
   scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory and time on a cluster
 
 `scmdm COMMAND --help` lists every key with its default. An interrupted run resumes when the same command is given
@@ -36,7 +36,7 @@ again. Mistakes end with one line on standard error and exit status 1.
 _CONFIG = argument("config", "YAML file, such as configs/qm9/base.yaml", Path)
 _CONFIG_OPTION = argument("--config", "YAML file with the keys below", Path, None)
 _MODEL = argument("model", "run directory, checkpoint or exported model", Path)
-_OUT = argument("out", "directory to make", Path)
+_OUT = argument("out", "directory to create", Path)
 _RUN = argument("directory", "run directory", Path)
 _JSON = argument("--json", "print JSON", bool)
 _LAUNCHED = argument("launched", "command to launch: train, adapt or, on SLURM, prepare")
@@ -45,7 +45,7 @@ _DRY_RUN = argument("--dry-run", "print what would be started, and write nothing
 COMMANDS = (
     Command(
         "prepare",
-        "Turn a corpus into tokenized, hashed, sharded data with a manifest; or check such a data set.",
+        "Convert a corpus into hashed shards of tokens with a manifest, or check a prepared data set.",
         "data.preparation.prepare_command:prepare_or_verify",
         (argument("config", "YAML file, such as configs/data/qm9.yaml", Path, None),),
         "config.preparation:PrepareConfig",
@@ -67,17 +67,17 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "Predict memory, communication and time of a run on a cluster, and search the best settings. Needs no GPU.",
+        "Predict memory, communication and time of a run on a cluster, and search for the best settings. Needs no GPU.",
         "planner.plan_command:plan",
         (argument("config", "YAML file of a run, or of a model, such as configs/model/8b.yaml", Path),),
         "planner.plan:PlanConfig",
         (
-            argument("--nodes", "machines", int, 1, at_least=1, at_most=65536),
+            argument("--nodes", "number of machines", int, 1, at_least=1, at_most=65536),
             argument("--gpus-per-node", "GPUs per machine", int, 8, at_least=1, at_most=1024),
-            argument("--gpu", "h100, h200, a100, b200 or l40s", str, "h100"),
+            argument("--gpu", "GPU model: h100, h200, a100, b200 or l40s", str, "h100"),
             argument(
                 "--length",
-                "tokens per sequence (default: those of the data set)",
+                "tokens per sequence (default: the data set's)",
                 int,
                 None,
                 at_least=1,
@@ -85,7 +85,7 @@ COMMANDS = (
             ),
             argument(
                 "--vocab",
-                "vocabulary size, mask included (default: that of the data set)",
+                "vocabulary size, mask included (default: the data set's)",
                 int,
                 None,
                 at_least=2,
@@ -93,7 +93,7 @@ COMMANDS = (
             ),
             argument(
                 "--efficiency",
-                "achieved fraction of the peak of matrix products (default: measured ones)",
+                "achieved fraction of peak FLOP/s in matrix products (default: measured values)",
                 float,
                 None,
                 above=0,
@@ -120,7 +120,7 @@ COMMANDS = (
     ),
     Command(
         "moses",
-        "Measure the metrics of MOSES on a file of molecules, or on its own training or test set.",
+        "Compute the MOSES metrics of a file of molecules, or of MOSES's own training or test set.",
         "domains.molecules.moses_table:run_moses",
         (argument("source", "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds"),),
         "domains.molecules.config:MosesConfig",
@@ -132,7 +132,7 @@ COMMANDS = (
         (_MODEL,),
         options=(
             argument("--base", "model to show beside it (default: the one it was adapted from)", Path, None),
-            argument("--port", "port on this machine; 0: a free one", int, 7860, at_least=0, at_most=65535),
+            argument("--port", "local port; 0 chooses a free one", int, 7860, at_least=0, at_most=65535),
         ),
     ),
     Command(
@@ -202,7 +202,7 @@ COMMANDS = (
         overrides=True,
         options=(
             _DRY_RUN,
-            argument("--attempts", "starts at most, when ranks fail", int, 1, at_least=1, at_most=1000),
+            argument("--attempts", "maximum number of starts if ranks fail", int, 1, at_least=1, at_most=1000),
         ),
         option_groups={"ranks": LocalRanks},
     ),
@@ -210,7 +210,7 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser of all commands."""
     return make_parser("scmdm", COMMANDS, _DESCRIPTION, _EPILOG)
 
 
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)
         return error.status
-    except OSError as error:  # a full or failing disk can show anywhere
+    except OSError as error:  # a full or failing disk can raise one anywhere
         place = f" at {error.filename}" if error.filename else ""
         print(f"scmdm: error: I/O error{place}: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         remedy = f"install it with `pip install 'scmdm[{extra}]'`"
-        print(f"scmdm: error: this needs the package of the module {error.name}; {remedy}", file=sys.stderr)
+        print(f"scmdm: error: the module {error.name} is not installed; {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("scmdm: interrupted", file=sys.stderr)

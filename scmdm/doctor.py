@@ -60,7 +60,7 @@ def _examine_compute() -> Iterator[Finding]:
         yield Finding("note", "gpu", "none: training runs on the CPU, which suffices for the quickstart")
     yield Finding("ok", "precision", f"precision=auto means {str(dtype).removeprefix('torch.')} on {device.type}")
     reason = flash_unusable_because(device.type, dtype)
-    yield Finding("ok", "attention", "flash-attn" if reason is None else f"kernels of torch ({reason})")
+    yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's kernels ({reason})")
     if device.type == "cpu":
         found = cpp_compiler()
         text = f"model.compile=true uses {found}" if found else "no C++ compiler: model.compile=true is not possible"
@@ -84,7 +84,7 @@ def _examine_extras() -> Iterator[Finding]:
             yield Finding("ok", subject, f"installed ({PURPOSES[extra]})")
         else:
             remedy = f"`pip install 'scmdm[{extra}]'`"
-            yield Finding("note", subject, f"without {', '.join(missing)}; {remedy} ({PURPOSES[extra]})")
+            yield Finding("note", subject, f"missing {', '.join(missing)}; {remedy} ({PURPOSES[extra]})")
 
 
 def _examine_disk(directory: Path) -> Iterator[Finding]:

@@ -1,1 +1,1 @@
-"""Baselines: plain implementations of what published code does, for comparison on the same weights and data."""
+"""Baselines: plain implementations of published methods, for comparison on the same weights and data."""

@@ -1,8 +1,8 @@
-"""Text into blocks on disk, and blocks into batches, as in the examples of Hugging Face `datasets`, in one process.
+"""Conversion of text to blocks on disk and to batches, as in the examples of Hugging Face `datasets`, in one process.
 
-Written after transformers' `run_clm.py`: `map` over lines with the tokenizer's batched call, `map` that concatenates
-and cuts, an Arrow directory; then `with_format("torch")` under torch's DataLoader. The tokenizer is called as the
-library `tokenizers` has it, without what transformers adds around it.
+It follows transformers' `run_clm.py`: `map` over lines with the tokenizer's batched call, `map` that concatenates and
+cuts, an Arrow directory; then `with_format("torch")` under torch's DataLoader. The tokenizer is that of the library
+`tokenizers`, without transformers' wrapper.
 
 Legend: B batch, L length, N samples.
 """
@@ -51,7 +51,7 @@ def save(tokens_NL: np.ndarray, out: Path) -> None:
 
 
 def batches(place: Path, batch_size: int) -> Iterator[Tensor]:
-    """Iterate endlessly over shuffled batches (B, L), int64, of what `save` wrote."""
+    """Yield shuffled batches (B, L), int64, of the samples that `save` wrote, endlessly."""
     table = datasets.load_from_disk(str(place)).with_format("torch")
     loader = DataLoader(table, batch_size=batch_size, shuffle=True, drop_last=True)
     while True:

@@ -1,7 +1,7 @@
 """Dense objective and sampler: logits, log-softmax and draws of shape (B, L, V).
 
-Written after MDLM (github.com/kuleshov-group/mdlm, `diffusion.py`: `_subs_parameterization`, `_ddpm_update`,
-`_ddpm_caching_update`, `_sample_categorical`), the code that most of the field builds on. Trunk, weights and optimizer
+They follow MDLM (github.com/kuleshov-group/mdlm, `diffusion.py`: `_subs_parameterization`, `_ddpm_update`,
+`_ddpm_caching_update`, `_sample_categorical`), on which most published code builds. Trunk, weights and optimizer
 are scmdm's own, so that only objective and sampler are compared.
 
 Legend: B batch, L length, D width, V vocabulary with the mask.
@@ -66,10 +66,10 @@ def sample_dense(
     only: int | None = None,
     cached: bool = False,
 ) -> Tensor:
-    """MDLM's ancestral sampler; `carry` conditions each step on the previous one's expected embedding.
+    """Sample as MDLM does; `carry` conditions each step on the previous step's expected embedding.
 
-    `only` stops after that many steps, all of which do the same work. `cached` is MDLM's cache: without `carry` and
-    time conditioning, a prediction is reused if the last step revealed nothing in the whole batch.
+    `only` is the number of steps to run, all of which do the same work. `cached` enables MDLM's cache: without `carry`
+    and time conditioning, a prediction is reused if the last step revealed nothing in the whole batch.
     """
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=z_BL.device)
     move = (1 - schedule.alpha(grid)).float()

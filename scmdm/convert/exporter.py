@@ -19,7 +19,7 @@ from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
-from scmdm.convert.importer import BESIDE, CONDITIONER_FILE
+from scmdm.convert.importer import CONDITIONER_FILE, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
@@ -84,7 +84,7 @@ def _write_description(stored: StoredModel, to: Path) -> None:
 
 
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
-    """Write adapters and conditioner as `peft` does."""
+    """Write adapters and conditioner in the format of `peft`."""
     model = stored.spec.model
     added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
     content = {
@@ -105,7 +105,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
 
 
 def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:
-    """Write the files of `MaskedDiffusion.save_pretrained`, without the whole model in memory."""
+    """Write the files of `MaskedDiffusion.save_pretrained` without loading the whole model."""
     described = {"model_type": HUB_TYPE, "architectures": [HUB_CLASS], "spec": asdict(_merged_spec(stored.spec))}
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     _write_tokenizer(stored, to)
@@ -119,16 +119,16 @@ def _write_tokenizer(stored: StoredModel, to: Path) -> None:
 
 
 def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, config: ExportConfig, limit: int) -> None:
-    spec, beside = stored.spec, to / BESIDE
-    beside.mkdir()
-    _write_description(stored, beside)
+    spec, subdirectory = stored.spec, to / SUBDIRECTORY
+    subdirectory.mkdir()
+    _write_description(stored, subdirectory)
     described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
     if spec.model.self_conditioned:
         own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))
-        write_shards(beside / CONDITIONER_FILE, own, limit=2**63)
+        write_shards(subdirectory / CONDITIONER_FILE, own, limit=2**63)
 
 
 def _published_weights(

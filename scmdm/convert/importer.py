@@ -29,7 +29,7 @@ from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, check_fit, read_sp
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
 
-BESIDE, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
+SUBDIRECTORY, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
 _SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
 _EPS = 1e-3  # MDLM's log-linear schedule ends at alpha_1 = eps
 
@@ -41,12 +41,12 @@ class Imported:
     layout: str
     spec: ModelSpec
     parameters: int
-    notes: tuple[str, ...]  # assumptions about what the files do not say
+    notes: tuple[str, ...]  # assumptions about properties that the files do not state
 
 
 @dataclass(frozen=True)
 class _ImportPlan:
-    """Files to write."""
+    """Content of the files to write."""
 
     spec: ModelSpec
     manifest: Manifest
@@ -67,10 +67,12 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     source = open_source(path, config.weights)
     layout = find_layout(source, config.format)
     with tempfile.TemporaryDirectory() as scratch, atomic_directory(out) as temporary:
-        ours = (path / BESIDE).is_dir()
-        plan = _restored(path / BESIDE) if ours else _new(source, layout, config, Path(scratch))
+        is_export = (path / SUBDIRECTORY).is_dir()
+        plan = _plan_restore(path / SUBDIRECTORY) if is_export else _plan_new(source, layout, config, Path(scratch))
         if plan.spec.model.kind != layout.kind or plan.spec.model.layers > len(source.tensors.shapes()):
-            raise UserError(f"{path}: {BESIDE}/model.json describes another model than the weights; export it again")
+            raise UserError(
+                f"{path}: {SUBDIRECTORY}/model.json describes another model than the weights; export it again"
+            )
         names = layout.our_names(source.tensors.shapes(), plan.spec.model)
         parameters = _check_shapes(source, names, plan)
         write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
@@ -79,21 +81,23 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     return Imported(layout.name, plan.spec, parameters, plan.notes)
 
 
-def _restored(beside: Path) -> _ImportPlan:
-    """Plan for a directory that `scmdm export` wrote."""
-    manifest, spec = Manifest.read(beside), read_spec(beside)
+def _plan_restore(exported: Path) -> _ImportPlan:
+    """Plan the import of a directory that `scmdm export` wrote."""
+    manifest, spec = Manifest.read(exported), read_spec(exported)
     name = manifest.tokenizer.file
-    if Path(name).name != name or not (beside / name).is_file():
-        raise UserError(f"{beside} has no tokenizer {name!r}; export the model again")
-    size = load_tokenizer(beside / name).vocab_size
+    if Path(name).name != name or not (exported / name).is_file():
+        raise UserError(f"{exported} has no tokenizer {name!r}; export the model again")
+    size = load_tokenizer(exported / name).vocab_size
     if not size == manifest.vocab_size == spec.vocab_size:
-        raise UserError(f"{beside}: model, manifest and tokenizer have different vocabularies; export the model again")
-    conditioner = open_source(beside / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
-    return _ImportPlan(spec, manifest, beside / name, conditioner, mask_row=False, notes=())
+        raise UserError(
+            f"{exported}: model, manifest and tokenizer have different vocabularies; export the model again"
+        )
+    conditioner = open_source(exported / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
+    return _ImportPlan(spec, manifest, exported / name, conditioner, mask_row=False, notes=())
 
 
-def _new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, place: Path) -> _ImportPlan:
-    """Plan for a model of another project; saves its tokenizer in `place`."""
+def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, scratch: Path) -> _ImportPlan:
+    """Plan the import of another project's model; saves its tokenizer in `scratch`."""
     model = _overridden(layout.architecture(source), config)
     rows = source.tensors.shapes()[layout.published_name(EMBEDDING)][0]
     tokenizer, notes = _tokenizer(source, config, rows)
@@ -102,7 +106,7 @@ def _new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, 
         notes.append(f"a mask token was added as id {tokenizer.mask_id}")
     length = config.length or _length(source)
     spec = ModelSpec(model, DiffusionConfig(eps=_EPS), tokenizer.vocab_size, tokenizer.mask_id, length)
-    file = tokenizer.save(place)
+    file = tokenizer.save(scratch)
     bos_policy = config.bos_policy or layout.bos_policy
     origin = {"imported_from": layout.name}
     description = Description(source.path.name, length, "loss", bos_policy, origin, framing=config.framing)
@@ -131,7 +135,7 @@ def _length(source: PublishedFiles) -> int:
 
 
 def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple[Tokenizer, list[str]]:
-    """Tokenizer with the model's mask, and notes. It has an id per row of the embedding, or one more for the mask."""
+    """Return a tokenizer with an id per row of the embedding, or one more for the mask, and notes."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
     mask_id = config.mask_id if config.mask_id is not None else _known_mask(source)
@@ -139,7 +143,7 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(
             f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), but the "
-            f"model's embedding {rows} rows; give the tokenizer that the model was trained with"
+            f"model's embedding has {rows} rows; give the tokenizer that the model was trained with"
         )
     return tokenizer, [f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}"]
 
@@ -148,7 +152,7 @@ def _known_mask(source: PublishedFiles) -> int | None:
     value = source.config.get("mask_token_id")
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise UserError(
-            f"{source.path}: mask_token_id={value!r} in its configuration; expected an id: give mask_id=NUMBER"
+            f"{source.path}: mask_token_id={value!r} in its configuration is not a token id; give mask_id=NUMBER"
         )
     return value
 
@@ -170,7 +174,7 @@ def _imported_shape(ours: str, shape: torch.Size, plan: _ImportPlan) -> torch.Si
 
 
 def _weights(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over our names and tensors, file by file."""
+    """Iterate over scmdm's names and the tensors, file by file."""
     for group in source.tensors.groups():
         wanted = [name for name in group if name in names]
         for theirs, tensor in source.tensors.read(wanted) if wanted else ():
@@ -181,7 +185,7 @@ def _weights(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -
 
 
 def _with_mask_row(ours: str, tensor: Tensor) -> Tensor:
-    """Add the mask's row: the mean embedding; zeros in the head, where the mask's logit is minus infinity anyway."""
+    """Append the mask's row: the mean embedding, or zeros in the head, because the mask's logit is minus infinity."""
     if ours == EMBEDDING:
         return torch.cat([tensor, tensor.float().mean(0, keepdim=True).to(tensor.dtype)])
     if ours in (HEAD, HEAD_BIAS):

@@ -30,20 +30,20 @@ def _no_tensors(_: ModelConfig) -> Iterable[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class PublishedLayout:
-    """How a published model names its tensors and describes its architecture.
+    """Tensor names and architecture description of a published model.
 
     Attributes:
         name: Value of the key `format`.
         kind: `model.kind` of the models that it describes.
         published_name: Maps our name of a parameter to the published one.
-        recognises: Whether a source is in this layout.
+        recognises: Returns whether a source is in this layout.
         architecture: Reads the architecture from the configuration and shapes of a source. Raises UserError for an
             architecture that scmdm does not implement.
         describe: Makes the content of `config.json` from architecture, vocabulary size, mask id and length.
         unsupported: Explains why a model of `kind` cannot be written in this layout; None if it can.
-        derived: Endings of the names of published tensors that scmdm computes.
-        derived_tensors: Names and values of such tensors, to be written.
-        bos_policy: Policy for the first token that models of this layout were trained with.
+        derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
+        derived_tensors: Returns names and values of such tensors, for writing.
+        bos_policy: `bos_policy` that models of this layout were trained with.
         card_note: Sentence on the model card about programs that read this layout; may be empty.
     """
 
@@ -70,7 +70,7 @@ class PublishedLayout:
 
 
 def parameter_names(config: ModelConfig) -> list[str]:
-    """Names of a model's parameters, without the conditioner's."""
+    """List the names of a model's parameters, without the conditioner's."""
     model = ModelSpec(config, DiffusionConfig(), 2, 1, 2).build()
     return [name for name, _ in model.named_parameters() if not name.startswith("conditioner.")]
 
@@ -104,7 +104,7 @@ def find_layout(source: PublishedFiles, name: str) -> PublishedLayout:
             return found
     example = next(iter(source.tensors.shapes()), "no tensor")
     raise UserError(
-        f"{source.path} is in no layout that scmdm knows (model_type {source.config.get('model_type')}, {example}); "
+        f"{source.path} is in no layout that scmdm reads (model_type {source.config.get('model_type')}, {example}); "
         f"give format={'|'.join(LAYOUTS.names)}"
     )
 

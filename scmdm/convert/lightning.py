@@ -19,7 +19,7 @@ from scmdm.errors import UserError
 
 PREFIX = "backbone."
 # Modules that only a malicious file names. `Inert` would make them harmless, but such a file is refused.
-_RUNS_CODE = frozenset(  # "commands" is what pickle's protocol 2 calls subprocess
+_RUNS_CODE = frozenset(  # pickle's protocol 2 writes subprocess as "commands"
     [
         "os",
         "posix",
@@ -57,7 +57,7 @@ class Inert:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read the dictionary of a checkpoint; tensors are mapped from the file.
 
-    Raises UserError when the file is damaged, is no zip archive of torch, or names code to run.
+    Raises UserError when the file is damaged, is not one of torch's zip archives, or names code to run.
     """
     try:
         names = get_unsafe_globals_in_checkpoint(str(path))
@@ -85,7 +85,7 @@ def _refuse_code(path: Path, name: str) -> None:
 
 
 def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dict[str, Tensor]:
-    """Return the tensors of the backbone: averages where there are any ("ema"), or as trained ("raw").
+    """Return the backbone's tensors: averaged weights if the file has them ("ema"), or weights as trained ("raw").
 
     Raises UserError when averages do not match the weights, or a tensor's shape exceeds its storage.
     """

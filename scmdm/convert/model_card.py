@@ -45,8 +45,8 @@ def _description(stored: StoredModel) -> str:
     ]
     if spec.model.self_conditioned:
         lines.append(
-            "- self-conditioned (SCMDM, arXiv 2604.26985): each denoising step sees the last prediction of the clean "
-            f"sequence through a conditioner ({spec.model.conditioner}); without it the weights are a plain model"
+            "- self-conditioned (SCMDM, arXiv 2604.26985): a conditioner feeds each prediction of the clean sequence "
+            f"to the next denoising step ({spec.model.conditioner}); without it the weights are a plain model"
         )
     return "\n".join(lines)
 
@@ -81,7 +81,7 @@ def _training(stored: StoredModel) -> str:
     path = stored.path / _RUN_CONFIG
     if not path.is_file():
         origin = stored.manifest.source.get("imported_from")
-        return f"Imported from the layout {origin}, not trained since." if origin else "Not recorded in this model."
+        return f"Imported from the layout {origin} and not trained since." if origin else "Not recorded in this model."
     run = yaml.safe_load(path.read_text())
     shown = {}
     for key in _SHOWN:

@@ -1,4 +1,4 @@
-"""Checked reading of a published model's configuration and shapes, which need not be trusted."""
+"""Checked reading of a published model's untrusted configuration and shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PublishedConfig:
         self._path, self._content = source.path, source.config
 
     def number(self, key: str, default: float | None, low: float, high: float) -> float:
-        """A number within bounds; an absent key or null means `default`, where None makes the key mandatory."""
+        """Read a number within bounds; an absent key or null gives `default`. The key is mandatory without default."""
         value = self._content.get(key, default)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -27,11 +27,11 @@ class PublishedConfig:
         return value
 
     def integer(self, key: str, default: int | None = None, high: int = 2**31) -> int:
-        """A positive integer up to `high`; see `number`."""
+        """Read a positive integer up to `high`; see `number`."""
         return int(self.number(key, default, 1, high))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A boolean; an absent key means `default`."""
+        """Read a boolean; an absent key gives `default`."""
         value = self._content.get(key, default)
         if not isinstance(value, bool):
             raise UserError(f"{self._path}: {key}={value!r} in its configuration; expected true or false")
@@ -50,13 +50,13 @@ def count_blocks(source: PublishedFiles, pattern: str) -> int:
     numbers = {int(found[1]) for name in source.tensors.shapes() if (found := re.match(pattern, name))}
     if numbers != set(range(len(numbers))) or not numbers:
         raise UserError(
-            f"{source.path} has no blocks numbered 0, 1, 2, ... ({pattern}); the file is incomplete or no model"
+            f"{source.path} has no blocks numbered 0, 1, 2, ... ({pattern}); the file is incomplete or not a model"
         )
     return len(numbers)
 
 
 def matrix_shape(source: PublishedFiles, name: str) -> torch.Size:
-    """Shape of a published matrix. Raises UserError when it is missing, empty or no matrix."""
+    """Return the shape of a published matrix. Raises UserError when it is missing, empty or not a matrix."""
     shape = source.tensors.shapes().get(name)
     if shape is None or len(shape) != 2 or 0 in shape:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}, expected a matrix"

@@ -1,4 +1,4 @@
-"""Files of a published model: configuration and tensors, read one at a time from files that need not be trusted."""
+"""Files of a published model, which are untrusted: the configuration, and tensors read one at a time."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def _files_of(directory: Path) -> list[str]:
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is no file of this directory; download again"
+                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is not a file of this directory; "
+                "download it again"
             )
     return sorted(set(listed.values()))
 
@@ -143,7 +144,7 @@ class _Files:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is no complete safetensors file ({reason}); download it again") from error
+            raise UserError(f"{path} is not a complete safetensors file ({reason}); download it again") from error
 
 
 class _Loaded:

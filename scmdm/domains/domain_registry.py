@@ -1,4 +1,4 @@
-"""The domains by name, and the domain that a data set belongs to."""
+"""Registry of domains by name, and the choice of a data set's domain."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _BY_TOKENIZER = {
 
 
 def domain_of_tokenizer(kind: str) -> str:
-    """Name of the domain that a kind of tokenizer belongs to; `text` for every kind without a domain of its own."""
+    """Name of the domain of a kind of tokenizer; `text` for a kind without its own domain."""
     return _BY_TOKENIZER.get(kind, "text")
 
 
 def domain_of(manifest: Manifest) -> str:
-    """Name of the domain of a data set. It follows from the framing and the tokenizer."""
+    """Name of a data set's domain, which follows from its framing and tokenizer."""
     return "responses" if manifest.framing == "prompts" else domain_of_tokenizer(manifest.tokenizer.kind)
 
 
@@ -59,7 +59,7 @@ def metrics_config(name: str, keys: Mapping[str, Any]) -> MetricKeys:
     """
     schema: type[MetricKeys] = DOMAINS.schema(name)
     if keys and not dataclasses.fields(schema):
-        raise UserError(f"metrics.{next(iter(keys))} is not a key of the domain {name}, which has none; leave it out")
+        raise UserError(f"metrics.{next(iter(keys))} is not a key: the domain {name} has none; leave it out")
     return read_config(schema, dict(keys), f"in metrics of the domain {name}")
 
 

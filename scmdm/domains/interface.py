@@ -1,4 +1,4 @@
-"""The interface between evaluation and the domains: what a domain provides, and what it is given.
+"""The interface between evaluation and domains.
 
 A domain is one folder of `scmdm.domains`: `domain.py` (the class), `config.py` (its keys in the section `metrics`),
 `metrics.py` and `figures.py`. It is registered in `scmdm.domains.domain_registry`; other packages register theirs by an
@@ -27,7 +27,7 @@ class GeneratedSamples:
 
     tokens: Tensor  # (N, L) int64, on the CPU
     texts: list[str]  # up to the first [EOS]; the whole sequence for a model of concatenated texts
-    framed: list[bool]  # [BOS], [EOS] and padding stand where they stand in the data; otherwise the text is a fragment
+    framed: list[bool]  # [BOS], [EOS] and padding are placed as in the data; otherwise the text is a fragment
     counts: list[int]  # denoiser evaluations of each sample
     seconds: float
     labels: list[str] | None = None  # class that each sample is conditioned on
@@ -40,7 +40,7 @@ class GeneratedSamples:
 
 @dataclass(frozen=True)
 class Metric:
-    """How one number returned by `Domain.measure` is displayed."""
+    """Display settings of one number returned by `Domain.measure`."""
 
     name: str
     title: str
@@ -54,7 +54,7 @@ class Metric:
     maximum: float | None = None  # largest possible value
 
     def reference_text(self) -> str:
-        """The reference value as displayed; empty without one."""
+        """Format the reference value; empty without one."""
         return "" if self.reference is None else f"{self.scale * self.reference:.{self.digits}f}"
 
 
@@ -64,16 +64,16 @@ class EvaluationSettings:
 
     split: str = "test"  # held-out data that samples are compared with
     device: str = "cpu"
-    exclusive: bool = False  # no other job of ours is running: use all cores, and show progress
+    exclusive: bool = False  # no other scmdm job is running: use all cores, and show progress
 
 
 @dataclass
 class MetricKeys:
-    """Base of the `Config` of a domain: its keys in the section `metrics`. Used as it is by domains without keys."""
+    """Base of a domain's `Config`, its keys in the section `metrics`; domains without keys use it directly."""
 
     @property
     def exclusive_setup(self) -> bool:
-        """True if the domain is slow to make and uses all cores, so that no other job should run meanwhile."""
+        """True if making the domain is slow and uses all cores, so that no other job should run at that time."""
         return False
 
 
@@ -91,13 +91,13 @@ class Domain(Protocol):
         """Read the reference data of the data set at `root`.
 
         `config` is an instance of `Config`. Raises UserError if the data set does not suit the domain, or if a file or
-        package that `config` asks for is missing.
+        package that `config` requires is missing.
         """
         ...
 
     @staticmethod
     def templates(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
-        """Templates (N, L) int64 with prompts and mask tokens, N <= num; None if samples start from nothing."""
+        """Templates (N, L) int64 with prompts and mask tokens, N <= num; None if samples start fully masked."""
         ...
 
     def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Domain(Protocol):
 
 
 class WithoutPrompts:
-    """Mixin for domains whose samples start from nothing."""
+    """Mixin for domains whose samples start fully masked."""
 
     @staticmethod
     def templates(root: Path, manifest: Manifest, split: str, num: int) -> Tensor | None:
@@ -143,7 +143,7 @@ class WithoutFigures:
 
 
 def decode_split(root: Path, manifest: Manifest, split: str) -> list[str]:
-    """Texts of all sequences of a split."""
+    """Decode all sequences of a split."""
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
     rows = read_split(root, split).tolist()
     if manifest.framing == "concatenate":

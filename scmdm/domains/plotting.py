@@ -18,7 +18,7 @@ from scipy.stats import wasserstein_distance
 
 from scmdm.system.files import atomic_write_bytes
 
-# Palette of Okabe and Ito, which readers with any common colour blindness can tell apart.
+# Palette of Okabe and Ito, whose colours remain distinct under common colour blindness.
 COLOURS = ("#555555", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCE_COLOUR = "#cccccc"  # of held-out data

@@ -17,7 +17,7 @@ IntervalsByMetric = Mapping[str, IntervalsByArm]
 
 
 def reference_arm(study: Json) -> Json:
-    """The arm that the others are compared with: the named one, or the first with the largest rate."""
+    """Return the arm to compare the others with: the named one, or the first with the largest rate."""
     arms: Sequence[Json] = study["arms"]
     named = next((arm for arm in arms if arm["name"] == study.get("reference")), None)
     return named or max(arms, key=lambda arm: arm["rate"])
@@ -55,7 +55,7 @@ def quality_table(
     labels: Mapping[str, str],
     samples: Sequence[Json],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table: a row for each T and arm, a column for each metric."""
+    """Return header and rows of the main table: a row for each T and arm, a column for each metric."""
     header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
@@ -78,7 +78,7 @@ def benchmark_table(
     labels: Mapping[str, str],
     samples: Sequence[Json],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of a benchmark: a row for each T and metric, a column for each arm."""
+    """Return header and rows of a benchmark's table: a row for each T and metric, a column for each arm."""
     header = ["T", "metric", "real data", *labels.values()]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
@@ -90,7 +90,7 @@ def benchmark_table(
 
 
 def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of costs: training and sampling of each arm, and its NELBO."""
+    """Return header and rows of the cost table: training and sampling of each arm, and its NELBO."""
     header = [
         "model",
         "tokens trained on",
@@ -135,7 +135,7 @@ def _nelbo(arm: Json, mode: str) -> str:
 
 
 def conclusions(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
-    """Sentences that compare the reference with every other arm at each T."""
+    """Return sentences that compare the reference with every other arm at each T."""
     lines = []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
@@ -146,10 +146,10 @@ def conclusions(samples: Sequence[Json], arms: Sequence[Json], reference: Json, 
 
 
 def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: str) -> list[tuple[float, float]]:
-    """Values of a metric for two arms, in pairs.
+    """Return pairs of a metric's values for two arms.
 
-    With one adaptation seed the pairs are over sampling seeds, which draw the same noise in both arms. With several,
-    they are over adaptation seeds, each averaged over its sampling seeds, because the latter are not independent.
+    With one adaptation seed there is a pair per sampling seed, which draws the same noise in both arms. With several,
+    there is a pair per adaptation seed, averaged over its sampling seeds, because these are not independent.
     """
     own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
     if not other:
@@ -193,7 +193,7 @@ def _interval_text(compared: Difference, metric: Metric) -> str:
 
 
 def describe_protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
-    """Describe the numbers of samples and seeds, and what was equal in all arms."""
+    """Describe the numbers of samples and seeds, and the conditions that all arms share."""
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
@@ -209,6 +209,6 @@ def _training_protocol(arms: Sequence[Json]) -> str:
     adapted = [arm for arm in arms if arm["name"] != "base" and arm["cost"] and not arm.get("from_scratch")]
     by_seed = zip(*([cost["tokens"] for cost in arm["cost"]] for arm in adapted), strict=True)
     equal = all(len(set(tokens)) == 1 for tokens in by_seed)
-    tokens = "the same number of tokens" if equal else "not all the same number of tokens (see Cost)"
+    tokens = "the same number of tokens" if equal else "different numbers of tokens (see Cost)"
     others = f" {', '.join(scratch)}: trained from scratch on as many sequences as base and adaptation together."
     return f"Adaptations start from the same base and are trained on {tokens}.{others if scratch else ''}"

@@ -89,12 +89,12 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
 
 
 def _modes(loaded: LoadedModel) -> dict[str, bool]:
-    """Names of the ways to estimate a likelihood; true: with self-conditioning."""
+    """Map each mode of likelihood estimation to whether it uses self-conditioning."""
     return {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
 
 
 def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
-    """Perplexities by name of the text and mode."""
+    """Compute perplexities by name of the text and mode."""
     options: dict[str, Any] = {"draws": config.nelbo_draws, "t_min": config.t_min, "precision": config.precision}
     found: dict[str, Any] = {}
     for name, source in config.zero_shot_texts().items():
@@ -152,7 +152,7 @@ def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
 
 
 def _check_data(loaded: LoadedModel, root: Path) -> Manifest:
-    """Manifest of the data set at `root`. Raises UserError unless it has the model's tokenizer and length."""
+    """Read the manifest at `root`. Raises UserError unless it has the model's tokenizer and length."""
     manifest = check_dataset(root)
     if manifest.tokenizer.sha256 != loaded.manifest.tokenizer.sha256:
         raise UserError(

@@ -37,7 +37,7 @@ def heading(text: str) -> str:
 
 
 def paragraph(text: str, *, note: bool = False) -> str:
-    """A paragraph; with `note` in small grey type."""
+    """A paragraph; `note` selects small grey type."""
     return f'<p class="note">{escape(text)}</p>' if note else f"<p>{escape(text)}</p>"
 
 

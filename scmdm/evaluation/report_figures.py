@@ -51,7 +51,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ticks = sorted({steps for by_steps in panel.values.values() for steps in by_steps})
     for index, arm in enumerate(arms):
         steps = sorted(panel.values[arm])
-        # Shifted by a few per cent, so that error bars of different arms do not overlap.
+        # Shift by a few per cent, so that error bars of different arms do not overlap.
         x = np.array(steps) * 1.035 ** (index - (len(arms) - 1) / 2)
         found = [panel.values[arm][t] for t in steps]
         y = [interval.mean * panel.scale for interval in found]
@@ -89,10 +89,7 @@ def _limit(ax: Axes, panel: Panel) -> None:
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
-    """Draw every arm at one T in a row of its own: mean and 95 % interval over seeds.
-
-    The dashed line is the first arm's mean.
-    """
+    """Draw mean and 95 % interval over seeds at one T, one row per arm; a dashed line marks the first arm's mean."""
     with plt.rc_context(STYLE):
         arms = list(dict.fromkeys(arm for panel in panels for arm in panel.values))
         size = (2.6 + 3.2 * len(panels), 1.2 + 0.32 * len(arms))
@@ -116,7 +113,7 @@ def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
             ax.axvline(mean, color=COLOURS[0], ls="--", lw=1)
         error = None if np.isnan(half) else half
         ax.errorbar(mean, row, xerr=error, fmt="o", color=COLOURS[0 if row == 0 else 6], capsize=3, markersize=5)
-    # Wrapped: the panels stand side by side.
+    # Wrap the title, because panels are drawn side by side.
     ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
 
 
@@ -141,7 +138,7 @@ def loss_figure(
         right.set(title="validation NELBO (averaged weights)", xlabel="tokens (million)", ylabel="nats per token")
         for ax in (left, right):
             if ax.get_legend_handles_labels()[1]:
-                # Below the axes: inside it would hide a curve.
+                # Inside the axes, the legend would hide a curve.
                 ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
         figure.tight_layout()
         return save_figure(figure, path)
@@ -164,7 +161,7 @@ def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, mar
 
 
 def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Centred moving mean; its window is a fraction of the values, and shorter at both ends."""
+    """Centred moving mean over a window of `fraction` of the values, which is shorter at both ends."""
     half = max(1, int(len(values) * fraction / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)

@@ -13,7 +13,7 @@ from scmdm.evaluation.statistics import mean_interval
 
 
 def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
-    """Print the JSON object that `run_evaluation` writes. `metrics` are those of its domain."""
+    """Print the JSON object that `run_evaluation` writes; `metrics` are its domain's."""
     table = Table(title=f"{result['model']} at step {result['step']:,}")
     table.add_column("metric")
     table.add_column("value", justify="right")

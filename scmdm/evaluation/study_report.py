@@ -126,7 +126,7 @@ def _panels(shown: Sequence[Metric], values: IntervalsByMetric, benchmark: str) 
 def _quality_pictures(
     panels: Sequence[Panel], samples: Sequence[Json], labels: Mapping[str, str], reference: str, figures: Path
 ) -> list[str]:
-    """Metrics against T, unless too many arms would overlap; with many arms also each arm in a row of its own."""
+    """Draw metrics against T unless too many arms would overlap; with many arms, also draw one row per arm."""
     parts = []
     steps = {row["steps"] for row in samples}
     if len(labels) <= len(COLOURS) or len(steps) > 1:
@@ -145,7 +145,7 @@ def _quality_pictures(
 def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:
     if not panels or len(labels) > len(COLOURS):
         return []
-    caption = "Against denoiser evaluations; bars are 95 % intervals over seeds, the dotted line is real data."
+    caption = "Metrics against denoiser evaluations; bars are 95 % intervals over seeds, the dotted line is real data."
     return [picture(quality_figure(panels, path), caption)]
 
 
@@ -171,7 +171,7 @@ def print_summary(summary: StudySummary) -> None:
 
 
 def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:
-    """Loss curves of the arms; none if there are more arms than colours, because each run has a report of its own."""
+    """Draw the arms' loss curves unless there are more arms than colours; each run also has its own report."""
     if len(arms) > len(COLOURS):
         return []
     train: dict[str, list[dict[str, Any]]] = {}
@@ -181,7 +181,7 @@ def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str
         rows = read_metrics(directory / arm["runs"][0] / "metrics.jsonl")
         train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
         validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
-    # All arms, so that the base keeps the first colour even without a curve.
+    # List all arms, so that the base keeps the first colour even without a curve.
     loss_figure(train, validation, path, order=[arm["label"] for arm in arms])
     caption = "Training loss and validation NELBO of the arms, without (null) and with self-conditioning (conditioned)."
     return [heading("Losses"), picture(path, caption)]
@@ -190,7 +190,7 @@ def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str
 def _domain_pictures(
     directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], out: Path
 ) -> list[str]:
-    """Samples of the first sampling seed, and their distributions compared with held-out data."""
+    """Draw samples of the first sampling seed, and compare their distributions with held-out data."""
     tokenizer = load_tokenizer(directory / study["tokenizer"])
     parts = []
     steps, arms = _picture_steps(samples), study["arms"]
@@ -218,7 +218,7 @@ def _first_texts(row: Json, directory: Path, title: str) -> list[str]:
 def _distribution_picture(
     directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], path: Path
 ) -> list[str]:
-    """Distributions of all samples of each arm at one T, and of held-out data."""
+    """Draw distributions of all samples of each arm at one T, and of held-out data."""
     steps = _picture_steps(samples)
     sets = {"held out": _read_samples(directory / study["held_out"])}
     for arm in study["arms"]:
@@ -230,7 +230,7 @@ def _distribution_picture(
 
 
 def _picture_steps(samples: Sequence[Json]) -> int:
-    """T of the figures: 32, the published protocol, if it was sampled, otherwise the largest."""
+    """T of the figures: 32, as in the published protocol, if it was sampled, otherwise the largest."""
     steps = sorted({row["steps"] for row in samples})
     return 32 if 32 in steps else steps[-1]
 

@@ -28,7 +28,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.training.validation import to_device
 
-_PART_BYTES = 1 << 40  # whole files
+_PART_BYTES = 1 << 40  # larger than any file, so that files are not split
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ZeroShot:
     """Likelihood of texts under a model."""
 
     nelbo: Nelbo  # nats per token of the model's tokenizer
-    tokens_per_word: float  # of the texts, counting one [EOS] per text
+    tokens_per_word: float  # counting one [EOS] per text
 
     @property
     def perplexity(self) -> float:
@@ -47,7 +47,7 @@ class ZeroShot:
     def word_perplexity(self) -> float:
         """Upper bound of the perplexity per whitespace-separated word.
 
-        Comparable between tokenizers (Radford et al., 2019, section 3.1).
+        It is comparable between tokenizers (Radford et al., 2019, section 3.1).
         """
         return math.exp(self.nelbo.mean * self.tokens_per_word)
 
@@ -67,8 +67,8 @@ def read_texts(
 def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:
     """Tokenize, frame and pad texts as the data set of `manifest`; returns (N, L) int64.
 
-    For a packed data set every text gets a sequence of its own. Raises UserError if a text contains a symbol outside
-    the vocabulary, or if all texts together are shorter than one block.
+    Texts of a packed data set are not packed: each has its own sequence. Raises UserError if a text contains a symbol
+    outside the vocabulary, or if all texts together are shorter than one block.
     """
     framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
     rows = [row for text in texts for row in framer.add(encode_text(tokenizer, text), None)]
@@ -113,7 +113,7 @@ def zero_shot(
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text without special tokens. Raises UserError for a symbol outside the vocabulary."""
+    """Encode a text without special tokens. Raises UserError for a symbol outside the vocabulary."""
     try:
         return tokenizer.encode(text)
     except UnknownSymbol as error:

@@ -77,10 +77,10 @@ class _Prompt:
 
     request: int
     context: list[int]
-    room: int  # tokens to generate
+    max_new_tokens: int  # tokens to generate
     until: list[str]  # strings that end the text
     sampler: SamplerConfig
-    draw_key: int  # of the random draws
+    draw_key: int  # key of the random draws
 
 
 @register_model("scmdm")
@@ -89,18 +89,18 @@ class MaskedDiffusionLM(TemplateLM):
 
     Args:
         path: run directory, checkpoint or exported model.
-        draws: masked states per continuation in the Monte Carlo estimate of its likelihood. A continuation with no
-            more states than that is evaluated exactly.
-        tail: "masked" or "none"; see the module.
+        draws: masked states per continuation in the Monte Carlo estimate of its likelihood. A continuation with
+            at most `draws` masked states is evaluated exactly.
+        tail: "masked" or "none"; see the module's docstring.
         seed: seed of masked states and samples.
         weights: "ema" or "raw".
         precision: "auto", "float32" or "bfloat16".
         batch_size: requests in a batch.
-        device: "cpu", "cuda" or None, for a GPU if there is one.
+        device: "cpu", "cuda", or None to use a GPU if there is one.
         sampler: keys of `scmdm.config.sampling.SamplerConfig`. They take precedence over a task's temperature, top_k
             and top_p. `carry` also decides whether likelihoods are conditioned on the model's own estimate.
 
-    Raises UserError for an impossible argument, and for a model that does not generate text.
+    Raises UserError for an argument out of range, and for a model that does not generate text.
     """
 
     def __init__(
@@ -182,37 +182,39 @@ class MaskedDiffusionLM(TemplateLM):
         seen: Counter[str] = Counter()
         prompts = []
         for number, request in enumerate(requests):
-            context, asked = request.args
-            prompts.append(self._prompt(number, context, normalize_gen_kwargs(asked), seen[repr(request.args)]))
+            context, options = request.args
+            prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), seen[repr(request.args)]))
             seen[repr(request.args)] += 1
         texts = [""] * len(requests)
-        for group in self._groups(prompts, lambda p: (len(p.context) + p.room, repr(p.sampler)), disable_tqdm):
+        for group in self._groups(
+            prompts, lambda p: (len(p.context) + p.max_new_tokens, repr(p.sampler)), disable_tqdm
+        ):
             for prompt, text in zip(group, self._generate(group), strict=True):
                 texts[prompt.request] = text
         return texts
 
-    def _sampler(self, asked: dict[str, Any]) -> SamplerConfig:
-        wanted = {"temperature": asked.get("temperature", 0.0), "top_p": asked.get("top_p", 1.0)}
-        keys = {**_SAMPLER, **wanted, "top_k": asked.get("top_k") or None, **self._given}
+    def _sampler(self, options: dict[str, Any]) -> SamplerConfig:
+        task = {"temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0)}
+        keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
         return read_config(SamplerConfig, keys, _WHERE)
 
-    def _prompt(self, number: int, context: str, asked: Any, repeat: int) -> _Prompt:
-        """Make a request. At most half of a sequence is left for generated text; a long context is cut on the left."""
+    def _prompt(self, number: int, context: str, options: Any, repeat: int) -> _Prompt:
+        """Make a request. At most half of a sequence is generated text; a long context is cut on the left."""
         ids = self.tok_encode(context)
-        room = min(asked["max_gen_toks"], self._loaded.spec.length // 2)
-        ids = ids[max(0, len(ids) - (self.max_length - room)) :]
-        return _Prompt(number, ids, room, asked["until"], self._sampler(asked), _key(ids, repeat))
+        max_new_tokens = min(options["max_gen_toks"], self._loaded.spec.length // 2)
+        ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
+        return _Prompt(number, ids, max_new_tokens, options["until"], self._sampler(options), _key(ids, repeat))
 
-    def _groups(self, items: Sequence[T], alike: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
-        """Batches of items for which `alike` gives the same value."""
+    def _groups(self, items: Sequence[T], group_key: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
+        """Yield batches of items that have the same `group_key`."""
         with tqdm(total=len(items), disable=quiet) as bar:
-            for _, same in itertools.groupby(sorted(items, key=alike), alike):
+            for _, same in itertools.groupby(sorted(items, key=group_key), group_key):
                 while group := list(itertools.islice(same, self._batch_size)):
                     yield group
                     bar.update(len(group))
 
     def _row(self, ids: list[int], masks: int = 0) -> tuple[Tensor, Tensor]:
-        """Sequence (L,) of [BOS], ids, masks and tail; and whether a position (L,) belongs to the tail."""
+        """Return a sequence (L,) of [BOS], ids, masks and tail, and a bool mask (L,) of the tail."""
         tokenizer = self._loaded.tokenizer
         row = torch.tensor([tokenizer.bos_id, *ids, *[tokenizer.mask_id] * masks])
         rest = self._loaded.spec.length - len(row) if self._tail == "masked" else 0
@@ -223,7 +225,7 @@ class MaskedDiffusionLM(TemplateLM):
         return compute_context(self._device, self._precision)
 
     def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Tokens, masked positions and counted positions (K, L), masked fractions and weights (K,) of all states."""
+        """Return tokens, masked and counted positions (K, L), masked fractions and weights (K,) of all states."""
         draw_key = _key(piece.context, *piece.ids)
         states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=draw_key)
         row, tail = self._row([*piece.context, *piece.ids])
@@ -233,7 +235,7 @@ class MaskedDiffusionLM(TemplateLM):
         return row.expand(len(counted), -1), counted | tail, counted, share, states.weight_K
 
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
-        """Upper bound of each piece's negative log-likelihood, in nats."""
+        """Estimate an upper bound of each piece's negative log-likelihood, in nats."""
         parts = [self._states(piece) for piece in group]
         *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         found = []
@@ -251,17 +253,17 @@ class MaskedDiffusionLM(TemplateLM):
         return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
-        """Whether greedy decoding gives each piece."""
-        rows, asked, tails = [], [], []
+        """Return whether greedy decoding reproduces each piece."""
+        rows, targets, tails = [], [], []
         for piece in group:
             row, tail = self._row([*piece.context, *piece.ids])
             rows.append(row)
-            asked.append((torch.arange(len(row)) > len(piece.context)) & ~tail)
+            targets.append((torch.arange(len(row)) > len(piece.context)) & ~tail)
             tails.append(tail)
         with self._compute():
             agrees_B = greedy_agrees(
                 self._loaded.model,
-                *(torch.stack(parts).to(self._device) for parts in (rows, asked, tails)),
+                *(torch.stack(parts).to(self._device) for parts in (rows, targets, tails)),
                 schedule=self._loaded.spec.schedule,
                 mask_id=self._loaded.spec.mask_id,
                 carry=self._settings.carry,
@@ -269,11 +271,11 @@ class MaskedDiffusionLM(TemplateLM):
         return [bool(agrees) for agrees in agrees_B]
 
     def _generate(self, group: Sequence[_Prompt]) -> list[str]:
-        """Generated text of each prompt."""
+        """Generate the text of each prompt."""
         spec, tokenizer = self._loaded.spec, self._loaded.tokenizer
         templates = []
         for prompt in group:
-            row, tail = self._row(prompt.context, prompt.room)
+            row, tail = self._row(prompt.context, prompt.max_new_tokens)
             templates.append(row.masked_fill(tail, spec.mask_id))
         templates_BL = torch.stack(templates)
         group[0].sampler.check_length(templates_BL.shape[1])
@@ -290,7 +292,7 @@ class MaskedDiffusionLM(TemplateLM):
         texts = []
         for prompt, row_L in zip(group, drawn.tokens.tolist(), strict=True):
             end = 1 + len(prompt.context)
-            text = tokenizer.decode(row_L[: end + prompt.room])[len(tokenizer.decode(row_L[:end])) :]
+            text = tokenizer.decode(row_L[: end + prompt.max_new_tokens])[len(tokenizer.decode(row_L[:end])) :]
             texts.append(_cut(text, prompt.until))
         return texts
 
@@ -313,15 +315,12 @@ def _length(piece: _Piece) -> int:
 
 
 def _key(context: list[int], *more: int) -> int:
-    """Key of a request's random draws, which does not depend on other requests.
-
-    It has 40 bits, because samplers multiply it by a length.
-    """
+    """Key of a request's random draws, independent of other requests; 40 bits, because samplers multiply it by L."""
     return int.from_bytes(hashlib.sha256(repr((context, more)).encode()).digest()[:5], "little")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """Cut a text before the first of the strings in it."""
+    """Cut a text before the first occurrence of a string of `until`."""
     return text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
 
 

@@ -82,7 +82,7 @@ class MaskedDiffusion(PreTrainedModel):
             t: time (B,) float64, for models with time conditioning; by default the fraction of masked positions.
             labels: classes (B,) int64, for models with labels; -1: no label.
 
-        The logits at positions that are not masked carry no meaning: a token that is not masked stays as it is.
+        Ignore the logits at positions that are not masked: those tokens stay unchanged.
         """
         t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))

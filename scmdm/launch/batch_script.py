@@ -1,6 +1,6 @@
-"""Batch scripts for SLURM: self-contained and readable, to be submitted again by hand if needed.
+"""Batch scripts for SLURM: self-contained and readable, so that a user can submit one again by hand.
 
-Every value is quoted, for bash or for sbatch, or refused.
+Every value is quoted for bash or sbatch; values that cannot be quoted are refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ port=$((10000 + SLURM_JOB_ID % 20000))
 attempt=${{SLURM_RESTART_COUNT:-0}}
 echo "scmdm: job $SLURM_JOB_ID, start $((attempt + 1)), on $SLURM_JOB_NODELIST, rendezvous at $head:$port"
 
-# The ranks get the signals themselves. Without these traps the signals would end this shell before the ranks.
+# SLURM signals the ranks, too. Without these traps the signals would end this shell before the ranks.
 trap : {trapped}
 
 # When a task has ended, the others have {grace} s to save and end before they are killed.
@@ -68,7 +68,7 @@ case $status in
     requeue
     ;;
 esac
-# A failure. After {attempts} in a row at the same checkpoint the job ends; a new checkpoint restarts the count.
+# The job ends after {attempts} failures at the same checkpoint; a new checkpoint restarts the count.
 at=$(cat "$checkpoints/latest" 2>/dev/null || echo "no checkpoint")
 echo "$at" >>"$launch/failures-$SLURM_JOB_ID"
 failures=$(grep -cxF "$at" "$launch/failures-$SLURM_JOB_ID")
@@ -91,7 +91,7 @@ python=(env {environment} {python})
 start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 echo "scmdm: task $SLURM_ARRAY_TASK_ID of {tasks}, job $SLURM_JOB_ID, start $start, on $SLURM_JOB_NODELIST"
 
-# Shortly before the time limit. There is nothing to save: finished parts are on disk.
+# SLURM signals shortly before the time limit. Nothing needs saving: finished parts are on disk.
 trap 'echo "scmdm: requeued before the time limit"; {requeue}' {signal}
 {srun} &
 wait $!
@@ -99,7 +99,7 @@ wait $!
 
 
 def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
-    """Batch script of a preparation by an array of `tasks` tasks."""
+    """Render the batch script of a preparation by an array of `tasks` tasks."""
     setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
     directives = [*_directives(frozen, ranks, job, working_directory, tasks)]
     command = '"${python[@]}" -m scmdm prepare "$launch/config.yaml" ' + f'slice="$SLURM_ARRAY_TASK_ID/{tasks}"'
@@ -120,10 +120,10 @@ def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, workin
 
 
 def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
-    """Batch script of a training run."""
+    """Render the batch script of a training run."""
     quote = shlex.quote
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
-    # A process without a handler yet was stopped, too: the shell reports 128 plus the signal.
+    # For a process that a signal ends before its handlers are installed, the shell reports 128 plus the signal.
     stopped = [REQUEUE_EXIT, *(128 + Signals[f"SIG{name}"] for name in signals)]
     environment = {**frozen.environment, STOP_SIGNALS_VARIABLE: ",".join((*signals, "INT"))}
     setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
@@ -160,7 +160,7 @@ def _requeue(job: SlurmJob) -> str:
 
 
 def script_path(frozen: FrozenLaunch) -> Path:
-    """Where the batch script of a launch is written."""
+    """Path of a launch's batch script."""
     return frozen.directory / "job.sbatch"
 
 
@@ -183,7 +183,7 @@ def _directives(
         "array": f"0-{array - 1}" if array is not None else None,
         "signal": f"{'' if array is None else 'B:'}{job.signal}@{job.signal_before}" if job.signal_before else None,
         "chdir": working_directory,
-        # In file names sbatch replaces %j and the like, and %% by %.
+        # In file names, sbatch replaces patterns such as %j, and %% by %.
         "output": f"{str(frozen.directory).replace('%', '%%')}/job-{'%j' if array is None else '%A-%a'}.log",
         "open-mode": "append",
     }
@@ -200,7 +200,7 @@ def _directive(key: str, value: str | None) -> str:
 
 
 def _sbatch_quote(value: str) -> str:
-    """Quote for a directive. sbatch quotes as a shell does, but a backslash escapes within single quotes, too."""
+    """Quote for a directive: sbatch parses quotes as a shell does, but backslashes escape in single quotes, too."""
     return shlex.quote(value.replace("\\", "\\\\"))
 
 
@@ -214,7 +214,7 @@ def _one_line(key: str, value: object) -> str:
 
 
 def _srun(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
-    """The command that starts the ranks, with one option per line."""
+    """Return the command that starts the ranks, with one option per line."""
     lines = ["srun --kill-on-bad-exit=0", f"--wait={ranks.grace}"]
     if ranks.cpus_per_rank is not None:
         lines.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')  # since SLURM 22.05 srun does not take it from the job

@@ -2,7 +2,7 @@
 
     python -m scmdm.launch.node --ranks-per-node 8 --head HOST --port 12345 --logs DIR -- adapt config.yaml
 
-The exit status is that of the ranks, while torchrun's own is always 1: 85 if all ranks were stopped by a signal.
+The exit status is that of the failed rank (torchrun's own is always 1), or 85 if signals stopped all failed ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scmdm.system.signals import REQUEUE_EXIT, stop_signals
 
 @dataclass(frozen=True)
 class SlurmNode:
-    """This machine among those of the SLURM job; without SLURM the only one."""
+    """This machine's place in the SLURM job; without SLURM, the job has one machine."""
 
     index: int
     count: int
@@ -43,7 +43,7 @@ class SlurmNode:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the ranks of this machine, wait for them and return the exit status."""
-    # The ranks inherit the block and lift it when their handlers are installed, so that no signal is lost.
+    # The ranks inherit the blocked signals and unblock them once their handlers are installed: no signal is lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     options = _parser().parse_args(arguments)
     if options.starter == "srun":
@@ -75,7 +75,7 @@ def _become_rank(options: argparse.Namespace) -> None:
 
 
 def rank_environment(slurm: Mapping[str, str], head: str, port: int) -> dict[str, str]:
-    """Variables for torch.distributed, from those that srun sets for a task."""
+    """Return torch.distributed's variables for a task of srun."""
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
@@ -112,10 +112,10 @@ def _torchrun(options: argparse.Namespace, attempt: int) -> int:
 def torchrun_arguments(options: argparse.Namespace, node: SlurmNode, attempt: int = 0) -> list[str]:
     """Arguments of torchrun on one machine of the job."""
     wait = options.start_timeout
-    meet = ["--standalone"]
+    rendezvous = ["--standalone"]
     if node.count > 1:
         conf = f"is_host={str(node.index == 0).lower()},join_timeout={wait},read_timeout={wait}"
-        meet = [
+        rendezvous = [
             f"--nnodes={node.count}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={options.head}:{options.port}",
@@ -124,31 +124,31 @@ def torchrun_arguments(options: argparse.Namespace, node: SlurmNode, attempt: in
         ]
     logs = options.logs / (node.name if attempt == 0 else f"{node.name}-attempt-{attempt + 1}")
     logs.mkdir(parents=True, exist_ok=True)
-    show = [f"--log-dir={logs}", "--redirects=3", "--tee=3", "--log-line-prefix-template=[rank ${rank}] "]
-    return [*meet, f"--nproc-per-node={options.ranks_per_node}", *show, "-m", "scmdm", *options.command]
+    output = [f"--log-dir={logs}", "--redirects=3", "--tee=3", "--log-line-prefix-template=[rank ${rank}] "]
+    return [*rendezvous, f"--nproc-per-node={options.ranks_per_node}", *output, "-m", "scmdm", *options.command]
 
 
 def _explain(node: SlurmNode, ended: Mapping[int, int], logs: Path) -> int:
     status = exit_status(ended.values())
     if status != REQUEUE_EXIT:
         causes = ", ".join(f"rank {rank}: {describe_exit(code)}" for rank, code in sorted(ended.items()))
-        print(f"scmdm: on {node.name} ended {causes}; logs in {logs}", file=sys.stderr, flush=True)
+        print(f"scmdm: ranks failed on {node.name}: {causes}; logs in {logs}", file=sys.stderr, flush=True)
     return status
 
 
 def exit_status(codes: Iterable[int]) -> int:
     """Combined exit status of ranks: 85 if all of them were stopped by a signal, else that of the likely cause."""
-    asked = {REQUEUE_EXIT, *(-number for number in stop_signals())}
-    wrong = [code for code in codes if code not in asked]
-    if not wrong:
+    stopped = {REQUEUE_EXIT, *(-number for number in stop_signals())}
+    failed = [code for code in codes if code not in stopped]
+    if not failed:
         return REQUEUE_EXIT
-    # A rank that was killed is the cause of those that lost their connection to it and ended with 1.
-    worst = min(wrong)
+    # Ranks that lose their connection to a killed rank end with 1; the negative code is the cause.
+    worst = min(failed)
     return worst if worst > 0 else 128 - worst
 
 
 def describe_exit(code: int) -> str:
-    """Text for a process's exit code."""
+    """Describe a process's exit code."""
     if code >= 0:
         return f"exit status {code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -156,7 +156,7 @@ def describe_exit(code: int) -> str:
 
 
 def _forward_signals() -> threading.Event:
-    """Pass on stop signals that reach only this process to the ranks. torchrun would kill them after 30 s."""
+    """Forward stop signals from this process to the ranks, which torchrun would kill after 30 s."""
     done = threading.Event()
 
     def forward() -> None:

@@ -74,7 +74,7 @@ def _submit(script: Path) -> str:
 def launch_local(
     launched: str, config: Path, *, overrides: list[str], dry_run: bool, attempts: int, ranks: LocalRanks
 ) -> None:
-    """Freeze code and configuration, then replace this process by the one that starts the ranks."""
+    """Freeze code and configuration, then replace this process by the launcher of the ranks."""
     ranks.validate()
     resolved = resolve(launched, config, overrides, ranks.size)
     frozen = plan_launch(launched, resolved)
@@ -89,6 +89,6 @@ def launch_local(
 
 
 def local_command(frozen: FrozenLaunch, ranks: LocalRanks, attempts: int) -> list[str]:
-    """The command line that starts the ranks on one machine."""
+    """Return the command line that starts the ranks on one machine."""
     node = [sys.executable, "-m", "scmdm.launch.node", f"--ranks-per-node={ranks.per_node}", f"--attempts={attempts}"]
     return [*node, f"--logs={frozen.logs}", "--", *frozen.arguments]

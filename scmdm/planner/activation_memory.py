@@ -29,25 +29,25 @@ from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
 from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tree_leaves
 
-_LAYERS = (2, 3)  # one layer is special: it is the first and the last to be differentiated
+_LAYERS = (2, 3)  # a single layer is atypical: it is both first and last in the backward pass
 _VOCABULARY = 8
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes beside weights, gradients of all blocks but one, and the head's logits, at moments of a step."""
+    """Peak bytes by phase of a step, without weights, the head's logits, and the gradients of all blocks but one."""
 
-    estimate_blocks: int  # most in the blocks of the passes that compute the estimate
-    estimate_head: int  # most from the output layer of such a pass to the next pass
-    loss_blocks: int  # most in the blocks of the pass that carries the loss
-    loss_head: int  # most from its output layer to the loss
+    estimate_blocks: int  # in the blocks of the passes that compute the estimate
+    estimate_head: int  # from the output layer of such a pass to the next pass
+    loss_blocks: int  # in the blocks of the pass that computes the loss
+    loss_head: int  # from the output layer of that pass to the loss
     kept: int  # kept for the backward pass
-    backward: int  # most in the backward pass, with the weight gradients of one block
-    kept_by_block: int = 0  # of `kept`, what each block adds
+    backward: int  # in the backward pass, with the weight gradients of one block
+    kept_by_block: int = 0  # part of `kept` that each block adds
 
     def extrapolate(self, more: ActivationBytes, layers: int) -> ActivationBytes:
-        """Bytes with `layers` layers, of which `self` has `_LAYERS[0]` and `more` has `_LAYERS[1]`."""
+        """Extrapolate to `layers` layers from `self` with `_LAYERS[0]` and `more` with `_LAYERS[1]` layers."""
         between = _LAYERS[1] - _LAYERS[0]
         pairs = zip(astuple(self), astuple(more), strict=True)
         extrapolated = ActivationBytes(
@@ -60,12 +60,12 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operators create while the mode is on, until they are freed.
 
     Attributes:
-        live: Bytes now.
-        peak: Most bytes so far; may be assigned to start a new interval.
+        live: Current bytes.
+        peak: Peak bytes; assign `live` to start a new interval.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), *, gpu: bool = False) -> None:
-        """`known` tensors are not counted. `gpu` counts a byte per element of a dropout mask, as CUDA keeps it."""
+        """Exclude the storages of `known`; `gpu` counts a byte per element of a dropout mask, as CUDA stores it."""
         super().__init__()
         self.live = self.peak = 0
         self._gpu = gpu
@@ -100,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _EverythingMasked(TorchDispatchMode):
-    """Answers `nonzero`, whose result has no shape for fake tensors, as if all elements were nonzero."""
+    """Makes `nonzero` return every element, because its output has no known shape for fake tensors."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,22 +124,22 @@ def measure_activations(
     """Measure one micro-batch of `rows` sequences of `length` tokens, all of them masked.
 
     `dtype` is the dtype of compute. With `gathered` weights arrive in that dtype, as FSDP2 gathers them; otherwise they
-    are float32 and autocast copies them. `passes` compute the estimate (0: vanilla training). `trained_layers` as in
-    `scmdm.models.flops.step_flops`.
+    are float32 and autocast copies them. `passes` passes compute the estimate (0: vanilla training).
+    `trained_layers` is that of `scmdm.models.flops.step_flops`.
     """
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile=False, attention="sdpa" if gpu else model.attention)
-    described = json.dumps(asdict(dataclasses.replace(model, layers=0)))
-    least, more = (
-        _measure(described, layers, rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu)
+    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0)))
+    fewer, more = (
+        _measure(model_json, layers, rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu)
         for layers in _LAYERS
     )
-    return least.extrapolate(more, model.layers)
+    return fewer.extrapolate(more, model.layers)
 
 
 @functools.cache
 def _measure(
-    described: str,
+    model_json: str,
     layers: int,
     rows: int,
     length: int,
@@ -149,7 +149,7 @@ def _measure(
     trained_layers: int | None,
     gpu: bool,
 ) -> ActivationBytes:
-    keys = {**json.loads(described), "layers": layers}
+    keys = {**json.loads(model_json), "layers": layers}
     config = DENOISERS.schema(keys["kind"])(**keys)
     spec = ModelSpec(config, DiffusionConfig(), _VOCABULARY, _VOCABULARY - 1, length, classes=2 if config.labels else 0)
     model = spec.build().train()
@@ -178,11 +178,11 @@ def _measure(
                 hook.remove()
             kept, tracker.peak = tracker.live, tracker.live
             loss.backward()
-        return _by_moment(peaks, passes, kept, tracker.peak)
+        return _by_phase(peaks, passes, kept, tracker.peak)
 
 
-def _by_moment(peaks: list[int], passes: int, kept: int, backward: int) -> ActivationBytes:
-    """`peaks` are of: embedding, then for each pass its blocks and its head."""
+def _by_phase(peaks: list[int], passes: int, kept: int, backward: int) -> ActivationBytes:
+    """Assign peaks to phases; `peaks` starts with the embedding, then has blocks and head of each pass."""
     blocks, heads = peaks[1::2], peaks[2::2]
     assert len(blocks) == len(heads) == passes + 1
     estimate_blocks, estimate_head = max(blocks[:-1], default=0), max(heads[:-1], default=0)
@@ -197,7 +197,7 @@ def _make_fake(model: Network, dtype: torch.dtype) -> None:
         own = dtype if path.startswith("blocks.") else rest
         for name, parameter in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(parameter.shape, dtype=own))
-            fake.register_post_accumulate_grad_hook(gradients.made(path))
+            fake.register_post_accumulate_grad_hook(gradients.make_hook(path))
             module._parameters[name] = fake
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -209,8 +209,8 @@ class _BlockGradients:
     def __init__(self) -> None:
         self._block, self._parameters = "", list[Tensor]()
 
-    def made(self, path: str) -> Callable[[Tensor], None]:
-        """Make the hook for a parameter of the module at `path`, to be called when its gradient is complete."""
+    def make_hook(self, path: str) -> Callable[[Tensor], None]:
+        """Make the post-accumulate hook for a parameter of the module at `path`."""
         block = ".".join(path.split(".")[:2]) if path.startswith("blocks.") else "rest"
 
         def hook(parameter: Tensor) -> None:
@@ -224,7 +224,7 @@ class _BlockGradients:
 
 
 def _freeze(model: nn.Module, trained_layers: int | None) -> None:
-    """Freeze what a run with adapters or `train.last_layers` does not train."""
+    """Freeze the parameters that a run with adapters or `train.last_layers` does not train."""
     if trained_layers is None:
         return
     for name, parameter in model.named_parameters():
@@ -233,9 +233,9 @@ def _freeze(model: nn.Module, trained_layers: int | None) -> None:
 
 
 def _masked_batch(rows: int, length: int, *, labels: bool) -> NoisedBatch:
-    """A batch in which every position is masked, the most that a pass can need."""
+    """Return a batch in which every position is masked, which needs the most memory."""
     x = torch.zeros((rows, length), dtype=torch.int64)
     z, t = torch.full_like(x, _VOCABULARY - 1), torch.ones(rows, dtype=torch.float64)
-    yes = torch.ones(rows, dtype=torch.bool)
+    conditioned = torch.ones(rows, dtype=torch.bool)
     classes = torch.zeros(rows, dtype=torch.int64) if labels else None
-    return NoisedBatch(x, z, t, torch.ones_like(x, dtype=torch.bool), z, t, yes, labels=classes)
+    return NoisedBatch(x, z, t, torch.ones_like(x, dtype=torch.bool), z, t, conditioned, labels=classes)

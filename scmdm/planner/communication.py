@@ -1,6 +1,6 @@
 """Collectives of one optimizer step: kind, number and size.
 
-Left out are a few numbers per step (token counts, sample ids, times, loss, gradient norm).
+Small collectives (token counts, sample ids, times, loss, gradient norm) are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     block = weights.blocks // layers
     rounds = {ESTIMATE: 0, LOSS: 1, BACKWARD: 1}
     if workload.passes:
-        # Weights that are kept after the first pass serve all forward passes.
+        # If weights stay gathered after the first pass, all forward passes use them.
         rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 1}
         if not layout.reshard_after_estimate:
             rounds = {ESTIMATE: 1, LOSS: 0, BACKWARD: 1}
@@ -58,8 +58,8 @@ def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     trained = (workload.trained_layers or layers) if weights.block_reduction else 0
     for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
         found.append(Collective("reduce_scatter", what, BACKWARD, "shard", shards, size, times))
-        mine = size // shards
-        found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, mine, times))
+        shard = size // shards
+        found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, shard, times))
     return found
 
 
@@ -68,7 +68,7 @@ def _zero(workload: Workload, layout: ParallelLayout) -> list[Collective]:
         return _zero_3(workload, layout)
     ranks = layout.ranks
     reduced = sum(p.numel * (layout.width if p.plain_linear else FLOAT32) for p in workload.parameters)
-    # Stage 2 reduces after every micro-batch, stage 1 once. Both all-reduce buckets and keep their part.
+    # Stage 2 reduces after every micro-batch, stage 1 once. Both all-reduce buckets and keep the rank's part.
     times = layout.micro_batches(workload) if layout.stage == 2 else 1
     return [
         Collective("all_reduce", "gradients", BACKWARD, "shard", ranks, reduced, times, overlaps=False),
@@ -99,7 +99,7 @@ def _zero_3(workload: Workload, layout: ParallelLayout) -> list[Collective]:
 
 
 def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
-    """Two all-to-alls around the attention of every block: queries, keys and values together, then the result."""
+    """Two all-to-alls around every block's attention: one of queries, keys and values, one of the output."""
     if layout.context == 1:
         return []
     batches, again = layout.micro_batches(workload), layout.activation_checkpointing != "none"

@@ -1,4 +1,4 @@
-"""Duration of a step: modelled, not measured. `Assumptions` lists what the model rests on.
+"""Duration of a step: modelled, not measured, under the `Assumptions` of `scmdm.planner.hardware`.
 
 Each part of a step takes the longer of its computation and the collectives that overlap with it, plus the collectives
 that do not overlap.
@@ -23,7 +23,7 @@ class PartTime:
 
     compute: float
     beside: float  # collectives that overlap with the computation
-    alone: float  # other collectives
+    alone: float  # collectives that do not overlap
 
     @property
     def total(self) -> float:
@@ -36,13 +36,13 @@ class StepTime:
     """Duration of an optimizer step."""
 
     parts: dict[str, PartTime]
-    tokens: int  # of a global batch
+    tokens: int  # per global batch
     flops: StepFlops  # per rank and step, without recomputed activations
     peak_flops: float
 
     @property
     def seconds(self) -> float:
-        """Seconds of the step."""
+        """Seconds of the whole step."""
         return sum(part.total for part in self.parts.values())
 
     @property
@@ -76,7 +76,7 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
     flops = StepFlops(forward, backward, per_sequence.estimate_passes * share)
     peak = cluster.gpu.flops(layout.dtype)
     again = forward if layout.activation_checkpointing == "full" else 0.0
-    speed = peak * assumed.of_products(workload.model.width)
+    speed = peak * assumed.product_efficiency(workload.model.width)
     compute = {
         ESTIMATE: flops.estimate_passes / speed,
         LOSS: forward / speed,
@@ -99,9 +99,9 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
 def collective_seconds(one: Collective, cluster: Cluster, layout: ParallelLayout, assumed: Assumptions) -> float:
     """Seconds of all repetitions of a collective: latency of the ring's steps, and bytes over the slowest link.
 
-    Between nodes, the network adapters of all ranks of the group on a node are used together.
+    Between nodes, a collective uses the network adapters of all of the group's ranks on a node.
     """
-    nodes, together = _placement(one, cluster, layout)
+    nodes, per_node = _placement(one, cluster, layout)
     rounds = 2 if one.kind == "all_reduce" else 1
     inter = rounds * (nodes - 1)
     latency = (
@@ -109,20 +109,20 @@ def collective_seconds(one: Collective, cluster: Cluster, layout: ParallelLayout
         + (rounds * (one.ranks - 1) - inter) * assumed.link_latency
         + inter * assumed.network_latency
     )
-    network = together if one.kind != "all_to_all" else 1
-    bandwidth = cluster.gpu.link if nodes == 1 else min(cluster.gpu.link, network * cluster.gpu.network)
+    adapters = per_node if one.kind != "all_to_all" else 1
+    bandwidth = cluster.gpu.link if nodes == 1 else min(cluster.gpu.link, adapters * cluster.gpu.network)
     return one.times * latency + one.sent / (bandwidth * assumed.link_efficiency)
 
 
 def _placement(one: Collective, cluster: Cluster, layout: ParallelLayout) -> tuple[int, int]:
-    """Number of nodes that a group spans, and of its ranks on one node."""
+    """Return the number of nodes that a group spans, and the number of its ranks per node."""
     stride = layout.shards if one.group == "replicate" else 1
-    together = max(1, min(one.ranks, cluster.gpus_per_node // stride))
-    return -(-one.ranks // together), together
+    per_node = max(1, min(one.ranks, cluster.gpus_per_node // stride))
+    return -(-one.ranks // per_node), per_node
 
 
 def _seconds(collectives: list[Collective], cluster: Cluster, layout: ParallelLayout, assumed: Assumptions) -> float:
-    """Seconds of collectives: kinds of groups overlap, collectives of one kind run one after the other."""
+    """Seconds of collectives: those of different groups overlap, those of one group run one after another."""
     groups: dict[str, float] = {}
     for one in collectives:
         groups[one.group] = groups.get(one.group, 0.0) + collective_seconds(one, cluster, layout, assumed)

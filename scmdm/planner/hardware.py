@@ -82,26 +82,26 @@ def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
 class Assumptions:
     """Assumptions of a plan, which are printed with it."""
 
-    efficiency: float | None = None  # of peak products, in compute alone; None: `measured_efficiency`
-    # Of the links' nominal bandwidth. ASTRA-sim's validation on HGX H100 measured at most 741 of 900 GB/s in both
-    # directions (astra-sim.github.io, "NCCL over HGX-H100 Systems").
+    efficiency: float | None = None  # fraction of peak FLOP/s without communication; None: `measured_efficiency`
+    # Fraction of the links' nominal bandwidth. ASTRA-sim's validation on HGX H100 measured at most 741 of 900 GB/s in
+    # both directions (astra-sim.github.io, "NCCL over HGX-H100 Systems").
     link_efficiency: float = 0.8
-    memory_efficiency: float = 0.8  # of the memory's nominal bandwidth, in the update of the weights
+    memory_efficiency: float = 0.8  # fraction of the memory's nominal bandwidth in the optimizer's update
     host_bandwidth: float = 50e9  # bytes/s of host memory per rank, for the update under fsdp.offload
     # NCCL's own cost model (src/graph/tuning.cc), ring, protocol Simple: seconds per collective, and per step of the
     # ring within a node and between nodes.
     base_latency: float = 8.4e-6
     link_latency: float = 3.4e-6
     network_latency: float = 14e-6
-    # Of the GPU's memory, kept free: CUDA's context, NCCL's buffers, cuBLAS' workspaces and fragmentation.
+    # Fraction of the GPU's memory kept free for CUDA's context, NCCL's buffers, cuBLAS' workspaces and fragmentation.
     memory_reserve: float = 0.1
 
-    def of_products(self, width: int) -> float:
+    def product_efficiency(self, width: int) -> float:
         """Achieved fraction of peak FLOP/s for a model of this width."""
         return measured_efficiency(width) if self.efficiency is None else self.efficiency
 
 
-# Width and fraction of peak products, without the update: scmdm's compiled steps of 170M and of a billion parameters on
+# Width and fraction of peak FLOP/s, without the update: scmdm's compiled steps of 170M and of a billion parameters on
 # an H100 (docs/lab/2026-11-26-h100.md). torchtitan's 8B reaches 0.33 to 0.39 with communication, MosaicML's 1.3B 0.42.
 _MEASURED = ((768, 0.36), (2048, 0.52))
 
@@ -114,7 +114,7 @@ def measured_efficiency(width: int) -> float:
 
 
 def make_assumptions(efficiency: float | None = None) -> Assumptions:
-    """Make the assumptions, with an achieved fraction of peak FLOP/s if given. Raises UserError if it is none."""
+    """Make the assumptions; `efficiency` is a fraction of peak FLOP/s. Raises UserError unless it is in (0, 1]."""
     if efficiency is not None and not 0 < efficiency <= 1:
         raise UserError(f"--efficiency {efficiency} is not possible; it must be above 0 and at most 1")
     return Assumptions(efficiency=efficiency)

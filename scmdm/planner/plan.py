@@ -17,7 +17,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel, open_model
 from scmdm.planner.communication import Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.search import Candidate, Found, evaluate, impossible_because, search
+from scmdm.planner.search import Candidate, SearchResult, evaluate, impossible_because, search
 from scmdm.planner.workload import ParallelLayout, Workload, make_layout, make_workload
 from scmdm.training.setup import resolve_config
 
@@ -53,9 +53,9 @@ class Plan:
     cluster: Cluster
     assumed: Assumptions
     configured: ParallelLayout
-    as_configured: Candidate | None  # None: the run would refuse to start
-    refused: str | None  # the reason
-    found: Found
+    as_configured: Candidate | None  # None: the run would not start
+    refused: str | None  # the reason why it would not start
+    found: SearchResult
 
     def collectives(self, candidate: Candidate) -> tuple[Collective, ...]:
         """Collectives of one step of a candidate."""
@@ -90,8 +90,8 @@ def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab
     for flag, number, what in wanted:
         if number is None:
             raise UserError(
-                f"the {what} is unknown: {config.data.label} is no prepared data set here; give {flag} NUMBER, or "
-                "data.path=DIRECTORY"
+                f"the {what} is unknown: {config.data.label} is no prepared data set on this machine; give {flag} N "
+                "or data.path=DIRECTORY"
             )
         if number < 2:
             raise UserError(f"{flag} {number} is not possible; it must be at least 2")

@@ -23,7 +23,7 @@ def plan(
     efficiency: float | None,
     json: bool,
 ) -> None:
-    """Print the plan of a run on a cluster. Raises UserError when the model fits with no settings."""
+    """Print the plan of a run on a cluster. Raises UserError when no layout fits."""
     cluster = make_cluster(gpu, nodes, gpus_per_node)
     made = make_plan(config, cluster, make_assumptions(efficiency), length=length, vocab=vocab)
     if json:

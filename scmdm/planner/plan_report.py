@@ -66,7 +66,7 @@ def _candidate_json(plan: Plan, candidate: Candidate | None) -> dict[str, Any] |
 
 
 def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
-    """Return a layout as configuration keys, without those of other engines."""
+    """Return a layout as configuration keys of its engine."""
     own: dict[str, str | int | bool] = {
         "engine": layout.engine,
         "precision": str(layout.dtype).removeprefix("torch."),
@@ -102,7 +102,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     columns = {"as configured": plan.as_configured, "best found": plan.found.best}
     shown = {title: candidate for title, candidate in columns.items() if candidate is not None}
     if plan.refused:
-        console.print(f"as configured, a run would refuse to start: {plan.refused}", highlight=False)
+        console.print(f"the run as configured would not start: {plan.refused}", highlight=False)
     if shown:
         for table in (_settings_table(plan, shown), _memory_table(plan, shown), _traffic_table(plan, shown)):
             console.print(table)
@@ -187,13 +187,13 @@ def _time_table(shown: dict[str, Candidate]) -> Table:
 
 def _assumptions(plan: Plan) -> str:
     assumed, gpu = plan.assumed, plan.cluster.gpu
-    products = assumed.of_products(plan.workload.model.width)
+    products = assumed.product_efficiency(plan.workload.model.width)
     return (
         f"Assumed: matrix products at {products:.0%} of peak; collectives overlap with the computation of their "
         f"part of the step unless listed as others; links at {assumed.link_efficiency:.0%} of "
         f"{gpu.link / _GB:.0f} GB/s within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, "
-        "latencies of NCCL's rings; the update at "
+        "latencies of NCCL's rings; the optimizer's update at "
         f"{assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
         "GPU's memory kept free; all positions masked (memory), half of them on average (time). Kernel launches are "
-        "left out: steps of a few hundredths of a second will take longer."
+        "not modelled: steps of a few hundredths of a second will take longer."
     )

@@ -1,9 +1,9 @@
-"""Memory of a rank: what it holds between steps, and the most that it holds within one.
+"""Memory of a rank: training state between steps, and the peak within a step.
 
 Memory can peak at six moments of a step. Each is a sum of the training state and of gathered weights (counted,
 `scmdm.planner.sharding`), of activations (measured, `scmdm.planner.activation_memory`) and of the output head's logits
-and gradients (the formulas below). All positions are assumed to be masked: with one sequence per micro-batch some rank
-will meet that.
+and gradients (the formulas below). All positions are assumed to be masked, which some rank will draw if a
+micro-batch has one sequence.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Moment:
     """Bytes by part at one moment of a step."""
 
     weights: int = 0
-    gradients: int = 0  # sharded, or whole if the engine keeps them whole
+    gradients: int = 0  # sharded, or whole if the engine does not shard them
     moments: int = 0
     averages: int = 0
-    gathered: int = 0  # whole weights, and the buffers that they arrive in
-    reduced: int = 0  # whole gradients being reduced, and those that accumulate
-    activations: int = 0  # kept for the backward pass, with copies of weights that autocast makes
+    gathered: int = 0  # whole weights, and the buffers of their all-gathers
+    reduced: int = 0  # whole gradients that are being reduced or accumulated
+    activations: int = 0  # kept for the backward pass, with autocast's copies of weights
     head: int = 0  # logits and gradients of the output head
-    working: int = 0  # within a pass, including recomputed activations
+    working: int = 0  # temporary within a pass, including recomputed activations
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -82,8 +82,8 @@ def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
 def head_logits(workload: Workload, layout: ParallelLayout) -> int:
     """Bytes of a chunk of logits, with every position masked.
 
-    A GPU has the softmax beside them, both in the dtype of the head. On a CPU everything is computed in place in
-    float32, with a copy in the dtype of the head for the products.
+    On a GPU, logits and softmax exist together in the dtype of the head. On a CPU, everything is computed in place in
+    float32, with a copy in the dtype of the head for matrix products.
     """
     rows = min(layout.tokens(workload), workload.model.head_chunk)
     width = head_width(workload, layout)
@@ -97,7 +97,7 @@ class _StepParts:
     def __init__(self, workload: Workload, layout: ParallelLayout, state: TrainingState) -> None:
         self._workload, self._layout, self._state = workload, layout, state
         self._gathered = gathered_weights(workload, layout)
-        # Memory follows from the positions of a rank: slices of many sequences are as good as fewer whole ones.
+        # Memory depends on a rank's number of positions only, so slices of many sequences equal fewer whole ones.
         shared = math.gcd(layout.micro_batch_size, layout.context)
         self._activations = measure_activations(
             replace(workload.model, activation_checkpointing=layout.activation_checkpointing),
@@ -110,17 +110,17 @@ class _StepParts:
             gpu=layout.gpu,
         )
         accumulates = layout.micro_batches(workload) > 1
-        # Unless they reduce after every micro-batch, engines keep gradients whole, in float32.
+        # Engines that do not reduce after every micro-batch accumulate whole gradients in float32.
         zero = layout.engine == "deepspeed"
         trained = sum(parameter.numel for parameter in workload.trained) * FLOAT32
         whole = trained if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
         self._accumulated = whole if accumulates else 0
-        self._at_the_end = whole if zero else self._accumulated
+        self._gradients_at_end = whole if zero else self._accumulated
         # DeepSpeed allocates its buffers for the first gradients, and frees them at the update (stage 3: never).
-        self._standing = self._gathered.buckets if accumulates or layout.stage == 3 else 0
-        self._earlier = state.gradients if accumulates and not whole else 0
+        self._standing_buffers = self._gathered.buckets if accumulates or layout.stage == 3 else 0
+        self._earlier_gradients = state.gradients if accumulates and not whole else 0
         self._block_gradients = sum(p.numel for p in workload.units()[-1] if p.trained) * FLOAT32
-        self._keeps = workload.passes > 0 and not layout.reshard_after_estimate
+        self._keeps_gathered = workload.passes > 0 and not layout.reshard_after_estimate
 
     def moment(self, **parts: int) -> Moment:
         """A moment with the training state, except gradients, and these parts."""
@@ -128,35 +128,36 @@ class _StepParts:
         return Moment(weights=state.weights, moments=state.moments, averages=state.averages, **parts)
 
     def estimate(self) -> Moment:
-        """The last pass that computes the estimate: in its blocks, or in its head."""
+        """Peak of the last pass that computes the estimate: in its blocks, or in its head."""
         gathered, found = self._gathered, self._activations
         logits = head_logits(self._workload, self._layout)
         in_head = found.estimate_head + logits >= found.estimate_blocks
         return self.moment(
-            gradients=self._earlier,
-            gathered=gathered.rest + (gathered.blocks if self._keeps else gathered.block) + gathered.buffers,
-            reduced=self._accumulated + self._standing,
+            gradients=self._earlier_gradients,
+            gathered=gathered.rest + (gathered.blocks if self._keeps_gathered else gathered.block) + gathered.buffers,
+            reduced=self._accumulated + self._standing_buffers,
             head=logits if in_head else 0,
             working=found.estimate_head if in_head else found.estimate_blocks,
         )
 
     def head(self) -> Moment:
-        """The loss pass: in its head, with everything kept for the backward pass, or in its last block."""
+        """Peak of the loss pass: in its head, with everything kept for the backward pass, or in its last block."""
         gathered, found = self._gathered, self._activations
         head = head_logits(self._workload, self._layout) + self._head_gradient(FLOAT32)
         in_head = found.loss_head + head >= found.loss_blocks
-        most = found.loss_head if in_head else found.loss_blocks
+        peak = found.loss_head if in_head else found.loss_blocks
+        # Blocks are freed as the pass proceeds.
         return self.moment(
-            gradients=self._earlier,
-            gathered=gathered.rest + (0 if self._keeps else gathered.buffers),  # blocks are freed as the pass proceeds
-            reduced=self._accumulated + self._standing,
+            gradients=self._earlier_gradients,
+            gathered=gathered.rest + (0 if self._keeps_gathered else gathered.buffers),
+            reduced=self._accumulated + self._standing_buffers,
             activations=found.kept,
             head=head if in_head else 0,
-            working=max(0, most - found.kept),
+            working=max(0, peak - found.kept),
         )
 
     def last_backward(self) -> Moment:
-        """The backward pass of the first layer: all gradients exist, and the activations of one block."""
+        """Peak in the backward pass of the first layer: all gradients exist, and the activations of one block."""
         gathered, found = self._gathered, self._activations
         return self.moment(
             gradients=self._state.gradients - (self._block_gradients if not gathered.block else 0),
@@ -167,23 +168,23 @@ class _StepParts:
         )
 
     def first_backward(self) -> Moment:
-        """The backward pass of the last layers: hardly any activation has been freed."""
+        """Peak in the backward pass of the last layers: hardly any activation has been freed."""
         gathered, found = self._gathered, self._activations
         # By the time the second block's gradients are reduced, the first one's activations are freed.
-        on_their_way = max(0, gathered.block_reduction - found.kept_by_block) if not self._accumulated else 0
+        in_reduction = max(0, gathered.block_reduction - found.kept_by_block) if not self._accumulated else 0
         return self.moment(
-            gradients=self._earlier,
+            gradients=self._earlier_gradients,
             gathered=gathered.rest + gathered.block + gathered.buffers,
-            reduced=self._accumulated + on_their_way + gathered.buckets,
+            reduced=self._accumulated + in_reduction + gathered.buckets,
             activations=found.kept,
             head=2 * self._head_gradient(gathered.rest_width),
             working=max(0, found.backward - found.kept),
         )
 
     def end(self) -> Moment:
-        """The last gradients: no activations are left."""
+        """Peak at the last gradients: no activations are left."""
         gathered = self._gathered
-        reduced = (self._at_the_end or gathered.rest_gradients) + gathered.rest_reduction + gathered.buckets
+        reduced = (self._gradients_at_end or gathered.rest_gradients) + gathered.rest_reduction + gathered.buckets
         return self.moment(gradients=self._state.gradients, gathered=gathered.rest, reduced=reduced)
 
     def _head_gradient(self, width: int) -> int:

@@ -15,7 +15,7 @@ from scmdm.planner.workload import ParallelLayout, Workload
 
 CHECKPOINTING = ("none", "selective", "full")
 _EQUAL = 1.01  # among layouts within 1 % of the fastest, the simplest is taken
-_LARGEST_FACTOR = 64  # most nodes to suggest, as a multiple of those given
+_LARGEST_FACTOR = 64  # maximum number of nodes to suggest, as a multiple of the given number
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Result of a search: the best candidate, or the reason why there is none."""
 
     best: Candidate | None
@@ -38,7 +38,7 @@ class Found:
 
 
 def evaluate(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> Candidate:
-    """Evaluate a layout that `impossible_because` accepts."""
+    """Compute memory and duration of a layout that `impossible_because` accepts."""
     memory = rank_memory(workload, layout)
     fits = memory.peak.total <= usable_memory(cluster, assumed)
     return Candidate(layout, memory, step_time(workload, layout, cluster, assumed), fits)
@@ -50,7 +50,7 @@ def usable_memory(cluster: Cluster, assumed: Assumptions) -> float:
 
 
 def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None:
-    """Return why a run would refuse this layout; None if it would not."""
+    """Return why a run with this layout would not start; None if it would."""
     if layout.engine == "single" and layout.ranks > 1:
         return f"engine=single cannot use {layout.ranks} GPUs"
     for key, value in (("fsdp.replicate", layout.replicate), ("fsdp.context", layout.context)):
@@ -70,10 +70,10 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
     return None
 
 
-def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> Found:
+def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> SearchResult:
     """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
 
-    Offloading is tried if nothing fits otherwise. Engine, precision and compilation stay as in `start`.
+    Offloading is tried only if no other layout fits. Engine, precision and compilation stay as in `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
     candidates = [evaluate(workload, layout, cluster, assumed) for layout in layouts if not layout.offload]
@@ -81,10 +81,10 @@ def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed:
         candidates += [evaluate(workload, layout, cluster, assumed) for layout in layouts if layout.offload]
     fitting = [candidate for candidate in candidates if candidate.fits]
     if fitting:
-        return Found(_simplest(fitting), len(candidates), None)
+        return SearchResult(_simplest(fitting), len(candidates), None)
     if not candidates:
-        return Found(None, 0, _why_none_is_possible(workload, start))
-    return Found(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
+        return SearchResult(None, 0, _why_none_is_possible(workload, start))
+    return SearchResult(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
 
 
 def _layouts(workload: Workload, start: ParallelLayout, cluster: Cluster) -> Iterator[ParallelLayout]:

@@ -1,6 +1,6 @@
-"""What a rank holds of weights, gradients, moments and averages, and what engines gather and reduce; in bytes.
+"""Bytes of weights, gradients, moments and averages on a rank, and of what engines gather and reduce.
 
-All figures are those of rank 0. Where the rows of a parameter do not divide evenly, the first ranks hold one row more,
+All figures are for rank 0. Where the rows of a parameter do not divide evenly, the first ranks hold one row more,
 so no rank holds more than rank 0. FSDP2 pads every shard to the size of the first.
 """
 
@@ -21,7 +21,7 @@ _ZERO_BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients (`red
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Bytes that stay from step to step; gradients at the update."""
+    """Bytes of the state that persists between steps, and of the gradients at the update."""
 
     weights: int
     gradients: int
@@ -30,12 +30,12 @@ class TrainingState:
 
     @property
     def total(self) -> int:
-        """All four."""
+        """Sum of all four."""
         return self.weights + self.gradients + self.moments + self.averages
 
 
 def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
-    """Return what rank 0 holds between steps, exactly."""
+    """Return the exact training state of rank 0."""
     if layout.engine == "deepspeed":
         return _zero_3_state(workload, layout) if layout.stage == 3 else _zero_state(workload, layout)
     held, trained = (
@@ -47,7 +47,7 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
 
 
 def held_elements(parameter: Parameter, shards: int) -> int:
-    """Elements of a parameter on rank 0 if its rows are distributed as `torch.chunk` does."""
+    """Elements of a parameter on rank 0 if its rows are distributed as by `torch.chunk`."""
     rows = parameter.shape[0]
     return -(-rows // shards) * (parameter.numel // rows)
 
@@ -73,16 +73,16 @@ def _zero_3_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
 
 @dataclass(frozen=True)
 class GatheredWeights:
-    """Bytes of whole weights and gradients beside a rank's shards; 0 where weights are whole anyway."""
+    """Bytes of whole weights and gradients in addition to a rank's shards; 0 where weights are not sharded."""
 
     rest: int  # embedding, head, time embedding, conditioner
     block: int
     blocks: int  # all blocks
-    buffers: int  # filled by collectives, before weights are copied out of them
+    buffers: int  # outputs of collectives, from which weights are copied
     block_reduction: int  # input of a block's reduce-scatter
     rest_gradients: int
     rest_reduction: int
-    rest_width: int  # bytes of an element of the rest
+    rest_width: int  # bytes per element of the rest
     buckets: int = 0  # DeepSpeed's buffers for gradients
 
 
@@ -107,7 +107,7 @@ def gathered_weights(workload: Workload, layout: ParallelLayout) -> GatheredWeig
         rest=rest * rest_width,
         block=block * width,
         blocks=block * width * workload.model.layers,
-        buffers=block * width,  # prefetch: of the next block in either direction
+        buffers=block * width,  # prefetch of the next block in either direction
         block_reduction=block_trained * FLOAT32,
         rest_gradients=rest_trained * rest_width,
         rest_reduction=rest_trained * FLOAT32,
@@ -121,7 +121,7 @@ def _padded(unit: tuple[Parameter, ...], shards: int) -> int:
 
 
 def _zero_gathered(workload: Workload, layout: ParallelLayout) -> GatheredWeights:
-    """Gathered weights of one process, and of DeepSpeed, whose stage 3 gathers a module at a time (and embeddings)."""
+    """Gathered weights of a single process or DeepSpeed; stage 3 gathers a module at a time, and embeddings."""
     zero_3 = layout.engine == "deepspeed" and layout.stage == 3
     module = max(p.numel for p in workload.units()[1]) * layout.width if zero_3 else 0
     outside = sum(p.numel for p in workload.units()[0]) * FLOAT32 if zero_3 else 0
@@ -141,13 +141,13 @@ def _zero_gathered(workload: Workload, layout: ParallelLayout) -> GatheredWeight
 
 
 def _zero_buckets(workload: Workload, layout: ParallelLayout) -> int:
-    """DeepSpeed's buffers for gradients, one per dtype in which they travel; stages 1 and 2 keep all in float32."""
+    """DeepSpeed's buffers for gradients, one per communication dtype; stages 1 and 2 allocate all in float32."""
     widths = {layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
     return sum(width if layout.stage == 3 else FLOAT32 for width in widths) * _ZERO_BUCKET
 
 
 def gathers_in_compute_dtype(layout: ParallelLayout) -> bool:
-    """Return whether weights arrive at a block in the dtype of compute, not in float32 that autocast copies."""
+    """Return whether a block receives weights in the dtype of compute, not in float32 that autocast copies."""
     return layout.dtype != torch.float32 and (
         layout.engine == "fsdp2" or (layout.engine == "deepspeed" and layout.stage == 3)
     )

@@ -1,4 +1,4 @@
-"""Inputs of a plan: a model with its data (`Workload`), and how a run distributes them over ranks (`ParallelLayout`).
+"""Inputs of a plan: model and data (`Workload`), and their distribution over ranks (`ParallelLayout`).
 
 Both are plain values; everything else in `scmdm.planner` is a pure function of them.
 """
@@ -28,8 +28,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     block: int | None  # None: outside of the blocks, sharded with the rest
-    group: tuple[bool, bool]  # group of the optimizer: in the conditioner, with weight decay
-    plain_linear: bool  # belongs to `nn.Linear` or `Linear` itself, which DeepSpeed's autocast sends in bfloat16
+    group: tuple[bool, bool]  # group of the optimizer: (in the conditioner, with weight decay)
+    plain_linear: bool  # belongs to exactly `nn.Linear` or `Linear`, which DeepSpeed's autocast sends in bfloat16
     trained: bool = True
 
     @property
@@ -44,9 +44,9 @@ class Workload:
 
     model: ModelConfig
     vocab_size: int
-    length: int  # tokens of a sequence
-    global_batch: int  # sequences of an optimizer step
-    passes: int  # passes of a step that compute the estimate; 0: vanilla training
+    length: int  # tokens per sequence
+    global_batch: int  # sequences per optimizer step
+    passes: int  # passes per step that compute the estimate; 0: vanilla training
     averaged: bool  # keeps averaged weights (ema.decay > 0)
     schedule: Schedule
     trained_layers: int | None  # blocks with trained weights; None: everything is trained
@@ -74,7 +74,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """One way to run a workload; fields are named as the keys of the configuration."""
+    """One way to run a workload; fields have the names of the configuration's keys."""
 
     engine: str  # single | fsdp2 | deepspeed
     ranks: int
@@ -91,7 +91,7 @@ class ParallelLayout:
 
     @property
     def width(self) -> int:
-        """Bytes of an element in the dtype of compute."""
+        """Bytes per element in the dtype of compute."""
         return self.dtype.itemsize
 
     @property
@@ -104,7 +104,7 @@ class ParallelLayout:
         return workload.global_batch * self.context // (self.ranks * self.micro_batch_size)
 
     def tokens(self, workload: Workload) -> int:
-        """Positions of a micro-batch that a rank holds."""
+        """Positions of a micro-batch on one rank."""
         return self.micro_batch_size * workload.length // self.context
 
 

@@ -17,7 +17,7 @@ _PREFIX = "nccl_trace_rank_"
 def enable_flight_recorder(directory: Path) -> None:
     """Let NCCL record its recent collectives, and write them to `directory` when one of them times out.
 
-    To be called before the process group is created. Environment variables that the user has set are kept.
+    Call this before the process group is created. Environment variables that the user has set are kept.
     """
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -25,7 +25,7 @@ def enable_flight_recorder(directory: Path) -> None:
 
 
 def dump_flight_recorder(directory: Path, rank: int) -> None:
-    """Write this rank's record to `directory` now; nothing without NCCL."""
+    """Write this rank's record to `directory` now; do nothing without NCCL."""
     if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
-        # Private, because torch itself writes the record only when a collective times out.
+        # This function is private: torch itself writes the record only when a collective times out.
         (directory / f"{_PREFIX}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ from scmdm.system.files import atomic_write_text
 from scmdm.system.process_group import World, all_gather_object, barrier, broadcast
 from scmdm.system.run_directory import CHECKPOINTS
 
-# What must be equal on all ranks, and the remedy. Earlier differences explain later ones, so they are reported first.
+# Kinds of values that must be equal on all ranks, and remedies. Earlier differences explain later ones.
 REMEDIES = {
     "version of": "install the same packages on every machine",
     "source file": "install the same scmdm on every machine",
@@ -60,14 +60,14 @@ class DiskSpace:
     key: str
     path: str
     free: int  # bytes
-    needed: int  # with less the run fails
-    wanted: int  # with less the run may fail later
+    needed: int  # bytes; with fewer the run fails
+    wanted: int  # bytes; with fewer the run may fail later
     remedy: str
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank runs, on which machine."""
+    """Software, configuration, inputs and machine of one rank."""
 
     rank: int
     host: str
@@ -78,7 +78,7 @@ class RankReport:
 
 @dataclass(frozen=True)
 class PreflightProblem:
-    """Difference or shortage that a check has found."""
+    """Difference between ranks, or shortage of disk space."""
 
     fatal: bool
     text: str
@@ -92,7 +92,7 @@ class PreflightReport:
     source_sha256: str
     seconds: float
     skew_s: float
-    all_reduce_gb_per_s: float | None  # bus bandwidth, comparable between numbers of ranks; None: one process
+    all_reduce_gb_per_s: float | None  # bus bandwidth, which does not depend on the number of ranks; None: one process
     all_reduce_latency_us: float | None
     warnings: tuple[str, ...]
 
@@ -141,7 +141,7 @@ def collect(
     world: World,
     device: torch.device,
 ) -> RankReport:
-    """This rank's report, with the clock still to be set."""
+    """Collect this rank's report, whose clock is set later."""
     same = {
         "version of": _versions(),
         "source file": source_hashes(Path(__file__).parents[1]),
@@ -157,7 +157,7 @@ def collect(
 
 
 def compare(first: RankReport, own: RankReport) -> list[PreflightProblem]:
-    """Problems of a rank, in comparison with rank 0."""
+    """List a rank's differences from rank 0, and its shortages of disk space."""
     return [*_differences(first, own), *_skew(first, own), *_shortages(own)]
 
 
@@ -192,12 +192,12 @@ def _shortages(own: RankReport) -> Iterator[PreflightProblem]:
             yield PreflightProblem(
                 fatal,
                 f"rank {own.rank} on {own.host}: {disk.key}={disk.path} has {_size(disk.free)} free, "
-                f"{'needs' if fatal else 'should have'} {_size(least)}; {disk.remedy}",
+                f"but {'needs' if fatal else 'should have'} {_size(least)}; {disk.remedy}",
             )
 
 
 def _refuse_fatal(problems: list[PreflightProblem]) -> tuple[str, ...]:
-    """Texts of warnings. Raises UserError if a problem is fatal."""
+    """Return the texts of warnings. Raises UserError if a problem is fatal."""
     fatal = [problem.text for problem in problems if problem.fatal]
     if fatal:
         raise UserError(fatal[0] + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""))
@@ -224,7 +224,7 @@ def log_preflight(report: PreflightReport) -> None:
 
 
 def source_hashes(package: Path) -> dict[str, str]:
-    """SHA-256 of every source file, which unlike a git revision covers files that were changed or never committed."""
+    """Hash every source file with SHA-256; unlike a git revision, the hashes cover uncommitted changes."""
     return {
         str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(package.rglob("*.py"))
@@ -237,7 +237,7 @@ def _versions() -> dict[str, str]:
 
 
 def _configuration(config: RunConfig) -> dict[str, str]:
-    """All keys except paths, which may differ between machines; the content at these paths is compared instead."""
+    """Return all keys except paths, which may differ between machines; `_inputs` compares the content instead."""
     flat = flatten(asdict(config))
     local = {"run_dir", "data.path", *(f"data.streams.{name}.path" for name in config.data.streams)}
     return {key: str(value) for key, value in flat.items() if key not in local}
@@ -262,7 +262,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _run_disks(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[DiskSpace]:
-    """Space for the checkpoints that are kept and one more, which a save writes before it removes the oldest."""
+    """Require space for the kept checkpoints and one more, which a save writes before it removes the oldest."""
     copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA, all in float32
     size = 4 * copies * count_parameters(spec.build())
     missing = config.train.keep_last + 1 - len(list_checkpoints(directory / CHECKPOINTS))
@@ -281,7 +281,7 @@ def _machine_disks(config: RunConfig, data: DataMixture) -> Iterator[DiskSpace]:
 
 
 def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
-    """Bytes of the largest shard that is not cached yet, and of all such shards."""
+    """Return the bytes of the largest shard that is not cached yet, and of all such shards."""
     files = [file for split in source.manifest.splits.values() for file in split.files]
     missing = [file.bytes for file in files if not (source.root / file.file).is_file()]
     wanted = sum(missing)
@@ -291,7 +291,7 @@ def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
 
 
 def _disk(key: str, path: Path, needed: int, wanted: int, remedy: str) -> Iterator[DiskSpace]:
-    """Free space at `path`. Yields nothing if the file system does not report its size, as some network ones do not."""
+    """Yield the free space at `path`, or nothing if the file system does not report its size, as some network ones."""
     if not path.exists():
         return
     usage = shutil.disk_usage(path)
@@ -300,7 +300,7 @@ def _disk(key: str, path: Path, needed: int, wanted: int, remedy: str) -> Iterat
 
 
 def _measure_all_reduce(device: torch.device) -> tuple[float, float]:
-    """Bus bandwidth in GB/s of a message of `_MESSAGE` bytes, and microseconds for one number."""
+    """Measure bus bandwidth in GB/s for `_MESSAGE` bytes, and latency in microseconds for one number."""
     ranks = dist.get_world_size()
     seconds, latency = _all_reduce_seconds(_MESSAGE // 4, 5, device), _all_reduce_seconds(1, 20, device)
     return 2 * (ranks - 1) / ranks * _MESSAGE / seconds / 1e9, 1e6 * latency

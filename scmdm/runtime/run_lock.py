@@ -19,20 +19,20 @@ from scmdm.system.run_directory import CHECKPOINTS, LEASE
 def acquire_run(directory: Path) -> Iterator[Lease]:
     """Create the run directory, check that it can be written, and hold its lease while the block runs.
 
-    Raises InUseError, which names the holder, while another run has it.
+    Raises InUseError, which names the holder, if another run holds it.
     """
     _make_writable(directory)
     with acquire(directory / LEASE, f"run_dir={directory}") as lease:
         if lease.predecessor is not None:
             logger.warning("run_dir=%s: taking over from %s, which has died", directory, lease.predecessor)
-        # Also fences: a suspended predecessor that wakes up between its check and its rename finds nothing to rename.
+        # A suspended predecessor that resumes between its check and its rename must find nothing to rename.
         remove_leftovers(directory / CHECKPOINTS)
         yield lease
 
 
 @contextlib.contextmanager
 def acquire_run_on_rank_0(directory: Path) -> Iterator[Lease | None]:
-    """`acquire_run` on rank 0, None on the others. All ranks raise if rank 0 is refused."""
+    """Call `acquire_run` on rank 0 and yield None on the others. All ranks raise if rank 0 is refused."""
     with contextlib.ExitStack() as stack:
         lease: Lease | None = None
         refused: UserError | None = None

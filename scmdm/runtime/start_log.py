@@ -33,5 +33,5 @@ def record_start(directory: Path, preflight: PreflightReport, step: int) -> None
 
 
 def read_starts(directory: Path) -> list[dict[str, Any]]:
-    """All starts, oldest first, without lines that a crash has cut short."""
+    """Read all starts, oldest first, except lines that a crash has truncated."""
     return read_metrics(directory / STARTS_FILE)

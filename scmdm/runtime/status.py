@@ -1,7 +1,7 @@
 """`scmdm status`: the state of a run, read from its directory on any machine, by any user.
 
-Files may be half-written, missing, or of an older scmdm. Nothing is written or locked, so that the command disturbs
-neither the run nor another start.
+Files may be incomplete, missing, or written by an older scmdm. The command writes and locks nothing, so that it cannot
+disturb the run or another start.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """The newest checkpoint that verifies: the run would resume from it."""
+    """The newest intact checkpoint, from which the run would resume."""
 
     step: int
     path: str
     age_s: float
     verified: str  # "SHA-256" | "sizes"
-    damaged: list[str]  # problems of newer ones, one each
+    damaged: list[str]  # one problem of each newer checkpoint
 
 
 @dataclass(frozen=True)
 class OwnerStatus:
-    """The process that runs the run, or ran it last. None where unknown."""
+    """The current or last process of the run. None where unknown."""
 
     host: str | None
     pid: int | None
@@ -61,7 +61,7 @@ class RunStatus:
     steps: int | None
     loss: float | None
     tokens_per_s: float | None
-    eta_s: float | None  # of training alone; None unless it runs
+    eta_s: float | None  # of training, without validation and checkpoints; None unless the run is running
     metrics_age_s: float | None  # since the last row
     checkpoint: CheckpointStatus | None
     starts: int
@@ -72,12 +72,12 @@ class RunStatus:
 
 
 def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> RunStatus:
-    """State of the run in `directory`. Without `hashes` checkpoints are verified by size alone.
+    """Read the state of the run in `directory`. Without `hashes`, checkpoints are verified by size only.
 
-    Raises UserError if `directory` is no run.
+    Raises UserError if `directory` is not a run directory.
     """
     if not (directory / LOG_FILE).exists() and not (directory / METRICS_FILE).exists():
-        raise UserError(f"{directory} is no run (neither {METRICS_FILE} nor {LOG_FILE}); give a run directory")
+        raise UserError(f"{directory} is not a run directory: it has no {METRICS_FILE} and no {LOG_FILE}; give one")
     rows = [row for row in read_metrics(directory / METRICS_FILE) if row.get("kind") == "train"]
     row: Mapping[str, Any] = rows[-1] if rows else {}
     starts, steps = read_starts(directory), planned_steps(directory)
@@ -104,7 +104,7 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
 
 
 def describe_status(status: RunStatus) -> list[str]:
-    """The status as lines of text."""
+    """Format the status as lines of text."""
     lines = [f"{status.run}: {status.state}{_owner_text(status)}", f"step         {_progress(status)}"]
     if status.loss is not None and status.tokens_per_s is not None:
         eta = f", left {format_duration(status.eta_s)}" if status.eta_s is not None else ""
@@ -133,7 +133,7 @@ def _owner_text(status: RunStatus) -> str:
 
 def _checkpoint_text(found: CheckpointStatus | None) -> str:
     if found is None:
-        return "none yet that verifies"
+        return "none intact yet"
     damaged = f"; newer ones are damaged: {'; '.join(found.damaged)}" if found.damaged else ""
     return f"step {found.step:,}, {format_duration(found.age_s)} old, verified by {found.verified}{damaged}"
 
@@ -150,7 +150,7 @@ def _starts_text(status: RunStatus) -> str:
 
 
 def planned_steps(directory: Path) -> int | None:
-    """`train.steps` of the run's last start; None if unknown."""
+    """Read `train.steps` of the run's last start; None if unknown."""
     try:
         return int(yaml.safe_load((directory / CONFIG_FILE).read_text())["train"]["steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
@@ -158,7 +158,7 @@ def planned_steps(directory: Path) -> int | None:
 
 
 def _eta(row: Mapping[str, Any], steps: int | None) -> float | None:
-    """From the last row's speed and the mean number of tokens of a step."""
+    """Estimate the remaining seconds from the last row's speed and the mean number of tokens per step."""
     if steps is None or not row.get("tokens_per_s") or not row.get("step") or "tokens" not in row:
         return None
     return float((steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_s"])
@@ -178,13 +178,13 @@ def _checkpoint(directory: Path, *, hashes: bool) -> CheckpointStatus | None:
         age = _age(path / SEAL)
         if not problems and age is not None:
             return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
-        if path.exists():  # the run may have removed it meanwhile
+        if path.exists():  # the run may have removed it since
             damaged.append(problems[0])
     return None
 
 
 def _owner(holder: LeaseHolder | None, last_start: Mapping[str, Any] | None) -> OwnerStatus | None:
-    """The lease's last holder, else the process of the last recorded start."""
+    """Return the lease's last holder, or else the process of the last recorded start."""
     if holder is not None:
         found: Mapping[str, Any] = vars(holder)
     elif last_start is not None:
@@ -196,20 +196,20 @@ def _owner(holder: LeaseHolder | None, last_start: Mapping[str, Any] | None) -> 
 
 
 def _state(lease: Path | None, holder: LeaseHolder | None, owner: OwnerStatus | None) -> str:
-    """State of an unfinished run."""
+    """Determine the state of an unfinished run."""
     if lease is None or (holder is not None and holder.released):
         return "stopped"
     if holder is not None and holder.machine == machine_id():
         return "running" if process_lives(holder.pid, holder.pid_start) else "stopped"
     if owner is not None and owner.job_state is not None:
         return "running" if owner.job_state in LIVE_JOB_STATES else "stopped"
-    # By the local clock: asking the file server for the time would mean to write. Nothing is decided by it.
+    # The local clock suffices for display; reading the file server's clock would require a write.
     age = _age(lease)
     return "running" if age is not None and age < SILENCE_LIMIT_S else "silent"
 
 
 def _warnings(path: Path) -> list[str]:
-    """Warnings and errors near the end of the log."""
+    """Read the warnings and errors near the end of the log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))

@@ -6,8 +6,8 @@ start-up, the first step (which may compile), checkpoints and the end of a run t
 A rank that waits for another one in a collective makes no progress either. The first rank that exceeds the limit leaves
 an alarm file in the run directory; the others find it and write their stacks, too, and on GPUs NCCL's flight recorder.
 
-`faulthandler` writes the stacks. It is also armed to end the process from a thread of its own, with status 1, if the
-watchdog's thread stands still: when C code keeps the interpreter's lock, or the file system of the run hangs.
+`faulthandler` writes the stacks. Its own thread also ends the process, with status 1, if the watchdog's thread is
+blocked because C code holds the interpreter's lock or the run's file system hangs.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ _PATIENT_PARTS = ("start", "checkpoint", "end")
 _ALARM, _SUMMARIZED = ".hang", ".summed"
 _HEADER = "=== "
 _LONGEST_POLL_S = 5.0
-_ANSWER_S = 5.0  # rank 0 waits for the other ranks' stacks
-_LEAVE_S = 15.0  # a rank waits for rank 0's summary
+_ANSWER_S = 5.0  # maximum wait of rank 0 for the other ranks' stacks
+_LEAVE_S = 15.0  # maximum wait of the other ranks for rank 0's summary
 
 logger = logging.getLogger("scmdm")
 
 
 @dataclass(frozen=True)
 class _Progress:
-    part: str  # that has begun
-    step: int | None  # the last complete step
-    limit_s: float  # until the next progress
+    part: str  # part that has begun
+    step: int | None  # last complete step
+    limit_s: float  # seconds until the next progress
 
     def __str__(self) -> str:
         return f"in {self.part}, {'before the first step' if self.step is None else f'last step {self.step}'}"
 
 
 def collective_timeout(minutes: float) -> timedelta | None:
-    """Timeout for collectives, longer than a watchdog of `minutes` ever waits; None (torch's) without a watchdog."""
+    """Timeout for collectives that exceeds every limit of a watchdog of `minutes`; None (torch's) without watchdog."""
     return timedelta(minutes=PATIENCE * minutes + 5) if minutes else None
 
 
 def set_aside_stacks(directory: Path) -> None:
-    """Move the stacks of an earlier start to `stacks.before` and clear its alarm, before any rank starts to watch."""
+    """Move an earlier start's stacks to `stacks.before` and clear its alarm; call this before any rank watches."""
     old, older = directory / STACKS, directory / f"{STACKS}.before"
     if written_stacks(directory):
         shutil.rmtree(older, ignore_errors=True)
@@ -72,7 +72,7 @@ def set_aside_stacks(directory: Path) -> None:
 
 
 def written_stacks(directory: Path) -> list[Path]:
-    """Files of the ranks that have written stacks since the last start of the run in `directory`."""
+    """List the stack files that ranks have written since the last start of the run in `directory`."""
     return sorted(path for path in (directory / STACKS).glob("rank_*.txt") if path.stat().st_size)
 
 
@@ -104,8 +104,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._limit_s:
             self._place.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")  # now, because later the disk may be full or hang
-            # Loader processes inherit this handler, so that their stacks can be had, too.
+            self._file = self._path.open("a")  # open it now: later the disk may be full or hang
+            # Loader processes inherit this handler, so that they can write their stacks, too.
             self._stack_signal = signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
             if self._stack_signal:
                 faulthandler.register(signal.SIGUSR2, file=self._file)
@@ -133,7 +133,7 @@ class Watchdog:
             self._place.rmdir()
 
     def _arm(self, seconds: float) -> None:
-        """Let faulthandler write the stacks and end the process unless this is called again within `seconds`."""
+        """Make faulthandler write the stacks and end the process unless this is called again within `seconds`."""
         assert self._file is not None
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
 
@@ -142,7 +142,7 @@ class Watchdog:
         while not self._done.wait(self._poll_s):
             self._arm(PATIENCE * self._limit_s)
             now = time.monotonic()
-            # A longer gap means that the whole process was suspended, which is no hang.
+            # A longer gap means that the whole process was suspended, which is not a hang.
             silent_s += min(now - before, 2 * self._poll_s)
             before = now
             if self._progress is not seen:
@@ -160,7 +160,7 @@ class Watchdog:
             dump_flight_recorder(self._place, self._world.rank)
         hang = f"rank {self._world.rank} has made no progress for {silent_s:.0f} s ({progress})"
         logger.error("watchdog: %s; the stacks of all ranks are in %s; exit status %d", hang, self._place, HANG_EXIT)
-        # The launcher ends all ranks when the first one has ended: not before rank 0 has its summary.
+        # The launcher ends all ranks when the first one ends, so wait for rank 0's summary.
         with contextlib.suppress(OSError):
             if self._world.is_main:
                 time.sleep(2 * self._poll_s)  # until the others have seen the alarm
@@ -181,7 +181,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file)
 
     def _dump_children(self) -> None:
-        """Let the loader's processes write their stacks, and end them, because they would outlive this process."""
+        """Make the loader's processes write their stacks, then end them, because they would outlive this process."""
         assert self._file is not None
         for child in multiprocessing.active_children():
             if child.pid is None:
@@ -208,7 +208,7 @@ def _main_stack() -> str:
 
 
 def _summary(place: Path, ranks: int) -> str:
-    """Where each rank hangs. Places of few ranks come first, because those ranks are likely the cause."""
+    """Summarize where each rank hangs, places of few ranks first, because those ranks are likely the cause."""
     found = defaultdict(list)
     for rank in range(ranks):
         headers = []
@@ -217,4 +217,4 @@ def _summary(place: Path, ranks: int) -> str:
             headers = [line.rpartition(" | ")[2] for line in lines if line.startswith(_HEADER)]
         found[headers[-1] if headers else "no stacks (stopped, or its machine is down)"].append(str(rank))
     in_order = sorted(found.items(), key=lambda item: len(item[1]))
-    return "; ".join(f"{where}: rank {', '.join(some)}" for where, some in in_order)
+    return "; ".join(f"{where}: rank {', '.join(ranks_there)}" for where, ranks_there in in_order)

@@ -29,7 +29,7 @@ from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.sampling.templates import make_model_template, require_prompt
 
 EACH_LABEL = "each"
-_CPU_BATCH, _GPU_BATCH = 64, 1024  # fits a core's cache; fills a GPU
+_CPU_BATCH, _GPU_BATCH = 64, 1024  # the first fits a core's cache, the second fills a GPU
 
 
 def load(path: str | Path, *, weights: str = "ema", device: str = "auto") -> LoadedModel:
@@ -58,8 +58,8 @@ def generate(
     """Draw `num` samples for each template (P, L) int64, ordered by template; without templates, `num` samples.
 
     Sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal. `on_step` is called
-    after every step of every batch, in the thread that draws the batch. On a CPU each core draws batches of its own:
-    two small batches on a core each are faster than one batch on two cores.
+    after every step of every batch, in the thread that draws the batch. On a CPU each core draws its own batches:
+    one small batch on each of two cores is faster than one batch on both.
 
     Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
     graphs without a GPU.
@@ -114,7 +114,7 @@ def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
 
 
 def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:
-    """Label (N,) int64 of every sample, given its number within its template; None for a model without labels."""
+    """Return labels (N,) int64 of samples, given their numbers within a template; None for a model without labels."""
     names, label = loaded.manifest.labels, sampler.label
     if not loaded.spec.model.labels:
         if label is not None:

@@ -16,7 +16,7 @@ from scmdm.system.files import require_writable
 
 
 def sample_and_print(path: Path, config: SampleConfig) -> None:
-    """Draw samples, write them to `config.out` or print their texts, and print what they cost."""
+    """Draw samples, write them to `config.out` or print their texts, and print their cost."""
     generated = run_sampling(path, config)
     if config.out is None:
         for text in generated.texts:

@@ -1,4 +1,4 @@
-"""Files of samples, in the format that the file's suffix names."""
+"""Files of samples, in the format given by the file's suffix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer)
 
     - `.jsonl`: one object per line with `text`, `framed`, `tokens`, `evaluations` and, if conditional, `label`;
     - `.txt`: one text per line;
-    - `.smi`: one molecule per line, of framed samples alone;
+    - `.smi`: one molecule per line, only of framed samples;
     - `.fasta`, `.fa`: sequences;
     - `.png`: a picture of the first samples;
     - `.npy`: codes (N, height, width) of framed samples.

@@ -1,4 +1,4 @@
-"""Templates: the tokens that samples begin with, from a prompt, a file of prompts or a text to fill in.
+"""Templates, the initial tokens of samples, made from a prompt, a file of prompts or a text to fill in.
 
 Legend: L length.
 """
@@ -21,7 +21,7 @@ MASK_TEXT = "[MASK]"
 def make_template(
     tokenizer: Tokenizer, length: int, prompt: str | None, infill: str | None, *, bos_given: bool
 ) -> Tensor:
-    """Tokens (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
+    """Make a template (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
 
     With `bos_given`, [BOS] is set even without a prompt. Raises UserError for a text that the vocabulary cannot encode
     or that is longer than `length`.
@@ -51,7 +51,7 @@ def make_template(
 def make_model_template(
     loaded: LoadedModel, length: int, prompt: str | None = None, infill: str | None = None
 ) -> Tensor:
-    """`make_template` with the tokenizer of a model and the `bos_policy` of its data set."""
+    """Call `make_template` with a model's tokenizer and its data set's `bos_policy`."""
     bos_given = loaded.manifest.bos_policy == "given"
     return make_template(loaded.tokenizer, length, prompt, infill, bos_given=bos_given)
 

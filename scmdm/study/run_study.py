@@ -73,7 +73,7 @@ def run_study(config: StudyConfig) -> Path:
 
 
 def _base(plan: StudyPlan) -> StudyModel:
-    """The base, trained first if the study asks for it."""
+    """Return the base, after training it if the study has no `base`."""
     if not plan.config.from_scratch:
         return StudyModel("base", 0, find_model(Path(plan.config.base)), None)
     run = plan.base_run()
@@ -93,7 +93,7 @@ def _write_held_out(root: Path, manifest: Manifest, split: str, out: Path) -> st
 def _describe_arms(
     config: StudyConfig, models: list[StudyModel], evaluations: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Arms as `study.json` lists them, the base first."""
+    """Describe the arms for `study.json`, the base first."""
     arms = []
     for name in dict.fromkeys(model.arm for model in models):
         own = [model for model in models if model.arm == name]

@@ -16,7 +16,7 @@ from scmdm.system.run_directory import METRICS_FILE
 class StudyDisplay:
     """A progress bar per run on a terminal, otherwise a few plain lines per run.
 
-    `runs` are name, run directory and number of steps of each run.
+    `runs` lists each run's name, directory and number of steps.
     """
 
     def __init__(self, console: Console, runs: list[tuple[str, Path, int]]) -> None:
@@ -30,7 +30,7 @@ class StudyDisplay:
         )
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self._runs = [(*run, self._bars.add_task(run[0], total=run[2], numbers="")) for run in runs]
-        self._shown = {name: _part(last_row(place / METRICS_FILE, "train"), steps) for name, place, steps in runs}
+        self._lines = {name: _lines_due(last_row(run / METRICS_FILE, "train"), steps) for name, run, steps in runs}
 
     def __enter__(self) -> StudyDisplay:
         self._bars.start()
@@ -51,11 +51,11 @@ class StudyDisplay:
                 continue
             numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
             self._bars.update(bar, completed=row["step"], numbers=numbers)
-            if not self._console.is_terminal and _part(row, steps) > self._shown[name]:
-                self._shown[name] = _part(row, steps)
+            if not self._console.is_terminal and _lines_due(row, steps) > self._lines[name]:
+                self._lines[name] = _lines_due(row, steps)
                 self.print(f"{name}: step {row['step']}/{steps}  {numbers}")
 
 
-def _part(row: dict[str, Any] | None, steps: int) -> int:
-    """Number of plain lines that the progress of a run is worth."""
+def _lines_due(row: dict[str, Any] | None, steps: int) -> int:
+    """Number of plain progress lines due at the step of `row`."""
     return int(row["step"] * PLAIN_LINES // steps) if row is not None else 0

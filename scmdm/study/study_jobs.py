@@ -63,7 +63,7 @@ class StudyJobs:
         ]
         display = StudyDisplay(self._console, shown)
         with worker_processes(worker_count()) as pool, display:
-            # The longest run first, because it would otherwise run alone at the end.
+            # Start the longest run first, because it would otherwise run alone at the end.
             for model, run in sorted(runs.items(), key=lambda item: -_num_sequences(item[1])):
                 run.threads = run.threads or threads
                 self._running[pool.submit(unless_stopped, _train, run, self._base.path)] = model
@@ -88,7 +88,7 @@ class StudyJobs:
         return self._plan.measurements(model, self._fingerprint, changed_keys(self._metrics_config))
 
     def _measure(self, pool: Executor, model: StudyModel) -> None:
-        """Submit the missing measurements of a model, and those of the arms that sample it."""
+        """Submit the missing measurements of a model and of the arms that sample from it."""
         self._models[model.key] = model
         sha256, out = sha256_of_model(model.path), self._plan.out
         for own in self._measurements(model):
@@ -105,7 +105,7 @@ class StudyJobs:
                 self._measure(pool, dataclasses.replace(model, arm=name, run=None))
 
     def _finish(self, task: Measurement, result: dict[str, Any]) -> str:
-        """Evaluate the samples of a worker and write the row; returns the line to print."""
+        """Evaluate a worker's samples and write the row; returns the line to print."""
         name = task.settings["name"]
         if task.settings["kind"] == "nelbo":
             line = f"{name:<24} " + ", ".join(f"{mode} {value['mean']:.4f}" for mode, value in result["nelbo"].items())
@@ -142,12 +142,12 @@ def _num_sequences(run: RunConfig) -> int:
 
 
 def _train(run: RunConfig, base: Path) -> Path:
-    """In a worker: train or resume a run, from the base if it is an adaptation; returns the checkpoint."""
+    """Train or resume a run in a worker, from the base if it is an adaptation; returns the checkpoint."""
     return find_model(run_training(run, open_model(base) if run.base is not None else None))
 
 
 def _measure(task: Measurement, root: Path, domain: str) -> dict[str, Any]:
-    """In a worker: estimate the NELBO, or draw and write samples."""
+    """Estimate the NELBO, or draw and write samples, in a worker."""
     torch.set_num_threads(1)
     loaded, settings = load(task.model), task.settings
     if settings["kind"] == "nelbo":

@@ -1,4 +1,4 @@
-"""What a study trains and measures: the run of every arm, and the settings of every measurement."""
+"""Plan of a study: the run of every arm, and the settings of every measurement."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StudyModel:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement of a model: its NELBO, or the quality of samples of one T and seed."""
+    """A measurement of a model: its NELBO, or the quality of samples for one number of steps T and one seed."""
 
     model: Path
     settings: dict[str, Any]  # everything that the result depends on
@@ -48,11 +48,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Runs and measurements of a study, with its base trained or not."""
+    """Runs and measurements of a study."""
 
     config: StudyConfig
     out: Path
-    data: Path  # data set
+    data: Path  # directory of the data set
 
     def trained_arms(self) -> list[tuple[str, int]]:
         """Arm and seed of every model that is trained."""
@@ -98,13 +98,13 @@ class StudyPlan:
         return run
 
     def _steps_from_scratch(self, adaptation: RunConfig, base: str) -> int:
-        """Steps of `base_config` with as many sequences as base and adaptation together."""
+        """Steps at the base's batch size that process as many sequences as base and adaptation together."""
         trained = self.base_run().train
         done = trained.steps if self.config.from_scratch else open_model(find_model(Path(base))).spec.step
         return done + -(-adaptation.train.steps * adaptation.train.global_batch_size // trained.global_batch_size)
 
     def measurements(self, model: StudyModel, data_fingerprint: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-        """Settings of every measurement of a model: everything but the model that the result depends on.
+        """Return, per measurement of a model, all settings besides the model that determine the result.
 
         `metrics` are the keys of the section `metrics` that differ from their defaults.
         """
@@ -137,7 +137,7 @@ class StudyPlan:
 
 
 def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Row of a finished measurement; None if there is none with exactly these settings."""
+    """Return the row of a finished measurement with exactly these settings, or None."""
     if not path.is_file():
         return None
     row: dict[str, Any] = json.loads(path.read_text())

@@ -68,7 +68,7 @@ class MetricsLogger:
         return self._window.paused()
 
     def log_step(self, result: StepResult, lr: float) -> None:
-        """Write a row over the steps since the last one."""
+        """Write a row for the steps since the last row."""
         run, window, state = self._run, self._window, self._run.state
         loss, train = state.loss_sum / state.loss_count, run.config.train
         state.loss_sum, state.loss_count = 0.0, 0
@@ -121,11 +121,13 @@ class MetricsLogger:
         self._track(lambda tracker: tracker.log(numbers, step=row["step"]))
 
     def _track(self, act: Callable[[Tracker], None]) -> None:
-        """Call wandb, and continue without it if that fails: SIGTERM to all processes of a job ends its service."""
+        """Call wandb, and continue without it on failure: SIGTERM to all processes of a job ends wandb's service."""
         if self._tracker is None:
             return
         try:
             act(self._tracker)
         except Exception as error:  # noqa: BLE001 - a dead service makes wandb raise errors of many classes
             self._tracker = None
-            logger.warning("wandb failed (%s: %s); metrics go to metrics.jsonl alone", type(error).__name__, error)
+            logger.warning(
+                "wandb failed (%s: %s); metrics are only written to metrics.jsonl", type(error).__name__, error
+            )

@@ -11,7 +11,7 @@ from scmdm.config.training import OptimizerConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Parameter groups of the trained parameters: with and without weight decay, for trunk and conditioner."""
+    """Group the trained parameters of trunk and conditioner, with and without weight decay."""
     conditioner_lr = config.lr if config.conditioner_lr is None else config.conditioner_lr
     groups = []
     for name, peak_lr, in_conditioner in (("trunk", config.lr, False), ("conditioner", conditioner_lr, True)):
@@ -26,12 +26,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to a parameter: to matrices that multiply activations, but not to embeddings."""
+    """Return whether weight decay applies: to matrices that multiply activations, but not to embeddings."""
     return parameter.ndim >= 2 and not name.startswith("vocab_embed.")
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101), fused."""
+    """Make fused AdamW (arXiv 1711.05101)."""
     groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 

@@ -30,25 +30,28 @@ from scmdm.training.optimizer import make_optimizer
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
     """Set keys that follow from others: the conditioner from the rate, an adaptation's architecture from its base.
 
-    Raises UserError when the configuration asks for another architecture or process than the base's.
+    Raises UserError when the configuration contradicts the base's architecture or process.
     """
     conditioned = config.self_conditioning.rate > 0
     if config.model.self_conditioned and not conditioned:
-        raise UserError("model.self_conditioned=true with self_conditioning.rate=0: set the rate alone, above 0")
+        raise UserError(
+            "model.self_conditioned=true is not possible with self_conditioning.rate=0; set the rate above 0"
+        )
     if base is None:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
     if base.spec.model.self_conditioned and not conditioned:
         raise UserError(
-            f"base={base.path} is self-conditioned already; rate 0 would lose its conditioner: use rate > 0"
+            f"base={base.path} is self-conditioned, and self_conditioning.rate=0 would drop its conditioner; set it "
+            "above 0"
         )
     if base.spec.model.lora_rank:
         raise UserError(
-            f"base={base.path} has adapters beside its weights; merge them: `scmdm export RUN OUT`, base=OUT"
+            f"base={base.path} has unmerged adapters; merge them with `scmdm export RUN OUT` and set base=OUT"
         )
     if (config.train.last_layers or 0) > base.spec.model.layers:
         raise UserError(
-            f"train.last_layers={config.train.last_layers} is not possible; base={base.path} has "
-            f"{base.spec.model.layers} blocks"
+            f"train.last_layers={config.train.last_layers} is not possible; it must be at most "
+            f"{base.spec.model.layers}, the number of blocks of base={base.path}"
         )
     return replace_sections(
         config,
@@ -58,10 +61,9 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
 
 
 def _adapted(section: str, given: Any, base: StoredModel) -> Any:
-    """The base's section with those keys of `given` that an adaptation may set.
+    """Return the base's section with the keys of `given` that an adaptation may set.
 
-    A null leaves the base's value. Every other key must have its default or the base's value; raises UserError
-    otherwise.
+    A null keeps the base's value. Raises UserError unless every other key has its default or the base's value.
     """
     stored: Any = getattr(base.spec, section)
     settable = {OnAdapt.OWN} if base.spec.model.self_conditioned else {OnAdapt.OWN, OnAdapt.CONDITIONER}
@@ -73,28 +75,26 @@ def _adapted(section: str, given: Any, base: StoredModel) -> Any:
             if value is not None:
                 own[name] = value
         elif value not in (defaults[name], expected):
-            raise UserError(
-                f"{section}.{name}={value!r}, but base={base.path} has {expected!r}; leave the key out to adapt it"
-            )
+            raise UserError(f"{section}.{name}={value!r}, but base={base.path} has {expected!r}; leave the key out")
     return dataclasses.replace(stored, **own)
 
 
 def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> ModelSpec:
-    """Specification of the model to build. Raises UserError if data set, base and configuration do not fit together."""
+    """Specify the model to build. Raises UserError if data set, base and configuration do not match."""
     if base is not None and base.spec.vocab_size != manifest.vocab_size:
         raise UserError(
-            f"base={base.path} has {base.spec.vocab_size} tokens, {config.data.label} {manifest.vocab_size}; "
+            f"base={base.path} has {base.spec.vocab_size} tokens, but {config.data.label} has {manifest.vocab_size}; "
             "prepare the data with the base's tokenizer, or take another base"
         )
     if base is not None and base.manifest.tokenizer.sha256 != manifest.tokenizer.sha256:
         raise UserError(
-            f"{config.data.label} was prepared with another tokenizer than base={base.path} was trained with; "
+            f"{config.data.label} and base={base.path} have different tokenizers; "
             "prepare the data with the base's tokenizer, or take another base"
         )
     if base is not None and base.spec.length != manifest.length and not config.any_length:
         raise UserError(
-            f"{config.data.label} has samples of length {manifest.length}, base={base.path} was trained at "
-            f"{base.spec.length}; prepare the data with that length, or set any_length=true"
+            f"{config.data.label} has samples of length {manifest.length}, but base={base.path} was trained at "
+            f"length {base.spec.length}; prepare the data with that length, or set any_length=true"
         )
     _check_labels(config, manifest, base)
     if config.model.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
@@ -109,8 +109,7 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
 
 
 def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:
-    """Raise UserError if a model with labels gets data without labels, or with other labels than its base's, and if
-    `train.label_dropout` is set without labels."""
+    """Raise UserError if the data's labels do not match model and base, or `train.label_dropout` needs labels."""
     if not config.model.labels:
         rate = config.train.label_dropout
         if rate not in (0, TrainConfig().label_dropout):
@@ -123,7 +122,7 @@ def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | Non
         )
     if base is not None and base.manifest.labels != manifest.labels:
         raise UserError(
-            f"base={base.path} knows the labels {', '.join(base.manifest.labels)}, {config.data.label} has "
+            f"base={base.path} has the labels {', '.join(base.manifest.labels)}, but {config.data.label} has "
             f"{', '.join(manifest.labels)}; prepare data with the base's classes"
         )
 
@@ -176,7 +175,7 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     renamed = renamed_keys(type(config))
     content = yaml.safe_load((checkpoint / "config.yaml").read_text())
     stored = flatten({**content, "model": upgrade_model_keys(content["model"])})
-    # A key that the checkpoint does not have is newer than the run, which behaved as by its default.
+    # A key that the checkpoint lacks is newer than the run, which behaved as with the key's default.
     defaults = flatten(dataclasses.asdict(RunConfig(model=type(config.model)())))
     before = defaults | {renamed.get(name, name): stored[name] for name in stored}
     now = flatten(dataclasses.asdict(config))

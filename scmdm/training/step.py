@@ -24,7 +24,7 @@ from scmdm.observability.step_timer import StepTimer, TimedDenoiser
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured."""
+    """Measurements of one optimizer step."""
 
     loss: float  # nats per valid token over the global batch
     grad_norm: float
@@ -81,7 +81,7 @@ def train_step(
 
 
 def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
-    """This rank's part (B,) of the diffusion times, which are stratified over the global batch."""
+    """Return this rank's part (B,) of the diffusion times, which are stratified over the global batch."""
     t_N = stratified_times(config.seed, step, engine.all_gather(ids_B), config.diffusion.t_min)
     return t_N[engine.data_rank * len(ids_B) :][: len(ids_B)]
 
@@ -91,8 +91,8 @@ def _noise(
 ) -> NoisedBatch:
     if sequences.labels is not None:
         rate, ids_B = config.train.label_dropout, sequences.ids
-        shown_B = drop_labels(sequences.labels, ids_B, rate=rate, seed=config.seed, step=step)
-        sequences = replace(sequences, labels=shown_B)
+        labels_B = drop_labels(sequences.labels, ids_B, rate=rate, seed=config.seed, step=step)
+        sequences = replace(sequences, labels=labels_B)
     return noise_batch(
         sequences,
         t_B,

@@ -51,11 +51,11 @@ def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest 
     world = current_world()
     config = resolve_engine(resolve_config(config, base), world)
     device, dtype = check_hardware(config, world.local_rank)
-    # Stored in the resolved form: a resume on other hardware must not continue in another precision.
+    # Store resolved values, so that a resume on other hardware does not continue in another precision.
     config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
-    # Longer than the watchdog waits, because only the watchdog writes the stacks of all ranks.
+    # The timeout exceeds the watchdog's limits, because only the watchdog writes the stacks of all ranks.
     timeout = collective_timeout(config.train.watchdog_minutes)
     enable_flight_recorder(Path(config.run_dir) / STACKS)
     with signals as stop, process_group(world, device, needed=config.engine != "single", timeout=timeout):
@@ -86,8 +86,8 @@ def _run(
         with Watchdog(directory, world, config.train.watchdog_minutes) as watchdog:
             preflight = run_preflight(config, data, spec, base, directory, world, device)
             engine = build_engine(config, spec, base, device, dtype)
-            carried = 0 if base is None or config.ema.reset else base.spec.step
-            ema = Ema(engine, config.ema, updates=carried) if config.ema.decay > 0 else None
+            updates = 0 if base is None or config.ema.reset else base.spec.step
+            ema = Ema(engine, config.ema, updates=updates) if config.ema.decay > 0 else None
             run = TrainingRun(config, directory, data, spec, engine, ema, watchdog, preflight, lease)
             _train(run, base, stop)
     return directory
@@ -138,7 +138,7 @@ def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, st
         if train.validate_every and (state.step % train.validate_every == 0 or last):
             with metrics.paused():
                 validated = _validate(run, metrics)
-        # Only some ranks may have got the signal, but all must stop at the same step.
+        # Only some ranks may have received the signal, but all must stop at the same step.
         stopped_by = all_reduce_max(stop.signal or 0)
         if state.step % train.checkpoint_every == 0 or last or stopped_by:
             with timer.part("checkpoint"):
@@ -153,7 +153,7 @@ def _leave(number: int, when: str) -> NoReturn:
 
 
 def _batches(run: TrainingRun) -> Iterator[Sequences]:
-    """This rank's share of each global batch, endlessly. Stores the loader's position in the run's state."""
+    """Yield this rank's share of each global batch, endlessly, and store the loader's position in the run's state."""
     config = run.config
     loader = build_loader(
         run.data,

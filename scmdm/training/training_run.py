@@ -44,12 +44,12 @@ class TrainingRun:
     ema: Ema | None
     watchdog: Watchdog
     preflight: PreflightReport
-    lease: Lease | None  # of the directory; rank 0 holds it
+    lease: Lease | None  # lease of the directory; None except on rank 0
     state: TrainState = field(default_factory=TrainState)
 
     @property
     def utilization(self) -> Utilization:
-        """FLOPs of a sequence, and the peak of the device."""
+        """FLOPs per sequence, and the device's peak FLOP/s."""
         conditioning = self.config.self_conditioning
         flops = step_flops(
             self.spec.model,
@@ -76,7 +76,7 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
 
     Raises UserError if all checkpoints are damaged, or if configuration, data or base differ from the earlier start.
     """
-    # Rank 0 alone reads and hashes.
+    # Only rank 0 reads and hashes.
     path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
     for line in skipped:
         logger.warning("%s", line)

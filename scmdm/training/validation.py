@@ -30,8 +30,8 @@ T = TypeVar("T")
 def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device, *, labels: bool = False) -> Sequences:
     """Convert a loader's batch of (B, L) tokens to `Sequences` on a device, with labels if `labels` is set.
 
-    Positions are not valid, hence carry no loss, where they are padding that the data set ignores, where they are
-    beginnings of documents that it declares as given, and where the column `given` counts them as a prefix.
+    Positions are not valid, and carry no loss, if they are padding and `pad_policy` is "ignore", if they begin a
+    document and `bos_policy` is "given", or if they belong to the prefix whose length is in the column `given`.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
     valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
@@ -60,7 +60,7 @@ def validation_batches(
     *,
     labels: bool = False,
 ) -> Iterator[Sequences]:
-    """`samples` sequences spread evenly over a split; a sequence's id is `first_id` plus its index in the split."""
+    """Yield `samples` sequences spread evenly over a split; their ids are `first_id` plus their index in the split."""
     rows = spread_rows(manifest.split(split, root).samples, samples)
     columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
     columns["index"] = torch.tensor(rows) + first_id
@@ -72,7 +72,7 @@ def validation_batches(
 def mixed_validation_batches(
     data: DataMixture, split: str, device: torch.device, samples: int, *, labels: bool = False
 ) -> Iterator[Sequences]:
-    """`validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
+    """Yield `validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
     first_id = 0
     for source, share in data.validation_shares(samples):
         yield from validation_batches(source.root, split, source.manifest, device, share, first_id, labels=labels)
@@ -88,7 +88,7 @@ def validation_nelbo(
     condition: bool,
     on_batch: Callable[[str], None],
 ) -> Nelbo:
-    """NELBO of the engine's current weights on the validation split, with the same times and masks at every call.
+    """Estimate the NELBO of the engine's weights on the validation split, with the same times and masks at every call.
 
     `on_batch("validation")` is called before and after every batch.
     """
@@ -99,7 +99,7 @@ def validation_nelbo(
     with engine.compute():
         return estimate_nelbo(
             engine.denoiser,
-            _announced(batches, on_batch),
+            _with_callback(batches, on_batch),
             spec.schedule,
             mask_id=spec.mask_id,
             seed=0,
@@ -109,7 +109,7 @@ def validation_nelbo(
         )
 
 
-def _announced(batches: Iterator[T], on_batch: Callable[[str], None]) -> Iterator[T]:
+def _with_callback(batches: Iterator[T], on_batch: Callable[[str], None]) -> Iterator[T]:
     on_batch("validation")
     for batch in batches:
         yield batch

@@ -418,7 +418,7 @@ def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molec
         ("train", ["data.train_split=nope"], "no split 'nope'"),
         ("train", ["data.validation_split=nope"], "no split 'nope'"),
         ("train", ["data.path=/nonexistent"], "is not a prepared data set"),
-        ("train", ["model.self_conditioned=true"], "set the rate alone"),
+        ("train", ["model.self_conditioned=true"], "self_conditioning.rate=0"),
     ],
 )
 def test_training_mistakes_stop_before_any_work(command, keys, message, base, molecules, tmp_path, empty_yaml, capsys):

@@ -108,9 +108,9 @@ def test_absurd_sizes(tmp_path, capsys):
     content = file.read_bytes()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].replace(b"[13,32]", b"[13,99999999999]")
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + len(header) :])
-    assert "no complete safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "not a complete safetensors file" in refuse(source, tmp_path / "out", capsys)
     file.write_bytes((2**60).to_bytes(8, "little") + content[8:])
-    assert "no complete safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "not a complete safetensors file" in refuse(source, tmp_path / "out", capsys)
 
 
 def test_damaged_weights(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_damaged_weights(tmp_path, capsys):
     file, out = source / "model.safetensors", tmp_path / "out"
     content, weights = file.read_bytes(), load_file(file)
     file.write_bytes(content[:-100])
-    assert "no complete safetensors file" in refuse(source, out, capsys)
+    assert "not a complete safetensors file" in refuse(source, out, capsys)
     name = "backbone.blocks.1.attn_out.weight"
     save_file({n: w for n, w in weights.items() if n != name}, file)
     assert "lacks blocks.1.attn_out.weight" in refuse(source, out, capsys)
@@ -150,7 +150,7 @@ def test_an_index_stays_in_its_directory(tmp_path, capsys, file):
     (source / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(mdlm_weights(), file)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which is no file of this directory" in refuse(source, tmp_path / "out", capsys)
+    assert "which is not a file of this directory" in refuse(source, tmp_path / "out", capsys)
 
 
 def test_an_index_that_is_wrong(tmp_path, capsys):
@@ -187,5 +187,5 @@ def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):
 
 def test_another_models_tokenizer(tmp_path, capsys):
     source = write_mdlm(tmp_path / "mdlm", mdlm_weights(rows=VOCAB - 4))
-    assert f"embedding {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
+    assert f"has {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
     assert "tokenizer=" in refuse(source, tmp_path / "out", capsys, f"tokenizer={tmp_path / 'none.json'}")

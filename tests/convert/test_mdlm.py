@@ -210,4 +210,4 @@ def test_mdlm_has_no_place_for_a_llama(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert main(["import", str(tmp_path / "x.safetensors"), str(tmp_path / "out")]) == 1
-    assert "in no layout that scmdm knows" in capsys.readouterr().err
+    assert "in no layout that scmdm reads" in capsys.readouterr().err

@@ -62,8 +62,8 @@ def test_a_data_set_gives_length_and_vocabulary(capsys, base, molecules, empty_y
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--vocab", "1000"], "--length NUMBER"),
-        (["--length", "128"], "--vocab NUMBER"),
+        (["--vocab", "1000"], "give --length"),
+        (["--length", "128"], "give --vocab"),
         ([*DATA, "--gpu", "abacus"], "--gpu abacus"),
         ([*DATA, "train.global_batch_size=7", "train.micro_batch_size=7"], "choose a global batch"),
         ([*DATA, "modle.width=4"], "did you mean `model`"),

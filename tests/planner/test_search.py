@@ -122,7 +122,7 @@ def test_a_step_takes_what_its_products_take_when_nothing_is_sent():
     one = Cluster(GPUS["h100"], 1, 1)
     layout = dataclasses.replace(layout, engine="single", ranks=1, micro_batch_size=8)
     time = step_time(workload, layout, one, ASSUMED)
-    products = time.flops.total / (989e12 * ASSUMED.of_products(workload.model.width))
+    products = time.flops.total / (989e12 * ASSUMED.product_efficiency(workload.model.width))
     assert time.seconds == pytest.approx(products + time.parts["update"].compute)
     trunk = sum(
         p.numel for p in workload.parameters if p.block is not None and "adaLN" not in p.name and len(p.shape) > 1
@@ -161,11 +161,11 @@ def test_an_impossible_efficiency_is_named():
 
 
 def test_efficiency_is_the_measured_one_by_width_unless_given():
-    assert [round(Assumptions().of_products(width), 2) for width in (64, 768, 1254, 2048, 8192)] == [
+    assert [round(Assumptions().product_efficiency(width), 2) for width in (64, 768, 1254, 2048, 8192)] == [
         0.36,
         0.36,
         0.44,
         0.52,
         0.52,
     ]
-    assert make_assumptions(0.2).of_products(768) == 0.2
+    assert make_assumptions(0.2).product_efficiency(768) == 0.2

@@ -125,5 +125,5 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused(given_run, monkeypatch):
     """Only the amount of free space is simulated."""
     usage = shutil.disk_usage(given_run[4])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=MIB))
-    with pytest.raises(UserError, match=r"run_dir=.* has 1 MiB free, needs .* MiB; free space, lower train.keep"):
+    with pytest.raises(UserError, match=r"run_dir=.* has 1 MiB free, but needs .* MiB; free space, lower train.keep"):
         run_preflight(*given_run)

@@ -107,7 +107,7 @@ def test_half_written_rows_and_damaged_checkpoints(copy, capsys):
     assert main(["report", str(copy)]) == 0
     shutil.rmtree(copy / "checkpoints")
     assert read_status(copy).checkpoint is None
-    assert any("none yet that verifies" in line for line in describe_status(read_status(copy)))
+    assert any("none intact yet" in line for line in describe_status(read_status(copy)))
     assert main(["report", str(copy)]) == 0
 
 
@@ -120,7 +120,7 @@ def test_missing_files(copy):
     status = read_status(copy)
     assert (status.step, status.steps, status.loss, status.starts, status.owner) == (0, None, None, 0, None)
     assert status.state == "stopped" and describe_status(status)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         read_status(copy / "checkpoints")
 
 

@@ -159,7 +159,7 @@ def test_a_killed_rank_is_reported_and_the_job_requeued(adapt, undisturbed, tmp_
     killed = time.monotonic()
     job.wait(lambda: "failed with status" in job.log, 60, "over")
     assert time.monotonic() - killed < 30
-    assert re.search(r"scmdm: on n[12] ended rank [01]: killed by SIGKILL \(out of memory\?\)", job.log)
+    assert re.search(r"on n[12]: rank [01]: killed by SIGKILL \(out of memory\?\)", job.log)
     assert "(1 of 3 at step_00000020)" in job.log
     assert job.wait_for_end(900) == "COMPLETED" and job.restarts == 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]

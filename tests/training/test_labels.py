@@ -179,5 +179,5 @@ def test_models_and_data_without_labels_are_named(base, molecules, labelled, tmp
     adaptation = [*ADAPTED, f"run_dir={tmp_path / 'run'}", f"base={labelled}", "train.steps=2"]
     capsys.readouterr()
     assert main(["adapt", str(empty_yaml), *adaptation, f"data.path={other}", "self_conditioning.rate=1"]) == 1
-    assert "knows the labels cold, warm, data.path=" in capsys.readouterr().err
+    assert "labels cold, warm, but data.path=" in capsys.readouterr().err
     assert Manifest.read(other).labels == ["cold", "hot"]

@@ -97,9 +97,9 @@ def _describe(config: ModelConfig, vocab_size: int, mask_id: int, length: int) -
 
 def _unsupported(config: ModelConfig) -> str | None:
     if config.logit_shift:
-        return "it predicts a position from the position itself, the model from the one before (model.logit_shift=true)"
+        return "it predicts the token at each position itself, but the model has model.logit_shift=true"
     if config.attention_width != config.width:
-        return f"its heads are as wide as model.width / model.heads, not model.head_width={config.head_width}"
+        return f"its head width is model.width / model.heads, but the model has model.head_width={config.head_width}"
     return None
 
 

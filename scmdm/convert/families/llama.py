@@ -1,6 +1,6 @@
-"""Decoders named as `transformers` names LLaMA: LLaMA, Qwen2, and Dream, which was trained from Qwen2.5.
+"""Decoders with the tensor names of `transformers`' LLaMA: LLaMA, Qwen2, and Dream, which was trained from Qwen2.5.
 
-The autoregressive ones predict the next token, and Dream kept that: all of them shift logits by one position.
+All of them shift logits by one position: LLaMA and Qwen2 predict the next token, and Dream kept the shift.
 """
 
 from __future__ import annotations
@@ -85,13 +85,11 @@ def _description(model_type: str, architecture: str) -> Callable[[ModelConfig, i
 
 def _causal_note(config: ModelConfig) -> str:
     shift = ", and a position is predicted from the one before it" if config.logit_shift else ""
-    return (
-        "`transformers` loads them as a causal model, which this is not: attention must be bidirectional" + shift + "."
-    )
+    return "`transformers` loads the weights as a causal model, but attention must be bidirectional" + shift + "."
 
 
 def _layout(model_type: str, architecture: str, *, biased: bool, shifted: bool | None = None) -> PublishedLayout:
-    """A layout of this family. `shifted`: the only `logit_shift` that its readers know; None: either."""
+    """Make a layout of this family. `shifted` is the only `logit_shift` that its programs support; None: both."""
     name = model_type.lower()
 
     def recognises(source: PublishedFiles) -> bool:
@@ -103,9 +101,9 @@ def _layout(model_type: str, architecture: str, *, biased: bool, shifted: bool |
         if biased != config.attention_bias:
             given = str(config.attention_bias).lower()
             expected = "has" if biased else "has no"
-            return f"it {expected} biases of queries, keys and values, the model has model.attention_bias={given}"
+            return f"it {expected} biases of queries, keys and values, but the model has model.attention_bias={given}"
         if shifted is not None and config.logit_shift != shifted:
-            return "it predicts a position from the one before, the model does not (model.logit_shift=false)"
+            return "it predicts each token at the position before it, but the model has model.logit_shift=false"
         return None
 
     return PublishedLayout(

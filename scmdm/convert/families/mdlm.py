@@ -32,7 +32,7 @@ def _recognises(source: PublishedFiles) -> bool:
 
 
 def _architecture(source: PublishedFiles) -> DiTConfig:
-    """From the shapes; heads, dropout and time conditioning from the configuration (hub or hyper-parameters)."""
+    """Read the architecture: heads, dropout and time conditioning from the configuration, the rest from shapes."""
     saved = source.config.get("model")
     flat = {**source.config, **(saved if isinstance(saved, dict) else {})}
     config = PublishedConfig(PublishedFiles(source.path, flat, source.tensors))
@@ -86,9 +86,9 @@ def _describe(config: ModelConfig, vocab_size: int, mask_id: int, length: int) -
 
 def _unsupported(config: ModelConfig) -> str | None:
     if config.labels:
-        return "it has no place for the labels that the model is conditioned on (model.labels=true)"
+        return "it has no label embedding, but the model has model.labels=true"
     if config.attention_width != config.width:
-        return f"its heads are as wide as model.width / model.heads, not model.head_width={config.head_width}"
+        return f"its head width is model.width / model.heads, but the model has model.head_width={config.head_width}"
     return None
 
 

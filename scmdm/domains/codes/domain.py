@@ -27,11 +27,27 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
     Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
-        Metric("pair_distance_floor", "pair distance of as many training samples", "", 1, 4, in_figure=False),
+        Metric(
+            "pair_distance_floor", "pair distance of an equal number of training samples", "", 1, 4, in_figure=False
+        ),
         Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
-        Metric("usage_distance_floor", "frequency distance of as many training samples", "", 1, 4, in_figure=False),
+        Metric(
+            "usage_distance_floor",
+            "frequency distance of an equal number of training samples",
+            "",
+            1,
+            4,
+            in_figure=False,
+        ),
         Metric("codebook_used", "codebook in use, %", "", 100, 1),
-        Metric("codebook_used_floor", "codebook in use by as many training samples, %", "", 100, 1, in_figure=False),
+        Metric(
+            "codebook_used_floor",
+            "codebook in use by an equal number of training samples, %",
+            "",
+            100,
+            1,
+            in_figure=False,
+        ),
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
         Metric("copies", "copies of training samples, %", "lower", 100, 2, in_figure=False),
     )

@@ -1,7 +1,7 @@
 """Metrics of codes of a discrete autoencoder: frequencies of codes and of neighbouring pairs against held-out data.
 
 The decoder of the autoencoder is not needed. Two finite sets of real samples differ as well, so each distance is given
-with its floor: the distance of as many training samples.
+with its floor: the distance of an equal number of training samples.
 
 Legend: N samples, H rows, W codes per row, K codes in the codebook.
 """
@@ -21,7 +21,7 @@ Counts = tuple[np.ndarray, np.ndarray]  # outcomes in ascending order, and the c
 
 @dataclass(frozen=True)
 class CodeMetrics:
-    """Metrics of the framed samples; None without framed samples."""
+    """Metrics of the framed samples; None if there are none."""
 
     num_samples: int
     num_framed: int  # samples of [BOS] and codes only
@@ -30,7 +30,7 @@ class CodeMetrics:
     pair_distance: float | None  # Jensen-Shannon distance of horizontal and vertical neighbour pairs
     pair_distance_floor: float | None
     codebook_used: float  # fraction of the codebook that the samples use
-    codebook_used_floor: float  # fraction that as many training samples use
+    codebook_used_floor: float  # fraction that an equal number of training samples uses
     num_copies: int  # samples equal to a training sample
 
     def as_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scmdm.domains.interface import (
 
 
 class GenomesDomain(WithoutPrompts, WithoutFigures):
-    """K-mer spectra and GC content. The floor of the distances falls with the sample size (docs/guides/genomes.md)."""
+    """K-mer spectra and GC content. The distances of real data fall with the sample size (docs/guides/genomes.md)."""
 
     name: ClassVar[str] = "genomes"
     Config: ClassVar[type[MetricKeys]] = MetricKeys

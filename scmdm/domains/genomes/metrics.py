@@ -6,8 +6,8 @@ species and averages them with the species' shares of the held-out windows. It c
 divergence. Both are computed here.
 
 The distance between two finite sets of real windows is not zero: in 6-mers, 64 real windows of 254 letters are as far
-from 2,939 other windows as 1,024 windows of uniform random letters (0.20). Compare every value with that of as many
-real windows of the training split.
+from 2,939 other windows as 1,024 windows of uniform random letters (0.20). Compare every value with that of an equal
+number of real windows of the training split.
 
 Legend: N sequences, L letters of a sequence, K = 4^k.
 """
@@ -52,7 +52,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SpectrumMetrics:
-    """Samples compared with a reference; None where either has no data."""
+    """Comparison of samples with a reference; None where either has no data."""
 
     num_samples: int
     kmers: dict[int, JensenShannon | None]
@@ -76,7 +76,7 @@ class GenomeMetrics:
     """Metrics over all samples and by species; the published metric is `weighted_js_distance`."""
 
     overall: SpectrumMetrics
-    num_framed: int  # [BOS] and [EOS] stand where they stand in the data
+    num_framed: int  # samples with [BOS] and [EOS] placed as in the data
     num_distinct: int
     by_species: dict[str, SpectrumMetrics] = field(default_factory=dict)
     weighted_js_distance: dict[int, float] = field(default_factory=dict)

@@ -54,13 +54,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, F) and logits (B, K) of uint8 images."""
+        """Compute features (B, F) and logits (B, K) of uint8 images."""
         features_BF = self.trunk(images_BHWC.movedim(3, 1).float() / 127.5 - 1)
         return features_BF, self.head(features_BF)
 
 
-def _layer(inside: int, outside: int, stride: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inside, outside, 3, stride, 1), nn.GroupNorm(8, outside), nn.SiLU()
+def _layer(channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, out_channels, 3, stride, 1), nn.GroupNorm(8, out_channels), nn.SiLU()
 
 
 def trained_classifier(
@@ -90,9 +90,9 @@ def train_classifier(
     steps = max(_STEPS, _EPOCHS * len(labels_N) // _BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
-    dice = np.random.default_rng(key.seed)
+    generator = np.random.default_rng(key.seed)
     for _ in range(steps):
-        rows_B = dice.integers(0, len(labels_N), _BATCH)
+        rows_B = generator.integers(0, len(labels_N), _BATCH)
         _, logits_BK = classifier(torch.from_numpy(images_NHWC[rows_B]).to(device))
         loss = F.cross_entropy(logits_BK, torch.from_numpy(labels_N[rows_B].astype(np.int64)).to(device))
         optimizer.zero_grad()
@@ -103,7 +103,7 @@ def train_classifier(
 
 
 def classify(classifier: Classifier, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) and predicted classes (N,) of uint8 images."""
+    """Compute features (N, F) and predicted classes (N,) of uint8 images."""
     device = next(classifier.parameters()).device
     features, classes = [], []
     with torch.no_grad():
@@ -118,13 +118,13 @@ def _read(path: Path, key: ClassifierKey) -> Classifier:
     classifier = Classifier(key.channels, key.classes)
     try:
         with safe_open(path, "pt") as file:
-            kept = json.loads((file.metadata() or {})["key"])
+            stored = json.loads((file.metadata() or {})["key"])
             classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged ({reason}); remove it to train the classifier again") from error
-    if kept != asdict(key):
+    if stored != asdict(key):
         raise UserError(
-            f"{path} belongs to another data set or version ({kept}); remove it to train the classifier again"
+            f"{path} belongs to another data set or version ({stored}); remove it to train the classifier again"
         )
     return classifier.eval()

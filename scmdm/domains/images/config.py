@@ -16,7 +16,7 @@ class ImageMetricKeys(MetricKeys):
 
     inception: str | None = key(
         None,
-        help="file of Inception's weights, for FID and Inception Score; null: features of a classifier trained here",
+        help="file of Inception's weights, for FID and Inception Score; null: classifier trained on the data",
     )
 
     def validate(self) -> None:

@@ -31,7 +31,14 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
     Config: ClassVar[type[MetricKeys]] = ImageMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
-        Metric("frechet_classifier_floor", "Fréchet distance of as many training images", "", 1, 3, in_figure=False),
+        Metric(
+            "frechet_classifier_floor",
+            "Fréchet distance of an equal number of training images",
+            "",
+            1,
+            3,
+            in_figure=False,
+        ),
         Metric("class_distance", "total variation distance of classes", "lower", 1, 3),
         Metric("fid", "FID", "lower", 1, 2),
         Metric("inception_score", "Inception Score", "higher", 1, 2),

@@ -52,7 +52,7 @@ def load_inception(weights: Path, device: str = "cpu") -> Any:
     inception = optional("torch_fidelity.feature_extractor_inceptionv3", f"metrics.inception={weights}", "images")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch-fidelity unpickles the whole file, so it is given a copy that contains tensors only.
+        # torch-fidelity unpickles the whole file, so pass it a copy that contains only tensors.
         tensors = io.BytesIO()
         torch.save({name: torch.as_tensor(value) for name, value in state.items()}, tensors)
         tensors.seek(0)
@@ -60,13 +60,14 @@ def load_inception(weights: Path, device: str = "cpu") -> Any:
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"metrics.inception={weights} does not contain the weights of torch-fidelity's Inception: {reason}"
+            f"metrics.inception={weights} does not contain the weights of torch-fidelity's Inception ({reason}); give "
+            "weights-inception-2015-12-05-6726825d.pth"
         ) from error
     return network.to(device)
 
 
 def activations(network: Any, images_NHWC: np.ndarray) -> Activations:
-    """Moments of the 2048 features and Inception Score (Salimans et al. 2016) of uint8 images."""
+    """Compute moments of the 2048 features, and Inception Score (Salimans et al. 2016), of uint8 images."""
     isc = optional("torch_fidelity.metric_isc", "the Inception Score", "images")
     device = next(network.parameters()).device
     features, logits = [], []

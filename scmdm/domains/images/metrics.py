@@ -2,8 +2,8 @@
 
 FID needs a network that scmdm does not contain (see inception.py). Without it, `frechet_classifier` is computed in the
 features of a small classifier trained on the data set itself. It is *not* FID and is comparable only between models of
-one data set. It is reported with the classifier's accuracy and with the distance of as many training images; the
-classifier was trained on those, so unseen images of the same quality can have a larger distance.
+one data set. It is reported with the classifier's accuracy and the distance of an equal number of training images;
+the classifier was trained on those, so unseen images of the same quality can have a larger distance.
 
 Legend: N images, M other images, L sequence length, H height, W width, C channels, K classes, D values of an image.
 """
@@ -40,12 +40,12 @@ class ImageMetrics:
     num_framed: int  # samples of [BOS] and levels only; positions without a level are decoded as black
     num_distinct: int
     num_copies: int  # samples equal to a training image
-    num_compared: int  # first samples, whose nearest training images were searched
-    num_memorised: int  # of those, samples much nearer to one training image than to any other: see MEMORISED
+    num_compared: int  # first samples, for which the nearest training images were searched
+    num_memorised: int  # compared samples much nearer to one training image than to any other: see MEMORISED
     nearest_distance: float  # median root-mean-square distance to the nearest training image; black to white is 1
     nearest_distance_held_out: float  # the same for held-out images; a much smaller value indicates copying
     frechet_classifier: float | None = None  # not FID
-    frechet_classifier_floor: float | None = None  # distance of as many training images
+    frechet_classifier_floor: float | None = None  # distance of an equal number of training images
     classifier_accuracy: float | None = None  # on held-out images
     class_distance: float | None = None  # total variation distance of the class distributions
     fid: float | None = None
@@ -137,7 +137,7 @@ class ClassFeatures:
         return cls(classifier, accuracy, Moments.of(features_NF), train_NF, _shares(classes_N, key.classes))
 
     def distance(self, images_NHWC: np.ndarray) -> tuple[float, float]:
-        """Frechet distance and total variation distance of classes, both to the held-out images."""
+        """Compute Frechet distance and total variation distance of classes, both to the held-out images."""
         features_NF, classes_N = classify(self.classifier, images_NHWC)
         gap_K = _shares(classes_N, len(self.classes_K)) - self.classes_K
         return frechet_distance(Moments.of(features_NF), self.moments), float(np.abs(gap_K).sum() / 2)
@@ -145,10 +145,10 @@ class ClassFeatures:
     def floor(self, number: int) -> float:
         """Mean Frechet distance of `number` random training images (at most all), over fixed draws.
 
-        The distance of a small set is biased upwards, so the floor must be that of as many images as there are samples.
+        The distance of a small set is biased upwards, so `number` must be the number of samples.
         """
-        dice, number = np.random.default_rng(0), min(number, len(self.train_NF))
-        draws = (dice.choice(len(self.train_NF), number, replace=False) for _ in range(_FLOOR_DRAWS))
+        generator, number = np.random.default_rng(0), min(number, len(self.train_NF))
+        draws = (generator.choice(len(self.train_NF), number, replace=False) for _ in range(_FLOOR_DRAWS))
         return float(np.mean([frechet_distance(Moments.of(self.train_NF[rows]), self.moments) for rows in draws]))
 
 
@@ -183,7 +183,7 @@ class InceptionReference:
 
 
 def image_tokenizer(root: Path) -> LevelTokenizer:
-    """Tokenizer of a data set of images. Raises UserError for a data set of anything else."""
+    """Load the tokenizer of a data set of images. Raises UserError for any other data set."""
     found = load_tokenizer(root / Manifest.read(root).tokenizer.file)
     if not isinstance(found, LevelTokenizer) or found.kind != "levels":
         raise UserError(f"{root} has the tokenizer {found.kind}, not levels; give a data set of images")
@@ -238,14 +238,14 @@ def _device_of(reference: ImageReference) -> str:
 
 
 def nearest_distances(images_NHWC: np.ndarray, others_MHWC: np.ndarray, *, device: str = "cpu") -> np.ndarray:
-    """Root-mean-square distances (N, 2) to the nearest and second nearest of the others; black to white is 1.
+    """Compute root-mean-square distances (N, 2) to the nearest two of the others; black to white is 1.
 
     With fewer than two others, the missing distances are infinite.
     """
     others_MD = _flat(others_MHWC).to(device)
     found = []
     for chunk in _flat(images_NHWC).to(device).split(_CHUNK):
-        # cdist uses matrix products, which are inexact for close images: the two distances are computed again.
+        # cdist uses matrix products, which are inexact for close images, so recompute the two distances.
         rows = torch.cdist(chunk, others_MD).topk(min(2, len(others_MD)), largest=False).indices
         exact = (others_MD[rows] - chunk[:, None]).square().mean(2).sqrt().sort(1).values
         found.append(torch.nn.functional.pad(exact, (0, 2 - exact.shape[1]), value=float("inf")).cpu().numpy())

@@ -19,7 +19,7 @@ class MoleculeMetricKeys(MetricKeys):
 
     @property
     def exclusive_setup(self) -> bool:
-        """The statistics of the sets of MOSES are computed once per machine."""
+        """True with `moses`: statistics of its sets are computed once per machine."""
         return self.moses
 
     def validate(self) -> None:

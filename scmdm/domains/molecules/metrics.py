@@ -43,8 +43,8 @@ class MoleculeMetrics:
     """Counts and ratios over `num_samples` samples."""
 
     num_samples: int
-    num_framed: int  # [BOS], [EOS] and padding stand where they stand in the data
-    num_parsed: int  # the text before the first [EOS] is a molecule, whatever follows it
+    num_framed: int  # samples with [BOS], [EOS] and padding placed as in the data
+    num_parsed: int  # samples whose text before the first [EOS] is a molecule
     num_valid: int  # framed and parsed
     num_unique: int  # distinct canonical forms among the valid
     num_novel: int  # unique molecules that are not in the training set
@@ -106,7 +106,7 @@ def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference:
     valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
     distances = {}
     if molecules:
-        # From the parsed molecules: RDKit cannot parse every canonical SMILES that it writes.
+        # Use the parsed molecules, because RDKit cannot parse every canonical SMILES that it writes.
         found = _properties(molecules)
         distances = {name: normalised_distance(found[name], ref) for name, ref in reference.properties.items()}
     fcd, fcd_note = _fcd(valid, reference.fcd_statistics)
@@ -126,7 +126,7 @@ def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference:
 
 
 def properties(smiles: Sequence[str]) -> dict[str, np.ndarray]:
-    """Values (N,) float64 of each property of `PROPERTIES`."""
+    """Compute values (N,) float64 of each property of `PROPERTIES`."""
     return _properties([Chem.MolFromSmiles(text) for text in smiles])
 
 
@@ -135,7 +135,7 @@ def _properties(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
 
 
 def normalised_distance(sample: np.ndarray, reference: np.ndarray) -> float:
-    """1-Wasserstein distance in standard deviations of the reference; in the property's unit if that is constant."""
+    """1-Wasserstein distance in standard deviations of the reference, or in the property's unit if it is constant."""
     return float(wasserstein_distance(sample, reference) / (reference.std() or 1.0))
 
 
@@ -168,7 +168,7 @@ def _syntax_reason(text: str) -> str:
 
 
 def chemnet_activations(smiles: Sequence[str], device: str = "cpu") -> np.ndarray:
-    """Activations (N, 512) float32 of ChemNet's last hidden layer. The package fcd contains the network."""
+    """Compute activations (N, 512) float32 of ChemNet's last hidden layer. The package fcd contains the network."""
     fcd = optional("fcd", "the Frechet ChemNet distance", "molecules")
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

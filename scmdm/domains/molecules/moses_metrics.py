@@ -54,7 +54,7 @@ TRAINING_SET: Mapping[str, float] = {
 _ALLOWED_ATOMS = frozenset({"C", "N", "S", "O", "F", "Cl", "Br", "H"})
 _LARGEST_RING = 7
 _ROWS, _COLUMNS = 512, 2048  # block of the similarity matrix
-_EXACT_IN_BFLOAT16 = 256  # integers up to this one
+_EXACT_IN_BFLOAT16 = 256  # largest integer below which all integers are exact
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MosesFilters:
     def read(cls, folder: Path) -> MosesFilters:
         """Read `FILTER_FILES`. Raises UserError if a file is missing or contains invalid SMARTS."""
         medicinal, pains = (_read_table(folder / name) for name in FILTER_FILES)
-        # The first has a header; the second names its filters in the last column.
+        # The first file has a header; the second has SMARTS in the first column.
         column = medicinal[0].index("smarts")
         found = (*(row[column] for row in medicinal[1:]), *(row[0].strip() for row in pains))
         for smarts in found:
@@ -110,7 +110,7 @@ def cosine_similarity(a: Mapping[str, int], b: Mapping[str, int]) -> float | Non
 
 
 def nearest_similarity(sample_NW: np.ndarray, reference_MW: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """Tanimoto similarity (N,) float32 of each fingerprint to the nearest one of the reference."""
+    """Compute the Tanimoto similarity (N,) float32 of each fingerprint to the nearest one of the reference."""
     best_N = torch.zeros(len(sample_NW), device=device)
     for rows, similarity in _similarities(sample_NW, reference_MW, device):
         torch.maximum(best_N[rows], similarity.amax(1), out=best_N[rows])
@@ -118,10 +118,10 @@ def nearest_similarity(sample_NW: np.ndarray, reference_MW: np.ndarray, device: 
 
 
 def internal_diversity(sample_NW: np.ndarray, device: str = "cpu") -> tuple[float, float]:
-    """Internal diversity IntDiv_p for p = 1 and p = 2, in [0, 1].
+    """Compute the internal diversity IntDiv_p for p = 1 and p = 2, in [0, 1].
 
-    Follows MOSES' code: `1 - mean_x (mean_y T(x, y)^p)^(1/p)` with Tanimoto similarity T, pairs (x, x) included. In the
-    paper the root is taken of the mean over all pairs.
+    It follows MOSES' code: `1 - mean_x (mean_y T(x, y)^p)^(1/p)` with Tanimoto similarity T, pairs (x, x) included. In
+    the paper, the root is taken of the mean over all pairs.
     """
     sums_N2 = torch.zeros(len(sample_NW), 2, dtype=torch.float64, device=device)
     for rows, similarity in _similarities(sample_NW, sample_NW, device):
@@ -132,15 +132,15 @@ def internal_diversity(sample_NW: np.ndarray, device: str = "cpu") -> tuple[floa
 
 def _similarities(a_NW: np.ndarray, b_MW: np.ndarray, device: str) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of the Tanimoto similarity matrix with their rows; two empty fingerprints have similarity 1."""
-    most = max(int(np.bitwise_count(packed).sum(1).max(initial=0)) for packed in (a_NW, b_MW))
-    dtype = resolve_precision("auto", torch.device(device)) if most <= _EXACT_IN_BFLOAT16 else torch.float32
+    bits = max(int(np.bitwise_count(packed).sum(1).max(initial=0)) for packed in (a_NW, b_MW))
+    dtype = resolve_precision("auto", torch.device(device)) if bits <= _EXACT_IN_BFLOAT16 else torch.float32
     for start in range(0, len(a_NW), _ROWS):
         a_NF = _unpack(a_NW[start : start + _ROWS], device, dtype)
         for at in range(0, len(b_MW), _COLUMNS):
             b_MF = _unpack(b_MW[at : at + _COLUMNS], device, dtype)
             common_NM = (a_NF @ b_MF.T).float()
-            either_NM = (a_NF.float().sum(1)[:, None] + b_MF.float().sum(1)).sub_(common_NM)
-            yield slice(start, start + _ROWS), common_NM.div_(either_NM).nan_to_num_(1.0)
+            union_NM = (a_NF.float().sum(1)[:, None] + b_MF.float().sum(1)).sub_(common_NM)
+            yield slice(start, start + _ROWS), common_NM.div_(union_NM).nan_to_num_(1.0)
 
 
 def _unpack(packed_NW: np.ndarray, device: str, dtype: torch.dtype) -> Tensor:
@@ -149,7 +149,7 @@ def _unpack(packed_NW: np.ndarray, device: str, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class SetComparison:
-    """Valid molecules compared with one reference set."""
+    """Comparison of valid molecules with one reference set."""
 
     fcd: float | None  # biased upwards for small sets; None if ChemNet was not run
     snn: float  # mean similarity to the nearest molecule of the reference
@@ -220,11 +220,11 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class MosesMetrics:
-    """The metrics of MOSES. All but `valid` describe the valid molecules, duplicates included. None: not computed."""
+    """MOSES' metrics: of all samples (`valid`) or of valid molecules, duplicates included. None: not computed."""
 
     num_samples: int
     num_valid: int
-    unique: dict[int, float | None]  # unique@k: fraction of distinct ones among the first k valid molecules
+    unique: dict[int, float | None]  # unique@k: fraction of distinct molecules among the first k valid
     novelty: float | None  # fraction of the distinct molecules that are not in the training set
     filters: float | None  # fraction that passes the filters
     int_div: float | None
@@ -299,7 +299,7 @@ def evaluate_moses(
 
 
 def _canonicals(smiles: Sequence[str]) -> list[str | None]:
-    """Canonical SMILES; None for an invalid one, or one whose canonical form RDKit cannot parse."""
+    """Canonicalise SMILES; None for an invalid SMILES, or one whose canonical form RDKit cannot parse."""
     found: list[str | None] = []
     for text in smiles:
         molecule = parse_molecule(text)

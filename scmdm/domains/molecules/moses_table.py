@@ -47,7 +47,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
     found = evaluate_moses(smiles, framed, reference, compute, detailed=config.detailed)
     result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.as_dict()}
     if published and len(smiles) < size:
-        result["whole"] = _of_the_whole(found.smiles, size, config, reference, compute)
+        result["whole"] = _extrapolate(found.smiles, size, config, reference, compute)
     result["seconds"] = time.perf_counter() - started
     _print(result)
     if config.out is not None:
@@ -57,7 +57,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
 
 
 def _published(split: str, num: int | None) -> tuple[list[str], int]:
-    """The first `num` molecules of a fixed random order, and the size of the set."""
+    """Return the first `num` molecules of a fixed random order, and the size of the set."""
     smiles = read_smiles(split)
     if num is not None and num > len(smiles):
         raise UserError(f"num={num} is not possible; the set {split} has {len(smiles)} molecules")
@@ -66,7 +66,7 @@ def _published(split: str, num: int | None) -> tuple[list[str], int]:
 
 
 def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
-    """SMILES, whether each sample is framed (known for `.jsonl` only), and the number of lines of the file."""
+    """Read SMILES, whether each is framed (known for `.jsonl` only), and the number of molecules in the file."""
     try:
         lines = path.read_text().splitlines()
         if path.suffix == ".jsonl":
@@ -88,10 +88,10 @@ def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
     return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]], len(found)
 
 
-def _of_the_whole(
+def _extrapolate(
     smiles: list[str], size: int, config: MosesConfig, reference: MosesReference, compute: ComputeOptions
 ) -> dict[str, float]:
-    """Extrapolate the metrics that depend on the size of the set (FCD, Frag, Scaf) from a random part of it."""
+    """Extrapolate the metrics that depend on the set's size (FCD, Frag, Scaf) from a random part to the whole set."""
     part = describe(smiles, compute, fcd=config.fcd, detailed=config.detailed)
     half = describe(smiles[: len(smiles) // 2], compute, fcd=config.fcd, detailed=config.detailed)
     found: dict[str, float] = {}
@@ -144,9 +144,9 @@ def _print(result: dict[str, Any]) -> None:
             continue
         estimate = [_number(whole.get(name))] if whole else []
         table.add_row(name, _number(value), *estimate, _number(TRAINING_SET.get(name)))
-    of = result["config"]["detailed"]
-    few = f"; SNN, IntDiv, Filters and properties of the first {min(of, num):,}" if of is not None and of < num else ""
-    table.caption = f"{format_duration(result['seconds'])}{few}"
+    count = result["config"]["detailed"]
+    note = f"; SNN, IntDiv, Filters and properties of the first {count:,}" if count is not None and count < num else ""
+    table.caption = f"{format_duration(result['seconds'])}{note}"
     Console().print(table)
 
 

@@ -37,9 +37,9 @@ T = TypeVar("T")
 _SCAFFOLD_RINGS = 2  # smaller scaffolds are ignored
 _BITS, _RADIUS = 1024, 2
 _CHUNK = 512  # molecules per job
-_JOBS = 4  # fewest jobs per worker, which takes seconds to start
+_JOBS = 4  # minimum number of jobs per worker, because a worker takes seconds to start
 _PART = 16_384  # molecules per cache file; an interruption loses at most one part
-_VERSION = 2  # of the cache files
+_VERSION = 2  # version of the cache files
 
 
 def synthetic_accessibility(molecule: Chem.Mol) -> float:
@@ -83,7 +83,7 @@ class SetStatistics:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All fields but the activations as plain arrays."""
+        """Return all fields but the activations as plain arrays."""
         arrays = {"fingerprints": self.fingerprints_NW}
         for name, counter in (("fragments", self.fragments), ("scaffolds", self.scaffolds)):
             arrays[name] = np.array(list(counter), dtype=np.str_)
@@ -92,7 +92,7 @@ class SetStatistics:
 
     @classmethod
     def of_arrays(cls, arrays: Arrays) -> SetStatistics:
-        """Inverse of `arrays`. Raises KeyError or ValueError for malformed arrays."""
+        """Invert `arrays`. Raises KeyError or ValueError for malformed arrays."""
         fragments, scaffolds = (
             Counter(dict(zip(arrays[name].tolist(), arrays[f"{name}_count"].tolist(), strict=True)))
             for name in ("fragments", "scaffolds")
@@ -130,7 +130,7 @@ def describe(
         return found
     optional("fcd", "the Frechet ChemNet distance", "molecules")
     # Several processes would compete for one GPU.
-    once = compute if compute.device == "cpu" else replace(compute, workers=1)
+    chemnet = compute if compute.device == "cpu" else replace(compute, workers=1)
     network = _Task(
         f"chemnet-{_VERSION}-fcd-{installed_version('fcd')}",
         "molecules through ChemNet",
@@ -139,13 +139,15 @@ def describe(
         lambda moments: {"count": np.array(moments.count), "sum": moments.sum_F, "products": moments.products_FF},
         lambda arrays: Moments(int(arrays["count"]), arrays["sum"], arrays["products"]),
     )
-    return replace(found, activations=_run(network, smiles, len(smiles), once))
+    return replace(found, activations=_run(network, smiles, len(smiles), chemnet))
 
 
-def in_chunks(title: str, of: Callable[[Sequence[str]], T], smiles: Sequence[str], compute: ComputeOptions) -> list[T]:
-    """Apply `of` to chunks of molecules, in parallel; returns the results in order."""
+def in_chunks(
+    title: str, function: Callable[[Sequence[str]], T], smiles: Sequence[str], compute: ComputeOptions
+) -> list[T]:
+    """Apply a function to chunks of molecules, in parallel; returns the results in order."""
     chunks = [(smiles[at : at + _CHUNK],) for at in range(0, len(smiles), _CHUNK)]
-    with _results(of, chunks, compute) as results, _count(title, len(smiles), compute) as step:
+    with _results(function, chunks, compute) as results, _count(title, len(smiles), compute) as step:
         found = []
         for (chunk,), result in zip(chunks, results, strict=True):
             found.append(result)
@@ -159,7 +161,7 @@ class _Task(Generic[T]):
 
     name: str  # prefix of its cache files, with all versions that they depend on
     title: str
-    of: Callable[[Sequence[str], int], T]  # of a chunk and the number of its molecules to describe in detail
+    function: Callable[[Sequence[str], int], T]  # arguments: a chunk, and how many of its molecules to detail
     join: Callable[[Sequence[T]], T]
     pack: Callable[[T], dict[str, np.ndarray]]
     unpack: Callable[[Arrays], T]
@@ -177,7 +179,7 @@ def _run(task: _Task[T], smiles: Sequence[str], detailed: int, compute: ComputeO
     total = sum(len(parts[index][0]) for index in missing)
     made: dict[int, T] = {}
     with (
-        _results(task.of, [job for own in jobs.values() for job in own], compute) as results,
+        _results(task.function, [job for own in jobs.values() for job in own], compute) as results,
         _count(task.title, total, compute) as step,
     ):
         for index, own in jobs.items():
@@ -207,24 +209,26 @@ def _count(title: str, total: int, compute: ComputeOptions) -> AbstractContextMa
 
 
 @contextmanager
-def _results(of: Callable[..., T], jobs: Sequence[tuple[Any, ...]], compute: ComputeOptions) -> Iterator[Iterator[T]]:
-    """Results of the jobs, in order."""
+def _results(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], compute: ComputeOptions
+) -> Iterator[Iterator[T]]:
+    """Compute the results of the jobs, in order."""
     workers = min(compute.workers, len(jobs) // _JOBS)
     if workers <= 1:
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker, because rounding depends on the number of threads
         try:
-            yield (of(*job) for job in jobs)
+            yield (function(*job) for job in jobs)
         finally:
             torch.set_num_threads(before)
         return
     with worker_processes(workers) as pool:
-        yield pool.map(partial(_in_worker, of), *zip(*jobs, strict=True))
+        yield pool.map(partial(_in_worker, function), *zip(*jobs, strict=True))
 
 
-def _in_worker(of: Callable[..., T], *arguments: Any) -> T:
+def _in_worker(function: Callable[..., T], *arguments: Any) -> T:
     torch.set_num_threads(1)  # one core per worker
-    return of(*arguments)
+    return function(*arguments)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -259,12 +263,12 @@ def _moments(smiles: Sequence[str], _detailed: int, *, device: str) -> Moments:
 
 
 def properties_of(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
-    """Values (N,) float64 of each property of `PROPERTIES`."""
+    """Compute values (N,) float64 of each property of `PROPERTIES`."""
     return {name: np.array([compute(m) for m in molecules], np.float64) for name, compute in PROPERTIES.items()}
 
 
 def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:
-    """Morgan fingerprints of radius 2, 1024 bits packed into (N, 128) uint8."""
+    """Compute Morgan fingerprints of radius 2, 1024 bits packed into (N, 128) uint8."""
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=_RADIUS, fpSize=_BITS)
     bits = [generator.GetFingerprintAsNumPy(molecule) for molecule in molecules]
     return np.packbits(np.array(bits, np.uint8).reshape(-1, _BITS), axis=1)

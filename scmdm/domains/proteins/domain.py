@@ -21,7 +21,7 @@ from scmdm.domains.proteins.metrics import ProteinReference, evaluate_proteins, 
 
 
 def _distance(name: str, title: str, digits: int = 4) -> tuple[Metric, Metric]:
-    floor = Metric(f"{name}_floor", f"{title}, as many training sequences", "", 1, digits, in_figure=False)
+    floor = Metric(f"{name}_floor", f"{title}, equal number of training sequences", "", 1, digits, in_figure=False)
     return Metric(name, title, "lower", 1, digits), floor
 
 

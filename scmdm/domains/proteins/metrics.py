@@ -1,7 +1,7 @@
 """Metrics of generated proteins: validity, n-gram and composition fidelity, lengths, novelty.
 
 The distance between two finite sets of real sequences is not zero, and grows as the sets shrink. Each distance is
-therefore given with its floor: the distance of as many training sequences as there are valid samples.
+therefore given with its floor: the distance of training sequences, equal in number to the valid samples.
 
 Legend: N sequences, K = 20^n n-grams.
 """
@@ -62,19 +62,19 @@ class ProteinReference:
 
 @dataclass(frozen=True)
 class ProteinMetrics:
-    """Counts over all samples; distances of the valid ones."""
+    """Counts over all samples, and distances of the valid ones."""
 
     num_samples: int
-    num_framed: int  # [BOS], [EOS] and padding stand where they stand in the data
+    num_framed: int  # samples with [BOS], [EOS] and padding placed as in the data
     num_valid: int  # framed, not empty, and made of the 20 standard amino acids
     num_unique: int  # distinct valid sequences
     num_novel: int  # distinct valid sequences that are not in the training set
     mean_length: float | None  # of the valid sequences, in residues
     distances: dict[str, float | None]  # to held-out sequences
-    floors: dict[str, float | None]  # distances of as many training sequences
+    floors: dict[str, float | None]  # distances of an equal number of training sequences
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields with flat names, and fractions; a fraction with denominator 0 is 0."""
+        """Return all fields with flat names, and fractions; a fraction with denominator 0 is 0."""
         flat = asdict(self)
         distances, floors = flat.pop("distances"), flat.pop("floors")
         count = max(1, self.num_samples)

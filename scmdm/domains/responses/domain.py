@@ -1,4 +1,4 @@
-"""The domain of responses to prompts: text metrics of the text after the prompt.
+"""The domain of responses to prompts, which measures the text after the prompt.
 
 A model draws one response to each of the first prompts of the held-out split. The same metrics are computed for the
 held-out responses to the same prompts.
@@ -27,7 +27,7 @@ from scmdm.domains.text.mauve_score import mauve
 from scmdm.domains.text.metrics import NgramScorer, evaluate_text
 from scmdm.errors import UserError
 
-_FITTED_ON = 20_000  # largest number of training responses that the n-gram model is fitted to
+_MAX_FITTED = 20_000  # maximum number of training responses that the n-gram model is fitted to
 
 
 class ResponsesDomain(WithoutFigures):
@@ -56,7 +56,7 @@ class ResponsesDomain(WithoutFigures):
     def _scorer(self) -> Path | NgramScorer:
         if self._config.scorer is not None:
             return Path(self._config.scorer)
-        rows, given_N = _rows(self._root, self._manifest, "train", _FITTED_ON)
+        rows, given_N = _rows(self._root, self._manifest, "train", _MAX_FITTED)
         return NgramScorer.fit(extract_responses(rows, given_N, self._tokenizer)[0], "training responses")
 
     @staticmethod
@@ -87,7 +87,7 @@ class ResponsesDomain(WithoutFigures):
 
 
 def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
-    """Texts between a prompt of `given_N` ids and the first [EOS], and their ids (N, L) with padding at the end."""
+    """Return texts between a prompt of `given_N` ids and the first [EOS], and their ids (N, L), padded at the end."""
     ids_NL = np.full(rows_NL.shape, tokenizer.pad_id, np.int64)
     for own, row, given in zip(ids_NL, rows_NL, given_N, strict=True):
         response = row[given:]
@@ -99,7 +99,7 @@ def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Token
 
 
 def _rows(root: Path, manifest: Manifest, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first sequences (N, L) of a split, and the length (N,) of each prompt."""
+    """Read the first sequences (N, L) of a split, and the length (N,) of each prompt."""
     columns = read_columns(root, split, range(min(num, manifest.split(split, root).samples)))
     if COLUMN not in columns:
         return np.zeros((0, manifest.length), np.int64), np.zeros(0, np.int64)

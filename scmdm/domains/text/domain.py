@@ -1,4 +1,4 @@
-"""The domain of text, and of every kind of sequence without a domain of its own."""
+"""The domain of text, and of all kinds of sequences without their own domain."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def mauve(
     """
     if not texts or not references:
         raise UserError(
-            f"metrics.mauve=true needs samples and held-out texts, but there are {len(texts)} and {len(references)}"
+            f"metrics.mauve=true needs samples and held-out texts; there are {len(texts)} and {len(references)}"
         )
     generated, human = (
         text_features(group, scorer, device=device, batch_size=batch_size) for group in (texts, references)
@@ -43,7 +43,7 @@ def mauve(
 
 
 def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: int = 0) -> float:
-    """MAUVE of features (N, D) float32, clustered together into N / 10 clusters."""
+    """Compute MAUVE of features (N, D) float32, clustered together into N / 10 clusters."""
     found = optional("mauve", "metrics.mauve=true", "text").compute_mauve(
         p_features=human_ND,
         q_features=generated_ND,

@@ -61,15 +61,15 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 @dataclass(frozen=True)
 class NgramScorer:
-    """The scorer if no neural model is given. Fit it once for many evaluations."""
+    """Scorer that is used without a neural model. Fit it once for many evaluations."""
 
     model: NgramModel
     label: str
 
     @classmethod
-    def fit(cls, texts: Sequence[str], what: str) -> NgramScorer:
-        """Fit the n-gram model to `texts`, which `what` describes in the label."""
-        label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {what} (not a neural scorer)"
+    def fit(cls, texts: Sequence[str], description: str) -> NgramScorer:
+        """Fit the n-gram model to `texts`, whose `description` appears in the label."""
+        label = f"Kneser-Ney {NGRAM_ORDER}-gram of characters fitted on {description} (not a neural scorer)"
         return cls(NgramModel.fit(texts, order=NGRAM_ORDER), label)
 
 
@@ -101,7 +101,7 @@ def generative_perplexity(
     nll, count = 0.0, 0
     max_length = min(max_length, scorer_length(scorer))
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-    # Sorted by length, so that batches contain little padding.
+    # Sort by length, so that batches contain little padding.
     rows = sorted((ids for ids in encoded if len(ids) >= 2), key=len)
     for start in range(0, len(rows), batch_size):
         batch_nll, batch_count = _score(model, rows[start : start + batch_size], device)
@@ -134,7 +134,9 @@ def load_scorer(scorer: Path) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"metrics.scorer={scorer} is no causal model with its tokenizer: {reason}") from error
+        raise UserError(
+            f"metrics.scorer={scorer} is not a causal model with its tokenizer ({reason}); give such a directory"
+        ) from error
 
 
 @torch.no_grad()

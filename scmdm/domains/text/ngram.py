@@ -23,7 +23,7 @@ class _Level:
 
 
 class NgramModel:
-    """Probabilities over the units seen in training and `<unk>`. They sum to one in every context."""
+    """Model whose probabilities over the units seen in training and `<unk>` sum to one in every context."""
 
     def __init__(self, levels: Sequence[_Level], vocabulary: set[str], split: Callable[[str], Sequence[str]]) -> None:
         self._levels, self.vocabulary, self._split = levels, vocabulary, split
@@ -31,7 +31,7 @@ class NgramModel:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, order: int, split: Callable[[str], Sequence[str]] = list) -> NgramModel:
-        """Fit to texts. `split` divides a text into units: `list` into characters, `str.split` into words."""
+        """Fit the model to texts. `split` divides a text into units: `list` into characters, `str.split` into words."""
         grams: Counter[Gram] = Counter()
         vocabulary = {UNKNOWN}
         for text in texts:

@@ -1,4 +1,4 @@
-"""Models and trajectories as JSON, for the page of the demo."""
+"""Conversion of models and trajectories to JSON, for the demo's page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def describe_model(name: str, path: str, loaded: LoadedModel) -> Json:
-    """The model's name, path and step, and how the page displays its token ids."""
+    """Describe a model: name, path, step, and how the page displays its token ids."""
     tokenizer = loaded.tokenizer
     specials = {tokenizer.pad_id: "pad", tokenizer.bos_id: "mark", tokenizer.eos_id: "mark"}
     return {
@@ -39,7 +39,7 @@ def _layout(tokenizer: Tokenizer) -> Json | None:
 
 
 def describe_trajectory(trajectory: Trajectory, tokenizer: Tokenizer) -> Json:
-    """Frames, text and cost of a sample. `pieces` maps each id that occurs in a frame to its text."""
+    """Describe a sample: frames, text and cost. `pieces` maps each id in a frame to its text."""
     frames = trajectory.frames
     shown = sorted({i for frame in frames for i in (*frame.tokens, *best_guess(frame))})
     drawings, drawing_of = _drawings(frames, tokenizer)
@@ -69,7 +69,7 @@ def _frame(frame: Frame, drawing: int | None) -> Json:
 
 
 def _drawings(frames: Sequence[Frame], tokenizer: Tokenizer) -> tuple[list[str], list[int | None]]:
-    """Each different molecule that the frames' best guesses are, drawn; and which of them a frame has, if any."""
+    """Draw the distinct molecules among the frames' best guesses; returns SVGs and each frame's index, or None."""
     if domain_of_tokenizer(tokenizer.kind) != "molecules":
         return [], [None] * len(frames)
     from scmdm.domains.molecules.figures import molecule_svg  # needs RDKit

@@ -1,6 +1,6 @@
-"""Web server of `scmdm demo`: a page, and a request that denoises.
+"""Web server of `scmdm demo`: a page, and an endpoint that denoises.
 
-The server accepts connections from this machine alone. To use it over ssh: `ssh -L 7860:localhost:7860 HOST`.
+The server accepts connections from this machine only. To use it over ssh: `ssh -L 7860:localhost:7860 HOST`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _denoised(shown: ShownModel, config: DenoiseConfig) -> Mapping[str, Any]:
 
 
 def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
-    """Make a server on a local port (0: a free one). Raises UserError when the port is not available."""
+    """Make a server on a local port; 0 chooses a free one. Raises UserError when the port is not available."""
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)

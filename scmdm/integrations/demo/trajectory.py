@@ -18,7 +18,7 @@ from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate
 from scmdm.sampling.templates import make_model_template
 
-_ROWS = 512  # positions per block of the entropy, which bounds its memory
+_CHUNK = 512  # positions whose entropy is computed at once, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Trajectory:
 
     given: list[int]  # initial sequence
     frames: list[Frame]
-    generated: GeneratedSamples  # with this sample alone
+    generated: GeneratedSamples  # with this sample only
 
 
 @dataclass
 class Recorder:
-    """Records the steps of one sample; to be passed as `on_step` of `generate`."""
+    """Records the steps of one sample; pass it as `on_step` to `generate`."""
 
     mask_id: int
     frames: list[Frame] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Recorder:
         assert len(step.z_BL) == 1, "a Recorder records one sample"
         masked_BL = step.z_BL == self.mask_id
         logits_NV = step.logits(masked_BL)
-        entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_ROWS)])
+        entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_CHUNK)])
         revealed = step.revealed_BL[0].nonzero().squeeze(1).tolist()
         tokens, masked = step.z_BL[0].tolist(), masked_BL[0].tolist()
         entropies, guesses = iter(entropy_N.tolist()), iter(logits_NV.argmax(1).tolist())

@@ -1,5 +1,5 @@
 "use strict";
-// What the server tells: `models` once, `samples` for each request, one for each model; frame k follows evaluation k + 1.
+// Data from the server: `models` once, `samples` for each request, one for each model; frame k follows evaluation k + 1.
 const state = { models: [], samples: [], at: 0, highest: 1, timer: null };
 const byId = (id) => document.getElementById(id);
 const COLOURS = { base: "#b4560b", adapted: "#2457c5" };
