@@ -23,7 +23,7 @@ from scmdm.checkpoint.reader import find_model, list_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.models.model_files import TENSORS
 from scmdm.models.tensor_files import read_tensors, tensor_shapes
-from scmdm.observability.metrics import last_row, read_metrics
+from scmdm.observability.run_metrics import last_row, read_metrics
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, small_base
 from tests.distributed.launching import launch, start, workers

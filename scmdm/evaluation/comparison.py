@@ -9,7 +9,7 @@ import numpy as np
 
 from scmdm.domains.interface import Metric
 from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
-from scmdm.observability.metrics import format_duration
+from scmdm.observability.run_metrics import format_duration
 
 Json = Mapping[str, Any]
 IntervalsByArm = Mapping[str, Mapping[int, Interval]]  # by the arm's label and T

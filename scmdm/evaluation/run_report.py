@@ -10,7 +10,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.html import heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import loss_figure, progress_figure
 from scmdm.evaluation.statistics import mean_interval
-from scmdm.observability.metrics import format_duration, read_metrics
+from scmdm.observability.run_metrics import format_duration, read_metrics
 from scmdm.runtime.status import planned_steps
 from scmdm.system.files import atomic_write_text
 

@@ -29,7 +29,7 @@ from scmdm.evaluation.comparison import (
 )
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
 
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600

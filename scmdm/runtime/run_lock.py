@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scmdm.checkpoint.retention import remove_leftovers
 from scmdm.errors import UserError
-from scmdm.observability.metrics import logger
+from scmdm.observability.run_metrics import logger
 from scmdm.system.files import atomic_write_text
 from scmdm.system.lease import Lease, acquire
 from scmdm.system.process_group import broadcast, current_world

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from scmdm.runtime.preflight import PreflightReport
 from scmdm.system.run_directory import ENVIRONMENT_FILE, STARTS_FILE
 

@@ -18,7 +18,7 @@ import yaml
 from scmdm.checkpoint.reader import list_checkpoints, step_of
 from scmdm.checkpoint.seal import SEAL, verify_checkpoint
 from scmdm.errors import UserError
-from scmdm.observability.metrics import format_duration, read_metrics
+from scmdm.observability.run_metrics import format_duration, read_metrics
 from scmdm.runtime.start_log import read_starts
 from scmdm.runtime.watchdog import written_stacks
 from scmdm.system.lease import SILENCE_LIMIT_S, LeaseHolder, read_lease

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scmdm.observability.metrics import last_row
 from scmdm.observability.progress_bar import PLAIN_LINES
+from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
 
 

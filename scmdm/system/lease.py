@@ -18,6 +18,7 @@ commits anything; that raises `InUseError` if a higher generation exists.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ from scmdm.errors import InUseError, UserError
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives, process_start
 
 HEARTBEAT_S, SILENCE_LIMIT_S = 10.0, 300.0
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # file systems without hard links
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,27 @@ def _acquire(directory: Path, name: str, silence_limit_s: float, *, ask_slurm: b
             if newest is not None and not _is_free(newest, holder, me, now - silence_limit_s, ask_slurm):
                 raise _in_use(name, holder)
             path = directory / f"{_generation(newest) + 1:08d}.json"
-            try:
-                os.link(record, path)
-            except FileExistsError:
-                if record.stat().st_nlink != 2:  # on NFS a reply can be lost and the call repeated
-                    continue
+            if not _create_exclusively(record, path):
+                continue
             return Lease(name, path, me, None if holder is None or holder.released else holder)
+
+
+def _create_exclusively(record: Path, path: Path) -> bool:
+    """Give `record` the name `path` as well; return False if another process has created that name."""
+    try:
+        os.link(record, path)
+    except FileExistsError:
+        return record.stat().st_nlink == 2  # on NFS a reply can be lost and the call repeated
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Exclusive too, but a reader may find the file empty. It then waits, as for a silent holder.
+        try:
+            with open(path, "x") as file:
+                file.write(record.read_text())
+        except FileExistsError:
+            return False
+    return True
 
 
 def _is_free(newest: Path, holder: LeaseHolder | None, me: LeaseHolder, renewed_before: float, ask_slurm: bool) -> bool:

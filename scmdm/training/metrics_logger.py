@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from scmdm.diffusion.likelihood import Nelbo
-from scmdm.observability.metrics import (
+from scmdm.observability.progress_bar import StepDisplay
+from scmdm.observability.run_metrics import (
     MetricsFile,
     Tracker,
     format_duration,
     logger,
     start_wandb,
 )
-from scmdm.observability.progress_bar import StepDisplay
 from scmdm.observability.step_timer import LoggingWindow, StepTimer, peak_memory_gib, summarize_parts
 from scmdm.system.run_directory import METRICS_FILE
 from scmdm.training.step import StepResult

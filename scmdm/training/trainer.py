@@ -23,7 +23,7 @@ from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel
-from scmdm.observability.metrics import log_to, logger
+from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
 from scmdm.runtime.flight_recorder import enable_flight_recorder
 from scmdm.runtime.preflight import log_preflight, run_preflight

@@ -21,7 +21,7 @@ from scmdm.models.flops import peak_flops, step_flops
 from scmdm.models.model_files import ModelSpec, StoredModel
 from scmdm.models.network import count_parameters
 from scmdm.observability.environment import describe_environment
-from scmdm.observability.metrics import logger
+from scmdm.observability.run_metrics import logger
 from scmdm.observability.step_timer import Utilization
 from scmdm.runtime.preflight import PreflightReport
 from scmdm.runtime.watchdog import Watchdog

@@ -16,7 +16,7 @@ from scmdm.cli import main
 from scmdm.config.training import TrainConfig
 from scmdm.distributed.engine import SingleEngine
 from scmdm.errors import InUseError
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.lease import acquire
 from tests.conftest import TINY, scmdm
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scmdm.cli import main
-from scmdm.observability.metrics import last_row
+from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
 from tests.distributed.launching import are_gone

@@ -10,7 +10,7 @@ import torch
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.models.model_files import weights_of
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from tests.conftest import ADAPTED, small_base
 from tests.distributed.launching import launch
 

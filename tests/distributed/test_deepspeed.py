@@ -15,7 +15,7 @@ from scmdm.distributed.deepspeed import deepspeed_json
 from scmdm.errors import UserError
 from scmdm.models.model_files import WEIGHTS_FILE, weights_of
 from scmdm.models.safetensors_shards import write_shards
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.process_group import World
 from scmdm.training.setup import resolve_engine
 from tests.distributed.launching import launch

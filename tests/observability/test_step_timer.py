@@ -14,7 +14,7 @@ from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.observability import step_timer
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from scmdm.observability.step_timer import PARTS, LoggingWindow, StepTimer, Utilization, summarize_parts
 from tests.conftest import TINY
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from scmdm.observability.metrics import read_metrics
+from scmdm.observability.run_metrics import read_metrics
 from tests.kills import last_step
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")

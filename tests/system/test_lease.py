@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -199,3 +200,17 @@ def test_heartbeats_set_the_modification_time(tmp_path, monkeypatch):
         while path.stat().st_mtime == 0:
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(module.os, "link", refuse)
+    with acquire(tmp_path / "lease", "run_dir=x") as held:
+        assert read_lease(tmp_path / "lease")[1] is not None
+        with pytest.raises(InUseError), acquire(tmp_path / "lease", "run_dir=x"):
+            pass
+        held.require()
+    with acquire(tmp_path / "lease", "run_dir=x") as again:
+        assert again.generation == held.generation + 1

@@ -23,7 +23,7 @@ from scmdm.domains.molecules.config import MosesConfig
 from scmdm.domains.molecules.moses_metrics import TRAINING_SET, MosesReference, cache_folder, evaluate_moses
 from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics, describe
 from scmdm.errors import UserError
-from scmdm.observability.metrics import format_duration
+from scmdm.observability.run_metrics import format_duration
 from scmdm.system.files import atomic_write_text, require_writable
 from scmdm.system.worker_processes import core_count
 
