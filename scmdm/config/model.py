@@ -15,7 +15,10 @@ from scmdm.errors import UserError
 DENOISERS = Registry(
     "model.kind",
     "scmdm.denoisers",
-    {"dit": "scmdm.models.dit:DiT", "decoder": "scmdm.models.decoder:Decoder"},
+    {
+        "dit": "scmdm.models.dit:DiT",
+        "decoder": "scmdm.models.decoder:Decoder",
+    },
     formerly={"llama": "decoder"},
 )
 

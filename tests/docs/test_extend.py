@@ -40,6 +40,13 @@ def extended(tmp_path):
     return apply
 
 
+@pytest.mark.parametrize("diff", sorted(EXAMPLES.glob("*.diff")), ids=lambda path: path.stem)
+def test_the_diff_applies(diff, tmp_path):
+    for name in COPIED[:2]:
+        shutil.copytree(ROOT / name, tmp_path / name)
+    subprocess.run(["git", "apply", "--check", str(diff)], cwd=tmp_path, check=True)
+
+
 RUN = """\
 device: cpu
 data: {path: data}
