@@ -1,0 +1,248 @@
+"""Reading files that may come from strangers: bounded, checked where they are parsed, failing in one line.
+
+Everything that reads JSON or YAML, or takes a file name out of a file, goes through here:
+
+* `reading` turns any failure of a parser into a `UserError` that names the file and the place.
+* `read_bytes` refuses what is not a regular file, and files above a size, before it reads.
+* `read_json` and `read_yaml` refuse duplicate keys, NaN, deep nesting, long integers and aliases that multiply.
+* `parse_as` builds a dataclass strictly: unknown, missing and mistyped keys are refused by name.
+* `name_inside` accepts a plain relative path that stays inside its root, links included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scmdm.errors import UserError
+
+T = TypeVar("T")
+LARGEST_TEXT = 256 * 2**20  # bytes of a JSON or YAML file
+DEEPEST = 64  # levels of nesting
+_MOST_NODES = 10_000_000  # values of a file, aliases of YAML counted as often as they are used
+_LONGEST_INTEGER = 4_000  # digits; beyond it Python's conversion takes quadratic time
+_ESCAPED_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@contextmanager
+def reading(path: Path | str, what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any failure inside the block into a UserError that names `path`, what it should be, and the remedy.
+
+    A parser of outside data can raise any class; lists of classes always miss one. UserErrors pass unchanged; so do
+    KeyboardInterrupt and SystemExit, which are not `Exception`s.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is not a readable {what}: {describe(error)}{remedy and f'; {remedy}'}") from error
+
+
+def describe(error: BaseException) -> str:
+    """One line of at most 200 characters: the system's reason, or the class and its message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """The status of a regular file, links followed. Raises OSError otherwise: a FIFO would block for ever."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(21, "is a directory", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(22, "is not a regular file", str(path))
+    return status
+
+
+def read_bytes(path: Path, limit: int = LARGEST_TEXT) -> bytes:
+    """Contents of a regular file. Raises OSError for other kinds of files and UserError above `limit` bytes."""
+    size = require_regular(path).st_size
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path} has {max(size, len(data))} bytes; at most {limit} are read of such a file")
+    return data
+
+
+def read_json(path: Path, what: str = "JSON file", *, limit: int = LARGEST_TEXT, remedy: str = "") -> Any:
+    """Parse a JSON file. Raises UserError, which names the file; FileNotFoundError when there is none."""
+    try:
+        require_regular(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(2, "no such file", str(path)) from error
+    except OSError as error:
+        raise UserError(f"{path} is not a readable {what}: {describe(error)}{remedy and f'; {remedy}'}") from error
+    with reading(path, what, remedy):
+        return parse_json(read_bytes(path, limit))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON strictly: UTF-8, each key once, finite numbers, bounded depth, no lone surrogates.
+
+    Raises ValueError (or RecursionError) otherwise.
+    """
+    decoded = text.decode() if isinstance(text, bytes) else text
+    content = json.loads(
+        decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float
+    )
+    check_bounds(content)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name!r} stands twice")
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits[:40]} is beyond the range of floating-point numbers")
+    return value
+
+
+def check_bounds(content: Any) -> None:
+    """Raise ValueError for nesting beyond `DEEPEST`, too many values, or text that UTF-8 cannot encode."""
+    nodes, level = 0, [content]
+    for _ in range(DEEPEST + 1):
+        following: list[Any] = []
+        for value in level:
+            nodes += 1
+            if isinstance(value, Mapping):
+                following.extend(value.keys())
+                following.extend(value.values())
+            elif isinstance(value, list | tuple):
+                following.extend(value)
+            elif isinstance(value, str) and _ESCAPED_SURROGATE.search(value):
+                raise ValueError("text with half of a surrogate pair")
+        if nodes + len(following) > _MOST_NODES:
+            raise ValueError(f"more than {_MOST_NODES:,} values")
+        if not following:
+            return
+        level = following
+    raise ValueError(f"nested more than {DEEPEST} levels deep")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe types, each key once; nesting and repeated aliases are bounded while composing."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # values below a node, by its identity
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=self.get_mark())
+        alias = self.check_event(yaml.AliasEvent)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if alias and id(node) not in self._sizes:
+            raise yaml.MarkedYAMLError(problem="an alias inside its own anchor", problem_mark=node.start_mark)
+        self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))
+        if self._sizes[id(node)] > _MOST_NODES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MOST_NODES:,} values", problem_mark=node.start_mark)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if isinstance(name, list | dict | set):
+                raise yaml.MarkedYAMLError(problem="a key that is a list or mapping", problem_mark=key_node.start_mark)
+            if name in seen:
+                first = seen[name].start_mark.line + 1
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {name!r} stands twice, first in line {first}", problem_mark=key_node.start_mark
+                )
+            seen[name] = key_node
+        return super().construct_mapping(node, deep=deep)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def read_yaml(path: Path, what: str = "YAML file") -> Any:
+    """Parse a YAML file with the safe types, each key once. Raises UserError, which names file, line and column."""
+    with reading(path, what):
+        return parse_yaml(read_bytes(path).decode())
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML strictly. Raises yaml.YAMLError or ValueError."""
+    loader = _StrictLoader(text)
+    try:
+        content = loader.get_single_data()
+    finally:
+        loader.dispose()
+    check_bounds(content)
+    return content
+
+
+def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") -> T:
+    """Build a dataclass from parsed JSON: types exactly as declared, no key unknown, none missing.
+
+    Raises UserError that names the file, the place in it (as in `splits.train.samples`), what was found and what is
+    expected.
+    """
+    try:
+        # As JSON: in strict mode Python input would have to be an instance of the dataclass already.
+        return TypeAdapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file as a whole"
+        found = repr(first["input"])
+        found = found if len(found) <= 60 else f"{found[:57]}..."
+        raise UserError(f"{path}: {place}={found}: {first['msg']}{remedy and f'; {remedy}'}") from error
+
+
+def name_inside(root: Path, name: Any, where: Path | str) -> Path:
+    """The path of a file that is named in another file: a plain relative path inside `root`, links included.
+
+    `where` is the file that holds the name. Raises UserError for absolute paths, `..`, backslashes, control characters,
+    and links that lead out of `root`. The file need not exist.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where} names a file {name!r}; a relative path is expected")
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") for part in parts) and not PurePosixPath(name).is_absolute()
+    if not plain or "\\" in name or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        raise UserError(f"{where} names a file {name!r}, which is not a plain path inside {root}")
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{where} names a file {name!r}, which a link takes out of {root}")
+    return path
