@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scmdm.config.fields import replaced_keys, rules_of, shorten, validate_keys
 from scmdm.errors import UserError
+from scmdm.system.untrusted import read_yaml
 
 Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
@@ -179,14 +180,9 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dic
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no configuration file {path}; `ls configs` shows those that come with scmdm") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not path.exists():
+        raise UserError(f"no configuration file {path}; give the path of a YAML file, such as configs/qm9/base.yaml")
+    content = read_yaml(path)
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
     return content or {}

@@ -112,7 +112,8 @@ def test_files(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
         load_config(RunConfig, tmp_path / "none.yaml")
     for name, content, message in (
-        ("bad.yaml", "a: [1, 2", "not valid YAML"),
+        ("bad.yaml", "a: [1, 2", r"bad\.yaml.* line 1"),
+        ("twice.yaml", "a: 1\nb: 2\na: 3", r"twice\.yaml.*'a'.*line 1.*line 3"),
         ("list.yaml", "- 1\n", "holds a list"),
         ("key.yaml", "trian:\n  steps: 3\n", r"unknown key `trian` .*key\.yaml; did you mean `train`"),
         ("extends.yaml", "extends: 3\n", "extends=3 in .*must be the name of one YAML file"),
