@@ -24,6 +24,7 @@ __all__ = [
     "constant_under_compile",
     "fake_tensors",
     "lerp_all_",
+    "nccl_trace",
     "storage_id",
     "tree_leaves",
 ]
@@ -83,3 +84,13 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     Uses `UntypedStorage._cdata`; `data_ptr` is 0 for storages of fake tensors (torch 2.14).
     """
     return storage._cdata
+
+
+def nccl_trace() -> bytes:
+    """Return the record of this process's recent NCCL collectives, as the flight recorder writes it to a file.
+
+    Uses `torch._C._distributed_c10d._dump_nccl_trace`; torch itself writes the record only when a collective times out
+    (torch 2.14).
+    """
+    trace: bytes = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+    return trace

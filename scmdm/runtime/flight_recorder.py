@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from scmdm.torch_private import nccl_trace
+
 _PREFIX = "nccl_trace_rank_"
 
 
@@ -19,13 +21,16 @@ def enable_flight_recorder(directory: Path) -> None:
 
     Call this before the process group is created. Environment variables that the user has set are kept.
     """
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(directory.absolute() / _PREFIX))
+    for name, earlier_name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),  # collectives
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(directory.absolute() / _PREFIX)),
+    ):
+        if earlier_name not in os.environ:
+            os.environ.setdefault(name, value)
 
 
 def dump_flight_recorder(directory: Path, rank: int) -> None:
     """Write this rank's record to `directory` now; do nothing without NCCL."""
     if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
-        # This function is private: torch itself writes the record only when a collective times out.
-        (directory / f"{_PREFIX}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+        (directory / f"{_PREFIX}{rank}").write_bytes(nccl_trace())

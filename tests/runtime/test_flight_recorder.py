@@ -25,14 +25,14 @@ dist.destroy_process_group()
 
 
 def test_variables_that_the_user_has_set_are_kept(tmp_path, monkeypatch):
-    for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
     monkeypatch.chdir(tmp_path)
     enable_flight_recorder(tmp_path.relative_to(tmp_path) / "stacks")
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7" and "TORCH_FR_BUFFER_SIZE" not in os.environ
     assert int(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == 1
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/stacks/nccl_trace_rank_"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/stacks/nccl_trace_rank_"
 
 
 @pytest.mark.gpu
