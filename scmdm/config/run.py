@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -19,6 +20,11 @@ from scmdm.errors import UserError
 @dataclass
 class RunConfig:
     """A training run, from scratch or from a base model."""
+
+    removed_keys: ClassVar[dict[str, str]] = {
+        "model.llama": "write its keys in `model`, as in model.kv_heads, with model.kind=decoder",
+        "model.estimate_rank": "leave it out; the top-k estimate needs no preview",
+    }
 
     run_dir: str = key(MISSING, help="directory of checkpoints, metrics and logs", on_resume=True)
     base: str | None = key(None, help="adapt: run, checkpoint or exported model to start from", on_resume=True)

@@ -182,3 +182,10 @@ def test_every_shipped_configuration_loads(path):
     # The model sizes are parts that a run's file extends.
     keys = {"model": REQUIRED}.get(path.parent.name, ["base=b"] if path.stem.endswith("adapt") else [])
     assert load_config(schema, path, keys)
+
+
+@pytest.mark.parametrize("override", ["model.llama.kv_heads=2", "model.estimate_rank=8", "deepspeed.whole_below=0"])
+def test_keys_of_earlier_versions_are_refused_with_a_remedy(override):
+    key = override.partition("=")[0].removesuffix(".kv_heads")
+    with pytest.raises(UserError, match=rf"`{key}`.*(write|leave it out)"):
+        load_config(RunConfig, None, [*REQUIRED, override])
