@@ -127,7 +127,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, coun
 
 
 def test_no_rank_ever_holds_a_whole_model():
-    """Of 64 ranks each holds its own part and one parameter at a time (MiB)."""
+    """Each of 64 ranks holds its own part and one parameter at a time (MiB)."""
     output = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
     grown, whole = map(float, output.split()[-2:])
     assert whole > 500
