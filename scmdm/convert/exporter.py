@@ -19,7 +19,7 @@ from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
-from scmdm.convert.importer import CONDITIONER_FILE, SUBDIRECTORY
+from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
@@ -37,7 +37,6 @@ from scmdm.models.model_files import (
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
 
-_CONDITIONER = "conditioner."
 HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 
 
@@ -127,7 +126,7 @@ def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, con
     _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
     if spec.model.self_conditioned:
-        own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))
+        own = ((name, value) for name, value in _weights(stored, config) if name.startswith(CONDITIONER_PREFIX))
         write_shards(subdirectory / CONDITIONER_FILE, own, limit=2**63)
 
 
@@ -135,7 +134,7 @@ def _published_weights(
     stored: StoredModel, layout: PublishedLayout, config: ExportConfig
 ) -> Iterator[tuple[str, Tensor]]:
     for name, value in _weights(stored, config):
-        if not name.startswith(_CONDITIONER):
+        if not name.startswith(CONDITIONER_PREFIX):
             yield layout.published_name(name), value
     yield from layout.derived_tensors(stored.spec.model)
 

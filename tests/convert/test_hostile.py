@@ -74,9 +74,9 @@ class Loud:
 
 def test_other_pickles_are_refused(tmp_path, capsys):
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
-    assert "cannot be read safely" in refuse(tmp_path / "plain.ckpt", tmp_path / "out", capsys)
+    assert "plain.ckpt" in refuse(tmp_path / "plain.ckpt", tmp_path / "out", capsys)
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.ckpt")
-    assert "torchscript" in refuse(tmp_path / "script.ckpt", tmp_path / "out", capsys)
+    assert "script.ckpt" in refuse(tmp_path / "script.ckpt", tmp_path / "out", capsys)
     torch.save([1], tmp_path / "list.ckpt")
     assert "has no `state_dict`" in refuse(tmp_path / "list.ckpt", tmp_path / "out", capsys)
     whole = write_lightning(tmp_path / "last.ckpt").read_bytes()
@@ -108,9 +108,9 @@ def test_absurd_sizes(tmp_path, capsys):
     content = file.read_bytes()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].replace(b"[13,32]", b"[13,99999999999]")
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + len(header) :])
-    assert "not a complete safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "model.safetensors" in refuse(source, tmp_path / "out", capsys)
     file.write_bytes((2**60).to_bytes(8, "little") + content[8:])
-    assert "not a complete safetensors file" in refuse(source, tmp_path / "out", capsys)
+    assert "model.safetensors" in refuse(source, tmp_path / "out", capsys)
 
 
 def test_damaged_weights(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_damaged_weights(tmp_path, capsys):
     file, out = source / "model.safetensors", tmp_path / "out"
     content, weights = file.read_bytes(), load_file(file)
     file.write_bytes(content[:-100])
-    assert "not a complete safetensors file" in refuse(source, out, capsys)
+    assert "model.safetensors" in refuse(source, out, capsys)
     name = "backbone.blocks.1.attn_out.weight"
     save_file({n: w for n, w in weights.items() if n != name}, file)
     assert "lacks blocks.1.attn_out.weight" in refuse(source, out, capsys)
@@ -150,7 +150,8 @@ def test_an_index_stays_in_its_directory(tmp_path, capsys, file):
     (source / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(mdlm_weights(), file)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which is not a file of this directory" in refuse(source, tmp_path / "out", capsys)
+    message = refuse(source, tmp_path / "out", capsys)
+    assert "model.safetensors.index.json" in message and repr(file)[1:-1] in message
 
 
 def test_an_index_that_is_wrong(tmp_path, capsys):
@@ -175,14 +176,14 @@ def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):
     manifest, model = (json.loads((beside / name).read_text()) for name in ("manifest.json", "model.json"))
     manifest["tokenizer"]["file"] = "../../../escaped.json"
     (beside / "manifest.json").write_text(json.dumps(manifest))
-    assert "has no tokenizer" in refuse(tmp_path / "there", out, capsys)
+    assert "escaped.json" in refuse(tmp_path / "there", out, capsys)
     manifest["tokenizer"]["file"] = "tokenizer.json"
     (beside / "manifest.json").write_text(json.dumps(manifest))
     for changes in ({"layers": 10**9}, {"width": WIDTH * 2}, {"layers": LAYERS + 1}, {"kind": "llama"}):
         (beside / "model.json").write_text(json.dumps({**model, "model": {**model["model"], **changes}}))
         refuse(tmp_path / "there", out, capsys)
     (beside / "model.json").write_text(json.dumps({**model, "vocab_size": VOCAB + 1}))
-    assert "different vocabularies" in refuse(tmp_path / "there", out, capsys)
+    assert f"vocab_size={VOCAB + 1}" in refuse(tmp_path / "there", out, capsys)
 
 
 def test_another_models_tokenizer(tmp_path, capsys):
