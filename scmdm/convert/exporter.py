@@ -22,7 +22,7 @@ from scmdm.config.layouts import LAYOUTS
 from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
-from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
+from scmdm.convert.published_files import CONFIG_FILE
 from scmdm.data.tokenizers import HuggingFaceTokenizer
 from scmdm.errors import UserError
 from scmdm.models.lora import adapted_modules, is_added, merged
@@ -34,6 +34,7 @@ from scmdm.models.model_files import (
     open_model,
     write_model_files,
 )
+from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
 

@@ -22,7 +22,7 @@ from scmdm.config.fields import shorten, validate_keys
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
 from scmdm.convert.published_config import matrix_shape
-from scmdm.convert.published_files import SINGLE_FILE, PublishedFiles, open_source
+from scmdm.convert.published_files import PublishedFiles, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
 from scmdm.data.tokenizers import Tokenizer, open_model_tokenizer
@@ -37,6 +37,7 @@ from scmdm.models.model_files import (
     write_model_files,
 )
 from scmdm.models.rotary import inverse_frequencies
+from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
 from scmdm.system.untrusted import reading
@@ -145,8 +146,8 @@ def _length(source: PublishedFiles) -> int:
     for name, value in (("model_length", source.config.get("model_length")), ("model.length", nested)):
         if value is not None and (type(value) is not int or not 2 <= value <= LONGEST):
             raise UserError(
-                f"{source.path}: {name}={shorten(value)} in its configuration; expected an integer from 2 to {LONGEST}, "
-                "or give length=NUMBER"
+                f"{source.path}: {name}={shorten(value)} in its configuration; expected 2 to {LONGEST}, or "
+                "give length=NUMBER"
             )
         if value is not None:
             return int(value)

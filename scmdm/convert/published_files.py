@@ -13,11 +13,17 @@ from torch import Tensor
 
 from scmdm.convert.lightning import checkpoint_weights, hyper_parameters, read_checkpoint
 from scmdm.errors import UserError
-from scmdm.models.safetensors_headers import SUFFIX, merge_headers, read_header, require_finite
-from scmdm.system.untrusted import name_inside, parse_as, read_json, reading
+from scmdm.models.safetensors_headers import (
+    LARGEST_JSON,
+    SUFFIX,
+    StoredTensor,
+    published_tensors,
+    read_header,
+    require_finite,
+)
+from scmdm.system.untrusted import read_json, reading
 
-CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-_LARGEST_JSON = 2**26  # bytes
+CONFIG_FILE = "config.json"
 _REMEDY = "download it again"
 
 
@@ -53,9 +59,9 @@ def open_source(path: Path, weights: str) -> PublishedFiles:
     that cannot be read safely.
     """
     if path.is_dir():
-        return PublishedFiles(path, read_config(path / CONFIG_FILE), _Files(path, _files_of(path)))
+        return PublishedFiles(path, read_config(path / CONFIG_FILE), _Files(published_tensors(path)))
     if path.suffix == SUFFIX:
-        return PublishedFiles(path, read_config(path.parent / CONFIG_FILE), _Files(path.parent, [path]))
+        return PublishedFiles(path, read_config(path.parent / CONFIG_FILE), _Files(read_header(path).tensors))
     content = read_checkpoint(path)
     return PublishedFiles(
         path, hyper_parameters(path, content), _Loaded(path, checkpoint_weights(path, content, weights))
@@ -65,7 +71,7 @@ def open_source(path: Path, weights: str) -> PublishedFiles:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty for a missing file. Raises UserError."""
     try:
-        content = read_json(path, limit=_LARGEST_JSON, remedy=_REMEDY)
+        content = read_json(path, limit=LARGEST_JSON, remedy=_REMEDY)
     except FileNotFoundError:
         return {}
     if not isinstance(content, dict):
@@ -73,54 +79,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Content of an index of weights files; the metadata is not used."""
-
-    weight_map: dict[str, str]
-    metadata: dict[str, Any] | None = None
-
-
-def _read_index(directory: Path) -> dict[str, Path]:
-    """Return the file of each tensor; empty without an index. Raises UserError for names outside the directory."""
-    path = directory / INDEX_FILE
-    content = read_config(path) if path.exists() or path.is_symlink() else None
-    if content is None:
-        return {}
-    index = parse_as(_Index, content, path, _REMEDY)
-    if not index.weight_map:
-        raise UserError(f"{path} has an empty weight_map; {_REMEDY}")
-    files = {file: _named_file(directory, file) for file in sorted(set(index.weight_map.values()))}
-    return {name: files[file] for name, file in index.weight_map.items()}
-
-
-def _named_file(directory: Path, name: str) -> Path:
-    """Return the weights file that the index calls `name`. Raises UserError for any other place or kind of file."""
-    path = directory / INDEX_FILE
-    if "/" in name or not name.endswith(SUFFIX):
-        raise UserError(f"{path} names a file {name!r}, which is no {SUFFIX} file of this directory; {_REMEDY}")
-    if directory.parent.name == "snapshots":  # the hub's cache, whose files are links into the folder `blobs`
-        name_inside(directory.parent.parent, f"snapshots/{directory.name}/{name}", path)
-        return directory / name
-    return name_inside(directory, name, path)
-
-
-def _files_of(directory: Path) -> list[Path]:
-    """Paths of the weights files, from the index or the single file."""
-    listed = sorted(set(_read_index(directory).values()))
-    if not listed and not (directory / SINGLE_FILE).is_file():
-        raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with the weights")
-    return listed or [directory / SINGLE_FILE]
-
-
 class _Files:
-    """Safetensors files of one directory, opened one at a time."""
+    """Tensors of safetensors files, opened one at a time."""
 
-    def __init__(self, directory: Path, files: list[Path]) -> None:
-        self._directory = directory
-        self._tensors = merge_headers([read_header(path) for path in files])
-        if len(files) > 1:
-            self._check_index()
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
 
     def shapes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
@@ -140,17 +103,6 @@ class _Files:
                 value = opened.get_tensor(name)
                 require_finite(name, value, path)
                 yield name, value
-
-    def _check_index(self) -> None:
-        """Raise UserError unless the index lists exactly the tensors of the files, each in its file."""
-        path = self._directory / INDEX_FILE
-        listed = _read_index(self._directory)
-        for name, file in listed.items():
-            if name not in self._tensors or self._tensors[name].file != file:
-                raise UserError(f"{path} says that {name} is in {file.name}, which does not have it; {_REMEDY}")
-        for name, tensor in self._tensors.items():
-            if name not in listed:
-                raise UserError(f"{path} does not list {name}, which is in {tensor.file.name}; {_REMEDY}")
 
 
 class _Loaded:

@@ -120,7 +120,8 @@ def spec_of(content: Any, where: Path | str) -> ModelSpec:
     given = parse_as(_Description, content, where)
     try:
         keys = upgrade_model_keys(given.model)
-        model = parse_as(DENOISERS.schema(keys["kind"]), keys, "section model")
+        schema: type[ModelConfig] = DENOISERS.schema(keys["kind"])
+        model = parse_as(schema, keys, "section model")
         spec = ModelSpec(**{**vars(given), "model": model})
         validate_keys(spec)
         model.validate()

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from scmdm.errors import UserError
-from scmdm.system.untrusted import parse_as, parse_json, reading, require_regular
+from scmdm.system.untrusted import name_inside, parse_as, parse_json, read_json, reading, require_regular
 
 SUFFIX = ".safetensors"
-_WHAT = "safetensors file"
+SINGLE_FILE, INDEX_FILE = f"model{SUFFIX}", f"model{SUFFIX}.index.json"
+LARGEST_JSON = 2**26  # bytes of an index or a configuration
+_WHAT, _REMEDY = "safetensors file", "download or restore it"
 _LARGEST_HEADER = 2**26  # bytes, about 500,000 tensors
 _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 8
@@ -75,7 +77,7 @@ def read_header(path: Path) -> Header:
 
     Raises UserError unless the file is regular, each name stands once, and the tensors fill the file exactly.
     """
-    with reading(path, _WHAT, "download or restore it"):
+    with reading(path, _WHAT, _REMEDY):
         size = require_regular(path).st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -83,7 +85,7 @@ def read_header(path: Path) -> Header:
                 raise ValueError(f"a header of {length} bytes in a file of {size}; at most {_LARGEST_HEADER} are read")
             content = parse_json(file.read(length))
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a complete {_WHAT}: its header is no JSON object; download or restore it")
+        raise UserError(f"{path} is not a complete {_WHAT}: its header is no JSON object; {_REMEDY}")
     metadata = parse_as(dict[str, str], content.pop(_METADATA, None) or {}, f"{path}, {_METADATA}")
     entries = parse_as(dict[str, _Entry], content, path)
     _check_places(path, entries, size - 8 - length)
@@ -98,12 +100,12 @@ def _check_places(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
         if entry.dtype not in _BYTES:
             raise UserError(f"{path}: {name} has dtype {entry.dtype!r}; expected one of {', '.join(_BYTES)}")
         if len(entry.shape) > _MOST_DIMENSIONS or any(not 0 <= size < 2**48 for size in entry.shape):
-            raise UserError(f"{path}: {name} has shape {entry.shape}, which no tensor has; download or restore it")
+            raise UserError(f"{path}: {name} has shape {entry.shape}, which no tensor has; {_REMEDY}")
         wanted = [end, end + math.prod(entry.shape) * _BYTES[entry.dtype]]
         if entry.data_offsets != wanted or wanted[1] > data:
             raise UserError(
-                f"{path} is not a complete {_WHAT}: {name} of shape {entry.shape} is at bytes {entry.data_offsets} of {data}, "
-                f"expected {wanted}; download or restore it"
+                f"{path} is not a complete {_WHAT}: {name} of shape {entry.shape} is at bytes {entry.data_offsets} of "
+                f"{data}, expected {wanted}; {_REMEDY}"
             )
         end = wanted[1]
     if end != data:
@@ -122,6 +124,53 @@ def merge_headers(headers: Iterable[Header]) -> dict[str, StoredTensor]:
                 )
             found[name] = tensor
     return found
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Content of an index of weights files; the metadata is not used."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
+
+
+def published_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a directory with one file or an index, as on the Hugging Face hub.
+
+    Raises UserError for a file outside the directory, and unless the index lists exactly the tensors of its files.
+    """
+    path = directory / INDEX_FILE
+    try:
+        content = read_json(path, limit=LARGEST_JSON, remedy=_REMEDY)
+    except FileNotFoundError as error:
+        if not (directory / SINGLE_FILE).is_file():
+            raise UserError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with the weights"
+            ) from error
+        return read_header(directory / SINGLE_FILE).tensors
+    listed = parse_as(_Index, content, path, _REMEDY).weight_map
+    if not listed:
+        raise UserError(f"{path} has an empty weight_map; {_REMEDY}")
+    files = {name: _named_file(directory, name) for name in sorted(set(listed.values()))}
+    found = merge_headers(read_header(file) for file in files.values())
+    for name, file_name in listed.items():
+        if name not in found or found[name].file != files[file_name]:
+            raise UserError(f"{path} says that {name} is in {file_name}, which does not have it; {_REMEDY}")
+    for name, tensor in found.items():
+        if name not in listed:
+            raise UserError(f"{path} does not list {name}, which is in {tensor.file.name}; {_REMEDY}")
+    return found
+
+
+def _named_file(directory: Path, name: str) -> Path:
+    """Return the weights file that the index calls `name`. Raises UserError for any other place or kind of file."""
+    path = directory / INDEX_FILE
+    if "/" in name or not name.endswith(SUFFIX):
+        raise UserError(f"{path} names a file {name!r}, which is no {SUFFIX} file of this directory; {_REMEDY}")
+    if directory.parent.name == "snapshots":  # the hub's cache, whose files are links into the folder `blobs`
+        name_inside(directory.parent.parent, f"snapshots/{directory.name}/{name}", path)
+        return directory / name
+    return name_inside(directory, name, path)
 
 
 def require_finite(name: str, value: Tensor, origin: Path | str) -> None:

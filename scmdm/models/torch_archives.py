@@ -14,7 +14,6 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any
 
-from scmdm.errors import UserError
 from scmdm.system.untrusted import DEEPEST, reading, require_regular
 
 _MOST_RECORDS = 2**20
@@ -22,9 +21,21 @@ _LARGEST_PICKLE = 2**26  # bytes
 _MOST_VALUES = 10_000_000  # of a pickle; and of one object, shared parts counted as often as they are used
 _PICKLE = "/data.pkl"
 _ATOMS = frozenset(
-    "NONE NEWFALSE NEWTRUE BININT BININT1 BININT2 BINFLOAT BINUNICODE SHORT_BINSTRING LONG1 GLOBAL".split()
+    (
+        "NONE",
+        "NEWFALSE",
+        "NEWTRUE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "BINFLOAT",
+        "BINUNICODE",
+        "SHORT_BINSTRING",
+        "LONG1",
+        "GLOBAL",
+    )
 )
-_NEW = frozenset("EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET".split())
+_NEW = frozenset(["EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"])
 _ATOM: tuple[()] = ()
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
