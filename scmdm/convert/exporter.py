@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from scmdm.checkpoint.reader import find_model
@@ -32,11 +31,13 @@ from scmdm.models.model_files import (
     StoredModel,
     iterate_weights,
     open_model,
+    tokenizer_file,
     write_model_files,
 )
 from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
+from scmdm.system.untrusted import read_yaml
 
 HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 
@@ -80,7 +81,7 @@ def _merged_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def _write_description(stored: StoredModel, to: Path) -> None:
-    write_model_files(to, _merged_spec(stored.spec), stored.manifest, stored.path / stored.manifest.tokenizer.file)
+    write_model_files(to, _merged_spec(stored.spec), stored.manifest, tokenizer_file(stored.path, stored.manifest))
 
 
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
@@ -90,7 +91,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     content = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": yaml.safe_load((stored.path / "config.yaml").read_text())["base"],
+        "base_model_name_or_path": _base_of(stored),
         "inference_mode": True,
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,
@@ -102,6 +103,15 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     atomic_write_text(to / "adapter_config.json", json.dumps(content, indent=2) + "\n")
     named = ((f"base_model.model.{name}", value) for name, value in added.items())
     write_shards(to / "adapter_model.safetensors", named, limit=2**63)
+
+
+def _base_of(stored: StoredModel) -> str:
+    """Return the base that a run names. Interpolations are not resolved: the file may be a stranger's."""
+    run = read_yaml(stored.path / "config.yaml", "configuration of a run")
+    base = run.get("base") if isinstance(run, dict) else None
+    if not isinstance(base, str):
+        raise UserError(f"{stored.path / 'config.yaml'}: base={base!r:.60} is no path of a model; format=peft needs it")
+    return base
 
 
 def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:

@@ -90,11 +90,11 @@ class LoadedModel(StoredModel):
     model: Network
 
 
-def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer_file: Path) -> None:
+def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer: Path) -> None:
     """Write `model.json`, `manifest.json` and the tokenizer into `directory` (weights are written beside them)."""
     atomic_write_text(directory / MODEL_FILE, json.dumps({"format": _FORMAT, **asdict(spec)}, indent=2) + "\n")
     manifest.write(directory)
-    shutil.copyfile(tokenizer_file, directory / manifest.tokenizer.file)
+    shutil.copyfile(tokenizer, name_inside(directory, manifest.tokenizer.file, directory / MANIFEST_FILE))
 
 
 @dataclass

@@ -100,15 +100,19 @@ def _whole(parts: Sequence[tuple[tuple[int, ...], StoredTensor]]) -> StoredTenso
     first = parts[0][1]
     if len(parts) == 1 and not any(parts[0][0]):
         return first
-    if any(part.dtype_name != first.dtype_name or len(part.shape) != len(first.shape) for _, part in parts):
-        raise UserError(f"{first.file.parent}: the shards of {first.name} differ in dtype or dimensions; {_REMEDY}")
+    files = ", ".join(sorted({part.file.name for _, part in parts})[:4])
+    of_one = {(part.dtype_name, len(part.shape)) for _, part in parts}
+    if len(of_one) > 1:
+        raise UserError(
+            f"{first.file.parent}: {first.name} has several dtypes or dimensions in {files}; remove the files that do "
+            f"not belong to the model, or {_REMEDY}"
+        )
     ends = [tuple(at + size for at, size in zip(begin, part.shape, strict=True)) for begin, part in parts]
     whole = torch.Size(max(column) for column in zip(*ends, strict=True))
     elements = sum(math.prod(part.shape) for _, part in parts)
     begins = {begin for begin, part in parts if math.prod(part.shape)}
     filled = sum(math.prod(part.shape) > 0 for _, part in parts)
     if elements != math.prod(whole) or len(begins) != filled or any(at < 0 for begin in begins for at in begin):
-        files = ", ".join(sorted({part.file.name for _, part in parts})[:4])
         raise UserError(
             f"{first.file.parent}: the shards of {first.name} in {files} do not make up a tensor of shape "
             f"{tuple(whole)}; {_REMEDY}"

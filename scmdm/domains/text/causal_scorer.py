@@ -33,7 +33,7 @@ _SETTINGS = (
 _LARGEST_CONFIG = 2**24  # bytes
 _COUNTED = re.compile("layer|expert|block", re.IGNORECASE)
 _MOST_COUNTED = 100_000  # layers or experts: transformers makes lists of this length
-_SPARE = 10_000  # modules beyond those that hold a tensor
+_MODULES, _SPARE = 4, 500  # modules of a model for each of its tensors, and beyond them
 _MOST_BUFFERS = 2**31  # numbers that a model computes for itself, such as causal masks
 _PROBE, _KEPT = 16, 4  # tokens of the probe, and how many of them stay when the others change
 _ROUNDING = 1e-5  # relative difference of equal rows of a batch
@@ -145,7 +145,7 @@ def _check_sizes(scorer: Path, config: Any, stored: dict[str, StoredTensor]) -> 
     """Raise UserError unless the model that the configuration describes is about as large as its weights."""
     from transformers import AutoModelForCausalLM
 
-    with _bounded_construction(len(stored) + _SPARE), torch.device("meta"):
+    with _bounded_construction(_MODULES * len(stored) + _SPARE), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     parameters = dict(empty.named_parameters())
     described, have = sum(p.numel() for p in parameters.values()), sum(t.shape.numel() for t in stored.values())
