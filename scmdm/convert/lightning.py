@@ -49,6 +49,7 @@ _CONSTRUCTED = frozenset(
         "torch.Size",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
         "torch.device",
         "torch.serialization._get_layout",
         *(str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),

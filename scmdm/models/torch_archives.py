@@ -18,7 +18,8 @@ from scmdm.system.untrusted import DEEPEST, reading, require_regular
 
 _MOST_RECORDS = 2**20
 _LARGEST_PICKLE = 2**26  # bytes
-_MOST_VALUES = 10_000_000  # of a pickle; and of one object, shared parts counted as often as they are used
+_MOST_INSTRUCTIONS = 4_000_000
+_MOST_VALUES = 10_000_000  # of one object, shared parts counted as often as they are used
 _PICKLE = "/data.pkl"
 _ATOMS = frozenset(
     (
@@ -76,8 +77,8 @@ def check_pickle(data: bytes) -> set[str]:
     names: set[str] = set()
     machine = _Machine()
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if number > _MOST_VALUES:
-            raise ValueError(f"more than {_MOST_VALUES} instructions")
+        if number > _MOST_INSTRUCTIONS:
+            raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions")
         if opcode.name == "GLOBAL":
             names.add(_present_name(*str(argument).split(" ", 1)))
         machine.step(opcode.name, argument)
@@ -100,6 +101,7 @@ class _Machine:
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         self._made: list[list[Any]] = []
+        self._levels: dict[int, int] = {}  # of tuples, by identity
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction. Raises ValueError for one that torch does not write, IndexError on an empty stack."""
@@ -108,9 +110,9 @@ class _Machine:
         elif name in _NEW:
             self._push([])
         elif name in _TUPLES:
-            self._push(self._pop(_TUPLES[name]))
+            self._push_tuple(self._pop(_TUPLES[name]))
         elif name == "TUPLE":
-            self._push(self._pop_mark())
+            self._push_tuple(self._pop_mark())
         elif name in ("APPENDS", "SETITEMS"):
             self._add(self._pop_mark())
         elif name in ("APPEND", "SETITEM"):
@@ -157,6 +159,13 @@ class _Machine:
     def _push(self, value: list[Any]) -> None:
         self._stack.append(value)
         self._made.append(value)
+
+    def _push_tuple(self, value: list[Any]) -> None:
+        levels = 1 + max((self._levels.get(id(child), 0) for child in value), default=0)
+        if levels > DEEPEST:
+            raise ValueError(f"tuples of more than {DEEPEST} levels")
+        self._levels[id(value)] = levels
+        self._push(value)
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
