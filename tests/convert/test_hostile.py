@@ -171,7 +171,8 @@ def test_numbers_that_are_no_weights(tmp_path, capsys, make, kind):
         source = write_lightning(tmp_path / "last.ckpt", state_dict=weights, ema=None)
     else:
         source = write_mdlm(tmp_path / "mdlm", weights)
-    assert name in refuse(source, tmp_path / "out", capsys)
+    message = refuse(source, tmp_path / "out", capsys)
+    assert name in message or "torch.storage.UntypedStorage" in message  # which only dtypes without numbers have
 
 
 def test_tensors_that_would_be_left_out(tmp_path, capsys):
