@@ -1,8 +1,8 @@
 """Zip archives of `torch.save`, checked before torch reads them.
 
 torch maps an archive into memory and does not look at its checksums, so that a flipped bit becomes another weight.
-Checking them reads the file once, in seconds per gigabyte. The pickle inside is followed symbolically, without making an
-object: a few kilobytes of it can otherwise describe values that take hours to hash or print, or that overflow the
+Checking them reads the file once, in seconds per gigabyte. The pickle inside is followed symbolically, without making
+an object: a few kilobytes of it can otherwise describe values that take hours to hash or print, or that overflow the
 stack.
 """
 
