@@ -95,7 +95,7 @@ def train_rows(run):
 
 def final_tensors(run):
     checkpoint = find_model(run) / TENSORS
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(checkpoint).items()}
+    found = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in tensor_shapes(checkpoint).items()}
     assert {name.split(".")[0] for name in found} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
     read_tensors(checkpoint, found, alone=True)
     return found

@@ -25,7 +25,7 @@ class ImportConfig:
     )
     weights: str = weights_key()
     length: int | None = key(
-        None, help="tokens per sample; null: as in the model's configuration", at_least=2, at_most=2**31
+        None, help="tokens per sample; null: as in the model's configuration", at_least=2, at_most=2**24
     )
     mask_id: int | None = key(
         None,

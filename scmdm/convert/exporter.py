@@ -12,17 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
-from scmdm.convert.importer import CONDITIONER_FILE, SUBDIRECTORY
+from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
-from scmdm.convert.published_files import CONFIG_FILE, SINGLE_FILE
+from scmdm.convert.published_files import CONFIG_FILE
 from scmdm.data.tokenizers import HuggingFaceTokenizer
 from scmdm.errors import UserError
 from scmdm.models.lora import adapted_modules, is_added, merged
@@ -32,12 +31,14 @@ from scmdm.models.model_files import (
     StoredModel,
     iterate_weights,
     open_model,
+    tokenizer_file,
     write_model_files,
 )
+from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
+from scmdm.system.untrusted import read_yaml
 
-_CONDITIONER = "conditioner."
 HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 
 
@@ -80,7 +81,7 @@ def _merged_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def _write_description(stored: StoredModel, to: Path) -> None:
-    write_model_files(to, _merged_spec(stored.spec), stored.manifest, stored.path / stored.manifest.tokenizer.file)
+    write_model_files(to, _merged_spec(stored.spec), stored.manifest, tokenizer_file(stored.path, stored.manifest))
 
 
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
@@ -90,7 +91,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     content = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": yaml.safe_load((stored.path / "config.yaml").read_text())["base"],
+        "base_model_name_or_path": _base_of(stored),
         "inference_mode": True,
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,
@@ -102,6 +103,15 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     atomic_write_text(to / "adapter_config.json", json.dumps(content, indent=2) + "\n")
     named = ((f"base_model.model.{name}", value) for name, value in added.items())
     write_shards(to / "adapter_model.safetensors", named, limit=2**63)
+
+
+def _base_of(stored: StoredModel) -> str:
+    """Return the base that a run names. Interpolations are not resolved: the file may be a stranger's."""
+    run = read_yaml(stored.path / "config.yaml", "configuration of a run")
+    base = run.get("base") if isinstance(run, dict) else None
+    if not isinstance(base, str):
+        raise UserError(f"{stored.path / 'config.yaml'}: base={base!r:.60} is no path of a model; format=peft needs it")
+    return base
 
 
 def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:
@@ -127,7 +137,7 @@ def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, con
     _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)
     if spec.model.self_conditioned:
-        own = ((name, value) for name, value in _weights(stored, config) if name.startswith(_CONDITIONER))
+        own = ((name, value) for name, value in _weights(stored, config) if name.startswith(CONDITIONER_PREFIX))
         write_shards(subdirectory / CONDITIONER_FILE, own, limit=2**63)
 
 
@@ -135,7 +145,7 @@ def _published_weights(
     stored: StoredModel, layout: PublishedLayout, config: ExportConfig
 ) -> Iterator[tuple[str, Tensor]]:
     for name, value in _weights(stored, config):
-        if not name.startswith(_CONDITIONER):
+        if not name.startswith(CONDITIONER_PREFIX):
             yield layout.published_name(name), value
     yield from layout.derived_tensors(stored.spec.model)
 

@@ -18,19 +18,35 @@ from torch import Tensor
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.fields import shorten, validate_keys
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
-from scmdm.convert.published_files import SINGLE_FILE, PublishedFiles, open_source
+from scmdm.convert.published_config import matrix_shape
+from scmdm.convert.published_files import PublishedFiles, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
-from scmdm.data.tokenizers import Tokenizer, load_tokenizer, open_model_tokenizer
+from scmdm.data.tokenizers import Tokenizer, open_model_tokenizer
 from scmdm.errors import UserError
-from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, check_fit, read_spec, write_model_files
+from scmdm.models.model_files import (
+    LONGEST,
+    WEIGHTS_FILE,
+    ModelSpec,
+    check_fit,
+    open_model,
+    tokenizer_file,
+    write_model_files,
+)
+from scmdm.models.rotary import inverse_frequencies
+from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
+from scmdm.system.untrusted import reading
 
 SUBDIRECTORY, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
 _SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
+CONDITIONER_PREFIX = "conditioner."
+_ROTARY_BASE = 10_000.0  # of networks without the key `rotary_base`
+_HALF_PRECISION = 1e-2  # relative error of a number in bfloat16, rounded up
 _EPS = 1e-3  # MDLM's log-linear schedule ends at alpha_1 = eps
 
 
@@ -75,6 +91,7 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
             )
         names = layout.our_names(source.tensors.shapes(), plan.spec.model)
         parameters = _check_shapes(source, names, plan)
+        _check_left_out(source, layout, names, plan.spec.model)
         write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
         write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes)
         seal(temporary)
@@ -83,29 +100,27 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
 
 def _plan_restore(exported: Path) -> _ImportPlan:
     """Plan the import of a directory that `scmdm export` wrote."""
-    manifest, spec = Manifest.read(exported), read_spec(exported)
-    name = manifest.tokenizer.file
-    if Path(name).name != name or not (exported / name).is_file():
-        raise UserError(f"{exported} has no tokenizer {name!r}; export the model again")
-    size = load_tokenizer(exported / name).vocab_size
-    if not size == manifest.vocab_size == spec.vocab_size:
-        raise UserError(
-            f"{exported}: model, manifest and tokenizer have different vocabularies; export the model again"
-        )
-    conditioner = open_source(exported / CONDITIONER_FILE, "raw") if spec.model.self_conditioned else None
-    return _ImportPlan(spec, manifest, exported / name, conditioner, mask_row=False, notes=())
+    stored = open_model(exported)
+    conditioner = open_source(exported / CONDITIONER_FILE, "raw") if stored.spec.model.self_conditioned else None
+    file = tokenizer_file(exported, stored.manifest)
+    return _ImportPlan(stored.spec, stored.manifest, file, conditioner, mask_row=False, notes=())
 
 
 def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, scratch: Path) -> _ImportPlan:
     """Plan the import of another project's model; saves its tokenizer in `scratch`."""
-    model = _overridden(layout.architecture(source), config)
-    rows = source.tensors.shapes()[layout.published_name(EMBEDDING)][0]
+    with reading(source.path, f"model of the layout {layout.name}", "download it again"):
+        model = _overridden(layout.architecture(source), config)
+    rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
     tokenizer, notes = _tokenizer(source, config, rows)
     added = tokenizer.vocab_size - rows
     if added:
         notes.append(f"a mask token was added as id {tokenizer.mask_id}")
     length = config.length or _length(source)
     spec = ModelSpec(model, DiffusionConfig(eps=_EPS), tokenizer.vocab_size, tokenizer.mask_id, length)
+    try:
+        validate_keys(spec)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from error
     file = tokenizer.save(scratch)
     bos_policy = config.bos_policy or layout.bos_policy
     origin = {"imported_from": layout.name}
@@ -128,9 +143,14 @@ def _overridden(model: ModelConfig, config: ImportConfig) -> ModelConfig:
 def _length(source: PublishedFiles) -> int:
     saved = source.config.get("model")
     nested = saved.get("length") if isinstance(saved, dict) else None
-    for value in (source.config.get("model_length"), nested):
-        if isinstance(value, int) and 2 <= value <= 2**20:
-            return value
+    for name, value in (("model_length", source.config.get("model_length")), ("model.length", nested)):
+        if value is not None and (type(value) is not int or not 2 <= value <= LONGEST):
+            raise UserError(
+                f"{source.path}: {name}={shorten(value)} in its configuration; expected 2 to {LONGEST}, or "
+                "give length=NUMBER"
+            )
+        if value is not None:
+            return int(value)
     raise UserError(f"{source.path} does not state the length of a sample; give length=NUMBER")
 
 
@@ -161,11 +181,38 @@ def _check_shapes(source: PublishedFiles, names: dict[str, str], plan: _ImportPl
     """Compare names and shapes with the architecture and return the number of parameters. Raises UserError."""
     expected = {name: value.shape for name, value in plan.spec.build().named_parameters()}
     shapes = source.tensors.shapes()
-    found = {ours: _imported_shape(ours, shapes[theirs], plan) for theirs, ours in names.items()}
+    found: dict[str, torch.Size] = {}
+    for theirs, ours in names.items():
+        if ours in found:
+            raise UserError(f"{source.path} has {ours} under two names, of which one is {theirs}; download it again")
+        found[ours] = _imported_shape(ours, shapes[theirs], plan)
     if plan.conditioner is not None:
-        found |= plan.conditioner.tensors.shapes()
+        added = plan.conditioner.tensors.shapes()
+        for name in added:
+            if not name.startswith(CONDITIONER_PREFIX):
+                raise UserError(f"{plan.conditioner.path} has {name}, which is not of the conditioner; export it again")
+        found |= added
     check_fit(expected, found, str(source.path))
     return sum(shape.numel() for shape in expected.values())
+
+
+def _check_left_out(source: PublishedFiles, layout: PublishedLayout, names: dict[str, str], model: ModelConfig) -> None:
+    """Raise UserError unless the tensors that are not imported equal those that scmdm has in their place."""
+    left_out = [name for name in source.tensors.shapes() if name not in names]
+    head, embedding = layout.published_name(HEAD), layout.published_name(EMBEDDING)
+    for name in left_out:
+        value = _one(source, name).float()
+        if name == head:
+            expected, reason = _one(source, embedding).float(), f"{embedding}, to which the configuration ties it"
+        else:
+            expected = inverse_frequencies(model.head_dim, getattr(model, "rotary_base", _ROTARY_BASE))
+            reason = "the rotary frequencies of its configuration"
+        if value.shape != expected.shape or not torch.allclose(value, expected, rtol=_HALF_PRECISION, atol=1e-9):
+            raise UserError(f"{source.path}: {name} differs from {reason}; scmdm does not import such a model")
+
+
+def _one(source: PublishedFiles, name: str) -> Tensor:
+    return next(iter(source.tensors.read([name])))[1]
 
 
 def _imported_shape(ours: str, shape: torch.Size, plan: _ImportPlan) -> torch.Size:

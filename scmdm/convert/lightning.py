@@ -7,7 +7,6 @@ its arguments and state: nothing is imported, and nothing is called.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from scmdm.errors import UserError
+from scmdm.models.torch_archives import check_archive
+from scmdm.system.untrusted import reading
 
 PREFIX = "backbone."
+_WHAT, _REMEDY = "Lightning checkpoint", "give a zip file that torch.save wrote, or download it again"
 # Modules that only a malicious file names. `Inert` would make them harmless, but such a file is refused.
 _RUNS_CODE = frozenset(  # pickle's protocol 2 writes subprocess as "commands"
     [
@@ -36,6 +38,29 @@ _RUNS_CODE = frozenset(  # pickle's protocol 2 writes subprocess as "commands"
         "shutil",
     ]
 )
+# What torch would construct, and may here: none of them takes memory beyond the file's.
+_CONSTRUCTED = frozenset(
+    [
+        "_codecs.encode",
+        "builtins.complex",
+        "builtins.set",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "torch.Size",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch.device",
+        "torch.serialization._get_layout",
+        *(str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+        *(
+            f"torch.{name}"
+            for name in vars(torch)
+            if name.endswith("Storage") and not name.startswith(("Typed", "Unt"))
+        ),
+    ]
+)
+_MOST_SETTINGS = 100_000  # values of the hyper-parameters that are looked at
 _BUILTINS_THAT_RUN = frozenset(("eval", "exec", "compile", "open", "getattr", "setattr", "__import__", "breakpoint"))
 
 
@@ -59,17 +84,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises UserError when the file is damaged, is not one of torch's zip archives, or names code to run.
     """
-    try:
-        names = get_unsafe_globals_in_checkpoint(str(path))
-        for name in names:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a checkpoint or a directory with a model")
+    names = check_archive(path, _WHAT, _REMEDY)
+    with reading(path, _WHAT, _REMEDY):
+        unknown = get_unsafe_globals_in_checkpoint(str(path))
+        for name in (*unknown, *sorted(names)):
             _refuse_code(path, name)
-        with safe_globals([(Inert, name) for name in names]):
+        for name in sorted(names - set(unknown) - _CONSTRUCTED):
+            raise UserError(f"{path} would make a {name} when loaded, which a checkpoint of weights does not need")
+        with safe_globals([(Inert, name) for name in unknown]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give a checkpoint or a directory with a model") from error
-    except (pickle.UnpicklingError, ValueError, TypeError, RuntimeError, EOFError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read safely as a checkpoint ({reason}); give another file") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} has no `state_dict`; give a Lightning checkpoint")
     return content
@@ -89,7 +114,10 @@ def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dic
 
     Raises UserError when averages do not match the weights, or a tensor's shape exceeds its storage.
     """
-    found = {name: value for name, value in content["state_dict"].items() if str(name).startswith(PREFIX)}
+    state = content["state_dict"]
+    if not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: names in its `state_dict` are not text; {_REMEDY}")
+    found = {name: value for name, value in state.items() if name.startswith(PREFIX)}
     if not found:
         raise UserError(f"{path} has no tensor named {PREFIX}*; give a checkpoint of MDLM, UDLM or Duo")
     for name, value in found.items():
@@ -112,30 +140,43 @@ def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dic
 
 
 def _check_tensor(path: Path, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        raise UserError(f"{path}: {name} is not a dense floating-point tensor; the file is damaged")
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        raise UserError(f"{path}: {name} is {_type_name(value)}, which is no dense tensor; {_REMEDY}")
+    if not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise UserError(f"{path}: {name} is a tensor of {value.dtype}, which is no weight; {_REMEDY}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise UserError(
             f"{path}: {name} has shape {tuple(value.shape)}, which exceeds its storage; the file is damaged"
         )
 
 
-def hyper_parameters(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration among MDLM's hyper-parameters as plain dictionaries; empty if there is none."""
+def _type_name(value: Any) -> str:
+    return f"a {type(value).__name__} ({value.layout}, {value.device})" if isinstance(value, Tensor) else "no tensor"
+
+
+def hyper_parameters(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration among MDLM's hyper-parameters as plain dictionaries; empty if there is none.
+
+    Raises UserError for one of more values than any configuration has.
+    """
     saved = content.get("hyper_parameters")
-    plain = _plain(saved.get("config")) if isinstance(saved, dict) else None
+    with reading(path, _WHAT, _REMEDY):
+        plain = _plain(saved.get("config"), [0]) if isinstance(saved, dict) else None
     return plain if isinstance(plain, dict) else {}
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Replace inert OmegaConf nodes by their content, and other objects by None."""
+def _plain(value: Any, count: list[int], depth: int = 0) -> Any:
+    """Replace inert OmegaConf nodes by their content, and other objects by None; `count` holds the values so far."""
+    count[0] += 1
+    if count[0] > _MOST_SETTINGS:
+        raise ValueError(f"more than {_MOST_SETTINGS} values in its hyper-parameters")
     if depth > 16:
         return None
     if isinstance(value, Inert):
         state: dict[str, Any] = value.state if isinstance(value.state, dict) else {}
-        return _plain(state.get("_content", state.get("_val")), depth + 1)
+        return _plain(state.get("_content", state.get("_val")), count, depth + 1)
     if isinstance(value, dict):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {key: _plain(item, count, depth + 1) for key, item in value.items() if isinstance(key, str)}
     if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, count, depth + 1) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None

@@ -11,6 +11,7 @@ from scmdm.config.conversion import ExportConfig
 from scmdm.convert.layout import PublishedLayout
 from scmdm.models.model_files import StoredModel
 from scmdm.models.network import count_parameters
+from scmdm.system.untrusted import read_yaml
 
 _RUN_CONFIG = "config.yaml"  # in a checkpoint
 _SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
@@ -21,9 +22,10 @@ def model_card(stored: StoredModel, config: ExportConfig, layout: PublishedLayou
     spec, model = stored.spec, stored.spec.model
     adapted = "self-conditioned" if model.self_conditioned else "vanilla"
     front = {"library_name": "scmdm", "tags": ["masked-diffusion", model.kind, adapted]}
+    name = " ".join(stored.manifest.name.split())  # a line break would begin a paragraph of its own
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {stored.manifest.name}: {adapted} masked diffusion model",
+        f"# {name}: {adapted} masked diffusion model",
         _description(stored),
         "## Loading\n\n" + _loading(stored, config, layout),
         "## Training\n\n" + _training(stored),
@@ -82,7 +84,7 @@ def _training(stored: StoredModel) -> str:
     if not path.is_file():
         origin = stored.manifest.source.get("imported_from")
         return f"Imported from the layout {origin} and not trained since." if origin else "Not recorded in this model."
-    run = yaml.safe_load(path.read_text())
+    run = read_yaml(path, "configuration of a run")  # interpolations are not resolved
     shown = {}
     for key in _SHOWN:
         value = run

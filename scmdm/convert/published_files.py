@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from scmdm.convert.lightning import checkpoint_weights, hyper_parameters, read_checkpoint
 from scmdm.errors import UserError
+from scmdm.models.safetensors_headers import (
+    LARGEST_JSON,
+    SUFFIX,
+    StoredTensor,
+    published_tensors,
+    read_header,
+    require_finite,
+)
+from scmdm.system.untrusted import read_json, reading
 
-CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-_LARGEST_JSON = 2**26  # bytes
+CONFIG_FILE = "config.json"
+_REMEDY = "download it again"
 
 
 class Tensors(Protocol):
@@ -51,107 +59,57 @@ def open_source(path: Path, weights: str) -> PublishedFiles:
     that cannot be read safely.
     """
     if path.is_dir():
-        return PublishedFiles(path, read_json(path / CONFIG_FILE, required=False), _Files(path, _files_of(path)))
-    if path.suffix == ".safetensors":
-        return PublishedFiles(
-            path, read_json(path.parent / CONFIG_FILE, required=False), _Files(path.parent, [path.name])
-        )
+        return PublishedFiles(path, read_config(path / CONFIG_FILE), _Files(published_tensors(path)))
+    if path.suffix == SUFFIX:
+        return PublishedFiles(path, read_config(path.parent / CONFIG_FILE), _Files(read_header(path).tensors))
     content = read_checkpoint(path)
-    return PublishedFiles(path, hyper_parameters(content), _Loaded(checkpoint_weights(path, content, weights)))
+    return PublishedFiles(
+        path, hyper_parameters(path, content), _Loaded(path, checkpoint_weights(path, content, weights))
+    )
 
 
-def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """Read a JSON object; empty for a missing file unless `required`. Raises UserError."""
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty for a missing file. Raises UserError."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes; expected at most {_LARGEST_JSON}: download it again"
-            )
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        if not required:
-            return {}
-        raise UserError(f"{path} is missing; download the whole model") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
+        content = read_json(path, limit=LARGEST_JSON, remedy=_REMEDY)
+    except FileNotFoundError:
+        return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; download it again")
+        raise UserError(f"{path} is not a JSON object; {_REMEDY}")
     return content
 
 
-def _files_of(directory: Path) -> list[str]:
-    """Names of the weights files, from the index or the single file."""
-    if not (directory / INDEX_FILE).is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise UserError(
-                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with the weights"
-            )
-        return [SINGLE_FILE]
-    listed = read_json(directory / INDEX_FILE).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{directory / INDEX_FILE} has no `weight_map`; download it again")
-    for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(
-                f"{directory / INDEX_FILE}: {name} is in {file!r}, which is not a file of this directory; "
-                "download it again"
-            )
-    return sorted(set(listed.values()))
-
-
 class _Files:
-    """Safetensors files of one directory, opened one at a time."""
+    """Tensors of safetensors files, opened one at a time."""
 
-    def __init__(self, directory: Path, files: list[str]) -> None:
-        self._directory, self._where = directory, dict[str, str]()
-        self._shapes: dict[str, torch.Size] = {}
-        for file in files:
-            with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                    if name in self._where:
-                        raise UserError(
-                            f"{directory}: {name} is in {self._where[name]} and in {file}; remove one of the files"
-                        )
-                    self._where[name] = file
-                    self._shapes[name] = torch.Size(opened.get_slice(name).get_shape())
-        self._check_index()
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
 
     def shapes(self) -> dict[str, torch.Size]:
-        return self._shapes
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def groups(self) -> list[list[str]]:
-        files: dict[str, list[str]] = {}
-        for name, file in self._where.items():
-            files.setdefault(file, []).append(name)
+        files: dict[Path, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            files.setdefault(tensor.file, []).append(name)
         return list(files.values())
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        with self._open(self._where[names[0]]) as opened:
+        path = self._tensors[names[0]].file
+        for name in names:
+            _ = self._tensors[name].dtype  # refuses what is not floating-point
+        with reading(path, "safetensors file", _REMEDY), safe_open(path, framework="pt") as opened:
             for name in names:
-                yield name, opened.get_tensor(name)
-
-    def _check_index(self) -> None:
-        """Raise UserError unless each tensor is in the file that the index names."""
-        path = self._directory / INDEX_FILE
-        listed = read_json(path, required=False).get("weight_map", {})
-        for name, file in listed.items() if len(set(self._where.values())) > 1 else ():
-            if self._where.get(name) != file:
-                raise UserError(f"{path} says that {name} is in {file}, which does not have it; download it again")
-
-    def _open(self, file: str) -> Any:
-        path = self._directory / file
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is not a complete safetensors file ({reason}); download it again") from error
+                value = opened.get_tensor(name)
+                require_finite(name, value, path)
+                yield name, value
 
 
 class _Loaded:
     """Tensors of a Lightning checkpoint, mapped into memory."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self._path, self._tensors = path, tensors
 
     def shapes(self) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in self._tensors.items()}
@@ -161,4 +119,6 @@ class _Loaded:
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            yield name, self._tensors[name].detach()
+            value = self._tensors[name].detach()
+            require_finite(name, value, self._path)
+            yield name, value

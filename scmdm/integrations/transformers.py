@@ -9,6 +9,7 @@ Legend: B batch, L length, D width, V vocabulary with the mask.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from scmdm.convert.exporter import HUB_TYPE
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import carried_estimate, sample
 from scmdm.diffusion.state import State
-from scmdm.models.model_files import LoadedModel, ModelSpec, spec_of
+from scmdm.errors import UserError
+from scmdm.models.model_files import LoadedModel, ModelSpec, check_fit, spec_of
 from scmdm.models.rotary import Rotary
+from scmdm.models.safetensors_headers import published_tensors, require_finite_all
+from scmdm.system.untrusted import read_json
 
 
 class MaskedDiffusionConfig(PretrainedConfig):
@@ -51,9 +55,37 @@ class MaskedDiffusion(PreTrainedModel):
 
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__(config)
-        self.spec: ModelSpec = spec_of(config.spec or {})
+        self.spec: ModelSpec = spec_of(config.spec, f"config.json of {config.name_or_path or 'a model'}, spec")
         self.network = self.spec.build().to_empty(device=torch.get_default_device())
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **keys: Any) -> Any:
+        """See `transformers`. Raises UserError unless the weights are safetensors, complete and finite.
+
+        `transformers` itself only warns of missing and unknown tensors, and initialises the missing ones. Of a local
+        directory, names and shapes are compared before memory is taken.
+        """
+        if Path(name).is_dir():
+            cls._check_directory(Path(name))
+        keys |= {"use_safetensors": True, "trust_remote_code": False}
+        model, found = super().from_pretrained(name, *args, output_loading_info=True, **keys)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[kind]:
+                raise UserError(f"{name}: {kind.replace('_keys', '')} tensor {sorted(map(str, found[kind]))[0]}")
+        require_finite_all(model.named_parameters(), name)
+        return (model, found) if output_loading_info else model
+
+    @classmethod
+    def _check_directory(cls, path: Path) -> None:
+        """Raise UserError unless the files hold the tensors that `config.json` describes."""
+        content = read_json(path / "config.json", remedy="export the model again")
+        spec = spec_of(content.get("spec") if isinstance(content, dict) else None, f"{path / 'config.json'}, spec")
+        stored = published_tensors(path)
+        expected = {f"{cls.base_model_prefix}.{n}": p.shape for n, p in spec.build().named_parameters()}
+        check_fit(expected, {name: tensor.shape for name, tensor in stored.items()}, str(path))
+        for tensor in stored.values():
+            _ = tensor.dtype  # refuses what is not floating-point
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> MaskedDiffusion:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scmdm.errors import UserError
+
 _DIT_KEYS = ("condition_width", "time_conditioning", "labels")
 
 
@@ -21,6 +23,8 @@ def upgrade_model_keys(content: dict[str, Any]) -> dict[str, Any]:
     if "llama" not in keys:
         return keys
     decoder_keys = keys.pop("llama")
+    if not isinstance(decoder_keys, dict):
+        raise UserError(f"model.llama={decoder_keys!r:.60} is no section; restore the file")
     if keys.get("kind") == "llama":
         keys = {name: value for name, value in keys.items() if name not in _DIT_KEYS}
         keys |= {"kind": "decoder", **decoder_keys}

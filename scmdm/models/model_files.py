@@ -16,21 +16,27 @@ import torch
 from torch import Tensor
 
 from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.fields import key, validate_keys
 from scmdm.config.model import DENOISERS, ModelConfig
-from scmdm.data.manifest import Manifest
+from scmdm.data.manifest import MANIFEST_FILE, Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import add_adapters, is_added
 from scmdm.models.network import Network
+from scmdm.models.safetensors_headers import StoredTensor, require_finite_all
 from scmdm.models.tensor_files import read_tensors, tensor_shapes
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_text, sha256_file
+from scmdm.system.untrusted import name_inside, parse_as, read_json
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 TENSORS = "tensors"  # directory of a checkpoint with sharded weights, averages and optimizer state
 WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
+LONGEST = 2**24  # tokens of a sample
 _FORMAT = 1
+_LARGEST_DESCRIPTION = 2**20  # bytes of `model.json`
+_RESTORE = "use another checkpoint, or export the model again"
 _READ_AT_ONCE = 2**30  # bytes of tensors in memory at a time
 
 
@@ -40,12 +46,12 @@ class ModelSpec:
 
     model: ModelConfig
     diffusion: DiffusionConfig
-    vocab_size: int
-    mask_id: int
-    length: int  # tokens of a sample
-    step: int = 0  # optimizer steps of its last run
-    tokens: int = 0  # tokens seen in its last run
-    classes: int = 0  # number of labels, with model.labels
+    vocab_size: int = key(help="tokens, with the mask", at_least=2, at_most=2**31)
+    mask_id: int = key(help="id of the mask", at_least=0, at_most=2**31)
+    length: int = key(help="tokens of a sample", at_least=2, at_most=LONGEST)
+    step: int = key(0, help="optimizer steps of its last run", at_least=0, at_most=2**62)
+    tokens: int = key(0, help="tokens seen in its last run", at_least=0, at_most=2**62)
+    classes: int = key(0, help="number of labels, with model.labels", at_least=0, at_most=2**31)
 
     @property
     def schedule(self) -> Schedule:
@@ -84,52 +90,109 @@ class LoadedModel(StoredModel):
     model: Network
 
 
-def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer_file: Path) -> None:
+def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer: Path) -> None:
     """Write `model.json`, `manifest.json` and the tokenizer into `directory` (weights are written beside them)."""
     atomic_write_text(directory / MODEL_FILE, json.dumps({"format": _FORMAT, **asdict(spec)}, indent=2) + "\n")
     manifest.write(directory)
-    shutil.copyfile(tokenizer_file, directory / manifest.tokenizer.file)
+    shutil.copyfile(tokenizer, name_inside(directory, manifest.tokenizer.file, directory / MANIFEST_FILE))
 
 
-def spec_of(content: dict[str, Any]) -> ModelSpec:
+@dataclass
+class _Description:
+    """Content of `model.json` but for its format; the type of `model` depends on the kind of denoiser."""
+
+    model: dict[str, Any]
+    diffusion: DiffusionConfig
+    vocab_size: int
+    mask_id: int
+    length: int
+    step: int = 0
+    tokens: int = 0
+    classes: int = 0
+
+
+def spec_of(content: Any, where: Path | str) -> ModelSpec:
     """Return the spec whose `asdict` is `content`, also from earlier versions.
 
-    Raises KeyError or TypeError for other content, UserError for an unknown `kind`.
+    Raises UserError, which names the key and `where` the content is from, for keys that are unknown, missing, of
+    another type or out of bounds. Nothing is built or allocated.
     """
-    keys = upgrade_model_keys(content["model"])
-    model = DENOISERS.schema(keys["kind"])(**keys)
-    return ModelSpec(**{**content, "model": model, "diffusion": DiffusionConfig(**content["diffusion"])})
+    given = parse_as(_Description, content, where)
+    try:
+        keys = upgrade_model_keys(given.model)
+        schema: type[ModelConfig] = DENOISERS.schema(keys["kind"])
+        model = parse_as(schema, keys, "section model")
+        spec = ModelSpec(**{**vars(given), "model": model})
+        validate_keys(spec)
+        model.validate()
+        _validate(spec)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return spec
+
+
+def _validate(spec: ModelSpec) -> None:
+    if spec.mask_id >= spec.vocab_size:
+        raise UserError(f"mask_id={spec.mask_id} is not possible; it must be below vocab_size={spec.vocab_size}")
+    if spec.model.labels != (spec.classes > 0):
+        raise UserError(
+            f"classes={spec.classes} is not possible with model.labels={str(spec.model.labels).lower()}; it must be "
+            f"{'above 0' if spec.model.labels else '0'}"
+        )
+    top_k = spec.model.estimate_top_k
+    if top_k is not None and top_k > spec.vocab_size:
+        raise UserError(f"model.estimate_top_k={top_k} is not possible; it must be at most {spec.vocab_size} tokens")
 
 
 def read_spec(directory: Path) -> ModelSpec:
     """Read `model.json`. Raises UserError when it is missing, malformed or of a newer format."""
     path = directory / MODEL_FILE
     try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != _FORMAT:
-            raise UserError(f"{path} has an unknown format; this scmdm reads format {_FORMAT}: upgrade scmdm")
-        return spec_of(content)
+        content = read_json(path, "description of a model", limit=_LARGEST_DESCRIPTION, remedy=_RESTORE)
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a model directory: it has no {MODEL_FILE}; give a run, a checkpoint or an export"
         ) from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); use another checkpoint, or export the model again") from error
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise UserError(f"{path} has an unknown format; this scmdm reads format {_FORMAT}: upgrade scmdm")
+    return spec_of(content, path)
 
 
 def open_model(directory: Path) -> StoredModel:
     """Open a model directory without reading weights. Raises UserError when files are missing or inconsistent."""
     spec = read_spec(directory)
     manifest = Manifest.read(directory)
-    tokenizer = load_tokenizer(directory / manifest.tokenizer.file)
-    if not manifest.vocab_size == tokenizer.vocab_size == spec.vocab_size:
+    file = tokenizer_file(directory, manifest)
+    tokenizer = load_tokenizer(file)
+    for name in ("vocab_size", "mask_id"):
+        own, others = getattr(spec, name), (getattr(tokenizer, name), getattr(manifest, name))
+        if others != (own, own):
+            raise UserError(
+                f"{directory}: {name}={own} in {MODEL_FILE}, {others[0]} in the tokenizer, {others[1]} in the "
+                "manifest; the files belong to different models: restore the directory"
+            )
+    if manifest.length != spec.length or (spec.model.labels and len(manifest.labels) != spec.classes):
         raise UserError(
-            f"{directory}: vocabulary of {spec.vocab_size} in {MODEL_FILE}, {tokenizer.vocab_size} in the tokenizer, "
-            f"{manifest.vocab_size} in the manifest; the files belong to different models: restore the directory"
+            f"{directory}: samples of {spec.length} tokens and {spec.classes} labels in {MODEL_FILE}, "
+            f"{manifest.length} and {len(manifest.labels)} in the manifest; restore the directory"
         )
     # The attention kernel depends on the hardware, which may differ from that of the training.
     spec.model.attention = "auto"
     return StoredModel(spec, tokenizer, manifest, directory)
+
+
+def tokenizer_file(directory: Path, manifest: Manifest) -> Path:
+    """Return the tokenizer's file of a model directory. Raises UserError unless it is the one that was hashed."""
+    path = name_inside(directory, manifest.tokenizer.file, directory / MANIFEST_FILE)
+    if path.parent != directory:
+        raise UserError(
+            f"{directory / MANIFEST_FILE} names a tokenizer {path}, which is not in {directory}; restore it"
+        )
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} is missing; restore the directory, or export the model again")
+    if sha256_file(path) != manifest.tokenizer.sha256:
+        raise UserError(f"tokenizer {path} does not match its SHA-256 in {MANIFEST_FILE}; restore the directory")
+    return path
 
 
 def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
@@ -140,8 +203,9 @@ def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
     """
     stored = open_model(directory)
     model = stored.spec.build()
+    found = match_weights(model, directory, weights=weights)
     allocate(model, torch.device("cpu"))
-    read_weights(model, directory, weights=weights, alone=True)
+    fill_weights(model, found, alone=True)
     return LoadedModel(**vars(stored), model=model.eval())
 
 
@@ -155,20 +219,40 @@ def allocate(model: Network, device: torch.device, *, weights_on: torch.device |
     model.rotary_emb.reset_parameters()
 
 
-def read_weights(
-    model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
-) -> None:
-    """Fill a model, whole or sharded, from a model directory; each rank reads only its shards.
+@dataclass(frozen=True)
+class StoredWeights:
+    """The parameters that a model directory holds."""
 
-    With `new_conditioner` the conditioner and adapters keep their values where the directory has none. All ranks call
-    this together, unless `alone`. Raises UserError when files are damaged or of another architecture.
+    place: Path  # directory of the tensors
+    keys: dict[str, str]  # names there, by parameter
+    tensors: dict[str, StoredTensor]  # by parameter
+
+
+def match_weights(
+    model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False
+) -> StoredWeights:
+    """Compare names, shapes and dtypes of stored weights with a built model; call this before `allocate`.
+
+    `new_conditioner` permits missing conditioner and adapters. Raises UserError when files are damaged or of another
+    architecture.
     """
-    place, keys, found = _stored(directory, weights)
+    found = _stored(directory, weights)
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    check_fit(own, shapes, str(directory), new_conditioner=new_conditioner)
+    for tensor in found.tensors.values():
+        _ = tensor.dtype  # refuses what is not floating-point
+    return found
+
+
+def fill_weights(model: Network, found: StoredWeights, *, alone: bool = False) -> None:
+    """Fill a model, whole or sharded, with the weights that `match_weights` found; each rank reads only its shards.
+
+    All ranks call this together, unless `alone`. Raises UserError for files that changed, and for NaN or infinity.
+    """
     own = dict(model.named_parameters())
-    shapes = {name: size for name, (size, _) in found.items()}
-    check_fit({n: p.shape for n, p in own.items()}, shapes, str(directory), new_conditioner=new_conditioner)
-    into = {keys[name]: own[name].detach() for name in found}
-    read_tensors(place, into, alone=alone)
+    read_tensors(found.place, {key: own[name].detach() for name, key in found.keys.items()}, alone=alone)
+    require_finite_all(((name, own[name].detach()) for name in found.keys), found.place)
 
 
 def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
@@ -181,25 +265,25 @@ def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[
 
     At most about 1 GiB of them is in memory at a time; `weights` as in `read_model`.
     """
-    place, keys, shapes = _stored(directory, weights)
-    names = sorted(shapes)
+    found = _stored(directory, weights)
+    names = sorted(found.tensors)
     while names:
         batch: dict[str, Tensor] = {}
         while names and (not batch or sum(value.nbytes for value in batch.values()) < _READ_AT_ONCE):
-            size, dtype = shapes[name := names.pop(0)]
-            batch[name] = torch.empty(size, dtype=dtype)
-        read_tensors(place, {keys[name]: value for name, value in batch.items()}, alone=True)
+            tensor = found.tensors[name := names.pop(0)]
+            batch[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        read_tensors(found.place, {found.keys[name]: value for name, value in batch.items()}, alone=True)
+        require_finite_all(batch.items(), found.place)
         yield from batch.items()
 
 
-def _stored(directory: Path, weights: str) -> tuple[Path, dict[str, str], dict[str, tuple[torch.Size, torch.dtype]]]:
-    """Return the directory of the tensors, and for each parameter its key there, and its shape and dtype."""
+def _stored(directory: Path, weights: str) -> StoredWeights:
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
-    shapes = tensor_shapes(place)
+    tensors = tensor_shapes(place)
     # Frozen parameters have no average: "ema" falls back to the weights, parameter by parameter.
     prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
-    keys = {key.removeprefix(prefix): key for prefix in prefixes for key in shapes if key.startswith(prefix)}
-    return place, keys, {name: shapes[key] for name, key in keys.items()}
+    keys = {key.removeprefix(prefix): key for prefix in prefixes for key in tensors if key.startswith(prefix)}
+    return StoredWeights(place, keys, {name: tensors[key] for name, key in keys.items()})
 
 
 def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:

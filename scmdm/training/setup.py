@@ -21,7 +21,7 @@ from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import freeze, is_added
-from scmdm.models.model_files import ModelSpec, StoredModel, allocate, read_weights
+from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights
 from scmdm.models.network import Network
 from scmdm.system.process_group import World
 from scmdm.training.optimizer import make_optimizer
@@ -141,12 +141,13 @@ def build_engine(
     if config.engine == "fsdp2":
         shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload)
     offload = config.engine == "fsdp2" and config.fsdp.offload
+    found = match_weights(model, base.path, new_conditioner=True) if base is not None else None
     allocate(model, device, weights_on=torch.device("cpu") if offload else None)
-    if base is None:
+    if found is None:
         init_weights(model, config.seed)
     else:
         init_weights(model, config.seed, only=is_added)
-        read_weights(model, base.path, new_conditioner=True)
+        fill_weights(model, found)
     optimizer = make_optimizer(model, config.optimizer)
     if config.engine == "single":
         return SingleEngine(model, optimizer, device, dtype)

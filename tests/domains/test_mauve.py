@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from scmdm.domains.text.causal_scorer import load_scorer
 from scmdm.domains.text.mauve_score import mauve, mauve_of_features, text_features
 from scmdm.errors import UserError
 from tests.domains.test_text import TEXTS, scorer  # noqa: F401 (a fixture)
@@ -15,7 +16,7 @@ def test_features_are_the_last_hidden_states(scorer):  # noqa: F811
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(scorer).eval(), AutoTokenizer.from_pretrained(scorer)
-    found = text_features([*TEXTS, ""], scorer, batch_size=2)
+    found = text_features([*TEXTS, ""], load_scorer(scorer), batch_size=2)
     for text, feature in zip(TEXTS, found, strict=False):
         with torch.no_grad():
             states = model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states[-1]
@@ -36,7 +37,7 @@ def test_the_same_and_the_disjoint():
 
 def test_what_is_missing_is_named(scorer, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="0 and 5"):
-        mauve([], TEXTS, scorer)
+        mauve([], TEXTS, load_scorer(scorer))
     monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(UserError, match=r"scmdm\[text\]"):
-        mauve(TEXTS, TEXTS, scorer)
+        mauve(TEXTS, TEXTS, load_scorer(scorer))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from scmdm.domains.text.causal_scorer import load_scorer
 from scmdm.domains.text.metrics import (
     NgramScorer,
     distinct_n,
@@ -81,11 +82,12 @@ def test_generative_perplexity_equals_a_plain_loop(scorer):
         with torch.no_grad():
             nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    ours = generative_perplexity([*TEXTS, "", "cat"], scorer, batch_size=2, max_length=8)
+    ours = generative_perplexity([*TEXTS, "", "cat"], load_scorer(scorer), batch_size=2, max_length=8)
     assert ours == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
 def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
+    scorer = load_scorer(scorer)
     long = " ".join(TEXTS * 3)
     cut = " ".join(long.split()[:32])
     assert generative_perplexity([long], scorer) == pytest.approx(generative_perplexity([cut], scorer))
@@ -95,10 +97,10 @@ def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
 
 def test_scorers_that_are_not(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
-        generative_perplexity(TEXTS, tmp_path)
+        load_scorer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match=r"metrics\.scorer="):
-        generative_perplexity(TEXTS, tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_scorer(tmp_path)
 
 
 def test_entropy_and_distinct():
@@ -109,6 +111,6 @@ def test_entropy_and_distinct():
 
 
 def test_the_scorer_is_always_named(scorer):
-    ids = np.array([[5, 6]])
+    ids, scorer = np.array([[5, 6]]), load_scorer(scorer)
     assert "transformers" in evaluate_text(TEXTS, ids, 0, scorer, device="cpu").scorer
     assert "not a neural scorer" in evaluate_text(TEXTS, ids, 0, NgramScorer.fit(TEXTS, "a"), device="cpu").scorer

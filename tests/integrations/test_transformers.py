@@ -1,7 +1,11 @@
 """AutoModel: what it computes is what the run computes, and it writes what it reads."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import scmdm
@@ -10,6 +14,7 @@ from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.state import State
+from scmdm.errors import UserError
 from scmdm.sampling.generation import generate
 from tests.conftest import ADAPTED
 
@@ -63,3 +68,34 @@ def test_what_it_saves_it_reads(adapted, exported, tmp_path):
         assert other.spec == first.spec
         for (name, a), (same, b) in zip(first.state_dict().items(), other.state_dict().items(), strict=True):
             assert name == same and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: None,
+        lambda value: value.to(torch.int8),
+        lambda value: value * float("nan"),
+        lambda value: value[:-1],
+    ],
+)
+def test_weights_that_transformers_would_make_up(adapted, tmp_path, make):
+    out, name = tmp_path / "out", "network.blocks.1.attn_out.weight"
+    assert main(["export", str(adapted), str(out), "format=hub"]) == 0
+    weights = load_file(out / "model.safetensors")
+    made = make(weights.pop(name))
+    save_file({**weights, **({} if made is None else {name: made})}, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"blocks\.1\.attn_out\.weight"):
+        AutoModel.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 10**9}, {"layers": 1000}, {"width": 65536}, {"surprise": 1}, {"kind": 3}, {"heads": "2"}]
+)
+def test_a_configuration_of_another_model(exported, tmp_path, change):
+    out = shutil.copytree(exported, tmp_path / "out")
+    content = json.loads((out / "config.json").read_text())
+    content["spec"]["model"] |= change
+    (out / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=str(out)):
+        AutoModel.from_pretrained(out)

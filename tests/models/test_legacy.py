@@ -25,7 +25,7 @@ DIT = {"kind": "dit", **SHARED, **OF_DIT, "llama": {"kv_heads": None}}
 
 
 def spec(model):
-    return spec_of({"model": model, "diffusion": {}, "vocab_size": 9, "mask_id": 8, "length": 4})
+    return spec_of({"model": model, "diffusion": {}, "vocab_size": 9, "mask_id": 8, "length": 4}, "model.json")
 
 
 def test_a_decoder():

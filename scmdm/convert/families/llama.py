@@ -37,7 +37,8 @@ def _architecture(source: PublishedFiles) -> DecoderConfig:
     config.expect("hidden_act", "silu")
     config.expect("use_sliding_window", False)
     config.expect("mlp_bias", False)
-    if (scaling := source.config.get("rope_scaling")) is not None and scaling.get("rope_type", "default") != "default":
+    scaling = source.config.get("rope_scaling")
+    if scaling is not None and (not isinstance(scaling, dict) or scaling.get("rope_type", "default") != "default"):
         raise UserError(f"{source.path}: rope_scaling={scaling!r} in its configuration, which scmdm does not implement")
     config.expect("num_hidden_layers", layers := count_blocks(source, r"model\.layers\.(\d{1,6})\."))
     heads, width = config.integer("num_attention_heads", high=4096), config.integer("hidden_size", high=2**20)

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from scmdm.errors import UserError
+from scmdm.models.safetensors_headers import read_header, require_finite_all
 from scmdm.system.files import atomic_write_bytes
+from scmdm.system.untrusted import parse_json, reading
 
 FEATURES = 64
 _BATCH, _STEPS, _EPOCHS, _LR = 128, 400, 6, 3e-3
@@ -115,14 +117,12 @@ def classify(classifier: Classifier, images_NHWC: np.ndarray) -> tuple[np.ndarra
 
 
 def _read(path: Path, key: ClassifierKey) -> Classifier:
-    classifier = Classifier(key.channels, key.classes)
-    try:
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {})["key"])
-            classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}); remove it to train the classifier again") from error
+    classifier, remedy = Classifier(key.channels, key.classes), "remove it to train the classifier again"
+    header = read_header(path)
+    with reading(path, "classifier", remedy):
+        stored = parse_json(header.metadata["key"])
+        classifier.load_state_dict(load_file(path))
+    require_finite_all(classifier.named_parameters(), path)
     if stored != asdict(key):
         raise UserError(
             f"{path} belongs to another data set or version ({stored}); remove it to train the classifier again"

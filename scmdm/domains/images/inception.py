@@ -9,7 +9,7 @@ Legend: N images, H height, W width, C channels.
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ import torch
 
 from scmdm.domains.frechet import Moments
 from scmdm.errors import UserError
+from scmdm.models.safetensors_headers import require_finite_all
+from scmdm.models.torch_archives import check_archive
 from scmdm.system.package_data import optional, package_folder
+from scmdm.system.untrusted import reading
 
 PROTOCOL = "50,000 samples at T = 128 against all training images"  # of published values on CIFAR-10
 PROTOCOL_SAMPLES = 50_000
 _BATCH = 64
+_COUNTER = "num_batches_tracked"  # the only tensors that are no weights
 _FEATURES, _LOGITS = "2048", "logits_unbiased"
 
 
@@ -50,19 +54,18 @@ def load_inception(weights: Path, device: str = "cpu") -> Any:
     """Load torch-fidelity's Inception. Raises UserError if the file does not contain its weights."""
     check_inception(weights)
     inception = optional("torch_fidelity.feature_extractor_inceptionv3", f"metrics.inception={weights}", "images")
-    try:
+    what = f"metrics.inception={weights}"
+    remedy = "give weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
+    if zipfile.is_zipfile(weights):
+        check_archive(weights, "file of Inception's weights", remedy)
+    with reading(what, "file of Inception's weights", remedy):
         state = torch.load(weights, map_location="cpu", weights_only=True)
+        require_finite_all(((name, value) for name, value in state.items() if not name.endswith(_COUNTER)), what)
         # torch-fidelity unpickles the whole file, so pass it a copy that contains only tensors.
         tensors = io.BytesIO()
         torch.save({name: torch.as_tensor(value) for name, value in state.items()}, tensors)
         tensors.seek(0)
         network = inception.FeatureExtractorInceptionV3("inception", [_FEATURES, _LOGITS], tensors)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"metrics.inception={weights} does not contain the weights of torch-fidelity's Inception ({reason}); give "
-            "weights-inception-2015-12-05-6726825d.pth"
-        ) from error
     return network.to(device)
 
 

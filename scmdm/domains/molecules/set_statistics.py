@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,11 +25,12 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from scmdm.domains.frechet import Moments
 from scmdm.domains.molecules.metrics import chemnet_activations
-from scmdm.errors import UserError
 from scmdm.observability.environment import installed_version
 from scmdm.observability.progress_bar import count_up
 from scmdm.system.files import atomic_write_bytes
+from scmdm.system.npz_files import read_npz
 from scmdm.system.package_data import optional
+from scmdm.system.untrusted import reading
 from scmdm.system.worker_processes import worker_processes
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ _CHUNK = 512  # molecules per job
 _JOBS = 4  # minimum number of jobs per worker, because a worker takes seconds to start
 _PART = 16_384  # molecules per cache file; an interruption loses at most one part
 _VERSION = 2  # version of the cache files
+_REMEDY = "remove it to compute it again"
 
 
 def synthetic_accessibility(molecule: Chem.Mol) -> float:
@@ -93,12 +94,11 @@ class SetStatistics:
     @classmethod
     def of_arrays(cls, arrays: Arrays) -> SetStatistics:
         """Invert `arrays`. Raises KeyError or ValueError for malformed arrays."""
-        fragments, scaffolds = (
-            Counter(dict(zip(arrays[name].tolist(), arrays[f"{name}_count"].tolist(), strict=True)))
-            for name in ("fragments", "scaffolds")
-        )
-        properties = {name: arrays[f"property_{name}"] for name in PROPERTIES}
-        return cls(arrays["fingerprints"], fragments, scaffolds, properties)
+        fragments, scaffolds = (_counter(arrays, name) for name in ("fragments", "scaffolds"))
+        prints_NW = _checked(arrays, "fingerprints", np.uint8, (None, _BITS // 8))
+        shape = (len(prints_NW),)
+        properties = {name: _checked(arrays, f"property_{name}", np.float64, shape) for name in PROPERTIES}
+        return cls(prints_NW, fragments, scaffolds, properties)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def describe(
         partial(_moments, device=compute.device),
         lambda parts: sum(parts[1:], parts[0]),
         lambda moments: {"count": np.array(moments.count), "sum": moments.sum_F, "products": moments.products_FF},
-        lambda arrays: Moments(int(arrays["count"]), arrays["sum"], arrays["products"]),
+        _moments_of_arrays,
     )
     return replace(found, activations=_run(network, smiles, len(smiles), chemnet))
 
@@ -240,11 +240,37 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _load(path: Path | None, unpack: Callable[[Arrays], T]) -> T:
     assert path is not None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return unpack(dict(file))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to compute it again") from error
+    arrays = read_npz(path, _REMEDY)
+    with reading(path, "file of statistics", _REMEDY):
+        return unpack(arrays)
+
+
+def _checked(arrays: Arrays, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Return an array. Raises KeyError or ValueError unless it is finite and has this dtype and shape (None: any)."""
+    found = arrays[name]
+    fits = found.ndim == len(shape) and all(size in (None, own) for size, own in zip(shape, found.shape, strict=True))
+    if not fits or not np.issubdtype(found.dtype, dtype):
+        raise ValueError(f"{name} has dtype {found.dtype} and shape {found.shape}")
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise ValueError(f"{name} holds NaN or infinite numbers")
+    return found
+
+
+def _counter(arrays: Arrays, name: str) -> Counter[str]:
+    keys = _checked(arrays, name, np.str_, (None,))
+    counts = _checked(arrays, f"{name}_count", np.int64, keys.shape)
+    if (counts < 1).any() or len(found := Counter(dict(zip(keys.tolist(), counts.tolist(), strict=True)))) != len(keys):
+        raise ValueError(f"{name} holds a key twice, or a count below 1")
+    return found
+
+
+def _moments_of_arrays(arrays: Arrays) -> Moments:
+    count = int(_checked(arrays, "count", np.integer, ()))
+    sum_F = _checked(arrays, "sum", np.float64, (None,))
+    products_FF = _checked(arrays, "products", np.float64, (len(sum_F), len(sum_F)))
+    if count < 1:
+        raise ValueError(f"count={count}")
+    return Moments(count, sum_F, products_FF)
 
 
 def _describe(smiles: Sequence[str], detailed: int) -> SetStatistics:

@@ -22,6 +22,7 @@ from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, MetricKeys, WithoutFigures
+from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
 from scmdm.domains.text.metrics import NgramScorer, evaluate_text
@@ -51,11 +52,13 @@ class ResponsesDomain(WithoutFigures):
             raise UserError(f"domain=responses needs a data set with framing=prompts; {root} has {manifest.framing}")
         self._root, self._manifest, self._config, self._settings = root, manifest, config, settings
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
+        # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.
+        self._causal = load_scorer(Path(config.scorer)) if config.scorer is not None else None
 
     @cached_property
-    def _scorer(self) -> Path | NgramScorer:
-        if self._config.scorer is not None:
-            return Path(self._config.scorer)
+    def _scorer(self) -> CausalScorer | NgramScorer:
+        if self._causal is not None:
+            return self._causal
         rows, given_N = _rows(self._root, self._manifest, "train", _MAX_FITTED)
         return NgramScorer.fit(extract_responses(rows, given_N, self._tokenizer)[0], "training responses")
 
@@ -76,7 +79,7 @@ class ResponsesDomain(WithoutFigures):
         found |= {f"{name}_held_out": held_out[name] for name in held_out if name not in ("num_samples", "scorer")}
         found |= {"framed": sum(drawn.framed) / count, "empty": sum(not text.strip() for text in texts)}
         if self._config.mauve:
-            assert isinstance(self._scorer, Path)
+            assert isinstance(self._scorer, CausalScorer)
             found["mauve"] = mauve(texts, real_texts, self._scorer, device=self._settings.device)
         return found
 

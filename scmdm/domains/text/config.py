@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scmdm.config.fields import key
 from scmdm.domains.interface import MetricKeys
-from scmdm.domains.text.metrics import check_scorer
+from scmdm.domains.text.causal_scorer import check_scorer
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_folder
 
@@ -20,6 +20,11 @@ class TextMetricKeys(MetricKeys):
         None, help="directory of a transformers causal model, for generative perplexity; null: an n-gram model"
     )
     mauve: bool = key(False, help="MAUVE in features of the scorer")
+
+    @property
+    def exclusive_setup(self) -> bool:
+        """A scorer is loaded and tried before anything is sampled for it."""
+        return self.scorer is not None
 
     def validate(self) -> None:
         if self.scorer is not None:

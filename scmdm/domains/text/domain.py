@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from scmdm.domains.interface import (
     WithoutPrompts,
     decode_split,
 )
+from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
 from scmdm.domains.text.metrics import NgramScorer, evaluate_text
@@ -40,19 +40,16 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         # Blocks of concatenated texts have no padding, and pad_id may equal eos_id.
         self._pad_id = -1 if manifest.framing == "concatenate" else manifest.pad_id
         needed = config.mauve or config.scorer is None
+        # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.
+        causal = load_scorer(Path(config.scorer)) if config.scorer is not None else None
         self._held_out = decode_split(root, manifest, settings.split) if needed else []
-
-    @cached_property
-    def _scorer(self) -> Path | NgramScorer:
-        if self._config.scorer is not None:
-            return Path(self._config.scorer)
-        return NgramScorer.fit(self._held_out, "held-out text")
+        self._scorer = causal or NgramScorer.fit(self._held_out, "held-out text")
 
     def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
         scorer = self._scorer
         found = evaluate_text(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=self._device).as_dict()
         if self._config.mauve:
-            assert isinstance(scorer, Path)
+            assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]
             found["mauve"] = mauve(drawn.texts, references, scorer, device=self._device)
         return found

@@ -6,12 +6,11 @@ Legend: N texts, D width of the scorer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from scmdm.domains.text.metrics import SCORER_LENGTH, load_scorer
+from scmdm.domains.text.causal_scorer import SCORER_LENGTH, CausalScorer
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
@@ -21,7 +20,7 @@ _SCALING = 5  # of the divergences, from the paper
 def mauve(
     texts: Sequence[str],
     references: Sequence[str],
-    scorer: Path,
+    scorer: CausalScorer,
     *,
     device: str = "cpu",
     batch_size: int = 16,
@@ -29,8 +28,8 @@ def mauve(
 ) -> float:
     """Area under the divergence curve of generated and human texts, in [0, 1]; 1 for equal distributions.
 
-    Texts are compared in features of the causal model in the directory `scorer` (GPT-2 large in the paper). Raises
-    UserError if the package or the scorer is missing, or if either set is empty.
+    Texts are compared in features of the causal model `scorer` (GPT-2 large in the paper). Raises UserError if the
+    package is missing, or if either set is empty.
     """
     if not texts or not references:
         raise UserError(
@@ -57,11 +56,16 @@ def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: i
 
 @torch.no_grad()
 def text_features(
-    texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
+    texts: Sequence[str],
+    scorer: CausalScorer,
+    *,
+    device: str = "cpu",
+    batch_size: int = 16,
+    max_length: int = SCORER_LENGTH,
 ) -> np.ndarray:
     """Last hidden state (N, D) float32 of the scorer at the last token of each text; zeros for an empty text."""
-    model, tokenizer = load_scorer(scorer)
-    model.to(device).eval()
+    model, tokenizer = scorer.model.to(device), scorer.tokenizer
+    max_length = min(max_length, scorer.length)
     rows = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
     features_ND = np.zeros((len(texts), model.config.hidden_size), np.float32)
     order = sorted((index for index, row in enumerate(rows) if row), key=lambda index: len(rows[index]))

@@ -5,22 +5,19 @@ Legend: N texts, L length.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scmdm.domains.text.causal_scorer import SCORER_LENGTH, CausalScorer
 from scmdm.domains.text.ngram import NgramModel
-from scmdm.errors import UserError
 
 NGRAM_ORDER = 5
-SCORER_LENGTH = 1024  # tokens of a text that the scorer reads, as in MDLM
 
 
 @dataclass(frozen=True)
@@ -74,32 +71,35 @@ class NgramScorer:
 
 
 def evaluate_text(
-    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, scorer: Path | NgramScorer, *, device: str
+    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, scorer: CausalScorer | NgramScorer, *, device: str
 ) -> TextMetrics:
-    """Compute all metrics of texts and their ids (N, L). `scorer` is an n-gram model or a causal model's directory."""
+    """Compute all metrics of texts and their ids (N, L). `scorer` is an n-gram or a causal model."""
     if isinstance(scorer, NgramScorer):
         perplexity, label = scorer.model.perplexity(texts), scorer.label
     else:
-        perplexity, length = generative_perplexity(texts, scorer, device=device), scorer_length(scorer)
-        label = f"{scorer.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
+        perplexity, length = generative_perplexity(texts, scorer, device=device), scorer.length
+        label = f"{scorer.path.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
     one, two, three = (distinct_n(texts, n) for n in (1, 2, 3))
     known = None if math.isnan(perplexity) else perplexity
     return TextMetrics(len(texts), unigram_entropy(ids_NL, pad_id), one, two, three, known, label)
 
 
 def generative_perplexity(
-    texts: Sequence[str], scorer: Path, *, device: str = "cpu", batch_size: int = 16, max_length: int = SCORER_LENGTH
+    texts: Sequence[str],
+    scorer: CausalScorer,
+    *,
+    device: str = "cpu",
+    batch_size: int = 16,
+    max_length: int = SCORER_LENGTH,
 ) -> float:
     """Perplexity per token of the scorer, following MDLM.
 
     Texts are tokenized by the scorer and truncated to `max_length` or to the scorer's positions; the mean is weighted
-    by tokens. Returns nan if no text has two tokens. Raises UserError if `scorer` is not the directory of a causal
-    model with its tokenizer.
+    by tokens. Returns nan if no text has two tokens.
     """
-    model, tokenizer = load_scorer(scorer)
-    model.to(device).eval()
+    model, tokenizer = scorer.model.to(device), scorer.tokenizer
     nll, count = 0.0, 0
-    max_length = min(max_length, scorer_length(scorer))
+    max_length = min(max_length, scorer.length)
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
     # Sort by length, so that batches contain little padding.
     rows = sorted((ids for ids in encoded if len(ids) >= 2), key=len)
@@ -107,36 +107,6 @@ def generative_perplexity(
         batch_nll, batch_count = _score(model, rows[start : start + batch_size], device)
         nll, count = nll + batch_nll, count + batch_count
     return math.exp(nll / count) if count else float("nan")
-
-
-def scorer_length(scorer: Path) -> int:
-    """Number of tokens of a text that are scored: `SCORER_LENGTH` or, if fewer, the model's positions."""
-    config = json.loads((scorer / "config.json").read_text())
-    known = [config[key] for key in ("n_positions", "max_position_embeddings") if isinstance(config.get(key), int)]
-    return min([SCORER_LENGTH, *known])
-
-
-def check_scorer(scorer: Path) -> None:
-    """Raise UserError unless `scorer` looks like the directory of a transformers model."""
-    if not (scorer / "config.json").is_file():
-        raise UserError(
-            f"metrics.scorer={scorer} is not the directory of a transformers model (no config.json); give a local one"
-        )
-
-
-def load_scorer(scorer: Path) -> tuple[Any, Any]:
-    """Load a causal model and its tokenizer from a local directory. Raises UserError if that fails."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_scorer(scorer)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(scorer, local_files_only=True)
-        return AutoModelForCausalLM.from_pretrained(scorer, local_files_only=True, use_safetensors=True), tokenizer
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"metrics.scorer={scorer} is not a causal model with its tokenizer ({reason}); give such a directory"
-        ) from error
 
 
 @torch.no_grad()
