@@ -8,7 +8,6 @@ parts run in a thread with a process group of its own; the ranks agree on the re
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from scmdm.distributed.engine import Engine
 from scmdm.errors import InUseError, UserError
 from scmdm.models.model_files import TENSORS, ModelSpec, write_model_files
 from scmdm.models.tensor_files import write_tensors
-from scmdm.system.files import atomic_directory, atomic_write_text
+from scmdm.system.files import atomic_directory, atomic_write_text, json_text
 from scmdm.system.lease import Lease
 from scmdm.system.process_group import all_gather_object, broadcast
 from scmdm.system.run_directory import CONFIG_FILE, LATEST_FILE
@@ -63,7 +62,7 @@ def snapshot(
     tensors = named_tensors(engine, ema)
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    state_json, spec = json.dumps(asdict(state), indent=2) + "\n", ModelSpec(**vars(spec))
+    state_json, spec = json_text(asdict(state), indent=2), ModelSpec(**vars(spec))
 
     def write_files(directory: Path) -> None:
         write_model_files(directory, spec, manifest, tokenizer_file)

@@ -107,7 +107,7 @@ class TrainConfig:
     )
     on_save_error: str = key(
         "stop",
-        help="what to do when a checkpoint cannot be written",
+        help="what to do when a checkpoint or a row of metrics cannot be written",
         choices=("stop", "continue"),
         on_resume=True,
     )

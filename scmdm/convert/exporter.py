@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
+from scmdm.config.stored import read_stored_config
 from scmdm.convert.importer import CONDITIONER_FILE, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
@@ -90,7 +90,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     content = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": yaml.safe_load((stored.path / "config.yaml").read_text())["base"],
+        "base_model_name_or_path": Path(read_stored_config(stored.path).get("base", str) or "").name,
         "inference_mode": True,
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,

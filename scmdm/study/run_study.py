@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from scmdm.checkpoint.reader import find_model
+from scmdm.checkpoint.reader import find_model, read_state
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
+from scmdm.config.stored import read_stored_config
 from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
@@ -25,7 +26,7 @@ from scmdm.domains.interface import decode_split
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
-from scmdm.study.study_plan import StudyModel, StudyPlan, settings_of_run
+from scmdm.study.study_plan import StudyModel, StudyPlan
 from scmdm.system.files import atomic_write_bytes, atomic_write_text
 from scmdm.training.trainer import run_training
 
@@ -104,7 +105,7 @@ def _describe_arms(
             {
                 "name": name,
                 "label": arm.label,
-                "rate": 0.0 if source == "base" else settings_of_run(own[0].path)["self_conditioning"]["rate"],
+                "rate": 0.0 if source == "base" else _rate(own[0].path),
                 "from_scratch": arm.from_scratch,
                 "samples_of": arm.samples_of,
                 "runs": [str(model.run.relative_to(config.out)) for model in own if model.run is not None],
@@ -115,8 +116,12 @@ def _describe_arms(
     return arms
 
 
+def _rate(checkpoint: Path) -> float:
+    return read_stored_config(checkpoint).need("self_conditioning.rate", float)
+
+
 def _training_cost(checkpoint: Path) -> dict[str, Any]:
-    state = json.loads((checkpoint / "state.json").read_text())
-    batch = settings_of_run(checkpoint)["train"]["global_batch_size"]
-    cost = {key: state[key] for key in ("step", "tokens", "seconds", "evaluations")}
-    return {**cost, "sequences": state["step"] * batch}
+    state = read_state(checkpoint)
+    batch = read_stored_config(checkpoint).need("train.global_batch_size", int)
+    cost = {key: getattr(state, key) for key in ("step", "tokens", "seconds", "evaluations")}
+    return {**cost, "sequences": state.step * batch}

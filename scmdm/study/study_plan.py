@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
@@ -144,9 +142,3 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
     return row if all(row.get(key) == value for key, value in settings.items()) else None
-
-
-def settings_of_run(checkpoint: Path) -> dict[str, Any]:
-    """Configuration that a checkpoint was trained with."""
-    settings: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    return settings

@@ -90,14 +90,17 @@ def read_json(path: Path, what: str = "JSON file", *, limit: int = LARGEST_TEXT,
         return parse_json(read_bytes(path, limit))
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, nan_is_null: bool = False) -> Any:
     """Parse JSON strictly: UTF-8, each key once, finite numbers, bounded depth, no lone surrogates.
 
-    Raises ValueError (or RecursionError) otherwise.
+    With `nan_is_null`, NaN and Infinity, which Python's `json` writes, become None; otherwise they are refused.
+
+    Raises ValueError (or RecursionError) for other content.
     """
     decoded = text.decode() if isinstance(text, bytes) else text
+    constant = _none_for_constant if nan_is_null else _refuse_constant
     content = json.loads(
-        decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float
+        decoded, object_pairs_hook=_unique, parse_constant=constant, parse_int=_integer, parse_float=_float
     )
     check_bounds(content)
     return content
@@ -114,6 +117,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _none_for_constant(_name: str) -> None:
+    return None
 
 
 def _integer(digits: str) -> int:
