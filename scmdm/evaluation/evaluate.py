@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.stored import read_stored_config
 from scmdm.data.manifest import Manifest, check_dataset
@@ -182,13 +183,15 @@ def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Pat
     """Output file whose name contains a hash of all keys that change the result.
 
     It is in the run directory or, for a model outside of a run, which may be sealed or shared, in the working
-    directory.
+    directory; the hash then covers the model, too.
     """
     sampler = config.sampler
     kind = "" if sampler.kind == "ancestral" else sampler.kind
     steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
-    settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     run = run_of(path)
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in ("out", "threads")}
+    if run is None:
+        settings["model"] = sha256_of_model(loaded.path)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(EVALUATIONS) / path.resolve().name if run is None else run / EVALUATIONS
     return folder / f"step{loaded.spec.step}_{config.split}_{steps}_{digest}.json"

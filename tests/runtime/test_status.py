@@ -120,7 +120,7 @@ def test_missing_files(copy):
     status = read_status(copy)
     assert (status.step, status.steps, status.loss, status.starts, status.owner) == (0, None, None, 0, None)
     assert status.state == "stopped" and describe_status(status)
-    with pytest.raises(UserError, match="metrics.jsonl"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_status(copy.parent)
 
 
