@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scmdm.errors import UserError
 from scmdm.evaluation.run_report import run_report
+from scmdm.evaluation.study_record import STUDY_FILE
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.system.files import require_writable
 from scmdm.system.run_directory import run_of
@@ -16,7 +17,7 @@ def write_report(directory: Path, *, out: Path | None) -> None:
     run = run_of(directory)
     out = out or (run or directory) / "report.html"
     require_writable(out)
-    if (directory / "study.json").exists():
+    if (directory / STUDY_FILE).exists():
         print_summary(study_report(directory, out))
     elif run is not None:
         run_report(run, out)

@@ -6,6 +6,7 @@ processes, one per core; samples are evaluated in the main process.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -23,11 +24,12 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
 from scmdm.domains.domain_registry import domain_of, metrics_config
 from scmdm.domains.interface import decode_split
+from scmdm.evaluation.study_record import STUDY_FILE, TrainingCost
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
 from scmdm.study.study_plan import StudyModel, StudyPlan
-from scmdm.system.files import atomic_write_bytes, atomic_write_text
+from scmdm.system.files import atomic_write_bytes, atomic_write_text, json_text
 from scmdm.training.trainer import run_training
 
 _MAX_HELD_OUT = 4096  # held-out sequences that are kept for the report's figures
@@ -66,7 +68,7 @@ def run_study(config: StudyConfig) -> Path:
         "arms": _describe_arms(config, models, evaluations),
         "evaluations": evaluations,
     }
-    atomic_write_text(out / "study.json", json.dumps(study, indent=1) + "\n")
+    atomic_write_text(out / STUDY_FILE, json_text(study, indent=1))
     print_summary(study_report(out, out / "report.html"))
     minutes = (time.perf_counter() - started) / 60
     console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
@@ -123,5 +125,5 @@ def _rate(checkpoint: Path) -> float:
 def _training_cost(checkpoint: Path) -> dict[str, Any]:
     state = read_state(checkpoint)
     batch = read_stored_config(checkpoint).need("train.global_batch_size", int)
-    cost = {key: getattr(state, key) for key in ("step", "tokens", "seconds", "evaluations")}
-    return {**cost, "sequences": state.step * batch}
+    cost = TrainingCost(state.step, state.tokens, state.seconds, state.evaluations, state.step * batch)
+    return dataclasses.asdict(cost)
