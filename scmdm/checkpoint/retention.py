@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from scmdm.checkpoint.reader import list_checkpoints, step_of
@@ -15,16 +16,19 @@ from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, ENVIRONMENT_FIL
 logger = logging.getLogger("scmdm")
 
 
-def remove_old_checkpoints(directory: Path, newest: Path, config: TrainConfig, best_step: int | None) -> None:
+def remove_old_checkpoints(
+    directory: Path, newest: Path, config: TrainConfig, best_step: int | None, damaged: Collection[str] = ()
+) -> None:
     """Remove all checkpoints except those that the configuration keeps.
 
     It keeps the last `train.keep_last` up to `newest`, one every `train.keep_every` steps, and with `train.keep_best`
-    that of `best_step`. Checkpoints after `newest` are removed: the run resumed before them because they were damaged.
+    that of `best_step`. Checkpoints after `newest` are removed, and those whose names are in `damaged`: the run resumed
+    before them because they were damaged.
     """
     found = list_checkpoints(directory)
-    position = found.index(newest)
-    kept = set(found[: position + 1][-config.keep_last :])
-    for path in found[:position]:
+    earlier = [path for path in found[: found.index(newest)] if path.name not in damaged]
+    kept = {*[*earlier, newest][-config.keep_last :]}
+    for path in earlier:
         step = step_of(path)
         if (config.keep_every and step % config.keep_every == 0) or (config.keep_best and step == best_step):
             kept.add(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from scmdm.checkpoint.reader import checkpoint_name
+from scmdm.checkpoint.reader import checkpoint_name, list_checkpoints, step_of
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import seal
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, named_tensors
@@ -75,12 +75,23 @@ def snapshot(
 class CheckpointWriter:
     """Writer of the checkpoints of one run. All ranks call every method together.
 
-    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over.
+    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over. Present
+    checkpoints after `resumed_step` are damaged, otherwise the run would have resumed from them.
     """
 
-    def __init__(self, directory: Path, engine: Engine, config: TrainConfig, lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        config: TrainConfig,
+        lease: Lease | None = None,
+        *,
+        resumed_step: int | None = None,
+    ) -> None:
         self._directory, self._config, self._lease = directory, config, lease
         self._main = engine.rank == 0
+        known = [] if resumed_step is None else list_checkpoints(directory)
+        self._damaged = {path.name for path in known if step_of(path) > (resumed_step or 0)}
         self._thread: threading.Thread | None = None
         self._problem: UserError | None = None
         background = config.async_checkpoint and dist.is_initialized()
@@ -145,7 +156,8 @@ class CheckpointWriter:
             if self._main:
                 self._require_lease()
                 atomic_write_text(self._directory / LATEST_FILE, final.name + "\n")
-                remove_old_checkpoints(self._directory, final, self._config, captured.best_step)
+                self._damaged.discard(final.name)
+                remove_old_checkpoints(self._directory, final, self._config, captured.best_step, self._damaged)
         except UserError as error:
             self._problem = error
         except OSError as error:

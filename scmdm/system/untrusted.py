@@ -11,6 +11,7 @@ Everything that reads JSON or YAML, or takes a file name out of a file, goes thr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -220,6 +221,11 @@ def parse_yaml(text: str) -> Any:
     return content
 
 
+@functools.cache  # making one takes about a millisecond
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
 def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") -> T:
     """Build a dataclass from parsed JSON: types exactly as declared, no key unknown, none missing.
 
@@ -228,7 +234,7 @@ def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") 
     """
     try:
         # As JSON: in strict mode Python input would have to be an instance of the dataclass already.
-        return TypeAdapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(content), strict=True, extra="forbid"))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file as a whole"

@@ -105,7 +105,8 @@ def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> Non
         log_preflight(run.preflight)
         if run.engine.rank == 0:
             record_start(run.directory, run.preflight, run.state.step)
-        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease)
+        step = run.state.step
+        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease, resumed_step=step)
         try:
             with MetricsLogger(run, console) as metrics:
                 _loop(run, writer, metrics, stop)
