@@ -18,7 +18,7 @@ def stored(place, text):
 
 def test_interpolations_stay_text(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "42")
-    config = stored(tmp_path, "base: ${oc.env:SECRET}\ndata: {path: '${base}', n: ???}\n")
+    config = stored(tmp_path, "base: ${oc.env:SECRET}\ndata: {path: '${base}', n: '???'}\n")
     assert config.get("base", str) == "${oc.env:SECRET}" and config.get("data.path", str) == "${base}"
     assert config.get("data.n", str) == "???"
 
