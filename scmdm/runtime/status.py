@@ -26,7 +26,7 @@ from scmdm.runtime.watchdog import written_stacks
 from scmdm.system.lease import SILENCE_LIMIT_S, LeaseHolder, read_lease
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE, METRICS_FILE, run_of
-from scmdm.system.untrusted import require_regular
+from scmdm.system.untrusted import describe, require_regular
 
 _TAIL = 2**18  # bytes of the log that are searched for warnings
 _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
@@ -88,7 +88,7 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
     row: Mapping[str, Any] = rows[-1] if rows else {}
     starts, (steps, problem) = read_starts(directory), planned_steps(directory)
     last_start = starts.rows[-1] if starts.rows else None
-    lease, holder = read_lease(directory / LEASE)
+    lease, holder, lease_problem = _lease(directory / LEASE)
     owner = _owner(holder, last_start)
     step = row.get("step", 0)
     state = "finished" if steps is not None and step >= steps else _state(lease, holder, owner)
@@ -107,7 +107,7 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
         owner=owner,
         stacks=[str(path) for path in written_stacks(directory)],
         warnings=_warnings(directory / LOG_FILE)[-warnings:],
-        damaged=[text for text in (metrics.problem, starts.problem, problem) if text is not None],
+        damaged=[text for text in (metrics.problem, starts.problem, problem, lease_problem) if text is not None],
     )
 
 
@@ -211,6 +211,14 @@ def _owner(holder: LeaseHolder | None, last_start: StartRecord | None) -> OwnerS
         return None
     job = last_start.slurm_job_id
     return OwnerStatus(last_start.host, last_start.pid, None, job, _job_state(job))
+
+
+def _lease(directory: Path) -> tuple[Path | None, LeaseHolder | None, str | None]:
+    """Return the newest lease, its holder, and why the leases cannot be read."""
+    try:
+        return *read_lease(directory), None
+    except OSError as error:
+        return None, None, f"{directory} cannot be read ({describe(error)}); it is left out"
 
 
 def _job_state(job: str | None) -> str | None:

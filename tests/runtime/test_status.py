@@ -169,6 +169,45 @@ def test_a_damaged_lease(copy):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": 2**70},
+        {"pid": -1},
+        {"pid": 0},
+        {"pid": "1"},
+        {"job": "--help"},
+        {"job": "1\0"},
+        {"user": "\x1b[2J"},
+        {"more": 1},
+        {"since": None},
+        {"released": "no"},
+    ],
+)
+def test_a_lease_that_no_run_wrote(copy, changes, capsys):
+    leave_lease(copy, **changes)
+    assert main(["status", str(copy)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_other_files_beside_the_leases(copy, molecules, empty_yaml):
+    """The newest lease is that of the highest number."""
+    for name in ("a.json", "-1.json", "99999999x.json", "٣٣٣٣٣٣٣٣.json", "0000000100000000.json.tmp"):
+        (copy / ".lease" / name).write_text("{}")
+    assert read_status(copy).owner is not None
+    assert main(arguments_of(copy, molecules, empty_yaml, "train.steps=7")) == 0
+    assert read_status(copy).step == 7
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "starts.jsonl", "config.yaml", ".lease"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_a_file_that_cannot_be_read_does_not_stop_status(copy, name, make):
+    """A FIFO would block it for ever."""
+    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    make(copy / name)
+    assert main(["status", str(copy), "--json"]) == 0
+
+
+@pytest.mark.parametrize(
     ("answer", "expected"),
     [("echo RUNNING", "running"), ("exit 0", "stopped"), ("echo 'Invalid job id' >&2; exit 1", "stopped")],
 )
