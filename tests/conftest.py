@@ -86,10 +86,8 @@ def published_moses(tmp_path, monkeypatch):
     return cache
 
 
-def scmdm(*arguments, **options):
-    """The command line in its own process."""
+def scmdm(*arguments, output=subprocess.PIPE, **options):
+    """The command line in its own process, whose standard output goes to `output`."""
     command = [sys.executable, "-m", "scmdm", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, **options)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scmdm.checkpoint.reader import list_checkpoints
+from scmdm.checkpoint.reader import checkpoints_of, list_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.errors import UserError
-from scmdm.system.run_directory import CHECKPOINTS
 
 
 def list_all(run_directory: Path) -> None:
     """Print the checkpoints of a run, each with its problems or `ok`."""
-    found = list_checkpoints(run_directory / CHECKPOINTS)
+    found = list_checkpoints(checkpoints_of(run_directory))
     if not found:
         raise UserError(f"{run_directory} has no checkpoints; give the directory of a run that has saved one")
     for path in found:
@@ -21,7 +20,7 @@ def list_all(run_directory: Path) -> None:
 
 def verify(model: Path) -> None:
     """Check a checkpoint, an export, or all checkpoints of a run. Raises UserError, which lists the problems."""
-    found = list_checkpoints(model / CHECKPOINTS) or [model]
+    found = list_checkpoints(checkpoints_of(model)) or [model]
     problems = [problem for path in found for problem in verify_checkpoint(path)]
     if problems:
         raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")

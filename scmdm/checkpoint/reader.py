@@ -5,22 +5,25 @@ A checkpoint is a model directory (`scmdm.models.model_files`) that also holds t
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 from pathlib import Path
 
-from scmdm.checkpoint.seal import verify_checkpoint
+from scmdm.checkpoint.seal import find_problems
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.models.model_files import MODEL_FILE, TENSORS, WEIGHTS_PREFIX
 from scmdm.models.tensor_files import read_tensors
-from scmdm.system.run_directory import CHECKPOINTS
+from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LATEST_FILE
+from scmdm.system.untrusted import parse_as, read_json
 
 logger = logging.getLogger("scmdm")
-_NAME = re.compile(r"step_\d{8,}")
+_NAME = re.compile(r"step_[0-9]{8,18}")
+_NEEDED = (MODEL_FILE, STATE_FILE, CONFIG_FILE)
+_LARGEST_STATE = 2**24  # bytes
 
 
 def checkpoint_name(step: int) -> str:
@@ -41,14 +44,20 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, None if there is none, and the problems of newer ones."""
+    """Return the newest undamaged checkpoint, None if there is none, and a problem of each newer one."""
     skipped: list[str] = []
     for path in reversed(list_checkpoints(directory)):
-        problems = verify_checkpoint(path)
-        if not problems:
+        problem = next(find_problems(path, needed=_NEEDED), None)
+        if problem is None:
             return path, skipped
-        skipped.append(f"skipped {path.name}: {'; '.join(problems)}")
+        skipped.append(f"skipped {path.name}: {problem}")
     return None, skipped
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """Read `state.json` of a checkpoint. Raises UserError when it is not as `snapshot` wrote it."""
+    path = checkpoint / STATE_FILE
+    return parse_as(TrainState, read_json(path, "state of a run", limit=_LARGEST_STATE), path)
 
 
 def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
@@ -56,7 +65,7 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
 
     The number of ranks, the mesh and the engine may differ from those that wrote it: each rank reads its own slices.
     """
-    state = TrainState(**json.loads((path / STATE_FILE).read_text()))
+    state = read_state(path)
     groups = trained_groups(engine, ema)
     packed = {prefix: engine.pack(group) for prefix, group in groups.items()}
     read_tensors(path / TENSORS, with_prefixes(packed) | with_prefixes({WEIGHTS_PREFIX: engine.frozen()}))
@@ -72,21 +81,30 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
 def find_model(path: Path) -> Path:
     """Return the model directory at `path`: `path` itself, or the newest undamaged checkpoint of a run.
 
-    Raises UserError if there is none, or if `path` is a damaged model directory.
+    A run may be given as its directory, its folder of checkpoints, or `latest` in that folder. Raises UserError if
+    there is none, or if `path` is a damaged model directory.
     """
     if (path / MODEL_FILE).is_file():
-        problems = verify_checkpoint(path)
-        if problems:
-            raise UserError(f"{problems[0]}; use another checkpoint (see `scmdm checkpoint list RUN`)")
+        problem = next(find_problems(path), None)
+        if problem is not None:
+            raise UserError(f"{problem}; use another checkpoint (see `scmdm checkpoint list RUN`)")
         return path
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
-    checkpoint, skipped = newest_checkpoint(path / CHECKPOINTS)
+    folder = checkpoints_of(path)
+    checkpoint, skipped = newest_checkpoint(folder)
     for line in skipped if checkpoint is not None else ():
         logger.warning("%s: %s", path, line)
     if checkpoint is None:
+        if not os.path.lexists(path):
+            raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(
             f"{path} holds no undamaged checkpoint{reason}; give a run directory, a checkpoint or an export"
         )
     return checkpoint
+
+
+def checkpoints_of(path: Path) -> Path:
+    """The folder of checkpoints at `path`: `path` itself, the one of a run, or the one that holds a file `latest`."""
+    if path.name == LATEST_FILE and list_checkpoints(path.absolute().parent):
+        return path.parent
+    return path if list_checkpoints(path) else path / CHECKPOINTS

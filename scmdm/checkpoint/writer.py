@@ -8,7 +8,6 @@ parts run in a thread with a process group of its own; the ranks agree on the re
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from scmdm.checkpoint.reader import checkpoint_name
+from scmdm.checkpoint.reader import checkpoint_name, list_checkpoints, step_of
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import seal
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, named_tensors
@@ -30,7 +29,7 @@ from scmdm.distributed.engine import Engine
 from scmdm.errors import InUseError, UserError
 from scmdm.models.model_files import TENSORS, ModelSpec, write_model_files
 from scmdm.models.tensor_files import write_tensors
-from scmdm.system.files import atomic_directory, atomic_write_text
+from scmdm.system.files import atomic_directory, atomic_write_text, json_text
 from scmdm.system.lease import Lease
 from scmdm.system.process_group import all_gather_object, broadcast
 from scmdm.system.run_directory import CONFIG_FILE, LATEST_FILE
@@ -63,7 +62,7 @@ def snapshot(
     tensors = named_tensors(engine, ema)
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    state_json, spec = json.dumps(asdict(state), indent=2) + "\n", ModelSpec(**vars(spec))
+    state_json, spec = json_text(asdict(state), indent=2), ModelSpec(**vars(spec))
 
     def write_files(directory: Path) -> None:
         write_model_files(directory, spec, manifest, tokenizer_file)
@@ -76,12 +75,23 @@ def snapshot(
 class CheckpointWriter:
     """Writer of the checkpoints of one run. All ranks call every method together.
 
-    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over.
+    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over. Present
+    checkpoints after `resumed_step` are damaged, otherwise the run would have resumed from them.
     """
 
-    def __init__(self, directory: Path, engine: Engine, config: TrainConfig, lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        config: TrainConfig,
+        lease: Lease | None = None,
+        *,
+        resumed_step: int | None = None,
+    ) -> None:
         self._directory, self._config, self._lease = directory, config, lease
         self._main = engine.rank == 0
+        known = [] if resumed_step is None else list_checkpoints(directory)
+        self._damaged = {path.name for path in known if step_of(path) > (resumed_step or 0)}
         self._thread: threading.Thread | None = None
         self._problem: UserError | None = None
         background = config.async_checkpoint and dist.is_initialized()
@@ -146,7 +156,8 @@ class CheckpointWriter:
             if self._main:
                 self._require_lease()
                 atomic_write_text(self._directory / LATEST_FILE, final.name + "\n")
-                remove_old_checkpoints(self._directory, final, self._config, captured.best_step)
+                self._damaged.discard(final.name)
+                remove_old_checkpoints(self._directory, final, self._config, captured.best_step, self._damaged)
         except UserError as error:
             self._problem = error
         except OSError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from scmdm.config.common import require_path
 from scmdm.config.fields import key, require
 from scmdm.errors import UserError
 
@@ -64,6 +65,9 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UserError unless exactly one of `path` and `streams` is given."""
+        paths = {"data.path": self.path} | {f"data.streams.{name}.path": s.path for name, s in self.streams.items()}
+        for name, path in paths.items():
+            require_path(name, path)
         if self.path is None and not self.streams:
             raise UserError(
                 "key `data.path` is not set; give it in the YAML file or as data.path=..., or several data sets as "

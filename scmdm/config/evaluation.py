@@ -61,7 +61,10 @@ class EvaluateConfig:
         factory=dict,
         help="zero-shot perplexity, NAME: file or folder of text, or {path: ..., key: ..., unit: ..., detokenize: ...}",
     )
-    out: str | None = key(None, help="JSON file; null: in the folder evaluations/ beside the model")
+    out: str | None = key(
+        None,
+        help="JSON file; null: in evaluations/ of the run, or in evaluations/MODEL here for a model without a run",
+    )
     weights: str = weights_key()
     device: str = device_key()
     precision: str = precision_key()

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.common import device_key, precision_key, seed_key, threads_key
+from scmdm.config.common import device_key, precision_key, require_path, seed_key, threads_key
 from scmdm.config.data import DataConfig
 from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
 from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
@@ -55,6 +55,8 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work. Single values are checked on loading."""
+        for name, path in (("run_dir", self.run_dir), ("base", self.base)):
+            require_path(name, path)
         self.data.validate()
         self._validate_model()
         self._validate_training()
@@ -110,14 +112,14 @@ class RunConfig:
         )
 
     def _validate_training(self) -> None:
-        train, warmup = self.train, self.schedule.warmup_steps
+        train = self.train
         require(
             train.global_batch_size % train.micro_batch_size == 0,
             "train.micro_batch_size",
             train.micro_batch_size,
             f"a divisor of train.global_batch_size = {train.global_batch_size}",
         )
-        require(warmup <= train.steps, "schedule.warmup_steps", warmup, f"at most train.steps = {train.steps}")
+        self._validate_schedule()
         require(
             self.ema.reset or (self.ema.warmup and self.ema.decay > 0),
             "ema.reset",
@@ -130,6 +132,18 @@ class RunConfig:
             train.last_layers,
             "null with model.lora_rank: only the adapters are trained",
         )
+
+    def _validate_schedule(self) -> None:
+        schedule, steps = self.schedule, self.train.steps
+        warmup, end = schedule.warmup_steps, schedule.steps
+        require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
+        require(
+            end is None or schedule.kind != "constant",
+            "schedule.steps",
+            end,
+            "left out with schedule.kind=constant, which has no decay",
+        )
+        require(end is None or end >= warmup, "schedule.steps", end, f"at least schedule.warmup_steps = {warmup}")
 
     def _validate_deepspeed(self) -> None:
         for name, default in vars(FsdpConfig()).items():

@@ -32,6 +32,13 @@ class ScheduleConfig:
 
     kind: str = key("constant", help="learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = key(0, help="steps of linear warm-up", at_least=0, at_most=2**31)
+    steps: int | None = key(
+        None,
+        help="cosine, linear: step at which the decay ends; null: train.steps. A resume with another end must name it",
+        at_least=1,
+        at_most=2**40,
+        on_resume=True,
+    )
     final_ratio: float = key(0.0, help="cosine, linear: final learning rate divided by the peak", at_least=0, at_most=1)
 
 
@@ -107,7 +114,7 @@ class TrainConfig:
     )
     on_save_error: str = key(
         "stop",
-        help="what to do when a checkpoint cannot be written",
+        help="what to do when a checkpoint or a row of metrics cannot be written",
         choices=("stop", "continue"),
         on_resume=True,
     )

@@ -18,6 +18,7 @@ from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
+from scmdm.config.stored import read_stored_config
 from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, check_writable
 from scmdm.convert.model_card import model_card
@@ -37,7 +38,6 @@ from scmdm.models.model_files import (
 from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory, atomic_write_text
-from scmdm.system.untrusted import read_yaml
 
 HUB_TYPE, HUB_CLASS = "scmdm", "MaskedDiffusion"
 
@@ -91,7 +91,7 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     content = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": _base_of(stored),
+        "base_model_name_or_path": Path(read_stored_config(stored.path).need("base", str)).name,
         "inference_mode": True,
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,
@@ -103,15 +103,6 @@ def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None
     atomic_write_text(to / "adapter_config.json", json.dumps(content, indent=2) + "\n")
     named = ((f"base_model.model.{name}", value) for name, value in added.items())
     write_shards(to / "adapter_model.safetensors", named, limit=2**63)
-
-
-def _base_of(stored: StoredModel) -> str:
-    """Return the base that a run names. Interpolations are not resolved: the file may be a stranger's."""
-    run = read_yaml(stored.path / "config.yaml", "configuration of a run")
-    base = run.get("base") if isinstance(run, dict) else None
-    if not isinstance(base, str):
-        raise UserError(f"{stored.path / 'config.yaml'}: base={base!r:.60} is no path of a model; format=peft needs it")
-    return base
 
 
 def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: int) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
 
 import yaml
 
 from scmdm.config.conversion import ExportConfig
+from scmdm.config.stored import read_stored_config
 from scmdm.convert.layout import PublishedLayout
 from scmdm.models.model_files import StoredModel
 from scmdm.models.network import count_parameters
-from scmdm.system.untrusted import read_yaml
 
 _RUN_CONFIG = "config.yaml"  # in a checkpoint
 _SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
@@ -84,11 +86,11 @@ def _training(stored: StoredModel) -> str:
     if not path.is_file():
         origin = stored.manifest.source.get("imported_from")
         return f"Imported from the layout {origin} and not trained since." if origin else "Not recorded in this model."
-    run = read_yaml(path, "configuration of a run")  # interpolations are not resolved
+    run = read_stored_config(stored.path).content
     shown = {}
     for key in _SHOWN:
-        value = run
+        value: Any = run
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        shown[key] = value
+        shown[key] = PurePath(value).name if key == "base" and isinstance(value, str) else value
     return "```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```"

@@ -16,10 +16,9 @@ IntervalsByArm = Mapping[str, Mapping[int, Interval]]  # by the arm's label and 
 IntervalsByMetric = Mapping[str, IntervalsByArm]
 
 
-def reference_arm(study: Json) -> Json:
-    """Return the arm to compare the others with: the named one, or the first with the largest rate."""
-    arms: Sequence[Json] = study["arms"]
-    named = next((arm for arm in arms if arm["name"] == study.get("reference")), None)
+def reference_arm(arms: Sequence[Json], name: str | None) -> Json:
+    """Return the arm to compare the others with: the one called `name`, or the first with the largest rate."""
+    named = next((arm for arm in arms if arm["name"] == name), None)
     return named or max(arms, key=lambda arm: arm["rate"])
 
 
@@ -130,8 +129,9 @@ def _seconds_per_token(arm: Json) -> float:
 
 
 def _nelbo(arm: Json, mode: str) -> str:
-    values = [entry[mode] for entry in arm["nelbo"] if mode in entry]
-    return f"{mean_interval([v['mean'] for v in values]).mean:.4f}" if values else "-"
+    values = [entry[mode]["mean"] for entry in arm["nelbo"] if mode in entry]
+    known = [value for value in values if value is not None]
+    return f"{mean_interval(known).mean:.4f}" if known else "-"
 
 
 def conclusions(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:

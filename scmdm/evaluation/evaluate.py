@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
+from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.stored import read_stored_config
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
@@ -24,7 +25,8 @@ from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate, load
-from scmdm.system.files import atomic_write_text, require_writable
+from scmdm.system.files import atomic_write_text, json_text, require_writable
+from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.training.validation import validation_batches
 
 
@@ -40,7 +42,7 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
     domain = _load_reference(loaded, manifest, root, config)
-    out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
+    out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
     require_writable(out)
     result: dict[str, Any] = {
         "model": str(path),
@@ -57,7 +59,7 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
         templates_NL = domain.templates(root, manifest, config.split, config.num)
         result["samples"] = _sample_quality(loaded, domain, templates_NL, config)
     print_result(result, domain.metrics)
-    atomic_write_text(out, json.dumps(result, indent=2) + "\n")
+    atomic_write_text(out, json_text(result, indent=2))
     Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
     return result
 
@@ -142,13 +144,17 @@ def _sample_quality(
 def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
     if config.data is not None:
         return Path(config.data)
-    run_config = loaded.path / "config.yaml"
-    if not run_config.is_file():
+    if not (loaded.path / CONFIG_FILE).is_file():
         raise UserError(f"data is not set, and {loaded.path} does not name its data set; give data=DIRECTORY")
-    path = yaml.safe_load(run_config.read_text())["data"]["path"]
-    if path is None:
+    stored = read_stored_config(loaded.path)
+    name, found = stored.get("data.path", str), stored.find("data.path")
+    if name is None:
         raise UserError(f"data is not set, and {loaded.path} was trained on several data sets; give data=DIRECTORY")
-    return Path(path)
+    if found is None:
+        raise UserError(
+            f"data is not set, and data.path={name} of {stored.path} does not exist here; give data=DIRECTORY"
+        )
+    return found
 
 
 def _check_data(loaded: LoadedModel, root: Path) -> Manifest:
@@ -173,11 +179,19 @@ def _load_reference(loaded: LoadedModel, manifest: Manifest, root: Path, config:
     return load_domain(name)(root, manifest, keys, EvaluationSettings(config.split, device, exclusive=True))
 
 
-def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
-    """Output file whose name contains a hash of all keys that change the result."""
+def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Path:
+    """Output file whose name contains a hash of all keys that change the result.
+
+    It is in the run directory or, for a model outside of a run, which may be sealed or shared, in the working
+    directory; the hash then covers the model, too.
+    """
     sampler = config.sampler
     kind = "" if sampler.kind == "ancestral" else sampler.kind
     steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
-    settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    return path / "evaluations" / f"step{step}_{config.split}_{steps}_{digest}.json"
+    run = run_of(path)
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in ("out", "threads")}
+    if run is None:
+        settings["model"] = sha256_of_model(loaded.path)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(EVALUATIONS) / path.resolve().name if run is None else run / EVALUATIONS
+    return folder / f"step{loaded.spec.step}_{config.split}_{steps}_{digest}.json"

@@ -6,16 +6,21 @@ from pathlib import Path
 
 from scmdm.errors import UserError
 from scmdm.evaluation.run_report import run_report
+from scmdm.evaluation.study_record import STUDY_FILE
 from scmdm.evaluation.study_report import print_summary, study_report
+from scmdm.system.files import require_writable
+from scmdm.system.run_directory import run_of
 
 
 def write_report(directory: Path, *, out: Path | None) -> None:
     """Write the report of a run or a study to `out`, by default `report.html` in its directory."""
-    out = out or directory / "report.html"
-    if (directory / "study.json").exists():
+    run = run_of(directory)
+    out = out or (run or directory) / "report.html"
+    require_writable(out)
+    if (directory / STUDY_FILE).exists():
         print_summary(study_report(directory, out))
-    elif (directory / "metrics.jsonl").exists():
-        run_report(directory, out)
+    elif run is not None:
+        run_report(run, out)
     else:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
     print(f"wrote {out}")

@@ -178,7 +178,7 @@ def progress_figure(rows: Sequence[Row], path: Path) -> Path:
             (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens per second")),
             strict=True,
         ):
-            ax.plot([row["step"] for row in rows], [row[key] for row in rows], color=COLOURS[6], lw=1.2)
+            ax.plot([row["step"] for row in rows], [row.get(key, np.nan) for row in rows], color=COLOURS[6], lw=1.2)
             ax.set(title=title, xlabel="step")
         figure.tight_layout()
         return save_figure(figure, path)

@@ -2,77 +2,91 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from scmdm.errors import UserError
-from scmdm.evaluation.html import heading, page, paragraph, picture, preformatted, table
+from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import loss_figure, progress_figure
 from scmdm.evaluation.statistics import mean_interval
 from scmdm.observability.run_metrics import format_duration, read_metrics
 from scmdm.runtime.status import planned_steps
 from scmdm.system.files import atomic_write_text
+from scmdm.system.run_directory import CONFIG_FILE, ENVIRONMENT_FILE, EVALUATIONS, METRICS_FILE
+from scmdm.system.untrusted import parse_json, read_bytes, reading
 
-_SHOWN_FILES = ("config.yaml", "environment.json")
+_SHOWN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE)
+_LARGEST_SHOWN = 2**20  # bytes
+logger = logging.getLogger("scmdm")
 
 
 def run_report(directory: Path, out: Path) -> Path:
     """Write the report of a run, finished or not: loss curves, evaluations, configuration. Returns `out`.
 
-    Raises UserError if the run has not logged a training step, or if an evaluation cannot be read.
+    What cannot be read is left out, and named in the report and in warnings. Raises UserError if there is no training
+    step.
     """
-    rows = read_metrics(directory / "metrics.jsonl")
+    rows = read_metrics(directory / METRICS_FILE)
     train = [row for row in rows if row["kind"] == "train"]
     validation = [row for row in rows if row["kind"] == "validation"]
     if not train:
-        raise UserError(
-            f"{directory}/metrics.jsonl has no training step; wait until the run has made train.log_every steps"
-        )
+        reason = f" ({rows.problem})" if rows.problem is not None else ""
+        raise UserError(f"{rows.path} has no training step{reason}; wait until the run has made train.log_every steps")
     name = directory.resolve().name
     last = train[-1]
     figures = out.parent
     losses = loss_figure({name: train}, {name: validation}, figures / "losses.png", order=[name])
     progress = progress_figure(train, figures / "progress.png")
+    steps, problem = planned_steps(directory)
+    evaluations, damaged = _run_evaluations(directory)
+    problems = [text for text in (rows.problem, problem, *damaged) if text is not None]
+    for text in problems:
+        logger.warning("%s", text)
     parts = [
         paragraph(
-            f"Step {last['step']:,}{_of_steps(directory)}, {last['tokens']:,} tokens, "
-            f"{format_duration(last['seconds'])} of training, loss {last['loss']:.4f}."
+            f"Step {last['step']:,}{f' of {steps:,}' if steps is not None else ''}, {last['tokens']:,} tokens, "
+            f"{format_duration(last.get('seconds') or 0)} of training, loss {last['loss']:.4f}."
         ),
+        bullets(problems) if problems else "",
         picture(losses, "Training loss and validation NELBO."),
         picture(progress, "Learning rate, gradient norm and speed."),
-        *_run_evaluations(directory),
+        *evaluations,
         heading("Configuration"),
-        *(preformatted((directory / name).read_text()) for name in _SHOWN_FILES if (directory / name).exists()),
+        *(preformatted(_shown(directory / name)) for name in _SHOWN_FILES if (directory / name).exists()),
     ]
     atomic_write_text(out, page(f"Run {name}", parts))
     return out
 
 
-def _of_steps(directory: Path) -> str:
-    """The planned number of steps as ` of N`; empty if it is not known."""
-    steps = planned_steps(directory)
-    return f" of {steps:,}" if steps is not None else ""
+def _run_evaluations(directory: Path) -> tuple[list[str], list[str]]:
+    """The parts of the page about evaluations, and the problems of those that cannot be read."""
+    parts, problems = [], []
+    for path in sorted((directory / EVALUATIONS).glob("*.json")):
+        try:
+            with reading(path, "result of an evaluation"):
+                parts += _evaluation(path.stem, parse_json(read_bytes(path), nan_is_null=True))
+        except (UserError, OSError) as error:
+            problems.append(f"left out: {error}")
+    return parts, problems
 
 
-def _run_evaluations(directory: Path) -> list[str]:
-    parts = []
-    for path in sorted((directory / "evaluations").glob("*.json")):
-        result = _read_result(path)
-        rows = [
-            [f"NELBO {mode}", f"{v['mean']:.4f} ± {v['stderr']:.4f}"] for mode, v in result.get("nelbo", {}).items()
-        ]
-        numbers = [entry["metrics"] for entry in result.get("samples", [])]
-        names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
-        whole = [key for key in names if all(isinstance(n[key], int | float) for n in numbers)]
-        rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in whole]
-        parts += [heading(f"Evaluation {path.stem} (step {result['step']:,})"), table(["metric", "value"], rows)]
-    return parts
+def _evaluation(name: str, result: dict[str, Any]) -> list[str]:
+    rows = [[f"NELBO {mode}", _value(v["mean"], v["stderr"])] for mode, v in result.get("nelbo", {}).items()]
+    numbers = [entry["metrics"] for entry in result.get("samples", [])]
+    names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
+    whole = [key for key in names if all(isinstance(n[key], int | float) for n in numbers)]
+    rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in whole]
+    return [heading(f"Evaluation {name} (step {result['step']:,})"), table(["metric", "value"], rows)]
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def _value(mean: float | None, stderr: float | None) -> str:
+    return "unknown" if mean is None else f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
+
+
+def _shown(path: Path) -> str:
+    """The text of a file, as far as it can be shown."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it, or run `scmdm evaluate` again") from error
+        return read_bytes(path, _LARGEST_SHOWN).decode(errors="replace")
+    except (UserError, OSError) as error:
+        return f"{path.name} cannot be shown: {error}"

@@ -15,7 +15,6 @@ from scmdm.data.tokenizers import load_tokenizer
 from scmdm.domains.domain_registry import load_domain
 from scmdm.domains.interface import Domain, Metric
 from scmdm.domains.plotting import COLOURS
-from scmdm.errors import UserError
 from scmdm.evaluation.comparison import (
     IntervalsByMetric,
     Json,
@@ -29,8 +28,11 @@ from scmdm.evaluation.comparison import (
 )
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
+from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
+from scmdm.system.run_directory import METRICS_FILE
+from scmdm.system.untrusted import reading
 
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
 TextTable = tuple[list[str], list[list[str]]]  # header and rows
@@ -45,24 +47,31 @@ class StudySummary:
     benchmarks: dict[str, TextTable]  # by name of the benchmark
     cost: TextTable
     conclusions: list[str]
+    problems: list[str]  # what was left out
 
 
 def study_report(directory: Path, out: Path) -> StudySummary:
     """Write the report of the study in `directory` to `out`, and its figures beside it; returns the summary.
 
-    Raises UserError if `study.json` cannot be read.
+    Damaged rows of evaluations, metrics and samples are left out, and named in the report and in the summary. Raises
+    UserError if `study.json` cannot be read.
     """
-    study = _read_json(directory / "study.json")
-    samples = [row for row in study["evaluations"] if row["kind"] == "samples"]
-    domain = load_domain(study["domain"])
-    labels = {arm["name"]: arm["label"] for arm in study["arms"]}
+    study = open_study(directory)
+    with reading(directory / STUDY_FILE, "record of a study", "run the study again"):
+        return _write_report(study, out)
+
+
+def _write_report(study: OpenStudy, out: Path) -> StudySummary:
+    record, samples, arms = study.record, study.samples, study.arms
+    domain = load_domain(record.domain)
+    labels = {arm["name"]: arm["label"] for arm in arms}
     values = {metric.name: intervals_by_arm(samples, labels, metric.name) for metric in domain.metrics}
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
-    reference = reference_arm(study)
-    summary = _summarize(study, samples, domain.metrics[0], shown, values, labels)
+    reference = reference_arm(arms, record.reference)
+    summary = _summarize(study, domain.metrics[0], shown, values, labels)
     figures = out.parent
     parts = [
-        paragraph(describe_protocol(samples, study["arms"])),
+        paragraph(describe_protocol(samples, arms)),
         heading("Results"),
         bullets(summary.conclusions),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
@@ -83,35 +92,38 @@ def study_report(directory: Path, out: Path) -> StudySummary:
             "self-conditioning makes no additional evaluations.",
             note=True,
         ),
-        *_study_curves(directory, study["arms"], figures / "losses.png"),
-        *_domain_pictures(directory, study, samples, domain, figures),
+        *_study_curves(study, figures / "losses.png"),
+        *_domain_pictures(study, domain, figures),
         heading("Configuration"),
-        preformatted(study["config"]),
-        preformatted(json.dumps(study["environment"], indent=2)),
+        preformatted(record.config),
+        preformatted(json.dumps(record.environment, indent=2)),
     ]
-    atomic_write_text(out, page(study["title"], parts))
+    if study.problems:  # the parts above read files, too
+        parts.insert(0, bullets(study.problems))
+    atomic_write_text(out, page(record.title, parts))
     return summary
 
 
 def _summarize(
-    study: Json,
-    samples: Sequence[Json],
+    study: OpenStudy,
     main: Metric,
     shown: Sequence[Metric],
     values: IntervalsByMetric,
     labels: Mapping[str, str],
 ) -> StudySummary:
+    samples, arms = study.samples, study.arms
     own = [metric for metric in shown if not metric.benchmark]
     benchmarks = {
         name: benchmark_table(values, [metric for metric in shown if metric.benchmark == name], labels, samples)
         for name in dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)
     }
     return StudySummary(
-        study["title"],
+        study.record.title,
         quality_table(values, own, labels, samples),
         benchmarks,
-        cost_table(study["arms"], samples),
-        conclusions(samples, study["arms"], reference_arm(study), main),
+        cost_table(arms, samples),
+        conclusions(samples, arms, reference_arm(arms, study.record.reference), main),
+        study.problems,
     )
 
 
@@ -166,19 +178,21 @@ def print_summary(summary: StudySummary) -> None:
             previous = row[0]
             shown.add_row(*row)
         console.print(shown)
-    for statement in summary.conclusions:
-        console.print(f"- {statement}", highlight=False)
+    for statement in (*summary.conclusions, *summary.problems):
+        console.print(f"- {statement}", highlight=False, markup=False)
 
 
-def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:
+def _study_curves(study: OpenStudy, path: Path) -> list[str]:
     """Draw the arms' loss curves unless there are more arms than colours; each run also has its own report."""
+    arms = study.arms
     if len(arms) > len(COLOURS):
         return []
     train: dict[str, list[dict[str, Any]]] = {}
     validation: dict[str, list[dict[str, Any]]] = {}
     adapted = [arm for arm in arms if arm["name"] != "base" and arm["runs"]]
     for arm in adapted:
-        rows = read_metrics(directory / arm["runs"][0] / "metrics.jsonl")
+        rows = read_metrics(study.file(arm["runs"][0]) / METRICS_FILE)
+        study.note(rows)
         train[arm["label"]] = [row for row in rows if row["kind"] == "train"]
         validation[arm["label"]] = [row for row in rows if row["kind"] == "validation"]
     # List all arms, so that the base keeps the first colour even without a curve.
@@ -187,44 +201,41 @@ def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str
     return [heading("Losses"), picture(path, caption)]
 
 
-def _domain_pictures(
-    directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], out: Path
-) -> list[str]:
+def _domain_pictures(study: OpenStudy, domain: type[Domain], out: Path) -> list[str]:
     """Draw samples of the first sampling seed, and compare their distributions with held-out data."""
-    tokenizer = load_tokenizer(directory / study["tokenizer"])
+    tokenizer = load_tokenizer(study.file(study.record.tokenizer))
     parts = []
-    steps, arms = _picture_steps(samples), study["arms"]
-    few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], reference_arm(study))]
+    samples, arms = study.samples, study.arms
+    steps, reference = _picture_steps(samples), reference_arm(arms, study.record.reference)
+    few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], reference)]
     for arm in few:
         own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
         if own:
             path = out / f"{domain.name}_{arm['name']}.png"
-            caption = domain.draw(_read_samples(directory / own[0]["samples_file"]), tokenizer, path)
+            caption = domain.draw(study.read_samples(own[0]["samples_file"]), tokenizer, path)
             if caption is not None:
                 parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of the first seed, unselected."))
             else:
-                parts += _first_texts(own[0], directory, f"{arm['label']}, T = {steps}")
-    compared = _distribution_picture(directory, study, samples, domain, out / f"{domain.name}_distributions.png")
+                parts += _first_texts(own[0], study, f"{arm['label']}, T = {steps}")
+    compared = _distribution_picture(study, domain, out / f"{domain.name}_distributions.png")
     return [heading(domain.name.capitalize()), *compared, *parts] if compared or parts else []
 
 
-def _first_texts(row: Json, directory: Path, title: str) -> list[str]:
-    first = _read_samples(directory / row["samples_file"])[:_SHOWN_TEXTS]
+def _first_texts(row: Json, study: OpenStudy, title: str) -> list[str]:
+    first = study.read_samples(row["samples_file"])[:_SHOWN_TEXTS]
     texts = [sample["text"][:_SHOWN_CHARACTERS] for sample in first]
     shown = f"{title}: the first {len(texts)} samples of the first seed, cut to {_SHOWN_CHARACTERS} characters."
     return [paragraph(shown, note=True), preformatted("\n\n".join(texts))]
 
 
-def _distribution_picture(
-    directory: Path, study: Json, samples: Sequence[Json], domain: type[Domain], path: Path
-) -> list[str]:
+def _distribution_picture(study: OpenStudy, domain: type[Domain], path: Path) -> list[str]:
     """Draw distributions of all samples of each arm at one T, and of held-out data."""
-    steps = _picture_steps(samples)
-    sets = {"held out": _read_samples(directory / study["held_out"])}
-    for arm in study["arms"]:
-        files = [r["samples_file"] for r in samples if r["arm"] == arm["name"] and r["steps"] == steps]
+    steps = _picture_steps(study.samples)
+    sets = {"held out": study.read_samples(study.record.held_out)}
+    for arm in study.arms:
+        files = [r["samples_file"] for r in study.samples if r["arm"] == arm["name"] and r["steps"] == steps]
         if files:
-            sets[arm["label"]] = [sample for file in files for sample in _read_samples(directory / file)]
+            sets[arm["label"]] = [sample for file in files for sample in study.read_samples(file)]
     caption = domain.compare(sets, path)
     return [picture(path, f"T = {steps}, all seeds: {caption}.")] if caption is not None else []
 
@@ -233,15 +244,3 @@ def _picture_steps(samples: Sequence[Json]) -> int:
     """T of the figures: 32, as in the published protocol, if it was sampled, otherwise the largest."""
     steps = sorted({row["steps"] for row in samples})
     return 32 if 32 in steps else steps[-1]
-
-
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run the study again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from scmdm.system.untrusted import read_json
 
 REVISION_FILE = "revision.json"  # beside a copy of the package: the git revision it was copied from
 PACKAGES = (
@@ -52,7 +53,7 @@ def git_revision(package: Path) -> dict[str, Any] | None:
     """Return the commit of the checkout of `package` or of its original, and whether it had changes, or None."""
     kept = package.parent / REVISION_FILE
     if kept.is_file():
-        return cast(dict[str, Any] | None, json.loads(kept.read_text()))
+        return cast(dict[str, Any] | None, read_json(kept, "git revision"))
 
     def git(*arguments: str) -> str | None:
         try:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from scmdm.config.training import WandbConfig
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_text, json_text, remove_tree
+from scmdm.system.json_lines import JsonLines, read_json_lines
+from scmdm.system.line_file import LineFile
 from scmdm.system.run_directory import LOG_FILE
 from scmdm.system.signals import stop_signals_blocked
+from scmdm.system.untrusted import describe, parse_json, require_regular
 
 _TAIL = 8192  # bytes at the end of a file, which hold several rows
+# Numbers that a row must have, by its kind.
+_NUMBERS_OF = {"train": ("loss", "tokens"), "validation": ("tokens",)}
+_TEXTS = ("kind", "weights")
+_LARGEST_NUMBER = 2.0**63
 logger = logging.getLogger("scmdm")
 
 
@@ -28,49 +35,92 @@ class MetricsFile:
     """Append-only file of JSON lines.
 
     Opening it at `resume_step` drops the rows of later steps, so that every step appears once however often the run was
-    interrupted. Without a path, on ranks other than 0, nothing is written.
+    interrupted. Damaged lines are dropped, too; the file as it was is then kept as `metrics.jsonl.damaged`. Without a
+    path, on ranks other than 0, nothing is written.
+
+    With `keep_going`, rows that cannot be written wait until there is room; otherwise `write` raises UserError.
     """
 
-    def __init__(self, path: Path | None, resume_step: int) -> None:
-        self._file: IO[str] | None = None
-        if path is None:
-            return
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", buffering=1)
+    def __init__(self, path: Path | None, resume_step: int, *, keep_going: bool = False) -> None:
+        self._file = LineFile(path) if path is not None else None
+        self._keep_going = keep_going
+        self._failing = False
+        if path is not None:
+            _truncate(path, resume_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            self._report(self._file.write(json_text(row)))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is not None and self._file.close() is not None:
+            logger.warning("%d row(s) of %s could not be written and are lost", self._file.lost, self._file.path)
+
+    def _report(self, error: OSError | None) -> None:
+        """Say once that the file cannot be written, and once that it can be written again."""
+        assert self._file is not None
+        if error is not None and not self._keep_going:
+            raise UserError(
+                f"cannot write {self._file.path}: {describe(error)}; free space or choose another place, or set "
+                "train.on_save_error=continue"
+            ) from error
+        if error is not None and not self._failing:
+            logger.warning(
+                "cannot write %s: %s; continuing, its rows wait until there is room", self._file.path, describe(error)
+            )
+        if error is None and self._failing:
+            lost = f", but {self._file.lost} row(s) are lost" if self._file.lost else ""
+            logger.warning("%s is written again%s", self._file.path, lost)
+        self._failing = error is not None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file, without lines that a crash has cut short."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def _truncate(path: Path, resume_step: int) -> None:
+    found = read_metrics(path)
+    if found.problem is not None:
+        logger.warning("%s", found.problem)
+        kept_as = path.with_name(f"{path.name}.damaged")
+        with contextlib.suppress(OSError):
+            remove_tree(kept_as)
+            os.rename(path, kept_as)
+            logger.warning("%s is kept as %s", path, kept_as)
+    kept = [row for row in found if row["step"] <= resume_step] if resume_step else []
+    atomic_write_text(path, "".join(json_text(row) for row in kept))
+
+
+def read_metrics(path: Path) -> JsonLines[dict[str, Any]]:
+    """Read the rows of a metrics file, which may be growing. Lines that are not rows are counted."""
+    return read_json_lines(path, parse_row)
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Parse a row of a training step or a validation. Raises ValueError and others for anything else."""
+    row = parse_json(line, nan_is_null=True)  # earlier versions wrote NaN
+    if not isinstance(row, dict) or row.get("kind") not in _NUMBERS_OF:
+        raise ValueError("not a row of metrics")
+    if type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError("no step")
+    numbers = {name: value for name, value in row.items() if name not in _TEXTS}
+    for name, value in numbers.items():
+        if value is not None and (type(value) not in (int, float) or abs(value) >= _LARGEST_NUMBER):
+            raise ValueError(f"{name} is not a number that a run writes")
+    missing = [name for name in _NUMBERS_OF[row["kind"]] if numbers.get(name) is None]
+    if missing:
+        raise ValueError(f"no {missing[0]}")
+    return row
 
 
 def last_row(path: Path, kind: str) -> dict[str, Any] | None:
     """Return the last row of a kind in a metrics file, which may be growing. Reads only the end of the file."""
-    if not path.exists():
+    try:
+        size = require_regular(path).st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TAIL))
+            lines = file.read(2 * _TAIL).split(b"\n")
+    except OSError:
         return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().split(b"\n")
     for line in reversed(lines):
-        with contextlib.suppress(json.JSONDecodeError):
-            row: dict[str, Any] = json.loads(line)
+        with contextlib.suppress(Exception):
+            row = parse_row(line)
             if row["kind"] == kind:
                 return row
     return None
@@ -107,6 +157,44 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
         ) from error
 
 
+class LogFile(logging.Handler):
+    """Handler of `train.log`: lines wait while they cannot be written. A log never ends a run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = LineFile(path)
+        self._failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = self._file.write(self.format(record))
+        if (error is not None) == self._failing:
+            return
+        self._failing = error is not None
+        if error is not None:
+            logger.warning("cannot write %s: %s; its lines wait until there is room", self._file.path, describe(error))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class PatientStream(logging.StreamHandler[TextIO]):
+    """Handler of standard output, which may be a file on a full disk; what cannot be shown there does not end a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        except OSError:
+            # Python would write the rest on exit, fail, and change the exit status.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self.stream.fileno())
+        super().close()
+
+
 @contextmanager
 def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
     """Send messages of the `scmdm` logger to `train.log` and to the terminal or standard output.
@@ -118,11 +206,11 @@ def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
         yield console
         return
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / LOG_FILE)]
+    handlers: list[logging.Handler] = [LogFile(run_dir / LOG_FILE)]
     if console.is_terminal:
         handlers.append(RichHandler(console=console, show_path=False, markup=False))
     else:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(PatientStream(sys.stdout))
     for handler in handlers:
         if not isinstance(handler, RichHandler):
             handler.setFormatter(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import statistics
 import sys
@@ -20,11 +21,13 @@ from scmdm.diffusion.state import State
 from scmdm.models.flops import StepFlops
 from scmdm.system.process_group import all_gather_object
 from scmdm.system.run_directory import PROFILE
+from scmdm.system.untrusted import describe
 
 # Parts of a step, in order. `sync` is the wait for the other ranks at the start. `pass_2` contains the output head's
 # backward pass, which runs together with its forward pass.
 PARTS = ("data", "sync", "pass_1", "pass_2", "backward", "optimizer", "checkpoint")
 PROFILED_STEPS = 3
+logger = logging.getLogger("scmdm")
 
 
 class StepTimer:
@@ -167,7 +170,11 @@ class Profiler:
         if self._profile is None or step < self._first + PROFILED_STEPS - 1:
             return None
         self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
-        self._profile = None
+        profile, self._profile = self._profile, None
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self._path))
+        except (OSError, RuntimeError) as error:  # a trace is not worth a run
+            logger.warning("cannot write %s: %s", self._path, describe(error))
+            return None
         return self._path

@@ -12,7 +12,7 @@ from scmdm.observability.run_metrics import logger
 from scmdm.system.files import atomic_write_text
 from scmdm.system.lease import Lease, acquire
 from scmdm.system.process_group import broadcast, current_world
-from scmdm.system.run_directory import CHECKPOINTS, LEASE
+from scmdm.system.run_directory import LEASE
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def acquire_run(directory: Path) -> Iterator[Lease]:
         if lease.predecessor is not None:
             logger.warning("run_dir=%s: taking over from %s, which has died", directory, lease.predecessor)
         # A suspended predecessor that resumes between its check and its rename must find nothing to rename.
-        remove_leftovers(directory / CHECKPOINTS)
+        remove_leftovers(directory)
         yield lease
 
 

@@ -6,6 +6,8 @@ disturb the run or another start.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -13,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from scmdm.checkpoint.reader import list_checkpoints, step_of
 from scmdm.checkpoint.seal import SEAL, verify_checkpoint
+from scmdm.config.fields import require
+from scmdm.config.stored import read_stored_config
 from scmdm.errors import UserError
 from scmdm.observability.run_metrics import format_duration, read_metrics
-from scmdm.runtime.start_log import read_starts
+from scmdm.runtime.start_log import StartRecord, read_starts
 from scmdm.runtime.watchdog import written_stacks
 from scmdm.system.lease import SILENCE_LIMIT_S, LeaseHolder, read_lease
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives
-from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE, METRICS_FILE
+from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE, METRICS_FILE, run_of
+from scmdm.system.untrusted import describe, require_regular
 
 _TAIL = 2**18  # bytes of the log that are searched for warnings
 _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
@@ -65,10 +68,11 @@ class RunStatus:
     metrics_age_s: float | None  # since the last row
     checkpoint: CheckpointStatus | None
     starts: int
-    last_start: dict[str, Any] | None
+    last_start: StartRecord | None
     owner: OwnerStatus | None
     stacks: list[str]  # files of ranks that the watchdog ended, or that crashed, since the last start
     warnings: list[str]
+    damaged: list[str]  # what could not be read of the run's files
 
 
 def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> RunStatus:
@@ -76,14 +80,17 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
 
     Raises UserError if `directory` is not a run directory.
     """
-    if not (directory / LOG_FILE).exists() and not (directory / METRICS_FILE).exists():
+    run = run_of(directory)
+    if run is None:
         raise UserError(f"{directory} is not a run directory: it has no {METRICS_FILE} and no {LOG_FILE}; give one")
-    rows = [row for row in read_metrics(directory / METRICS_FILE) if row.get("kind") == "train"]
+    directory, metrics = run, read_metrics(run / METRICS_FILE)
+    rows = [row for row in metrics if row["kind"] == "train"]
     row: Mapping[str, Any] = rows[-1] if rows else {}
-    starts, steps = read_starts(directory), planned_steps(directory)
-    lease, holder = read_lease(directory / LEASE)
-    owner = _owner(holder, starts[-1] if starts else None)
-    step = int(row.get("step", 0))
+    starts, (steps, problem) = read_starts(directory), planned_steps(directory)
+    last_start = starts.rows[-1] if starts.rows else None
+    lease, holder, lease_problem = _lease(directory / LEASE)
+    owner = _owner(holder, last_start)
+    step = row.get("step", 0)
     state = "finished" if steps is not None and step >= steps else _state(lease, holder, owner)
     return RunStatus(
         run=str(directory),
@@ -96,10 +103,11 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
         metrics_age_s=_age(directory / METRICS_FILE),
         checkpoint=_checkpoint(directory / CHECKPOINTS, hashes=hashes),
         starts=len(starts),
-        last_start=starts[-1] if starts else None,
+        last_start=last_start,
         owner=owner,
         stacks=[str(path) for path in written_stacks(directory)],
         warnings=_warnings(directory / LOG_FILE)[-warnings:],
+        damaged=[text for text in (metrics.problem, starts.problem, problem, lease_problem) if text is not None],
     )
 
 
@@ -112,7 +120,14 @@ def describe_status(status: RunStatus) -> list[str]:
         lines.append(f"last row     loss {status.loss:.4f}, {status.tokens_per_s:,.0f} tokens/s{eta}{age}")
     lines += [f"checkpoint   {_checkpoint_text(status.checkpoint)}", f"starts       {_starts_text(status)}"]
     lines += [f"stacks       {path}" for path in status.stacks]
-    return lines + [f"warning      {text}" for text in status.warnings]
+    lines += [f"damaged      {text}" for text in status.damaged]
+    lines += [f"warning      {text}" for text in status.warnings]
+    return [_printable(line) for line in lines]
+
+
+def _printable(line: str) -> str:
+    """Replace control characters, which would reach the terminal from a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _progress(status: RunStatus) -> str:
@@ -142,26 +157,31 @@ def _starts_text(status: RunStatus) -> str:
     last = status.last_start
     if last is None:
         return "none recorded"
-    where = ", ".join(str(host) for host in last.get("hosts", [])[:4])
-    more = f" and {len(last['hosts']) - 4} more" if len(last.get("hosts", [])) > 4 else ""
-    ago = format_duration(max(0.0, time.time() - last.get("time", time.time())))
-    ranks = f"{last.get('world_size')} process(es) on {where}{more}"
-    return f"{status.starts} ({status.starts - 1} restart(s)), the last {ago} ago at step {last.get('step')}: {ranks}"
+    where = ", ".join(last.hosts[:4])
+    more = f" and {len(last.hosts) - 4} more" if len(last.hosts) > 4 else ""
+    ago = format_duration(max(0.0, time.time() - last.time))
+    ranks = f"{last.world_size} process(es) on {where}{more}"
+    return f"{status.starts} ({status.starts - 1} restart(s)), the last {ago} ago at step {last.step}: {ranks}"
 
 
-def planned_steps(directory: Path) -> int | None:
-    """Read `train.steps` of the run's last start; None if unknown."""
+def planned_steps(directory: Path) -> tuple[int | None, str | None]:
+    """Read `train.steps` of the run's last start; None if unknown. Second, what is wrong with the configuration."""
+    if not os.path.lexists(directory / CONFIG_FILE):
+        return None, None
     try:
-        return int(yaml.safe_load((directory / CONFIG_FILE).read_text())["train"]["steps"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return None
+        steps = read_stored_config(directory).need("train.steps", int)
+        require(steps >= 1, "train.steps", steps, f"at least 1 in {directory / CONFIG_FILE}")
+    except UserError as error:
+        return None, str(error)
+    return steps, None
 
 
 def _eta(row: Mapping[str, Any], steps: int | None) -> float | None:
     """Estimate the remaining seconds from the last row's speed and the mean number of tokens per step."""
     if steps is None or not row.get("tokens_per_s") or not row.get("step") or "tokens" not in row:
         return None
-    return float((steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_s"])
+    seconds = (steps - row["step"]) * (row["tokens"] / row["step"]) / row["tokens_per_s"]
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def _age(path: Path) -> float | None:
@@ -178,21 +198,31 @@ def _checkpoint(directory: Path, *, hashes: bool) -> CheckpointStatus | None:
         age = _age(path / SEAL)
         if not problems and age is not None:
             return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
-        if path.exists():  # the run may have removed it since
+        if os.path.lexists(path):  # the run may have removed it since
             damaged.append(problems[0])
     return None
 
 
-def _owner(holder: LeaseHolder | None, last_start: Mapping[str, Any] | None) -> OwnerStatus | None:
+def _owner(holder: LeaseHolder | None, last_start: StartRecord | None) -> OwnerStatus | None:
     """Return the lease's last holder, or else the process of the last recorded start."""
     if holder is not None:
-        found: Mapping[str, Any] = vars(holder)
-    elif last_start is not None:
-        found = {**last_start, "job": last_start.get("slurm_job_id")}
-    else:
+        return OwnerStatus(holder.host, holder.pid, holder.user, holder.job, _job_state(holder.job))
+    if last_start is None:
         return None
-    host, pid, user, job = (found.get(name) for name in ("host", "pid", "user", "job"))
-    return OwnerStatus(host, pid, user, job, job_state(str(job)) if job else None)
+    job = last_start.slurm_job_id
+    return OwnerStatus(last_start.host, last_start.pid, None, job, _job_state(job))
+
+
+def _lease(directory: Path) -> tuple[Path | None, LeaseHolder | None, str | None]:
+    """Return the newest lease, its holder, and why the leases cannot be read."""
+    try:
+        return *read_lease(directory), None
+    except OSError as error:
+        return None, None, f"{directory} cannot be read ({describe(error)}); it is left out"
+
+
+def _job_state(job: str | None) -> str | None:
+    return job_state(job) if job else None
 
 
 def _state(lease: Path | None, holder: LeaseHolder | None, owner: OwnerStatus | None) -> str:
@@ -211,9 +241,10 @@ def _state(lease: Path | None, holder: LeaseHolder | None, owner: OwnerStatus | 
 def _warnings(path: Path) -> list[str]:
     """Read the warnings and errors near the end of the log."""
     try:
+        size = require_regular(path).st_size
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
+            file.seek(max(0, size - _TAIL))
+            lines = file.read(2 * _TAIL).decode(errors="replace").splitlines()
     except OSError:
         return []
     return [line for line in lines if _WARNING.match(line)]

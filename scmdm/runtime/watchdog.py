@@ -73,7 +73,7 @@ def set_aside_stacks(directory: Path) -> None:
 
 def written_stacks(directory: Path) -> list[Path]:
     """List the stack files that ranks have written since the last start of the run in `directory`."""
-    return sorted(path for path in (directory / STACKS).glob("rank_*.txt") if path.stat().st_size)
+    return sorted(path for path in (directory / STACKS).glob("rank_*.txt") if path.is_file() and path.stat().st_size)
 
 
 class Watchdog:

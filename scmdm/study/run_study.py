@@ -6,6 +6,7 @@ processes, one per core; samples are evaluated in the main process.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -14,19 +15,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from scmdm.checkpoint.reader import find_model
+from scmdm.checkpoint.reader import find_model, read_state
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
+from scmdm.config.stored import read_stored_config
 from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
 from scmdm.domains.domain_registry import domain_of, metrics_config
 from scmdm.domains.interface import decode_split
+from scmdm.evaluation.study_record import STUDY_FILE, TrainingCost
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
-from scmdm.study.study_plan import StudyModel, StudyPlan, settings_of_run
-from scmdm.system.files import atomic_write_bytes, atomic_write_text
+from scmdm.study.study_plan import StudyModel, StudyPlan
+from scmdm.system.files import atomic_write_bytes, atomic_write_text, json_text
 from scmdm.training.trainer import run_training
 
 _MAX_HELD_OUT = 4096  # held-out sequences that are kept for the report's figures
@@ -65,7 +68,7 @@ def run_study(config: StudyConfig) -> Path:
         "arms": _describe_arms(config, models, evaluations),
         "evaluations": evaluations,
     }
-    atomic_write_text(out / "study.json", json.dumps(study, indent=1) + "\n")
+    atomic_write_text(out / STUDY_FILE, json_text(study, indent=1))
     print_summary(study_report(out, out / "report.html"))
     minutes = (time.perf_counter() - started) / 60
     console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
@@ -104,7 +107,7 @@ def _describe_arms(
             {
                 "name": name,
                 "label": arm.label,
-                "rate": 0.0 if source == "base" else settings_of_run(own[0].path)["self_conditioning"]["rate"],
+                "rate": 0.0 if source == "base" else _rate(own[0].path),
                 "from_scratch": arm.from_scratch,
                 "samples_of": arm.samples_of,
                 "runs": [str(model.run.relative_to(config.out)) for model in own if model.run is not None],
@@ -115,8 +118,12 @@ def _describe_arms(
     return arms
 
 
+def _rate(checkpoint: Path) -> float:
+    return read_stored_config(checkpoint).need("self_conditioning.rate", float)
+
+
 def _training_cost(checkpoint: Path) -> dict[str, Any]:
-    state = json.loads((checkpoint / "state.json").read_text())
-    batch = settings_of_run(checkpoint)["train"]["global_batch_size"]
-    cost = {key: state[key] for key in ("step", "tokens", "seconds", "evaluations")}
-    return {**cost, "sequences": state["step"] * batch}
+    state = read_state(checkpoint)
+    batch = read_stored_config(checkpoint).need("train.global_batch_size", int)
+    cost = TrainingCost(state.step, state.tokens, state.seconds, state.evaluations, state.step * batch)
+    return dataclasses.asdict(cost)

@@ -49,7 +49,7 @@ class StudyDisplay:
             row = last_row(directory / METRICS_FILE, "train")
             if row is None:
                 continue
-            numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+            numbers = f"loss {row['loss']:.4f}  {row.get('tokens_per_s') or 0:,.0f} tokens/s"
             self._bars.update(bar, completed=row["step"], numbers=numbers)
             if not self._console.is_terminal and _lines_due(row, steps) > self._lines[name]:
                 self._lines[name] = _lines_due(row, steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from scmdm.sampling.generation import generate, load
 from scmdm.sampling.sample_files import write_samples
 from scmdm.study.study_display import StudyDisplay
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, finished_row
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_text, json_text
 from scmdm.system.worker_processes import unless_stopped, worker_count, worker_processes
 from scmdm.training.trainer import run_training
 
@@ -124,7 +123,7 @@ class StudyJobs:
             line = f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
         row = {**task.settings, **result}
         task.row.parent.mkdir(exist_ok=True)
-        atomic_write_text(task.row, json.dumps(row) + "\n")
+        atomic_write_text(task.row, json_text(row))
         self._rows[name] = row
         return line
 

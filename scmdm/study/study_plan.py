@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.config.study import StudyConfig
 from scmdm.errors import UserError
+from scmdm.evaluation.study_record import is_sample_row
 from scmdm.models.model_files import open_model
+from scmdm.system.untrusted import parse_json, read_bytes, reading
 
+logger = logging.getLogger("scmdm")
 _STUDY_KEYS = ("run_dir", "data.path", "base", "seed")  # keys of a run that the study sets
 _EARLIER_METRIC_KEYS = ("fcd", "moses", "scorer", "mauve", "inception")  # of rows without `metrics_config`
 
@@ -137,16 +139,17 @@ class StudyPlan:
 
 
 def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the row of a finished measurement with exactly these settings, or None."""
-    if not path.is_file():
+    """Return the row of a finished measurement with exactly these settings, or None: it is then measured again."""
+    if not os.path.lexists(path):
         return None
-    row: dict[str, Any] = json.loads(path.read_text())
+    try:
+        with reading(path, "measurement of a study"):
+            row = parse_json(read_bytes(path), nan_is_null=True)
+            if not isinstance(row, dict) or not (isinstance(row.get("nelbo"), dict) or is_sample_row(row)):
+                raise ValueError("not a row of settings and results")
+    except UserError as error:
+        logger.warning("%s; it is measured again", error)
+        return None
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
     return row if all(row.get(key) == value for key, value in settings.items()) else None
-
-
-def settings_of_run(checkpoint: Path) -> dict[str, Any]:
-    """Configuration that a checkpoint was trained with."""
-    settings: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    return settings

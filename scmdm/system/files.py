@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from scmdm.errors import UserError
 
@@ -63,9 +66,31 @@ def require_writable(path: Path) -> None:
         ) from error
 
 
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return content as a line or text of JSON, with null for numbers that are not finite, which JSON does not have."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode())
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, a link (but not what it points to) or a directory, if it exists. Raises OSError otherwise."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
@@ -85,7 +110,10 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*"), reverse=True):
             fsync_path(path)
         fsync_path(temporary)
-        if replace and final.exists():
+        if replace and (final.is_symlink() or final.is_file()):
+            final.unlink()
+            os.rename(temporary, final)
+        elif replace and final.exists():
             # A crash between the two renames leaves both directories, the old one under a hidden name.
             replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
             os.rename(final, replaced)

@@ -21,19 +21,23 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from scmdm.errors import InUseError, UserError
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives, process_start
+from scmdm.system.untrusted import parse_as, read_json
 
 HEARTBEAT_S, SILENCE_LIMIT_S = 10.0, 300.0
+_RECORD = re.compile(r"[0-9]{8,200}\.json")
+_LARGEST_RECORD = 2**16  # bytes
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # file systems without hard links
 
 
@@ -144,9 +148,8 @@ def read_lease(directory: Path) -> tuple[Path | None, LeaseHolder | None]:
     if path is None:
         return None, None
     try:
-        content = json.loads(path.read_text())
-        return path, LeaseHolder(**{field.name: content[field.name] for field in fields(LeaseHolder)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return path, parse_as(LeaseHolder, read_json(path, "lease", limit=_LARGEST_RECORD), path)
+    except (OSError, UserError):
         return path, None
 
 
@@ -222,10 +225,10 @@ def _temporary_record(directory: Path, holder: LeaseHolder) -> Iterator[Path]:
 def _newest(directory: Path) -> Path | None:
     # List the directory: NFS clients cache for a while that a single name does not exist.
     try:
-        names = [name for name in os.listdir(directory) if name.endswith(".json")]
-    except FileNotFoundError:
+        names = [name for name in os.listdir(directory) if _RECORD.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return directory / max(names) if names else None
+    return directory / max(names, key=lambda name: int(name.removesuffix(".json"))) if names else None
 
 
 def _generation(path: Path | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ LIVE_JOB_STATES = (
     "STAGE_OUT",
     "RESIZING",
 )
+
+_JOB = re.compile(r"[0-9][0-9_+.]{0,63}")
 
 
 @functools.cache
@@ -41,9 +44,11 @@ def process_start(pid: int) -> int | None:
 
 def process_lives(pid: int, start: int | None = None) -> bool:
     """Return whether process `pid` runs on this machine and, if given, began at `start`. Zombies do not count."""
+    if pid <= 0:  # these are groups of processes
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -61,6 +66,8 @@ def _stat(pid: int) -> list[str]:
 
 def job_state(job: str) -> str | None:
     """Return the state of a SLURM job as `squeue` prints it; "GONE" for an unknown job, None if squeue fails."""
+    if not _JOB.fullmatch(job):
+        return None
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--states", "all", "--format", "%T"],

@@ -11,6 +11,7 @@ Everything that reads JSON or YAML, or takes a file name out of a file, goes thr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -90,14 +91,17 @@ def read_json(path: Path, what: str = "JSON file", *, limit: int = LARGEST_TEXT,
         return parse_json(read_bytes(path, limit))
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, nan_is_null: bool = False) -> Any:
     """Parse JSON strictly: UTF-8, each key once, finite numbers, bounded depth, no lone surrogates.
 
-    Raises ValueError (or RecursionError) otherwise.
+    With `nan_is_null`, NaN and Infinity, which Python's `json` writes, become None; otherwise they are refused.
+
+    Raises ValueError (or RecursionError) for other content.
     """
     decoded = text.decode() if isinstance(text, bytes) else text
+    constant = _none_for_constant if nan_is_null else _refuse_constant
     content = json.loads(
-        decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float
+        decoded, object_pairs_hook=_unique, parse_constant=constant, parse_int=_integer, parse_float=_float
     )
     check_bounds(content)
     return content
@@ -114,6 +118,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _none_for_constant(_name: str) -> None:
+    return None
 
 
 def _integer(digits: str) -> int:
@@ -213,6 +221,11 @@ def parse_yaml(text: str) -> Any:
     return content
 
 
+@functools.cache  # making one takes about a millisecond
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
 def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") -> T:
     """Build a dataclass from parsed JSON: types exactly as declared, no key unknown, none missing.
 
@@ -221,7 +234,7 @@ def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") 
     """
     try:
         # As JSON: in strict mode Python input would have to be an instance of the dataclass already.
-        return TypeAdapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(content), strict=True, extra="forbid"))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file as a whole"

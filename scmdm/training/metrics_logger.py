@@ -37,7 +37,8 @@ class MetricsLogger:
             self._tracker = start_wandb(config.wandb, run.directory, asdict(config), state.wandb_id)
         if self._tracker is not None:
             state.wandb_id = self._tracker.id
-        self._metrics = MetricsFile(run.directory / METRICS_FILE if main else None, state.step)
+        keep_going = config.train.on_save_error == "continue"
+        self._metrics = MetricsFile(run.directory / METRICS_FILE if main else None, state.step, keep_going=keep_going)
         self._display = StepDisplay(console, config.train.steps, state.step)
 
     def __enter__(self) -> MetricsLogger:

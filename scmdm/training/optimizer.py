@@ -39,8 +39,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     """Learning rate at 0-based `step` of `steps`, relative to its peak.
 
-    Linear warm-up, followed by constant rate, cosine decay or linear decay to `final_ratio`.
+    Linear warm-up, followed by constant rate, cosine decay or linear decay to `final_ratio`, which is reached at
+    `config.steps`, or else at `steps`.
     """
+    steps = config.steps or steps
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.kind == "constant":

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from scmdm.checkpoint.train_state import TrainState
 from scmdm.config.fields import OnAdapt, renamed_keys, walk_keys
 from scmdm.config.loading import flatten, replace_sections
 from scmdm.config.run import RunConfig
+from scmdm.config.stored import StoredConfig, read_stored_config
 from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
@@ -23,8 +24,9 @@ from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import freeze, is_added
 from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights
 from scmdm.models.network import Network
+from scmdm.observability.run_metrics import logger
 from scmdm.system.process_group import World
-from scmdm.training.optimizer import make_optimizer
+from scmdm.training.optimizer import lr_factor, make_optimizer
 
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
@@ -174,8 +176,8 @@ def compile_blocks(model: Network) -> None:
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
     renamed = renamed_keys(type(config))
-    content = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    stored = flatten({**content, "model": upgrade_model_keys(content["model"])})
+    stored_config = read_stored_config(checkpoint)
+    stored = flatten(stored_config.content | {"model": upgrade_model_keys(stored_config.need("model", dict))})
     # A key that the checkpoint lacks is newer than the run, which behaved as with the key's default.
     defaults = flatten(dataclasses.asdict(RunConfig(model=type(config.model)())))
     before = defaults | {renamed.get(name, name): stored[name] for name in stored}
@@ -187,3 +189,38 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
                 f"{name}={now.get(name)!r}, but run_dir={config.run_dir} was started with {before.get(name)!r}; "
                 "give the old value to resume the run, or another run_dir to start a new one"
             )
+
+
+def check_dependent_settings(config: RunConfig, checkpoint: Path, state: TrainState) -> None:
+    """Raise UserError if a key that may change on resume changes another quantity that the user has not named.
+
+    `train.steps` moves the end of a decaying learning rate, and `train.validation_samples` changes the NELBO of which
+    `train.keep_best` keeps the lowest.
+    """
+    stored = read_stored_config(checkpoint)
+    _check_decay(config, stored, state.step)
+    samples, before = config.train.validation_samples, stored.get("train.validation_samples", int)
+    if config.train.keep_best and state.best_nelbo is not None and before not in (None, samples):
+        raise UserError(
+            f"train.validation_samples={samples}, but train.keep_best compares with a NELBO of {before} samples at "
+            f"step {state.best_step} of run_dir={config.run_dir}; give {before}, or train.keep_best=false"
+        )
+
+
+def _check_decay(config: RunConfig, stored: StoredConfig, step: int) -> None:
+    schedule = config.schedule
+    before = stored.get("schedule.steps", int) or stored.need("train.steps", int)
+    after = schedule.steps or config.train.steps
+    if schedule.kind == "constant" or before == after:
+        return
+    rates = [
+        config.optimizer.lr * lr_factor(step, end, dataclasses.replace(schedule, steps=None)) for end in (before, after)
+    ]
+    change = f"at step {step} the learning rate changes from {rates[0]:.3g} to {rates[1]:.3g}"
+    if schedule.steps is None:
+        raise UserError(
+            f"train.steps={config.train.steps} would move the end of the {schedule.kind} decay of "
+            f"run_dir={config.run_dir} from step {before} to {after}: {change}; give schedule.steps={before} to keep "
+            f"the decay, or schedule.steps={after} to move its end"
+        )
+    logger.warning("schedule.steps=%d, but the decay ended at step %d until now: %s", after, before, change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import torch
 
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
-from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
@@ -37,7 +37,7 @@ from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
-from scmdm.training.training_run import TrainingRun, describe, resume
+from scmdm.training.training_run import TrainingRun, config_yaml, describe, resume
 from scmdm.training.validation import to_device, validation_nelbo
 
 
@@ -105,7 +105,8 @@ def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> Non
         log_preflight(run.preflight)
         if run.engine.rank == 0:
             record_start(run.directory, run.preflight, run.state.step)
-        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease)
+        step = run.state.step
+        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease, resumed_step=step)
         try:
             with MetricsLogger(run, console) as metrics:
                 _loop(run, writer, metrics, stop)
@@ -189,10 +190,14 @@ def _save(run: TrainingRun, writer: CheckpointWriter, validated: float | None, *
     """Save a checkpoint of this step. `validated` is the validation NELBO at this step, if measured."""
     state, config = run.state, run.config
     state.ema_updates = run.ema.updates if run.ema is not None else 0
-    if validated is not None and (state.best_nelbo is None or validated < state.best_nelbo):
+    if (
+        validated is not None
+        and math.isfinite(validated)
+        and (state.best_nelbo is None or validated < state.best_nelbo)
+    ):
         state.best_nelbo, state.best_step = validated, state.step
     run.spec.step, run.spec.tokens = state.step, state.tokens
     tokenizer = run.data.tokenizer_file
     copy = config.train.async_checkpoint and not wait
-    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, to_yaml(config), copy=copy)
+    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, config_yaml(config), copy=copy)
     writer.save(captured, wait=wait)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,11 +25,11 @@ from scmdm.observability.run_metrics import logger
 from scmdm.observability.step_timer import Utilization
 from scmdm.runtime.preflight import PreflightReport
 from scmdm.runtime.watchdog import Watchdog
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_text, json_text
 from scmdm.system.lease import Lease
 from scmdm.system.process_group import broadcast
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, ENVIRONMENT_FILE
-from scmdm.training.setup import check_same_run
+from scmdm.training.setup import check_dependent_settings, check_same_run
 
 
 @dataclass
@@ -89,6 +89,7 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
     if path is not None:
         check_same_run(run.config, path)
         run.state = load_checkpoint(path, run.engine, run.ema)
+        check_dependent_settings(run.config, path, run.state)
         if run.state.data_fingerprint != fingerprint:
             raise UserError(
                 f"{run.config.data.label} is not the data that {run.directory} was trained on; "
@@ -103,8 +104,19 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
     run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
     if run.engine.rank != 0:
         return
-    atomic_write_text(run.directory / CONFIG_FILE, to_yaml(run.config))
-    atomic_write_text(run.directory / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
+    atomic_write_text(run.directory / CONFIG_FILE, config_yaml(run.config))
+    atomic_write_text(run.directory / ENVIRONMENT_FILE, json_text(describe_environment(), indent=2))
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Return the configuration as it is stored: paths are absolute, so that other commands find them from anywhere."""
+    streams = {name: replace(stream, path=os.path.abspath(stream.path)) for name, stream in config.data.streams.items()}
+    data = replace(config.data, path=_absolute(config.data.path), streams=streams)
+    return to_yaml(replace(config, run_dir=os.path.abspath(config.run_dir), base=_absolute(config.base), data=data))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
 
 
 def describe(run: TrainingRun, base: StoredModel | None) -> None:

@@ -159,7 +159,8 @@ def test_an_adapted_model_is_restored_from_its_export(tmp_path, empty_yaml):
     assert main(["export", str(tmp_path / "run"), str(out), "format=mdlm"]) == 0
     assert not any("conditioner" in name for name in load_file(out / "model.safetensors"))
     card = (out / "README.md").read_text()
-    assert "self-conditioned" in card and "scmdm import" in card and "rate: 1.0" in card and str(base) in card
+    assert "self-conditioned" in card and "scmdm import" in card and "rate: 1.0" in card
+    assert "base: base\n" in card and str(tmp_path) not in card  # a path of this machine helps nobody
     assert main(["import", str(out), str(tmp_path / "again")]) == 0
     ours, again = scmdm.load(tmp_path / "run"), scmdm.load(tmp_path / "again")
     assert ours.spec == again.spec and again.spec.model.self_conditioned and again.spec.step == 3

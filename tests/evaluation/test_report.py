@@ -16,6 +16,7 @@ from scmdm.evaluation import report_figures
 from scmdm.evaluation.report_figures import quality_figure
 from scmdm.evaluation.statistics import mean_interval, paired_difference
 from scmdm.evaluation.study_report import study_report
+from scmdm.study.study_plan import finished_row
 
 ARMS = {
     "base": ("base", 0.0, 0.50),
@@ -250,3 +251,70 @@ def test_many_arms_have_a_row_each_and_are_compared_with_the_reference(study):
     assert "arm 0: trained from scratch" in text and "the dashed line is continued vanilla" in text
     assert (study / "arms.png").stat().st_size > 5000 and not (study / "losses.png").exists()
     assert next(row for row in summary.cost[1] if row[0] == "arm 1")[1] == "(samples of scmdm)"
+
+
+def change_study(study, change):
+    content = json.loads((study / "study.json").read_text())
+    change(content)
+    (study / "study.json").write_text(json.dumps(content))
+
+
+PARTS = {
+    "a row that is empty": (lambda c: c["evaluations"].append({}), "evaluations.18"),
+    "a row without a number": (lambda c: c["evaluations"][3].pop("steps"), "evaluations.3"),
+    "a row with no steps": (lambda c: c["evaluations"][3].update(steps=0), "evaluations.3"),
+    "an unknown arm": (lambda c: c["evaluations"][3].update(arm="x"), "evaluations.3"),
+}
+
+
+@pytest.mark.parametrize("damage", PARTS)
+def test_a_damaged_row_of_a_study_is_left_out_and_named(study, capsys, damage):
+    change, named = PARTS[damage]
+    change_study(study, change)
+    (study / "samples" / "base_T8_s0.jsonl").write_bytes(b'null\n{"text": "CCO", "framed": true}\n\xff\n')
+    assert main(["report", str(study)]) == 0
+    assert named in (study / "report.html").read_text() and named in capsys.readouterr().out
+
+
+WHOLES = {
+    "null": lambda c: c.clear(),
+    "another key": lambda c: c.update(more=1),
+    "arms empty": lambda c: c.update(arms=[]),
+    "no samples": lambda c: c.update(evaluations=[]),
+    "a label": lambda c: c["arms"][0].update(label=3),
+    "metrics as text": lambda c: [row["metrics"].update(validity="x") for row in c["evaluations"]],
+    "a file above": lambda c: c.update(held_out="../x"),
+    "a file elsewhere": lambda c: c.update(tokenizer="/etc/passwd"),
+    "a run above": lambda c: c["arms"][1].update(runs=["../.."]),
+    "an unknown domain": lambda c: c.update(domain="x"),
+    "a missing file": lambda c: c.update(held_out="nothing"),
+}
+
+
+@pytest.mark.parametrize("damage", WHOLES)
+def test_a_study_that_no_command_wrote_is_refused_in_one_line(study, capsys, damage):
+    change_study(study, WHOLES[damage])
+    assert main(["report", str(study)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("scmdm: error: ") and error.count("\n") == 1
+    assert not (study / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"\xff", b"[" * 100_000, b'{"title": 1e999}'])
+def test_any_text_in_place_of_a_study(study, capsys, text):
+    (study / "study.json").write_bytes(text)
+    assert main(["report", str(study)]) == 1
+    error = capsys.readouterr().err
+    assert "study.json" in error and error.count("\n") == 1
+
+
+def test_a_damaged_measurement_is_measured_again(tmp_path, caplog):
+    row, path = {"kind": "nelbo", "num": 3, "nelbo": {"null": {"mean": 0.5}}}, tmp_path / "row.json"
+    path.write_text(json.dumps(row))
+    assert finished_row(path, {"num": 3}) == row and finished_row(path, {"num": 4}) is None
+    for text in ("null", '{"num": 3', '{"num": 3}', '{"num": 3, "kind": "samples", "metrics": null}'):
+        path.write_text(text)
+        caplog.clear()
+        assert finished_row(path, {"num": 3}) is None
+        assert any(str(path) in record.getMessage() for record in caplog.records)
+    assert finished_row(tmp_path / "none", {}) is None

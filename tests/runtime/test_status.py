@@ -48,7 +48,7 @@ def test_a_run_that_goes_on(killed):
     assert status.state == "running" and status.step >= 12 and status.steps == 100000
     assert status.loss > 0 and status.tokens_per_s > 0 and status.eta_s > 0 and status.metrics_age_s < 60
     assert status.owner.pid == looks["pid"] and status.owner.host == socket.gethostname() and status.owner.job is None
-    assert status.starts == 2 and status.last_start["step"] == 4
+    assert status.starts == 2 and status.last_start.step == 4
     assert status.checkpoint.step >= 4 and status.checkpoint.verified == "SHA-256" and status.checkpoint.damaged == []
     assert status.stacks == [] and status.warnings == []
     lines = describe_status(status)
@@ -120,8 +120,8 @@ def test_missing_files(copy):
     status = read_status(copy)
     assert (status.step, status.steps, status.loss, status.starts, status.owner) == (0, None, None, 0, None)
     assert status.state == "stopped" and describe_status(status)
-    with pytest.raises(UserError, match="is not a run directory"):
-        read_status(copy / "checkpoints")
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        read_status(copy.parent)
 
 
 def test_warnings_and_stacks_are_shown(copy):
@@ -166,6 +166,45 @@ def test_a_damaged_lease(copy):
     assert read_status(copy).state == "running"
     os.utime(copy / ".lease" / "00000009.json", (0, 0))
     assert read_status(copy).state == "silent"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": 2**70},
+        {"pid": -1},
+        {"pid": 0},
+        {"pid": "1"},
+        {"job": "--help"},
+        {"job": "1\0"},
+        {"user": "\x1b[2J"},
+        {"more": 1},
+        {"since": None},
+        {"released": "no"},
+    ],
+)
+def test_a_lease_that_no_run_wrote(copy, changes, capsys):
+    leave_lease(copy, **changes)
+    assert main(["status", str(copy)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_other_files_beside_the_leases(copy, molecules, empty_yaml):
+    """The newest lease is that of the highest number."""
+    for name in ("a.json", "-1.json", "99999999x.json", "٣٣٣٣٣٣٣٣.json", "0000000100000000.json.tmp"):
+        (copy / ".lease" / name).write_text("{}")
+    assert read_status(copy).owner is not None
+    assert main(arguments_of(copy, molecules, empty_yaml, "train.steps=7")) == 0
+    assert read_status(copy).step == 7
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "starts.jsonl", "config.yaml", ".lease"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_a_file_that_cannot_be_read_does_not_stop_status(copy, name, make):
+    """A FIFO would block it for ever."""
+    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    make(copy / name)
+    assert main(["status", str(copy), "--json"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
 import pytest
 import yaml
 
-from scmdm.checkpoint.reader import find_model, newest_checkpoint
+from scmdm.checkpoint.reader import find_model, list_checkpoints, newest_checkpoint
+from scmdm.checkpoint.seal import seal
 from scmdm.cli import main
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
@@ -16,7 +18,7 @@ from scmdm.errors import UserError
 from scmdm.training.setup import check_same_run
 from scmdm.training.trainer import REQUEUE_EXIT
 from tests import kills
-from tests.conftest import scmdm
+from tests.conftest import TINY, scmdm
 from tests.kills import assert_same_run, train_rows
 
 STEPS = 40  # of 64 samples; the training split has about 760, so an epoch is 11 steps and kills fall in mid-epoch
@@ -121,5 +123,71 @@ def test_wandb_offline_keeps_its_id(tmp_path, base, molecules, empty_yaml):
     assert main(arguments) == 0
     first = json.loads((find_model(run) / "state.json").read_text())["wandb_id"]
     assert first and len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 1
-    assert main([*arguments, "train.steps=6"]) == 0
+    assert main([*arguments, "train.steps=6", "schedule.steps=6"]) == 0
     assert json.loads((find_model(run) / "state.json").read_text())["wandb_id"] == first
+
+
+def rates(run):
+    return [row["lr"] for row in train_rows(run)]
+
+
+def test_a_resume_moves_the_end_of_a_decay_only_by_name(tmp_path, base, molecules, empty_yaml, capsys):
+    """With train.steps alone the learning rate would jump; the run directory stays as it was."""
+    run = tmp_path / "run"
+    short = adapt_arguments(run, base, molecules, empty_yaml, "train.steps=8")
+    assert main(short) == 0
+    before = (run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()
+    capsys.readouterr()
+    for steps in (6, 12):
+        assert main([*short, f"train.steps={steps}"]) == 1
+        error = capsys.readouterr().err
+        assert all(name in error for name in (f"train.steps={steps}", "schedule.steps=8", f"schedule.steps={steps}"))
+        assert error.count("\n") == 1
+    assert before == ((run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes())
+
+    assert main([*short, "train.steps=12", "schedule.steps=8"]) == 0
+    assert rates(run)[8:] == [0.0] * 4
+    assert main([*short, "train.steps=16", "schedule.steps=16"]) == 0
+    assert "schedule.steps=16" in (run / "train.log").read_text()
+    whole = tmp_path / "whole"
+    assert main(adapt_arguments(whole, base, molecules, empty_yaml, "train.steps=16")) == 0
+    assert rates(run)[12:] == rates(whole)[12:] and rates(run)[:8] != rates(whole)[:8]
+    assert main([*short, "train.steps=16"]) == 0  # as it was left
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["schedule.kind=constant", "schedule.steps=5"], "schedule.steps=5"),
+        (["schedule.warmup_steps=5", "schedule.steps=4"], "schedule.steps=4"),
+        (["schedule.steps=0"], "schedule.steps=0"),
+    ],
+)
+def test_an_impossible_end_of_a_decay(tmp_path, base, molecules, empty_yaml, capsys, keys, named):
+    assert main(adapt_arguments(tmp_path / "run", base, molecules, empty_yaml, *keys)) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_a_run_from_before_the_key_of_the_end_resumes(uninterrupted, base, molecules, empty_yaml, tmp_path, capsys):
+    """Its decay ended at train.steps."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        text = (checkpoint / "config.yaml").read_text()
+        assert "\n  steps: null\n" in text
+        (checkpoint / "config.yaml").write_text(text.replace("\n  steps: null\n", "\n"))
+        (checkpoint / "checkpoint.json").unlink()
+        seal(checkpoint)
+    assert main(adapt_arguments(run, base, molecules, empty_yaml, "train.steps=50")) == 1
+    assert f"schedule.steps={STEPS}" in capsys.readouterr().err
+    assert main(adapt_arguments(run, base, molecules, empty_yaml)) == 0
+
+
+def test_the_best_checkpoint_is_only_compared_with_equal_validations(tmp_path, molecules, empty_yaml, capsys):
+    keys = ["train.validate_every=2", "train.checkpoint_every=2", "train.keep_best=true", "train.steps=2"]
+    run = ["train", str(empty_yaml), f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", *TINY, *keys]
+    assert main([*run, "train.validation_samples=16"]) == 0
+    assert main([*run, "train.steps=4", "train.validation_samples=32"]) == 1
+    error = capsys.readouterr().err
+    assert "train.validation_samples=32" in error and "train.keep_best" in error and error.count("\n") == 1
+    assert main([*run, "train.steps=4", "train.validation_samples=32", "train.keep_best=false"]) == 0

@@ -13,15 +13,15 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import DenoiseConfig
+from scmdm.config.stored import read_stored_config
 from scmdm.errors import UserError
 from scmdm.integrations.demo.serialization import describe_model, describe_trajectory
 from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import load
+from scmdm.system.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -48,7 +48,7 @@ def open_models(path: Path, base: Path | None) -> list[ShownModel]:
     loaded = load(path)
     if not loaded.spec.model.self_conditioned and base is None:
         return [ShownModel("base", str(path), loaded)]
-    base = base or recorded_base(path)
+    base = base or recorded_base(loaded.path)
     if base is None:
         return [ShownModel("adapted", str(path), loaded)]
     first = load(base)
@@ -59,14 +59,9 @@ def open_models(path: Path, base: Path | None) -> list[ShownModel]:
     return [ShownModel("base", str(base), first), ShownModel("adapted", str(path), loaded)]
 
 
-def recorded_base(path: Path) -> Path | None:
-    """Base that a run, or the run of a checkpoint, was adapted from; None if it is unknown or no longer exists."""
-    for run in (path, path.resolve().parent.parent):
-        config = run / "config.yaml"
-        if config.is_file():
-            base = yaml.safe_load(config.read_text()).get("base")
-            return Path(base) if base is not None and Path(base).exists() else None
-    return None
+def recorded_base(model: Path) -> Path | None:
+    """Base that the model of a directory was adapted from; None if it is unknown or no longer exists."""
+    return read_stored_config(model).find("base") if (model / CONFIG_FILE).is_file() else None
 
 
 def make_app(models: list[ShownModel]) -> Flask:

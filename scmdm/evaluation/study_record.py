@@ -1,0 +1,127 @@
+"""The record of a study, `study.json`, and the files that it names, read strictly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scmdm.errors import UserError
+from scmdm.system.json_lines import JsonLines, read_json_lines
+from scmdm.system.untrusted import name_inside, parse_as, parse_json, read_bytes, reading
+
+STUDY_FILE = "study.json"
+_REMEDY = "run the study again"
+_COUNTS = ("steps", "num", "evaluations")
+_ROW_TYPES: dict[str, type | tuple[type, ...]] = {
+    "arm": str,
+    "adaptation_seed": int,
+    "sampling_seed": int,
+    "seconds": (int, float),
+    "metrics": dict,
+    "samples_file": str,
+    **dict.fromkeys(_COUNTS, int),
+}
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What the training of one run cost."""
+
+    step: int
+    tokens: int
+    seconds: float
+    evaluations: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class ArmRecord:
+    """An arm of a study: its runs, their cost and the NELBO of their models."""
+
+    name: str
+    label: str
+    rate: float
+    runs: list[str]
+    nelbo: list[dict[str, dict[str, float | None]]]
+    cost: list[TrainingCost]
+    from_scratch: bool = False
+    samples_of: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """Contents of `study.json`."""
+
+    title: str
+    domain: str
+    tokenizer: str
+    held_out: str
+    config: str
+    environment: dict[str, Any]
+    arms: list[ArmRecord]
+    evaluations: list[dict[str, Any]]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study whose record was read: its arms and the rows of its samples as plain values, without damaged rows."""
+
+    directory: Path
+    record: StudyRecord
+    arms: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    problems: list[str] = field(default_factory=list)  # one line for each part that was left out
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the record names. Raises UserError if it is not inside the study."""
+        return name_inside(self.directory, name, self.directory / STUDY_FILE)
+
+    def read_samples(self, name: str) -> list[dict[str, Any]]:
+        """Read a file of samples without its damaged lines, which are noted."""
+        found = read_json_lines(self.file(name), _parse_sample)
+        self.note(found)
+        if not found.rows:
+            raise UserError(f"{found.path} has no samples; {_REMEDY}")
+        return found.rows
+
+    def note(self, found: JsonLines[Any]) -> None:
+        """Note what could not be read of a file."""
+        if found.problem is not None and found.problem not in self.problems:
+            self.problems.append(found.problem)
+
+
+def open_study(directory: Path) -> OpenStudy:
+    """Read the record of the study in `directory`. Raises UserError, which names the place, if that is not possible."""
+    path = directory / STUDY_FILE
+    with reading(path, "record of a study", _REMEDY):
+        content = parse_json(read_bytes(path), nan_is_null=True)
+    record = parse_as(StudyRecord, content, path, _REMEDY)
+    if not record.arms:
+        raise UserError(f"{path}: arms=[]: there is nothing to report; {_REMEDY}")
+    names = {arm.name for arm in record.arms}
+    samples, problems = [], []
+    for number, row in enumerate(record.evaluations):
+        if row.get("kind") == "nelbo":
+            continue
+        if row.get("kind") == "samples" and row.get("arm") in names and is_sample_row(row):
+            samples.append(row)
+        else:
+            problems.append(f"{path}: evaluations.{number} is damaged and left out")
+    if not samples:
+        raise UserError(f"{path} has no evaluation of samples; {_REMEDY}")
+    return OpenStudy(directory, record, [asdict(arm) for arm in record.arms], samples, problems)
+
+
+def is_sample_row(row: dict[str, Any]) -> bool:
+    """Return whether a row has everything that tables and figures read of an evaluation of samples."""
+    typed = all(isinstance(row.get(name), kind) and row[name] is not True for name, kind in _ROW_TYPES.items())
+    return typed and all(0 < row[name] < 2**63 for name in _COUNTS)
+
+
+def _parse_sample(line: bytes) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not isinstance(row.get("framed"), bool):
+        raise ValueError("not a sample")
+    return row
