@@ -218,7 +218,7 @@ def parse_yaml(text: str) -> Any:
 
 
 @lru_cache(maxsize=128)
-def _adapter(schema: type[T]) -> TypeAdapter[T]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)  # takes a millisecond
 
 
@@ -230,7 +230,8 @@ def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") 
     """
     try:
         # As JSON: in strict mode Python input would have to be an instance of the dataclass already.
-        return _adapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+        built: T = _adapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+        return built
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file as a whole"
