@@ -19,11 +19,12 @@ from scmdm.data.dataset_files import check_dataset
 from scmdm.data.loader import build_loader, read_columns, read_split
 from scmdm.data.manifest import Manifest, mark_as_cache, remote_of
 from scmdm.data.mixture import DataMixture, open_data
-from scmdm.data.preparation.shard_writer import Description, write_dataset
+from scmdm.data.preparation.framing import FramedSequence
+from scmdm.data.preparation.shard_writer import Description, join_pieces, write_dataset, write_piece
 from scmdm.data.shard_index import read_index
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, scmdm
 from tests.data.sets import write_texts
 
 
@@ -127,7 +128,7 @@ def test_every_flip_of_an_index_or_tokenizer_is_found(data, step):
 @pytest.mark.parametrize("framing", ["records", "packed", "prompts"])
 def test_every_flip_of_a_shard_reads_as_possible_values_or_is_named(tmp_path, framing, step):
     root, samples = tmp_path / "data", 5
-    write_samples(root, samples, framing)
+    join(root, *write_piece_of(tmp_path / "piece", samples, framing))
     manifest, dataset = Manifest.read(root), loader(root).dataset
     good = dataset.collate([dataset[at] for at in range(samples)])
     refused = 0
@@ -145,16 +146,17 @@ def test_every_flip_of_a_shard_reads_as_possible_values_or_is_named(tmp_path, fr
     assert refused > 0
 
 
-def write_samples(root, samples, framing):
+def write_piece_of(piece, samples, framing):
     """Few samples with the columns of a framing."""
-    from scmdm.data.preparation.framing import FramedSequence
-    from scmdm.data.preparation.shard_writer import join_pieces, write_piece
-
     more = {"packed": {"documents": [0, 0, 1, 1]}, "prompts": {"given": 2}}.get(framing, {})
     sequences = [(split, FramedSequence([1, 4, 5, 2], **more)) for split in ("train", "test") for _ in range(samples)]
     tokenizer, description = CharacterTokenizer("abc"), Description("x", 6, "loss", "given", {}, framing=framing)
-    write_piece(root.parent / "piece", sequences, tokenizer, description, 1 << 20)
-    join_pieces(root, [root.parent / "piece"], ["train", "test"], tokenizer, description)
+    write_piece(piece, sequences, tokenizer, description, 1 << 20)
+    return piece, tokenizer, description
+
+
+def join(root, piece, tokenizer, description):
+    join_pieces(root, [piece], ["train", "test"], tokenizer, description)
 
 
 def test_training_names_file_and_sample_as_verify_does(data, tmp_path, empty_yaml, capsys):
@@ -461,3 +463,34 @@ def test_remains_of_killed_downloads_are_removed_when_they_are_old(whole, tmp_pa
     os.utime(old, (1, 1))
     open_data(config)
     assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize("file", ["piece.json", "train/index.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-4],
+        lambda text: text.replace("shard.00000.mds", "../../victim.txt"),
+        lambda text: text.replace('"samples": 3', '"samples": -3'),
+        lambda text: "[]",
+        lambda text: '{"..": null}',
+    ],
+)
+def test_a_damaged_piece_of_a_preparation_is_named(tmp_path, file, damage):
+    """An interrupted preparation continues from these."""
+    (tmp_path / "victim.txt").write_text("mine")
+    piece = write_piece_of(tmp_path / "work/encode-00000", 3, "records")
+    path = piece[0] / file
+    path.write_text(damage(path.read_text()))
+    assert file.rpartition("/")[2] in refusal(join, tmp_path / "data", *piece)
+    assert not (tmp_path / "data").exists() and (tmp_path / "victim.txt").read_text() == "mine"
+
+
+def test_a_run_leaves_no_lock_files(data, tmp_path, empty_yaml, monkeypatch):
+    keys = [f"run_dir={tmp_path / 'run'}", f"data.path={data}", "train.steps=3", *TINY, "train.global_batch_size=32"]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    process = scmdm("train", empty_yaml, *keys, cwd=tmp_path)
+    output = process.communicate(timeout=50)
+    assert process.returncode == 0, output
+    assert {path.suffix for path in (tmp_path / "temporary").iterdir()} <= {".lock"}  # one that all runs share

@@ -26,11 +26,12 @@ from scmdm.data.manifest import (
 )
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
+from scmdm.data.preparation.task_queue import read_result
 from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, LABEL, ShardInfo, columns_of, parse_index
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, sha256_file
-from scmdm.system.untrusted import parse_as, read_bytes, read_json, reading, require_plain_name
+from scmdm.system.untrusted import read_bytes, reading, require_plain_name
 
 _PIECE = "piece.json"
 
@@ -178,10 +179,8 @@ def write_dataset(
 
 def _read_piece(piece: Path) -> dict[str, SplitInfo]:
     """Read what `write_piece` has written. Raises UserError when it is damaged."""
-    path, remedy = piece / _PIECE, _remedy(piece)
-    with reading(path, "list of shards", remedy):
-        content = read_json(path, "list of shards", remedy=remedy)
-    found = parse_as(dict[str, SplitInfo], content, path, remedy)
+    path = piece / _PIECE
+    found = read_result(path, dict[str, SplitInfo])
     for split, info in found.items():
         for name in (split, *(f"{split}/{file.file}" for file in info.files)):
             require_plain_name(name, piece, path)
