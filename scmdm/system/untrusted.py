@@ -31,7 +31,7 @@ LARGEST_TEXT = 256 * 2**20  # bytes of a JSON or YAML file
 DEEPEST = 64  # levels of nesting
 _MOST_NODES = 10_000_000  # values of a file, aliases of YAML counted as often as they are used
 _LONGEST_INTEGER = 4_000  # digits; beyond it Python's conversion takes quadratic time
-_LONGEST_NAME = 200  # characters; file systems take 255 bytes, also with what temporary names add
+_LONGEST_NAME = 200  # bytes; file systems take 255, also with what temporary names add
 _NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]")
 _ESCAPED_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -248,7 +248,8 @@ def require_plain_name(name: Any, root: Path | str, where: Path | str) -> None:
     if not isinstance(name, str) or not name:
         raise UserError(f"{where} names a file {name!r:.100}; a relative path is expected")
     parts = name.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or _NOT_IN_NAMES.search(name) or max(map(len, parts)) > _LONGEST_NAME:
+    longest = max(len(part.encode(errors="surrogatepass")) for part in parts)
+    if not {"", ".", ".."}.isdisjoint(parts) or _NOT_IN_NAMES.search(name) or longest > _LONGEST_NAME:
         raise UserError(f"{where} names a file {name!r:.100}, which is not a plain path inside {root}")
 
 
