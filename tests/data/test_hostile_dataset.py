@@ -249,7 +249,8 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize(
-    "name", [*OUTSIDE, "manifest.json", "test/index.json", "link/victim.txt", "train/" + "x" * 400, "train/" + "é" * 150]
+    "name",
+    [*OUTSIDE, "manifest.json", "test/index.json", "link/victim.txt", "train/" + "x" * 400, "train/" + "é" * 150],
 )
 def test_a_name_in_a_manifest_reaches_no_other_file(data, tmp_path, capsys, name):
     victim = tmp_path / "victim.txt"
