@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
@@ -27,6 +27,16 @@ VERSION = 2
 _FINGERPRINT = "fingerprint"  # key of the manifest; absent in those of earlier versions
 RESTORE = "restore the file, or prepare the data set again with overwrite=true"
 _LARGEST_REMOTE = 2**16  # bytes of `remote.json`
+
+
+def _one_of(*choices: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"it must be one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Bytes = Annotated[int, Field(ge=0, le=2**32)]  # shards have 32-bit offsets
@@ -74,18 +84,18 @@ class Manifest:
     bos_id: int
     eos_id: int
     length: Annotated[int, Field(ge=1, le=2**24)]
-    dtype: Annotated[str, Field(pattern="^(uint16|uint32)$")]  # of the stored ids
+    dtype: Annotated[str, _one_of("uint16", "uint32")]  # of the stored ids
     # "loss": padding is predicted like any token; "ignore": it is left out of the loss
-    pad_policy: Annotated[str, Field(pattern="^(loss|ignore)$")]
+    pad_policy: Annotated[str, _one_of("loss", "ignore")]
     # "given": [BOS] is never masked; "loss": it is a token like any other
-    bos_policy: Annotated[str, Field(pattern="^(given|loss)$")]
+    bos_policy: Annotated[str, _one_of("given", "loss")]
     splits: dict[str, SplitInfo]
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
     counts: dict[str, Count] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: no classes
     # "records": one per sample; "concatenate": blocks of joined records; "packed": several per sample, numbered by
     # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`
-    framing: Annotated[str, Field(pattern="^(records|concatenate|packed|prompts)$")] = "records"
+    framing: Annotated[str, _one_of("records", "concatenate", "packed", "prompts")] = "records"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:

@@ -487,6 +487,7 @@ def test_a_damaged_piece_of_a_preparation_is_named(tmp_path, file, damage):
     assert not (tmp_path / "data").exists() and (tmp_path / "victim.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_lock_files(data, tmp_path, empty_yaml, monkeypatch):
     keys = [f"run_dir={tmp_path / 'run'}", f"data.path={data}", "train.steps=3", *TINY, "train.global_batch_size=32"]
     (tmp_path / "temporary").mkdir()
