@@ -228,9 +228,10 @@ def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") 
     Raises UserError that names the file, the place in it (as in `splits.train.samples`), what was found and what is
     expected.
     """
+    hashable: Any = schema
     try:
         # As JSON: in strict mode Python input would have to be an instance of the dataclass already.
-        built: T = _adapter(schema).validate_json(json.dumps(content), strict=True, extra="forbid")
+        built: T = _adapter(hashable).validate_json(json.dumps(content), strict=True, extra="forbid")
         return built
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
