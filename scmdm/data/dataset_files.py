@@ -10,7 +10,7 @@ from scmdm.data.shard_index import read_index
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
-from scmdm.system.untrusted import describe, require_regular
+from scmdm.system.untrusted import LARGEST_TEXT, describe, require_regular
 
 
 def file_problems(root: Path, *, hashes: bool) -> list[str]:
@@ -72,7 +72,9 @@ def _file_problem(root: Path, file: FileInfo, hashes: bool, cached: bool) -> str
 def _tokenizer_problems(root: Path, manifest: Manifest) -> Iterator[str]:
     path = root / manifest.tokenizer.file
     try:
-        require_regular(path)
+        if (size := require_regular(path).st_size) > LARGEST_TEXT:
+            yield f"tokenizer {path} has {size} bytes; at most {LARGEST_TEXT} are read of such a file"
+            return
         digest = sha256_file(path)
     except FileNotFoundError:
         yield f"tokenizer {path} is missing"

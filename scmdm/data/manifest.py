@@ -185,7 +185,7 @@ def _check_names(manifest: Manifest, root: Path) -> None:
 class _Remote:
     """Content of `remote.json`."""
 
-    remote: str
+    remote: Annotated[str, Field(min_length=1)]
     sha256: Sha256 = ""  # of `remote`; absent in files of earlier versions
 
 

@@ -342,6 +342,13 @@ def test_what_is_no_file_is_named_at_once(data, capsys, put, name):
     assert name in found.out + found.err and found.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_terabytes_is_refused_by_its_size(data, name):
+    os.truncate(data / name, 2**42)
+    message = refusal(loader, data)
+    assert name in message and str(2**42) in message
+
+
 @pytest.mark.parametrize("put", [put_fifo, put_loop, os.mkdir, put_device])
 def test_a_shard_that_is_replaced_while_it_is_read(data, put):
     reader = loader(data)
