@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from scmdm.data.manifest import check_dataset, remote_of
+from scmdm.data.dataset_files import check_dataset
+from scmdm.data.manifest import remote_of
 from scmdm.data.mixture import DataStream
 from scmdm.data.mosaic_streaming import Reader, ShardState, Stream, StreamingDataset
 from scmdm.data.remote import fetch
+from scmdm.data.shard_index import COLUMN, OPTIONAL_COLUMNS, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
-
-COLUMN, LABEL = "tokens", "label"
-DOCUMENTS = "documents"  # of packed samples: index of each token's document within the sample
-GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and the prompt
-OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, LABEL)
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, IndexError)
+from scmdm.system.untrusted import describe
 
 
 class TokenStream(Stream):
@@ -40,12 +39,14 @@ class TokenStream(Stream):
 
     def __init__(self, stream: DataStream, split: str) -> None:
         super().__init__(local=str(stream.root.resolve()), split=split, proportion=stream.proportion)
+        self.root, self.manifest = stream.root, stream.manifest
         self.origin = remote_of(stream.root)
         self._files = {file.file: file for file in stream.manifest.split(split, stream.root).files}
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
-        """Return the shards' readers, which are faster than streaming's."""
-        return [_fast_reader(reader) for reader in super().get_shards(world, allow_unsafe_types)]
+        """Return readers of the shards, after a check of the index. Raises UserError when it is damaged."""
+        index = read_index(Path(self.local), self.split, self.manifest)
+        return [ShardReader(Path(self.local), self.split, shard) for shard in index.shards]
 
     def prepare_shard(self, shard: Reader) -> int:
         """Make the files of a shard local and return the number of bytes added to the directory."""
@@ -73,6 +74,12 @@ class TokenDataset(StreamingDataset):
         self.spanner: Any = _Spans(self.samples_per_shard)
         self._failure: UserError | None = None  # raised in a reading thread
         self._prepared: set[int] = set()  # shards that this process has prepared
+        self._labels = max(len(stream.manifest.labels) for stream in self.streams)
+
+    @property
+    def lock_files(self) -> tuple[Path, ...]:
+        """Files of the locks between processes, in the temporary directory."""
+        return Path(self._shared_barrier.filelock_path), Path(self._cache_filelock_path)
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the sample ids of an epoch, drawn by streaming, with distinct ids for repetitions."""
@@ -88,17 +95,21 @@ class TokenDataset(StreamingDataset):
     def __getitem__(self, at: Any) -> dict[str, Any]:
         try:
             return self._sample(at)
-        except _UNREADABLE as error:
+        except UserError:
+            raise
+        except Exception as error:
             if self._failure is not None:
                 raise self._failure from error
             shard_id = self.spanner[at][0]
             if self._stream(shard_id).origin is None:
-                raise self._unreadable(at, error) from error
+                raise self._unreadable(at, describe(error)) from error
         self.evict_shard(shard_id)  # damaged in the cache: fetch it again
         try:
             return self._sample(at)
-        except _UNREADABLE as error:
-            raise self._unreadable(at, error) from error
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._unreadable(at, describe(error)) from error
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Make a shard available, for the reading thread or for a reader that misses a file.
@@ -114,10 +125,11 @@ class TokenDataset(StreamingDataset):
                 raise UserError(f"{path} is missing; restore the shard or prepare again")
             super().prepare_shard(shard_id, blocking)
             self._prepared.add(shard_id)
-        except (UserError, *_UNREADABLE) as error:
+        except Exception as error:
             if self._shard_states[shard_id] == ShardState.PREPARING:
                 self._shard_states[shard_id] = ShardState.REMOTE
-            self._failure = error if isinstance(error, UserError) else UserError(f"cannot prepare {path}: {error}")
+            named = UserError(f"cannot prepare {path}: {describe(error)}")
+            self._failure = error if isinstance(error, UserError) else named
             raise self._failure from error
 
     def _is_prepared(self, shard_id: int) -> bool:
@@ -135,7 +147,7 @@ class TokenDataset(StreamingDataset):
     def on_exception(self, future: Future) -> None:
         """Notify the other threads. The reader raises the failure, so it is not logged here."""
         if (error := future.exception()) is not None:
-            self._failure = self._failure or UserError(f"{self._split_paths()} cannot be read: {error!r}")
+            self._failure = self._failure or UserError(f"{self._split_paths()} cannot be read: {describe(error)}")
             self._event.set()
 
     def explain_early_end(self) -> NoReturn:
@@ -154,10 +166,23 @@ class TokenDataset(StreamingDataset):
         more = {name: np.asarray(found[name]).astype(np.int64) for name in OPTIONAL_COLUMNS if name in found}
         return {"tokens": found[COLUMN].astype(np.int64), "index": at, **more}
 
-    def _unreadable(self, at: Any, error: Exception) -> UserError:
-        reason, sample = " ".join(str(error).split())[:200], at % self.num_samples
-        path = self._path(self.spanner[at][0])
-        return UserError(f"cannot read sample {sample} from {path}: {reason}; restore the shard or prepare again")
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch. Raises UserError, which names file and sample, for a value that no sample can have."""
+        names = [COLUMN, *(n for n in OPTIONAL_COLUMNS if all(n in sample for sample in samples))]  # streams may differ
+        columns = {name: np.stack([sample[name] for sample in samples]) for name in names}
+        wrong = find_wrong_value(columns, self.streams[0].manifest, self._labels)
+        if wrong is not None:
+            raise self._unreadable(samples[wrong.row]["index"], wrong.reason)
+        index = torch.tensor([int(sample["index"]) for sample in samples])
+        return {**{name: torch.from_numpy(values) for name, values in columns.items()}, "index": index}
+
+    def _unreadable(self, at: Any, reason: str) -> UserError:
+        sample, shard_id = at % self.num_samples, self.spanner[at][0]
+        root = self._stream(shard_id).root
+        return UserError(
+            f"cannot read sample {sample} from {self._path(shard_id)}: {reason}; check the data set with "
+            f"`scmdm prepare --verify {root}`, and restore the shard or prepare again"
+        )
 
     def _stream(self, shard_id: int) -> TokenStream:
         return self.streams[self.stream_per_shard[shard_id]]
@@ -165,12 +190,6 @@ class TokenDataset(StreamingDataset):
     def _path(self, shard_id: int) -> Path:
         shard: Any = self.shards[shard_id]
         return Path(shard.dirname) / shard.split / shard.raw_data.basename
-
-
-def _fast_reader(reader: Any) -> ShardReader:
-    names = ("column_encodings", "column_names", "column_sizes", "compression", "hashes", "raw_data")
-    more = ("samples", "size_limit", "zip_data")
-    return ShardReader(reader.dirname, reader.split, **{name: getattr(reader, name) for name in (*names, *more)})
 
 
 class _Spans:

@@ -5,9 +5,9 @@ Legend: B batch, L length, N samples.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
-import json
 import os
 import socket
 import tempfile
@@ -19,19 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, LABEL, OPTIONAL_COLUMNS, TokenDataset, TokenStream
+from scmdm.config.fields import require
+from scmdm.data.dataset import TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
 from scmdm.data.remote import fetch_split
+from scmdm.data.shard_index import COLUMN, LABEL, OPTIONAL_COLUMNS, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
 from scmdm.system.process_group import all_gather_object, barrier, current_world
 from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
+from scmdm.system.untrusted import describe, reading
 
 _CONSTRUCTION_S = 60  # longest wait for the lock
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
@@ -71,13 +73,15 @@ def build_loader(
         replication: number of consecutive ranks that receive the same batches.
 
     Raises:
-        UserError: the data set is smaller than a batch, or a limited cache is in use.
+        UserError: the data set is smaller than a batch or damaged, or a limited cache is in use.
     """
+    places = ", ".join(str(stream.root / split) for stream in data.streams)
     samples = sum(stream.manifest.split(split, stream.root).samples for stream in data.streams)
     needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
-    if drop_last and samples < needed:
-        places = ", ".join(str(stream.root / split) for stream in data.streams)
+    if samples < (needed if drop_last else 1):
         raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
+    enough = num_canonical_nodes <= samples
+    require(enough, "data.num_canonical_nodes", num_canonical_nodes, f"at most the {samples} samples of {places}")
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
         "streams": [TokenStream(stream, split) for stream in data.streams],
@@ -93,12 +97,13 @@ def build_loader(
         "cache_limit": cache_limit,
         "replication": replication if replication > 1 else None,
     }
+    dataset = _construct(options, places)
     loader = StreamingDataLoader(
-        _construct(options),
+        dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         drop_last=drop_last,
-        collate_fn=_collate,
+        collate_fn=dataset.collate,
         worker_init_fn=ignore_stop_signals,
     )
     for claim in claims:
@@ -106,18 +111,26 @@ def build_loader(
     return loader
 
 
-def _construct(options: dict[str, Any]) -> TokenDataset:
+def _construct(options: dict[str, Any], places: str) -> TokenDataset:
     # Python's shared-memory tracker starts here; it must outlive stop signals.
-    with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked():
+    with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked(), reading(places, "data set"):
         # Streaming warns about local directories without a remote, which are intended.
         warnings.simplefilter("ignore")
         try:
-            return TokenDataset(**options)
+            dataset = TokenDataset(**options)
         except ValueError as error:
             if options["cache_limit"] is None:
                 raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"data.cache_limit={options['cache_limit']} is not possible: {reason}") from error
+            raise UserError(f"data.cache_limit={options['cache_limit']} is not possible: {describe(error)}") from error
+        atexit.register(_remove_lock_files, dataset.lock_files, os.getpid())
+        return dataset
+
+
+def _remove_lock_files(paths: Sequence[Path], process: int) -> None:
+    """Remove the files of streaming's locks, which it leaves, at the end of the process that made them."""
+    if os.getpid() == process:  # forked processes inherit what is registered
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def _claim_caches(data: DataMixture) -> list[FileLock]:
@@ -151,23 +164,26 @@ def _construction_lock() -> Iterator[None]:
         if sharers.index(_identity(folder)) == current_world().rank:
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
-            _skip_leftover_names(folder)
+            held.callback(_remove_lock_files, _skip_leftover_names(folder), os.getpid())
         barrier()
         yield
         barrier()
 
 
-def _skip_leftover_names(folder: Path) -> None:
-    """Make streaming skip numbers whose names a killed run has left in shared memory.
+def _skip_leftover_names(folder: Path) -> list[Path]:
+    """Make streaming skip numbers whose names a killed run has left in shared memory; return the files that do it.
 
     Streaming finds the first free number of each kind of name, and takes the largest, which another kind may occupy.
     It skips numbers whose lock file exists, but a cleaned `folder` has none.
     """
+    made = []
     for piece in Path("/dev/shm").glob("[0-9]" * 6 + "_*"):
         locks = [folder / f"{piece.name[:6]}_{kind}" for kind in LOCK_FILES]
         with contextlib.suppress(FileNotFoundError):  # a run that ends removes its names
             if piece.stat().st_uid == os.getuid() and not any(lock.exists() for lock in locks):
                 locks[0].touch()
+                made.append(locks[0])
+    return made
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
@@ -214,16 +230,6 @@ def _without_traceback() -> Iterator[None]:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]))
-    more = {
-        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in OPTIONAL_COLUMNS
-        if all(name in sample for sample in samples)  # a mixture may have streams without labels
-    }
-    return {"tokens": tokens, "index": torch.tensor([int(sample["index"]) for sample in samples]), **more}
-
-
 def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
     """Read the ids (N, L) of a split in their stored dtype, all or those of `rows` (ascending).
 
@@ -257,21 +263,21 @@ def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[st
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
     found: list[dict[str, Any]] = []
-    try:
-        first = 0
-        for entry in json.loads((root / split / "index.json").read_text())["shards"]:
-            reader = ShardReader.from_json(str(root), split, entry)
+    remedy = f"check it with `scmdm prepare --verify {root}`"
+    first = 0
+    for shard in read_index(root, split, manifest).shards:
+        with reading(root / split / shard.raw_data.basename, "shard", remedy):
+            reader = ShardReader(root, split, shard)
             end = first + reader.samples
             for row in wanted[len(found) : bisect_left(wanted, end)]:
                 sample = reader[row - first]
                 found.append({name: sample[name] for name in names if name in sample})
             first = end
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot read {root / split}: {reason}; check it with `scmdm prepare --verify {root}`"
-        ) from error
-    return {name: np.array([sample[name] for sample in found]) for name in (found[0] if found else ())}
+    columns = {name: np.array([sample[name] for sample in found]) for name in (found[0] if found else ())}
+    wrong = find_wrong_value(columns, manifest, len(manifest.labels))
+    if wrong is not None:
+        raise UserError(f"cannot read sample {wanted[wrong.row]} of {root / split}: {wrong.reason}; {remedy}")
+    return columns
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:

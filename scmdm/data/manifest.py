@@ -1,115 +1,120 @@
 """Manifest of a prepared data set, and checks of its files against it.
 
 `manifest.json` in the root directory describes the tokenizer, the special ids, every shard with size and SHA-256, and
-the corpus.
+the corpus. It ends with its own fingerprint, so that a changed value is found. The directory may come from a stranger:
+`Manifest.read` refuses unknown, missing and impossible values, and names of files outside of the directory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from scmdm.data.tokenizers import load_tokenizer
+from pydantic import AfterValidator, Field
+
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_write_text, sha256_file
+from scmdm.system.files import atomic_write_text
+from scmdm.system.untrusted import name_inside, parse_as, read_json, require_plain_name
 
 MANIFEST_FILE = "manifest.json"
 REMOTE_FILE = "remote.json"  # marks the cache of a remote data set (see remote.py)
+INDEX_FILE = "index.json"  # of a split: streaming's list of its shards
 VERSION = 2
+_FINGERPRINT = "fingerprint"  # key of the manifest; absent in those of earlier versions
+RESTORE = "restore the file, or prepare the data set again with overwrite=true"
+_LARGEST_REMOTE = 2**16  # bytes of `remote.json`
 
 
-@dataclass
+def _one_of(*choices: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"it must be one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Bytes = Annotated[int, Field(ge=0, le=2**32)]  # shards have 32-bit offsets
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
 class TokenizerRef:
     """Tokenizer file of a data set."""
 
     kind: str
-    file: str
-    sha256: str
+    # Copied into checkpoints and exports, where no other file may have its name.
+    file: Annotated[str, Field(pattern=r"^tokenizer\.[A-Za-z0-9]+$")]
+    sha256: Sha256
 
 
-@dataclass
+@dataclass(frozen=True)
 class FileInfo:
     """A shard, or streaming's index of shards."""
 
-    file: str  # relative to the root
-    bytes: int
-    sha256: str
+    file: str  # relative to the root: SPLIT/NAME
+    bytes: Bytes
+    sha256: Sha256
 
 
-@dataclass
+@dataclass(frozen=True)
 class SplitInfo:
     """Size and files of a split."""
 
-    samples: int
-    tokens: int  # number of tokens that count in the loss
+    samples: Count
+    tokens: Count  # number of tokens that count in the loss
     files: list[FileInfo]
 
-    @staticmethod
-    def parse(content: dict[str, Any]) -> SplitInfo:
-        """Make a split from its JSON content."""
-        return SplitInfo(content["samples"], content["tokens"], [FileInfo(**file) for file in content["files"]])
 
-
-@dataclass
+@dataclass(frozen=True)
 class Manifest:
     """A data set of `length` ids per sample."""
 
     version: int
     name: str
     tokenizer: TokenizerRef
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     mask_id: int
     pad_id: int
     bos_id: int
     eos_id: int
-    length: int
-    dtype: str  # of the stored ids
-    pad_policy: str  # "loss": padding is predicted like any token; "ignore": it is left out of the loss
-    bos_policy: str  # "given": [BOS] is never masked; "loss": it is a token like any other
+    length: Annotated[int, Field(ge=1, le=2**24)]
+    dtype: Annotated[str, _one_of("uint16", "uint32")]  # of the stored ids
+    # "loss": padding is predicted like any token; "ignore": it is left out of the loss
+    pad_policy: Annotated[str, _one_of("loss", "ignore")]
+    # "given": [BOS] is never masked; "loss": it is a token like any other
+    bos_policy: Annotated[str, _one_of("given", "loss")]
     splits: dict[str, SplitInfo]
     source: dict[str, Any] = field(default_factory=dict)  # files with hashes, options
-    counts: dict[str, int] = field(default_factory=dict)  # read, kept, dropped by reason
+    counts: dict[str, Count] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: no classes
     # "records": one per sample; "concatenate": blocks of joined records; "packed": several per sample, numbered by
     # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`
-    framing: str = "records"
+    framing: Annotated[str, _one_of("records", "concatenate", "packed", "prompts")] = "records"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
         """Read the manifest of a directory. Raises UserError when it is missing, damaged or of another version."""
-        path = root / MANIFEST_FILE
-        try:
-            content = json.loads(path.read_text())
-            if content["version"] != VERSION:
-                raise UserError(
-                    f"{path} has version {content['version']}, expected {VERSION}; prepare the data set again"
-                )
-            content["tokenizer"] = TokenizerRef(**content["tokenizer"])
-            content["splits"] = {name: SplitInfo.parse(split) for name, split in content["splits"].items()}
-            return cls(**content)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"{root} is not a prepared data set (no {MANIFEST_FILE}); run `scmdm prepare` first"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); prepare the data set again with overwrite=true") from error
+        return _read(root)[0]
 
     def write(self, root: Path) -> None:
         """Write the manifest of a directory."""
-        atomic_write_text(root / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        content = {**asdict(self), _FINGERPRINT: self.fingerprint()}
+        atomic_write_text(root / MANIFEST_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content, which is equal for equal data sets."""
-        content = asdict(self)
+        content = dict(vars(self))
         if not self.labels:
             del content["labels"]  # keep fingerprints from before there were labels
         if self.framing == "records":
             del content["framing"]  # and from before there were framings
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=vars).encode()).hexdigest()
 
     def split(self, name: str, root: Path) -> SplitInfo:
         """Return a split. Raises UserError, which lists the splits, for an unknown name."""
@@ -118,79 +123,89 @@ class Manifest:
         return self.splits[name]
 
 
+def has_fingerprint(root: Path) -> bool:
+    """Return whether the manifest of a directory has its own fingerprint, as all but those of earlier versions."""
+    return _read(root)[1]
+
+
+def _read(root: Path) -> tuple[Manifest, bool]:
+    """Read a manifest, and return it with whether it had a fingerprint."""
+    path = root / MANIFEST_FILE
+    try:
+        content = read_json(path, "manifest", remedy=RESTORE)
+    except FileNotFoundError as error:
+        raise UserError(f"{root} is not a prepared data set (no {MANIFEST_FILE}); run `scmdm prepare` first") from error
+    version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
+    if version != VERSION:
+        raise UserError(f"{path} has version {version!r:.40}, expected {VERSION}; prepare the data set again")
+    fingerprinted = isinstance(content, dict) and _FINGERPRINT in content
+    recorded = content.pop(_FINGERPRINT) if fingerprinted else None
+    manifest = parse_as(Manifest, content, path, RESTORE)
+    _check_ids(manifest, path)
+    _check_names(manifest, root)
+    if fingerprinted and recorded != manifest.fingerprint():
+        raise UserError(f"{path} was changed after it was written: it does not match its {_FINGERPRINT}; {RESTORE}")
+    return manifest, fingerprinted
+
+
+def _check_ids(manifest: Manifest, path: Path) -> None:
+    """Raise UserError for special ids outside of the vocabulary, and for ids that the dtype cannot hold."""
+    for name in ("mask_id", "pad_id", "bos_id", "eos_id"):
+        value = getattr(manifest, name)
+        if not 0 <= value < manifest.vocab_size:
+            raise UserError(
+                f"{path}: {name}={value} is not possible; it must be between 0 and {manifest.vocab_size - 1}; {RESTORE}"
+            )
+    if manifest.dtype == "uint16" and manifest.vocab_size > 1 << 16:
+        raise UserError(
+            f"{path}: dtype=uint16 is not possible with vocab_size={manifest.vocab_size}; it must be uint32; {RESTORE}"
+        )
+
+
+def _check_names(manifest: Manifest, root: Path) -> None:
+    """Raise UserError unless all files are named once, plainly, in the directory of their split inside `root`."""
+    path = root / MANIFEST_FILE
+    name_inside(root, manifest.tokenizer.file, path)
+    for split, info in manifest.splits.items():
+        if name_inside(root, split, path).parent != root:
+            raise UserError(f"{path} has a split {split!r:.100}, which is not the name of a directory; {RESTORE}")
+        for file in info.files:
+            require_plain_name(file.file, root, path)
+            if file.file.rpartition("/")[0] != split:
+                raise UserError(
+                    f"{path}: split {split!r} lists {file.file!r:.100}, which is not in its directory; {RESTORE}"
+                )
+    named = Counter(file.file for split in manifest.splits.values() for file in split.files)
+    twice = [name for name, count in named.items() if count > 1]
+    if twice:
+        raise UserError(f"{path} lists {twice[0]!r} twice; {RESTORE}")
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """Content of `remote.json`."""
+
+    remote: Annotated[str, Field(min_length=1)]
+    sha256: Sha256 = ""  # of `remote`; absent in files of earlier versions
+
+
 def remote_of(root: Path) -> str | None:
     """Return the URL of the data set that a directory caches; None when it is not a cache."""
-    path = root / REMOTE_FILE
+    path, remedy = root / REMOTE_FILE, "remove it and give data.remote again"
     try:
-        return str(json.loads(path.read_text())["remote"])
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_json(path, "mark of a cache", limit=_LARGEST_REMOTE, remedy=remedy)
+    except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}); remove it and give data.remote again") from error
+    found = parse_as(_Remote, content, path, remedy)
+    if found.sha256 and found.sha256 != _sha256(found.remote):
+        raise UserError(f"{path} was changed after it was written; {remedy}")
+    return found.remote
 
 
-def file_problems(root: Path, *, hashes: bool) -> list[str]:
-    """List missing and damaged files of a data set; a cache may lack some.
-
-    Without `hashes`, shards are checked by size alone.
-    """
-    manifest, cached = Manifest.read(root), remote_of(root) is not None
-    files = [file for split in manifest.splits.values() for file in split.files]
-    absent = {file.file for file in files if not (root / file.file).is_file()} if cached else set()
-    problems = [p for file in files if file.file not in absent for p in _verify_file(root, file, hashes)]
-    problems += _verify_tokenizer(root, manifest)
-    if not problems:
-        problems += [problem for name in manifest.splits for problem in _verify_index(root, name, manifest)]
-    return problems
+def mark_as_cache(root: Path, remote: str) -> None:
+    """Write that a directory is the cache of the data set at `remote`."""
+    atomic_write_text(root / REMOTE_FILE, json.dumps(asdict(_Remote(remote, _sha256(remote)))) + "\n")
 
 
-def check_dataset(root: Path) -> Manifest:
-    """Check existence and sizes of the files, and return the manifest. Raises UserError for the first problem.
-
-    In a cache, files of another size are removed and fetched again later.
-    """
-    if remote_of(root) is not None:
-        _remove_damaged(root)
-    problems = file_problems(root, hashes=False)
-    if problems:
-        raise UserError(f"{problems[0]}; restore the file, or prepare the data set again with overwrite=true")
-    return Manifest.read(root)
-
-
-def _remove_damaged(root: Path) -> None:
-    for split in Manifest.read(root).splits.values():
-        for file in split.files:
-            path = root / file.file
-            if path.is_file() and path.stat().st_size != file.bytes:
-                path.unlink(missing_ok=True)  # another rank may have removed it
-
-
-def _verify_file(root: Path, file: FileInfo, hashes: bool) -> Iterator[str]:
-    path = root / file.file
-    if not path.is_file():
-        yield f"{path} is missing"
-    elif path.stat().st_size != file.bytes:
-        yield f"{path} has {path.stat().st_size} bytes instead of {file.bytes}"
-    elif hashes and sha256_file(path) != file.sha256:
-        yield f"{path} does not match its SHA-256"
-
-
-def _verify_tokenizer(root: Path, manifest: Manifest) -> Iterator[str]:
-    path = root / manifest.tokenizer.file
-    if not path.is_file():
-        yield f"tokenizer {path} is missing"
-    elif sha256_file(path) != manifest.tokenizer.sha256:
-        yield f"tokenizer {path} does not match its SHA-256 in {MANIFEST_FILE}"
-    elif (size := load_tokenizer(path).vocab_size) != manifest.vocab_size:
-        yield f"tokenizer {path} has {size} tokens, but {MANIFEST_FILE} gives {manifest.vocab_size}"
-
-
-def _verify_index(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
-    path = root / split / "index.json"
-    try:
-        samples = sum(shard["samples"] for shard in json.loads(path.read_text())["shards"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        yield f"{path} is missing or damaged ({type(error).__name__})"
-        return
-    if samples != manifest.splits[split].samples:
-        yield f"{path} lists {samples} samples, but {MANIFEST_FILE} gives {manifest.splits[split].samples}"
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,8 @@ from itertools import combinations
 from pathlib import Path
 
 from scmdm.config.data import DataConfig
-from scmdm.data.manifest import Manifest, SplitInfo, check_dataset, remote_of
+from scmdm.data.dataset_files import check_dataset
+from scmdm.data.manifest import Manifest, SplitInfo, remote_of
 from scmdm.data.remote import open_cache
 from scmdm.errors import UserError
 

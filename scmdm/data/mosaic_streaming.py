@@ -25,6 +25,7 @@ for _name in _left_out:
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK
 from streaming.base.dataset import _ShardState as ShardState
+from streaming.base.format import FileInfo as StreamingFileInfo
 from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.storage import CloudDownloader, CloudUploader
@@ -43,5 +44,6 @@ __all__ = [
     "Stream",
     "StreamingDataLoader",
     "StreamingDataset",
+    "StreamingFileInfo",
     "bytes_to_int",
 ]

@@ -10,24 +10,30 @@ variables, such as S3_ENDPOINT_URL.
 
 from __future__ import annotations
 
-import json
+import ctypes
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from scmdm.data.manifest import MANIFEST_FILE, REMOTE_FILE, FileInfo, Manifest, remote_of
+from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, FileInfo, Manifest, mark_as_cache, remote_of
 from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_write_text, sha256_file
+from scmdm.system.files import sha256_file
+from scmdm.system.untrusted import LARGEST_TEXT
 
 _TIMEOUT_S = 60.0
-_INDEX = "index.json"
+_WATCH_S = 0.05  # time between two looks at the size of what is downloaded
+_FETCH, _MANIFEST = ".fetch.", ".manifest."  # beginnings of the names of temporary directories
+_ABANDONED_S = 24 * 3600  # age of the remains of a killed download
 
 
 def open_cache(root: Path, remote: str, key: str) -> None:
@@ -37,17 +43,18 @@ def open_cache(root: Path, remote: str, key: str) -> None:
     key of `root`, for the message.
     """
     remote = remote.rstrip("/")
-    with _lock(root), tempfile.TemporaryDirectory(prefix=".manifest.", dir=root) as temporary:
-        download(remote, MANIFEST_FILE, Path(temporary) / MANIFEST_FILE)
+    with _lock(root), tempfile.TemporaryDirectory(prefix=_MANIFEST, dir=root) as temporary:
+        download(remote, MANIFEST_FILE, Path(temporary) / MANIFEST_FILE, LARGEST_TEXT)
         manifest = Manifest.read(Path(temporary))
         if (root / MANIFEST_FILE).exists() and Manifest.read(root).fingerprint() != manifest.fingerprint():
             raise UserError(
                 f"{key}={root} holds a different data set from {remote}; give another cache directory, or remove it"
             )
-        atomic_write_text(root / REMOTE_FILE, json.dumps({"remote": remote}) + "\n")
+        mark_as_cache(root, remote)
         for file in _small_files(manifest):
             _fetch_or_replace(root, remote, file)
         os.replace(Path(temporary) / MANIFEST_FILE, root / MANIFEST_FILE)
+        _remove_abandoned([root, *(root / name for name in manifest.splits)])
 
 
 def fetch_split(root: Path, split: str) -> None:
@@ -71,14 +78,10 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
     path = root / file.file
     if path.is_file():
         return 0
-    if PurePosixPath(file.file).is_absolute() or ".." in PurePosixPath(file.file).parts:
-        raise UserError(
-            f"{remote}/{MANIFEST_FILE} names {file.file!r}, which is outside of the data set; do not use it"
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=_FETCH, dir=path.parent) as temporary:
         found = Path(temporary) / path.name
-        download(remote, file.file, found)
+        download(remote, file.file, found, file.bytes)
         size, sha256 = found.stat().st_size, sha256_file(found)
         if sha256 != file.sha256:
             raise UserError(
@@ -89,17 +92,73 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
     return size
 
 
-def download(remote: str, name: str, to: Path) -> None:
-    """Copy `remote/name` to a path that does not exist yet. Raises UserError with URL and reason."""
+def download(remote: str, name: str, to: Path, limit: int) -> None:
+    """Copy `remote/name`, of at most `limit` bytes, to a path in a directory that has no other files.
+
+    Raises UserError with URL and reason.
+    """
     try:
         transport = _transport(remote, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
-        transport.download(f"{remote}/{name}", str(to), _TIMEOUT_S)
+        _download_within(transport, f"{remote}/{name}", to, limit)
     except Exception as error:
         _transport.cache_clear()  # credentials may change
         raise UserError(
             f"cannot fetch {remote}/{name}: {_reason(error)}; check the URL, the credentials (AWS_PROFILE, "
             "AWS_ACCESS_KEY_ID ...), S3_ENDPOINT_URL and the network"
         ) from error
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _download_within(transport: CloudDownloader, url: str, to: Path, limit: int) -> None:
+    """Download in a thread, and end it when more than `limit` bytes have come.
+
+    Streaming's clients have no limit, and a server may send forever whatever length it has announced.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            transport.download(url, str(to), _TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - raised below, in the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name=f"download of {url}")
+    thread.start()
+    while thread.is_alive():
+        thread.join(_WATCH_S)
+        if _size(to.parent) > limit:
+            _end(thread)
+            raise _TooLargeError(f"more than the {limit} bytes that it may have")
+    if failures:
+        raise failures[0]
+
+
+def _size(folder: Path) -> int:
+    """Return the size of the files of a folder: clients write under temporary names before they rename."""
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _end(thread: threading.Thread) -> None:
+    """Raise an exception in a thread, at its next step. Python has no other way to end a thread of a library."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TooLargeError))
+    thread.join(_TIMEOUT_S)
+
+
+def _remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove what killed processes have left. Other runs may be downloading, so that only old remains are taken."""
+    oldest = time.time() - _ABANDONED_S
+    for folder in folders:
+        for path in [*folder.glob(f"{_FETCH}*"), *folder.glob(f"{_MANIFEST}*")]:
+            if path.is_dir() and path.lstat().st_mtime < oldest:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @lru_cache(maxsize=16)
@@ -131,9 +190,9 @@ def _reason(error: Exception) -> str:
 
 def _small_files(manifest: Manifest) -> Iterator[FileInfo]:
     """Yield tokenizer and indexes, which a run reads before any shard."""
-    yield FileInfo(manifest.tokenizer.file, 0, manifest.tokenizer.sha256)  # the manifest has no size
+    yield FileInfo(manifest.tokenizer.file, LARGEST_TEXT, manifest.tokenizer.sha256)  # the manifest has no size
     for split in manifest.splits.values():
-        yield from (file for file in split.files if PurePosixPath(file.file).name == _INDEX)
+        yield from (file for file in split.files if PurePosixPath(file.file).name == INDEX_FILE)
 
 
 def _fetch_or_replace(root: Path, remote: str, file: FileInfo) -> None:

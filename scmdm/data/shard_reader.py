@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scmdm.data.mosaic_streaming import MDSReader
+from scmdm.data.mosaic_streaming import MDSReader, StreamingFileInfo
+from scmdm.data.shard_index import ShardInfo, bytes_of_sample, dtype_and_length
 
 
 class ShardReader(MDSReader):
     """Reader of an MDS shard with columns of fixed sizes, as `scmdm.data.preparation.shard_writer` writes them.
 
     It parses the types of the columns once, and reads without a Python file object. In streaming's reader these two
-    are most of the cost of a short sample.
+    are most of the cost of a short sample. The samples are the end of the file, so that their places are known; the
+    file's own table of places must agree, which finds most damage of it.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._path = os.path.join(self.dirname, self.split or "", self.raw_data.basename)
-        types = zip(self.column_names, self.column_encodings, strict=True)
-        self._columns = [(name, *_dtype_and_shape(encoding)) for name, encoding in types]
+    def __init__(self, root: Path, split: str, shard: ShardInfo) -> None:
+        described = dict(vars(shard))
+        del described["format"], described["version"]
+        described["raw_data"] = StreamingFileInfo(**vars(shard.raw_data))
+        super().__init__(str(root), split, **described)
+        self._path = os.path.join(self.dirname, self.split, self.raw_data.basename)
+        self._columns = [(name, *dtype_and_length(encoding)) for name, encoding in shard.columns.items()]
+        self._sample_bytes = bytes_of_sample(shard.columns)
+        self._first = shard.raw_data.bytes - shard.samples * self._sample_bytes
 
     def get_sample_data(self, idx: int) -> bytes:
         """Return the bytes of a sample. The file begins with the number of samples and a table of their offsets."""
-        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a FIFO in the place of the file would block for ever.
+        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             offsets = os.pread(file, 8, 4 * (1 + idx))
             begin, end = int.from_bytes(offsets[:4], "little"), int.from_bytes(offsets[4:], "little")
-            data = os.pread(file, end - begin, begin)
+            data = os.pread(file, self._sample_bytes, self._first + idx * self._sample_bytes)
         finally:
             os.close(file)
-        if not data:
-            raise IndexError(f"{self._path} ends before sample {idx}")
+        if begin != self._first + idx * self._sample_bytes or end != begin + self._sample_bytes:
+            raise ValueError("the table of samples at the beginning of the file is damaged")
+        if len(data) != self._sample_bytes:
+            raise ValueError("the file ends before the sample")
         return data
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """Return the columns by name, as read-only arrays and scalars. Raises ValueError when bytes are missing."""
         sample: dict[str, Any] = {}
         at = 0
-        for name, dtype, shape in self._columns:
-            values = np.frombuffer(data, dtype, shape or 1, at)
-            sample[name] = values if shape else values[0]
+        for name, dtype, length in self._columns:
+            values = np.frombuffer(data, dtype, length or 1, at)
+            sample[name] = values if length else values[0]
             at += values.nbytes
         return sample
 
-
-def _dtype_and_shape(encoding: str) -> tuple[np.dtype, int]:
-    """Return data type and length of an encoding such as `ndarray:uint16:32`; length 0 for a scalar such as `int32`."""
-    kind, *rest = encoding.split(":")
-    if kind != "ndarray":
-        return np.dtype(kind), 0
-    dtype, length = rest
-    return np.dtype(dtype), int(length)
+    def read_all(self) -> dict[str, np.ndarray]:
+        """Return the columns of all samples by name, as arrays over the samples."""
+        row = np.dtype([(name, dtype, (length,) if length else ()) for name, dtype, length in self._columns])
+        samples_N = np.fromfile(self._path, row, self.samples, offset=self._first)
+        if len(samples_N) != self.samples:
+            raise ValueError("the file ends before the last sample")
+        return {name: samples_N[name] for name in self.column_names}

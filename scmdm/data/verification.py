@@ -1,17 +1,16 @@
-"""Verification of every byte of a prepared data set: `scmdm prepare --verify`.
-
-Legend: N samples, L length.
-"""
+"""Verification of every byte of a prepared data set: `scmdm prepare --verify`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from scmdm.data.loader import read_split
-from scmdm.data.manifest import MANIFEST_FILE, Manifest, file_problems, remote_of
+from scmdm.data.dataset_files import file_problems
+from scmdm.data.manifest import Manifest, remote_of
+from scmdm.data.shard_index import find_wrong_value, read_index
+from scmdm.data.shard_reader import ShardReader
+from scmdm.errors import UserError
+from scmdm.system.untrusted import reading
 
 
 def verify_dataset(root: Path) -> list[str]:
@@ -28,15 +27,21 @@ def verify_dataset(root: Path) -> list[str]:
         for name, split in manifest.splits.items()
         if not cached or all((root / file.file).is_file() for file in split.files)
     ]
-    return [problem for name in whole for problem in _verify_ids(root, name, manifest)]
+    return [problem for name in whole for problem in _verify_values(root, name, manifest)]
 
 
-def _verify_ids(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
-    ids_NL: np.ndarray = read_split(root, split)
-    expected = (manifest.splits[split].samples, manifest.length)
-    if ids_NL.shape != expected:
-        yield f"{root / split} holds ids of shape {ids_NL.shape}, but {MANIFEST_FILE} gives {expected}"
-    elif ids_NL.max() >= manifest.vocab_size:
-        yield f"{root / split} holds id {ids_NL.max()}, but the vocabulary ends at {manifest.vocab_size - 1}"
-    elif (ids_NL == manifest.mask_id).any():
-        yield f"{root / split} holds the mask id {manifest.mask_id} as data"
+def _verify_values(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
+    first = 0
+    for shard in read_index(root, split, manifest).shards:
+        path = root / split / shard.raw_data.basename
+        try:
+            with reading(path, "shard"):
+                columns = ShardReader(root, split, shard).read_all()
+        except UserError as error:
+            yield str(error)
+            return
+        wrong = find_wrong_value(columns, manifest, len(manifest.labels))
+        if wrong is not None:
+            yield f"{path}: sample {first + wrong.row} of {split}: {wrong.reason}"
+            return
+        first += shard.samples

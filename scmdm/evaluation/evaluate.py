@@ -15,7 +15,8 @@ from torch import Tensor
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.stored import read_stored_config
-from scmdm.data.manifest import Manifest, check_dataset
+from scmdm.data.dataset_files import check_dataset
+from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config

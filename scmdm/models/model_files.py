@@ -183,11 +183,7 @@ def open_model(directory: Path) -> StoredModel:
 
 def tokenizer_file(directory: Path, manifest: Manifest) -> Path:
     """Return the tokenizer's file of a model directory. Raises UserError unless it is the one that was hashed."""
-    path = name_inside(directory, manifest.tokenizer.file, directory / MANIFEST_FILE)
-    if path.parent != directory:
-        raise UserError(
-            f"{directory / MANIFEST_FILE} names a tokenizer {path}, which is not in {directory}; restore it"
-        )
+    path = directory / manifest.tokenizer.file
     if not path.is_file():
         raise UserError(f"tokenizer {path} is missing; restore the directory, or export the model again")
     if sha256_file(path) != manifest.tokenizer.sha256:

@@ -11,14 +11,14 @@ Everything that reads JSON or YAML, or takes a file name out of a file, goes thr
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
@@ -31,6 +31,8 @@ LARGEST_TEXT = 256 * 2**20  # bytes of a JSON or YAML file
 DEEPEST = 64  # levels of nesting
 _MOST_NODES = 10_000_000  # values of a file, aliases of YAML counted as often as they are used
 _LONGEST_INTEGER = 4_000  # digits; beyond it Python's conversion takes quadratic time
+_LONGEST_NAME = 200  # bytes; file systems take 255, also with what temporary names add
+_NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]")
 _ESCAPED_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -144,13 +146,14 @@ def check_bounds(content: Any) -> None:
         following: list[Any] = []
         for value in level:
             nodes += 1
-            if isinstance(value, Mapping):
+            if isinstance(value, str):  # first, because most values of large files are text
+                if _ESCAPED_SURROGATE.search(value):
+                    raise ValueError("text with half of a surrogate pair")
+            elif isinstance(value, Mapping):
                 following.extend(value.keys())
                 following.extend(value.values())
             elif isinstance(value, list | tuple):
                 following.extend(value)
-            elif isinstance(value, str) and _ESCAPED_SURROGATE.search(value):
-                raise ValueError("text with half of a surrogate pair")
         if nodes + len(following) > _MOST_NODES:
             raise ValueError(f"more than {_MOST_NODES:,} values")
         if not following:
@@ -221,7 +224,7 @@ def parse_yaml(text: str) -> Any:
     return content
 
 
-@functools.cache  # making one takes about a millisecond
+@lru_cache(maxsize=128)  # making one takes about a millisecond
 def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
@@ -243,19 +246,31 @@ def parse_as(schema: type[T], content: Any, path: Path | str, remedy: str = "") 
         raise UserError(f"{path}: {place}={found}: {first['msg']}{remedy and f'; {remedy}'}") from error
 
 
+def require_plain_name(name: Any, root: Path | str, where: Path | str) -> None:
+    """Raise UserError unless `name` is a plain relative path: not absolute, no `..`, backslash or control character.
+
+    `root` is the directory that it is relative to, and `where` the file that holds the name; both are for the message.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where} names a file {name!r:.100}; a relative path is expected")
+    parts = name.split("/")
+    longest = max(len(part.encode(errors="surrogatepass")) for part in parts)
+    if not {"", ".", ".."}.isdisjoint(parts) or _NOT_IN_NAMES.search(name) or longest > _LONGEST_NAME:
+        raise UserError(f"{where} names a file {name!r:.100}, which is not a plain path inside {root}")
+
+
 def name_inside(root: Path, name: Any, where: Path | str) -> Path:
     """The path of a file that is named in another file: a plain relative path inside `root`, links included.
 
     `where` is the file that holds the name. Raises UserError for absolute paths, `..`, backslashes, control characters,
     and links that lead out of `root`. The file need not exist.
     """
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{where} names a file {name!r}; a relative path is expected")
-    parts = name.split("/")
-    plain = all(part not in ("", ".", "..") for part in parts) and not PurePosixPath(name).is_absolute()
-    if not plain or "\\" in name or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        raise UserError(f"{where} names a file {name!r}, which is not a plain path inside {root}")
-    path = root.joinpath(*parts)
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{where} names a file {name!r}, which a link takes out of {root}")
+    require_plain_name(name, root, where)
+    path = root / name
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UserError(f"{where} names a file {name!r:.100}, which cannot be found: {describe(error)}") from error
+    if not inside:
+        raise UserError(f"{where} names a file {name!r:.100}, which a link takes out of {root}")
     return path

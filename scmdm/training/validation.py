@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from scmdm.config.run import RunConfig
-from scmdm.data.dataset import DOCUMENTS, GIVEN, LABEL
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
+from scmdm.data.shard_index import DOCUMENTS, GIVEN, LABEL
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences

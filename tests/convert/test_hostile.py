@@ -300,11 +300,10 @@ def test_what_lies_beside_an_export_is_not_trusted(tmp_path, capsys):
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "there"), "format=mdlm"]) == 0
     beside, out = tmp_path / "there" / "scmdm", tmp_path / "out"
     manifest, model = (json.loads((beside / name).read_text()) for name in ("manifest.json", "model.json"))
-    manifest["tokenizer"]["file"] = "../../../escaped.json"
+    whole, manifest["tokenizer"]["file"] = (beside / "manifest.json").read_text(), "../../../escaped.json"
     (beside / "manifest.json").write_text(json.dumps(manifest))
-    assert "escaped.json" in refuse(tmp_path / "there", out, capsys)
-    manifest["tokenizer"]["file"] = "tokenizer.json"
-    (beside / "manifest.json").write_text(json.dumps(manifest))
+    assert str(beside / "manifest.json") in refuse(tmp_path / "there", out, capsys)
+    (beside / "manifest.json").write_text(whole)
     for changes in ({"layers": 10**9}, {"width": WIDTH * 2}, {"layers": LAYERS + 1}, {"kind": "llama"}):
         (beside / "model.json").write_text(json.dumps({**model, "model": {**model["model"], **changes}}))
         refuse(tmp_path / "there", out, capsys)

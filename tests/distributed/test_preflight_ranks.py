@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import scmdm
+from scmdm.data.manifest import Manifest
 from tests.distributed.launching import launch
 
 pytestmark = pytest.mark.slow
@@ -54,9 +56,7 @@ def test_a_rank_that_sees_another_run_directory(adapt, tmp_path):
 def test_a_rank_with_other_data(adapt, molecules, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(molecules, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["name"] = "another"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    replace(Manifest.read(other), name="another").write(other)
     arguments = adapt(tmp_path / "run", "train.micro_batch_size=32")
     found, output = launch_odd("another_key", f"data.path={other}", arguments)
     assert found and "SHA-256 of the data is " in found[0] and "give every machine the same data" in found[0], output

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +19,18 @@ import numpy as np
 from scmdm.config.preparation import TOKENIZERS, PrepareConfig
 from scmdm.data.preparation.duplicates import duplicates
 from scmdm.data.preparation.source import Source
+from scmdm.data.preparation.task_queue import read_result
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.errors import UserError
+from scmdm.system.untrusted import reading
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What a task has counted, and the symbols that it has found, of the records of a part."""
+
+    counts: dict[str, int]
+    symbols: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
     (to / "tokenizer").mkdir()
     tokenizer = given_tokenizer(config) or TOKENIZERS.load(config.tokenizer.name).build(
         config.tokenizer,
-        symbols={symbol for scan in scans for symbol in json.loads((scan / "scan.json").read_text())["symbols"]},
+        symbols={symbol for scan in scans for symbol in read_result(scan / "scan.json", PartSummary).symbols},
         sample=_sample(scans, repeated, positions),
         layout=source.layout,
     )
@@ -72,16 +82,16 @@ def _read_tokenizer(path: Path, _modified_ns: int) -> Tokenizer:  # the time dis
 
 def fitted_part(fitted: Path, number: int) -> tuple[np.ndarray, PartPosition]:
     """Return the mask of a part's duplicates, bool (N,), and its position in the corpus."""
-    return np.load(_duplicates_file(fitted, number)), PartPosition(
-        **json.loads((fitted / "positions.json").read_text())[number]
-    )
+    path = _duplicates_file(fitted, number)
+    with reading(path, "list of duplicates", f"remove {fitted.parent} and start again"):
+        return np.load(path), read_result(fitted / "positions.json", list[PartPosition])[number]
 
 
 def total_counts(files: Sequence[Path]) -> dict[str, int]:
     """Sum the counts of all parts, sorted by name."""
     total = Counter[str]()
     for file in files:
-        total.update(json.loads(file.read_text())["counts"])
+        total.update(read_result(file, PartSummary).counts)
     return dict(sorted(total.items()))
 
 

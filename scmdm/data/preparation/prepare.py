@@ -37,7 +37,7 @@ from scmdm.data.preparation.scan import hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
 from scmdm.data.preparation.source import Source, make_source
 from scmdm.data.preparation.splits import splits_of
-from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
+from scmdm.data.preparation.task_queue import Task, Worker, read_result, run_tasks
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
@@ -223,7 +223,7 @@ class _Preparation:
     def _described(self, groups: int) -> dict[str, Any] | None:
         """Describe the corpus for the manifest; None when other workers have finished the data set."""
         try:
-            found = [json.loads((path / "hashes.json").read_text()) for path in self._results("hash", groups)]
+            found = [read_result(path / "hashes.json", dict[str, str]) for path in self._results("hash", groups)]
         except FileNotFoundError:
             return None
         files = {name: digest for hashes in found for name, digest in hashes.items()}

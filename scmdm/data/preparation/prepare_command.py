@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scmdm.config.preparation import PrepareConfig
-from scmdm.data.manifest import Manifest, remote_of
+from scmdm.data.manifest import MANIFEST_FILE, Manifest, has_fingerprint, remote_of
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
 
@@ -32,6 +32,11 @@ def _verify(root: Path) -> None:
         fetched = f"remove the files, to download them from {remote} again"
         remedy = fetched if remote else "prepare it again with overwrite=true"
         raise UserError(f"{root} has {len(problems)} problem(s); {remedy}")
+    if not has_fingerprint(root):
+        print(
+            f"{root / MANIFEST_FILE} has no fingerprint, because an earlier version wrote it: changes of its values "
+            "are not found; prepare again with overwrite=true to have one"
+        )
     counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
     cached = f" (the downloaded part of {remote})" if remote else ""
     print(f"{root}{cached} has no problems: {counts} sequences of {manifest.length} tokens")

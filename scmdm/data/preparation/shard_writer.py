@@ -7,30 +7,32 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scmdm.data.dataset import COLUMN, DOCUMENTS, GIVEN, LABEL
+from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import (
+    INDEX_FILE,
     MANIFEST_FILE,
     VERSION,
     FileInfo,
     Manifest,
     SplitInfo,
     TokenizerRef,
-    check_dataset,
     remote_of,
 )
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
+from scmdm.data.preparation.task_queue import read_result
+from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, LABEL, ShardInfo, columns_of, parse_index
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, sha256_file
+from scmdm.system.untrusted import read_bytes, reading, require_plain_name
 
-_INDEX = "index.json"
 _PIECE = "piece.json"
 
 
@@ -78,13 +80,9 @@ class SplitWriter:
     def __init__(self, directory: Path, tokenizer: Tokenizer, description: Description, shard_bytes: int) -> None:
         self._directory, self._tokenizer, self._description = directory, tokenizer, description
         self._dtype = _dtype(tokenizer)
-        columns = {COLUMN: f"ndarray:{self._dtype}:{description.length}"}
-        if description.labels:
-            columns[LABEL] = "int32"
-        if description.framing == "prompts":
-            columns[GIVEN] = "int32"
-        if description.framing == "packed":
-            columns[DOCUMENTS] = f"ndarray:uint16:{description.length}"
+        columns = columns_of(
+            self._dtype, description.length, labels=bool(description.labels), framing=description.framing
+        )
         self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
         self._samples = self._tokens = 0
 
@@ -180,8 +178,17 @@ def write_dataset(
 
 
 def _read_piece(piece: Path) -> dict[str, SplitInfo]:
-    content = json.loads((piece / _PIECE).read_text())
-    return {split: SplitInfo.parse(info) for split, info in content.items()}
+    """Read what `write_piece` has written. Raises UserError when it is damaged."""
+    path = piece / _PIECE
+    found = read_result(path, dict[str, SplitInfo])
+    for split, info in found.items():
+        for name in (split, *(f"{split}/{file.file}" for file in info.files)):
+            require_plain_name(name, piece, path)
+    return found
+
+
+def _remedy(piece: Path) -> str:
+    return f"remove {piece.parent} and start again"
 
 
 def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> SplitInfo:
@@ -191,22 +198,30 @@ def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> Sp
     files: list[FileInfo] = []
     for place, info in pieces:
         hashes = {file.file: file for file in info.files}
-        for shard in json.loads((place / _INDEX).read_text())["shards"]:
-            old_name = shard["raw_data"]["basename"]
+        for shard in _shards_of(place, hashes):
+            old_name = shard.raw_data.basename
             name = f"shard.{len(shards):05}.mds"
             _link(place / old_name, directory / name)
             if (directory / name).stat().st_size != hashes[old_name].bytes:
-                raise UserError(
-                    f"{place / old_name} has changed since it was written; remove {place.parent.parent} and start again"
-                )
-            shard["raw_data"]["basename"] = name
-            shards.append(shard)
+                raise UserError(f"{place / old_name} has changed since it was written; {_remedy(place.parent)}")
+            shards.append(asdict(replace(shard, raw_data=replace(shard.raw_data, basename=name))))
             files.append(FileInfo(f"{directory.name}/{name}", hashes[old_name].bytes, hashes[old_name].sha256))
     # The format of streaming's writer.
-    (directory / _INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
-    index = _file_info(directory / _INDEX, f"{directory.name}/{_INDEX}")
+    (directory / INDEX_FILE).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    index = _file_info(directory / INDEX_FILE, f"{directory.name}/{INDEX_FILE}")
     samples, tokens = (sum(getattr(info, key) for _, info in pieces) for key in ("samples", "tokens"))
     return SplitInfo(samples, tokens, [index, *files])
+
+
+def _shards_of(place: Path, files: Mapping[str, FileInfo]) -> list[ShardInfo]:
+    """Read the index of a piece. Raises UserError when it is damaged, or lists other shards than the piece."""
+    path, remedy = place / INDEX_FILE, _remedy(place.parent)
+    with reading(path, "index of shards", remedy):
+        shards = parse_index(read_bytes(path), path, remedy).shards
+    for shard in shards:
+        if shard.raw_data.basename not in files:
+            raise UserError(f"{path} names a shard {shard.raw_data.basename!r:.100} that {_PIECE} does not; {remedy}")
+    return shards
 
 
 def _link(source: Path, target: Path) -> None:

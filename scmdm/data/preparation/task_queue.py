@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from scmdm.errors import InUseError, UserError
 from scmdm.system.files import atomic_directory
 from scmdm.system.lease import acquire
+from scmdm.system.untrusted import parse_as, read_json
 
+T = TypeVar("T")
 _SILENCE_LIMIT_S, _POLL_S = 60.0, 0.5
 
 
@@ -54,6 +57,15 @@ def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progres
         order = waiting
         if order:
             time.sleep(_POLL_S)
+
+
+def read_result(path: Path, schema: type[T]) -> T:
+    """Read a JSON file in the directory of a task's result.
+
+    Raises UserError when it is damaged, and FileNotFoundError when another worker has removed all results.
+    """
+    remedy = f"remove {path.parent.parent} and start again"
+    return parse_as(schema, read_json(path, "intermediate result", remedy=remedy), path, remedy)
 
 
 def _try_to_complete(directory: Path, task: Task) -> bool:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scmdm.data.dataset import COLUMN, GIVEN
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
+from scmdm.data.shard_index import COLUMN, GIVEN
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, MetricKeys, WithoutFigures
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,7 @@ def test_a_data_set_of_the_flat_configuration_is_up_to_date(tmp_path, empty_yaml
         },
     }
     assert source == former
-    content = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**content, "source": former}))
+    replace(Manifest.read(out), source=former).write(out)
     capsys.readouterr()
     assert main(["prepare", str(empty_yaml), *keys, f"out={out}"]) == 0
     assert "is up to date" in capsys.readouterr().out

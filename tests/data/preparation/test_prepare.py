@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from rdkit import Chem
 
 from scmdm.cli import main
+from scmdm.data.dataset_files import file_problems
 from scmdm.data.loader import read_split
-from scmdm.data.manifest import Manifest, file_problems
+from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import SPLITS
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.data.verification import verify_dataset
@@ -103,9 +105,7 @@ def flip(path):
 
 
 def lie(root, **changes):
-    content = json.loads((root / "manifest.json").read_text())
-    content.update(changes)
-    (root / "manifest.json").write_text(json.dumps(content))
+    replace(Manifest.read(root), **changes).write(root)
 
 
 def other_tokenizer(root):
@@ -123,10 +123,11 @@ def other_tokenizer(root):
         (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is missing", True),
         (other_tokenizer, "does not match its SHA-256 in manifest.json", True),
         (lambda root: lie(root, vocab_size=99), "manifest.json gives 99", True),
+        (lambda root: lie(root, eos_id=3), "manifest.json gives 3", True),
         (lambda root: (root / "train/index.json").unlink(), "index.json is missing", True),
-        (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", False),
-        (lambda root: lie(root, length=99), "holds ids of shape", False),
-        (lambda root: lie(root, mask_id=0), "holds the mask id 0", False),
+        (lambda root: flip(root / "train/index.json"), "index.json does not match its SHA-256", True),
+        (lambda root: lie(root, length=99), "ndarray:uint16:99", True),
+        (lambda root: lie(root, mask_id=0), "manifest.json gives 0", True),
     ],
     ids=[
         "missing",
@@ -135,6 +136,7 @@ def other_tokenizer(root):
         "no tokenizer",
         "tokenizer",
         "vocabulary",
+        "end",
         "index",
         "flipped index",
         "length",
