@@ -5,47 +5,57 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scmdm.config.fields import replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.fields import Key, PathKind, replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.shipped import explain_missing, locate
 from scmdm.errors import UserError
-from scmdm.system.untrusted import read_yaml
+from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
 Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
+_LONGEST_CHAIN = 32  # files that extend one another
+_MARK = "???"  # OmegaConf's mark of a value that is not set, which cannot be escaped
+_LITERAL_MARK = "\ue000???\ue000"  # stands for a text `???` until OmegaConf is done
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
     """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
-    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win.
+    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win. OmegaConf resolves
+    `${...}` in these files; everywhere else, also on the command line, text is literal.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
     wrong type or out of bounds, a renamed key, or a mandatory key that is not set. If `schema` has a method
     `validate`, it is called last and may raise UserError for impossible combinations.
     """
     layers = [(f"in {file}", content) for file, content in _read_chain(path)] if path is not None else []
-    return _merged(schema, layers, overrides, "on the command line")
+    return _merged(schema, layers, overrides, "on the command line", literal=False)
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
     """Apply `key=value` overrides to a configuration. Errors are those of `load_config`; they contain `where`."""
     assert dataclasses.is_dataclass(config)
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
-    return _merged(type(config), [("in the configuration", _literal(content))], overrides, where)
+    return _merged(type(config), [("in the configuration", content)], overrides, where)
 
 
-def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
+def _merged(
+    schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str, *, literal: bool = True
+) -> Schema:
+    """Merge layers and overrides; unless `literal`, OmegaConf interpolates the strings of the layers."""
     declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
     for place, content in _drop_deselected_keys(declared, schema, layers):
-        config = _merge(config, content, place)
+        config = _merge(config, content, place, literal=literal)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
     return _checked(schema, config)
@@ -154,34 +164,57 @@ def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Sc
 
     Errors name the origin of the keys, `where`, as in "in the request". Strings are literal, without interpolation.
     """
-    return _merged(schema, [(where, _literal(content))], (), where)
+    return _merged(schema, [(where, content)], (), where)
 
 
 def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     result = _to_object(config)
     assert isinstance(result, schema)
     validate_keys(result)
+    _locate_inputs(result)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()
     return result
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` forms a cycle; remove one of the `extends` lines")
-    content = _read_yaml(path)
-    parent = content.pop("extends", None)
-    if parent is None:
-        return [(path, content)]
-    if not isinstance(parent, str):
-        raise UserError(f"extends={parent!r} in {path} is not possible; it must be the name of one YAML file")
-    return [*_read_chain(path.parent / parent, (*seen, path.resolve())), (path, content)]
+def _locate_inputs(config: Any) -> None:
+    """Replace the names of shipped files by their places."""
+    for field in dataclasses.fields(config):
+        value, rules = getattr(config, field.name), rules_of(field)
+        named = isinstance(value, str) and rules is not None and rules.path is PathKind.INPUT
+        if named and (found := locate(Path(value))) != Path(value):
+            setattr(config, field.name, str(found))
+        for section in value.values() if isinstance(value, dict) else (value,):
+            if dataclasses.is_dataclass(section):
+                _locate_inputs(section)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the file and those that it extends, with their contents, the farthest parent first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: set[Path] = set()
+    following: Path | None = locate(path)
+    while following is not None:
+        if following.resolve() in seen:
+            raise UserError(f"{following}: `extends` forms a cycle; remove one of the `extends` lines")
+        if len(chain) == _LONGEST_CHAIN:
+            raise UserError(f"{path}: `extends` leads through more than {_LONGEST_CHAIN} files; merge some of them")
+        seen.add(following.resolve())
+        content = _read_file(following)
+        chain.append((following, content))
+        parent = content.pop("extends", None)
+        if parent is not None and not isinstance(parent, str):
+            raise UserError(
+                f"extends={shorten(parent)} in {following} is not possible; it must be the name of one YAML file"
+            )
+        following = None if parent is None else following.parent / parent
+    return chain[::-1]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"no configuration file {path}; give the path of a YAML file, such as configs/qm9/base.yaml")
+        raise UserError(f"no configuration file {path}: {explain_missing(path)}")
     content = read_yaml(path)
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
@@ -189,38 +222,73 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(override: str, schema: type) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
         raise UserError(f"override {override!r} is not of the form key=value, as in optimizer.lr=3e-4")
-    text = _text_of(schema, key, value)
-    if text is not None:
-        return _nest(key, text)
+    return _nest(name, _parse_value(override, text, *_declaration(schema, name)))
+
+
+def _parse_value(override: str, text: str, hint: Any, rules: Key | None) -> Any:
+    """Value of an override: the text as it stands for a text key, otherwise parsed as YAML.
+
+    `null` unsets a key that may be unset, except free text.
+    """
+    if hint is str:
+        return text
+    if hint == (str | None):
+        return None if text == "null" and not (rules is not None and rules.free_text) else text
     try:
-        nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:  # IndexError: a key such as "["
-        raise UserError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
-    return cast(dict[str, Any], nested)
+        value = parse_yaml(text)
+    except Exception as error:
+        if hint is Any:  # a key of a mapping such as `metrics`, whose types are checked later
+            return text
+        raise UserError(f"override {shorten(override)} cannot be read: {describe(error)}") from error
+    if hint == list[str] and isinstance(value, list):
+        return yaml.load(text, yaml.BaseLoader)  # [1e5, NO] are texts
+    # As text, a scalar still becomes the number or the name that the key turns out to be.
+    return text if hint is Any and not (value is None or isinstance(value, list | dict)) else value
 
 
-def _text_of(schema: type, key: str, value: str) -> str | None:
-    """Return the value of a string key unparsed, because YAML would misread `prompt=NO`; None for other keys."""
-    hint: Any = schema
-    for part in key.split("."):
-        fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-        if part not in fields:
-            return None
-        hint = fields[part]
-    optional = hint == (str | None)
-    if (hint is not str and not optional) or (optional and value == "null"):
-        return None
-    return _literal(value)
+def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
+    """Type and rules of a key; `Any` inside a mapping of any values, None for an unknown key."""
+    hint, rules = schema, None
+    for part in name.split("."):
+        if get_origin(hint) is dict:
+            hint, rules = get_args(hint)[1], None
+        elif dataclasses.is_dataclass(hint):
+            fields = {field.name: field for field in dataclasses.fields(hint)}
+            if part not in fields:
+                return None, None
+            hint, rules = get_type_hints(hint)[part], rules_of(fields[part])
+        elif hint is not Any:
+            return None, None
+    return hint, rules
 
 
 def _literal(value: Any) -> Any:
-    """Escape interpolations in all strings of a value."""
+    """Escape what OmegaConf would interpret in the strings of a value; `_restore` completes the way back."""
     if isinstance(value, dict):
         return {key: _literal(child) for key, child in value.items()}
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    if isinstance(value, list | tuple):
+        return [_literal(child) for child in value]
+    if not isinstance(value, str):
+        return value
+    # Backslashes before `${` escape each other.
+    return _LITERAL_MARK if value == _MARK else _INTERPOLATION.sub(lambda found: found[1] * 2 + r"\${", value)
+
+
+def _restore(value: Any) -> Any:
+    """Put the text `???` back where `_literal` marked it; dataclasses, dictionaries and lists are changed in place."""
+    if value == _LITERAL_MARK:
+        return _MARK
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, _restore(getattr(value, field.name)))
+    elif isinstance(value, dict):
+        value.update({key: _restore(child) for key, child in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_restore(child) for child in value]
+    return value
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
@@ -231,14 +299,17 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfig:
+def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: bool = True) -> DictConfig:
     _reject_replaced(OmegaConf.get_type(config), content, where)
     _reject_unknown(config, content, where, prefix="")
+    merged = _literal(content) if literal else content
     try:
-        return cast(DictConfig, OmegaConf.merge(config, content))
+        return cast(DictConfig, OmegaConf.merge(config, merged))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        key = getattr(error, "full_key", None) or _refused_key(config, content)
+        key = getattr(error, "full_key", None) or _refused_key(config, merged)
         reason = str(error).splitlines()[0]
+        if literal:
+            reason = reason.replace(_LITERAL_MARK, _MARK).replace(r"\${", "${")
         raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {reason[:200]}") from error
 
 
@@ -304,7 +375,7 @@ def _lookup(content: dict[str, Any], dotted: str) -> object:
 
 def _to_object(config: DictConfig) -> object:
     try:
-        return OmegaConf.to_object(config)
+        return _restore(OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", "?")
         raise UserError(
@@ -319,6 +390,11 @@ def to_yaml(config: object) -> str:
     """Return the configuration as YAML, with every key."""
     assert dataclasses.is_dataclass(config)
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_loadable_yaml(config: object) -> str:
+    """Return the configuration as YAML that `load_config` reads back literally."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

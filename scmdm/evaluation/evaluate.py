@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from torch import Tensor
 
 from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.shipped import is_shipped
 from scmdm.data.manifest import Manifest, check_dataset
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
@@ -25,10 +25,11 @@ from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate, load
 from scmdm.system.files import atomic_write_text, require_writable
+from scmdm.system.terminal import Terminal
 from scmdm.training.validation import validation_batches
 
 
-def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
+def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate the model at `path`, print the results and write them as JSON; returns them.
 
     Raises UserError before anything is computed if the data set does not belong to the model, if a key of `metrics`
@@ -40,7 +41,7 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
     domain = _load_reference(loaded, manifest, root, config)
-    out = Path(config.out) if config.out else _default_out(Path(path), loaded.spec.step, config)
+    out = Path(config.out) if config.out else _default_out(path, loaded.spec.step, config)
     require_writable(out)
     result: dict[str, Any] = {
         "model": str(path),
@@ -56,9 +57,9 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     if config.num:
         templates_NL = domain.templates(root, manifest, config.split, config.num)
         result["samples"] = _sample_quality(loaded, domain, templates_NL, config)
-    print_result(result, domain.metrics)
     atomic_write_text(out, json.dumps(result, indent=2) + "\n")
-    Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
+    print_result(result, domain.metrics)
+    Terminal().print(f"wrote {out}", soft_wrap=True)
     return result
 
 
@@ -174,10 +175,14 @@ def _load_reference(loaded: LoadedModel, manifest: Manifest, root: Path, config:
 
 
 def _default_out(path: Path, step: int, config: EvaluateConfig) -> Path:
-    """Output file whose name contains a hash of all keys that change the result."""
+    """Output file whose name contains a hash of all keys that change the result.
+
+    It is beside the model, but for a model that comes with scmdm in the working directory.
+    """
     sampler = config.sampler
     kind = "" if sampler.kind == "ancestral" else sampler.kind
     steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
     settings = json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}, sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    return path / "evaluations" / f"step{step}_{config.split}_{steps}_{digest}.json"
+    folder = Path("evaluations", *path.parts[-2:]) if is_shipped(path) else path / "evaluations"
+    return folder / f"step{step}_{config.split}_{steps}_{digest}.json"

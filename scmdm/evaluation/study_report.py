@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scmdm.data.tokenizers import load_tokenizer
@@ -31,6 +30,7 @@ from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, pr
 from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
+from scmdm.system.terminal import Terminal
 
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
 TextTable = tuple[list[str], list[list[str]]]  # header and rows
@@ -151,9 +151,9 @@ def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path:
 
 def print_summary(summary: StudySummary) -> None:
     """Print the tables and conclusions of a study."""
-    console = Console()
+    console = Terminal()
     width = None if console.is_terminal else 160
-    console = Console(width=width)
+    console = Terminal(width=width)
     tables = {summary.title: summary.quality, **summary.benchmarks, "Cost": summary.cost}
     for title, (header, rows) in tables.items():
         shown = Table(title=title)
@@ -167,7 +167,7 @@ def print_summary(summary: StudySummary) -> None:
             shown.add_row(*row)
         console.print(shown)
     for statement in summary.conclusions:
-        console.print(f"- {statement}", highlight=False)
+        console.print(f"- {statement}")
 
 
 def _study_curves(directory: Path, arms: Sequence[Json], path: Path) -> list[str]:

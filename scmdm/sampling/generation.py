@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from scmdm.models.model_files import LoadedModel, read_model
 from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.sampling.templates import make_model_template, require_prompt
+from scmdm.system.terminal import Terminal
 
 EACH_LABEL = "each"
 _CPU_BATCH, _GPU_BATCH = 64, 1024  # the first fits a core's cache, the second fills a GPU
@@ -78,7 +78,7 @@ def generate(
     batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
     masks = int((templates_PL == spec.mask_id).sum(1).max())
     per_batch = masks if settings.kind == "first_hitting" else settings.steps
-    bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
+    bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
     def stepped(observation: Observation) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config, to_yaml
@@ -27,6 +26,7 @@ from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
 from scmdm.study.study_plan import StudyModel, StudyPlan, settings_of_run
 from scmdm.system.files import atomic_write_bytes, atomic_write_text
+from scmdm.system.terminal import Terminal
 from scmdm.training.trainer import run_training
 
 _MAX_HELD_OUT = 4096  # held-out sequences that are kept for the report's figures
@@ -39,7 +39,7 @@ def run_study(config: StudyConfig) -> Path:
     possible.
     """
     started = time.perf_counter()
-    console = Console()
+    console = Terminal()
     config = config.selected()
     out = Path(config.out)
     prepare_config = load_config(PrepareConfig, Path(config.prepare))
@@ -68,7 +68,7 @@ def run_study(config: StudyConfig) -> Path:
     atomic_write_text(out / "study.json", json.dumps(study, indent=1) + "\n")
     print_summary(study_report(out, out / "report.html"))
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", soft_wrap=True)
     return out
 
 
