@@ -8,6 +8,7 @@ from scmdm.checkpoint.reader import list_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.errors import UserError
 from scmdm.system.run_directory import CHECKPOINTS
+from scmdm.system.terminal import say
 
 
 def list_all(run_directory: Path) -> None:
@@ -16,7 +17,7 @@ def list_all(run_directory: Path) -> None:
     if not found:
         raise UserError(f"{run_directory} has no checkpoints; give the directory of a run that has saved one")
     for path in found:
-        print(path.name, "; ".join(verify_checkpoint(path)) or "ok")
+        say(f"{path.name} {'; '.join(verify_checkpoint(path)) or 'ok'}")
 
 
 def verify(model: Path) -> None:
@@ -26,4 +27,4 @@ def verify(model: Path) -> None:
     if problems:
         raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")
     for path in found:
-        print(f"{path} has no problems")
+        say(f"{path} has no problems")

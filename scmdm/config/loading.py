@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scmdm.config.fields import Key, PathKind, replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
 from scmdm.config.shipped import explain_missing, locate
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
@@ -22,9 +22,12 @@ from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
 _LONGEST_CHAIN = 32  # files that extend one another
-_MARK = "???"  # OmegaConf's mark of a value that is not set, which cannot be escaped
-_LITERAL_MARK = "\ue000???\ue000"  # stands for a text `???` until OmegaConf is done
-_INTERPOLATION = re.compile(r"(\\*)\$\{")
+# OmegaConf reads `${` as an interpolation, which no escape reliably prevents, and `???` as a value that is not set.
+# In literal text a noncharacter and a letter stand for them until OmegaConf is done.
+_MARK = "\ufdd0"
+_MARKS = {"${": f"{_MARK}i", "???": f"{_MARK}u", _MARK: f"{_MARK}m"}
+_READ_BY_OMEGACONF = re.compile(rf"\$\{{|^\?\?\?$|{_MARK}")
+_MARKED = re.compile(f"{_MARK}[ium]")
 
 
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
@@ -44,8 +47,7 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
     """Apply `key=value` overrides to a configuration. Errors are those of `load_config`; they contain `where`."""
     assert dataclasses.is_dataclass(config)
-    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
-    return _merged(type(config), [("in the configuration", content)], overrides, where)
+    return _merged(type(config), [("in the configuration", dataclasses.asdict(config))], overrides, where)
 
 
 def _merged(
@@ -204,7 +206,7 @@ def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         content = _read_file(following)
         chain.append((following, content))
         parent = content.pop("extends", None)
-        if parent is not None and not isinstance(parent, str):
+        if parent is not None and not (isinstance(parent, str) and is_path(parent)):
             raise UserError(
                 f"extends={shorten(parent)} in {following} is not possible; it must be the name of one YAML file"
             )
@@ -266,21 +268,26 @@ def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
 
 
 def _literal(value: Any) -> Any:
-    """Escape what OmegaConf would interpret in the strings of a value; `_restore` completes the way back."""
+    """Mark what OmegaConf would interpret in the strings of a value."""
     if isinstance(value, dict):
         return {key: _literal(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [_literal(child) for child in value]
     if not isinstance(value, str):
         return value
-    # Backslashes before `${` escape each other.
-    return _LITERAL_MARK if value == _MARK else _INTERPOLATION.sub(lambda found: found[1] * 2 + r"\${", value)
+    return _READ_BY_OMEGACONF.sub(lambda found: _MARKS[found[0]], value)
+
+
+def _unmarked(text: str) -> str:
+    """The text that `_literal` marked."""
+    meant = {mark: text for text, mark in _MARKS.items()}
+    return _MARKED.sub(lambda found: meant[found[0]], text)
 
 
 def _restore(value: Any) -> Any:
-    """Put the text `???` back where `_literal` marked it; dataclasses, dictionaries and lists are changed in place."""
-    if value == _LITERAL_MARK:
-        return _MARK
+    """Undo `_literal` in all strings; dataclasses, dictionaries and lists are changed in place."""
+    if isinstance(value, str):
+        return _unmarked(value) if _MARK in value else value
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             setattr(value, field.name, _restore(getattr(value, field.name)))
@@ -308,9 +315,7 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: 
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         key = getattr(error, "full_key", None) or _refused_key(config, merged)
         reason = str(error).splitlines()[0]
-        if literal:
-            reason = reason.replace(_LITERAL_MARK, _MARK).replace(r"\${", "${")
-        raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {reason[:200]}") from error
+        raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {_unmarked(reason)[:200]}") from error
 
 
 def _refused_key(config: DictConfig, content: dict[str, Any]) -> str:
@@ -386,15 +391,13 @@ def _to_object(config: DictConfig) -> object:
         raise UserError(f"key `{key}` cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
-def to_yaml(config: object) -> str:
-    """Return the configuration as YAML, with every key."""
+def to_yaml(config: object, *, for_loading: bool = False) -> str:
+    """Return the configuration as YAML, with every key; `for_loading`, such that `load_config` takes text literally."""
     assert dataclasses.is_dataclass(config)
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def to_loadable_yaml(config: object) -> str:
-    """Return the configuration as YAML that `load_config` reads back literally."""
-    return OmegaConf.to_yaml(OmegaConf.create(_literal(OmegaConf.to_container(OmegaConf.structured(config)))))
+    assert not isinstance(config, type)
+    content = dataclasses.asdict(config)
+    text: str = yaml.safe_dump(_literal(content) if for_loading else content, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

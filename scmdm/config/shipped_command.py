@@ -8,6 +8,7 @@ from pathlib import Path
 from scmdm.config.shipped import FOLDER, explain_missing, shipped_names, shipped_root
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, atomic_write_bytes
+from scmdm.system.terminal import say
 
 
 def list_shipped() -> None:
@@ -15,8 +16,8 @@ def list_shipped() -> None:
     names = shipped_names()
     width = max(map(len, names))
     for name, path in names.items():
-        print(f"{name:<{width}}  {_description(path)}".rstrip())
-    print(f"They are in {shipped_root()}; `scmdm configs copy NAME` copies one to edit it.")
+        say(f"{name:<{width}}  {_description(path)}".rstrip())
+    say(f"They are in {shipped_root()}; `scmdm configs copy NAME` copies one to edit it.")
 
 
 def _description(path: Path) -> str:
@@ -41,7 +42,7 @@ def copy_shipped(names: list[str], *, to: Path) -> None:
             continue
         with atomic_directory(copy) as folder:
             shutil.copytree(path, folder, dirs_exist_ok=True)
-    print(f"copied {len(copies)} of {len(shipped_names())} to {to / FOLDER}")
+    say(f"copied {len(copies)} of {len(shipped_names())} to {to / FOLDER}")
 
 
 def _chosen(name: str) -> list[Path]:

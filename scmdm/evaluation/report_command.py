@@ -7,6 +7,7 @@ from pathlib import Path
 from scmdm.errors import UserError
 from scmdm.evaluation.run_report import run_report
 from scmdm.evaluation.study_report import print_summary, study_report
+from scmdm.system.terminal import say
 
 
 def write_report(directory: Path, *, out: Path | None) -> None:
@@ -18,4 +19,4 @@ def write_report(directory: Path, *, out: Path | None) -> None:
         run_report(directory, out)
     else:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
-    print(f"wrote {out}")
+    say(f"wrote {out}")

@@ -30,6 +30,11 @@ def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
+def say(text: object, *, end: str = "\n") -> None:
+    """Print text that may contain what others wrote, with control characters as escapes."""
+    print(printable(text, keep_lines=True), end=end)
+
+
 class Terminal(Console):
     """Rich console that prints strings literally: no markup, no emoji codes, no highlighting, no control characters.
 

@@ -22,6 +22,7 @@ from scmdm.integrations.demo.serialization import describe_model, describe_traje
 from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import load
+from scmdm.system.terminal import say
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -128,6 +129,6 @@ def run_demo(path: Path, base: Path | None, port: int) -> None:
     models = open_models(path, base)
     server = make_page_server(make_app(models), port)
     if len(models) == 1 and models[0].name == "adapted":
-        print("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
-    print(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}", flush=True)
+        say("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
+    say(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}")
     server.serve_forever()
