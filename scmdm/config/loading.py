@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
 _LONGEST_CHAIN = 32  # files that extend one another
+_MOST_TRIED = 500  # keys that are merged one by one to find the refused one
 # OmegaConf reads `${` as an interpolation, which no escape reliably prevents, and `???` as a value that is not set.
 # In literal text a noncharacter and a letter stand for them until OmegaConf is done.
 _MARK = "\ufdd0"
@@ -46,8 +48,8 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
     """Apply `key=value` overrides to a configuration. Errors are those of `load_config`; they contain `where`."""
-    assert dataclasses.is_dataclass(config)
-    return _merged(type(config), [("in the configuration", dataclasses.asdict(config))], overrides, where)
+    content = dataclasses.asdict(cast(Any, config))
+    return _merged(type(config), [("in the configuration", content)], overrides, where)
 
 
 def _merged(
@@ -321,7 +323,7 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: 
 def _refused_key(config: DictConfig, content: dict[str, Any]) -> str:
     """Return the first key of `content` that cannot be merged alone, for errors that do not name the key."""
     leaves = flatten(content)
-    for key, value in leaves.items():
+    for key, value in itertools.islice(leaves.items(), _MOST_TRIED):
         try:
             OmegaConf.merge(config, _nest(key, value))
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
