@@ -87,7 +87,7 @@ COMMANDS = (
                 int,
                 None,
                 at_least=1,
-                at_most=2**31,
+                at_most=2**20,
             ),
             argument(
                 "--vocab",
@@ -95,7 +95,7 @@ COMMANDS = (
                 int,
                 None,
                 at_least=2,
-                at_most=2**31,
+                at_most=2**24,
             ),
             argument(
                 "--efficiency",

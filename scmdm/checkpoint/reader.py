@@ -12,6 +12,7 @@ from pathlib import Path
 
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
+from scmdm.config.shipped import explain_missing
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
@@ -80,7 +81,7 @@ def find_model(path: Path) -> Path:
             raise UserError(f"{problems[0]}; use another checkpoint (see `scmdm checkpoint list RUN`)")
         return path
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
+        raise UserError(f"{explain_missing(path)}; give a run directory, a checkpoint or an exported model")
     checkpoint, skipped = newest_checkpoint(path / CHECKPOINTS)
     for line in skipped if checkpoint is not None else ():
         logger.warning("%s: %s", path, line)

@@ -218,7 +218,7 @@ def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"no configuration file {path}: {explain_missing(path)}")
+        raise UserError(f"{explain_missing(path)}; give a YAML file: `scmdm configs` lists those that come with scmdm")
     content = read_yaml(path)
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
@@ -371,12 +371,16 @@ def _unknown_key_message(config: DictConfig, key: str, value: object, where: str
     return f"unknown key `{prefix}{key}` (={shorten(value)}) {where}; {hint} (allowed: {allowed})"
 
 
-def _lookup(content: dict[str, Any], dotted: str) -> object:
-    value: Any = content
-    for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return value
-        value = value[part]
+def _lookup(content: Any, place: str) -> object:
+    """Value at a place such as `arms.a.overrides[0]`, or the innermost one above it."""
+    value = content
+    for part in re.findall(r"[^.\[\]]+", place):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            break
     return value
 
 

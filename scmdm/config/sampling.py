@@ -112,8 +112,8 @@ class SamplerConfig:
 class SampleConfig:
     """Keys of `scmdm sample`."""
 
-    num: int = key(16, help="samples, or samples per prompt", at_least=1, at_most=2**40)
-    length: int | None = key(None, help="tokens per sample; null: as in the training data", at_least=1, at_most=2**31)
+    num: int = key(16, help="samples, or samples per prompt", at_least=1, at_most=2**24)
+    length: int | None = key(None, help="tokens per sample; null: as in the training data", at_least=1, at_most=2**20)
     batch_size: int | None = batch_size_key()
     seed: int = seed_key()
     prompt: str | None = key(None, free_text=True, help="text that every sample begins with")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 FOLDER = "configs"
 _MODEL_FILE = "model.json"  # marks a directory as a model
-_SIMILAR = 3  # names in a message
+_SIMILAR, _SIMILARITY = 3, 0.7  # names in a message, and how similar they are
 
 
 def shipped_root() -> Path:
@@ -38,11 +38,11 @@ def is_shipped(path: Path) -> bool:
 
 
 def explain_missing(path: Path) -> str:
-    """Say where `path` was sought, and which shipped names are similar."""
-    near = difflib.get_close_matches(str(path), shipped_names(), n=_SIMILAR)
-    similar = f"; similar: {', '.join(near)}" if near else ""
-    places = f"here or in {shipped_root()}" if _name_below(path) is not None else "here"
-    return f"no such file {places}{similar} (`scmdm configs` lists what comes with scmdm)"
+    """Say that `path` does not exist, where it was sought, and which shipped names are similar."""
+    places = f", neither here nor in {shipped_root()}" if _name_below(path) is not None else ""
+    near = difflib.get_close_matches(str(path), shipped_names(), n=_SIMILAR, cutoff=_SIMILARITY)
+    similar = f" (similar: {', '.join(near)}; see `scmdm configs`)" if near else ""
+    return f"{path} does not exist{places}{similar}"
 
 
 def shipped_names() -> dict[str, Path]:

@@ -51,5 +51,5 @@ def _chosen(name: str) -> list[Path]:
     wanted = wanted if wanted.split("/")[0] == FOLDER else f"{FOLDER}/{wanted}"
     found = [path for known, path in shipped_names().items() if known == wanted or known.startswith(f"{wanted}/")]
     if not found:
-        raise UserError(f"{name}: {explain_missing(Path(wanted))}")
+        raise UserError(explain_missing(Path(wanted)))
     return found

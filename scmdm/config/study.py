@@ -60,7 +60,7 @@ class StudyConfig:
     steps: list[int] = key(
         factory=lambda: [8, 16, 32, 64], help="sampling steps T to compare at", at_least=1, at_most=2**31
     )
-    num: int = key(1024, help="samples per seed", at_least=1, at_most=2**40)
+    num: int = key(1024, help="samples per seed", at_least=1, at_most=2**24)
     nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     metrics: dict[str, Any] = key(

@@ -73,7 +73,13 @@ def build_loader(
     Raises:
         UserError: the data set is smaller than a batch, or a limited cache is in use.
     """
-    samples = sum(stream.manifest.split(split, stream.root).samples for stream in data.streams)
+    sizes = [stream.manifest.split(split, stream.root).samples for stream in data.streams]
+    samples, smallest = sum(sizes), min(sizes)
+    if num_canonical_nodes > smallest:
+        raise UserError(
+            f"data.num_canonical_nodes={num_canonical_nodes} is not possible; it must be at most {smallest}, the "
+            f"samples of the smallest data set's {split}"
+        )
     needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
     if drop_last and samples < needed:
         places = ", ".join(str(stream.root / split) for stream in data.streams)
