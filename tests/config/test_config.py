@@ -170,7 +170,7 @@ def test_streams_on_the_command_line():
 
 
 def test_files(tmp_path):
-    with pytest.raises(UserError, match="none.yaml"):
+    with pytest.raises(UserError, match=r"none\.yaml"):
         load_config(RunConfig, tmp_path / "none.yaml")
     for name, content, message in (
         ("bad.yaml", "a: [1, 2", r"bad\.yaml.* line 1"),
