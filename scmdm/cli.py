@@ -128,7 +128,13 @@ COMMANDS = (
         "moses",
         "Compute the MOSES metrics of a file of molecules, or of MOSES's own training or test set.",
         "domains.molecules.moses_table:run_moses",
-        (argument("source", "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds"),),
+        (
+            argument(
+                "source",
+                "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds",
+                path=PathKind.INPUT,
+            ),
+        ),
         "domains.molecules.config:MosesConfig",
     ),
     Command(

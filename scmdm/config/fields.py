@@ -25,7 +25,10 @@ _METADATA = "scmdm.key"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LONGEST_PATH, _LONGEST_NAME = 4_000, 255  # bytes that Linux allows, less room for names below a directory
-_PATH_WANTED = f"a path of UTF-8 without control characters, not empty, of at most {_LONGEST_PATH} bytes and {_LONGEST_NAME} in a name"
+_PATH_WANTED = (
+    f"a path in UTF-8 without control characters, not empty, of at most {_LONGEST_PATH} bytes and {_LONGEST_NAME} in "
+    "a name"
+)
 _LONGEST_VALUE = 120  # characters of a value in a message
 _WIDTH, _TEXT_COLUMN = 120, 47  # width of a line of `--help`, and column of its text
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
-from scmdm.config.shipped import explain_missing, locate
+from scmdm.config.shipped import explain_missing, locate, open_input
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
@@ -182,16 +182,16 @@ def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     return result
 
 
-def _locate_inputs(config: Any) -> None:
-    """Replace the names of shipped files by their places."""
+def _locate_inputs(config: Any, prefix: str = "") -> None:
+    """Replace the names of shipped files by their places. Raises UserError for what is no file or directory."""
     for field in dataclasses.fields(config):
-        value, rules = getattr(config, field.name), rules_of(field)
-        named = isinstance(value, str) and rules is not None and rules.path is PathKind.INPUT
-        if named and (found := locate(Path(value))) != Path(value):
-            setattr(config, field.name, str(found))
-        for section in value.values() if isinstance(value, dict) else (value,):
+        value, rules, name = getattr(config, field.name), rules_of(field), f"{prefix}{field.name}"
+        if isinstance(value, str) and rules is not None and rules.path is PathKind.INPUT:
+            found = open_input(name, Path(value))
+            setattr(config, field.name, value if found == Path(value) else str(found))
+        for part, section in value.items() if isinstance(value, dict) else ((None, value),):
             if dataclasses.is_dataclass(section):
-                _locate_inputs(section)
+                _locate_inputs(section, f"{name}." if part is None else f"{name}.{part}.")
 
 
 def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:

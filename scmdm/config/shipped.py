@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from scmdm.errors import UserError
 
 FOLDER = "configs"
 _MODEL_FILE = "model.json"  # marks a directory as a model
@@ -21,6 +24,21 @@ def shipped_root() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / FOLDER
     return installed if installed.is_dir() else package.parent / FOLDER
+
+
+def open_input(name: str, path: Path) -> Path:
+    """Locate an input, which must be a file or a directory if it exists: reading a FIFO or a device may never end.
+
+    `name` is that of the key or argument, for the error message.
+    """
+    found = locate(path)
+    try:
+        mode = found.stat().st_mode
+    except OSError:  # such as a file that does not exist, or a name that is no path; its reader says so
+        return found
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{name}={path} is not possible: it is neither a file nor a directory; save it as a file")
+    return found
 
 
 def locate(path: Path) -> Path:

@@ -2,11 +2,17 @@
 
 import importlib
 import inspect
+import os
 from pathlib import Path
 
 import pytest
 
 from scmdm.cli import COMMANDS, build_parser, main
+from scmdm.config.fields import PathKind
+from scmdm.config.loading import load_config
+from scmdm.config.run import RunConfig
+from scmdm.config.sampling import SampleConfig
+from scmdm.errors import UserError
 
 IDS = [command.name.replace(" ", "-") for command in COMMANDS]
 
@@ -77,6 +83,32 @@ def test_a_malformed_command_line_ends_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        pytest.param(command, option, id=f"{command.name} {option.name}")
+        for command in COMMANDS
+        for option in command.all_arguments()
+        if option.rules.path is PathKind.INPUT
+    ],
+)
+def test_an_input_that_never_ends_is_refused(command, option, tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        given = [str(path) if declared is option else "x" for declared in command.arguments]
+        assert main([*command.name.split(), *given, *([f"{option.name}={path}"] if option.is_option else [])]) == 1
+        error = capsys.readouterr().err
+        assert f"{option.name}={path}" in error and error.count("\n") == 1
+
+
+def test_a_key_that_names_an_input_that_never_ends_is_refused():
+    with pytest.raises(UserError, match=r"prompts=/dev/zero"):
+        load_config(SampleConfig, None, ["prompts=/dev/zero"])
+    with pytest.raises(UserError, match=r"streams\.a\.path=/dev/zero"):
+        keys = ["run_dir=r", "train.steps=9", "data.streams.a.path=/dev/zero", "data.streams.a.proportion=1"]
+        load_config(RunConfig, None, keys)
 
 
 def test_options_of_a_dataclass_are_its_values():
