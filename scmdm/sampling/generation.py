@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import torch
 from rich.progress import Progress
@@ -81,7 +82,11 @@ def generate(
     bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
+    ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
+
     def stepped(observation: Observation) -> None:
+        if ended.is_set():
+            raise CancelledError
         bar.advance(task)
         if on_step is not None:
             on_step(observation)
@@ -103,7 +108,10 @@ def generate(
     started = time.perf_counter()
     # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is unchanged.
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        drawn = list(pool.map(draw, batches))
+        try:
+            drawn = list(pool.map(draw, batches))
+        finally:
+            ended.set()
     return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
 
 

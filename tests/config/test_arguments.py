@@ -106,8 +106,8 @@ def test_an_input_that_never_ends_is_refused(command, option, tmp_path, capsys):
 def test_a_key_that_names_an_input_that_never_ends_is_refused():
     with pytest.raises(UserError, match=r"prompts=/dev/zero"):
         load_config(SampleConfig, None, ["prompts=/dev/zero"])
+    keys = ["run_dir=r", "train.steps=9", "data.streams.a.path=/dev/zero", "data.streams.a.proportion=1"]
     with pytest.raises(UserError, match=r"streams\.a\.path=/dev/zero"):
-        keys = ["run_dir=r", "train.steps=9", "data.streams.a.path=/dev/zero", "data.streams.a.proportion=1"]
         load_config(RunConfig, None, keys)
 
 
