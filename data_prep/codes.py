@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.preparation.source import GridSource
@@ -27,7 +27,7 @@ _ROWS = 1024  # rows read from the mapped file at a time
 class CodeSourceConfig(SourceConfig):
     """Keys of the source `codes`."""
 
-    path: str = key(MISSING, formerly=("path",), help=".npy file of integers, or a folder of them")
+    path: str = key(MISSING, path=PathKind.INPUT, formerly=("path",), help=".npy file of integers, or a folder of them")
     levels: int = key(MISSING, formerly=("levels",), help="size of the codebook", at_least=2, at_most=1 << 24)
 
 

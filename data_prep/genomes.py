@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from data_prep.debian_genomes import DEBIAN, DEFAULT_PACKAGE, download_genomes
 from data_prep.fasta import WHITE_SPACE, FastaSource, blocks
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.errors import UserError
@@ -33,6 +33,7 @@ class GenomeSourceConfig(SourceConfig):
 
     path: str | None = key(
         None,
+        path=PathKind.INPUT,
         formerly=("path",),
         help="FASTA file, or folder of FASTA; debian:PACKAGE: genomes of a Debian package; null: four bacteria",
     )
@@ -74,6 +75,7 @@ class GenomeSourceConfig(SourceConfig):
     )
     species_table: str | None = key(
         None,
+        path=PathKind.INPUT,
         formerly=("species_table",),
         help="file with the labels: lines of file name or sequence id, tab, species",
     )

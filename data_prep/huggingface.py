@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from data_prep.text import DocumentsConfig, DocumentSource
 from data_prep.text_formats import Document, document_of_row
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
@@ -29,7 +29,12 @@ _SPLITS = {"train": None, "validation": "validation", "test": "test"}  # split i
 class HuggingFaceSourceConfig(DocumentsConfig):
     """Keys of the source `huggingface`."""
 
-    path: str = key(MISSING, formerly=("path",), help="folder that save_to_disk wrote, or a name for load_dataset")
+    path: str = key(
+        MISSING,
+        path=PathKind.INPUT,
+        formerly=("path",),
+        help="folder that save_to_disk wrote, or a name for load_dataset",
+    )
     config: str | None = key(None, formerly=("hf_config",), help="name of the data set's configuration")
     split: str = key("train", formerly=("hf_split",), help="split to read; split_by=names reads all splits")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import GridSource
@@ -43,7 +43,7 @@ class ImageSourceConfig(SourceConfig):
 class Cifar10Config(ImageSourceConfig):
     """Keys of the source `cifar10`."""
 
-    path: str = key(MISSING, formerly=("path",), help="folder of CIFAR-10's binary version")
+    path: str = key(MISSING, path=PathKind.INPUT, formerly=("path",), help="folder of CIFAR-10's binary version")
 
 
 @dataclass
@@ -51,7 +51,10 @@ class ImageFolderConfig(ImageSourceConfig):
     """Keys of the source `images`."""
 
     path: str = key(
-        MISSING, formerly=("path",), help="folder of .png and .jpeg files, one sub-folder per class or none"
+        MISSING,
+        path=PathKind.INPUT,
+        formerly=("path",),
+        help="folder of .png and .jpeg files, one sub-folder per class or none",
     )
     image_size: int = key(
         MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1, at_most=2**16

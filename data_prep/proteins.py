@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from data_prep.fasta import WHITE_SPACE, FastaSource
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.tokenizers.symbol_tokenizer import AMINO_ACIDS
@@ -28,7 +28,9 @@ _TRANSLATION = bytes.maketrans(_CODES + _CODES.lower(), (_LETTERS + b"X" * 5) * 
 class ProteinSourceConfig(SourceConfig):
     """Keys of the source `proteins`."""
 
-    path: str = key(MISSING, help="FASTA file, or folder of .fa, .fasta and .faa files, gzipped or not")
+    path: str = key(
+        MISSING, path=PathKind.INPUT, help="FASTA file, or folder of .fa, .fasta and .faa files, gzipped or not"
+    )
     on_length: str = key(
         "windows",
         help="sequences of more than length - 2 amino acids are cut into windows (of one split), or dropped",

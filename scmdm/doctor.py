@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
 from scmdm.observability.environment import installed_version
 from scmdm.system.extras import EXTRAS, PURPOSES, missing_packages
+from scmdm.system.terminal import Terminal
 
 _BASE_PACKAGES = ("mosaicml-streaming", "deepspeed", "wandb", "transformers")
 _MIN_FREE_DISK, _MIN_FREE_SHARED_MEMORY = 2.0, 0.25  # GiB
@@ -33,11 +33,11 @@ class Finding:
 
 def print_findings(directory: Path) -> None:
     """Print all findings. Raises UserError if one of them is a problem."""
-    findings, console = examine(directory), Console()
+    findings, console = examine(directory), Terminal()
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
     for finding in findings:
-        console.print(f"[{colours[finding.level]}]{finding.level:<8}[/] {finding.subject:<20}", end="")
-        console.print(finding.text, markup=False, highlight=False)
+        console.print(f"{finding.level:<8}", style=colours[finding.level], end=" ")
+        console.print(f"{finding.subject:<20}{finding.text}")
     problems = [finding.subject for finding in findings if finding.level == "problem"]
     if problems:
         raise UserError(f"problems with {', '.join(problems)}: see above")

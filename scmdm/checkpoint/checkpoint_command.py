@@ -7,6 +7,7 @@ from pathlib import Path
 from scmdm.checkpoint.reader import checkpoints_of, list_checkpoints
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.errors import UserError
+from scmdm.system.terminal import say
 
 
 def list_all(run_directory: Path) -> None:
@@ -15,7 +16,7 @@ def list_all(run_directory: Path) -> None:
     if not found:
         raise UserError(f"{run_directory} has no checkpoints; give the directory of a run that has saved one")
     for path in found:
-        print(path.name, "; ".join(verify_checkpoint(path)) or "ok")
+        say(f"{path.name} {'; '.join(verify_checkpoint(path)) or 'ok'}")
 
 
 def verify(model: Path) -> None:
@@ -25,4 +26,4 @@ def verify(model: Path) -> None:
     if problems:
         raise UserError(f"{'; '.join(problems)}: restore the directory or use another checkpoint")
     for path in found:
-        print(f"{path} has no problems")
+        say(f"{path} has no problems")

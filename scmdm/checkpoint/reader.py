@@ -12,6 +12,7 @@ from pathlib import Path
 
 from scmdm.checkpoint.seal import find_problems
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
+from scmdm.config.shipped import explain_missing
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
@@ -95,7 +96,7 @@ def find_model(path: Path) -> Path:
         logger.warning("%s: %s", path, line)
     if checkpoint is None:
         if not os.path.lexists(path):
-            raise UserError(f"{path} does not exist; give a run directory, a checkpoint or an exported model")
+            raise UserError(f"{explain_missing(path)}; give a run directory, a checkpoint or an exported model")
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(
             f"{path} holds no undamaged checkpoint{reason}; give a run directory, a checkpoint or an export"

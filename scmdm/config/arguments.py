@@ -13,10 +13,12 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, NoReturn, TypeAlias, get_args, get_type_hints
 
-from scmdm.config.fields import Key, describe_keys, require, rules_of, section_of
+from scmdm.config.fields import Key, PathKind, describe_keys, require, rules_of, section_of
 from scmdm.config.loading import load_config
+from scmdm.config.shipped import open_input
+from scmdm.system.terminal import printable
 
 REQUIRED = object()  # default of an argument that must be given
 
@@ -46,11 +48,13 @@ class Argument:
         if self.kind is bool:
             parser.add_argument(self.name, action="store_true", help=self.rules.help)
             return
-        settings: dict[str, Any] = {"type": self.kind, "help": self.rules.help}
+        # An empty path would become the working directory before it is checked.
+        kind = str if self.kind is Path else self.kind
+        settings: dict[str, Any] = {"type": kind, "help": self.rules.help}
         if self.rules.choices:
             settings["choices"] = self.rules.choices
         if self.repeatable:
-            settings |= {"action": "append", "default": []}
+            settings |= {"default": []} | ({"action": "append"} if self.is_option else {"nargs": "*"})
         elif self.default is not REQUIRED:
             settings |= {"default": self.default} | ({} if self.is_option else {"nargs": "?"})
             settings["help"] += f" (default: {self.default})" if self.default is not None else ""
@@ -58,14 +62,23 @@ class Argument:
             settings["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(self.kind, "TEXT")
         parser.add_argument(self.name, **settings)
 
-    def check(self, value: Any) -> None:
-        """Raise UserError for a value out of bounds."""
-        require(value is None or self.rules.allows(value), self.name, value, self.rules.wanted())
+    def checked(self, value: Any) -> Any:
+        """Return the value, a path located. Raises UserError for a value out of bounds."""
+        for one in value if isinstance(value, list) else [value]:
+            given = str(one) if isinstance(one, Path) else one
+            require(one is None or self.rules.allows(given), self.name, one, self.rules.wanted(given))
+        if self.rules.path is PathKind.INPUT and value is not None:
+            value = open_input(self.name, Path(value)) if self.kind is Path else str(open_input(self.name, Path(value)))
+        return Path(value) if self.kind is Path and value is not None else value
 
 
-def argument(name: str, help: str, kind: type = str, default: Any = REQUIRED, **rules: Any) -> Argument:
-    """Declare an argument; `rules` are those of `scmdm.config.fields.Key`."""
-    return Argument(name, Key(help, **rules), kind, default)
+def argument(
+    name: str, help: str, kind: type = str, default: Any = REQUIRED, *, repeatable: bool = False, **rules: Any
+) -> Argument:
+    """Declare an argument; `rules` are those of `scmdm.config.fields.Key`. A path is an input unless they say so."""
+    if kind is Path:
+        rules = {"path": PathKind.INPUT, **rules}
+    return Argument(name, Key(help, **rules), kind, default, repeatable)
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Command:
     options: tuple[Argument, ...] = ()
     option_groups: dict[str, type] = field(default_factory=dict)  # dataclasses whose keys are options, by parameter
     overrides: bool = False  # accepts key=value without a schema
+    is_default: bool = False  # the action of its group when none is given; it has no arguments
 
     def all_arguments(self) -> Iterator[Argument]:
         """Yield positional arguments, options, and the options of groups."""
@@ -106,6 +120,9 @@ class _Parser(argparse.ArgumentParser):
             return text
         return f"{text}\nkeys, in the YAML file or as key=value:\n{describe_keys(self.command.load_schema())}\n"
 
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"scmdm: error: {printable(message)}; see `{self.prog} --help`\n")
+
 
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
@@ -121,7 +138,9 @@ def make_parser(program: str, commands: Sequence[Command], description: str, epi
         if group and group not in groups:
             names = ", ".join(other.name for other in commands if other.name.startswith(f"{group} "))
             subparser = top.add_parser(group, help=f"Group of commands: {names}.")
-            groups[group] = subparser.add_subparsers(required=True, metavar="ACTION")
+            default = next((one for one in commands if one.is_default and one.name.startswith(f"{group} ")), None)
+            subparser.set_defaults(command=default)
+            groups[group] = subparser.add_subparsers(required=default is None, metavar="ACTION")
         _add(groups[group] if group else top, name, command)
     return parser
 
@@ -145,7 +164,7 @@ def run_command(options: argparse.Namespace) -> None:
     values = dict(vars(options))
     command: Command = values.pop("command")
     for declared in command.all_arguments():
-        declared.check(values[declared.attribute])
+        values[declared.attribute] = declared.checked(values[declared.attribute])
     positional = [values.pop(declared.attribute) for declared in command.arguments]
     if command.schema is not None:
         values, positional = _with_config(command, values, positional)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
-from scmdm.config.fields import key, require
+from scmdm.config.fields import key
 
 LARGEST_SEED = 2**62
 
@@ -52,12 +51,3 @@ def batch_size_key() -> Any:
         at_least=1,
         at_most=2**31,
     )
-
-
-def require_path(name: str, path: str | None) -> None:
-    """Raise UserError unless `path`, the value of the key `name`, is None or can be the path of a directory.
-
-    An empty one would be the working directory; control characters do not survive scripts and terminals.
-    """
-    possible = path is None or (path.strip() != "" and not any(unicodedata.category(c) in ("Cc", "Cs") for c in path))
-    require(possible, name, path, "the path of a directory, without control characters")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scmdm.config.common import weights_key
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.layouts import LAYOUTS
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
@@ -21,7 +21,9 @@ class ImportConfig:
         choices=("auto", *LAYOUTS.names),
     )
     tokenizer: str | None = key(
-        None, help="tokenizer.json, folder of a transformers tokenizer, or a tokenizer file of scmdm"
+        None,
+        path=PathKind.INPUT,
+        help="tokenizer.json, folder of a transformers tokenizer, or a tokenizer file of scmdm",
     )
     weights: str = weights_key()
     length: int | None = key(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from scmdm.config.common import require_path
-from scmdm.config.fields import key, require
+from scmdm.config.fields import PathKind, key, require
 from scmdm.errors import UserError
 
 _SIZE = re.compile(r"\d+(\.\d+)?(b|kb|mb|gb|tb)?")
@@ -18,7 +17,7 @@ _SIZE = re.compile(r"\d+(\.\d+)?(b|kb|mb|gb|tb)?")
 class StreamConfig:
     """One of several data sets that are mixed."""
 
-    path: str = key(MISSING, help="data set written by `scmdm prepare`", on_resume=True)
+    path: str = key(MISSING, path=PathKind.INPUT, help="data set written by `scmdm prepare`", on_resume=True)
     proportion: float = key(
         MISSING, help="share of an epoch's samples, relative to the sum over all streams", above=0, at_most=1e9
     )
@@ -32,7 +31,7 @@ class DataConfig:
     Paths may change when a run is resumed: the data set's fingerprint is checked instead.
     """
 
-    path: str | None = key(None, help="data set written by `scmdm prepare`", on_resume=True)
+    path: str | None = key(None, path=PathKind.INPUT, help="data set written by `scmdm prepare`", on_resume=True)
     remote: str | None = key(
         None, help="s3://bucket/prefix of the data set; path is then its local cache", on_resume=True
     )
@@ -65,9 +64,6 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UserError unless exactly one of `path` and `streams` is given."""
-        paths = {"data.path": self.path} | {f"data.streams.{name}.path": s.path for name, s in self.streams.items()}
-        for name, path in paths.items():
-            require_path(name, path)
         if self.path is None and not self.streams:
             raise UserError(
                 "key `data.path` is not set; give it in the YAML file or as data.path=..., or several data sets as "

@@ -17,7 +17,7 @@ from scmdm.config.common import (
     threads_key,
     weights_key,
 )
-from scmdm.config.fields import key, require
+from scmdm.config.fields import PathKind, key, require
 from scmdm.config.loading import read_config
 from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.config.sampling import SamplerConfig
@@ -29,7 +29,7 @@ MOVED_METRIC_KEYS = {name: f"write `metrics.{name}`" for name in ("fcd", "moses"
 class ZeroShotConfig:
     """Texts that a model was not trained on, with the keys of the `text` source of `scmdm prepare`."""
 
-    path: str = fields.key(MISSING, help="file or folder")
+    path: str = fields.key(MISSING, path=PathKind.INPUT, help="file or folder")
     key: str = fields.key("text", help="key or column of the text")
     unit: str = fields.key("documents", help="records to split files into", choices=TEXT_UNITS)
     detokenize: str = fields.key("none", help="corpus whose tokenized spacing is undone", choices=TEXT_DETOKENIZERS)
@@ -41,13 +41,13 @@ class EvaluateConfig:
 
     removed_keys: ClassVar[dict[str, str]] = MOVED_METRIC_KEYS
 
-    data: str | None = key(None, help="data set; null: the one that the model was trained on")
+    data: str | None = key(None, path=PathKind.INPUT, help="data set; null: the one that the model was trained on")
     domain: str = key("auto", help="domain whose metrics are computed; auto: that of the data set")
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
     nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
     t_min: float = key(1e-4, help="smallest time of the NELBO", above=0, below=0.5)
-    num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**40)
+    num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**24)
     seeds: list[int] = key(
         factory=lambda: [0], help="seeds; several give confidence intervals", at_least=0, at_most=LARGEST_SEED
     )
@@ -63,6 +63,7 @@ class EvaluateConfig:
     )
     out: str | None = key(
         None,
+        path=PathKind.OUTPUT,
         help="JSON file; null: in evaluations/ of the run, or in evaluations/MODEL here for a model without a run",
     )
     weights: str = weights_key()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,22 @@ from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
 _METADATA = "scmdm.key"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONGEST_PATH, _LONGEST_NAME = 4_000, 255  # bytes that Linux allows, less room for names below a directory
+_PATH_WANTED = (
+    f"a path in UTF-8 without control characters, not empty, of at most {_LONGEST_PATH} bytes and {_LONGEST_NAME} in "
+    "a name"
+)
 _LONGEST_VALUE = 120  # characters of a value in a message
 _WIDTH, _TEXT_COLUMN = 120, 47  # width of a line of `--help`, and column of its text
+
+
+class PathKind(Enum):
+    """Whether a path is read or written. Inputs may be named as `configs/...`, see `scmdm.config.shipped`."""
+
+    INPUT = "input"
+    OUTPUT = "output"
 
 
 class OnAdapt(Enum):
@@ -51,13 +66,17 @@ class Key:
     on_adapt: OnAdapt = OnAdapt.FROM_BASE
     registry: Registry | None = None  # for a section: classes by the name that the key `selector` holds
     selector: str = "name"
+    path: PathKind | None = None  # the text is the path of a file or directory
+    free_text: bool = False  # on the command line, `null` is a text as well
     keys_of: str = ""  # of a mapping: the registry, as `module:NAME`, whose classes declare its keys
     formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
 
-    def wanted(self) -> str:
-        """Describe the allowed values, as in `between 0 and 1` or `above 0`."""
+    def wanted(self, value: object = None) -> str:
+        """Describe the allowed values, as in `between 0 and 1` or `above 0`; `value` is one that is not allowed."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if isinstance(value, str):
+            return _PATH_WANTED if self.path is not None else "text of valid characters, without NUL"
         if self.at_least is not None and self.at_most is not None:
             return f"between {_number(self.at_least)} and {_number(self.at_most)}"
         bounds = (
@@ -75,6 +94,8 @@ class Key:
             return all(not isinstance(element, list | tuple | dict) and self.allows(element) for element in value)
         if self.choices:
             return value in self.choices
+        if isinstance(value, str):
+            return is_path(value) if self.path is not None else is_text(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
@@ -84,6 +105,22 @@ class Key:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+
+def is_text(value: str) -> bool:
+    """Return whether text can be written to a file and given to the system: no NUL, no half of a surrogate pair."""
+    return "\0" not in value and not _SURROGATE.search(value)
+
+
+def is_path(value: str) -> bool:
+    """Return whether text can be the path of a file or directory."""
+    return (
+        bool(value.strip())
+        and is_text(value)
+        and not _CONTROL.search(value)
+        and len(value.encode()) <= _LONGEST_PATH
+        and all(len(name.encode()) <= _LONGEST_NAME for name in value.split("/"))
+    )
 
 
 def _number(bound: float) -> str:
@@ -108,6 +145,8 @@ def key(
     on_adapt: OnAdapt = OnAdapt.FROM_BASE,
     registry: Registry | None = None,
     selector: str = "name",
+    path: PathKind | None = None,
+    free_text: bool = False,
     keys_of: str = "",
     formerly: Sequence[str] = (),
 ) -> Any:
@@ -129,6 +168,8 @@ def key(
         on_adapt,
         registry=registry,
         selector=selector,
+        path=path,
+        free_text=free_text,
         keys_of=keys_of,
         formerly=tuple(formerly),
     )
@@ -217,7 +258,7 @@ def shorten(value: object) -> str:
 def validate_keys(config: object, prefix: str = "") -> None:
     """Raise UserError for the first key whose value its rules do not allow."""
     for name, rules, value in walk_keys(config, prefix):
-        require(value is None or rules.allows(value), name, value, rules.wanted())
+        require(value is None or rules.allows(value), name, value, rules.wanted(value))
 
 
 def describe_keys(schema: type, prefix: str = "") -> str:

@@ -5,47 +5,61 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from scmdm.config.fields import replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.shipped import explain_missing, locate, open_input
 from scmdm.errors import UserError
-from scmdm.system.untrusted import read_yaml
+from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
 Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
+_LONGEST_CHAIN = 32  # files that extend one another
+_MOST_TRIED = 500  # keys that are merged one by one to find the refused one
+# OmegaConf reads `${` as an interpolation, which no escape reliably prevents, and `???` as a value that is not set.
+# In literal text a noncharacter and a letter stand for them until OmegaConf is done.
+_MARK = "\ufdd0"
+_MARKS = {"${": f"{_MARK}i", "???": f"{_MARK}u", _MARK: f"{_MARK}m"}
+_READ_BY_OMEGACONF = re.compile(rf"\$\{{|^\?\?\?$|{_MARK}")
+_MARKED = re.compile(f"{_MARK}[ium]")
 
 
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
     """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
-    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win.
+    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win. OmegaConf resolves
+    `${...}` in these files; everywhere else, also on the command line, text is literal.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
     wrong type or out of bounds, a renamed key, or a mandatory key that is not set. If `schema` has a method
     `validate`, it is called last and may raise UserError for impossible combinations.
     """
     layers = [(f"in {file}", content) for file, content in _read_chain(path)] if path is not None else []
-    return _merged(schema, layers, overrides, "on the command line")
+    return _merged(schema, layers, overrides, "on the command line", literal=False)
 
 
 def with_overrides(config: Schema, overrides: Sequence[str], where: str) -> Schema:
     """Apply `key=value` overrides to a configuration. Errors are those of `load_config`; they contain `where`."""
-    assert dataclasses.is_dataclass(config)
-    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
-    return _merged(type(config), [("in the configuration", _literal(content))], overrides, where)
+    content = dataclasses.asdict(cast(Any, config))
+    return _merged(type(config), [("in the configuration", content)], overrides, where)
 
 
-def _merged(schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str) -> Schema:
+def _merged(
+    schema: type[Schema], layers: list[tuple[str, Any]], overrides: Sequence[str], where: str, *, literal: bool = True
+) -> Schema:
+    """Merge layers and overrides; unless `literal`, OmegaConf interpolates the strings of the layers."""
     declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
     config = OmegaConf.structured(schema)
     for place, content in _drop_deselected_keys(declared, schema, layers):
-        config = _merge(config, content, place)
+        config = _merge(config, content, place, literal=literal)
     for override in overrides:
         config = _merge(config, _parse_override(override, schema), where)
     return _checked(schema, config)
@@ -154,34 +168,57 @@ def read_config(schema: type[Schema], content: dict[str, Any], where: str) -> Sc
 
     Errors name the origin of the keys, `where`, as in "in the request". Strings are literal, without interpolation.
     """
-    return _merged(schema, [(where, _literal(content))], (), where)
+    return _merged(schema, [(where, content)], (), where)
 
 
 def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     result = _to_object(config)
     assert isinstance(result, schema)
     validate_keys(result)
+    _locate_inputs(result)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()
     return result
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` forms a cycle; remove one of the `extends` lines")
-    content = _read_yaml(path)
-    parent = content.pop("extends", None)
-    if parent is None:
-        return [(path, content)]
-    if not isinstance(parent, str):
-        raise UserError(f"extends={parent!r} in {path} is not possible; it must be the name of one YAML file")
-    return [*_read_chain(path.parent / parent, (*seen, path.resolve())), (path, content)]
+def _locate_inputs(config: Any, prefix: str = "") -> None:
+    """Replace the names of shipped files by their places. Raises UserError for what is no file or directory."""
+    for field in dataclasses.fields(config):
+        value, rules, name = getattr(config, field.name), rules_of(field), f"{prefix}{field.name}"
+        if isinstance(value, str) and rules is not None and rules.path is PathKind.INPUT:
+            found = open_input(name, Path(value))
+            setattr(config, field.name, value if found == Path(value) else str(found))
+        for part, section in value.items() if isinstance(value, dict) else ((None, value),):
+            if dataclasses.is_dataclass(section):
+                _locate_inputs(section, f"{name}." if part is None else f"{name}.{part}.")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the file and those that it extends, with their contents, the farthest parent first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: set[Path] = set()
+    following: Path | None = locate(path)
+    while following is not None:
+        if following.resolve() in seen:
+            raise UserError(f"{following}: `extends` forms a cycle; remove one of the `extends` lines")
+        if len(chain) == _LONGEST_CHAIN:
+            raise UserError(f"{path}: `extends` leads through more than {_LONGEST_CHAIN} files; merge some of them")
+        seen.add(following.resolve())
+        content = _read_file(following)
+        chain.append((following, content))
+        parent = content.pop("extends", None)
+        if parent is not None and not (isinstance(parent, str) and is_path(parent)):
+            raise UserError(
+                f"extends={shorten(parent)} in {following} is not possible; it must be the name of one YAML file"
+            )
+        following = None if parent is None else following.parent / parent
+    return chain[::-1]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"no configuration file {path}; give the path of a YAML file, such as configs/qm9/base.yaml")
+        raise UserError(f"{explain_missing(path)}; give a YAML file: `scmdm configs` lists those that come with scmdm")
     content = read_yaml(path)
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected `key: value` lines")
@@ -189,38 +226,78 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(override: str, schema: type) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
         raise UserError(f"override {override!r} is not of the form key=value, as in optimizer.lr=3e-4")
-    text = _text_of(schema, key, value)
-    if text is not None:
-        return _nest(key, text)
+    return _nest(name, _parse_value(override, text, *_declaration(schema, name)))
+
+
+def _parse_value(override: str, text: str, hint: Any, rules: Key | None) -> Any:
+    """Value of an override: the text as it stands for a text key, otherwise parsed as YAML.
+
+    `null` unsets a key that may be unset, except free text.
+    """
+    if hint is str:
+        return text
+    if hint == (str | None):
+        return None if text == "null" and not (rules is not None and rules.free_text) else text
     try:
-        nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:  # IndexError: a key such as "["
-        raise UserError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
-    return cast(dict[str, Any], nested)
+        value = parse_yaml(text)
+    except Exception as error:
+        if hint is Any:  # a key of a mapping such as `metrics`, whose types are checked later
+            return text
+        raise UserError(f"override {shorten(override)} cannot be read: {describe(error)}") from error
+    if hint == list[str] and isinstance(value, list):
+        return yaml.load(text, yaml.BaseLoader)  # [1e5, NO] are texts
+    # As text, a scalar still becomes the number or the name that the key turns out to be.
+    return text if hint is Any and not (value is None or isinstance(value, list | dict)) else value
 
 
-def _text_of(schema: type, key: str, value: str) -> str | None:
-    """Return the value of a string key unparsed, because YAML would misread `prompt=NO`; None for other keys."""
-    hint: Any = schema
-    for part in key.split("."):
-        fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-        if part not in fields:
-            return None
-        hint = fields[part]
-    optional = hint == (str | None)
-    if (hint is not str and not optional) or (optional and value == "null"):
-        return None
-    return _literal(value)
+def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
+    """Type and rules of a key; `Any` inside a mapping of any values, None for an unknown key."""
+    hint, rules = schema, None
+    for part in name.split("."):
+        if get_origin(hint) is dict:
+            hint, rules = get_args(hint)[1], None
+        elif dataclasses.is_dataclass(hint):
+            fields = {field.name: field for field in dataclasses.fields(hint)}
+            if part not in fields:
+                return None, None
+            hint, rules = get_type_hints(hint)[part], rules_of(fields[part])
+        elif hint is not Any:
+            return None, None
+    return hint, rules
 
 
 def _literal(value: Any) -> Any:
-    """Escape interpolations in all strings of a value."""
+    """Mark what OmegaConf would interpret in the strings of a value."""
     if isinstance(value, dict):
         return {key: _literal(child) for key, child in value.items()}
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    if isinstance(value, list | tuple):
+        return [_literal(child) for child in value]
+    if not isinstance(value, str):
+        return value
+    return _READ_BY_OMEGACONF.sub(lambda found: _MARKS[found[0]], value)
+
+
+def _unmarked(text: str) -> str:
+    """The text that `_literal` marked."""
+    meant = {mark: text for text, mark in _MARKS.items()}
+    return _MARKED.sub(lambda found: meant[found[0]], text)
+
+
+def _restore(value: Any) -> Any:
+    """Undo `_literal` in all strings; dataclasses, dictionaries and lists are changed in place."""
+    if isinstance(value, str):
+        return _unmarked(value) if _MARK in value else value
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, _restore(getattr(value, field.name)))
+    elif isinstance(value, dict):
+        value.update({key: _restore(child) for key, child in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_restore(child) for child in value]
+    return value
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
@@ -231,21 +308,22 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _merge(config: DictConfig, content: dict[str, Any], where: str) -> DictConfig:
+def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: bool = True) -> DictConfig:
     _reject_replaced(OmegaConf.get_type(config), content, where)
     _reject_unknown(config, content, where, prefix="")
+    merged = _literal(content) if literal else content
     try:
-        return cast(DictConfig, OmegaConf.merge(config, content))
+        return cast(DictConfig, OmegaConf.merge(config, merged))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        key = getattr(error, "full_key", None) or _refused_key(config, content)
+        key = getattr(error, "full_key", None) or _refused_key(config, merged)
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {reason[:200]}") from error
+        raise UserError(f"{key}={shorten(_lookup(content, key))} {where}: {_unmarked(reason)[:200]}") from error
 
 
 def _refused_key(config: DictConfig, content: dict[str, Any]) -> str:
     """Return the first key of `content` that cannot be merged alone, for errors that do not name the key."""
     leaves = flatten(content)
-    for key, value in leaves.items():
+    for key, value in itertools.islice(leaves.items(), _MOST_TRIED):
         try:
             OmegaConf.merge(config, _nest(key, value))
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
@@ -293,18 +371,22 @@ def _unknown_key_message(config: DictConfig, key: str, value: object, where: str
     return f"unknown key `{prefix}{key}` (={shorten(value)}) {where}; {hint} (allowed: {allowed})"
 
 
-def _lookup(content: dict[str, Any], dotted: str) -> object:
-    value: Any = content
-    for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return value
-        value = value[part]
+def _lookup(content: Any, place: str) -> object:
+    """Value at a place such as `arms.a.overrides[0]`, or the innermost one above it."""
+    value = content
+    for part in re.findall(r"[^.\[\]]+", place):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            break
     return value
 
 
 def _to_object(config: DictConfig) -> object:
     try:
-        return OmegaConf.to_object(config)
+        return _restore(OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", "?")
         raise UserError(
@@ -315,10 +397,13 @@ def _to_object(config: DictConfig) -> object:
         raise UserError(f"key `{key}` cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
-def to_yaml(config: object) -> str:
-    """Return the configuration as YAML, with every key."""
+def to_yaml(config: object, *, for_loading: bool = False) -> str:
+    """Return the configuration as YAML, with every key; `for_loading`, such that `load_config` takes text literally."""
     assert dataclasses.is_dataclass(config)
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    assert not isinstance(config, type)
+    content = dataclasses.asdict(config)
+    text: str = yaml.safe_dump(_literal(content) if for_loading else content, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

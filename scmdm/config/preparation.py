@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
@@ -96,7 +96,7 @@ class TokenizerConfig(SectionConfig):
 class PrepareConfig:
     """Configuration of `scmdm prepare`, which converts a corpus to a data set of token sequences."""
 
-    out: str = key(MISSING, help="directory of the data set; it is created")
+    out: str = key(MISSING, path=PathKind.OUTPUT, help="directory of the data set; it is created")
     source: SourceConfig = key(MISSING, help="corpus", registry=SOURCES)
     tokenizer: TokenizerConfig = key(MISSING, help="tokenizer", registry=TOKENIZERS)
     length: int = key(

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.common import device_key, precision_key, require_path, seed_key, threads_key
+from scmdm.config.common import device_key, precision_key, seed_key, threads_key
 from scmdm.config.data import DataConfig
 from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
 from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
-from scmdm.config.fields import key, require
+from scmdm.config.fields import PathKind, key, require
 from scmdm.config.model import DENOISERS, ModelConfig, default_model
 from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig, TrainConfig, WandbConfig
 from scmdm.errors import UserError
@@ -26,8 +26,10 @@ class RunConfig:
         "model.estimate_rank": "leave it out; the top-k estimate needs no preview",
     }
 
-    run_dir: str = key(MISSING, help="directory of checkpoints, metrics and logs", on_resume=True)
-    base: str | None = key(None, help="adapt: run, checkpoint or exported model to start from", on_resume=True)
+    run_dir: str = key(MISSING, path=PathKind.OUTPUT, help="directory of checkpoints, metrics and logs", on_resume=True)
+    base: str | None = key(
+        None, path=PathKind.INPUT, help="adapt: run, checkpoint or exported model to start from", on_resume=True
+    )
     any_length: bool = key(False, help="adapt: allow samples of another length than the base's")
     seed: int = seed_key()
     device: str = device_key(on_resume=True)
@@ -55,8 +57,6 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work. Single values are checked on loading."""
-        for name, path in (("run_dir", self.run_dir), ("base", self.base)):
-            require_path(name, path)
         self.data.validate()
         self._validate_model()
         self._validate_training()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from scmdm.config.common import batch_size_key, device_key, precision_key, seed_key, threads_key, weights_key
-from scmdm.config.fields import key, require
+from scmdm.config.fields import PathKind, key, require
 from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.errors import UserError
 
@@ -112,15 +112,18 @@ class SamplerConfig:
 class SampleConfig:
     """Keys of `scmdm sample`."""
 
-    num: int = key(16, help="samples, or samples per prompt", at_least=1, at_most=2**40)
-    length: int | None = key(None, help="tokens per sample; null: as in the training data", at_least=1, at_most=2**31)
+    num: int = key(16, help="samples, or samples per prompt", at_least=1, at_most=2**24)
+    length: int | None = key(None, help="tokens per sample; null: as in the training data", at_least=1, at_most=2**20)
     batch_size: int | None = batch_size_key()
     seed: int = seed_key()
-    prompt: str | None = key(None, help="text that every sample begins with")
-    prompts: str | None = key(None, help='file with one prompt per line, or .jsonl with one {"prompt": TEXT} per line')
-    infill: str | None = key(None, help="text with [MASK] in place of each token to fill in")
+    prompt: str | None = key(None, free_text=True, help="text that every sample begins with")
+    prompts: str | None = key(
+        None, path=PathKind.INPUT, help='file with one prompt per line, or .jsonl with one {"prompt": TEXT} per line'
+    )
+    infill: str | None = key(None, free_text=True, help="text with [MASK] in place of each token to fill in")
     out: str | None = key(
         None,
+        path=PathKind.OUTPUT,
         help=f"file to write, its format by its suffix ({', '.join(SAMPLE_FORMATS)}); null: print the texts",
     )
     weights: str = weights_key()
@@ -144,8 +147,8 @@ class DenoiseConfig:
     """A request of the demo's page: one sample, step by step."""
 
     seed: int = seed_key()
-    prompt: str | None = key(None, help="text that the sample begins with")
-    infill: str | None = key(None, help="text with [MASK] in place of each token to fill in")
+    prompt: str | None = key(None, free_text=True, help="text that the sample begins with")
+    infill: str | None = key(None, free_text=True, help="text with [MASK] in place of each token to fill in")
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self) -> None:

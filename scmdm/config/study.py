@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from scmdm.config.common import LARGEST_SEED
 from scmdm.config.evaluation import MOVED_METRIC_KEYS, require_distinct
-from scmdm.config.fields import key, require
+from scmdm.config.fields import PathKind, key, require
 from scmdm.config.loading import with_overrides
 from scmdm.config.sampling import SamplerConfig
 from scmdm.errors import UserError
@@ -40,12 +40,14 @@ class StudyConfig:
     removed_keys: ClassVar[dict[str, str]] = MOVED_METRIC_KEYS
 
     title: str = key(MISSING, help="title of the report")
-    out: str = key(MISSING, help="study directory")
-    prepare: str = key(MISSING, help="YAML file of `scmdm prepare`")
-    base: str = key(MISSING, help="model that the arms adapt; with from_scratch, the run directory to make")
-    base_config: str = key(MISSING, help="YAML file of `scmdm train` that made the base")
+    out: str = key(MISSING, path=PathKind.OUTPUT, help="study directory")
+    prepare: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm prepare`")
+    base: str = key(
+        MISSING, path=PathKind.INPUT, help="model that the arms adapt; with from_scratch, the run directory to make"
+    )
+    base_config: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm train` that made the base")
     from_scratch: bool = key(False, help="train the base first")
-    adapt_config: str = key(MISSING, help="YAML file of `scmdm adapt`, common to all arms")
+    adapt_config: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm adapt`, common to all arms")
     arms: dict[str, ArmConfig] = key(factory=dict, help="NAME: {label, overrides, ...} of each compared model")
     only: list[str] = key(factory=list, help="names of the arms to run; empty: all")
     reference: str | None = key(
@@ -58,7 +60,7 @@ class StudyConfig:
     steps: list[int] = key(
         factory=lambda: [8, 16, 32, 64], help="sampling steps T to compare at", at_least=1, at_most=2**31
     )
-    num: int = key(1024, help="samples per seed", at_least=1, at_most=2**40)
+    num: int = key(1024, help="samples per seed", at_least=1, at_most=2**24)
     nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     metrics: dict[str, Any] = key(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from scmdm.checkpoint.seal import sha256_of_model
@@ -28,10 +27,11 @@ from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate, load
 from scmdm.system.files import atomic_write_text, json_text, require_writable
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
+from scmdm.system.terminal import Terminal
 from scmdm.training.validation import validation_batches
 
 
-def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
+def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate the model at `path`, print the results and write them as JSON; returns them.
 
     Raises UserError before anything is computed if the data set does not belong to the model, if a key of `metrics`
@@ -59,9 +59,9 @@ def run_evaluation(path: str, config: EvaluateConfig) -> dict[str, Any]:
     if config.num:
         templates_NL = domain.templates(root, manifest, config.split, config.num)
         result["samples"] = _sample_quality(loaded, domain, templates_NL, config)
-    print_result(result, domain.metrics)
     atomic_write_text(out, json_text(result, indent=2))
-    Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
+    print_result(result, domain.metrics)
+    Terminal().print(f"wrote {out}", soft_wrap=True)
     return result
 
 

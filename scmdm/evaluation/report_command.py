@@ -10,6 +10,7 @@ from scmdm.evaluation.study_record import STUDY_FILE
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.system.files import require_writable
 from scmdm.system.run_directory import run_of
+from scmdm.system.terminal import say
 
 
 def write_report(directory: Path, *, out: Path | None) -> None:
@@ -23,4 +24,4 @@ def write_report(directory: Path, *, out: Path | None) -> None:
         run_report(run, out)
     else:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
-    print(f"wrote {out}")
+    say(f"wrote {out}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scmdm.domains.interface import Metric
 from scmdm.evaluation.statistics import mean_interval
+from scmdm.system.terminal import Terminal
 
 
 def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
@@ -34,7 +34,7 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
             table.add_row("precision of the Gumbel noise", result["config"]["sampler"]["gumbel"])
         table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}")
         table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _add_likelihoods(table: Table, result: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scmdm.data.tokenizers import load_tokenizer
@@ -32,6 +31,7 @@ from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
 from scmdm.system.run_directory import METRICS_FILE
+from scmdm.system.terminal import Terminal
 from scmdm.system.untrusted import reading
 
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
@@ -163,9 +163,9 @@ def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path:
 
 def print_summary(summary: StudySummary) -> None:
     """Print the tables and conclusions of a study."""
-    console = Console()
+    console = Terminal()
     width = None if console.is_terminal else 160
-    console = Console(width=width)
+    console = Terminal(width=width)
     tables = {summary.title: summary.quality, **summary.benchmarks, "Cost": summary.cost}
     for title, (header, rows) in tables.items():
         shown = Table(title=title)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from scmdm.config.loading import load_config, to_yaml
+from scmdm.config.loading import load_config, replace_sections, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
+from scmdm.config.shipped import is_shipped
 from scmdm.data.preparation.shard_writer import check_place
 from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
@@ -24,6 +25,7 @@ from scmdm.system.run_directory import LAUNCH
 
 COMMANDS = ("train", "adapt")
 _PACKAGES = ("scmdm", "data_prep")
+_LEFT_OUT = ("configs",)  # a wheel has the shipped configurations in the package
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,21 @@ def freeze(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> None:
         frozen.logs.mkdir(parents=True)
         for package in _PACKAGES:
             if (source / package).is_dir():
-                ignore = shutil.ignore_patterns("__pycache__")
+                ignore = shutil.ignore_patterns("__pycache__", *_LEFT_OUT)
                 shutil.copytree(source / package, frozen.code / package, ignore=ignore)
     except OSError as error:
         raise UserError(
             f"cannot write {frozen.directory}: {error.strerror or error}; free space or choose another run_dir"
         ) from error
-    atomic_write_text(frozen.config, to_yaml(config))
+    atomic_write_text(frozen.config, to_yaml(_carried(frozen, config), for_loading=True))
     atomic_write_text(frozen.code / REVISION_FILE, json.dumps(git_revision(source / "scmdm")) + "\n")
+
+
+def _carried(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> RunConfig | PrepareConfig:
+    """Copy the shipped base model into the launch directory: a container or another machine may lack the package."""
+    base = Path(config.base) if isinstance(config, RunConfig) and config.base is not None else None
+    if base is None or not is_shipped(base):
+        return config
+    copy = frozen.directory / "base"
+    shutil.copytree(base, copy)
+    return replace_sections(config, base=str(copy))

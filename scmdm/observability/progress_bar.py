@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scmdm.system.terminal import Terminal
 
 PLAIN_LINES = 5  # printed per task where there is no terminal
 
@@ -14,9 +15,9 @@ PLAIN_LINES = 5  # printed per task where there is no terminal
 @contextlib.contextmanager
 def count_up(title: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show progress of `total` items of work. Yields a function to call with the number of items just completed."""
-    console, done = Console(), 0
+    console, done = Terminal(), 0
     with Progress(
-        *(TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()),
+        *(TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()),
         console=console,
         transient=True,
         disable=not (shown and console.is_terminal),
@@ -28,7 +29,7 @@ def count_up(title: str, total: int, *, shown: bool = True) -> Iterator[Callable
             before, done = done * PLAIN_LINES // total, done + count
             bar.advance(task, count)
             if shown and not console.is_terminal and done * PLAIN_LINES // total > before:
-                console.print(f"{title}: {done:,} of {total:,}", highlight=False, soft_wrap=True)
+                console.print(f"{title}: {done:,} of {total:,}", soft_wrap=True)
 
         yield advance
 
@@ -36,7 +37,7 @@ def count_up(title: str, total: int, *, shown: bool = True) -> Iterator[Callable
 class StepDisplay:
     """Progress bar of training with loss, tokens/s and time left; nothing without a terminal."""
 
-    def __init__(self, console: Console, steps: int, done: int) -> None:
+    def __init__(self, console: Terminal, steps: int, done: int) -> None:
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),

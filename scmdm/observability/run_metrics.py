@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from rich.console import Console
 from rich.logging import RichHandler
 
 from scmdm.config.training import WandbConfig
@@ -21,6 +20,7 @@ from scmdm.system.json_lines import JsonLines, read_json_lines
 from scmdm.system.line_file import LineFile
 from scmdm.system.run_directory import LOG_FILE
 from scmdm.system.signals import stop_signals_blocked
+from scmdm.system.terminal import Terminal, printable
 from scmdm.system.untrusted import describe, parse_json, require_regular
 
 _TAIL = 8192  # bytes at the end of a file, which hold several rows
@@ -195,25 +195,31 @@ class PatientStream(logging.StreamHandler[TextIO]):
         super().close()
 
 
+class _LiteralFormatter(logging.Formatter):
+    """Shows control characters, which names and texts of others may contain, as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep_lines=True)
+
+
 @contextmanager
-def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Console]:
+def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Terminal]:
     """Send messages of the `scmdm` logger to `train.log` and to the terminal or standard output.
 
     Yields the console. Without `write`, on ranks other than 0, nothing is logged or shown.
     """
-    console = Console(quiet=not write)
+    console = Terminal(quiet=not write)
     if not write:
         yield console
         return
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    plain = _LiteralFormatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = [LogFile(run_dir / LOG_FILE)]
     if console.is_terminal:
         handlers.append(RichHandler(console=console, show_path=False, markup=False))
     else:
         handlers.append(PatientStream(sys.stdout))
     for handler in handlers:
-        if not isinstance(handler, RichHandler):
-            handler.setFormatter(plain)
+        handler.setFormatter(_LiteralFormatter() if isinstance(handler, RichHandler) else plain)
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from json import dumps
 
-from rich.console import Console
-
 from scmdm.errors import UserError
 from scmdm.planner.hardware import make_assumptions, make_cluster
 from scmdm.planner.plan import PlanConfig, make_plan
 from scmdm.planner.plan_report import as_json, print_plan
+from scmdm.system.terminal import Terminal
 
 
 def plan(
@@ -29,6 +28,6 @@ def plan(
     if json:
         print(dumps(as_json(made), indent=2))
     else:
-        print_plan(made, Console())
+        print_plan(made, Terminal())
     if made.found.best is None:
         raise UserError(f"nothing fits: {made.found.reason}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scmdm.planner.plan import Plan
 from scmdm.planner.search import Candidate, usable_memory
 from scmdm.planner.workload import ParallelLayout
+from scmdm.system.terminal import Terminal
 
 _GIB, _GB = 2**30, 1e9
 NOTE = (
@@ -88,7 +88,7 @@ def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
     return own
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Terminal) -> None:
     """Print tables of the configured and the best layout, and the assumptions."""
     work, cluster = plan.workload, plan.cluster
     kind = f"adaptation ({work.passes} no-grad pass{'es' if work.passes > 1 else ''})" if work.passes else "vanilla"
@@ -97,22 +97,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"{work.numel / 1e6:,.1f}M parameters{part}, {kind}, {work.global_batch} sequences of {work.length} tokens per "
         f"step, vocabulary {work.vocab_size}; {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}",
-        highlight=False,
     )
     columns = {"as configured": plan.as_configured, "best found": plan.found.best}
     shown = {title: candidate for title, candidate in columns.items() if candidate is not None}
     if plan.refused:
-        console.print(f"the run as configured would not start: {plan.refused}", highlight=False)
+        console.print(f"the run as configured would not start: {plan.refused}")
     if shown:
         for table in (_settings_table(plan, shown), _memory_table(plan, shown), _traffic_table(plan, shown)):
             console.print(table)
         console.print(_time_table(shown))
     if plan.found.reason:
-        console.print(plan.found.reason, highlight=False)
+        console.print(plan.found.reason)
     else:
-        console.print(f"best of {plan.found.tried} layouts that were tried", highlight=False)
-    console.print(_assumptions(plan), highlight=False)
-    console.print(NOTE, highlight=False)
+        console.print(f"best of {plan.found.tried} layouts that were tried")
+    console.print(_assumptions(plan))
+    console.print(NOTE)
 
 
 def _table(title: str, shown: dict[str, Candidate]) -> Table:

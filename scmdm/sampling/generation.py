@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from scmdm.models.model_files import LoadedModel, read_model
 from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.sampling.templates import make_model_template, require_prompt
+from scmdm.system.terminal import Terminal
 
 EACH_LABEL = "each"
 _CPU_BATCH, _GPU_BATCH = 64, 1024  # the first fits a core's cache, the second fills a GPU
@@ -78,10 +79,14 @@ def generate(
     batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
     masks = int((templates_PL == spec.mask_id).sum(1).max())
     per_batch = masks if settings.kind == "first_hitting" else settings.steps
-    bar = Progress(transient=True, disable=not (progress and Console().is_terminal))
+    bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
+    ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
+
     def stepped(observation: Observation) -> None:
+        if ended.is_set():
+            raise CancelledError
         bar.advance(task)
         if on_step is not None:
             on_step(observation)
@@ -103,7 +108,10 @@ def generate(
     started = time.perf_counter()
     # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is unchanged.
     with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        drawn = list(pool.map(draw, batches))
+        try:
+            drawn = list(pool.map(draw, batches))
+        finally:
+            ended.set()
     return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
 
 

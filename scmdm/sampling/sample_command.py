@@ -13,6 +13,7 @@ from scmdm.sampling.generation import generate, load
 from scmdm.sampling.sample_files import write_samples
 from scmdm.sampling.templates import make_model_template, read_prompts, require_prompt
 from scmdm.system.files import require_writable
+from scmdm.system.terminal import printable
 
 
 def sample_and_print(path: Path, config: SampleConfig) -> None:
@@ -20,7 +21,7 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
     generated = run_sampling(path, config)
     if config.out is None:
         for text in generated.texts:
-            print(text)
+            print(printable(text, keep_lines=True) if sys.stdout.isatty() else text)
     place = f" -> {config.out}" if config.out else ""
     cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
     print(f"{len(generated.texts)} samples, {cost}{place}", file=sys.stderr)

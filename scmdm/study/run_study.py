@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from scmdm.checkpoint.reader import find_model, read_state
 from scmdm.config.loading import load_config, to_yaml
@@ -30,6 +29,7 @@ from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
 from scmdm.study.study_plan import StudyModel, StudyPlan
 from scmdm.system.files import atomic_write_bytes, atomic_write_text, json_text
+from scmdm.system.terminal import Terminal
 from scmdm.training.trainer import run_training
 
 _MAX_HELD_OUT = 4096  # held-out sequences that are kept for the report's figures
@@ -42,7 +42,7 @@ def run_study(config: StudyConfig) -> Path:
     possible.
     """
     started = time.perf_counter()
-    console = Console()
+    console = Terminal()
     config = config.selected()
     out = Path(config.out)
     prepare_config = load_config(PrepareConfig, Path(config.prepare))
@@ -71,7 +71,7 @@ def run_study(config: StudyConfig) -> Path:
     atomic_write_text(out / STUDY_FILE, json_text(study, indent=1))
     print_summary(study_report(out, out / "report.html"))
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", soft_wrap=True)
     return out
 
 

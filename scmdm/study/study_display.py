@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scmdm.observability.progress_bar import PLAIN_LINES
 from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
+from scmdm.system.terminal import Terminal
 
 
 class StudyDisplay:
@@ -19,13 +19,13 @@ class StudyDisplay:
     `runs` lists each run's name, directory and number of steps.
     """
 
-    def __init__(self, console: Console, runs: list[tuple[str, Path, int]]) -> None:
+    def __init__(self, console: Terminal, runs: list[tuple[str, Path, int]]) -> None:
         self._console = console
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(),
         )
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -41,7 +41,7 @@ class StudyDisplay:
 
     def print(self, line: str) -> None:
         """Print a line above the bars."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def update(self) -> None:
         """Read the progress of all runs and display it."""

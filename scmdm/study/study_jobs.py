@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import sha256_of_model
@@ -26,6 +25,7 @@ from scmdm.sampling.sample_files import write_samples
 from scmdm.study.study_display import StudyDisplay
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, finished_row
 from scmdm.system.files import atomic_write_text, json_text
+from scmdm.system.terminal import Terminal
 from scmdm.system.worker_processes import unless_stopped, worker_count, worker_processes
 from scmdm.training.trainer import run_training
 
@@ -34,7 +34,7 @@ class StudyJobs:
     """The jobs of a study. A model is measured as soon as it is trained."""
 
     def __init__(
-        self, plan: StudyPlan, base: StudyModel, domain: str, metrics_config: MetricKeys, console: Console
+        self, plan: StudyPlan, base: StudyModel, domain: str, metrics_config: MetricKeys, console: Terminal
     ) -> None:
         self._plan, self._base, self._console = plan, base, console
         self._domain_name, self._metrics_config = domain, metrics_config

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-
 from scmdm.diffusion.likelihood import Nelbo
 from scmdm.observability.progress_bar import StepDisplay
 from scmdm.observability.run_metrics import (
@@ -21,6 +19,7 @@ from scmdm.observability.run_metrics import (
 )
 from scmdm.observability.step_timer import LoggingWindow, StepTimer, peak_memory_gib, summarize_parts
 from scmdm.system.run_directory import METRICS_FILE
+from scmdm.system.terminal import Terminal
 from scmdm.training.step import StepResult
 from scmdm.training.training_run import TrainingRun
 
@@ -28,7 +27,7 @@ from scmdm.training.training_run import TrainingRun
 class MetricsLogger:
     """Logs steps and validations. All ranks call every method together; rank 0 writes."""
 
-    def __init__(self, run: TrainingRun, console: Console) -> None:
+    def __init__(self, run: TrainingRun, console: Terminal) -> None:
         config, state, main = run.config, run.state, run.engine.rank == 0
         self._run, self._window = run, LoggingWindow()
         self.timer = StepTimer(run.engine.device, run.watchdog.beat)

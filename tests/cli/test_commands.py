@@ -456,7 +456,7 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
     ("key", "message"),
     [
         ("overrides=[train.stepz=3]", "did you mean `train.steps`"),
-        ("adapt_config=nowhere.yaml", "no configuration file nowhere.yaml"),
+        ("adapt_config=nowhere.yaml", "nowhere.yaml"),
         ("arms.scmdm.overrides=[self_conditioning.rate=7]", "arms.scmdm: self_conditioning.rate=7.0 is not possible"),
         ("arms.scmdm.overrides=[seed=7]", "arms.scmdm: seed"),
         ("arms.scmdm.overrides=[ema.reset=false,ema.warmup=false]", "arms.scmdm: ema.reset=False is not possible"),

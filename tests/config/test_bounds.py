@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from scmdm.cli import COMMANDS
 from scmdm.config.fields import rules_of, section_of
-from scmdm.config.loading import read_config
+from scmdm.config.loading import flatten, load_config, read_config
 from scmdm.errors import UserError
 
 
@@ -97,6 +97,23 @@ def test_a_number_is_accepted_within_bounds_or_refused_in_one_line(section, name
     with pytest.raises(UserError, match=re.escape(name)) as refused:
         load(section, name, given)
     assert "\n" not in str(refused.value)
+
+
+BEYOND = ["nan", ".nan", "inf", "-.inf", "1e999", "-1", str(2**63), "9" * 5000, "[[]]", f"[{2**63}]"]
+ODD = ["", "null", "x", "[a]", "[nan]", "[null]", "{}", "{a: 1}", "${x}", "???", "0x10", "1_0", "true", "[", "'", "\0"]
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), NUMBERS)
+def test_a_text_on_the_command_line_is_a_possible_number_or_refused_in_one_line(section, name, hint):
+    needed = [f"{key}={value}" for key, value in flatten(dict(required(section))).items()]
+    for text in BEYOND + ODD:
+        message = ""
+        try:
+            found = getattr(load_config(section, None, [*needed, f"{name}={text}"]), name)
+        except UserError as error:
+            message = str(error)
+        assert len(message) < 3000 and "\n" not in message
+        assert message or found is None or rules(section, name).allows(found)
 
 
 @pytest.mark.parametrize(("section", "name", "hint"), KEYS)

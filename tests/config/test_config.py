@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.fields import describe_keys
-from scmdm.config.loading import flatten, load_config, to_yaml
+from scmdm.config.loading import flatten, load_config, read_config, to_yaml, with_overrides
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SampleConfig
@@ -19,6 +22,7 @@ from scmdm.errors import UserError
 from tests.conftest import ROOT
 
 REQUIRED = ["run_dir=r", "data.path=d", "train.steps=10"]
+STUDY = ["title=t", "out=o", "prepare=p", "base=b", "base_config=c", "adapt_config=d", "arms.a.label=x"]
 
 
 def load(*overrides):
@@ -55,14 +59,71 @@ def test_mistakes_are_named(override, parts):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["[MASK][MASK]C", "[NH3+]CC", "*C", "NO", "yes", "ROMEO: ", " two", "", "${x}", "a=b"])
+TEXTS = [
+    *("[MASK][MASK]C", "[NH3+]CC", "*C", "NO", "yes", "ROMEO: ", " two", "", "${x}", "a=b", "???", "null", "~", "1e5"),
+    *("{", "[", "'a'", '"', "# a", "a: b", "a #b", "\t", "&a *b", "!!python/none", "\ufdd0", "\ufdd0i", "1_000", "$"),
+    *("${oc.env:HOME}", r"\${oc.env:HOME}", r"\\${oc.env:HOME}", r"\\\${a}\\", "${${", "a\nb", "\\", "[/red]", "???\n"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("key", ["prompt", "infill"])
 def test_a_text_is_taken_as_it_stands(key, text):
     assert getattr(load_config(SampleConfig, None, [f"{key}={text}"]), key) == text
 
 
+@given(st.text(st.sampled_from("\\${}?:[]'\"# ,ai1\n\ufdd0")))
+def test_any_text_is_literal_everywhere_but_in_a_file(text):
+    """On the command line, in a request, in a copy with overrides, and in the YAML of a launch."""
+    assert load_config(SampleConfig, None, [f"prompt={text}"]).prompt == text
+    found = read_config(SampleConfig, {"prompt": text}, "in the request")
+    assert found.prompt == text and with_overrides(found, ["num=3"], "here").prompt == text
+    study = load_config(StudyConfig, None, [*STUDY, f"title={text}"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "written.yaml")
+        path.write_text(to_yaml(study, for_loading=True))
+        assert load_config(StudyConfig, path) == study
+
+
+def test_a_file_of_the_user_is_interpolated(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCMDM_TEST", "from the environment")
+    (tmp_path / "x.yaml").write_text("prompt: ${oc.env:SCMDM_TEST}\n")
+    assert load_config(SampleConfig, tmp_path / "x.yaml").prompt == "from the environment"
+
+
+def test_elements_of_a_list_of_texts_and_values_of_a_mapping():
+    found = load_config(StudyConfig, None, [*STUDY, "overrides=[1e5, NO, 'a b', '${x}']", "metrics.scorer=1e5"])
+    assert found.overrides == ["1e5", "NO", "a b", "${x}"] and found.metrics == {"scorer": "1e5"}
+    texts = ["texts.a=2001-01-01", "texts.b=[x", "texts.c={path: y}"]
+    assert load_config(EvaluateConfig, None, texts).texts == {"a": "2001-01-01", "b": "[x", "c": {"path": "y"}}
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\0b", "a\nb", "a\x1b[31mb", "\udcff", "x" * 5000, "x" * 256])
+def test_what_cannot_be_a_path_is_refused(path):
+    with pytest.raises(UserError, match="run_dir=") as refused:
+        load(f"run_dir={path}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["a b", "日本", "a[/red]b", "${x}", "???", "1e5", "a'b", "~", "[x]", "-"])
+def test_what_can_be_a_path(path):
+    assert load(f"run_dir={path}").run_dir == path
+
+
+def test_chains_of_files(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for index in range(1000):
+        (tmp_path / f"{index}.yaml").write_text(f"extends: {index + 1}.yaml\n")
+    for index, parent in enumerate(("fifo", ".", "/dev/zero", "bad0.yaml", "a/b", "x" * 5000, "'a\\0b'", "'\\ud800'")):
+        (tmp_path / f"bad{index}.yaml").write_text(f"extends: {parent}\n")
+    for name in ("0", *(f"bad{index}" for index in range(8))):
+        with pytest.raises(UserError) as refused:
+            load_config(RunConfig, tmp_path / f"{name}.yaml")
+        assert "\n" not in str(refused.value)
+
+
 def test_null_unsets_a_text_and_numbers_stay_numbers():
-    assert load_config(SampleConfig, None, ["prompt=null", "num=3"]).prompt is None
+    assert load_config(SampleConfig, None, ["out=null", "num=3"]).out is None
     assert load_config(SampleConfig, None, ["sampler.kind=first_hitting"]).sampler.kind == "first_hitting"
     assert load("run_dir=1e3").run_dir == "1e3" and load("seed=7").seed == 7
 
@@ -109,7 +170,7 @@ def test_streams_on_the_command_line():
 
 
 def test_files(tmp_path):
-    with pytest.raises(UserError, match="no configuration file"):
+    with pytest.raises(UserError, match=r"none\.yaml"):
         load_config(RunConfig, tmp_path / "none.yaml")
     for name, content, message in (
         ("bad.yaml", "a: [1, 2", r"bad\.yaml.* line 1"),

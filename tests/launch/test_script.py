@@ -94,7 +94,7 @@ def test_mistakes_are_reported_at_the_launch(capsys, tmp_path, options, message)
     assert message in dry_run(capsys, tmp_path, *options, status=1)
 
 
-HOSTILE = "a b'c\"d$(touch e)`touch f`;touch g&&x|y>z#h\\i%j"
+HOSTILE = "a b'c\"d$(touch e)`touch f`;touch g&&x|y>z#h\\i%jé本${k}!l*"
 
 
 def canonical(script):
@@ -136,7 +136,7 @@ def test_no_value_adds_a_command_or_an_option(kind):
     assert "--exclusive" in found and "--comment=PLAIN" in found
 
 
-@pytest.mark.parametrize("text", ["a\nb", "a\0b", "a\rb"])
+@pytest.mark.parametrize("text", ["a\nb", "a\0b", "a\rb", "a\x1bb", "a\u2028b", "a\udcffb"])
 def test_values_of_several_lines_are_refused(text):
     with pytest.raises(UserError, match="must be one line of printable characters"):
         rendered(text)

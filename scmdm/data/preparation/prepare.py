@@ -24,8 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from scmdm.config.fields import rules_of
 from scmdm.config.loading import read_config
 from scmdm.config.preparation import PrepareConfig, SectionConfig
@@ -41,6 +39,7 @@ from scmdm.data.preparation.task_queue import Task, Worker, read_result, run_tas
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
+from scmdm.system.terminal import Terminal
 
 # Keys that do not change the data set.
 _UNRECORDED = ("out", "source", "tokenizer", "overwrite", "upload", "workers", "slice", "on_dirty")
@@ -68,7 +67,7 @@ ShowProgress = Callable[[str], None]
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Make the data set of a configuration unless `out` holds it, then upload it if so configured. Raises UserError."""
-    console, started, root = Console(), time.monotonic(), Path(config.out)
+    console, started, root = Terminal(), time.monotonic(), Path(config.out)
     check_place(root)
     before = root.stat().st_ino if root.exists() else None
     preparation = _Preparation.of(config)
@@ -78,21 +77,21 @@ def prepare(config: PrepareConfig) -> Manifest:
     except UserError:
         if preparation.work.is_dir():
             kept = f"finished work is kept in {preparation.work}; the same command continues from it"
-            console.print(kept, highlight=False, soft_wrap=True)
+            console.print(kept, soft_wrap=True)
         raise
     manifest = Manifest.read(root)
     if root.stat().st_ino == before:
-        console.print(f"{root} is up to date", highlight=False, soft_wrap=True)
+        console.print(f"{root} is up to date", soft_wrap=True)
     else:
         _summarise(console, root, manifest, time.monotonic() - started)
     if config.upload is not None and config.machine[0] == 0:
         upload_dataset(root, config.upload)
-        console.print(f"uploaded to {config.upload}", highlight=False, soft_wrap=True)
+        console.print(f"uploaded to {config.upload}", soft_wrap=True)
     return manifest
 
 
 @contextmanager
-def _display(console: Console) -> Iterator[ShowProgress]:
+def _display(console: Terminal) -> Iterator[ShowProgress]:
     """Display the progress: one line that changes on a terminal, elsewhere a line per phase."""
     shown: list[str] = []
     with console.status("") as status:
@@ -101,7 +100,7 @@ def _display(console: Console) -> Iterator[ShowProgress]:
             status.update(text)
             phase = text.split(":")[0]
             if phase not in shown and not console.is_terminal:
-                console.print(phase, highlight=False, soft_wrap=True)
+                console.print(phase, soft_wrap=True)
                 shown.append(phase)
 
         yield show
@@ -287,12 +286,12 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _summarise(console: Console, root: Path, manifest: Manifest, seconds: float) -> None:
-    console.print(f"{manifest.tokenizer.kind} tokenizer with {manifest.vocab_size} ids", highlight=False)
+def _summarise(console: Terminal, root: Path, manifest: Manifest, seconds: float) -> None:
+    console.print(f"{manifest.tokenizer.kind} tokenizer with {manifest.vocab_size} ids")
     for name, split in manifest.splits.items():
         text = f"{name:<12}{split.samples:>10,} sequences {split.tokens:>13,} tokens {len(split.files) - 1:>4} shards"
-        console.print(text, highlight=False)
+        console.print(text)
     records = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
-    console.print(f"records: {records}", highlight=False, soft_wrap=True)
+    console.print(f"records: {records}", soft_wrap=True)
     rate = manifest.counts["read"] / seconds
-    console.print(f"wrote {root} in {seconds:.1f} s, {rate:,.0f} records a second", highlight=False, soft_wrap=True)
+    console.print(f"wrote {root} in {seconds:.1f} s, {rate:,.0f} records a second", soft_wrap=True)

@@ -8,6 +8,7 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.data.manifest import MANIFEST_FILE, Manifest, has_fingerprint, remote_of
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
+from scmdm.system.terminal import say
 
 
 def prepare_or_verify(config: PrepareConfig | None, *, verify: Path | None) -> None:
@@ -27,7 +28,7 @@ def _verify(root: Path) -> None:
     remote, manifest = remote_of(root), Manifest.read(root)
     problems = verify_dataset(root)
     for problem in problems:
-        print(problem)
+        say(problem)
     if problems:
         fetched = f"remove the files, to download them from {remote} again"
         remedy = fetched if remote else "prepare it again with overwrite=true"
@@ -39,4 +40,4 @@ def _verify(root: Path) -> None:
         )
     counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
     cached = f" (the downloaded part of {remote})" if remote else ""
-    print(f"{root}{cached} has no problems: {counts} sequences of {manifest.length} tokens")
+    say(f"{root}{cached} has no problems: {counts} sequences of {manifest.length} tokens")

@@ -15,7 +15,7 @@ from typing import Any, Self
 import tokenizers
 from omegaconf import MISSING
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, text_ids
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
@@ -39,7 +39,10 @@ class HuggingFaceConfig(TokenizerConfig):
     """Keys of Hugging Face tokenizers."""
 
     path: str = key(
-        MISSING, formerly=("tokenizer_path",), help="tokenizer.json, or the folder of a transformers tokenizer"
+        MISSING,
+        path=PathKind.INPUT,
+        formerly=("tokenizer_path",),
+        help="tokenizer.json, or the folder of a transformers tokenizer",
     )
 
 

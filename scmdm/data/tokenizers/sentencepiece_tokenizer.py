@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import sentencepiece
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, as_text, text_ids
 from scmdm.data.tokenizers.sentencepiece_trainer import train_pieces
@@ -27,7 +27,9 @@ _MASKS = (SPECIALS[3], "<mask>")
 class SentencePieceConfig(TokenizerConfig):
     """Keys of sentencepiece tokenizers."""
 
-    path: str | None = key(None, formerly=("tokenizer_path",), help=".model file; null: train a model on the corpus")
+    path: str | None = key(
+        None, path=PathKind.INPUT, formerly=("tokenizer_path",), help=".model file; null: train a model on the corpus"
+    )
     vocab_size: int = key(
         2048, formerly=("vocab_size",), help="vocabulary size of the model that is trained", at_least=1, at_most=2**24
     )

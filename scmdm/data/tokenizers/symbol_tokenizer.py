@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, UnknownSymbol, as_text, text_ids
 from scmdm.data.tokenizers.tokenizer_file import open_tokenizer_file
@@ -75,6 +75,7 @@ class CorpusSymbolsConfig(TokenizerConfig):
 
     path: str | None = key(
         None,
+        path=PathKind.INPUT,
         formerly=("tokenizer_path",),
         help="tokenizer.json of a model or a data set, for its vocabulary; null: the symbols of the corpus",
     )

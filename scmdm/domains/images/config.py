@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.domains.images.inception import check_inception
 from scmdm.domains.interface import MetricKeys
 
@@ -16,6 +16,7 @@ class ImageMetricKeys(MetricKeys):
 
     inception: str | None = key(
         None,
+        path=PathKind.INPUT,
         help="file of Inception's weights, for FID and Inception Score; null: classifier trained on the data",
     )
 

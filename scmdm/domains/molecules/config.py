@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scmdm.config.common import device_key
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.domains.interface import MetricKeys
 from scmdm.system.package_data import package_folder
 
@@ -44,6 +44,6 @@ class MosesConfig:
         at_most=2**31,
     )
     fcd: bool = key(True, help="Frechet ChemNet distance")
-    out: str | None = key(None, help="JSON file to write; null: none")
+    out: str | None = key(None, path=PathKind.OUTPUT, help="JSON file to write; null: none")
     device: str = device_key()
     threads: int = key(0, help="worker processes; 0: one per core", at_least=0, at_most=1024)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from data_prep.moses import PUBLISHED_SPLITS, read_smiles
@@ -25,6 +24,7 @@ from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics
 from scmdm.errors import UserError
 from scmdm.observability.run_metrics import format_duration
 from scmdm.system.files import atomic_write_text, require_writable
+from scmdm.system.terminal import Terminal
 from scmdm.system.worker_processes import core_count
 
 
@@ -49,10 +49,11 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
     if published and len(smiles) < size:
         result["whole"] = _extrapolate(found.smiles, size, config, reference, compute)
     result["seconds"] = time.perf_counter() - started
-    _print(result)
     if config.out is not None:
         atomic_write_text(Path(config.out), json.dumps(result, indent=2) + "\n")
-        Console().print(f"wrote {config.out}", highlight=False, soft_wrap=True)
+    _print(result)
+    if config.out is not None:
+        Terminal().print(f"wrote {config.out}", soft_wrap=True)
     return result
 
 
@@ -147,7 +148,7 @@ def _print(result: dict[str, Any]) -> None:
     count = result["config"]["detailed"]
     note = f"; SNN, IntDiv, Filters and properties of the first {count:,}" if count is not None and count < num else ""
     table.caption = f"{format_duration(result['seconds'])}{note}"
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _number(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scmdm.config.fields import key
+from scmdm.config.fields import PathKind, key
 from scmdm.domains.interface import MetricKeys
 from scmdm.domains.text.causal_scorer import check_scorer
 from scmdm.errors import UserError
@@ -17,7 +17,9 @@ class TextMetricKeys(MetricKeys):
     """Section `metrics` for models of text."""
 
     scorer: str | None = key(
-        None, help="directory of a transformers causal model, for generative perplexity; null: an n-gram model"
+        None,
+        path=PathKind.INPUT,
+        help="directory of a transformers causal model, for generative perplexity; null: an n-gram model",
     )
     mauve: bool = key(False, help="MAUVE in features of the scorer")
 

@@ -6,12 +6,15 @@ The server accepts connections from this machine only. To use it over ssh: `ssh 
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Event, Lock, Timer
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import DenoiseConfig
@@ -22,12 +25,20 @@ from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import load
 from scmdm.system.run_directory import CONFIG_FILE
+from scmdm.system.terminal import printable, say
+from scmdm.system.untrusted import describe, parse_json, reading
 
 if TYPE_CHECKING:
     from flask import Flask
     from werkzeug.serving import BaseWSGIServer
 
 _HOST = "127.0.0.1"
+_LOCAL_NAMES = ("localhost", _HOST, "::1")
+_LARGEST_REQUEST = 2**18  # bytes
+_MOST_WAITING = 4  # requests that wait for their sample
+_GRACE_S, _INTERRUPTED = 1.0, 130
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,28 @@ def recorded_base(model: Path) -> Path | None:
     return read_stored_config(model).find("base") if (model / CONFIG_FILE).is_file() else None
 
 
-def make_app(models: list[ShownModel]) -> Flask:
-    """Make the Flask application. Raises UserError when Flask is not installed."""
+def make_app(models: list[ShownModel], stop: Event | None = None) -> Flask:
+    """Make the Flask application; samples end at the next step once `stop` is set.
+
+    Raises UserError when Flask is not installed.
+    """
     try:
         from flask import Flask, jsonify, request
+        from werkzeug.exceptions import HTTPException, UnsupportedMediaType
     except ImportError as error:
         raise UserError("the demo needs Flask: pip install 'scmdm[demo]'") from error
     app = Flask("scmdm.integrations.demo", static_folder=str(Path(__file__).parent / "static"), static_url_path="")
+    app.config["MAX_CONTENT_LENGTH"] = _LARGEST_REQUEST
     busy = Lock()  # one sample at a time: all models compute on the same device
+    waiting = BoundedSemaphore(_MOST_WAITING)
+    stop = stop or Event()
+
+    @app.before_request
+    def refuse_other_sites() -> Any:
+        host = request.headers.get("Host", "")
+        if not is_local(host) or request.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            return jsonify({"error": "this page is served to the browser on this machine only, as localhost"}), 403
+        return None
 
     @app.get("/")
     def page() -> Any:
@@ -83,37 +108,61 @@ def make_app(models: list[ShownModel]) -> Flask:
 
     @app.post("/denoise")
     def denoise() -> Any:
-        # get_json refuses other content types, so that a form on another site cannot post here.
-        content = request.get_json()
+        if not request.is_json:  # a form on another site could send other types
+            raise UnsupportedMediaType("the Content-Type must be application/json")
+        config = read_request(request.get_data(cache=False))
+        if not waiting.acquire(blocking=False):
+            return jsonify({"error": f"{_MOST_WAITING} samples are being drawn already; try again"}), 503
         try:
-            config = read_config(DenoiseConfig, _as_keys(content), "in the request")
             with busy:
-                return jsonify([_denoised(shown, config) for shown in models])
-        except UserError as error:
-            return jsonify({"error": str(error)}), 400
+                return jsonify([_denoised(shown, config, stop) for shown in models])
+        finally:
+            waiting.release()
+
+    @app.errorhandler(Exception)
+    def refuse(error: Exception) -> Any:
+        if isinstance(error, HTTPException):
+            return jsonify({"error": printable(error.description or error.name)}), error.code or 500
+        if isinstance(error, UserError):
+            return jsonify({"error": printable(error)}), 400
+        if isinstance(error, OSError):  # a malformed or unfinished body
+            return jsonify({"error": printable(describe(error))}), 400
+        logger.error("%s", describe(error), exc_info=error)
+        return jsonify({"error": printable(describe(error))}), 500
 
     return app
 
 
-def _as_keys(content: object) -> dict[str, Any]:
+def read_request(body: bytes) -> DenoiseConfig:
+    """Parse the body of a request. Raises UserError for anything but a JSON object of possible keys."""
+    with reading("the request", "JSON object"):
+        content = parse_json(body)
     if not isinstance(content, dict):
         raise UserError(f"the request is a {type(content).__name__}; it must be a JSON object with keys such as seed")
-    return content
+    return read_config(DenoiseConfig, content, "in the request")
 
 
-def _denoised(shown: ShownModel, config: DenoiseConfig) -> Mapping[str, Any]:
-    return describe_trajectory(record(shown.loaded, config), shown.loaded.tokenizer)
+def is_local(host: str) -> bool:
+    """Return whether a `Host` header names this machine: a page of another site can make its own name point here."""
+    try:
+        return urlsplit(f"//{host}").hostname in _LOCAL_NAMES
+    except ValueError:
+        return False
+
+
+def _denoised(shown: ShownModel, config: DenoiseConfig, stop: Event) -> Mapping[str, Any]:
+    return describe_trajectory(record(shown.loaded, config, stop), shown.loaded.tokenizer)
 
 
 def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
     """Make a server on a local port; 0 chooses a free one. Raises UserError when the port is not available."""
-    from werkzeug.serving import make_server
+    from scmdm.integrations.demo.connections import PageServer  # needs Flask
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     try:
         # Given a host and port, Werkzeug ends the process when the port is taken.
         with socket.create_server((_HOST, port)) as listening:
-            return make_server(_HOST, listening.getsockname()[1], app, threaded=True, fd=listening.fileno())
+            return PageServer(_HOST, listening.getsockname()[1], app, listening.fileno())
     except (OSError, OverflowError) as error:
         raise UserError(f"port={port} is not available ({error}); give another one with --port") from error
 
@@ -121,8 +170,17 @@ def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
 def run_demo(path: Path, base: Path | None, port: int) -> None:
     """Serve the page until interrupted."""
     models = open_models(path, base)
-    server = make_page_server(make_app(models), port)
+    stop = Event()
+    server = make_page_server(make_app(models, stop), port)
     if len(models) == 1 and models[0].name == "adapted":
-        print("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
-    print(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}", flush=True)
-    server.serve_forever()
+        say("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
+    say(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}")
+    sys.stdout.flush()
+    try:
+        server.serve_forever()  # returns after Ctrl-C
+    finally:
+        stop.set()
+        # Python waits at exit for threads that still draw a sample, and a step of a large model can take minutes.
+        late = Timer(_GRACE_S, os._exit, (_INTERRUPTED,))
+        late.daemon = True
+        late.start()

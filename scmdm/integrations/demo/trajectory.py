@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Event
 
 import torch
 from torch import Tensor
 
+from scmdm.config.fields import require
 from scmdm.config.sampling import DenoiseConfig
 from scmdm.diffusion.sampler import Observation
 from scmdm.domains.interface import GeneratedSamples
+from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate
-from scmdm.sampling.templates import make_model_template
+from scmdm.sampling.templates import make_model_template, require_prompt
 
+_MOST_SHOWN = 2**22  # tokens of all frames
 _CHUNK = 512  # positions whose entropy is computed at once, which bounds memory
 
 
@@ -46,10 +50,13 @@ class Recorder:
     """Records the steps of one sample; pass it as `on_step` to `generate`."""
 
     mask_id: int
+    stop: Event = field(default_factory=Event)
     frames: list[Frame] = field(default_factory=list)
 
     def __call__(self, step: Observation) -> None:
         assert len(step.z_BL) == 1, "a Recorder records one sample"
+        if self.stop.is_set():
+            raise UserError("the demo was stopped")
         masked_BL = step.z_BL == self.mask_id
         logits_NV = step.logits(masked_BL)
         entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_CHUNK)])
@@ -72,13 +79,19 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return torch.special.entr(logits_NV.double().softmax(1)).sum(1)
 
 
-def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
+def record(loaded: LoadedModel, config: DenoiseConfig, stop: Event | None = None) -> Trajectory:
     """Draw the sample that `scmdm sample MODEL num=1` draws with these keys, and record its trajectory.
 
-    Raises UserError for a prompt that the tokenizer cannot encode, and for settings that do not fit the model.
+    Raises UserError for a prompt that the tokenizer cannot encode, for settings that do not fit the model, for a
+    trajectory too large to show, and once `stop` is set.
     """
+    require_prompt(loaded, config.prompt if config.infill is None else config.infill)
     template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
-    recorder = Recorder(loaded.spec.mask_id)
+    masks = int((template_L == loaded.spec.mask_id).sum())
+    frames = masks if config.sampler.kind == "first_hitting" else config.sampler.steps
+    shown = frames * len(template_L)
+    require(shown <= _MOST_SHOWN, "sampler.steps", frames, f"at most {_MOST_SHOWN // len(template_L)} for this model")
+    recorder = Recorder(loaded.spec.mask_id, stop or Event())
     generated = generate(
         loaded, config.sampler, num=1, seed=config.seed, templates_PL=template_L[None], on_step=recorder
     )
