@@ -233,7 +233,8 @@ class _Preparation:
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
         encoded = self._results("encode", len(self.parts))
         counts = total_counts([*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)])
-        description = describe(self.config, self.source, described, counts)
+        skipped = {f"skipped: {reason}": len(names) for reason, names in self.source.skipped.items()}
+        description = describe(self.config, self.source, described, dict(sorted((counts | skipped).items())))
         tokenizer = fitted_tokenizer(self.work / "fit-00000")
         splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
