@@ -21,25 +21,25 @@ from scmdm.system.untrusted import describe, require_regular
 
 # Formats by suffix. Suffixes are compared in lower case, and any format may be compressed.
 SUFFIXES: Mapping[str, str] = {
-    ".txt": "text",
-    ".text": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".jsonlines": "jsonl",
     ".json": "json",
+    ".txt": "text",
+    ".text": "text",
     ".parquet": "parquet",
     ".raw": "wikitext",
     ".tokens": "wikitext",
-    ".csv": "csv",
-    ".tsv": "tsv",
     ".smi": "smi",
     ".smiles": "smi",
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".fa": "fasta",
     ".fasta": "fasta",
-    ".fas": "fasta",
     ".fna": "fasta of nucleotides",
     ".ffn": "fasta of nucleotides",
     ".faa": "fasta of amino acids",
+    ".fas": "fasta",
     ".png": "png",
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
@@ -145,10 +145,8 @@ def find_files(
         if not is_folder:
             require_regular(path)
     except (OSError, ValueError) as error:
-        reason = describe(error)
-        raise UserError(
-            f"{where}={path} cannot be read: {reason}; give a file or a folder of {suffixes_of(formats)}"
-        ) from error
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe(error)}"
+        raise UserError(f"{where}={path} {reason}; give a file or a folder of {suffixes_of(formats)}") from error
     if not is_folder:
         if not any_suffix:
             require_kind(path, formats, remedy)
@@ -225,11 +223,11 @@ class NamedSplitsConfig(SourceConfig):
 
 def split_of_name(name: str) -> str | None:
     """Return the split named in a file's path, as in `wiki.valid.raw`; None for training or no name."""
-    found = _named_split(name)
+    found = named_split(name)
     return None if found == "train" else found
 
 
-def _named_split(name: str) -> str | None:
+def named_split(name: str) -> str | None:
     """Return the split that a path names, with a whole folder or file name before a word of one, outermost first."""
     *folders, file = name.lower().split("/")
     parts = [*folders, kind_of(file).stem]
@@ -254,7 +252,7 @@ def split_by_name(names: Iterable[str], split_by: str) -> dict[str, str | None]:
 
     `split_by` is that of `NamedSplitsConfig`.
     """
-    found = {name: _named_split(name) for name in names}
+    found = {name: named_split(name) for name in names}
     named = set(found.values())
     if split_by == "hash" or (split_by == "auto" and (None in named or len(named) < 2)):
         return dict.fromkeys(found)

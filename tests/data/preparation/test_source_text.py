@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import data_prep.text_formats
+import data_prep.text_files
+from data_prep.corpus_files import split_of_name
 from data_prep.detokenizers import DETOKENIZERS
-from data_prep.text import TextConfig, TextSource, split_of_name
+from data_prep.text import TextConfig, TextSource
 from data_prep.text8 import Text8Config, Text8Source
-from data_prep.text_formats import format_of
+from data_prep.text_formats import FORMATS, RowKeys
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import Slice, Tally
@@ -185,7 +186,7 @@ def test_text8_has_its_conventional_splits(tmp_path):
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; .*scmdm\[text\]"):
-        list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), ("text",)))
+        list(FORMATS["jsonl"].read(write(tmp_path / "a.jsonl.zst"), Slice("a"), RowKeys()))
 
 
 def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
@@ -292,7 +293,7 @@ def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
 
 
 def test_a_document_that_is_too_long_is_counted_and_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.text_formats, "LONGEST", 100)
+    monkeypatch.setattr(data_prep.text_files, "LONGEST", 100)
     short, long = "short", "long " * 50
     for suffix, texts in ((".jsonl", [short, long, short]), (".jsonl.gz", [short, long, short])):
         assert read(write(tmp_path / f"a{suffix}", texts)) == (
@@ -324,6 +325,6 @@ def test_memory_does_not_grow_with_one_line(tmp_path):
     tracemalloc.start()
     try:
         assert read(path) == (["end"], {"read": 1, "dropped: over-long document": 1})
-        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.text_formats.LONGEST
+        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.text_files.LONGEST
     finally:
         tracemalloc.stop()
