@@ -127,6 +127,7 @@ def find_files(
     path: Path,
     formats: Sequence[str],
     *,
+    by_name: Sequence[str] = (),
     accepts: Callable[[str], bool] | None = None,
     any_suffix: bool = False,
     where: str = "source.path",
@@ -135,8 +136,9 @@ def find_files(
     """Find the files of a corpus: `path` itself, or all files below it whose suffix is one of `formats`, sorted.
 
     Skipped, and counted by reason: hidden files and folders, folders that are links (which might lead anywhere or in a
-    circle), what is neither a file nor a folder, and other suffixes. `accepts` replaces the choice by suffix in a
-    folder; it is called with the path below the folder. With `any_suffix`, `path` may be a file of any name.
+    circle), what is neither a file nor a folder, and other suffixes. `path` itself may also have one of the formats
+    `by_name` or, with `any_suffix`, any name. `accepts` replaces the choice by suffix in a folder; it is called with the
+    path below the folder.
 
     Raises UserError when there is no file, and when `path` itself has another suffix.
     """
@@ -146,10 +148,12 @@ def find_files(
             require_regular(path)
     except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe(error)}"
-        raise UserError(f"{where}={path} {reason}; give a file or a folder of {suffixes_of(formats)}") from error
+        raise UserError(
+            f"{where}={path} {reason}; give a file or a folder of {suffixes_of([*formats, *by_name])}"
+        ) from error
     if not is_folder:
         if not any_suffix:
-            require_kind(path, formats, remedy)
+            require_kind(path, [*formats, *by_name], remedy)
         return FoundFiles({path.name: path})
     files: dict[str, Path] = {}
     skipped: dict[str, list[str]] = {}

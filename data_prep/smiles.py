@@ -27,7 +27,7 @@ from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
-_TABLES, _LINES = ("csv", "tsv"), ("smi", "text")
+_TABLES = ("csv", "tsv")
 
 
 @cache
@@ -69,10 +69,7 @@ class SmilesSource(Source):
 
     @cached_property
     def _found(self) -> FoundFiles:
-        formats = ("smi", *_TABLES)
-        return find_files(
-            self.path, (*_LINES, *_TABLES), accepts=lambda name: kind_of(name).format in formats, remedy=_REMEDY
-        )
+        return find_files(self.path, ("smi", *_TABLES), by_name=("text",), remedy=_REMEDY)
 
     @property
     def _splits(self) -> dict[str, str | None]:

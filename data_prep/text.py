@@ -152,8 +152,9 @@ class TextSource(DocumentSource):
     def _found(self) -> FoundFiles:
         found = find_files(
             self.path,
-            list(FORMATS),
-            accepts=self._accepts,
+            [name for name in FORMATS if name not in ONLY_BY_NAME],
+            by_name=list(ONLY_BY_NAME),
+            accepts=self._accepts if self.pattern or self._format else None,
             any_suffix=self._format is not None or not self.path.suffix,
             remedy=f"no file is named like source.pattern={self.pattern}" if self.pattern else _OTHER_FILES,
         )
@@ -162,11 +163,8 @@ class TextSource(DocumentSource):
         return found
 
     def _accepts(self, name: str) -> bool:
-        """Return whether a file below the folder is read."""
-        if self.pattern:
-            return PurePosixPath(name).match(self.pattern.removeprefix("**/"))
-        known = kind_of(name)
-        return self._format is not None or (known.format in FORMATS and known.format not in ONLY_BY_NAME)
+        """Return whether a file below the folder is read where `pattern` or `format` is set."""
+        return not self.pattern or PurePosixPath(name).match(self.pattern.removeprefix("**/"))
 
     def _format_of(self, name: str) -> Format:
         """Return the format of a file. Raises UserError for an unknown suffix; a file without one is plain text."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -109,7 +110,10 @@ def test_a_missing_key_is_counted(tmp_path):
     pq.write_table(pa.table({"text": ["a", None, "b", " "]}), path)
     assert read(path) == (["a", "b"], {"read": 2, "dropped: no key text": 1, "dropped: empty": 1})
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
-    assert read(tmp_path / "a.jsonl") == (["kept"], {"read": 1, "dropped: no key text": 4})
+    assert read(tmp_path / "a.jsonl") == (
+        ["kept"],
+        {"read": 1, "dropped: key text is no text": 1, "dropped: no object": 2, "dropped: malformed JSON": 1},
+    )
 
 
 def test_units(tmp_path):
@@ -283,11 +287,13 @@ def test_json_is_read_by_lines_when_it_is_named(tmp_path):
         read(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.PDF", "a.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["a.dat", "a.tar.gz", "a.PDF", "a.parquet.gz", "a.log", "a.jsonl.1"])
 def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"text")
-    with pytest.raises(UserError, match=r"is not a text file; its suffix must be one of \.jsonl,"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)} .*\.jsonl, .*source\.format"):
         read(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(name)):
+        read(tmp_path)
     (tmp_path / "README").write_text("any other name is text")
     assert read(tmp_path / "README")[0] == ["any other name is text"]
 
