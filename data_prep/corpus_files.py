@@ -137,8 +137,8 @@ def find_files(
 
     Skipped, and counted by reason: hidden files and folders, folders that are links (which might lead anywhere or in a
     circle), what is neither a file nor a folder, and other suffixes. `path` itself may also have one of the formats
-    `by_name` or, with `any_suffix`, any name. `accepts` replaces the choice by suffix in a folder; it is called with the
-    path below the folder.
+    `by_name` or, with `any_suffix`, any name. `accepts` replaces the choice by suffix in a folder; it is called with
+    the path below the folder.
 
     Raises UserError when there is no file, and when `path` itself has another suffix.
     """

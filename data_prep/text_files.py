@@ -82,7 +82,7 @@ class TextFile:
         self._compression = kind_of(path.name).compression
         self.problem: FileProblem | None = None  # set at the end of an iteration
 
-    @property
+    @cached_property
     def is_divisible(self) -> bool:
         """Return whether ranges of bytes can be read alone. A file that cannot be read stays whole."""
         if self._compression is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class RowKeys:
     messages: str | None = None  # replaces the other two
     offers_chats: bool = True  # whether the message of a missing key names the key of a source that reads chats
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         if self.messages is not None:
             return (self.messages,)
@@ -174,11 +174,13 @@ def _problem(file: TextFile) -> Iterator[Document]:
 
 
 def _from_json(line: bytes, keys: RowKeys, where: str) -> Document:
-    document = _decoded(line, where)
-    if document.text is None:
-        return document
+    if len(line) > text_files.LONGEST:
+        return Document(where, None, _TOO_LONG)
+    text, problem = decode(line)
+    if text is None:
+        return Document(where, None, problem)
     try:
-        row = parse_json_row(document.text)
+        row = parse_json_row(text)
     except (ValueError, RecursionError) as error:
         return Document(f"{where}: {describe(error)}", None, _MALFORMED)
     return document_of_row(row, keys, where)
@@ -189,18 +191,17 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
     if not isinstance(row, dict):
         return Document(f"{where}: {_kind(row)}", None, "no object")
     for key in keys.names:
-        if row.get(key) is None:
+        value = row.get(key)
+        if value is None:
             found = "it is null" if key in row else missing_key(list(row), keys)
             return Document(f"{where}: {found}", None, f"no key {key}")
-    if keys.messages is not None:
-        return _of_chat(row[keys.messages], keys.messages, where)
-    values = [row[key] for key in keys.names]
-    for key, value in zip(keys.names, values, strict=True):
+        if keys.messages is not None:
+            return _of_chat(value, key, where)
         if not isinstance(value, str):
             return Document(f"{where}: {_kind(value)}", None, f"key {key} is no text")
         if problem := _text_problem(value):
             return Document(where, None, problem)
-    return Document(where, values[-1], prompt=values[0] if keys.prompt is not None else None)
+    return Document(where, row[keys.text], prompt=None if keys.prompt is None else row[keys.prompt])
 
 
 def _of_chat(messages: Any, key: str, where: str) -> Document:

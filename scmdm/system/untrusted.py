@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -109,9 +110,19 @@ def parse_json(text: bytes | str, *, nan_is_null: bool = False) -> Any:
     return content
 
 
-_ROWS = json.JSONDecoder(
-    object_pairs_hook=lambda pairs: _unique(pairs), parse_constant=lambda name: _refuse_constant(name)
-)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"key {counts.most_common(1)[0][0]!r} stands twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+_ROWS = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def parse_json_row(text: str) -> Any:
@@ -121,19 +132,6 @@ def parse_json_row(text: str) -> Any:
     RecursionError.
     """
     return _ROWS.decode(text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"key {name!r} stands twice")
-        found[name] = value
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number that JSON has")
 
 
 def _none_for_constant(_name: str) -> None:
