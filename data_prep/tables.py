@@ -105,7 +105,7 @@ def _records(lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[Tab
         if text is None or len(line) > LONGEST:
             yield TableRow(at, [], problem or LONG_ROW)
         elif '"' not in text:
-            if text.strip():
+            if text.strip(" \n"):
                 yield TableRow(at, text.removesuffix("\n").split(delimiter))
         else:
             taken: list[tuple[int, bytes]] = []
