@@ -101,6 +101,11 @@ class TextConfig(DocumentsConfig):
         None, help="format of the files, whatever their suffix; null: by the suffix", choices=tuple(FORMATS)
     )
 
+    @property
+    def unrecorded(self) -> frozenset[str]:  # type: ignore[override]
+        """The path, and a format that was the only one of files with a pattern before there was the key."""
+        return frozenset({"path", "format"} if self.pattern and self.format == "text" else {"path"})
+
 
 class DocumentSource(Source):
     """Base of sources of text documents, which are cut into records."""
