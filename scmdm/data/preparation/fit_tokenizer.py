@@ -31,6 +31,7 @@ class PartSummary:
     """What a task has counted, and the symbols that it has found, of the records of a part."""
 
     counts: dict[str, int]
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
     symbols: list[str] = field(default_factory=list)
 
 
@@ -102,7 +103,7 @@ def first_places(files: Sequence[Path]) -> dict[str, list[str]]:
     """Return the first few places of each reason, of all parts."""
     found: dict[str, list[str]] = {}
     for file in files:
-        for reason, places in json.loads(file.read_text())["places"].items():
+        for reason, places in read_result(file, PartSummary).places.items():
             found[reason] = (found.get(reason, []) + places)[:PLACES]
     return dict(sorted(found.items()))
 

@@ -78,7 +78,9 @@ class Tally:
             raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
         places = self.places.setdefault(f"dropped: {reason}", [])
         if len(places) < PLACES:
-            places.append(" ".join(str(where)[:_LONGEST_PLACE].split()))
+            # A path may have bytes that are not UTF-8, which would be lone surrogates.
+            shown = str(where)[:_LONGEST_PLACE].encode(errors="replace").decode()
+            places.append(" ".join(shown.split()))
         self.leave_out(reason)
 
     def leave_out(self, reason: str) -> None:
