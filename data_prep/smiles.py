@@ -19,7 +19,7 @@ from data_prep.corpus_files import (
     published_splits,
     split_by_name,
 )
-from data_prep.tables import Header, is_divisible_table, read_header, read_rows
+from data_prep.tables import TableHeader, is_divisible_table, read_header, read_rows
 from data_prep.text_files import TextFile, decode
 from scmdm.config.fields import key
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
@@ -126,7 +126,7 @@ class SmilesSource(Source):
             smiles = "" if row.problem or short else row.fields[position].strip()
             yield row.at, smiles, "no such column in the row" if short else row.problem
 
-    def _header(self, file: TextFile) -> Header | None:
+    def _header(self, file: TextFile) -> TableHeader | None:
         """Read the header of a table. Raises UserError if it has the column not once."""
         header = read_header(file, [self.column])
         if header is not None and header.position(self.column) is None:

@@ -32,7 +32,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Header:
+class TableHeader:
     """Names of the columns of a table."""
 
     columns: list[str]
@@ -56,7 +56,7 @@ def is_divisible_table(path: Path) -> bool:
         return content.find(b'"') < 0
 
 
-def read_header(file: TextFile, wanted: Sequence[str], table_format: str | None = None) -> Header | None:
+def read_header(file: TextFile, wanted: Sequence[str], table_format: str | None = None) -> TableHeader | None:
     """Read the header of a table; None if the file has none, as an empty or a damaged one.
 
     Of the delimiters that the format allows, the first is taken whose header has the wanted columns.
@@ -70,18 +70,18 @@ def read_header(file: TextFile, wanted: Sequence[str], table_format: str | None 
     return found
 
 
-def _first_row(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Header | None:
+def _first_row(file: TextFile, delimiter: str, wanted: Sequence[str]) -> TableHeader | None:
     for row in _records(file.lines(), delimiter):
         if row.problem:
             continue
         columns = [name.strip() for name in row.fields]
         uncommented = [columns[0].lstrip("# "), *columns[1:]]
         if not columns[0].startswith("#") or all(name in uncommented for name in wanted):
-            return Header(columns if columns[0] in wanted else uncommented, delimiter, row.at)
+            return TableHeader(columns if columns[0] in wanted else uncommented, delimiter, row.at)
     return None
 
 
-def read_rows(file: TextFile, header: Header, piece: Slice | None = None) -> Iterator[TableRow]:
+def read_rows(file: TextFile, header: TableHeader, piece: Slice | None = None) -> Iterator[TableRow]:
     """Yield the records of a slice after the header; a record that cannot be read costs no other one."""
     for row in _records(file.lines(piece), header.delimiter):
         if row.at <= header.at:

@@ -59,7 +59,7 @@ codecs.register_error(_UNDECODABLE, lambda error: ("\udcff", getattr(error, "end
 
 
 @dataclass(frozen=True)
-class TextFileProblem:
+class FileProblem:
     """Why a file, or the rest of it, was not read."""
 
     reason: str
@@ -80,7 +80,7 @@ class TextFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._compression = kind_of(path.name).compression
-        self.problem: TextFileProblem | None = None  # set at the end of an iteration
+        self.problem: FileProblem | None = None  # set at the end of an iteration
 
     @cached_property
     def is_divisible(self) -> bool:
@@ -113,16 +113,16 @@ class TextFile:
             with reading(self.path, f"{self._compression or 'text'} file"):
                 encoding = self._encoding
                 if encoding.binary:
-                    self.problem = TextFileProblem(BINARY, f"{self.path}: {encoding.binary}")
+                    self.problem = FileProblem(BINARY, f"{self.path}: {encoding.binary}")
                     return
                 for chunk in self._decoded(encoding, start):
                     at += len(chunk)
                     yield chunk
         except UserError as error:
-            self.problem = TextFileProblem(DAMAGED, str(error))
+            self.problem = FileProblem(DAMAGED, str(error))
             return
         if at == 0:
-            self.problem = TextFileProblem(EMPTY, str(self.path))
+            self.problem = FileProblem(EMPTY, str(self.path))
 
     def _decoded(self, encoding: _Encoding, start: int) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
@@ -155,9 +155,7 @@ class TextFile:
     def _up_to_damage(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         for size, line in lines:
             if self.problem is not None and not line.endswith(b"\n"):
-                self.problem = TextFileProblem(
-                    self.problem.reason, f"{self.problem.where}; its last line is incomplete"
-                )
+                self.problem = FileProblem(self.problem.reason, f"{self.problem.where}; its last line is incomplete")
                 return
             yield size, line
 
