@@ -1,23 +1,22 @@
-"""FASTA files of nucleotides or amino acids, also gzipped."""
+"""FASTA files of nucleotides or amino acids, compressed or not."""
 
 from __future__ import annotations
 
-import gzip
 import mmap
-import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, ClassVar, cast
+from typing import ClassVar
 
+from data_prep.corpus_files import FoundFiles, find_files, parts_by_split, published_splits, split_by_name
+from data_prep.text_files import TextFile
 from scmdm.data.preparation.records import Part, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
-from scmdm.errors import UserError
 
 WHITE_SPACE = b" \t\r\n\v\f"
-_READ = 1 << 20  # bytes read at once, because a line may be a whole chromosome
+_LONGEST_HEADER = 1 << 16  # bytes; the rest of a longer one is not looked at
 
 
 class FastaSource(Source):
@@ -26,83 +25,104 @@ class FastaSource(Source):
     Raises UserError when there are none.
     """
 
-    suffixes: ClassVar[tuple[str, ...]]  # suffixes of FASTA files in a folder, each also with .gz
+    formats: ClassVar[tuple[str, ...]]  # values of `corpus_files.SUFFIXES`
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, name or path.name
+    def __init__(self, path: Path, split_by: str = "hash", name: str | None = None) -> None:
+        self.path, self.name, self._split_by = path, name or path.name, split_by
+
+    @cached_property
+    def _found(self) -> FoundFiles:
+        return find_files(self.path, self.formats)
+
+    @property
+    def _fasta(self) -> dict[str, Path]:
+        return self._found.files
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        """Names in the folder that are not read, by reason."""
+        return self._found.skipped
+
+    @cached_property
+    def _splits(self) -> dict[str, str | None]:
+        return split_by_name(self._fasta, self._split_by)
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Splits in the names of the files."""
+        return published_splits(self._splits)
 
     def files(self) -> dict[str, Path]:
         """FASTA files by path below the folder."""
-        return self._fasta()
-
-    def _fasta(self) -> dict[str, Path]:
-        if self.path.is_file():
-            return {self.path.name: self.path}
-        if not self.path.is_dir():
-            raise UserError(f"source.path={self.path} does not exist; give a FASTA file or a folder of them")
-        files = sorted(path for path in self.path.rglob("*") if self._suffix().search(path.name) and path.is_file())
-        if not files:
-            raise UserError(
-                f"source.path={self.path} holds no {', '.join(self.suffixes)}, gzipped or not; give a folder that does"
-            )
-        return {str(path.relative_to(self.path)): path for path in files}
-
-    def _suffix(self) -> re.Pattern[str]:
-        return re.compile(rf"({'|'.join(map(re.escape, self.suffixes))})(\.gz)?$", re.IGNORECASE)
+        return self._fasta
 
     def parts(self, part_bytes: int) -> list[Part]:
         """Group small files, and divide large uncompressed files between sequences."""
-        fasta = self._fasta()
-        return [part for whole in cut_into_parts(fasta, part_bytes) for part in _by_sequence(whole, fasta, part_bytes)]
+
+        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
+            whole = cut_into_parts(files, part_bytes, split=split)
+            return [part for group in whole for part in _by_sequence(group, files, part_bytes)]
+
+        return parts_by_split(self._fasta, self._splits, cut)
 
     def _sequences(self, part: Part, tally: Tally) -> Iterator[tuple[str, str, Iterator[bytes]]]:
         """Yield file name, id and raw lines of each sequence of a part; drop files that are damaged or not FASTA."""
-        fasta = self._fasta()
         for piece in part.slices:
-            damage = find_damage(fasta[piece.file]) if piece.start == 0 else None
-            if damage is not None:
-                tally.drop(damage, fasta[piece.file])
+            path = self._fasta[piece.file]
+            if piece.start == 0 and (damage := find_damage(path)) is not None:
+                tally.drop(*damage)
                 continue
-            for (_, identifier), lines in groupby(_read_fasta(fasta[piece.file], piece), key=itemgetter(0)):
+            for (_, identifier), lines in groupby(_read_fasta(path, piece), key=itemgetter(0)):
                 yield piece.file, identifier, (line for _, line in lines)
 
 
-def find_damage(path: Path) -> str | None:
-    """Return why a file cannot be used, or None. Gzipped files are read to the checksum at their end."""
-    try:
-        with _open(path) as file:
-            start = file.read(_READ).lstrip()
-            if path.suffix.lower() == ".gz":
-                while file.read(_READ):
-                    pass
-    except EOFError:
-        return "truncated gzip"
-    except (gzip.BadGzipFile, zlib.error):
-        return "damaged gzip"
+def find_damage(path: Path) -> tuple[str, str] | None:
+    """Return the reason and place where a file cannot be used, or None.
+
+    Compressed files are read to the checksum at their end. A part that does not begin with its file is not looked at.
+    """
+    file, start = TextFile(path), b""
+    for chunk in file.chunks():
+        start = start or chunk.lstrip()
+        if start and file.is_divisible:
+            break
+    if file.problem is not None:
+        return file.problem.reason, file.problem.where
     if not start:
-        return "empty file"
-    return None if start.startswith(b">") else "not FASTA"
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
+        return "empty file", str(path)
+    return (
+        None if start.startswith((b">", b";")) else ("not FASTA", f"{path}: it begins with {start[:20]!r}, not with >")
+    )
 
 
 def _read_fasta(path: Path, piece: Slice) -> Iterator[tuple[tuple[int, str], bytes]]:
-    """Yield number and id (first word of the header) of a sequence with each line: an empty one, then its letters."""
-    sequence, at, line_begins = (0, ""), piece.start, True
-    with _open(path) as file:
-        file.seek(piece.start)
-        while (piece.end is None or at < piece.end) and (line := file.readline(_READ)):
+    """Yield number and id (first word of the header) of a sequence with each line: an empty one, then its letters.
+
+    Lines that begin with `;` are comments. A line may come in several pieces, for it may be a whole chromosome.
+    """
+    file = TextFile(path)
+    sequence, header, in_comment, at, line_begins = (0, ""), b"", False, piece.start or file.mark, True
+    for chunk in file.chunks(piece.start):
+        for line in chunk.splitlines(keepends=True):
+            if line_begins:
+                if piece.end is not None and at >= piece.end:
+                    return
+                in_comment, header = line.startswith(b";"), line if line.startswith(b">") else b""
+            elif header:
+                header = (header + line)[:_LONGEST_HEADER]
             at += len(line)
-            is_header = line_begins and line.startswith(b">")
-            line_begins = line.endswith(b"\n")
-            if is_header:
-                identifier = (line[1:].split() or [b""])[0].decode(errors="replace")
-                sequence = (sequence[0] + 1, identifier)
+            line_begins = line.endswith((b"\n", b"\r"))
+            if header and line_begins:
+                sequence, header = (sequence[0] + 1, _identifier(header)), b""
                 yield sequence, b""
-            elif sequence[0] > 0:  # only blank lines precede the first header
+            elif not header and not in_comment and sequence[0] > 0:  # only blank lines precede the first header
                 yield sequence, line
+    if header:
+        yield (sequence[0] + 1, _identifier(header)), b""
+
+
+def _identifier(header: bytes) -> str:
+    return (header[1:].split() or [b""])[0].decode(errors="replace")
 
 
 def blocks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -120,13 +140,15 @@ def blocks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
 def _by_sequence(part: Part, files: dict[str, Path], part_bytes: int) -> list[Part]:
     first = part.slices[0]
     path = files[first.file]
-    if len(part.slices) > 1 or path.suffix.lower() == ".gz" or path.stat().st_size <= part_bytes:
+    if len(part.slices) > 1 or path.stat().st_size <= part_bytes or not TextFile(path).is_divisible:
         return [part]
     cuts = [0]
     for start in _sequence_starts(path):
         if start - cuts[-1] >= part_bytes:
             cuts.append(start)
-    return [Part((Slice(first.file, start, end),)) for start, end in zip(cuts, [*cuts[1:], None], strict=True)]
+    return [
+        Part((Slice(first.file, start, end),), part.split) for start, end in zip(cuts, [*cuts[1:], None], strict=True)
+    ]
 
 
 def _sequence_starts(path: Path) -> Iterator[int]:

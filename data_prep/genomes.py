@@ -13,20 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from data_prep.corpus_files import NamedSplitsConfig, kind_of, without_split
 from data_prep.debian_genomes import DEBIAN, DEFAULT_PACKAGE, download_genomes
 from data_prep.fasta import WHITE_SPACE, FastaSource, blocks
+from data_prep.text_files import read_text_lines
 from scmdm.config.fields import PathKind, key
-from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.errors import UserError
 
 _KNOWN, _AMBIGUOUS = b"ACGTU", b"RYSWKMBDHVN"  # IUPAC codes; U is RNA's T
 _ALPHABET = b"ACGTN"
+_LARGEST_TABLE = 1 << 28  # bytes of the table of species
 _COMPLEMENT = bytes.maketrans(_ALPHABET, b"TGCAN")
 
 
 @dataclass
-class GenomeSourceConfig(SourceConfig):
+class GenomeSourceConfig(NamedSplitsConfig):
     """Keys of the source `genomes`."""
 
     unrecorded: ClassVar[frozenset[str]] = frozenset({"path", "species_table"})
@@ -106,16 +108,16 @@ class GenomeSource(FastaSource):
 
     Config = GenomeSourceConfig
     tokenizers = ("dna",)
-    suffixes = (".fa", ".fasta", ".fna")
+    formats = ("fasta", "fasta of nucleotides")
 
     def __init__(self, config: GenomeSourceConfig, length: int) -> None:
         if config.path is None or config.path.startswith(DEBIAN):
             package = (config.path or DEFAULT_PACKAGE).removeprefix(DEBIAN)
             name, path = download_genomes(package)
-            super().__init__(path, name)
+            super().__init__(path, name=name)
             self._species_from: str | None = "file"
         else:
-            super().__init__(Path(config.path))
+            super().__init__(Path(config.path), config.split_by)
             self._species_from = config.species_from
         self._letters = length - 2
         self._stride = config.stride or self._letters
@@ -124,18 +126,18 @@ class GenomeSource(FastaSource):
         self._translation = _translation(config.soft_masked == "unknown")
         self._table = Path(config.species_table) if config.species_table else None
         self._species_of = read_species_table(self._table) if self._table else {}
-        species = self._species_of.values() if self._table else map(self._species_of_file, self._fasta())
+        species = self._species_of.values() if self._table else map(self._species_of_file, self._fasta)
         self.labels = tuple(sorted({name for name in species if name is not None}))
         self._label_of = {name: index for index, name in enumerate(self.labels)}
 
     def files(self) -> dict[str, Path]:
         """FASTA files by path below the folder, and the table of species."""
-        return self._fasta() | ({self._table.name: self._table} if self._table else {})
+        return self._fasta | ({self._table.name: self._table} if self._table else {})
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield windows; drop files that are damaged or not FASTA, and windows with other letters."""
         for file, identifier, lines in self._sequences(part, tally):
-            where = f"{self._fasta()[file]}: {identifier}"
+            where = f"{self._fasta[file]}: {identifier}"
             yield from self._windows(lines, identifier, self._label(file, identifier), where, tally)
 
     def _windows(
@@ -183,13 +185,14 @@ class GenomeSource(FastaSource):
 
     def _species_of_file(self, file: str) -> str | None:
         if self._species_from == "file":
-            return self._suffix().sub("", Path(file).name)
-        if self._species_from == "folder" and len(Path(file).parts) == 1:
+            return kind_of(file).stem
+        parts = Path(without_split(file) if any(self._splits.values()) else file).parts
+        if self._species_from == "folder" and len(parts) == 1:
             raise UserError(
                 f"source.species_from=folder, but {self.path / file} is not in a folder below source.path={self.path}; "
                 "make a folder for each species"
             )
-        return Path(file).parts[0] if self._species_from == "folder" else None
+        return parts[0] if self._species_from == "folder" else None
 
 
 def _translation(soft_masked_unknown: bool) -> bytes:
@@ -205,10 +208,7 @@ def read_species_table(path: Path) -> dict[str, str]:
 
     Raises UserError for a missing file, a malformed line, and a name with two species.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"source.species_table={path} cannot be read: {error}; give a text file") from error
+    lines = read_text_lines(path, f"source.species_table={path}", _LARGEST_TABLE)
     species: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):

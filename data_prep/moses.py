@@ -11,16 +11,18 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.text_files import TextFile, decode
 from scmdm.config.preparation import SourceConfig
-from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts, read_lines
+from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_data
+from scmdm.system.untrusted import reading
 
 PUBLISHED_SPLITS = ("train", "test", "test_scaffolds")
 FILTER_FILES = ("mcf.csv", "wehi_pains.csv")  # SMARTS of unwanted groups, for the metrics
 _REQUIREMENT = "molsets==0.3.1"
-_HEADER = b"SMILES"
+_HEADER = "SMILES"
 
 
 class MosesSource(Source):
@@ -61,11 +63,17 @@ class MosesSource(Source):
         """One record per line, without the header."""
         files = self.files()
         for piece in part.slices:
-            for at, line in read_lines(files[piece.file], piece):
-                smiles = line.strip()
-                if smiles and (at, smiles) != (0, _HEADER):
-                    tally.read()
-                    yield Record(smiles.decode())
+            file = TextFile(files[piece.file])
+            for at, line in file.lines(piece):
+                text, problem = decode(line)
+                smiles = (text or "").strip()
+                if (at, smiles) == (0, _HEADER) or (text is not None and not smiles):
+                    continue
+                tally.read()
+                if text is None:
+                    tally.drop(problem, file.where(at))
+                else:
+                    yield Record(smiles)
 
 
 def moses_folder() -> Path:
@@ -75,7 +83,9 @@ def moses_folder() -> Path:
 
 def read_smiles(split: str) -> list[str]:
     """Read the SMILES of a published split, in order."""
-    return (moses_folder() / f"{split}.csv").read_text().split()[1:]
+    path = moses_folder() / f"{split}.csv"
+    with reading(path, "file of MOSES", f"remove {path.parent} to download it again"):
+        return path.read_text(encoding="utf-8").split()[1:]
 
 
 def _unpack(wheel: Path, folder: Path) -> None:

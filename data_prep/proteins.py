@@ -13,9 +13,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from data_prep.corpus_files import NamedSplitsConfig
 from data_prep.fasta import WHITE_SPACE, FastaSource
 from scmdm.config.fields import PathKind, key
-from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.tokenizers.symbol_tokenizer import AMINO_ACIDS
 
@@ -25,11 +25,11 @@ _TRANSLATION = bytes.maketrans(_CODES + _CODES.lower(), (_LETTERS + b"X" * 5) * 
 
 
 @dataclass
-class ProteinSourceConfig(SourceConfig):
+class ProteinSourceConfig(NamedSplitsConfig):
     """Keys of the source `proteins`."""
 
     path: str = key(
-        MISSING, path=PathKind.INPUT, help="FASTA file, or folder of .fa, .fasta and .faa files, gzipped or not"
+        MISSING, path=PathKind.INPUT, help="FASTA file, or folder of .fa, .fasta and .faa files, compressed or not"
     )
     on_length: str = key(
         "windows",
@@ -44,10 +44,10 @@ class ProteinSource(FastaSource):
 
     Config = ProteinSourceConfig
     tokenizers = ("amino_acids",)
-    suffixes = (".fa", ".fasta", ".faa")
+    formats = ("fasta", "fasta of amino acids")
 
     def __init__(self, config: ProteinSourceConfig, length: int) -> None:
-        super().__init__(Path(config.path))
+        super().__init__(Path(config.path), config.split_by)
         self._longest, self._drops_long, self._max_unknown = length - 2, config.on_length == "drop", config.max_unknown
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
@@ -58,7 +58,7 @@ class ProteinSource(FastaSource):
             foreign = sequence.translate(None, _LETTERS)
             if foreign or not sequence:
                 found = repr(chr(foreign[0])) if foreign else "no letters"
-                tally.drop("no amino acid", f"{self._fasta()[file]}: {identifier}, {found}")
+                tally.drop("no amino acid", f"{self._fasta[file]}: {identifier}, {found}")
             elif sequence.count(b"X") > self._max_unknown * len(sequence):
                 tally.leave_out("too many unknown letters")
             elif len(sequence) <= self._longest:

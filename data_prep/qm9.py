@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.smiles import canonical_smiles
+from data_prep.tables import read_header, read_rows
+from data_prep.text_files import TextFile
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_folder
 
+_COLUMN = "SMILES"
 _FILES = tuple(f"qm9_part{part}.csv" for part in (1, 2, 3))
 
 
@@ -46,11 +48,16 @@ class Qm9Source(Source):
         """Yield canonical SMILES; drop those that RDKit cannot parse."""
         files = self.files()
         for piece in part.slices:
-            with open(files[piece.file], newline="") as file:
-                for row in csv.DictReader(file):
-                    tally.read()
-                    canonical = canonical_smiles(row["SMILES"])
-                    if canonical is None:
-                        tally.drop("not a molecule", f"{files[piece.file]}: {row['SMILES']}")
-                    else:
-                        yield Record(canonical)
+            file = TextFile(files[piece.file])
+            header = read_header(file, [_COLUMN])
+            position = header.position(_COLUMN) if header is not None else None
+            if header is None or position is None:
+                raise UserError(f"{file.path} has no column {_COLUMN}; `pip install --force-reinstall qm9pack`")
+            for row in read_rows(file, header, piece):
+                tally.read()
+                smiles = row.fields[position] if position < len(row.fields) else ""
+                canonical = canonical_smiles(smiles)
+                if canonical is None:
+                    tally.drop(row.problem or "not a molecule", f"{file.where(row.at)}: {smiles[:200]}")
+                else:
+                    yield Record(canonical)

@@ -1,25 +1,33 @@
-"""Molecules in the user's files: `.smi` (SMILES, blank, name), and `.csv` or `.tsv` with a header."""
+"""Molecules in the user's files: SMILES, blank, name on a line; or tables with a header. Compressed or not."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from data_prep.corpus_files import (
+    FoundFiles,
+    NamedSplitsConfig,
+    find_files,
+    kind_of,
+    parts_by_split,
+    published_splits,
+    split_by_name,
+)
+from data_prep.tables import TableHeader, is_divisible_table, read_header, read_rows
+from data_prep.text_files import TextFile, decode
 from scmdm.config.fields import PathKind, key
-from scmdm.config.preparation import SourceConfig
-from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts, read_lines
+from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (".smi", *_DELIMITERS)
+_TABLES = ("csv", "tsv")
 
 
 @cache
@@ -37,11 +45,14 @@ def canonical_smiles(smiles: str) -> str | None:
 
 
 @dataclass
-class SmilesSourceConfig(SourceConfig):
+class SmilesSourceConfig(NamedSplitsConfig):
     """Keys of the source `smiles`."""
 
     path: str = key(
-        MISSING, path=PathKind.INPUT, formerly=("path",), help=".smi, .csv or .tsv file, or a folder of them"
+        MISSING,
+        path=PathKind.INPUT,
+        formerly=("path",),
+        help=".smi, .txt, .csv or .tsv file, or a folder of .smi, .csv and .tsv files",
     )
     column: str = key("SMILES", formerly=("smiles_column",), help="column with SMILES in .csv and .tsv files")
 
@@ -56,69 +67,95 @@ class SmilesSource(Source):
     tokenizers = ("smiles", "selfies")
 
     def __init__(self, config: SmilesSourceConfig, length: int) -> None:
-        self.path, self.column = Path(config.path), config.column
+        self.path, self.column, self._split_by = Path(config.path), config.column, config.split_by
         self.name = self.path.name
+
+    @cached_property
+    def _found(self) -> FoundFiles:
+        return find_files(self.path, ("smi", *_TABLES), by_name=("text",), remedy=_REMEDY)
+
+    @property
+    def _splits(self) -> dict[str, str | None]:
+        return split_by_name(self._found.files, self._split_by)
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Splits in the names of the files."""
+        return published_splits(self._splits)
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        """Names in the folder that are not read, by reason."""
+        return self._found.skipped
 
     def files(self) -> dict[str, Path]:
         """Files by path below the folder. Raises UserError when there are none."""
-        if self.path.is_file():
-            return {self.path.name: self.path}
-        if not self.path.is_dir():
-            raise UserError(
-                f"source.path={self.path} does not exist; give a .smi, .csv or .tsv file or a folder of them"
-            )
-        files = sorted(path for path in self.path.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-        if not files:
-            raise UserError(f"source.path={self.path} holds no .smi, .csv or .tsv file; give a folder that does")
-        return {str(path.relative_to(self.path)): path for path in files}
+        return self._found.files
 
     def parts(self, part_bytes: int) -> list[Part]:
         """Group small files, and divide large ones into lines. Raises UserError for a table without the column."""
-        files = self.files()
-        for path in files.values():
-            self._position(path)
-        return cut_into_parts(files, part_bytes, divisible=lambda _: True)
+        for path in self.files().values():
+            if _is_table(path):
+                self._header(TextFile(path))
+
+        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
+            return cut_into_parts(files, part_bytes, _is_divisible, split)
+
+        return parts_by_split(self.files(), self._splits, cut)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield canonical SMILES; drop those that RDKit cannot parse."""
-        files = self.files()
         for piece in part.slices:
-            path = files[piece.file]
-            for at, smiles in self._spellings(path, piece):
+            file = TextFile(self.files()[piece.file])
+            spellings = self._of_table if _is_table(file.path) else _of_lines
+            for at, smiles, problem in spellings(file, piece):
                 tally.read()
-                canonical = None if smiles is None else canonical_smiles(smiles)
+                canonical = None if problem else canonical_smiles(smiles)
                 if canonical is None:
-                    tally.drop("not a molecule", f"{path} at byte {at}: {smiles}")
+                    tally.drop(problem or "not a molecule", f"{file.where(at)}: {smiles[:200]}")
                 else:
                     yield Record(canonical)
+            if file.problem is not None:
+                tally.drop(file.problem.reason, file.problem.where)
 
-    def _spellings(self, path: Path, piece: Slice) -> Iterator[tuple[int, str | None]]:
-        """Yield offset and SMILES of each line; None where a line ends before the column."""
-        position, delimiter = self._position(path), _DELIMITERS.get(path.suffix)
-        for at, line in read_lines(path, piece):
-            text = line.decode(errors="replace").strip("\r\n")
-            if not text.strip() or (at == 0 and delimiter):
-                continue
-            fields = _fields(text, delimiter)
-            yield at, fields[position].strip() if position < len(fields) else None
+    def _of_table(self, file: TextFile, piece: Slice) -> Iterator[tuple[int, str, str]]:
+        """Yield place, SMILES and problem of each row."""
+        header = self._header(file)
+        position = header.position(self.column) if header is not None else None
+        if header is None or position is None:
+            return
+        for row in read_rows(file, header, piece):
+            short = not row.problem and position >= len(row.fields)
+            smiles = "" if row.problem or short else row.fields[position].strip()
+            yield row.at, smiles, "no such column in the row" if short else row.problem
 
-    def _position(self, path: Path) -> int:
-        if path.suffix not in _DELIMITERS:
-            return 0
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = next(csv.reader([file.readline().strip("\r\n")], delimiter=_DELIMITERS[path.suffix]), [])
-        if self.column not in header:
+    def _header(self, file: TextFile) -> TableHeader | None:
+        """Read the header of a table. Raises UserError if it has the column not once."""
+        header = read_header(file, [self.column])
+        if header is not None and header.position(self.column) is None:
             raise UserError(
-                f"source.column={self.column} is not in the header of {path}; it must be one of {', '.join(header)}"
+                f"source.column={self.column} is not in the header of {file.path}, or twice; it must be one of "
+                f"{header.describe()}"
             )
-        return header.index(self.column)
+        return header
 
 
-def _fields(line: str, delimiter: str | None) -> list[str]:
-    """Split a line; returns no fields if `csv` rejects it, such as for a field of over 131,072 characters."""
-    if delimiter is None:
-        return line.split()
-    try:
-        return next(csv.reader([line], delimiter=delimiter))
-    except csv.Error:
-        return []
+_REMEDY = "give SMILES on lines (.smi), or a table with a header (.csv, .tsv)"
+
+
+def _is_table(path: Path) -> bool:
+    return kind_of(path.name).format in _TABLES
+
+
+def _is_divisible(path: Path) -> bool:
+    return is_divisible_table(path) if _is_table(path) else TextFile(path).is_divisible
+
+
+def _of_lines(file: TextFile, piece: Slice) -> Iterator[tuple[int, str, str]]:
+    """Yield place, SMILES and problem of each line; blank lines and lines that begin with `#` are left out."""
+    for at, line in file.lines(piece):
+        text, problem = decode(line)
+        if text is None:
+            yield at, "", problem
+        elif (fields := text.split(maxsplit=1)) and not fields[0].startswith("#"):
+            yield at, fields[0], ""

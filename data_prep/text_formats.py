@@ -1,44 +1,30 @@
-"""Formats of text files by suffix, whose readers yield documents in bounded memory.
+"""Formats of text files, whose readers yield documents in bounded memory.
 
 A damaged file is read up to the damage, which is then reported.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.compressed import CompressedLines, Decompress, gunzip, unzstd
-from scmdm.data.preparation.records import Slice, cut_bytes, read_lines
+from data_prep import text_files
+from data_prep.tables import is_divisible_table, read_header, read_rows
+from data_prep.text_files import DAMAGED, HAS_NUL, NOT_UTF_8, TextFile, decode
+from scmdm.data.preparation.records import Slice, cut_bytes
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
+from scmdm.system.untrusted import describe, parse_json_row, reading
 
-_PEEKED = 1 << 16  # bytes that are searched for the start of a JSON array
 _ROWS = 256  # rows of a parquet file decoded at once
-_DAMAGED, _TOO_LONG = "damaged file", "over-long document"
-LONGEST = 1 << 26  # bytes of a line or a document; longer ones are dropped
-# Suffixes of files that would otherwise be read as plain text.
-_OTHER_SUFFIXES = (
-    ".gz",
-    ".zst",
-    ".bz2",
-    ".xz",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".csv",
-    ".tsv",
-    ".arrow",
-    ".pdf",
-    ".npy",
-    ".npz",
-)
+_TOO_LONG, _MALFORMED = "over-long document", "malformed JSON"
 _TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # title of an article; headings of sections have more equals signs
+_CHATS = ("messages", "conversations")  # usual keys of chats
+_KEYS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -51,69 +37,64 @@ class Document:
     prompt: str | None = None  # precedes the text
 
 
-Cut = Callable[[str, Path, int], list[Slice]]
+@dataclass(frozen=True)
+class RowKeys:
+    """Keys (or columns) of the text of a row, and of its prompt; or of a chat, which has both."""
+
+    text: str = "text"
+    prompt: str | None = None
+    messages: str | None = None  # replaces the other two
+    offers_chats: bool = True  # whether the message of a missing key names the key of a source that reads chats
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        if self.messages is not None:
+            return (self.messages,)
+        return (self.text,) if self.prompt is None else (self.prompt, self.text)
 
 
 @dataclass(frozen=True)
 class Format:
     """Functions of a format.
 
-    `read(path, slice, keys)` yields the documents of a slice; `keys` is the key (column) of the text, or the keys of
-    prompt and text. `cut(name, path, part_bytes)` cuts a large file into slices; None: the format has no slices.
+    `read(path, slice, keys)` yields the documents of a slice. A file is cut with `cut(name, path, part_bytes)` where
+    `is_divisible(path)`; None: never.
     """
 
-    read: Callable[[Path, Slice, Sequence[str]], Iterator[Document]]
-    cut: Cut | None
+    read: Callable[[Path, Slice, RowKeys], Iterator[Document]]
+    is_divisible: Callable[[Path], bool] | None
+    cut: Callable[[str, Path, int], list[Slice]] = cut_bytes
     whole_text: bool = False  # the file is one document, and a slice some of its lines
 
 
-def format_of(path: Path) -> Format:
-    """Return the format of a file by its suffix, ignoring case; an unknown suffix means plain text.
-
-    Raises UserError for a suffix that is known not to be text, such as .csv.
-    """
-    name = path.name.lower()
-    known = FORMATS | _ONLY_BY_NAME
-    found = next((known[suffix] for suffix in known if name.endswith(suffix)), None)
-    if found is None and name.endswith(_OTHER_SUFFIXES):
-        raise UserError(f"{path} is not a text file; its suffix must be one of {', '.join(known)}")
-    return found or FORMATS[".txt"]
-
-
-def is_known(path: Path) -> bool:
-    """Return whether a file in a folder is read as text."""
-    return path.name.lower().endswith(tuple(FORMATS))
-
-
-def _read_text(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
+def _read_text(path: Path, piece: Slice, _keys: RowKeys) -> Iterator[Document]:
     """Read a slice as one document, or a whole file in blocks."""
-    lines = read_lines(path, piece, LONGEST)
-    yield from _blocks(((f"{path} at byte {at}", line) for at, line in lines), LONGEST if piece.end is None else None)
+    file, longest = TextFile(path), text_files.LONGEST
+    yield from _blocks(file, file.lines(piece), longest if piece.end is None else None)
+    yield from _problem(file)
 
 
-def _blocks(lines: Iterable[tuple[str, bytes]], longest: int | None) -> Iterator[Document]:
+def _blocks(file: TextFile, lines: Iterable[tuple[int, bytes]], longest: int | None) -> Iterator[Document]:
     """Join lines, given with their places, into documents of up to `longest` bytes."""
-    block: list[tuple[str, bytes]] = []
+    block: list[tuple[int, bytes]] = []
     size = 0
-    for where, line in lines:
+    for at, line in lines:
         if block and longest is not None and size + len(line) > longest:
-            yield from _block(block)
+            yield from _block(file, block)
             block, size = [], 0
-        block.append((where, line))
+        block.append((at, line))
         size += len(line)
     if block:
-        yield from _block(block)
+        yield from _block(file, block)
 
 
-def _block(lines: Sequence[tuple[str, bytes]]) -> Iterator[Document]:
-    where, _ = lines[0]
-    whole = _decoded(b"".join(line for _, line in lines), where)
-    if whole.text is not None and all(len(line) <= LONGEST for _, line in lines):
-        yield whole
+def _block(file: TextFile, lines: Sequence[tuple[int, bytes]]) -> Iterator[Document]:
+    where = file.where(lines[0][0])
+    text, _ = decode(b"".join(line for _, line in lines))
+    if text is not None and all(len(line) <= text_files.LONGEST for _, line in lines):
+        yield Document(where, text)
         return
-    found = [
-        _decoded(line, place) if len(line) <= LONGEST else Document(place, None, _TOO_LONG) for place, line in lines
-    ]
+    found = [_decoded(line, file.where(at)) for at, line in lines]
     yield from (line for line in found if line.text is None)
     rest = "".join(line.text for line in found if line.text is not None)
     if rest.strip():
@@ -130,156 +111,215 @@ def as_one_document(found: Iterable[Document], where: str) -> Iterator[Document]
             continue
         texts.append(place.text)
         size += len(place.text)
-        if size > LONGEST:
+        if size > text_files.LONGEST:
             yield Document(where, None, _TOO_LONG)
             return
     if texts:
         yield Document(where, "".join(texts))
 
 
-def _read_json_lines(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
-    for at, line in read_lines(path, piece, LONGEST):
-        if line.strip():
-            yield _from_json(line, keys, f"{path} at byte {at}")
+def _read_json_lines(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]:
+    file = TextFile(path)
+    for at, line in file.lines(piece):
+        if not line.isspace():
+            yield _from_json(line, keys, file.where(at))
+    yield from _problem(file)
 
 
-def _read_json(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        if file.read(_PEEKED).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
-            raise UserError(f"{path} is one JSON array; write an object on each line, with `jq -c '.[]'` for example")
+def _read_json(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]:
+    head = next((line for _, line in TextFile(path).lines() if not line.isspace()), b"")
+    if head.lstrip().startswith(b"["):
+        raise UserError(f"{path} is one JSON array; write an object on each line, with `jq -c '.[]'` for example")
     yield from _read_json_lines(path, piece, keys)
 
 
-def _read_articles(path: Path, piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
+def _read_articles(path: Path, piece: Slice, _keys: RowKeys) -> Iterator[Document]:
     """Read articles whose title is in the slice, up to the next title; text before the first title is an article."""
+    file = TextFile(path)
     article: list[bytes] = []
     start, size = piece.start, 0
-    for at, line in read_lines(path, Slice(piece.file, piece.start), LONGEST):
+    for at, line in file.lines(Slice(piece.file, piece.start)):
         title, outside = _TITLE.fullmatch(line) is not None, piece.end is not None and at >= piece.end
         if title:
-            yield from _article(article, f"{path} at byte {start}", size)
+            yield from _article(article, file.where(start), size)
             article, start, size = [], at, 0
         if outside and not article:
             return
         if title or article or piece.start == 0:
             size += len(line)
-            if size <= LONGEST:
+            if size <= text_files.LONGEST:
                 article.append(line)
-    yield from _article(article, f"{path} at byte {start}", size)
+    yield from _article(article, file.where(start), size)
+    yield from _problem(file)
 
 
 def _article(lines: list[bytes], where: str, size: int) -> Iterator[Document]:
     text = b"".join(lines)
-    if size > LONGEST:
+    if size > text_files.LONGEST:
         yield Document(where, None, _TOO_LONG)
     elif text.strip():
         yield _decoded(text, where)
 
 
 def _decoded(raw: bytes, where: str) -> Document:
-    try:
-        return Document(where, raw.decode())
-    except UnicodeDecodeError:
-        return Document(where, None, "not UTF-8")
-
-
-def _from_json(line: bytes, keys: Sequence[str], where: str) -> Document:
-    if len(line) > LONGEST:
+    if len(raw) > text_files.LONGEST:
         return Document(where, None, _TOO_LONG)
+    text, problem = decode(raw)
+    return Document(where, text, problem)
+
+
+def _problem(file: TextFile) -> Iterator[Document]:
+    if file.problem is not None:
+        yield Document(file.problem.where, None, file.problem.reason)
+
+
+def _from_json(line: bytes, keys: RowKeys, where: str) -> Document:
+    if len(line) > text_files.LONGEST:
+        return Document(where, None, _TOO_LONG)
+    text, problem = decode(line)
+    if text is None:
+        return Document(where, None, problem)
     try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return Document(where, None, "not UTF-8")
-    except (json.JSONDecodeError, RecursionError):
-        return Document(where, None, f"no key {keys[-1]}")
+        row = parse_json_row(text)
+    except (ValueError, RecursionError) as error:
+        return Document(f"{where}: {describe(error)}", None, _MALFORMED)
     return document_of_row(row, keys, where)
 
 
-def document_of_row(row: Any, keys: Sequence[str], where: str) -> Document:
-    """Make the document of a row (a mapping). Two keys are those of the prompt and the text."""
-    values = [row.get(key) if isinstance(row, dict) else None for key in keys]
-    for key, value in zip(keys, values, strict=True):
+def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
+    """Make the document of a row (a mapping)."""
+    if not isinstance(row, dict):
+        return Document(f"{where}: {_kind(row)}", None, "no object")
+    for key in keys.names:
+        value = row.get(key)
+        if value is None:
+            found = "it is null" if key in row else missing_key(list(row), keys)
+            return Document(f"{where}: {found}", None, f"no key {key}")
+        if keys.messages is not None:
+            return _of_chat(value, key, where)
         if not isinstance(value, str):
-            return Document(where, None, f"no key {key}")
-        if not _is_unicode(value):
-            return Document(where, None, "not UTF-8")
-    return Document(where, values[-1], prompt=values[0] if len(keys) == 2 else None)
+            return Document(f"{where}: {_kind(value)}", None, f"key {key} is no text")
+        if problem := _text_problem(value):
+            return Document(where, None, problem)
+    return Document(where, row[keys.text], prompt=None if keys.prompt is None else row[keys.prompt])
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded: JSON may contain a lone surrogate, which is not a character."""
+def _of_chat(messages: Any, key: str, where: str) -> Document:
+    """Make the document of a chat in OpenAI's form: the user's message is the prompt, the assistant's the text."""
+    turns = messages if isinstance(messages, list) else []
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
+    if roles != ["user", "assistant"]:
+        found = f"roles {roles!r}"[:100] if turns else _kind(messages)
+        return Document(f"{where}: {found}", None, f"key {key} is no chat of one user and one assistant message")
+    prompt, text = (turn.get("content") for turn in turns)
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        found = ", ".join(_kind(turn.get("content")) for turn in turns)
+        return Document(f"{where}: {found}", None, f"key {key} has content that is no text")
+    if problem := _text_problem(prompt) or _text_problem(text):
+        return Document(where, None, problem)
+    return Document(where, text, prompt=prompt)
+
+
+def missing_key(names: Sequence[Any], keys: RowKeys) -> str:
+    """Describe the keys that a row has instead of the wanted one, and how a chat is read."""
+    shown = ", ".join(repr(str(name)[:40]) for name in names[:_KEYS_SHOWN])
+    chat = next((name for name in _CHATS if name in names), None) if keys.offers_chats else None
+    remedy = f"; read a chat with source.messages_key={chat}" if chat else ""
+    return f"its keys are {shown or 'none'}{', ...' if len(names) > _KEYS_SHOWN else ''}{remedy}"
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bytes: "bytes",
+        bool: "a truth value",
+        type(None): "null",
+    }
+    return f"it is {names.get(type(value), 'a number' if isinstance(value, int | float) else type(value).__name__)}"
+
+
+def _text_problem(text: str) -> str:
+    """Return why a value is not text: JSON may contain a lone surrogate, which is not a character."""
+    if "\0" in text:
+        return HAS_NUL
+    if text.isascii():
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return NOT_UTF_8
+    return ""
 
 
-def _compressed_json_lines(decompress: Decompress) -> Callable[..., Iterator[Document]]:
-    def read(path: Path, _piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
-        stream = CompressedLines(path, decompress, LONGEST)
-        for where, line in stream:
-            if line.strip():
-                yield _from_json(line, keys, where)
-        yield from _damage(stream)
-
-    return read
-
-
-def _compressed_text(decompress: Decompress) -> Callable[..., Iterator[Document]]:
-    def read(path: Path, _piece: Slice, _keys: Sequence[str]) -> Iterator[Document]:
-        stream = CompressedLines(path, decompress, LONGEST)
-        yield from _blocks(stream, LONGEST)
-        yield from _damage(stream)
-
-    return read
-
-
-def _damage(stream: CompressedLines) -> Iterator[Document]:
-    if stream.damage is not None:
-        yield Document(stream.damage, None, _DAMAGED)
+def _read_table(table_format: str, path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]:
+    file = TextFile(path)
+    header = read_header(file, keys.names, table_format)
+    if header is None:
+        if piece.start == 0:
+            yield from _problem(file) if file.problem else [Document(str(path), None, "no header")]
+        return
+    positions = {name: at for name in keys.names if (at := header.position(name)) is not None}
+    missing = [name for name in keys.names if name not in positions]
+    if missing:
+        if piece.start == 0:
+            yield Document(f"{path}: {missing_key(header.columns, keys)}", None, f"no key {missing[0]}")
+        return
+    for row in read_rows(file, header, piece):
+        if row.problem:
+            yield Document(file.where(row.at), None, row.problem)
+            continue
+        values = {name: row.fields[at] for name, at in positions.items() if at < len(row.fields)}
+        yield document_of_row(values, keys, file.where(row.at))
+    yield from _problem(file)
 
 
-def _read_parquet(path: Path, piece: Slice, keys: Sequence[str]) -> Iterator[Document]:
+def _read_parquet(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]:
     """Read row groups a few rows at a time, to bound the memory of large ones."""
-    parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
+    parquet = optional("pyarrow.parquet", str(path), "text")
     group, row = piece.start, 0
     try:
-        with parquet.ParquetFile(path) as file:
-            missing = [key for key in keys if key not in file.schema_arrow.names]
+        with reading(path, "parquet file"), parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            missing = [key for key in keys.names if columns.count(key) != 1]
             if missing:
-                yield Document(str(path), None, f"no key {missing[0]}")
+                yield Document(f"{path}: {missing_key(columns, keys)}", None, f"no key {missing[0]}")
                 return
             end = file.num_row_groups if piece.end is None else piece.end
             for group in range(piece.start, end):
                 row = 0
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
-                    for found in _rows(batch):
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys.names)):
+                    for found in _rows(batch, path):
                         where = f"{path}, row {row} of row group {group}"
                         yield (
-                            Document(where, None, "not UTF-8") if found is None else document_of_row(found, keys, where)
+                            Document(where, None, found)
+                            if isinstance(found, str)
+                            else document_of_row(found, keys, where)
                         )
                         row += 1
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        yield Document(f"{path} after row {row} of row group {group} ({reason})", None, _DAMAGED)
+    except UserError as error:
+        yield Document(f"{path} after row {row} of row group {group} ({error})", None, DAMAGED)
 
 
-def _rows(batch: Any) -> list[Any]:
-    """Decode the rows of an Arrow record batch; None for a row that is not UTF-8, which only decoding reveals."""
+def _rows(batch: Any, path: Path) -> list[Any]:
+    """Decode the rows of an Arrow record batch; a text says why a row cannot be read, which only decoding reveals."""
     try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [None] if len(batch) == 1 else [row for at in range(len(batch)) for row in _rows(batch.slice(at, 1))]
+        with reading(path, "row"):
+            return list(batch.to_pylist())
+    except UserError as error:
+        if len(batch) > 1:
+            return [row for at in range(len(batch)) for row in _rows(batch.slice(at, 1), path)]
+        return [NOT_UTF_8 if isinstance(error.__cause__, UnicodeDecodeError) else "unreadable row"]
 
 
 def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
     """Cut a file into slices of row groups. A damaged file stays whole, and its reader reports the damage."""
-    parquet, arrow = (optional(module, str(path), "text") for module in ("pyarrow.parquet", "pyarrow"))
+    parquet = optional("pyarrow.parquet", str(path), "text")
     try:
-        with parquet.ParquetFile(path) as file:
+        with reading(path, "parquet file"), parquet.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-    except (arrow.ArrowException, OSError):
+    except UserError:
         return [Slice(name)]
     starts, size = [0], 0
     for group, found in enumerate(sizes):
@@ -290,17 +330,19 @@ def _cut_row_groups(name: str, path: Path, part_bytes: int) -> list[Slice]:
     return [Slice(name, start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
-# The first matching suffix wins, so longer suffixes come first.
-FORMATS = {
-    ".jsonl": Format(_read_json_lines, cut_bytes),
-    ".jsonl.gz": Format(_compressed_json_lines(gunzip), None),
-    ".jsonl.zst": Format(_compressed_json_lines(unzstd), None),
-    ".txt.gz": Format(_compressed_text(gunzip), None, whole_text=True),
-    ".txt.zst": Format(_compressed_text(unzstd), None, whole_text=True),
-    ".parquet": Format(_read_parquet, _cut_row_groups),
-    ".raw": Format(_read_articles, cut_bytes),  # files of Wikitext
-    ".tokens": Format(_read_articles, cut_bytes),
-    ".txt": Format(_read_text, cut_bytes, whole_text=True),
+def _is_divisible(path: Path) -> bool:
+    return TextFile(path).is_divisible
+
+
+# By the values of `corpus_files.SUFFIXES`.
+FORMATS: Mapping[str, Format] = {
+    "text": Format(_read_text, _is_divisible, whole_text=True),
+    "jsonl": Format(_read_json_lines, _is_divisible),
+    "parquet": Format(_read_parquet, lambda _: True, _cut_row_groups),
+    "wikitext": Format(_read_articles, _is_divisible),
+    "json": Format(_read_json, _is_divisible),
+    "csv": Format(partial(_read_table, "csv"), is_divisible_table),
+    "tsv": Format(partial(_read_table, "tsv"), is_divisible_table),
 }
-# Not read from folders, where such a file often holds metadata.
-_ONLY_BY_NAME = {".json": Format(_read_json, cut_bytes)}
+# Not read from folders, where such files often hold metadata.
+ONLY_BY_NAME = frozenset({"json", "csv", "tsv"})

@@ -179,7 +179,7 @@ def print_summary(summary: StudySummary) -> None:
             shown.add_row(*row)
         console.print(shown)
     for statement in (*summary.conclusions, *summary.problems):
-        console.print(f"- {statement}", highlight=False, markup=False)
+        console.print(f"- {statement}")
 
 
 def _study_curves(study: OpenStudy, path: Path) -> list[str]:

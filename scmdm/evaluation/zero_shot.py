@@ -28,6 +28,8 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.training.validation import to_device
 
+_LARGEST = 1 << 30  # characters, which are held in memory
+_EMPTY = "dropped: empty"
 _PART_BYTES = 1 << 40  # larger than any file, so that files are not split
 
 
@@ -55,13 +57,27 @@ class ZeroShot:
 def read_texts(
     path: Path, *, keys: Sequence[str] = ("text",), unit: str = "documents", detokenize: str = "none"
 ) -> list[str]:
-    """Read the texts of a file or folder, in the formats of the source `text`. Raises UserError if there are none."""
+    """Read the texts of a file or folder, in the formats of the source `text`.
+
+    Raises UserError if there are none, and for one that cannot be read: a likelihood without it would not be that of
+    the corpus that is named.
+    """
     config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize)
     source, tally = TextSource(config, length=0), Tally()
-    found = [record.text for part in source.parts(_PART_BYTES) for record in source.records(part, tally)]
+    found, size = list[str](), 0
+    for part in source.parts(_PART_BYTES):
+        for record in source.records(part, tally):
+            text = str(record.text)
+            found.append(text)
+            size += len(text)
+            if size > _LARGEST:
+                raise UserError(f"{path} has more than {_LARGEST:,} characters; give a smaller file")
+        for reason, places in tally.places.items():
+            if reason != _EMPTY:
+                raise UserError(f"{path}: {reason} {tally.counts[reason]}, first {places[0]}; correct it")
     if not found:
         raise UserError(f"{path} contains no usable text ({dict(tally.counts)}); give another file, or another key")
-    return [text for text in found if isinstance(text, str)]
+    return found
 
 
 def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:

@@ -5,17 +5,23 @@ Legend: L length.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_prep.corpus_files import kind_of, require_kind
+from data_prep.text_files import read_text_lines
+from data_prep.text_formats import FORMATS, Format, RowKeys
+from scmdm.data.preparation.records import Slice
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
+from scmdm.system.untrusted import LARGEST_TEXT, reading, require_regular
 
 MASK_TEXT = "[MASK]"
+_PROMPT_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 
 
 def make_template(
@@ -66,22 +72,35 @@ def require_prompt(loaded: LoadedModel, given: str | None) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt per line, or in `.jsonl` one object with the key `prompt` per line.
+    """Read one prompt per line that is not blank, or the key (column) `prompt` of each row of `.jsonl`, CSV or parquet.
 
-    Raises UserError for a file that cannot be read, for a line without a prompt, and for an empty file.
+    Raises UserError for a file that cannot be read and for a row without a prompt: to skip it would shift the samples
+    of those that follow.
     """
-    try:
-        lines = path.read_text().splitlines()
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts={path} cannot be read ({error}); give a text file with one prompt per line"
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f'prompts={path}: not every line is {{"prompt": TEXT}} ({error!r})') from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"prompts={path} holds no prompt, or one that is not a string; give one prompt per line")
+    with reading(path, "file of prompts", "give a text file with one prompt per line"):
+        require_regular(path)
+    name = f"prompts={path}"
+    kind = require_kind(path, _PROMPT_FORMATS) if path.suffix else kind_of("prompts.txt")
+    if kind.format == "text":
+        prompts = [line for line in read_text_lines(path, name, LARGEST_TEXT) if line.strip()]
+    else:
+        prompts = list(_prompts_of_rows(path, FORMATS[kind.format or ""]))
+    if not prompts:
+        raise UserError(f"{name} holds no prompt; give one prompt per line")
     return prompts
+
+
+def _prompts_of_rows(path: Path, known: Format) -> Iterator[str]:
+    size = 0
+    for document in known.read(path, Slice(path.name), RowKeys("prompt", offers_chats=False)):
+        if document.text is None:
+            raise UserError(
+                f"prompts={path}: {document.problem}: {document.where}; each row needs the key prompt with a text"
+            )
+        size += len(document.text)
+        if size > LARGEST_TEXT:
+            raise UserError(f"prompts={path} has more than {LARGEST_TEXT} characters; give a smaller file")
+        yield document.text
 
 
 def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:

@@ -37,7 +37,7 @@ def encode(
     records = _records(config, source, part, scanned, fitted, number, tally)
     rows = _rows(config, source, tokenizer, records, tally)
     write_piece(to, rows, tokenizer, describe(config, source), config.shard_mb << 20)
-    (to / "counts.json").write_text(json.dumps({"counts": tally.counts}))
+    (to / "counts.json").write_text(json.dumps({"counts": tally.counts, "places": tally.places}))
 
 
 def _records(

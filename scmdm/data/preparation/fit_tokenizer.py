@@ -18,6 +18,7 @@ import numpy as np
 
 from scmdm.config.preparation import TOKENIZERS, PrepareConfig
 from scmdm.data.preparation.duplicates import duplicates
+from scmdm.data.preparation.records import PLACES
 from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.task_queue import read_result
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
@@ -30,6 +31,7 @@ class PartSummary:
     """What a task has counted, and the symbols that it has found, of the records of a part."""
 
     counts: dict[str, int]
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
     symbols: list[str] = field(default_factory=list)
 
 
@@ -49,8 +51,10 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
     """
     repeated = _mark_duplicates(config, scans, to)
     if not any(not mask_N.all() for mask_N in repeated):
-        counts = total_counts([scan / "scan.json" for scan in scans])
-        raise UserError(f"the corpus holds no usable record ({counts}); check source.path and length")
+        files = [scan / "scan.json" for scan in scans]
+        counts, places = total_counts(files), first_places(files)
+        shown = "".join(f"; {reason}, as in {found[0]}" for reason, found in places.items())
+        raise UserError(f"the corpus holds no usable record ({counts}){shown}; check source.path and length")
     positions = _positions(config, [len(mask_N) for mask_N in repeated])
     (to / "positions.json").write_text(json.dumps([asdict(place) for place in positions]))
     (to / "tokenizer").mkdir()
@@ -93,6 +97,15 @@ def total_counts(files: Sequence[Path]) -> dict[str, int]:
     for file in files:
         total.update(read_result(file, PartSummary).counts)
     return dict(sorted(total.items()))
+
+
+def first_places(files: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the first few places of each reason, of all parts."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        for reason, places in read_result(file, PartSummary).places.items():
+            found[reason] = (found.get(reason, []) + places)[:PLACES]
+    return dict(sorted(found.items()))
 
 
 def _positions(config: PrepareConfig, counts: Sequence[int]) -> list[PartPosition]:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -29,8 +29,8 @@ from scmdm.config.loading import read_config
 from scmdm.config.preparation import PrepareConfig, SectionConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.encode import describe, encode
-from scmdm.data.preparation.fit_tokenizer import fit, fitted_tokenizer, given_tokenizer, total_counts
-from scmdm.data.preparation.records import Part, cut_into_parts, join_parts
+from scmdm.data.preparation.fit_tokenizer import first_places, fit, fitted_tokenizer, given_tokenizer, total_counts
+from scmdm.data.preparation.records import PLACES, Part, cut_into_parts, join_parts
 from scmdm.data.preparation.scan import hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
 from scmdm.data.preparation.source import Source, make_source
@@ -73,7 +73,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     preparation = _Preparation.of(config)
     try:
         with _display(console) as show:
-            _run_workers(preparation, show)
+            places = _run_workers(preparation, show)
     except UserError:
         if preparation.work.is_dir():
             kept = f"finished work is kept in {preparation.work}; the same command continues from it"
@@ -83,7 +83,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     if root.stat().st_ino == before:
         console.print(f"{root} is up to date", soft_wrap=True)
     else:
-        _summarise(console, root, manifest, time.monotonic() - started)
+        _summarise(console, root, manifest, {**preparation.source.skipped, **places}, time.monotonic() - started)
     if config.upload is not None and config.machine[0] == 0:
         upload_dataset(root, config.upload)
         console.print(f"uploaded to {config.upload}", soft_wrap=True)
@@ -106,8 +106,12 @@ def _display(console: Terminal) -> Iterator[ShowProgress]:
         yield show
 
 
-def _run_workers(preparation: _Preparation, show: ShowProgress) -> None:
-    """Run the preparation in this process and in further worker processes."""
+def _run_workers(preparation: _Preparation, show: ShowProgress) -> dict[str, list[str]]:
+    """Run the preparation in this process and in further worker processes.
+
+    Returns the first places of what was dropped, by reason; they are lost where another machine has finished the data
+    set.
+    """
     from scmdm.system.worker_processes import worker_processes
 
     config = preparation.config
@@ -118,8 +122,7 @@ def _run_workers(preparation: _Preparation, show: ShowProgress) -> None:
     processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
     own, *others = (Worker(machine * processes + index, machines * processes) for index in range(processes))
     if not others:
-        preparation.run(own, show)
-        return
+        return preparation.run(own, show)
     with worker_processes(len(others)) as pool:
         # As a dict: the class of a configuration is made when it is loaded, and cannot be pickled.
         futures = [pool.submit(_run, asdict(config), worker) for worker in others]
@@ -130,12 +133,14 @@ def _run_workers(preparation: _Preparation, show: ShowProgress) -> None:
                     _raise_error(future)
             show(text)
 
-        preparation.run(own, show_unless_failed)
+        places = preparation.run(own, show_unless_failed)
         for future in futures:
             _raise_error(future)
+            places = places or ({} if future.exception() else future.result())
+        return places
 
 
-def _raise_error(future: Future[None]) -> None:
+def _raise_error(future: Future[dict[str, list[str]]]) -> None:
     """Raise the error of a worker. If it was killed, only warn: this process does the remaining work."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
@@ -150,9 +155,9 @@ _KILLED = (
 )
 
 
-def _run(content: dict[str, Any], worker: Worker) -> None:
+def _run(content: dict[str, Any], worker: Worker) -> dict[str, list[str]]:
     config = read_config(PrepareConfig, content, "in the worker's configuration")
-    _Preparation.of(config).run(worker, lambda _: None)
+    return _Preparation.of(config).run(worker, lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -177,22 +182,27 @@ class _Preparation:
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
         return _Preparation(config, source, parts, out.parent / f".{out.name}.{key}.work", tokenizer)
 
-    def run(self, worker: Worker, show: ShowProgress) -> None:
-        """Do a worker's share and any unclaimed work until the data set is complete."""
+    def run(self, worker: Worker, show: ShowProgress) -> dict[str, list[str]]:
+        """Do a worker's share and any unclaimed work until the data set is complete.
+
+        Returns the first places of what was dropped, by reason; none if another worker has removed the results.
+        """
         root = Path(self.config.out)
         groups = cut_into_parts(self.source.files(), self.config.part_mb << 20)
         self._phase("hash", [partial(hash_files, self.source, group) for group in groups], worker, show)
         described = self._described(len(groups))
         try:
             if described is None or is_up_to_date(root, described, self.config.overwrite):
-                return self._remove_work()
+                self._remove_work()
+                return {}
         except UserError:
             self._remove_work()
             raise
-        self._make(described, worker, show)
-        return self._remove_work()
+        places = self._make(described, worker, show)
+        self._remove_work()
+        return places
 
-    def _make(self, described: dict[str, Any], worker: Worker, show: ShowProgress) -> None:
+    def _make(self, described: dict[str, Any], worker: Worker, show: ShowProgress) -> dict[str, list[str]]:
         def on_read(records: int) -> None:
             if records % 10_000 == 0:
                 show(f"scanning: {records:,} records of a part")
@@ -206,7 +216,16 @@ class _Preparation:
             for number, (part, scan) in enumerate(zip(parts, scans, strict=True))
         ]
         self._phase("encode", encodings, worker, show)
+        encoded = self._results("encode", len(parts))
+        places = self._places([*(scan / "scan.json" for scan in scans), *(to / "counts.json" for to in encoded)])
         self._phase("join", [partial(self._join, described, scans)], worker, show)
+        return places
+
+    def _places(self, files: Sequence[Path]) -> dict[str, list[str]]:
+        try:
+            return first_places(files)
+        except FileNotFoundError:
+            return {}
 
     def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: ShowProgress) -> None:
         def on_done(count: int) -> None:
@@ -232,7 +251,8 @@ class _Preparation:
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
         encoded = self._results("encode", len(self.parts))
         counts = total_counts([*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)])
-        description = describe(self.config, self.source, described, counts)
+        skipped = {f"skipped: {reason}": len(names) for reason, names in self.source.skipped.items()}
+        description = describe(self.config, self.source, described, dict(sorted((counts | skipped).items())))
         tokenizer = fitted_tokenizer(self.work / "fit-00000")
         splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
         join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
@@ -286,12 +306,17 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _summarise(console: Terminal, root: Path, manifest: Manifest, seconds: float) -> None:
+def _summarise(
+    console: Terminal, root: Path, manifest: Manifest, places: Mapping[str, Sequence[str]], seconds: float
+) -> None:
     console.print(f"{manifest.tokenizer.kind} tokenizer with {manifest.vocab_size} ids")
     for name, split in manifest.splits.items():
         text = f"{name:<12}{split.samples:>10,} sequences {split.tokens:>13,} tokens {len(split.files) - 1:>4} shards"
         console.print(text)
     records = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
     console.print(f"records: {records}", soft_wrap=True)
+    for reason, found in places.items():
+        name = reason if reason in manifest.counts else f"skipped: {reason}"
+        console.print(f"{name}: {'; '.join(found[:PLACES])}", soft_wrap=True)
     rate = manifest.counts["read"] / seconds
     console.print(f"wrote {root} in {seconds:.1f} s, {rate:,.0f} records a second", soft_wrap=True)

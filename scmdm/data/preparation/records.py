@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from scmdm.data.tokenizers import Content
 from scmdm.errors import UserError
 
 SPLITS = ("train", "validation", "test")  # of every data set, unless `held_out_last` is set
-_SKIPPED_BYTES = 1 << 20  # bytes per read while skipping a line
+_LONGEST_PLACE = 300  # characters
+PLACES = 3  # places that are kept of each reason
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Tally:
 
     def __init__(self, *, refuse: bool = False, on_read: Callable[[int], None] | None = None) -> None:
         self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}  # the first few of each reason
         self._refuse, self._on_read = refuse, on_read
 
     def read(self) -> None:
@@ -76,6 +76,11 @@ class Tally:
         """Count an unusable record. With `refuse`, raise UserError that names `where` it is."""
         if self._refuse:
             raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
+        places = self.places.setdefault(f"dropped: {reason}", [])
+        if len(places) < PLACES:
+            # A path may have bytes that are not UTF-8, which would be lone surrogates.
+            shown = str(where)[:_LONGEST_PLACE].encode(errors="replace").decode()
+            places.append(" ".join(shown.split()))
         self.leave_out(reason)
 
     def leave_out(self, reason: str) -> None:
@@ -133,34 +138,3 @@ def join_parts(parts: Sequence[Part]) -> list[Part]:
         else:
             joined.append(part)
     return joined
-
-
-def read_lines(path: Path, piece: Slice, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Read the lines that begin in a slice, each with its offset, so that adjacent slices neither share nor miss lines.
-
-    A line of more than `longest` bytes is cut after `longest + 1`. A leading byte order mark is removed.
-    """
-    with open(path, "rb") as file:
-        at = piece.start
-        if at > 0:
-            file.seek(at - 1)
-            at += _skip_line(file) - 1
-        while piece.end is None or at < piece.end:
-            line = file.readline() if longest is None else file.readline(longest + 1)
-            if not line:
-                return
-            size = len(line)
-            if longest is not None and size > longest and not line.endswith(b"\n"):
-                size += _skip_line(file)
-            yield at, line.removeprefix(codecs.BOM_UTF8) if at == 0 else line
-            at += size
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Skip the rest of the line and return its number of bytes."""
-    size = 0
-    while rest := file.readline(_SKIPPED_BYTES):
-        size += len(rest)
-        if rest.endswith(b"\n"):
-            break
-    return size

@@ -62,7 +62,9 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
     order_N = np.argsort(hashes_N, kind="stable")
     for name, values in (("hashes", hashes_N), ("sorted", hashes_N[order_N]), ("order", order_N)):
         np.save(to / f"{name}.npy", values)
-    (to / "scan.json").write_text(json.dumps({"counts": tally.counts, "symbols": sorted(symbols)}))
+    (to / "scan.json").write_text(
+        json.dumps({"counts": tally.counts, "places": tally.places, "symbols": sorted(symbols)})
+    )
 
 
 def scanned_records(directory: Path) -> Iterator[Record]:

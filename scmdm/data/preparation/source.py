@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +46,11 @@ class Source(ABC):
     def layout(self) -> GridLayout | None:
         """Shape of the records of a source of grids; None for text."""
         return None
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        """Names in the folder of the corpus that are not read, by reason. The manifest counts them."""
+        return {}
 
     @abstractmethod
     def files(self) -> dict[str, Path]:

@@ -29,6 +29,7 @@ from scmdm.domains.molecules.metrics import parse_molecule
 from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, SetStatistics, describe, in_chunks
 from scmdm.errors import UserError
 from scmdm.system.package_data import user_cache
+from scmdm.system.untrusted import read_bytes, reading
 
 SAMPLES = 30_000  # of the published protocol
 UNIQUE_AT = (1_000, 10_000)
@@ -67,9 +68,10 @@ class MosesFilters:
     def read(cls, folder: Path) -> MosesFilters:
         """Read `FILTER_FILES`. Raises UserError if a file is missing or contains invalid SMARTS."""
         medicinal, pains = (_read_table(folder / name) for name in FILTER_FILES)
-        # The first file has a header; the second has SMARTS in the first column.
-        column = medicinal[0].index("smarts")
-        found = (*(row[column] for row in medicinal[1:]), *(row[0].strip() for row in pains))
+        with reading(folder / FILTER_FILES[0], "table of MOSES", f"remove {folder} to download it again"):
+            # The first file has a header; the second has SMARTS in the first column.
+            column = medicinal[0].index("smarts")
+            found = (*(row[column] for row in medicinal[1:]), *(row[0].strip() for row in pains))
         for smarts in found:
             if Chem.MolFromSmarts(smarts) is None:
                 raise UserError(
@@ -87,11 +89,11 @@ class MosesFilters:
 
 
 def _read_table(path: Path) -> list[list[str]]:
-    try:
-        with open(path, newline="") as file:
-            return [row for row in csv.reader(file) if row]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; remove {path.parent} to download it again") from error
+    if not path.exists():
+        raise UserError(f"{path} is missing; remove {path.parent} to download it again")
+    with reading(path, "table of MOSES", f"remove {path.parent} to download it again"):
+        text = read_bytes(path).decode()
+        return [row for row in csv.reader(text.splitlines(keepends=True), strict=True) if row]
 
 
 @lru_cache(maxsize=4)

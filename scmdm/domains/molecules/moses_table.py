@@ -6,8 +6,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from data_prep.corpus_files import require_kind
 from data_prep.moses import PUBLISHED_SPLITS, read_smiles
+from data_prep.tables import read_header, read_rows
+from data_prep.text_files import EMPTY, TextFile, decode
 from scmdm.distributed.engine import resolve_device
 from scmdm.domains.frechet import frechet_distance
 from scmdm.domains.molecules.config import MosesConfig
@@ -25,6 +28,7 @@ from scmdm.errors import UserError
 from scmdm.observability.run_metrics import format_duration
 from scmdm.system.files import atomic_write_text, require_writable
 from scmdm.system.terminal import Terminal
+from scmdm.system.untrusted import parse_as, parse_json_row, reading, require_regular
 from scmdm.system.worker_processes import core_count
 
 
@@ -67,26 +71,79 @@ def _published(split: str, num: int | None) -> tuple[list[str], int]:
 
 
 def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
-    """Read SMILES, whether each is framed (known for `.jsonl` only), and the number of molecules in the file."""
-    try:
-        lines = path.read_text().splitlines()
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines]
-            found = [(row["text"], row.get("framed", True)) for row in rows]
-        else:
-            found = [(line.replace(",", " ").split(" ")[0].strip(), True) for line in lines]
-            found = found[1:] if found[:1] == [("SMILES", True)] else found
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); give a file of SMILES, or one of {', '.join(PUBLISHED_SPLITS)}"
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a file that `scmdm sample out=NAME.jsonl` writes ({error!r}); give such a file"
-        ) from error
+    """Read SMILES, whether each is framed (known for `.jsonl` only), and the number of molecules in the file.
+
+    Raises UserError for a line that cannot be read: the metrics are shares of all lines. A blank line is a molecule
+    that is not valid.
+    """
+    with reading(path, "file of SMILES", f"give one, or one of {', '.join(PUBLISHED_SPLITS)}"):
+        require_regular(path)
+    file = TextFile(path)
+    found = list(_READERS[require_kind(path, tuple(_READERS)).format or ""](file))
+    if file.problem is not None and file.problem.reason != EMPTY:
+        raise UserError(f"{file.problem.where}: {file.problem.reason}; give a file of SMILES")
     if not found:
         raise UserError(f"{path} contains no molecule; give a file with one SMILES per line")
-    return [text for text, _ in found[:num]], [bool(ok) for _, ok in found[:num]], len(found)
+    return [text for text, _ in found[:num]], [ok for _, ok in found[:num]], len(found)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Row of a file that `scmdm sample out=NAME.jsonl` writes; it has other keys, too."""
+
+    text: str
+    framed: bool = True
+
+
+def _of_rows(file: TextFile) -> Iterator[tuple[str, bool]]:
+    for at, line in _decoded(file):
+        if not line.strip():
+            continue
+        with reading(file.where(at), "row that `scmdm sample out=NAME.jsonl` writes"):
+            row = parse_json_row(line)
+            known = {name: row[name] for name in ("text", "framed") if name in row}
+            sample = parse_as(_Sample, known, file.where(at))
+        yield sample.text, sample.framed
+
+
+def _of_table(file: TextFile) -> Iterator[tuple[str, bool]]:
+    """The column SMILES, or the first one of a table without a header."""
+    header = read_header(file, [_COLUMN])
+    if header is None:
+        return
+    position = header.position(_COLUMN)
+    if position is None:
+        yield header.columns[0], True
+    for row in read_rows(file, header):
+        fields = row.fields[position or 0 :]
+        if row.problem or not fields:
+            raise UserError(f"{file.where(row.at)}: {row.problem or 'no such column in the row'}; correct it")
+        yield fields[0].strip(), True
+
+
+def _of_lines(file: TextFile) -> Iterator[tuple[str, bool]]:
+    for number, (_, line) in enumerate(_decoded(file)):
+        smiles = (line.replace(",", " ").split(maxsplit=1) or [""])[0]
+        if (number, smiles) != (0, _COLUMN):
+            yield smiles, True
+
+
+def _decoded(file: TextFile) -> Iterator[tuple[int, str]]:
+    for at, line in file.lines():
+        text, problem = decode(line)
+        if text is None:
+            raise UserError(f"{file.where(at)}: {problem}; correct it")
+        yield at, text
+
+
+_COLUMN = "SMILES"
+_READERS: Mapping[str, Callable[[TextFile], Iterator[tuple[str, bool]]]] = {
+    "smi": _of_lines,
+    "text": _of_lines,
+    "jsonl": _of_rows,
+    "csv": _of_table,
+    "tsv": _of_table,
+}
 
 
 def _extrapolate(

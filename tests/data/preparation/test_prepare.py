@@ -197,7 +197,12 @@ def test_text_folder(corpus, tmp_path, empty_yaml, tokenizer, keys):
     manifest = Manifest.read(out)
     dropped = {key: value for key, value in manifest.counts.items() if key.startswith("dropped")}
     assert dropped.pop("dropped: duplicate") > 0
-    assert dropped == {"dropped: not UTF-8": 2, "dropped: no key text": 2, "dropped: empty": 1}
+    assert dropped == {
+        "dropped: not UTF-8": 2,
+        "dropped: no key text": 1,
+        "dropped: malformed JSON": 1,
+        "dropped: empty": 1,
+    }
     texts = {split: "".join(decoded(out, split)) for split in SPLITS}
     source = "".join((corpus / f"{n}.txt").read_text() for n in range(3))
     assert all(len(texts[split]) > 0 for split in SPLITS)

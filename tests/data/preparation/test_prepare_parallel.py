@@ -62,7 +62,7 @@ def alone(corpus, tmp_path_factory):
     assert main(["prepare", str(yaml), *KEYS, f"source.path={corpus}", f"out={out}", "workers=1"]) == 0
     assert not verify_dataset(out)
     counts = Manifest.read(out).counts
-    assert counts["dropped: duplicate"] > 50 and counts["dropped: no key text"] > 5
+    assert counts["dropped: duplicate"] > 50 and counts["dropped: malformed JSON"] > 5
     assert counts["read"] == counts["kept"] + counts["dropped: duplicate"]
     return out
 
@@ -187,7 +187,7 @@ def test_dirt_can_be_refused(corpus, tmp_path, empty_yaml, capsys):
     printed, error = capsys.readouterr()
     (work,) = tmp_path.glob(".data.*.work")
     assert f"finished work is kept in {work}" in printed
-    assert "a.jsonl at byte" in error and "no key text" in error and "on_dirty=skip" in error
+    assert "a.jsonl at byte" in error and "malformed JSON" in error and "on_dirty=skip" in error
     assert not (tmp_path / "data").exists()
 
 

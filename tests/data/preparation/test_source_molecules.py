@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rdkit import Chem
 
+import data_prep.tables
+import data_prep.text_files
 from data_prep.moses import PUBLISHED_SPLITS, MosesSource, read_smiles
 from data_prep.smiles import SmilesSource, SmilesSourceConfig, canonical_smiles
 from scmdm.cli import main
@@ -118,7 +120,12 @@ def test_smiles_files_are_read_whole_in_canonical_form(folder, part_bytes):
     source, tally = SmilesSource(SmilesSourceConfig(path=str(folder)), length=64), Tally()
     found = [record.content for part in source.parts(part_bytes) for record in source.records(part, tally)]
     assert found == ["CCO", "c1ccccc1", "c1ccccc1", "CCO", "CC(=O)O", "CCN"]
-    assert tally.counts == {"read": 12, "dropped: not a molecule": 6}
+    assert tally.counts == {
+        "read": 12,
+        "dropped: not a molecule": 4,
+        "dropped: no such column in the row": 1,
+        "dropped: not UTF-8": 1,
+    }
 
 
 def test_smiles_files_end_to_end(tmp_path, empty_yaml, capsys):
@@ -141,7 +148,7 @@ def test_smiles_files_end_to_end(tmp_path, empty_yaml, capsys):
     [
         (["source.name=smiles"], "key `source.path` is not set"),
         (["source.name=smiles", "source.path=/nonexistent/x.smi"], "does not exist"),
-        (["source.name=smiles", "source.path={empty}"], "no .smi, .csv or .tsv"),
+        (["source.name=smiles", "source.path={empty}"], "holds no .smi"),
         (["source.name=moses", "source.path={empty}"], "unknown key `source.path`"),
         (["source.name=moses", "tokenizer.name=characters"], "smiles, selfies with source.name=moses"),
     ],
@@ -201,9 +208,11 @@ def test_qm9_as_selfies_is_the_same_molecules(molecules, tmp_path):
         assert decoded(tmp_path / "selfies", split) == decoded(molecules, split)
 
 
-def test_a_field_that_csv_refuses_is_no_molecule(tmp_path):
+def test_an_over_long_row_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.text_files, "LONGEST", 100_000)
+    monkeypatch.setattr(data_prep.tables, "LONGEST", 100_000)
     (tmp_path / "a.csv").write_text("SMILES,note\nCCO,\nCCC," + "x" * 200_000 + "\nCCN,\n")
     source, tally = SmilesSource(SmilesSourceConfig(path=str(tmp_path)), length=64), Tally()
     found = [record.content for part in source.parts(1 << 40) for record in source.records(part, tally)]
     assert found == ["CCO", "CCN"]
-    assert tally.counts["dropped: not a molecule"] == 1
+    assert tally.counts["dropped: over-long row"] == 1

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -9,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import data_prep.text_formats
+import data_prep.text_files
+from data_prep.corpus_files import split_of_name
 from data_prep.detokenizers import DETOKENIZERS
-from data_prep.text import TextConfig, TextSource, split_of_name
+from data_prep.text import TextConfig, TextSource
 from data_prep.text8 import Text8Config, Text8Source
-from data_prep.text_formats import format_of
+from data_prep.text_formats import FORMATS, RowKeys
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import Slice, Tally
@@ -108,7 +110,10 @@ def test_a_missing_key_is_counted(tmp_path):
     pq.write_table(pa.table({"text": ["a", None, "b", " "]}), path)
     assert read(path) == (["a", "b"], {"read": 2, "dropped: no key text": 1, "dropped: empty": 1})
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
-    assert read(tmp_path / "a.jsonl") == (["kept"], {"read": 1, "dropped: no key text": 4})
+    assert read(tmp_path / "a.jsonl") == (
+        ["kept"],
+        {"read": 1, "dropped: key text is no text": 1, "dropped: no object": 2, "dropped: malformed JSON": 1},
+    )
 
 
 def test_units(tmp_path):
@@ -185,7 +190,7 @@ def test_text8_has_its_conventional_splits(tmp_path):
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; .*scmdm\[text\]"):
-        list(format_of(tmp_path / "a.jsonl.zst").read(write(tmp_path / "a.jsonl.zst"), Slice("a"), ("text",)))
+        list(FORMATS["jsonl"].read(write(tmp_path / "a.jsonl.zst"), Slice("a"), RowKeys()))
 
 
 def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
@@ -282,17 +287,19 @@ def test_json_is_read_by_lines_when_it_is_named(tmp_path):
         read(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.PDF", "a.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["a.dat", "a.tar.gz", "a.PDF", "a.parquet.gz", "a.log", "a.jsonl.1"])
 def test_what_says_that_it_is_something_else_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"text")
-    with pytest.raises(UserError, match=r"is not a text file; its suffix must be one of \.jsonl,"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)} .*\.jsonl, .*source\.format"):
         read(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(name)):
+        read(tmp_path)
     (tmp_path / "README").write_text("any other name is text")
     assert read(tmp_path / "README")[0] == ["any other name is text"]
 
 
 def test_a_document_that_is_too_long_is_counted_and_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.text_formats, "LONGEST", 100)
+    monkeypatch.setattr(data_prep.text_files, "LONGEST", 100)
     short, long = "short", "long " * 50
     for suffix, texts in ((".jsonl", [short, long, short]), (".jsonl.gz", [short, long, short])):
         assert read(write(tmp_path / f"a{suffix}", texts)) == (
@@ -324,6 +331,6 @@ def test_memory_does_not_grow_with_one_line(tmp_path):
     tracemalloc.start()
     try:
         assert read(path) == (["end"], {"read": 1, "dropped: over-long document": 1})
-        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.text_formats.LONGEST
+        assert tracemalloc.get_traced_memory()[1] < 3 * data_prep.text_files.LONGEST
     finally:
         tracemalloc.stop()

@@ -1,5 +1,6 @@
 """Tasks shared by several workers, some of which die."""
 
+import codecs
 import dataclasses
 import json
 import os
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.text_files import TextFile
 from scmdm.data.preparation import task_queue
 from scmdm.data.preparation.duplicates import duplicates
-from scmdm.data.preparation.records import Slice, cut_into_parts, read_lines
+from scmdm.data.preparation.records import cut_into_parts
 from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.errors import UserError
 from scmdm.system.lease import LeaseHolder
@@ -127,17 +129,20 @@ def test_repetitions_are_all_but_the_first(parts, at_once):
             seen.add(number % 32)
 
 
-@given(st.lists(st.lists(st.binary(max_size=6), max_size=8), min_size=1, max_size=5), st.integers(1, 40))
+@given(
+    st.lists(st.lists(st.text("a\r\n\ufeff\xe9", max_size=6), max_size=8), min_size=1, max_size=5), st.integers(1, 40)
+)
 def test_parts_together_are_the_files(tmp_path_factory, contents, part_bytes):
     place = tmp_path_factory.mktemp("files")
     files = {str(number): place / str(number) for number in range(len(contents))}
     for path, lines in zip(files.values(), contents, strict=True):
-        path.write_bytes(b"\n".join(lines))
-    whole = [line for path in files.values() for _, line in read_lines(path, Slice(path.name))]
-    parts = cut_into_parts(files, part_bytes, divisible=lambda path: True)
+        path.write_bytes("\n".join(lines).encode())
+    whole = [line for path in files.values() for _, line in TextFile(path).lines()]
+    parts = cut_into_parts(files, part_bytes, divisible=lambda path: TextFile(path).is_divisible)
     pieces = [piece for part in parts for piece in part.slices]
-    assert [line for piece in pieces for _, line in read_lines(files[piece.file], piece)] == whole
-    assert b"".join(whole) == b"".join(path.read_bytes() for path in files.values())
-    for part in parts:
+    assert [line for piece in pieces for _, line in TextFile(files[piece.file]).lines(piece)] == whole
+    contents = [path.read_bytes().removeprefix(codecs.BOM_UTF8) for path in files.values()]
+    assert [line.rstrip(b"\n") for line in whole] == [line for raw in contents for line in raw.splitlines()]
+    for part in parts if all(TextFile(path).is_divisible for path in files.values()) else ():
         sizes = [(piece.end or files[piece.file].stat().st_size) - piece.start for piece in part.slices]
         assert sum(sizes) <= part_bytes
