@@ -5,26 +5,35 @@ Legend: N samples, L codes of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from omegaconf import MISSING
 
+from data_prep.corpus_files import (
+    NamedSplitsConfig,
+    find_files,
+    parts_by_split,
+    published_splits,
+    split_by_name,
+)
 from scmdm.config.fields import PathKind, key
-from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
 from scmdm.data.preparation.source import GridSource
 from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
+from scmdm.system.untrusted import reading, require_regular
 
 _ROWS = 1024  # rows read from the mapped file at a time
 
 
 @dataclass
-class CodeSourceConfig(SourceConfig):
+class CodeSourceConfig(NamedSplitsConfig):
     """Keys of the source `codes`."""
 
     path: str = key(MISSING, path=PathKind.INPUT, formerly=("path",), help=".npy file of integers, or a folder of them")
@@ -32,7 +41,7 @@ class CodeSourceConfig(SourceConfig):
 
 
 class CodeSource(GridSource):
-    """Rows of one `.npy` file, or of all `.npy` files in a folder, sorted by name.
+    """Rows of one `.npy` file, or of all `.npy` files below a folder, sorted by path.
 
     Files have the shape (samples, codes) or (samples, rows, codes).
     """
@@ -43,6 +52,8 @@ class CodeSource(GridSource):
     def __init__(self, config: CodeSourceConfig, length: int) -> None:
         self.path, self._levels = Path(config.path), config.levels
         self.name = self.path.resolve().stem
+        self._found = find_files(self.path, ("npy",), any_suffix=True)
+        self._splits = split_by_name(self._found.files, config.split_by)
         self._require_length(length, self.layout)
 
     @cached_property
@@ -59,25 +70,32 @@ class CodeSource(GridSource):
         height, width = (1, *shape)[-2:]
         return GridLayout(height, width, 1, self._levels)
 
+    @property
+    def published(self) -> tuple[str, ...]:
+        return published_splits(self._splits)
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        return self._found.skipped
+
     def files(self) -> dict[str, Path]:
-        """Files by name. Raises UserError when there are none."""
-        paths = [self.path] if self.path.is_file() else sorted(self.path.glob("*.npy"))
-        if not paths:
-            raise UserError(f"source.path={self.path} is neither a .npy file nor a folder of them; give one")
-        return {path.name: path for path in paths}
+        """Files by path below the folder."""
+        return self._found.files
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Whole files."""
-        return cut_into_parts(self.files(), part_bytes)
+        """Whole files of a split."""
+        return parts_by_split(
+            self.files(), self._splits, lambda files, split: cut_into_parts(files, part_bytes, split=split)
+        )
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Samples, row by row; drops those with a code outside the codebook."""
         files = self.files()
         for piece in part.slices:
             codes = _mapped(files[piece.file])
-            codes_NL = codes.reshape(len(codes), -1)
-            for start in range(0, len(codes_NL), _ROWS):
-                for row, codes_L in enumerate(codes_NL[start : start + _ROWS], start):
+            for start in range(0, len(codes), _ROWS):
+                block = codes[start : start + _ROWS]  # reshaped alone, because this copies some layouts
+                for row, codes_L in enumerate(block.reshape(len(block), -1), start):
                     tally.read()
                     if codes_L.min() < 0 or codes_L.max() >= self.layout.levels:
                         found = f"codes from {codes_L.min()} to {codes_L.max()}"
@@ -87,17 +105,29 @@ class CodeSource(GridSource):
 
 
 def _mapped(path: Path) -> np.ndarray:
-    try:
-        codes: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}); give a .npy file of integers") from error
-    if codes.ndim not in (2, 3) or 0 in codes.shape[1:] or codes.dtype.kind not in "ui":
-        raise UserError(
-            f"{path} holds {codes.dtype} of shape {codes.shape}; expected integers of shape (samples, codes) or "
-            "(samples, rows, codes)"
-        )
-    return codes
+    with reading(path, ".npy file", "give a .npy file of integers"):
+        with open(path, "rb") as file:
+            shape, dtype = _header(file)
+            expected, found = file.tell() + math.prod(shape) * dtype.itemsize, require_regular(path).st_size
+        if dtype.kind not in "ui" or len(shape) not in (2, 3) or any(size < 1 for size in shape[1:]) or shape[0] < 0:
+            raise UserError(
+                f"{path} holds {dtype} of shape {shape}; expected integers of shape (samples, codes) or "
+                "(samples, rows, codes)"
+            )
+        if expected != found:  # before memory is mapped, because NumPy's sizes overflow
+            raise UserError(f"{path} has {found} bytes instead of {expected} for {dtype} of shape {shape}; restore it")
+        if shape[0] == 0:
+            return np.zeros(shape, dtype)
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format is not supported")
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -144,7 +144,10 @@ def _load_all(path: str, config: str | None, split: str | None = None) -> dict[s
     datasets = optional("datasets", "source.name=huggingface", "huggingface")
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
     try:
-        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config, split=split)
+        if saved:
+            loaded = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(path, config, split=split, trust_remote_code=False)
     except Exception as error:
         # A DatasetsError names a malformed line only in its cause.
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]

@@ -7,13 +7,24 @@ Legend: H height, W width, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import MISSING
 
+from data_prep.corpus_files import (
+    NamedSplitsConfig,
+    find_files,
+    parts_by_split,
+    published_splits,
+    split_by_name,
+    without_split,
+)
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
@@ -21,13 +32,24 @@ from scmdm.data.preparation.source import GridSource
 from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional, package_folder
+from scmdm.system.untrusted import reading
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_BYTES = 1 + 3 * 32 * 32  # bytes per record: label, red, green and blue plane
 _CIFAR10_TRAIN, _CIFAR10_TEST = tuple(f"data_batch_{n}.bin" for n in range(1, 6)), ("test_batch.bin",)
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+_FORMATS = ("png", "jpeg")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of up to 8 bits per channel
 _PILLOW = ("PIL.Image", "PIL.ImageOps")
+_ORIENTATION = 0x0112  # tag of EXIF: number of one of the methods below, with which a picture is shown upright
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 _DIGITS_FILE, _DIGITS_COLUMNS = "digits.csv.gz", 8 * 8 + 1
 
 
@@ -47,14 +69,14 @@ class Cifar10Config(ImageSourceConfig):
 
 
 @dataclass
-class ImageFolderConfig(ImageSourceConfig):
+class ImageFolderConfig(ImageSourceConfig, NamedSplitsConfig):
     """Keys of the source `images`."""
 
     path: str = key(
         MISSING,
         path=PathKind.INPUT,
         formerly=("path",),
-        help="folder of .png and .jpeg files, one sub-folder per class or none",
+        help="folder of .png and .jpeg files: one sub-folder per class or none, below one per split or none",
     )
     image_size: int = key(
         MISSING, formerly=("image_size",), help="height and width in pixels", at_least=1, at_most=2**16
@@ -170,7 +192,8 @@ def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, b
 class ImageSource(_ImageSource):
     """All .png and .jpeg files below a folder, sorted by path. The first folder of a relative path is the class.
 
-    If an image is outside of all sub-folders, no record has a class. Raises UserError when there are no images.
+    Folders that are named like a split, if every path has one, are not classes. If an image is outside of all
+    sub-folders, no record has a class. Raises UserError when there are no images.
     """
 
     Config = ImageFolderConfig
@@ -182,60 +205,97 @@ class ImageSource(_ImageSource):
         super().__init__(
             config, length, GridLayout(config.image_size, config.image_size, channels, config.levels or 256)
         )
-        self._files = _image_files(path)
-        folders = {_class_of(name) for name in self._files}
+        self._found = find_files(path, _FORMATS, remedy="give a folder of .png and .jpeg files")
+        self._splits = split_by_name(self._found.files, config.split_by)
+        self._classes = _classes(self._found.files)
+        folders = set(self._classes.values())
         self.labels = () if None in folders else tuple(sorted(filter(None, folders)))
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        return published_splits(self._splits)
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        return self._found.skipped
 
     def files(self) -> dict[str, Path]:
         """Files by path below the folder."""
-        return self._files
+        return self._found.files
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Groups of whole files."""
-        return cut_into_parts(self.files(), part_bytes)
+        """Groups of whole files of a split."""
+        return parts_by_split(
+            self.files(), self._splits, lambda files, split: cut_into_parts(files, part_bytes, split=split)
+        )
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield images of one size and colour; drop unreadable files and those of more than 8 bits per channel."""
         index = {label: number for number, label in enumerate(self.labels)}
         for piece in part.slices:
             tally.read()
-            content = self._read(self._files[piece.file], tally)
+            content = self._read(self._found.files[piece.file], tally)
             if content is not None:
-                folder = _class_of(piece.file)
+                folder = self._classes[piece.file]
                 yield Record(content, index[folder] if folder is not None and index else None)
 
     def _read(self, path: Path, tally: Tally) -> bytes | None:
         image_module, operations = (optional(name, "source.name=images", "images") for name in _PILLOW)
-        size = (self.layout.width, self.layout.height)
         try:
-            with image_module.open(path) as image:
+            with reading(path, "picture"):
+                pixels_HWC = self._pixels(path, image_module, operations)
+        except _Unusable as error:
+            tally.drop(error.reason, f"{path}: {error}")
+            return None
+        except UserError as error:
+            tally.drop("not a readable picture", error)
+            return None
+        return quantise(pixels_HWC, self.layout.levels).tobytes()
+
+    def _pixels(self, path: Path, image_module: Any, operations: Any) -> np.ndarray:
+        size = (self.layout.width, self.layout.height)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF and palettes
+            warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            with image_module.open(path, formats=_FORMATS) as image:
                 if image.mode not in _MODES:
-                    tally.drop("not 8 bits a channel", path)
-                    return None
-                upright = operations.exif_transpose(image).convert("L" if self.layout.channels == 1 else "RGB")
-        # Pillow raises SyntaxError for a broken PNG.
-        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError):
-            tally.drop("not a readable picture", path)
-            return None
-        if upright.size != size and self.on_size == "drop":
-            tally.drop("another size", f"{path}: {upright.width} x {upright.height}")
-            return None
-        fitted = upright if upright.size == size else operations.fit(upright, size, image_module.Resampling.LANCZOS)
-        return quantise(np.asarray(fitted), self.layout.levels).tobytes()
+                    raise _Unusable("not 8 bits a channel", f"mode {image.mode}")
+                # A JPEG of several pictures is a photograph with previews, of which the first is meant.
+                if image.format == "PNG" and getattr(image, "is_animated", False):
+                    raise _Unusable("an animation", f"{image.n_frames} frames")
+                upright = _upright(image, image_module).convert("L" if self.layout.channels == 1 else "RGB")
+            if upright.size != size and self.on_size == "drop":
+                raise _Unusable("another size", f"{upright.width} x {upright.height}")
+            fits = upright.size == size
+            return np.asarray(upright if fits else operations.fit(upright, size, image_module.Resampling.LANCZOS))
 
 
-def _image_files(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise UserError(f"source.path={folder} is not a folder; give a folder of .png and .jpeg files")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not found:
-        raise UserError(f"source.path={folder} holds no .png or .jpeg file; give a folder that does")
-    return {path.relative_to(folder).as_posix(): path for path in found}
+class _Unusable(UserError):
+    """A picture that is readable, but not used."""
+
+    def __init__(self, reason: str, found: str) -> None:
+        super().__init__(found)
+        self.reason = reason
 
 
-def _class_of(name: str) -> str | None:
-    folder, slash, _ = name.partition("/")
-    return folder if slash else None
+def _upright(image: Any, image_module: Any) -> Any:
+    """Turn an image as its EXIF says; EXIF that cannot be read is ignored, as viewers do.
+
+    `PIL.ImageOps.exif_transpose` also writes the rest of EXIF again, which fails for tags of unexpected types.
+    """
+    image.load()
+    turn = None
+    with suppress(UserError), reading("EXIF", "table of tags"):
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    return image if turn is None else image.transpose(image_module.Transpose[turn])
+
+
+def _classes(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the first folder of each path, after those of splits; None: there is none."""
+    paths = {name: without_split(name) for name in names}
+    if any(path == name for name, path in paths.items()):  # then a folder such as `test` is a class
+        paths = {name: name for name in paths}
+    return {name: path.split("/")[0] if "/" in path else None for name, path in paths.items()}
 
 
 class DigitSource(_ImageSource):

@@ -1,5 +1,7 @@
 """Tokenizers: round trips, specials, unknown symbols, files."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +97,7 @@ def test_files(tmp_path, pieces):
     (tmp_path / "bad.json").write_text("[1, 2")
     (tmp_path / "bad.model").write_bytes(b"no model")
     for name in ("bad.json", "bad.model"):
-        with pytest.raises(UserError, match="is damaged"):
+        with pytest.raises(UserError, match=re.escape(name)):
             load_tokenizer(tmp_path / name)
 
 

@@ -16,11 +16,13 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.fit_tokenizer import fitted_part, fitted_tokenizer
 from scmdm.data.preparation.framing import FRAMERS, FramedSequence, Framer
 from scmdm.data.preparation.records import Part, Record, Tally
-from scmdm.data.preparation.scan import scanned_records
+from scmdm.data.preparation.scan import place_of, scanned_records
 from scmdm.data.preparation.shard_writer import Description, write_piece
 from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import split_of
 from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
+
+UNKNOWN_KEPT = "with unknown symbols"  # kept records, in which the tokenizer's token for them stands
 
 
 class _Unusable(ValueError):
@@ -35,7 +37,7 @@ def encode(
     """Write the records of a part as shards, by split."""
     tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
     records = _records(config, source, part, scanned, fitted, number, tally)
-    rows = _rows(config, source, tokenizer, records, tally)
+    rows = _rows(config, source, part, tokenizer, records, tally)
     write_piece(to, rows, tokenizer, describe(config, source), config.shard_mb << 20)
     (to / "counts.json").write_text(json.dumps({"counts": tally.counts, "places": tally.places}))
 
@@ -59,6 +61,7 @@ def _records(
 def _rows(
     config: PrepareConfig,
     source: Source,
+    part: Part,
     tokenizer: Tokenizer,
     records: Iterator[tuple[str, Record]],
     tally: Tally,
@@ -70,10 +73,15 @@ def _rows(
         framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
         for version in _versions(source, split, record):
             try:
-                rows = list(_sequences(config, source, version, tokenizer, framer, own))
+                prompt, ids = _encoded(tokenizer, version)
+                rows = list(_sequences(config, source, version, prompt, ids, tokenizer, framer, own))
             except _Unusable as error:
-                tally.drop(error.reason, f"{source.name}: {error}")
+                shown = tally.is_shown(f"dropped: {error.reason}")
+                tally.drop(error.reason, f"{place_of(source, part, record)}: {error}" if shown else "")
                 continue
+            if tokenizer.unk_id is not None and (tokenizer.unk_id in ids or tokenizer.unk_id in prompt):
+                shown = tally.is_shown(UNKNOWN_KEPT)
+                tally.note(UNKNOWN_KEPT, place_of(source, part, record) if shown else "")
             tally.counts["kept" if version is record else "mirrored"] += 1
             yield from ((split, row) for row in rows)
     for split, framer in framers.items():
@@ -90,15 +98,25 @@ def _versions(source: Source, split: str, record: Record) -> Iterator[Record]:
         yield mirrored
 
 
+def _encoded(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list[int]]:
+    """Return the ids of prompt and content. Raises _Unusable."""
+    try:
+        return tokenizer.encode(record.prompt) if record.prompt else [], tokenizer.encode(record.content)
+    except UnknownSymbol as error:
+        raise _Unusable(error.reason, str(error)) from error
+
+
 def _sequences(
-    config: PrepareConfig, source: Source, record: Record, tokenizer: Tokenizer, framer: Framer, own: OwnFraming | None
+    config: PrepareConfig,
+    source: Source,
+    record: Record,
+    prompt: list[int],
+    ids: list[int],
+    tokenizer: Tokenizer,
+    framer: Framer,
+    own: OwnFraming | None,
 ) -> Iterator[FramedSequence]:
     """Yield the sequences that are complete after a record. Raises _Unusable."""
-    try:
-        prompt = tokenizer.encode(record.prompt) if record.prompt else []
-        ids = tokenizer.encode(record.content)
-    except UnknownSymbol as error:
-        raise _Unusable("unknown symbol", str(error)) from error
     if own is not None:
         yield FramedSequence(own.frame(ids), record.label)
         return

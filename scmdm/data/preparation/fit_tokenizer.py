@@ -51,10 +51,7 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
     """
     repeated = _mark_duplicates(config, scans, to)
     if not any(not mask_N.all() for mask_N in repeated):
-        files = [scan / "scan.json" for scan in scans]
-        counts, places = total_counts(files), first_places(files)
-        shown = "".join(f"; {reason}, as in {found[0]}" for reason, found in places.items())
-        raise UserError(f"the corpus holds no usable record ({counts}){shown}; check source.path and length")
+        raise UserError(no_usable_record([scan / "scan.json" for scan in scans]))
     positions = _positions(config, [len(mask_N) for mask_N in repeated])
     (to / "positions.json").write_text(json.dumps([asdict(place) for place in positions]))
     (to / "tokenizer").mkdir()
@@ -97,6 +94,13 @@ def total_counts(files: Sequence[Path]) -> dict[str, int]:
     for file in files:
         total.update(read_result(file, PartSummary).counts)
     return dict(sorted(total.items()))
+
+
+def no_usable_record(files: Sequence[Path]) -> str:
+    """Return a message that says why the records were dropped, and where the first of each kind is."""
+    shown = "".join(f"; {reason}, as in {found[0]}" for reason, found in first_places(files).items())
+    counts = total_counts(files)
+    return f"the corpus holds no usable record ({counts}){shown}; check source.path, the tokenizer and length"
 
 
 def first_places(files: Sequence[Path]) -> dict[str, list[str]]:

@@ -29,7 +29,14 @@ from scmdm.config.loading import read_config
 from scmdm.config.preparation import PrepareConfig, SectionConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.encode import describe, encode
-from scmdm.data.preparation.fit_tokenizer import first_places, fit, fitted_tokenizer, given_tokenizer, total_counts
+from scmdm.data.preparation.fit_tokenizer import (
+    first_places,
+    fit,
+    fitted_tokenizer,
+    given_tokenizer,
+    no_usable_record,
+    total_counts,
+)
 from scmdm.data.preparation.records import PLACES, Part, cut_into_parts, join_parts
 from scmdm.data.preparation.scan import hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
@@ -250,12 +257,25 @@ class _Preparation:
 
     def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
         encoded = self._results("encode", len(self.parts))
-        counts = total_counts([*((scan / "scan.json") for scan in scans), *((e / "counts.json") for e in encoded)])
+        files = [*((scan / "scan.json") for scan in scans), *((piece / "counts.json") for piece in encoded)]
+        counts = total_counts(files)
+        if not counts.get("kept"):
+            raise UserError(no_usable_record(files))
         skipped = {f"skipped: {reason}": len(names) for reason, names in self.source.skipped.items()}
         description = describe(self.config, self.source, described, dict(sorted((counts | skipped).items())))
         tokenizer = fitted_tokenizer(self.work / "fit-00000")
         splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
-        join_pieces(Path(self.config.out), encoded, splits, tokenizer, description, overwrite=overwrite)
+        published = self.source.published
+        join_pieces(
+            Path(self.config.out),
+            encoded,
+            splits,
+            tokenizer,
+            description,
+            # A small corpus that publishes its own validation set may leave nothing for a test set that it lacks.
+            optional=() if "test" in published or not published else ("test",),
+            overwrite=overwrite,
+        )
 
     def _remove_work(self) -> None:
         """Remove the intermediate results. The directory is renamed first: other workers stop when it is gone."""

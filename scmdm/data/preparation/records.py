@@ -76,12 +76,27 @@ class Tally:
         """Count an unusable record. With `refuse`, raise UserError that names `where` it is."""
         if self._refuse:
             raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
-        places = self.places.setdefault(f"dropped: {reason}", [])
+        self._show(f"dropped: {reason}", where)
+        self.leave_out(reason)
+
+    def note(self, reason: str, where: object) -> None:
+        """Count a record that is kept although something about it is worth knowing."""
+        self._show(reason, where)
+        self.counts[reason] += 1
+
+    def is_shown(self, reason: str) -> bool:
+        """Return whether the place of a further record with this reason is shown: it is refused, or an early one.
+
+        To find the place of a record may take long.
+        """
+        return self._refuse or len(self.places.get(reason, ())) < PLACES
+
+    def _show(self, reason: str, where: object) -> None:
+        places = self.places.setdefault(reason, [])
         if len(places) < PLACES:
             # A path may have bytes that are not UTF-8, which would be lone surrogates.
             shown = str(where)[:_LONGEST_PLACE].encode(errors="replace").decode()
             places.append(" ".join(shown.split()))
-        self.leave_out(reason)
 
     def leave_out(self, reason: str) -> None:
         """Count an intentional drop, such as a duplicate, which is no error even with `refuse`."""

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import leading_bits, split_of
 from scmdm.data.tokenizers import Content, Tokenizer, UnknownSymbol
 from scmdm.system.files import sha256_file
+from scmdm.system.untrusted import reading
 
 _SAMPLE_BYTES = 1 << 28  # of text that a tokenizer is trained on, which it may hold in memory
 
@@ -28,7 +30,10 @@ _SAMPLE_BYTES = 1 << 28  # of text that a tokenizer is trained on, which it may 
 def hash_files(source: Source, part: Part, to: Path) -> None:
     """Hash the whole files of a part with SHA-256."""
     files = source.files()
-    hashes = {piece.file: sha256_file(files[piece.file]) for piece in part.slices}
+    hashes = {}
+    for piece in part.slices:
+        with reading(files[piece.file], "file of the corpus"):
+            hashes[piece.file] = sha256_file(files[piece.file])
     (to / "hashes.json").write_text(json.dumps(hashes))
 
 
@@ -45,7 +50,8 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             try:
                 symbols.update(tokenizer.symbols_of(record.text))
             except UnknownSymbol as error:
-                tally.drop("unknown symbol", f"{source.name}: {error}")
+                shown = tally.is_shown(f"dropped: {error.reason}")
+                tally.drop(error.reason, f"{place_of(source, part, record)}: {error}" if shown else "")
                 continue
             digest = _digest(record)
             row, hash_ = len(hashes), leading_bits(digest)
@@ -71,6 +77,18 @@ def scanned_records(directory: Path) -> Iterator[Record]:
     """Yield the records of a part that `scan` has written, in order."""
     with open(directory / "records.jsonl") as file:
         yield from map(_from_json, file)
+
+
+def place_of(source: Source, part: Part, record: Record) -> str:
+    """Return file and number of a record of a part, by reading the part again."""
+    wanted, files = _digest(record), source.files()
+    for piece in part.slices:
+        records = source.records(replace(part, slices=(piece,)), Tally())
+        number = next((number for number, found in enumerate(records, start=1) if _digest(found) == wanted), None)
+        if number is not None:
+            after = f" after byte or row {piece.start:,}" if piece.start else ""
+            return f"{files.get(piece.file, piece.file)}, record {number:,}{after}"
+    return source.name
 
 
 def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,14 +139,16 @@ def join_pieces(
     tokenizer: Tokenizer,
     description: Description,
     *,
+    optional: Collection[str] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Join pieces that `write_piece` has written, in order, into the data set `root`.
 
-    Files are linked, not moved; `root` is complete or absent. Raises UserError for an empty split, and for a
-    piece that has changed since it was written.
+    Files are linked, not moved; `root` is complete or absent. `optional` splits are left out when they are empty.
+    Raises UserError for another empty split, and for a piece that has changed since it was written.
     """
     found = [_read_piece(piece) for piece in pieces]
+    splits = [split for split in splits if split not in optional or any(split in infos for infos in found)]
     for split in splits:
         if not any(split in infos for infos in found):
             raise UserError(f"split {split} of {description.name} is empty; give more data or a larger fraction")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -13,11 +14,20 @@ import numpy as np
 from scmdm.config.preparation import TokenizerConfig
 
 SPECIALS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
+LARGEST_VOCABULARY = 1 << 24  # ids; an embedding has a row for each
 Content = str | bytes  # of a record: text, or the bytes of token values
 
 
 class UnknownSymbol(ValueError):
     """A symbol is not in the vocabulary."""
+
+    reason: ClassVar[str] = "unknown symbol"  # in the counts of a data set
+
+
+class ReservedSymbol(UnknownSymbol):
+    """A text spells a special, such as the mask, which would then be taken for one."""
+
+    reason = "reserved id"
 
 
 class Tokenizer(ABC):
@@ -25,10 +35,14 @@ class Tokenizer(ABC):
 
     All ids, those of the specials and the mask included, are below `vocab_size`. A subclass is registered in
     `scmdm.config.preparation.TOKENIZERS` under its `kind`.
+
+    `encode` never returns the id of a special, whatever a vocabulary holds and whichever tokens its file marks as
+    special: it checks the ids themselves.
     """
 
     Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
     kind: ClassVar[str]
+    can_spell_specials: ClassVar[bool] = True  # False: ids are computed from values, above those of the specials
     learns_from_text: ClassVar[bool] = False  # `build` reads a sample of the training split
 
     vocab_size: int
@@ -36,6 +50,7 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
     mask_id: int
+    unk_id: int | None = None  # stands for symbols outside the vocabulary; None: `encode` raises UnknownSymbol for them
 
     @classmethod
     def open(cls, config: Any, *, padded: bool) -> Self | None:
@@ -61,8 +76,8 @@ class Tokenizer(ABC):
         """
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        """Make a tokenizer from its JSON content. Raises KeyError, TypeError or ValueError if that is malformed."""
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        """Make a tokenizer from the JSON content of `path`. Raises UserError or ValueError if that is malformed."""
         raise ValueError(f"a tokenizer of kind {cls.kind} is not stored as JSON")
 
     @classmethod
@@ -70,9 +85,28 @@ class Tokenizer(ABC):
         """Return the symbols of a record, for the vocabulary. Raises UnknownSymbol for unusable content."""
         return ()
 
-    @abstractmethod
     def encode(self, content: Content) -> list[int]:
-        """Return the ids of a record's content, without specials. Raises UnknownSymbol."""
+        """Return the ids of a record's content, without specials. Raises UnknownSymbol, ReservedSymbol included."""
+        ids = self._ids_of(content)
+        if self.can_spell_specials and not self._reserved.isdisjoint(ids):
+            self._refuse_reserved(ids)
+        return ids
+
+    @abstractmethod
+    def _ids_of(self, content: Content) -> list[int]:
+        """Return the ids of a record's content, which may include reserved ones. Raises UnknownSymbol."""
+
+    @cached_property
+    def _reserved(self) -> frozenset[int]:
+        return frozenset((self.pad_id, self.bos_id, self.eos_id, self.mask_id))
+
+    def _refuse_reserved(self, ids: Sequence[int]) -> None:
+        at, found = next((at, i) for at, i in enumerate(ids) if i in self._reserved)
+        name = self.tokens([found])[0]
+        if found == self.unk_id:  # a tokenizer may use one id for both
+            raise UnknownSymbol(f"token {at} is outside the vocabulary; {name!r} (id {found}) stands for it")
+        role = next(role for role in ("mask", "eos", "bos", "pad") if getattr(self, f"{role}_id") == found)
+        raise ReservedSymbol(f"token {at} is {name!r} (id {found}), which is reserved as {role}_id")
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -115,6 +149,18 @@ class GridLayout:
         """Return the bytes of an image with left and right exchanged."""
         values_HWC = np.frombuffer(content, self.dtype).reshape(self.height, self.width, self.channels)
         return values_HWC[:, ::-1].tobytes()
+
+
+def check_ids(tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the specials are in the vocabulary, and the mask is none of the others."""
+    if not 0 < tokenizer.vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(f"{tokenizer.vocab_size} ids; at most {LARGEST_VOCABULARY} are supported")
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos", "mask")}
+    for role, id_ in ids.items():
+        if not 0 <= id_ < tokenizer.vocab_size:
+            raise ValueError(f"{role}_id={id_} is not below the vocabulary's size {tokenizer.vocab_size}")
+    if ids["mask"] in (ids["pad"], ids["bos"], ids["eos"]):
+        raise ValueError(f"the mask must be another token than padding, BOS and EOS; the ids are {ids}")
 
 
 @runtime_checkable

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, text_ids
 from scmdm.system.files import atomic_write_text
+from scmdm.system.untrusted import parse_as
+
+
+@dataclass(frozen=True)
+class _ByteFile:
+    kind: str
 
 
 class ByteTokenizer(Tokenizer):
     """Tokenizer of the 256 byte values."""
 
     kind = "bytes"
+    can_spell_specials = False
     vocab_size = len(SPECIALS) + 256
     pad_id, bos_id, eos_id, mask_id = range(4)
 
@@ -26,10 +34,11 @@ class ByteTokenizer(Tokenizer):
         return cls()
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        parse_as(_ByteFile, content, path)
         return cls()
 
-    def encode(self, content: Content) -> list[int]:
+    def _ids_of(self, content: Content) -> list[int]:
         raw = content if isinstance(content, bytes) else content.encode()
         return [value + len(SPECIALS) for value in raw]
 

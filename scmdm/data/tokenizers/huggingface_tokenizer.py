@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,13 @@ from omegaconf import MISSING
 
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
-from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, text_ids
+from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, check_ids, text_ids
+from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
 from scmdm.data.tokenizers.word_cache import WordEncoder, splits_at_white_space
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
+from scmdm.system.untrusted import parse_as, read_json, reading
 
 # Conventional names of specials, for tokenizers whose files do not assign roles.
 _NAMES = {
@@ -56,8 +59,16 @@ class SpecialIds:
     pad: int
 
 
+@dataclass(frozen=True)
+class _HuggingFaceFile:
+    kind: str
+    specials: SpecialIds
+    pipeline: dict[str, Any]
+    vocab_size: int = 0
+
+
 class HuggingFaceTokenizer(Tokenizer):
-    """Tokenizer of the `tokenizers` library. No text encodes to a special.
+    """Tokenizer of the `tokenizers` library. The names of tokens that its file marks as special are ordinary text.
 
     Args:
         pipeline: content of its `tokenizer.json`.
@@ -70,10 +81,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, pipeline: Mapping[str, Any], specials: SpecialIds, vocab_size: int = 0) -> None:
         self._pipeline, self._specials = pipeline, specials
-        self._tokenizer = _pipeline(pipeline)
-        self._encode = WordEncoder(self._library_ids) if splits_at_white_space(pipeline) else self._library_ids
-        self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
+        self._tokenizer = load_pipeline(pipeline)
         self._known = _size(self._tokenizer)
+        self._encoder = PipelineEncoder(pipeline, self._tokenizer)
+        self._encode = WordEncoder(self._encoder) if splits_at_white_space(pipeline) else self._encoder
+        self.unk_id = self._encoder.unk_id
+        self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
         used = max(self._known, *(i + 1 for i in asdict(specials).values()))
         self.vocab_size, self._padded = max(used, vocab_size), vocab_size > used
 
@@ -113,22 +126,24 @@ class HuggingFaceTokenizer(Tokenizer):
         elif (folder / "tokenizer.json").is_file() and path.is_dir():
             path = folder / "tokenizer.json"  # `transformers` would need the model's configuration
         pipeline, roles = _from_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
-        ids = _pipeline(pipeline)
+        ids = load_pipeline(pipeline)
         found = {role: roles.get(role) for role in _NAMES}
         if not roles:
             found = {
                 role: next((n for n in names if ids.token_to_id(n) is not None), None) for role, names in _NAMES.items()
             }
-        return cls(pipeline, _special_ids(ids, found, padded, mask_id), rows)
+        with reading(f"{named}={path}", "tokenizer"):
+            opened = cls(pipeline, _special_ids(ids, found, padded, mask_id), rows)
+            check_ids(opened)
+        return opened
 
-    def encode(self, content: Content) -> list[int]:
+    def _ids_of(self, content: Content) -> list[int]:
         return self._encode(as_text(content))
 
-    def _library_ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([i for i in text_ids(ids, self) if i < self._known], skip_special_tokens=False)
+        text = [i for i in text_ids(ids, self) if i < self._known]
+        with reading("the tokenizer.json of the model", "decoder of these ids"), panics_as_errors():
+            return self._tokenizer.decode(text, skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         appended = {self.pad_id: "[PAD]", self.eos_id: "[EOS]", self.bos_id: "[BOS]", self.mask_id: "[MASK]"}
@@ -143,8 +158,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return path
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        return cls(content["pipeline"], SpecialIds(**content["specials"]), int(content.get("vocab_size", 0)))
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        pipeline = content.get("pipeline")
+        if not isinstance(pipeline, dict):
+            raise ValueError("it has no `pipeline`, the content of a tokenizer.json")
+        # Without the pipeline, which the library parses, because millions of values would take seconds.
+        stored = parse_as(_HuggingFaceFile, {**content, "pipeline": {}}, path)
+        return cls(pipeline, stored.specials, stored.vocab_size)
 
     @property
     def pipeline(self) -> Mapping[str, Any]:
@@ -171,20 +191,8 @@ def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenize
     return saved
 
 
-def _pipeline(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Make the library's tokenizer, set to encode the names of special tokens as ordinary text."""
-    try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"the tokenizers library cannot load it: {error}") from error
-    found.no_padding()
-    found.no_truncation()
-    found.encode_special_tokens = True
-    return found
-
-
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _special_ids(
@@ -209,15 +217,15 @@ def _special_ids(
 
 def _from_file(path: Path, named: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        _pipeline(content)
+        content = read_json(path, "tokenizer.json", remedy="give another file")
     except FileNotFoundError as error:
         raise UserError(
             f"{named}={path} does not exist; give a tokenizer.json, or the folder of a transformers tokenizer"
         ) from error
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}={path} is not a tokenizer.json: {reason}; give another file") from error
+    with reading(f"{named}={path}", "tokenizer.json", "give another file"):
+        if not isinstance(content, dict):
+            raise ValueError("the file as a whole is not a JSON object")
+        load_pipeline(content)
     return content
 
 
@@ -225,13 +233,16 @@ def _from_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]
     """Return the content of the tokenizer.json, and the names of the specials by role."""
     from transformers import AutoTokenizer
 
-    try:
+    if not any(path.glob("*.json")) and not any(path.glob("*.model")):
+        raise UserError(f"{named}={path} holds no tokenizer.json and no tokenizer_config.json; give another folder")
+    for file in path.glob("*.json"):
+        with suppress(FileNotFoundError):
+            read_json(file, "JSON file of a tokenizer", remedy="give another folder")
+    with reading(f"{named}={path}", "folder of a transformers tokenizer"), panics_as_errors():
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, use_fast=True, trust_remote_code=False)
         pipeline = json.loads(loaded.backend_tokenizer.to_str())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}={path} is not a tokenizer that transformers can load: {reason}") from error
-    names = {role: getattr(loaded, f"{role}_token") for role in _NAMES}
-    for role, other in _BERT_ROLES.items():
-        names[role] = names[role] or getattr(loaded, f"{other}_token")
-    return pipeline, {role: name for role, name in names.items() if name is not None}
+        names = {role: getattr(loaded, f"{role}_token") for role in _NAMES}
+        for role, other in _BERT_ROLES.items():
+            names[role] = names[role] or getattr(loaded, f"{other}_token")
+        load_pipeline(pipeline)
+    return pipeline, {role: str(name) for role, name in names.items() if name is not None}

@@ -20,15 +20,24 @@ from typing import Any, Self
 
 import numpy as np
 
-from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, UnknownSymbol
+from scmdm.data.tokenizers.base import (
+    LARGEST_VOCABULARY,
+    SPECIALS,
+    Content,
+    GridLayout,
+    Tokenizer,
+    UnknownSymbol,
+)
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
+from scmdm.system.untrusted import parse_as
 
 
 class LevelTokenizer(Tokenizer):
     """Tokenizer of pixel levels; also converts sequences to images."""
 
     kind = "levels"
+    can_spell_specials = False
     pad_id, bos_id, eos_id, mask_id = range(4)
 
     def __init__(self, layout: GridLayout) -> None:
@@ -41,13 +50,13 @@ class LevelTokenizer(Tokenizer):
         return cls(layout)
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        layout = {key: value for key, value in content.items() if key != "kind"}
-        if not all(isinstance(value, int) and value > 0 for value in layout.values()):
-            raise TypeError(f"the layout {layout} is not possible")
-        return cls(GridLayout(**layout))
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        layout = parse_as(GridLayout, {name: value for name, value in content.items() if name != "kind"}, path)
+        if min(asdict(layout).values()) < 1 or max(layout.values, layout.levels) > LARGEST_VOCABULARY:
+            raise ValueError(f"{layout} is not possible; numbers must be from 1 to {LARGEST_VOCABULARY}")
+        return cls(layout)
 
-    def encode(self, content: Content) -> list[int]:
+    def _ids_of(self, content: Content) -> list[int]:
         """Return the ids of values, given as bytes of a record or as numbers between blanks. Raises UnknownSymbol."""
         values = np.frombuffer(content, self.layout.dtype).tolist() if isinstance(content, bytes) else _numbers(content)
         wrong = next((value for value in values if value >= self.layout.levels), None)
@@ -120,7 +129,7 @@ class CodeTokenizer(LevelTokenizer):
 
 def _numbers(text: str) -> list[int]:
     words = text.split()
-    wrong = next((word for word in words if not (word.isascii() and word.isdigit())), None)
+    wrong = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) <= 8)), None)
     if wrong is not None:
-        raise UnknownSymbol(f"{wrong!r} is not a number")
+        raise UnknownSymbol(f"{wrong[:40]!r} is not a number of at most 8 digits")
     return [int(word) for word in words]

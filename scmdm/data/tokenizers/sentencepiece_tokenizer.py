@@ -15,10 +15,11 @@ import sentencepiece
 
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
-from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, as_text, text_ids
+from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, as_text, check_ids, text_ids
 from scmdm.data.tokenizers.sentencepiece_trainer import train_pieces
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_bytes
+from scmdm.system.untrusted import read_bytes, reading
 
 _MASKS = (SPECIALS[3], "<mask>")
 
@@ -54,6 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
                 found[role] = self.vocab_size
                 self.vocab_size += 1
         self.mask_id, self.bos_id, self.eos_id, self.pad_id = found
+        self.unk_id = self._processor.unk_id()
         names = {
             self.pad_id: SPECIALS[0],
             self.bos_id: SPECIALS[1],
@@ -66,13 +68,10 @@ class SentencePieceTokenizer(Tokenizer):
     def open(cls, config: SentencePieceConfig, *, padded: bool) -> Self | None:
         if config.path is None:
             return None
-        try:
-            return cls(Path(config.path).read_bytes())
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"tokenizer.path={config.path} is not a sentencepiece model: {reason}; give a .model file"
-            ) from error
+        with reading(f"tokenizer.path={config.path}", "sentencepiece model", "give a .model file"):
+            opened = cls(read_bytes(Path(config.path)))
+            check_ids(opened)
+        return opened
 
     @classmethod
     def build(cls, config: Any, *, symbols: Iterable[str], sample: Iterable[str], layout: GridLayout | None) -> Self:
@@ -113,7 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"tokenizer.vocab_size={vocab_size} does not fit this corpus: {reason}; choose another size"
             ) from error
 
-    def encode(self, content: Content) -> list[int]:
+    def _ids_of(self, content: Content) -> list[int]:
         # Sentencepiece's trainer makes no piece for a newline; byte fallback encodes it.
         return self._processor.encode(as_text(content))
 

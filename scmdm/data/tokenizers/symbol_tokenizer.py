@@ -15,16 +15,34 @@ from typing import Any, ClassVar, Self
 
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
-from scmdm.data.tokenizers.base import SPECIALS, Content, GridLayout, Tokenizer, UnknownSymbol, as_text, text_ids
+from scmdm.data.tokenizers.base import (
+    SPECIALS,
+    Content,
+    GridLayout,
+    ReservedSymbol,
+    Tokenizer,
+    UnknownSymbol,
+    as_text,
+    text_ids,
+)
 from scmdm.data.tokenizers.tokenizer_file import open_tokenizer_file
 from scmdm.system.files import atomic_write_text
 from scmdm.system.package_data import optional
+from scmdm.system.untrusted import describe, parse_as
 
 # Atom-level SMILES pieces (Schwaller et al., ACS Cent. Sci. 2019): bracket atoms, two-letter elements, bonds, rings.
 SMILES_PIECES = re.compile(r"\[[^\]]+\]|Br|Cl|[BCNOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d")
 
+_SPECIALS = frozenset(SPECIALS)
+
 NUCLEOTIDES = "ACGTN"  # N: unknown
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # X: unknown
+
+
+@dataclass(frozen=True)
+class _SymbolFile:
+    kind: str
+    symbols: list[str]
 
 
 class SymbolTokenizer(Tokenizer):
@@ -43,14 +61,23 @@ class SymbolTokenizer(Tokenizer):
         """Split a text into symbols. Raises UnknownSymbol where that is impossible."""
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        return cls(content["symbols"])
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        symbols = parse_as(_SymbolFile, content, path).symbols
+        known = set(SPECIALS)
+        for at, symbol in enumerate(symbols):
+            if not symbol or symbol in known:
+                raise ValueError(f"symbols.{at}={symbol!r} is empty, stands twice or is a special")
+            known.add(symbol)
+        return cls(symbols)
 
     @classmethod
     def symbols_of(cls, content: Content) -> Iterable[str]:
-        return cls.split(as_text(content))
+        symbols = cls.split(as_text(content))
+        if not _SPECIALS.isdisjoint(symbols):  # such as an atom in brackets
+            raise ReservedSymbol(f"{sorted(_SPECIALS.intersection(symbols))[0]!r} is reserved")
+        return symbols
 
-    def encode(self, content: Content) -> list[int]:
+    def _ids_of(self, content: Content) -> list[int]:
         try:
             return [self._ids[symbol] for symbol in self.split(as_text(content))]
         except KeyError as error:
@@ -134,7 +161,7 @@ class SmilesTokenizer(_CorpusSymbols):
         pieces = SMILES_PIECES.findall(text)
         if sum(map(len, pieces)) != len(text):
             rest = SMILES_PIECES.sub("", text)
-            raise UnknownSymbol(f"{rest[:1]!r} in {text!r} is not SMILES")
+            raise UnknownSymbol(f"{rest[:1]!r} in {text[:80]!r} is not SMILES")
         return pieces
 
 
@@ -152,8 +179,8 @@ class SelfiesTokenizer(_CorpusSymbols):
         selfies = optional("selfies", "tokenizer.name=selfies", "molecules")
         try:
             return list(selfies.split_selfies(selfies.encoder(text)))
-        except selfies.EncoderError as error:
-            raise UnknownSymbol(f"{text!r} has no SELFIES: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # EncoderError, and others for what its parser does not expect
+            raise UnknownSymbol(f"{text[:80]!r} has no SELFIES: {describe(error)}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return canonical SMILES, as in the data, or the SMILES of SELFIES where RDKit cannot parse it."""

@@ -24,6 +24,7 @@ from scmdm.system.untrusted import parse_json, reading
 FEATURES = 64
 _BATCH, _STEPS, _EPOCHS, _LR = 128, 400, 6, 3e-3
 _FORWARD_BATCH = 1024
+_REMEDY = "remove it to train the classifier again"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,5 @@ def _read(path: Path, key: ClassifierKey) -> Classifier:
         classifier.load_state_dict(load_file(path))
     require_finite_all(classifier.named_parameters(), path)
     if stored != asdict(key):
-        raise UserError(
-            f"{path} belongs to another data set or version ({stored}); remove it to train the classifier again"
-        )
+        raise UserError(f"{path} belongs to another data set or version ({str(stored)[:200]}); {_REMEDY}")
     return classifier.eval()

@@ -1,6 +1,7 @@
 """Tokenizers and data sets of Hugging Face's libraries, made here: ids of specials, round trips, splits."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from scmdm.data.tokenizers import (
     load_tokenizer,
     text_ids,
 )
-from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceConfig
+from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceConfig, SpecialIds
 from scmdm.data.tokenizers.sentencepiece_tokenizer import SentencePieceConfig
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
@@ -99,7 +100,7 @@ def byte_pairs_json():
 def load(pipeline):
     end = max(pipeline["model"]["vocab"].values()) + 1
     specials = {"mask": end + 1, "bos": end, "eos": end, "pad": end + 2}
-    return HuggingFaceTokenizer.parse({"pipeline": pipeline, "specials": specials})
+    return HuggingFaceTokenizer(pipeline, SpecialIds(**specials))
 
 
 def test_specials_cannot_be_typed(gpt2):
@@ -148,20 +149,20 @@ def test_its_file_says_all(gpt2, tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["pipeline"]["model"]["type"] = "none"
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=re.escape("tokenizer.json")):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("none.json", "does not exist"), ("bad.json", "is not a tokenizer.json"), ("empty", "empty is not a tokenizer")],
+    "name",
+    ["none.json", "bad.json", "empty"],
 )
-def test_what_is_no_tokenizer(tmp_path, name, message):
+def test_what_is_no_tokenizer(tmp_path, name):
     (tmp_path / "bad.json").write_text('{"version": 1}')
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"tokenizer.path=.*{name}"):
         HuggingFaceTokenizer.open(HuggingFaceConfig(path=str(tmp_path / name)), padded=True)
-    with pytest.raises(UserError, match="is not a sentencepiece model"):
+    with pytest.raises(UserError, match=f"tokenizer.path=.*{name}"):
         SentencePieceTokenizer.open(SentencePieceConfig(path=str(tmp_path / name)), padded=True)
 
 
