@@ -94,6 +94,7 @@ class SamplerConfig:
     top_p: float = key(
         1.0, help="draw from the smallest set of tokens with at least this probability", above=0, at_most=1
     )
+    top_p_first: bool = key(False, help="restrict to top_p before top_k, as Dream does, instead of after")
     gumbel: str = key(
         "float64",
         help="precision of the Gumbel noise; float32 reproduces the truncated tail of earlier code",

@@ -39,6 +39,7 @@ from scmdm.diffusion.token_draw import (
 )
 
 _DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
+_SHAPE = ("temperature", "top_k", "top_p", "top_p_first")  # settings of the distribution that tokens are drawn from
 _LONGEST = 2**20  # tokens of a sequence whose draws must not depend on the length that it is padded to
 
 
@@ -211,7 +212,7 @@ def _draw(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws)
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
     h_ND, settings = h_BLD[rows, columns], draws.settings
     keys_N = ids_B[rows] * draws.stride + columns
-    shape: dict[str, Any] = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
+    shape: dict[str, Any] = {name: getattr(settings, name) for name in _SHAPE}
     drawn, scores = [], []
     for h, keys in zip(h_ND.split(_DRAW_ROWS), keys_N.split(_DRAW_ROWS), strict=True):
         logits_NV = without(view.logits(h), settings.never_ids)

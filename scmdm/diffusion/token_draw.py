@@ -20,16 +20,19 @@ def draw_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    top_p_first: bool = False,
     gumbel: str = "float64",
 ) -> Tensor:
     """Draw tokens (N,) by Gumbel-max from `softmax(logits / temperature)`, restricted to `top_k` and then to `top_p`.
+
+    `top_p_first` exchanges the two restrictions.
 
     The noise is float64 by default: a float32 uniform has 24 bits, which truncates the Gumbel tail and lowers the
     effective temperature (arXiv 2409.02908). Temperature 0 takes the most probable token.
     """
     if temperature == 0:
         return logits_NV.argmax(1)
-    scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p)
+    scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
     if gumbel == "float32":
         u = uniform_NV.mul(2**24).floor().mul(2.0**-24).float()
         return (scaled_NV.float() - (1e-10 - (u + 1e-10).log()).log()).argmax(1)
@@ -41,9 +44,14 @@ def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
     return (scaled_NV - (-uniform_NV.log()).log()).argmax(1)
 
 
-def shape_logits(logits_NV: Tensor, *, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+def shape_logits(
+    logits_NV: Tensor, *, temperature: float, top_k: int | None, top_p: float, top_p_first: bool
+) -> Tensor:
     """Return float64 logits of the distribution that tokens are drawn from; temperature 0 does not scale."""
-    return nucleus(most_probable(logits_NV.double() / (temperature or 1.0), top_k), top_p)
+    scaled_NV = logits_NV.double() / (temperature or 1.0)
+    if top_p_first:
+        return most_probable(nucleus(scaled_NV, top_p), top_k)
+    return nucleus(most_probable(scaled_NV, top_k), top_p)
 
 
 def without(logits_NV: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -153,6 +153,6 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
-    if row.get("kind") == "samples":  # a row of an earlier version lacks the keys that were added since
-        row["sampler"] = dataclasses.asdict(SamplerConfig()) | row.get("sampler", {})
+    if isinstance(row.get("sampler"), dict):  # a row of an earlier version lacks the keys that were added since
+        row["sampler"] = dataclasses.asdict(SamplerConfig()) | row["sampler"]
     return row if all(row.get(key) == value for key, value in settings.items()) else None

@@ -120,7 +120,8 @@ def test_measurements_of_before_these_keys_are_kept(tmp_path):
         "sampler": asdict(SamplerConfig(steps=4)),
     }
     added = ("eps", "transfer", "threshold", "factor", "block_start", "tempered_order", "alg_temp", "guided_by")
-    row = {**settings, "sampler": {k: v for k, v in settings["sampler"].items() if k not in added}}
+    result = {"nelbo": {}}  # of any kind
+    row = {**settings, **result, "sampler": {k: v for k, v in settings["sampler"].items() if k not in added}}
     path = tmp_path / "row.json"
     path.write_text(json.dumps(row))
     assert finished_row(path, settings) is not None

@@ -21,7 +21,7 @@ from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.diffusion.token_draw import count_by_factor, count_confident
+from scmdm.diffusion.token_draw import count_by_factor, count_confident, shape_logits
 from scmdm.errors import UserError
 from scmdm.models.decoder import Decoder, DecoderConfig
 from tests.diffusion.oracle import Oracle
@@ -142,7 +142,7 @@ def llada(predict, unconditional, prompt, sample_id, *, gen_length, block_length
 # Dream and DiffuCoder
 
 
-def truncated(logits, temperature, top_p):
+def truncated(logits, temperature, top_p, top_k):
     logits = logits / temperature if temperature > 0 else logits.clone()
     if top_p is not None and top_p < 1:
         ordered, at = logits.sort(dim=1, descending=True)
@@ -150,6 +150,8 @@ def truncated(logits, temperature, top_p):
         beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], 1)
         for row in range(len(logits)):
             logits[row, at[row][beyond[row]]] = -math.inf
+    if top_k is not None:
+        logits[logits < logits.topk(top_k, dim=1).values[:, -1:]] = -math.inf
     return logits
 
 
@@ -162,8 +164,8 @@ def dream_confidence(alg, p, x0):
     return (p * (p + 1e-10).log()).sum(1)
 
 
-def dream(predict, _, prompt, sample_id, *, max_new_tokens, steps, alg, temperature=0.0, top_p=None, alg_temp=0.0,
-          eps=1e-3):  # fmt: skip
+def dream(predict, _, prompt, sample_id, *, max_new_tokens, steps, alg, temperature=0.0, top_p=None, top_k=None,
+          alg_temp=0.0, eps=1e-3):  # fmt: skip
     """Decode with as many tokens per step as the time steps from 1 to eps say."""
     x = [*prompt, *[MASK] * max_new_tokens]
     times = torch.linspace(1, eps, steps + 1)
@@ -171,7 +173,7 @@ def dream(predict, _, prompt, sample_id, *, max_new_tokens, steps, alg, temperat
         masked = [at for at, token in enumerate(x) if token == MASK]
         logits = predict(x)
         logits[:, MASK] = -math.inf
-        shaped = truncated(logits, temperature, top_p)
+        shaped = truncated(logits, temperature, top_p, top_k)
         x0 = gumbel(shaped, token_noise(sample_id, index, len(x)), 1.0 if temperature else 0.0).argmax(1)
         t, s, last = times[index], times[index + 1], index == steps - 1
         if alg == "origin":
@@ -195,7 +197,7 @@ def dream(predict, _, prompt, sample_id, *, max_new_tokens, steps, alg, temperat
 LLADA = {"kind": "confidence", "transfer": "even", "block_start": "prompt", "temperature": 0.0}
 FAST = {"kind": "confidence", "block_start": "prompt", "temperature": 0.0}
 DREAM = {"eps": 1e-3, "temperature": 0.0}
-RANKED = {**DREAM, "transfer": "ratio", "tempered_order": True}
+RANKED = {**DREAM, "transfer": "ratio", "tempered_order": True, "top_p_first": True}
 NAMES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 CASES = {  # their arguments, our keys
     "llada": ({"gen_length": 12, "block_length": 12, "steps": 12}, {**LLADA}),
@@ -248,6 +250,8 @@ CASES = {  # their arguments, our keys
             "nucleus-greedy": {"top_p": 0.8},
             "tempered": {"temperature": 0.4, "top_p": 0.95},
             "alg-temp": {"temperature": 0.7, "alg_temp": 0.3},
+            "top-k": {"temperature": 0.9, "top_k": 3},
+            "top-k-and-top-p": {"temperature": 0.9, "top_k": 4, "top_p": 0.7},
         }.items()
     },
     "dream-one-token-a-step": (
@@ -343,6 +347,15 @@ def test_the_cases_differ():
     for alg in NAMES:
         own = [found[f"dream-{alg}-{name}"] for name in ("greedy", "tempered", "alg-temp")]
         assert own[0] != own[1] != own[2] != own[0]
+
+
+def test_the_order_of_truncations_matters():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    kept = {}
+    for first in (False, True):
+        shaped = shape_logits(logits, temperature=0.0, top_k=3, top_p=0.75, top_p_first=first)
+        kept[first] = int(shaped.isfinite().sum())
+    assert kept == {False: 2, True: 3}
 
 
 def test_carrying_changes_samples_and_costs_no_evaluation():

@@ -13,7 +13,18 @@ from tests.docs.test_docs import ROOT, commands, fenced_blocks
 
 PAGE = ROOT / "docs/guides/published.md"
 SAMPLES = [words[2:] for words in commands(PAGE)]
-NUMBERS = {"steps", "block_length", "temperature", "top_k", "top_p", "guidance", "alg_temp", "remask_eta", "eps"}
+NUMBERS = {
+    "steps",
+    "top_p_first",
+    "block_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "guidance",
+    "alg_temp",
+    "remask_eta",
+    "eps",
+}
 RULES = {  # settings of the identity tests, by what a command of the page has
     "transfer=even": LLADA,
     "transfer=ratio": RANKED,
