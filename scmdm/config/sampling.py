@@ -19,17 +19,57 @@ class SamplerConfig:
 
     kind: str = key(
         "ancestral",
-        help="order in which tokens are revealed; confidence, margin and entropy: most certain first",
-        choices=("ancestral", "first_hitting", *ORDERS),
+        help="order in which tokens are revealed; confidence, margin and entropy: most certain first; random: as many, "
+        "in random order",
+        choices=("ancestral", "first_hitting", *ORDERS, "random"),
     )
     steps: int = key(
-        32, help="denoiser evaluations; ignored by first_hitting, which needs one per token", at_least=1, at_most=2**31
+        32,
+        help="denoiser evaluations; ignored by first_hitting, which needs one per token, and with threshold or factor",
+        at_least=1,
+        at_most=2**31,
+    )
+    eps: float = key(
+        0.0, help="time at which the grid of steps ends; the last step reveals the rest", at_least=0, below=1
+    )
+    transfer: str = key(
+        "schedule",
+        help="tokens that a step reveals: as many as the noise schedule says; even: equally many, with a remainder in "
+        "the first steps (LLaDA); ratio: the fraction 1 - s/t of the masked ones, rounded down (Dream)",
+        choices=("schedule", "even", "ratio"),
+    )
+    threshold: float | None = key(
+        None,
+        help="reveal all tokens of at least this confidence, and at least one, in each step (Fast-dLLM)",
+        at_least=0,
+        at_most=1,
+    )
+    factor: float | None = key(
+        None,
+        help="reveal the n most confident tokens while (n + 1) (1 - confidence of the n-th) <= factor (Fast-dLLM)",
+        above=0,
+        at_most=1e6,
     )
     block_length: int | None = key(
         None,
         help="positions per block, decoded left to right, with steps shared by all blocks; null: one block",
         at_least=1,
         at_most=2**31,
+    )
+    block_start: str = key(
+        "sequence",
+        help="where blocks are counted from: the start of the sequence, or the end of the prompt",
+        choices=("sequence", "prompt"),
+    )
+    tempered_order: bool = key(
+        False,
+        help="rank positions by the distribution that tokens are drawn from (temperature, top_k, top_p), as Dream does",
+    )
+    alg_temp: float = key(
+        0.0,
+        help="0: the most certain positions; above 0: positions drawn from softmax(confidence / alg_temp), as in Dream",
+        at_least=0,
+        at_most=1e6,
     )
     remask: str = key(
         "never",
@@ -54,6 +94,7 @@ class SamplerConfig:
     top_p: float = key(
         1.0, help="draw from the smallest set of tokens with at least this probability", above=0, at_most=1
     )
+    top_p_first: bool = key(False, help="restrict to top_p before top_k, as Dream does, instead of after")
     gumbel: str = key(
         "float64",
         help="precision of the Gumbel noise; float32 reproduces the truncated tail of earlier code",
@@ -64,9 +105,21 @@ class SamplerConfig:
     )
     guidance: float = key(
         1.0,
-        help="classifier-free guidance; 1: none; above 1: closer to the label, with two evaluations per step",
+        help="classifier-free guidance; 1: none; above 1: closer to the condition, with two evaluations per step",
         at_least=0,
         at_most=1e6,
+    )
+    guided_by: str = key(
+        "label",
+        help="condition of the guidance; prompt: the other evaluation has the prompt masked (LLaDA's cfg_scale + 1)",
+        choices=("label", "prompt"),
+    )
+    end_tokens: list[str] = key(
+        factory=list, help="names of tokens that end a sample, besides [EOS], such as <|eot_id|> or <|im_end|>"
+    )
+    logits_eos_inf: bool = key(False, help="never draw [EOS] (LLaDA)")
+    confidence_eos_eot_inf: bool = key(
+        False, help="give [EOS] and end_tokens no confidence, so that they are revealed last (LLaDA)"
     )
     carry: str = key(
         "auto",
@@ -75,24 +128,31 @@ class SamplerConfig:
     )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
-    def settings(self, self_conditioned: bool) -> SamplerSettings:
+    def settings(self, self_conditioned: bool, end_ids: tuple[int, ...] = ()) -> SamplerSettings:
         """Return settings for `scmdm.diffusion.sampler.sample`.
 
-        Raises UserError when an estimate should be carried, but the model is not self-conditioned.
+        `end_ids` are the ids of [EOS] and of `end_tokens`, in this order. Raises UserError when an estimate should be
+        carried, but the model is not self-conditioned.
         """
         if self.carry == "always" and not self_conditioned:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
         settings = {**asdict(self), "carry": self_conditioned and self.carry != "never"}
-        for name in ("label", "cuda_graphs"):  # arguments of the sampling call, not of the reverse process
-            del settings[name]
-        return SamplerSettings(**settings)
+        for name in ("label", "cuda_graphs", "end_tokens", "logits_eos_inf", "confidence_eos_eot_inf"):
+            del settings[name]  # not of the reverse process
+        never = end_ids[:1] if self.logits_eos_inf else ()
+        return SamplerSettings(**settings, never_ids=never, late_ids=end_ids if self.confidence_eos_eot_inf else ())
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether confidence decides how many tokens a step reveals, and thereby the number of steps."""
+        return self.threshold is not None or self.factor is not None
 
     def check_length(self, length: int) -> None:
-        """Raise UserError when a sequence of `length` tokens has more blocks than there are steps."""
+        """Raise UserError when `length` tokens, with the prompt or after it, have more blocks than there are steps."""
         blocks = -(-length // (self.block_length or length))
-        if self.kind != "first_hitting" and self.steps < blocks:
+        if self.kind != "first_hitting" and not self.adaptive and self.steps < blocks:
             raise UserError(
                 f"sampler.steps={self.steps} is not possible with sampler.block_length={self.block_length}: a sequence "
                 f"of {length} tokens has {blocks} blocks, and each needs a step"
@@ -100,10 +160,22 @@ class SamplerConfig:
 
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work."""
+        hits, ranked, with_kind = self.kind == "first_hitting", self.kind in ORDERS, f"with kind={self.kind}"
+        has_condition = self.label is not None or self.guided_by == "prompt"
+        needs_threshold = "null without kind=confidence or kind=margin"
         for name, possible, wanted in (
-            ("block_length", self.block_length is None or self.kind != "first_hitting", "null with kind=first_hitting"),
-            ("remask", self.remask == "never" or self.kind == "ancestral", f"never with kind={self.kind}"),
-            ("guidance", self.guidance == 1 or self.label is not None, "1 without sampler.label"),
+            ("block_length", self.block_length is None or not hits, f"null {with_kind}"),
+            ("eps", self.eps == 0 or not (hits or self.adaptive), "0 without a fixed number of steps"),
+            ("transfer", self.transfer == "schedule" or ranked or self.kind == "random", f"schedule {with_kind}"),
+            ("threshold", self.threshold is None or self.kind in ("confidence", "margin"), needs_threshold),
+            ("factor", self.factor is None or self.kind == "confidence", "null without kind=confidence"),
+            ("factor", self.factor is None or self.threshold is None, "null with sampler.threshold"),
+            ("transfer", self.transfer == "schedule" or not self.adaptive, "schedule with a threshold or a factor"),
+            ("alg_temp", self.alg_temp == 0 or (ranked and not self.adaptive), "0 without a rank of a fixed length"),
+            ("tempered_order", not self.tempered_order or ranked, f"false {with_kind}"),
+            ("confidence_eos_eot_inf", not self.confidence_eos_eot_inf or ranked, f"false {with_kind}"),
+            ("remask", self.remask == "never" or self.kind == "ancestral", f"never {with_kind}"),
+            ("guidance", self.guidance == 1 or has_condition, "1 without sampler.label or sampler.guided_by=prompt"),
         ):
             require(possible, f"sampler.{name}", getattr(self, name), wanted)
 
@@ -114,6 +186,13 @@ class SampleConfig:
 
     num: int = key(16, help="samples, or samples per prompt", at_least=1, at_most=2**24)
     length: int | None = key(None, help="tokens per sample; null: as in the training data", at_least=1, at_most=2**20)
+    gen_length: int | None = key(
+        None,
+        help="tokens to generate after each prompt, whose samples have its length and these; null: up to length",
+        at_least=1,
+        at_most=2**19,
+    )
+    add_bos_token: bool = key(True, help="put [BOS] before a prompt or a text to fill in")
     batch_size: int | None = batch_size_key()
     seed: int = seed_key()
     prompt: str | None = key(None, free_text=True, help="text that every sample begins with")
@@ -137,6 +216,9 @@ class SampleConfig:
         given = [name for name in ("prompt", "prompts", "infill") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are both set; give one of them")
+        if self.gen_length is not None:
+            require(self.length is None, "length", self.length, "null with gen_length")
+            require(self.infill is None, "infill", self.infill, "null with gen_length")
         known = self.out is None or self.out.endswith(SAMPLE_FORMATS)
         require(known, "out", self.out, f"a name that ends in one of {', '.join(SAMPLE_FORMATS)}")
         self.sampler.validate()

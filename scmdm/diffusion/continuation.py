@@ -15,17 +15,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.guidance import SamplingDenoiser
+from scmdm.diffusion.guidance import Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.objective import Denoiser
-from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import certainty, most_certain
+
+_CHUNK = 2048  # positions whose guided logits are held at once
+
+
+class ScoringDenoiser(Denoiser, SamplingDenoiser, Protocol):
+    """The interface of a network that likelihoods use."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def masked_states(n: int, draws: int, *, seed: int, key: int) -> States:
 
 @torch.no_grad()
 def masked_nll(
-    denoiser: Denoiser,
+    denoiser: ScoringDenoiser,
     x_BL: Tensor,
     mtarget_BL: Tensor,
     counted_BL: Tensor,
@@ -66,18 +72,38 @@ def masked_nll(
     schedule: Schedule,
     mask_id: int,
     condition: bool,
+    guidance: float = 1.0,
+    prompt_BL: Tensor | None = None,
 ) -> Tensor:
     """Return the sums (B,), float64, of `-log p(x_i | z)` over the masked positions of each state in `counted_BL`.
 
     `share_B` is the masked fraction of the continuation, which determines the time for a network with time
     conditioning. `condition` conditions each state on the estimate of a first pass over it, as in training. Tokens at
-    other masked positions have no influence, but must not be the mask.
+    other masked positions have no influence, but must not be the mask. With `guidance`, the likelihood is that of the
+    guided distribution, whose other prediction has `prompt_BL` masked.
     """
     z_BL = x_BL.masked_fill(mtarget_BL, mask_id)
     t_B = schedule.inverse(1 - share_B).clamp(max=1)
+    if guidance != 1:
+        view = Guided(denoiser, mask_id, None, guidance, prompt_BL)
+        return _guided_nll(view, z_BL, t_B, x_BL, counted_BL, condition=condition)
     estimate = denoiser.estimate(State(z_BL, t_B)) if condition else None
     _, nll_BL = denoiser.weighted_nll(State(z_BL, t_B, estimate), x_BL, counted_BL.float())
     return (nll_BL.double() * counted_BL).sum(1)
+
+
+def _guided_nll(
+    view: Guided, z_BL: Tensor, t_B: Tensor, x_BL: Tensor, counted_BL: Tensor, *, condition: bool
+) -> Tensor:
+    h_BLD = view.hidden(z_BL, t_B, None)
+    if condition:
+        h_BLD = view.hidden(z_BL, t_B, view.carried_estimate(h_BLD, z_BL))
+    nll_N = [
+        -view.logits(h).log_softmax(1).gather(1, x[:, None]).squeeze(1)
+        for h, x in zip(h_BLD[counted_BL].split(_CHUNK), x_BL[counted_BL].split(_CHUNK), strict=True)
+    ]
+    zeros_BL = torch.zeros(x_BL.shape, dtype=torch.float64, device=x_BL.device)
+    return zeros_BL.masked_scatter(counted_BL, torch.cat(nll_N).double()).sum(1)
 
 
 @torch.no_grad()
@@ -90,13 +116,16 @@ def greedy_agrees(
     schedule: Schedule,
     mask_id: int,
     carry: bool,
+    guidance: float = 1.0,
+    prompt_BL: Tensor | None = None,
 ) -> Tensor:
     """Return a mask (B,) of the rows whose greedy decoding equals `x_BL` at all positions in `target_BL`.
 
     Greedy decoding reveals one position at a time: the most confident one, with its most probable token (LLaDA).
-    Positions in `ignored_BL` stay masked. `carry` conditions each evaluation on the previous one, as samplers do. A row
-    ends at its first different token.
+    Positions in `ignored_BL` stay masked. `carry` conditions each evaluation on the previous one, as samplers do.
+    `guidance` and `prompt_BL` are as in `masked_nll`. A row ends at its first different token.
     """
+    view = Guided(denoiser, mask_id, None, guidance, prompt_BL)
     agrees_B = torch.ones(len(x_BL), dtype=torch.bool, device=x_BL.device)
     rows, estimate = agrees_B.nonzero().squeeze(1), None
     z_BL = x_BL.masked_fill(target_BL | ignored_BL, mask_id)
@@ -104,8 +133,9 @@ def greedy_agrees(
     while len(rows):
         open_BL = (z_BL == mask_id) & target_BL[rows]
         t_B = schedule.inverse(1 - open_BL.sum(1).double() / count_B[rows]).clamp(max=1)
-        h_BLD = denoiser.hidden(State(z_BL, t_B, estimate))
-        logits_NV = denoiser.logits(h_BLD[open_BL])
+        own = view.at(rows)
+        h_BLD = own.hidden(z_BL, t_B, estimate)
+        logits_NV = own.logits(h_BLD[open_BL])
         token_N = logits_NV.argmax(1)
         score_BL = torch.zeros(z_BL.shape, dtype=torch.float64, device=z_BL.device)
         score_BL = score_BL.masked_scatter(open_BL, certainty("confidence", logits_NV, token_N))
@@ -115,6 +145,6 @@ def greedy_agrees(
         agrees_B[rows[wrong_B]] = False
         continues_B = ~wrong_B & ((z_BL == mask_id) & target_BL[rows]).any(1)
         if carry:
-            estimate = carried_estimate(denoiser, h_BLD, z_BL, mask_id)[continues_B]
+            estimate = own.carried_estimate(h_BLD, z_BL)[continues_B]
         rows, z_BL = rows[continues_B], z_BL[continues_B]
     return agrees_B

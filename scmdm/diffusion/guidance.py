@@ -1,8 +1,10 @@
-"""Denoiser interface of the samplers, and classifier-free guidance by labels.
+"""Denoiser interface of the samplers, and classifier-free guidance by labels or by the prompt.
 
-Guidance draws each revealed token from `p(x | label)^g p(x)^(1 - g)`, normalised: D-CFG (arXiv 2412.10193) applied to
-the clean-state prediction, which does not change when positions are revealed. A step needs both predictions, hence two
-denoiser evaluations. Each prediction carries its own estimate, because both passes of training see the same label.
+Guidance draws each revealed token from `p(x | condition)^g p(x)^(1 - g)`, normalised: D-CFG (arXiv 2412.10193) applied
+to the clean-state prediction, which does not change when positions are revealed. The condition is the label, or the
+prompt: `p(x)` is then predicted with the prompt masked, as in LLaDA (arXiv 2502.09992, appendix A.2), whose `cfg_scale`
+is `g - 1`. A step needs both predictions, hence two denoiser evaluations. Each prediction carries its own estimate,
+because both passes of training see the same input.
 
 Legend: B batch, L length, D width, V vocabulary with the mask, N selected positions, G predictions (1, guided: 2).
 """
@@ -15,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.state import NO_LABEL, State
+from scmdm.diffusion.packing import Packing
+from scmdm.diffusion.state import NO_LABEL, State, true_positions
 
 
 class Embedder(Protocol):
@@ -44,47 +47,66 @@ class SamplingDenoiser(Embedder, Protocol):
 
 @dataclass(frozen=True)
 class Guided:
-    """A denoiser with the labels of the samples, guided if `guidance` is not 1.
+    """A denoiser with the labels of the samples, guided if `guidance` is not 1 and there is a condition.
 
-    Hidden states and estimates are (B, L, G D): those of the labelled prediction, then those of the unlabelled one.
+    Hidden states and estimates are (B, L, G D): those of the conditioned prediction, then those of the other one.
     """
 
     denoiser: SamplingDenoiser
+    mask_id: int
     labels_B: Tensor | None = None  # int64; None: a model without labels
-    guidance: float = 1.0  # g; 1: the labelled prediction alone; above 1: away from the unlabelled one
+    guidance: float = 1.0  # g; 1: the conditioned prediction alone; above 1: away from the other one
+    prompt_BL: Tensor | None = None  # bool: positions masked in the other prediction; None: it lacks the label
+    packing: Packing | None = None
 
     @property
     def evaluations(self) -> int:
         """Denoiser evaluations per sequence and call of `hidden`."""
-        return 1 if self.labels_B is None or self.guidance == 1 else 2
+        conditioned = self.labels_B is not None or self.prompt_BL is not None
+        return 2 if conditioned and self.guidance != 1 else 1
 
     def at(self, rows_N: Tensor) -> Guided:
         """Return the denoiser of a selection of sequences."""
-        return self if self.labels_B is None else replace(self, labels_B=self.labels_B[rows_N])
+        parts = {name: getattr(self, name) for name in ("labels_B", "prompt_BL", "packing")}
+        return replace(self, **{name: part[rows_N] for name, part in parts.items() if part is not None})
+
+    def inputs(self, z_BL: Tensor) -> list[Tensor]:
+        """Return the sequences (B, L) that each prediction sees."""
+        if self.evaluations == 1:
+            return [z_BL]
+        return [z_BL, z_BL if self.prompt_BL is None else z_BL.masked_fill(self.prompt_BL, self.mask_id)]
 
     def hidden(self, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None) -> Tensor:
         """Evaluate the denoiser: hidden states (B, L, G D)."""
-        labels = self.labels_B
-        if labels is None or self.evaluations == 1:
-            return self.denoiser.hidden(State(z_BL, t_B, estimate_BLD, labels_B=labels))
-        labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
+        labels, packing = self.labels_B, self.packing
+        if self.evaluations == 1:
+            return self.denoiser.hidden(State(z_BL, t_B, estimate_BLD, packing, labels))
+        if labels is not None:
+            labels = torch.cat([labels, torch.full_like(labels, NO_LABEL) if self.prompt_BL is None else labels])
         estimate = None if estimate_BLD is None else torch.cat(estimate_BLD.chunk(2, dim=-1))
-        both = self.denoiser.hidden(State(z_BL.repeat(2, 1), t_B.repeat(2), estimate, labels_B=labels))
+        packing = None if packing is None else packing.repeat(2)
+        both = self.denoiser.hidden(State(torch.cat(self.inputs(z_BL)), t_B.repeat(2), estimate, packing, labels))
         return torch.cat(both.chunk(2), dim=-1)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Return logits (N, V) of the guided distribution, float32, minus infinity at the mask."""
         if self.evaluations == 1:
             return self.denoiser.logits(h_ND)
-        labelled, plain = (self.denoiser.logits(h).log_softmax(-1) for h in h_ND.chunk(2, dim=-1))
-        impossible = labelled.isneginf() | plain.isneginf()
-        return (self.guidance * labelled + (1 - self.guidance) * plain).masked_fill(impossible, float("-inf"))
+        conditioned, plain = (self.denoiser.logits(h).log_softmax(-1) for h in h_ND.chunk(2, dim=-1))
+        impossible = conditioned.isneginf() | plain.isneginf()
+        return (self.guidance * conditioned + (1 - self.guidance) * plain).masked_fill(impossible, float("-inf"))
 
-    def expected_embedding(self, h_ND: Tensor) -> Tensor:
-        """Return the expected embeddings (N, G D) of each prediction."""
-        parts = h_ND.chunk(self.evaluations, dim=-1)
-        return torch.cat([self.denoiser.expected_embedding(h) for h in parts], dim=-1)
+    def carried_estimate(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
+        """Return the estimates (B, L, G D) for the next evaluation, whose input is `z_BL`."""
+        parts = zip(h_BLD.chunk(self.evaluations, dim=-1), self.inputs(z_BL), strict=True)
+        return torch.cat([carried_estimate(self.denoiser, h, z, self.mask_id) for h, z in parts], dim=-1)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Embed token ids for each prediction, (..., G D)."""
-        return torch.cat([self.denoiser.embed(ids)] * self.evaluations, dim=-1)
+
+def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
+    """Return the estimate (B, L, D) for the next evaluation, whose input is `z_BL`.
+
+    It is the expected embedding where `z_BL` is masked, predicted from `h_BLD`, and the token's embedding elsewhere.
+    """
+    at_N = true_positions(z_BL == mask_id)
+    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
+    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)

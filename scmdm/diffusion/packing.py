@@ -19,6 +19,13 @@ class Packing:
     positions_BL: Tensor  # int64: position of each token in its document
     documents_BL: Tensor  # int64: number of each token's document
 
+    def __getitem__(self, rows_N: Tensor) -> Packing:
+        return Packing(self.positions_BL[rows_N], self.documents_BL[rows_N])
+
+    def repeat(self, times: int) -> Packing:
+        """Return the packing of the batch repeated along its first dimension."""
+        return Packing(self.positions_BL.repeat(times, 1), self.documents_BL.repeat(times, 1))
+
     @cached_property
     def allowed_B1LL(self) -> Tensor:
         """Attention mask, bool: query (second to last dimension) and key (last) are of the same document."""
@@ -43,3 +50,10 @@ def document_starts(documents_BL: Tensor) -> Tensor:
     """Return a mask (B, L) of the first token of every document."""
     before_BL = torch.cat([documents_BL[:, :1] - 1, documents_BL[:, :-1]], 1)
     return documents_BL != before_BL
+
+
+def pack_padded(lengths_B: Tensor, length: int) -> Packing | None:
+    """Pack sequences that are padded to `length`, so that nothing attends to padding; None if none is padded."""
+    if bool((lengths_B == length).all()):
+        return None
+    return make_packing((torch.arange(length, device=lengths_B.device) >= lengths_B[:, None]).long())

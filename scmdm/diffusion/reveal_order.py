@@ -14,6 +14,7 @@ from torch import Tensor
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.process import first_hitting_position, reveal_mask
 from scmdm.diffusion.schedule import Schedule, remask_probability, unmask_probability
+from scmdm.diffusion.token_draw import most_certain
 
 ORDERS = ("confidence", "margin", "entropy")
 
@@ -22,18 +23,34 @@ ORDERS = ("confidence", "margin", "entropy")
 class SamplerSettings:
     """Settings of a sampler. `gumbel="float32"` reproduces the truncated tail of older code (arXiv 2409.02908)."""
 
-    kind: str = "ancestral"  # "ancestral", "first_hitting", or one of ORDERS: most certain positions first
+    kind: str = "ancestral"  # "ancestral", "first_hitting", "random", or one of ORDERS: most certain positions first
     steps: int = 32  # denoiser evaluations; first_hitting reveals one token per evaluation
+    eps: float = 0.0  # time at which the grid ends; the last step reveals the rest
+    transfer: str = "schedule"  # tokens per step, in ORDERS and "random": "schedule" | "even" | "ratio"
+    threshold: float | None = None  # reveal all tokens of at least this confidence, and ignore steps (Fast-dLLM)
+    factor: float | None = None  # reveal as many tokens as Fast-dLLM's factor rule says, and ignore steps
     block_length: int | None = None  # positions per block, decoded left to right, with equal steps; None: one block
+    block_start: str = "sequence"  # where the first block begins: "sequence" | "prompt" (at its end)
+    tempered_order: bool = False  # ORDERS rank by the distribution that tokens are drawn from, not by the model's
+    alg_temp: float = 0.0  # ORDERS: draw positions from softmax(confidence / alg_temp); 0: the most certain ones
     remask: str = "never"  # ancestral: "never" | "cap" | "rescale" (ReMDM)
     remask_eta: float = 0.02  # cap: largest probability; rescale: fraction of the largest possible one
     remasked_estimate: str = "token"  # estimate of a remasked position: "token" (its former token) | "null"
     temperature: float = 1.0  # 0: most probable token
     top_k: int | None = None
     top_p: float = 1.0  # nucleus: smallest set of tokens with at least this probability
+    top_p_first: bool = False  # restrict to top_p before top_k
     gumbel: str = "float64"  # "float64" | "float32"
-    guidance: float = 1.0  # with labels; 1: draw from p(x | label); above 1: away from p(x)
+    guidance: float = 1.0  # 1: draw from p(x | condition); above 1: away from p(x)
+    guided_by: str = "label"  # the condition: "label" | "prompt"
+    never_ids: tuple[int, ...] = ()  # tokens that are never drawn
+    late_ids: tuple[int, ...] = ()  # tokens that ORDERS give no confidence, so that they are revealed last
     carry: bool = False  # condition each step on the previous step's estimate
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether confidence decides how many tokens a step reveals, and thereby the number of steps."""
+        return self.threshold is not None or self.factor is not None
 
 
 @dataclass(frozen=True)
@@ -43,8 +60,9 @@ class Step:
     index: int  # keys the draws
     t_B: Tensor  # time of the denoiser's input
     candidates_BL: Tensor  # masked positions to reveal; with `count_B`, only the most certain of them
-    count_B: Tensor | None = None
+    count_B: Tensor | None = None  # with an adaptive number of tokens: the largest possible one
     remask_BL: Tensor | None = None  # positions to remask
+    active_B: Tensor | None = None  # sequences that the step concerns; None: all
 
 
 @dataclass(frozen=True)
@@ -57,65 +75,141 @@ class Problem:
     schedule: Schedule
     mask_id: int
     seed: int
+    lengths_B: Tensor | None = None  # tokens of each sequence without padding; None: all
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of each sequence: the number of each position's block, -1 outside of blocks, and how many there are."""
+
+    number_BL: Tensor
+    count_B: Tensor
+
+
+def make_blocks(problem: Problem, settings: SamplerSettings) -> Blocks:
+    """Divide each sequence into blocks, from its first position or from its first masked one."""
+    given_BL = problem.given_BL
+    length, at_L = given_BL.shape[1], torch.arange(given_BL.shape[1], device=given_BL.device)
+    start_B = torch.zeros(len(given_BL), dtype=torch.int64, device=given_BL.device)
+    end_B = torch.full_like(start_B, length) if problem.lengths_B is None else problem.lengths_B
+    if settings.block_start == "prompt":
+        masked_BL = given_BL == problem.mask_id
+        start_B = torch.where(masked_BL.any(1), masked_BL.int().argmax(1), end_B)
+    size = settings.block_length or length
+    within_BL = (at_L >= start_B[:, None]) & (at_L < end_B[:, None])
+    number_BL = torch.where(within_BL, (at_L - start_B[:, None]) // size, -1)
+    return Blocks(number_BL, ((end_B - start_B + size - 1) // size).clamp(min=1))
 
 
 def make_plan(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
     """Plan the steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
     if settings.kind == "first_hitting":
         return _plan_first_hitting(problem)
+    if settings.adaptive:
+        return _plan_adaptive(problem, settings)
     return _plan_on_grid(problem, settings)
 
 
+@dataclass(frozen=True)
+class _GridPoint:
+    """Place of each sequence in its plan: block, and interval of the block's grid of times."""
+
+    block_B: Tensor
+    k_B: Tensor  # step within the block
+    steps_B: Tensor  # steps of the block
+    t_B: Tensor
+    t_next_B: Tensor
+    last_B: Tensor  # the block's last step
+
+
 def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """Plan a uniform grid of times from 1 to 0 for each block; its last step reveals the rest of the block."""
-    length, device = problem.given_BL.shape[1], problem.ids_B.device
-    blocks = torch.arange(length, device=device).split(settings.block_length or length)
-    if settings.steps < len(blocks):
-        raise ValueError(f"{settings.steps} steps for {len(blocks)} blocks")
-    index = 0
-    for number, block in enumerate(blocks):
-        steps = settings.steps // len(blocks) + (number < settings.steps % len(blocks))
-        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-        within_L = torch.zeros(length, dtype=torch.bool, device=device).index_fill(0, block, True)
-        if not bool((problem.given_BL[:, block] == problem.mask_id).any()):
-            index += steps  # a block of given tokens needs no evaluation
-            continue
-        later = len(blocks) - number - 1
-        for k in range(steps):
-            # The time refers to the whole sequence, in which later blocks are still masked.
-            level = (1 - problem.schedule.alpha(grid[k]) + later) / len(blocks)
-            t = problem.schedule.inverse(1 - level) if len(blocks) > 1 else grid[k]
-            yield _grid_step(problem, settings, index, t, grid[k], grid[k + 1], within_L, last=k + 1 == steps)
-            index += 1
+    """Plan a uniform grid of times from 1 to eps for each block; its last step reveals the rest of the block."""
+    blocks = make_blocks(problem, settings)
+    most = int(blocks.count_B.max())
+    if settings.steps < most:
+        raise ValueError(f"{settings.steps} steps for {most} blocks")
+    todo_BL = (problem.given_BL == problem.mask_id) & (blocks.number_BL >= 0)
+    for index in range(settings.steps):
+        point = _grid_point(index, blocks.count_B, settings)
+        within_BL = blocks.number_BL == point.block_B[:, None]
+        active_B = (todo_BL & within_BL).any(1)
+        if bool(active_B.any()):  # a block of given tokens needs no evaluation
+            yield _grid_step(problem, settings, index, point, blocks.count_B, within_BL, active_B)
+
+
+def _grid_point(index: int, blocks_B: Tensor, settings: SamplerSettings) -> _GridPoint:
+    """Return where each sequence is in step `index`: earlier blocks get the steps that remain of an even division."""
+    few_B, longer_B = settings.steps // blocks_B, settings.steps % blocks_B
+    border_B = longer_B * (few_B + 1)
+    beyond_B = index - border_B
+    among_longer_B = beyond_B < 0
+    steps_B = few_B + among_longer_B
+    block_B = torch.where(among_longer_B, index // (few_B + 1), longer_B + beyond_B // few_B)
+    k_B = torch.where(among_longer_B, index % (few_B + 1), beyond_B % few_B)
+    t_B, t_next_B = torch.empty_like(k_B, dtype=torch.float64), torch.empty_like(k_B, dtype=torch.float64)
+    for steps in steps_B.unique().tolist():
+        grid = torch.linspace(1, settings.eps, steps + 1, dtype=torch.float64, device=k_B.device)
+        own_B = steps_B == steps
+        t_B[own_B], t_next_B[own_B] = grid[k_B[own_B]], grid[k_B[own_B] + 1]
+    last_B = k_B + 1 == steps_B
+    return _GridPoint(block_B, k_B, steps_B, t_B, t_next_B, last_B)
 
 
 def _grid_step(
     problem: Problem,
     settings: SamplerSettings,
     index: int,
-    t_denoiser: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    within_L: Tensor,
-    *,
-    last: bool,
+    point: _GridPoint,
+    blocks_B: Tensor,
+    within_BL: Tensor,
+    active_B: Tensor,
 ) -> Step:
     z_BL, ids_B, schedule = problem.state(), problem.ids_B, problem.schedule
-    t_B = t_denoiser.expand(len(ids_B))
-    masked_BL = (z_BL == problem.mask_id) & within_L
-    if settings.kind in ORDERS:
-        count_B = ((problem.given_BL == problem.mask_id) & within_L).sum(1)
-        left_B = torch.zeros_like(count_B) if last else (count_B * (1 - schedule.alpha(t_next))).round().long()
-        return Step(index, t_B, masked_BL, (masked_BL.sum(1) - left_B).clamp(min=0))
-    sigma = remask_probability(schedule, t, t_next, settings.remask, settings.remask_eta)
-    probability = torch.ones_like(t) if last else unmask_probability(schedule, t, t_next, sigma)
+    # The time refers to the whole sequence, in which later blocks are still masked.
+    level_B = (1 - schedule.alpha(point.t_B) + (blocks_B - point.block_B - 1)) / blocks_B
+    t_B = torch.where(blocks_B > 1, schedule.inverse(1 - level_B), point.t_B)
+    masked_BL = (z_BL == problem.mask_id) & within_BL
+    todo_BL = (problem.given_BL == problem.mask_id) & within_BL
+    if settings.kind in ORDERS or settings.kind == "random":
+        count_B = _scheduled_count(masked_BL.sum(1), todo_BL.sum(1), point, schedule, settings.transfer)
+        if settings.kind in ORDERS:
+            return Step(index, t_B, masked_BL, count_B, active_B=active_B)
+        u_BL = keyed_uniform(problem.seed, "order", index, ids_B, z_BL.shape[1])
+        return Step(index, t_B, most_certain(u_BL, masked_BL, count_B), active_B=active_B)
+    sigma_B = remask_probability(schedule, point.t_B, point.t_next_B, settings.remask, settings.remask_eta)
+    reveal_B = unmask_probability(schedule, point.t_B, point.t_next_B, sigma_B).masked_fill(point.last_B, 1.0)
     u_BL = keyed_uniform(problem.seed, "reveal", index, ids_B, z_BL.shape[1])
-    reveal_BL = reveal_mask(z_BL, u_BL, probability.expand(len(ids_B)), problem.mask_id) & within_L
-    if settings.remask == "never" or last:
-        return Step(index, t_B, reveal_BL)
+    reveal_BL = reveal_mask(z_BL, u_BL, reveal_B, problem.mask_id) & within_BL
+    if settings.remask == "never":
+        return Step(index, t_B, reveal_BL, active_B=active_B)
     u_BL = keyed_uniform(problem.seed, "remask", index, ids_B, z_BL.shape[1])
-    drawn_BL = (problem.given_BL == problem.mask_id) & ~masked_BL & within_L
-    return Step(index, t_B, reveal_BL, remask_BL=drawn_BL & (u_BL < sigma))
+    remask_BL = todo_BL & ~masked_BL & (u_BL < sigma_B[:, None]) & ~point.last_B[:, None]
+    return Step(index, t_B, reveal_BL, remask_BL=remask_BL, active_B=active_B)
+
+
+def _scheduled_count(masked_B: Tensor, todo_B: Tensor, point: _GridPoint, schedule: Schedule, rule: str) -> Tensor:
+    """Return how many of `masked_B` positions a step reveals, in a block with `todo_B` positions to generate."""
+    if rule == "even":
+        return todo_B // point.steps_B + (point.k_B < todo_B % point.steps_B)
+    if rule == "ratio":
+        part_B = (masked_B * unmask_probability(schedule, point.t_B, point.t_next_B)).long()
+        return torch.where(point.last_B, masked_B, part_B)
+    assert rule == "schedule", rule
+    left_B = (todo_B * (1 - schedule.alpha(point.t_next_B))).round().long().masked_fill(point.last_B, 0)
+    return (masked_B - left_B).clamp(min=0)
+
+
+def _plan_adaptive(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
+    """Plan steps that reveal confident tokens of a sequence's first unfinished block, until none is masked."""
+    blocks, length = make_blocks(problem, settings), problem.given_BL.shape[1]
+    lengths_B = torch.full_like(blocks.count_B, length) if problem.lengths_B is None else problem.lengths_B
+    index = 0
+    while bool((masked_BL := problem.state() == problem.mask_id).any()):
+        first_B = blocks.number_BL.masked_fill(~masked_BL, length).min(1).values
+        candidates_BL = masked_BL & (blocks.number_BL == first_B[:, None])
+        t_B = problem.schedule.inverse(1 - masked_BL.sum(1).double() / lengths_B).clamp(max=1)
+        yield Step(index, t_B, candidates_BL, candidates_BL.sum(1), active_B=masked_BL.any(1))
+        index += 1
 
 
 def _plan_first_hitting(problem: Problem) -> Iterator[Step]:
@@ -130,7 +224,8 @@ def _plan_first_hitting(problem: Problem) -> Iterator[Step]:
     while bool((problem.state() == mask_id).any()):
         z_BL = problem.state()
         u_B2 = keyed_uniform(problem.seed, "hit", k, ids_B, 2)
-        n_B = (z_BL == mask_id).sum(1).clamp(min=1)
-        level_B = level_B * u_B2[:, 0] ** (1 / n_B)
-        yield Step(k, schedule.inverse(1 - level_B), first_hitting_position(z_BL, u_B2[:, 1], mask_id))
+        n_B = (z_BL == mask_id).sum(1)
+        level_B = level_B * u_B2[:, 0] ** (1 / n_B.clamp(min=1))
+        reveal_BL = first_hitting_position(z_BL, u_B2[:, 1], mask_id)
+        yield Step(k, schedule.inverse(1 - level_B), reveal_BL, active_B=n_B > 0)
         k += 1

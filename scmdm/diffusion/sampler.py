@@ -3,7 +3,8 @@
 The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate of the last evaluation, which costs no
 further evaluation. All draws are keyed, so that a sample does not depend on its batch. Unless positions are ranked by
 confidence, those to reveal are chosen first, and logits are computed only there and for the estimate. Without a carried
-estimate, sequences in which a step reveals nothing are not evaluated.
+estimate, sequences in which a step reveals nothing are not evaluated. Sequences of different lengths are padded at
+their end, and nothing attends to padding.
 
 By SUBS, the estimate of an unmasked position is its token. A remasked position therefore carries the embedding of its
 former token, or, with `remasked_estimate="null"`, nothing.
@@ -16,29 +17,47 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scmdm.diffusion.guidance import Embedder, Guided, SamplingDenoiser
+from scmdm.diffusion.guidance import Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
+from scmdm.diffusion.packing import pack_padded
 from scmdm.diffusion.reveal_order import Problem, SamplerSettings, Step, make_plan
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.state import true_positions
-from scmdm.diffusion.token_draw import certainty, draw_tokens, most_certain
+from scmdm.diffusion.token_draw import (
+    certainty,
+    count_by_factor,
+    count_confident,
+    draw_tokens,
+    most_certain,
+    perturbed,
+    shape_logits,
+    without,
+)
 
 _DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
+_SHAPE = ("temperature", "top_k", "top_p", "top_p_first")  # settings of the distribution that tokens are drawn from
+_LONGEST = 2**20  # tokens of a sequence whose draws must not depend on the length that it is padded to
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Result of a sampler: tokens (B, L) without masks, and denoiser evaluations, one per step (guided: two).
+    """Result of a sampler: tokens (B, L) without masks, and denoiser evaluations of each sequence (B,), int64.
 
-    Evaluations include those that were skipped because nothing would have used their result.
+    A step is one evaluation, guided two. Evaluations include those that were skipped because nothing would have used
+    their result, but not those of steps that concern other sequences of the batch alone.
     """
 
     tokens: Tensor
-    evaluations: int
+    evaluations_B: Tensor
+
+    @property
+    def evaluations(self) -> int:
+        """Largest number of evaluations of a sequence."""
+        return int(self.evaluations_B.max())
 
 
 @dataclass(frozen=True)
@@ -66,25 +85,26 @@ def sample(
     mask_id: int,
     seed: int,
     labels_B: Tensor | None = None,
+    lengths_B: Tensor | None = None,
     on_step: StepHook | None = None,
 ) -> Samples:
     """Fill the masked positions of `given_BL` (B, L), int64; other positions (a prompt, an infill frame) are kept.
 
     `ids_B` (int64) identify the samples: the same id, seed and settings give the same sample in any batch. `labels_B`
-    (int64) are labels for a model that is conditioned on them, or NO_LABEL. `on_step` is called after
-    every step, and does not influence the result.
+    (int64) are labels for a model that is conditioned on them, or NO_LABEL. `lengths_B` (int64) are the tokens of each
+    sequence, which is padded with any other token than the mask. `on_step` is called after every step, and does not
+    influence the result.
     """
     z_BL, estimate, evaluations = given_BL, None, 0
-    view = Guided(denoiser, labels_B, settings.guidance)
-    problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed)
+    evaluations_B = torch.zeros_like(ids_B)
+    view = _view(denoiser, given_BL, labels_B, lengths_B, settings, mask_id)
+    draws = _Draws(settings, seed, given_BL.shape[1] if lengths_B is None else _LONGEST)
+    problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed, lengths_B)
     for step in make_plan(problem, settings):
         before_BL, seen = z_BL, estimate
         evaluations += view.evaluations
-        if settings.carry:
-            z_BL, h_BLD = _advance(view, z_BL, estimate, step, ids_B, settings, seed)
-            estimate = carried_estimate(view, h_BLD, z_BL, mask_id)
-        else:
-            z_BL = _advance_where_needed(view, z_BL, step, ids_B, settings, seed)
+        evaluations_B += view.evaluations * (1 if step.active_B is None else step.active_B)
+        z_BL, estimate = _advance(view, z_BL, estimate, step, ids_B, draws)
         revealed_BL = (before_BL == mask_id) & (z_BL != mask_id)
         if step.remask_BL is not None:
             z_BL = z_BL.masked_fill(step.remask_BL, mask_id)
@@ -94,86 +114,111 @@ def sample(
             logits = partial(_logits_at, view, before_BL, step.t_B, seen)
             on_step(Observation(evaluations, step.t_B, z_BL, revealed_BL, logits))
     assert not bool((z_BL == mask_id).any())
-    return Samples(z_BL, evaluations)
+    return Samples(z_BL, evaluations_B)
+
+
+def _view(
+    denoiser: SamplingDenoiser,
+    given_BL: Tensor,
+    labels_B: Tensor | None,
+    lengths_B: Tensor | None,
+    settings: SamplerSettings,
+    mask_id: int,
+) -> Guided:
+    prompt_BL = given_BL != mask_id if settings.guided_by == "prompt" else None
+    packing = None if lengths_B is None else pack_padded(lengths_B, given_BL.shape[1])
+    return Guided(denoiser, mask_id, labels_B, settings.guidance, prompt_BL, packing)
 
 
 def _logits_at(denoiser: Guided, z_BL: Tensor, t_B: Tensor, estimate_BLD: Tensor | None, select_BL: Tensor) -> Tensor:
     return denoiser.logits(denoiser.hidden(z_BL, t_B, estimate_BLD)[select_BL])
 
 
+@dataclass(frozen=True)
+class _Draws:
+    """What determines the draws of a call of `sample`, besides its ids."""
+
+    settings: SamplerSettings
+    seed: int
+    stride: int  # keys of positions: `id * stride + position`
+
+
 def _advance(
-    denoiser: Guided,
-    z_BL: Tensor,
-    estimate_BLD: Tensor | None,
-    step: Step,
-    ids_B: Tensor,
-    settings: SamplerSettings,
-    seed: int,
+    view: Guided, z_BL: Tensor, estimate_BLD: Tensor | None, step: Step, ids_B: Tensor, draws: _Draws
+) -> tuple[Tensor, Tensor | None]:
+    """Return sequences and estimate after a step, evaluating only the sequences that need it.
+
+    With a carried estimate these are all that the step concerns, otherwise those in which it reveals a position.
+    """
+    carry = draws.settings.carry
+    needed_B = step.active_B if carry else _reveals(step)
+    if needed_B is None or (carry and bool(needed_B.all())):
+        z_BL, h_BLD = _evaluate(view, z_BL, estimate_BLD, step, ids_B, draws)
+        return z_BL, view.carried_estimate(h_BLD, z_BL) if carry else None
+    rows = needed_B.nonzero().squeeze(1)
+    if not len(rows):
+        return z_BL, estimate_BLD
+    count = step.count_B[rows] if step.count_B is not None else None
+    own = replace(
+        step, t_B=step.t_B[rows], candidates_BL=step.candidates_BL[rows], count_B=count, remask_BL=None, active_B=None
+    )
+    seen = None if estimate_BLD is None else estimate_BLD[rows]
+    part = view.at(rows)
+    advanced, h_BLD = _evaluate(part, z_BL[rows], seen, own, ids_B[rows], draws)
+    z_BL = z_BL.index_copy(0, rows, advanced)
+    if not carry:
+        return z_BL, None
+    new = part.carried_estimate(h_BLD, advanced)
+    if estimate_BLD is None:  # null for the sequences that have not been evaluated
+        estimate_BLD = new.new_zeros(len(z_BL), *new.shape[1:])
+    return z_BL, estimate_BLD.index_copy(0, rows, new)
+
+
+def _reveals(step: Step) -> Tensor:
+    """Return the sequences (B,) in which a step reveals a position."""
+    return step.candidates_BL.any(1) if step.count_B is None else step.count_B > 0
+
+
+def _evaluate(
+    view: Guided, z_BL: Tensor, estimate_BLD: Tensor | None, step: Step, ids_B: Tensor, draws: _Draws
 ) -> tuple[Tensor, Tensor]:
-    """Return the sequences after a step, and the hidden states (B, L, D)."""
-    h_BLD = denoiser.hidden(z_BL, step.t_B, estimate_BLD)
-    reveal_BL, drawn_N = _reveal(denoiser, h_BLD, step, ids_B, settings, seed)
+    """Return the sequences after a step, and the hidden states (B, L, G D)."""
+    h_BLD = view.hidden(z_BL, step.t_B, estimate_BLD)
+    reveal_BL, drawn_N = _reveal(view, h_BLD, step, ids_B, draws)
     return z_BL.masked_scatter(reveal_BL, drawn_N), h_BLD
 
 
-def _advance_where_needed(
-    denoiser: Guided, z_BL: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
-) -> Tensor:
-    """Return the sequences after a step, evaluating only those in which a position is revealed."""
-    needed_B = step.candidates_BL.any(1) if step.count_B is None else step.count_B > 0
-    rows = needed_B.nonzero().squeeze(1)
-    if not len(rows):
-        return z_BL
-    count = step.count_B[rows] if step.count_B is not None else None
-    own = replace(step, t_B=step.t_B[rows], candidates_BL=step.candidates_BL[rows], count_B=count, remask_BL=None)
-    advanced, _ = _advance(denoiser.at(rows), z_BL[rows], None, own, ids_B[rows], settings, seed)
-    return z_BL.index_copy(0, rows, advanced)
-
-
-def _reveal(
-    denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
-) -> tuple[Tensor, Tensor]:
+def _reveal(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
     """Return a mask (B, L) of revealed positions, and their tokens (N,) in row-major order."""
-    candidates_BL = step.candidates_BL
-    drawn_N, score_N = _draw(denoiser, h_BLD, step, ids_B, settings, seed)
+    candidates_BL, settings = step.candidates_BL, draws.settings
+    drawn_N, score_N = _draw(view, h_BLD, step, ids_B, draws)
     if step.count_B is None:
         return candidates_BL, drawn_N
     zeros_BL = torch.zeros(candidates_BL.shape, dtype=torch.float64, device=h_BLD.device)
-    reveal_BL = most_certain(zeros_BL.masked_scatter(candidates_BL, score_N), candidates_BL, step.count_B)
+    score_BL, count_B = zeros_BL.masked_scatter(candidates_BL, score_N), step.count_B
+    if settings.threshold is not None:
+        count_B = count_confident(score_BL, candidates_BL, settings.threshold)
+    elif settings.factor is not None:
+        count_B = count_by_factor(score_BL, candidates_BL, settings.factor)
+    elif settings.alg_temp:
+        u_BL = keyed_uniform(draws.seed, "order", step.index, ids_B, score_BL.shape[1])
+        score_BL = perturbed(score_BL, u_BL, settings.alg_temp)
+    reveal_BL = most_certain(score_BL, candidates_BL, count_B)
     return reveal_BL, drawn_N[reveal_BL[candidates_BL]]
 
 
-def _draw(
-    denoiser: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, settings: SamplerSettings, seed: int
-) -> tuple[Tensor, Tensor]:
+def _draw(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
     """Return tokens (N,) at the candidates, and confidence scores (empty unless ranking by confidence)."""
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
-    h_ND = h_BLD[rows, columns]
-    keys_N = ids_B[rows] * step.candidates_BL.shape[1] + columns
+    h_ND, settings = h_BLD[rows, columns], draws.settings
+    keys_N = ids_B[rows] * draws.stride + columns
+    shape: dict[str, Any] = {name: getattr(settings, name) for name in _SHAPE}
     drawn, scores = [], []
     for h, keys in zip(h_ND.split(_DRAW_ROWS), keys_N.split(_DRAW_ROWS), strict=True):
-        logits_NV = denoiser.logits(h)
-        uniform_NV = keyed_uniform(seed, "token", step.index, keys, logits_NV.shape[1])
-        drawn.append(
-            draw_tokens(
-                logits_NV,
-                uniform_NV,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                gumbel=settings.gumbel,
-            )
-        )
+        logits_NV = without(view.logits(h), settings.never_ids)
+        uniform_NV = keyed_uniform(draws.seed, "token", step.index, keys, logits_NV.shape[1])
+        drawn.append(draw_tokens(logits_NV, uniform_NV, gumbel=settings.gumbel, **shape))
         if step.count_B is not None:
-            scores.append(certainty(settings.kind, logits_NV, drawn[-1]))
+            ranked_NV = shape_logits(logits_NV, **shape) if settings.tempered_order else logits_NV
+            scores.append(certainty(settings.kind, without(ranked_NV, settings.late_ids), drawn[-1]))
     return torch.cat(drawn), torch.cat(scores) if scores else h_ND.new_empty(0)
-
-
-def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
-    """Return the estimate (B, L, D) for the next evaluation, whose input is `z_BL`.
-
-    It is the expected embedding where `z_BL` is masked, predicted from `h_BLD`, and the token's embedding elsewhere.
-    """
-    at_N = true_positions(z_BL == mask_id)
-    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
-    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)

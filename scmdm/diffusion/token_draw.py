@@ -10,6 +10,8 @@ from torch import Tensor
 
 from scmdm.diffusion.fused import fused
 
+_NO_CONFIDENCE = -1e9  # finite, so that it stays above positions that are no candidates
+
 
 def draw_tokens(
     logits_NV: Tensor,
@@ -18,16 +20,19 @@ def draw_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    top_p_first: bool = False,
     gumbel: str = "float64",
 ) -> Tensor:
     """Draw tokens (N,) by Gumbel-max from `softmax(logits / temperature)`, restricted to `top_k` and then to `top_p`.
+
+    `top_p_first` exchanges the two restrictions.
 
     The noise is float64 by default: a float32 uniform has 24 bits, which truncates the Gumbel tail and lowers the
     effective temperature (arXiv 2409.02908). Temperature 0 takes the most probable token.
     """
     if temperature == 0:
         return logits_NV.argmax(1)
-    scaled_NV = nucleus(most_probable(logits_NV.double() / temperature, top_k), top_p)
+    scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
     if gumbel == "float32":
         u = uniform_NV.mul(2**24).floor().mul(2.0**-24).float()
         return (scaled_NV.float() - (1e-10 - (u + 1e-10).log()).log()).argmax(1)
@@ -37,6 +42,23 @@ def draw_tokens(
 @fused
 def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
     return (scaled_NV - (-uniform_NV.log()).log()).argmax(1)
+
+
+def shape_logits(
+    logits_NV: Tensor, *, temperature: float, top_k: int | None, top_p: float, top_p_first: bool
+) -> Tensor:
+    """Return float64 logits of the distribution that tokens are drawn from; temperature 0 does not scale."""
+    scaled_NV = logits_NV.double() / (temperature or 1.0)
+    if top_p_first:
+        return most_probable(nucleus(scaled_NV, top_p), top_k)
+    return nucleus(most_probable(scaled_NV, top_k), top_p)
+
+
+def without(logits_NV: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Set the logits of tokens to minus infinity."""
+    if not ids:
+        return logits_NV
+    return logits_NV.index_fill(1, torch.tensor(ids, device=logits_NV.device), float("-inf"))
 
 
 def most_probable(logits_NV: Tensor, top_k: int | None) -> Tensor:
@@ -58,12 +80,16 @@ def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
 
 
 def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor) -> Tensor:
-    """Return the confidence (N,) of each prediction, float64, from the distribution without temperature.
+    """Return the confidence (N,) of each prediction, float64; that without a possible token is below all others.
 
     "confidence": probability of the drawn token (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992); "margin": that
     of the most probable token minus that of the second (arXiv 2502.06768); "entropy": the negative entropy (Dream).
     """
     p_NV = logits_NV.double().softmax(1)
+    return _certainty(kind, p_NV, drawn_N).nan_to_num(nan=_NO_CONFIDENCE)
+
+
+def _certainty(kind: str, p_NV: Tensor, drawn_N: Tensor) -> Tensor:
     if kind == "confidence":
         return p_NV.gather(1, drawn_N[:, None]).squeeze(1)
     if kind == "margin":
@@ -78,3 +104,31 @@ def most_certain(score_BL: Tensor, candidates_BL: Tensor, count_B: Tensor) -> Te
     score_BL = score_BL.masked_fill(~candidates_BL, float("-inf"))
     rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return candidates_BL & (rank_BL < count_B[:, None])
+
+
+def perturbed(score_BL: Tensor, uniform_BL: Tensor, temperature: float) -> Tensor:
+    """Add Gumbel noise to scores divided by `temperature`.
+
+    The positions with the largest results are a draw without replacement from `softmax(score / temperature)`.
+    """
+    return score_BL / temperature - (-uniform_BL.log()).log()
+
+
+def count_confident(score_BL: Tensor, candidates_BL: Tensor, threshold: float) -> Tensor:
+    """Return how many candidates (B,) have a score of at least `threshold`: at least one (Fast-dLLM, 2505.22618)."""
+    count_B = (candidates_BL & (score_BL >= threshold)).sum(1)
+    return torch.where(candidates_BL.any(1), count_B.clamp(min=1), count_B)
+
+
+def count_by_factor(score_BL: Tensor, candidates_BL: Tensor, factor: float) -> Tensor:
+    """Return how many candidates (B,) Fast-dLLM's factor rule reveals (arXiv 2505.22618, section 3.3).
+
+    The n most confident ones, of probabilities `c_1 >= c_2 >= ...`, are revealed while `(n + 1) (1 - c_n) <= factor`,
+    and at least one. As in the published code, the last candidate is revealed with all the others.
+    """
+    total_B = candidates_BL.sum(1)
+    ordered_BL = score_BL.masked_fill(~candidates_BL, float("-inf")).sort(dim=1, descending=True).values
+    rank_L = torch.arange(score_BL.shape[1], dtype=torch.float64, device=score_BL.device)
+    fails_BL = (ordered_BL < 1 - factor / (rank_L + 2)) & (rank_L > 0)
+    count_B = torch.where(fails_BL.any(1), fails_BL.int().argmax(1), total_B).minimum(total_B)
+    return torch.where(count_B == total_B - 1, total_B, count_B)

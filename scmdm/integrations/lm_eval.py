@@ -2,8 +2,9 @@
 
 `python -m scmdm.integrations.lm_eval` is the harness's command line with an additional model, `scmdm`.
 
-A sequence is `[BOS] context continuation tail`. The tail fills the sequence up to the model's length and is masked, as
-during sampling; with `tail=none` there is no tail, as in the evaluation of LLaDA.
+A sequence is `[BOS] context continuation tail`, without [BOS] if `add_bos_token=false`. The tail fills the sequence up
+to the model's length and is masked, as during sampling; with `tail=none` there is no tail, as in the evaluation of
+LLaDA.
 
 Legend: B batch, L length, K masked states of a continuation, N tokens of a continuation.
 """
@@ -24,16 +25,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scmdm.config.common import precision_key, seed_key, weights_key
-from scmdm.config.fields import key
+from scmdm.config.fields import key, require
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import OwnFraming
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
+from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
+from scmdm.sampling.end_tokens import cut_at_end, end_token_ids
 from scmdm.sampling.generation import load
+from scmdm.sampling.templates import pad_templates
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -60,6 +64,13 @@ class _Options:
     weights: str = weights_key()
     precision: str = precision_key()
     batch_size: int = key(1, help="requests in a batch", at_least=1, at_most=2**20)
+    gen_length: int | None = key(
+        None, help="tokens to generate, in place of the task's number", at_least=1, at_most=2**19
+    )
+    add_bos_token: bool = key(True, help="begin sequences with [BOS]")
+    cfg: float = key(0.0, help="classifier-free guidance by masking the context", at_least=0, at_most=1e6)
+    is_check_greedy: bool = key(True, help="decide whether greedy decoding yields the continuation")
+    escape_until: bool = key(False, help="return answers beyond the task's stop strings")
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,12 @@ class MaskedDiffusionLM(TemplateLM):
         weights: "ema" or "raw".
         precision: "auto", "float32" or "bfloat16".
         batch_size: requests in a batch.
+        gen_length: tokens to generate; None: the task's number, at most half of the model's length.
+        add_bos_token: whether sequences begin with [BOS].
+        cfg: classifier-free guidance of likelihoods and samples by masking the context, as `cfg` in LLaDA's evaluation:
+            logits are `u + (cfg + 1) (l - u)` with `u` those of the masked context.
+        is_check_greedy: whether to decide if a continuation is greedy. If not, none is.
+        escape_until: whether answers go on beyond the task's stop strings.
         device: "cpu", "cuda", or None to use a GPU if there is one.
         sampler: keys of `scmdm.config.sampling.SamplerConfig`. They take precedence over a task's temperature, top_k
             and top_p. `carry` also decides whether likelihoods are conditioned on the model's own estimate.
@@ -108,29 +125,49 @@ class MaskedDiffusionLM(TemplateLM):
         path: str,
         *,
         draws: int = 128,
-        tail: str = "masked",
+        tail: str | None = "masked",
         seed: int = 0,
         weights: str = "ema",
         precision: str = "auto",
         batch_size: int | str = 1,
+        gen_length: int | None = None,
+        add_bos_token: bool = True,
+        cfg: float = 0.0,
+        is_check_greedy: bool = True,
+        escape_until: bool = False,
         device: str | None = None,
         **sampler: Any,
     ) -> None:
         super().__init__()
-        given = {"draws": draws, "tail": tail, "seed": seed, "weights": weights, "precision": precision}
-        options = read_config(_Options, {**given, "batch_size": batch_size}, _WHERE)
-        for name in ("label", "guidance"):
+        given = {
+            "draws": draws,
+            "tail": tail or "none",  # which the harness's command line reads as None
+            "seed": seed,
+            "weights": weights,
+            "precision": precision,
+            "batch_size": batch_size,
+            "gen_length": gen_length,
+            "add_bos_token": add_bos_token,
+            "cfg": cfg,
+            "is_check_greedy": is_check_greedy,
+            "escape_until": escape_until,
+        }
+        self._options = options = read_config(_Options, given, _WHERE)
+        for name in ("label", "guidance", "guided_by"):
             if name in sampler:
-                raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: leave it out")
+                raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: give cfg")
         # The harness's command line passes cuda:0 by default, even on machines without a GPU.
         wanted = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
         self._loaded = load(str(path), weights=options.weights, device=wanted)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._given = sampler
-        self._settings = self._sampler({}).settings(self._loaded.spec.model.self_conditioned)
-        self._draws, self._tail, self._seed = options.draws, options.tail, options.seed
-        self._batch_size = options.batch_size
+        self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
+        self._carry = self._settings(self._sampler({})).carry
+        self._prefix = [self._loaded.tokenizer.bos_id] if options.add_bos_token else []
+        if options.gen_length is not None:
+            possible = options.gen_length <= self.max_length
+            require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(options.precision, self._device)
 
@@ -145,7 +182,7 @@ class MaskedDiffusionLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of a sequence after [BOS]."""
-        return self._loaded.spec.length - 1
+        return self._loaded.spec.length - len(self._prefix)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, without special tokens: [BOS] is added to the sequence later."""
@@ -178,7 +215,7 @@ class MaskedDiffusionLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations drawn by the sampler, up to the first of the strings in `until`."""
+        """Continuations drawn by the sampler, up to the first end token and the first of the strings in `until`."""
         seen: Counter[str] = Counter()
         prompts = []
         for number, request in enumerate(requests):
@@ -186,9 +223,7 @@ class MaskedDiffusionLM(TemplateLM):
             prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), seen[repr(request.args)]))
             seen[repr(request.args)] += 1
         texts = [""] * len(requests)
-        for group in self._groups(
-            prompts, lambda p: (len(p.context) + p.max_new_tokens, repr(p.sampler)), disable_tqdm
-        ):
+        for group in self._groups(prompts, lambda prompt: repr(prompt.sampler), disable_tqdm, order=_prompt_length):
             for prompt, text in zip(group, self._generate(group), strict=True):
                 texts[prompt.request] = text
         return texts
@@ -196,43 +231,59 @@ class MaskedDiffusionLM(TemplateLM):
     def _sampler(self, options: dict[str, Any]) -> SamplerConfig:
         task = {"temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0)}
         keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
+        if self._options.cfg:
+            keys |= {"guidance": self._options.cfg + 1, "guided_by": "prompt"}
         return read_config(SamplerConfig, keys, _WHERE)
 
-    def _prompt(self, number: int, context: str, options: Any, repeat: int) -> _Prompt:
-        """Make a request. At most half of a sequence is generated text; a long context is cut on the left."""
-        ids = self.tok_encode(context)
-        max_new_tokens = min(options["max_gen_toks"], self._loaded.spec.length // 2)
-        ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
-        return _Prompt(number, ids, max_new_tokens, options["until"], self._sampler(options), _key(ids, repeat))
+    def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
+        return sampler.settings(self._loaded.spec.model.self_conditioned, self._end_ids)
 
-    def _groups(self, items: Sequence[T], group_key: Callable[[T], Any], quiet: bool) -> Iterator[list[T]]:
-        """Yield batches of items that have the same `group_key`."""
+    def _prompt(self, number: int, context: str, options: Any, repeat: int) -> _Prompt:
+        """Make a request. A long context is cut on the left."""
+        ids = self.tok_encode(context)
+        max_new_tokens = self._options.gen_length or min(options["max_gen_toks"], self._loaded.spec.length // 2)
+        ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
+        until = [] if self._options.escape_until else options["until"]
+        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), _key(ids, repeat))
+
+    def _groups(
+        self, items: Sequence[T], group_key: Callable[[T], Any], quiet: bool, order: Callable[[T], int] = lambda _: 0
+    ) -> Iterator[list[T]]:
+        """Yield batches of items that have the same `group_key`, those of a similar `order` together."""
         with tqdm(total=len(items), disable=quiet) as bar:
-            for _, same in itertools.groupby(sorted(items, key=group_key), group_key):
-                while group := list(itertools.islice(same, self._batch_size)):
+            ordered = sorted(items, key=lambda item: (group_key(item), order(item)))
+            for _, same in itertools.groupby(ordered, group_key):
+                while group := list(itertools.islice(same, self._options.batch_size)):
                     yield group
                     bar.update(len(group))
 
     def _row(self, ids: list[int], masks: int = 0) -> tuple[Tensor, Tensor]:
-        """Return a sequence (L,) of [BOS], ids, masks and tail, and a bool mask (L,) of the tail."""
+        """Return a sequence (L,) of prefix, ids, masks and tail, and a bool mask (L,) of the tail."""
         tokenizer = self._loaded.tokenizer
-        row = torch.tensor([tokenizer.bos_id, *ids, *[tokenizer.mask_id] * masks])
-        rest = self._loaded.spec.length - len(row) if self._tail == "masked" else 0
+        row = torch.tensor([*self._prefix, *ids, *[tokenizer.mask_id] * masks], dtype=torch.int64)
+        rest = self._loaded.spec.length - len(row) if self._options.tail == "masked" else 0
         tail = torch.arange(len(row) + rest) >= len(row)
         return torch.cat([row, row.new_full((rest,), tokenizer.eos_id)]), tail
+
+    def _target(self, piece: _Piece, length: int) -> Tensor:
+        """Return a mask (L,) of the positions of a piece's continuation."""
+        at_L, start = torch.arange(length), len(self._prefix) + len(piece.context)
+        return (at_L >= start) & (at_L < start + len(piece.ids))
 
     def _compute(self) -> AbstractContextManager[Any]:
         return compute_context(self._device, self._precision)
 
     def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Return tokens, masked and counted positions (K, L), masked fractions and weights (K,) of all states."""
+        """Return tokens, masked, counted and context positions (K, L), masked fractions and weights (K,) of states."""
         draw_key = _key(piece.context, *piece.ids)
-        states = masked_states(len(piece.ids), self._draws, seed=self._seed, key=draw_key)
+        states = masked_states(len(piece.ids), self._options.draws, seed=self._options.seed, key=draw_key)
         row, tail = self._row([*piece.context, *piece.ids])
+        target = self._target(piece, len(row))
         counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
-        counted[:, 1 + len(piece.context) : 1 + len(piece.context) + len(piece.ids)] = states.masked_KN
+        counted[:, target] = states.masked_KN
+        context = (~target & ~tail).expand_as(counted)
         share = states.masked_KN.double().mean(1)
-        return row.expand(len(counted), -1), counted | tail, counted, share, states.weight_K
+        return row.expand_as(counted), counted | tail, counted, context, share, states.weight_K
 
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
         """Estimate an upper bound of each piece's negative log-likelihood, in nats."""
@@ -240,59 +291,76 @@ class MaskedDiffusionLM(TemplateLM):
         *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         found = []
         with self._compute():
-            for batch in zip(*(column.split(_STATES * self._batch_size) for column in columns), strict=True):
+            size = _STATES * self._options.batch_size
+            for batch in zip(*(column.split(size) for column in columns), strict=True):
+                x, masked, counted, context, share = (part.to(self._device) for part in batch)
                 nll_B = masked_nll(
                     self._loaded.model,
-                    *(part.to(self._device) for part in batch),
+                    x,
+                    masked,
+                    counted,
+                    share,
                     schedule=self._loaded.spec.schedule,
                     mask_id=self._loaded.spec.mask_id,
-                    condition=self._settings.carry,
+                    condition=self._carry,
+                    guidance=self._options.cfg + 1,
+                    prompt_BL=context,
                 )
                 found.append(nll_B.cpu())
         weighted = torch.cat(found) * weight
         return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
-        """Return whether greedy decoding reproduces each piece."""
+        """Return whether greedy decoding reproduces each piece; never without `is_check_greedy`."""
+        if not self._options.is_check_greedy:
+            return [False] * len(group)
         rows, targets, tails = [], [], []
         for piece in group:
             row, tail = self._row([*piece.context, *piece.ids])
             rows.append(row)
-            targets.append((torch.arange(len(row)) > len(piece.context)) & ~tail)
+            targets.append(self._target(piece, len(row)))
             tails.append(tail)
+        x, target, tail = (torch.stack(parts).to(self._device) for parts in (rows, targets, tails))
         with self._compute():
             agrees_B = greedy_agrees(
                 self._loaded.model,
-                *(torch.stack(parts).to(self._device) for parts in (rows, targets, tails)),
+                x,
+                target,
+                tail,
                 schedule=self._loaded.spec.schedule,
                 mask_id=self._loaded.spec.mask_id,
-                carry=self._settings.carry,
+                carry=self._carry,
+                guidance=self._options.cfg + 1,
+                prompt_BL=~target & ~tail,
             )
         return [bool(agrees) for agrees in agrees_B]
 
     def _generate(self, group: Sequence[_Prompt]) -> list[str]:
         """Generate the text of each prompt."""
-        spec, tokenizer = self._loaded.spec, self._loaded.tokenizer
+        spec, tokenizer, sampler = self._loaded.spec, self._loaded.tokenizer, group[0].sampler
         templates = []
         for prompt in group:
             row, tail = self._row(prompt.context, prompt.max_new_tokens)
             templates.append(row.masked_fill(tail, spec.mask_id))
-        templates_BL = torch.stack(templates)
-        group[0].sampler.check_length(templates_BL.shape[1])
+        templates_BL, lengths_B = pad_templates(templates, tokenizer)
+        from_prompt = sampler.block_start == "prompt"
+        starts = [len(self._prefix) + len(prompt.context) for prompt in group]
+        sampler.check_length(max(len(row) - from_prompt * at for row, at in zip(templates, starts, strict=True)))
         with self._compute():
             drawn = sample(
                 self._loaded.model,
                 templates_BL.to(self._device),
                 torch.tensor([prompt.draw_key for prompt in group], device=self._device),
                 schedule=spec.schedule,
-                settings=group[0].sampler.settings(spec.model.self_conditioned),
+                settings=self._settings(sampler),
                 mask_id=spec.mask_id,
-                seed=self._seed,
+                seed=self._options.seed,
+                lengths_B=lengths_B.to(self._device) if self._options.tail == "none" else None,
             )
         texts = []
-        for prompt, row_L in zip(group, drawn.tokens.tolist(), strict=True):
-            end = 1 + len(prompt.context)
-            text = tokenizer.decode(row_L[: end + prompt.max_new_tokens])[len(tokenizer.decode(row_L[:end])) :]
+        for prompt, at, row_L in zip(group, starts, drawn.tokens.tolist(), strict=True):
+            answered = cut_at_end(row_L[: at + prompt.max_new_tokens], at, self._end_ids[1:])
+            text = tokenizer.decode(answered)[len(tokenizer.decode(row_L[:at])) :]
             texts.append(_cut(text, prompt.until))
         return texts
 
@@ -312,6 +380,10 @@ def windows(context: list[int], continuation: list[int], size: int) -> list[tupl
 
 def _length(piece: _Piece) -> int:
     return len(piece.context) + len(piece.ids)
+
+
+def _prompt_length(prompt: _Prompt) -> int:
+    return len(prompt.context) + prompt.max_new_tokens
 
 
 def _key(context: list[int], *more: int) -> int:

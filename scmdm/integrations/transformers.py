@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from scmdm.convert.exporter import HUB_TYPE
+from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.reveal_order import SamplerSettings
-from scmdm.diffusion.sampler import carried_estimate, sample
+from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel, ModelSpec, check_fit, spec_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.model import ModelConfig
+from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.packing import Packing
-from scmdm.diffusion.sampler import carried_estimate
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block

@@ -14,6 +14,7 @@ from threading import Event
 import torch
 from rich.progress import Progress
 from torch import Tensor
+from torch.nn import functional
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.sampling import SamplerConfig
@@ -26,6 +27,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel, read_model
 from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
+from scmdm.sampling.end_tokens import cut_at_end, end_token_ids
 from scmdm.sampling.templates import make_model_template, require_prompt
 from scmdm.system.terminal import Terminal
 
@@ -52,12 +54,14 @@ def generate(
     seed: int,
     batch_size: int | None = None,
     templates_PL: Tensor | None = None,
+    lengths_P: Tensor | None = None,
     precision: str = "auto",
     progress: bool = False,
     on_step: StepHook | None = None,
 ) -> GeneratedSamples:
     """Draw `num` samples for each template (P, L) int64, ordered by template; without templates, `num` samples.
 
+    With `lengths_P`, each template has its own length, and is padded at its end; tokens of its samples are padded, too.
     Sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal. `on_step` is called
     after every step of every batch, in the thread that draws the batch. On a CPU each core draws its own batches:
     one small batch on each of two cores is faster than one batch on both.
@@ -67,18 +71,21 @@ def generate(
     """
     spec, model = loaded.spec, loaded.model
     device = next(model.parameters()).device
-    settings = sampler.settings(spec.model.self_conditioned)
+    end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
+    settings = sampler.settings(spec.model.self_conditioned, end_ids)
     denoiser = _replayed(model, device) if sampler.cuda_graphs else model
     if templates_PL is None:
         require_prompt(loaded, None)
         templates_PL = make_model_template(loaded, spec.length)[None]
-    sampler.check_length(templates_PL.shape[1])
+    masked_PL = templates_PL == spec.mask_id
+    ends_P = torch.full((len(templates_PL),), templates_PL.shape[1]) if lengths_P is None else lengths_P
+    starts_P = masked_PL.int().argmax(1)
+    sampler.check_length(int((ends_P - (starts_P if sampler.block_start == "prompt" else 0)).max()))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     ids_N = torch.arange(num * len(templates_PL))
     labels_N = _labels(loaded, sampler, ids_N % num)
     batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
-    masks = int((templates_PL == spec.mask_id).sum(1).max())
-    per_batch = masks if settings.kind == "first_hitting" else settings.steps
+    per_batch = int(masked_PL.sum(1).max()) if settings.kind == "first_hitting" else settings.steps
     bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
     task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
 
@@ -92,16 +99,19 @@ def generate(
             on_step(observation)
 
     def draw(ids_B: Tensor) -> Samples:
+        lengths_B = None if lengths_P is None else lengths_P[ids_B // num]
+        longest = templates_PL.shape[1] if lengths_B is None else int(lengths_B.max())
         with compute_context(device, resolve_precision(precision, device)):
             return sample(
                 denoiser,
-                templates_PL[ids_B // num].to(device),
+                templates_PL[ids_B // num, :longest].to(device),
                 ids_B.to(device),
                 schedule=spec.schedule,
                 settings=settings,
                 mask_id=spec.mask_id,
                 seed=seed,
                 labels_B=labels_N[ids_B].to(device) if labels_N is not None else None,
+                lengths_B=None if lengths_B is None else lengths_B.to(device),
                 on_step=stepped,
             )
 
@@ -112,7 +122,9 @@ def generate(
             drawn = list(pool.map(draw, batches))
         finally:
             ended.set()
-    return _decoded(loaded, drawn, labels_N, time.perf_counter() - started)
+    tokens_NL = torch.cat([_padded(part.tokens.cpu(), templates_PL.shape[1], loaded) for part in drawn])
+    counts = torch.cat([part.evaluations_B for part in drawn]).tolist()
+    return _decoded(loaded, tokens_NL, starts_P[ids_N // num], end_ids, counts, labels_N, time.perf_counter() - started)
 
 
 def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
@@ -137,15 +149,30 @@ def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> T
     return torch.full_like(numbers_N, names.index(label))
 
 
+def _padded(tokens_BL: Tensor, length: int, loaded: LoadedModel) -> Tensor:
+    return functional.pad(tokens_BL, (0, length - tokens_BL.shape[1]), value=loaded.tokenizer.pad_id)
+
+
 def _decoded(
-    loaded: LoadedModel, drawn: Sequence[Samples], labels_N: Tensor | None, seconds: float
+    loaded: LoadedModel,
+    tokens_NL: Tensor,
+    starts_N: Tensor,
+    end_ids: Sequence[int],
+    counts: list[int],
+    labels_N: Tensor | None,
+    seconds: float,
 ) -> GeneratedSamples:
-    tokens = torch.cat([part.tokens.cpu() for part in drawn])
-    blocks, rows = loaded.manifest.framing == "concatenate", tokens.tolist()
-    texts = [block_text(row, loaded.tokenizer) if blocks else loaded.tokenizer.decode(row) for row in rows]
-    framed = [is_block(row, loaded.tokenizer) if blocks else is_framed(row, loaded.tokenizer) for row in rows]
-    counts = [part.evaluations for part in drawn for _ in range(len(part.tokens))]
+    """Decode samples, whose generated part begins at `starts_N`, each up to its first end token."""
+    tokenizer, rows = loaded.tokenizer, tokens_NL.tolist()
+    if loaded.manifest.framing == "concatenate":
+        texts, framed = [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
+    else:
+        # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
+        more = end_ids[1:]
+        starts = starts_N.tolist()
+        texts = [tokenizer.decode(cut_at_end(row, at, more)) for row, at in zip(rows, starts, strict=True)]
+        framed = [is_framed(row, tokenizer) for row in rows]
     known = None
     if labels_N is not None and int(labels_N.min()) != NO_LABEL:
         known = [loaded.manifest.labels[label] for label in labels_N.tolist()]
-    return GeneratedSamples(tokens, texts, framed, counts, seconds, known)
+    return GeneratedSamples(tokens_NL, texts, framed, counts, seconds, known)

@@ -11,7 +11,7 @@ from scmdm.config.sampling import SampleConfig
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.sampling.generation import generate, load
 from scmdm.sampling.sample_files import write_samples
-from scmdm.sampling.templates import make_model_template, read_prompts, require_prompt
+from scmdm.sampling.templates import make_model_template, pad_templates, read_prompts, require_prompt
 from scmdm.system.files import require_writable
 from scmdm.system.terminal import printable
 
@@ -37,14 +37,20 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
     loaded = load(path, weights=config.weights, device=config.device)
     require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
-    templates = [make_model_template(loaded, length, prompt, config.infill) for prompt in prompts]
+    add_bos, gen_length = config.add_bos_token, config.gen_length
+    templates = [
+        make_model_template(loaded, length, prompt, config.infill, add_bos=add_bos, gen_length=gen_length)
+        for prompt in prompts
+    ]
+    templates_PL, lengths_P = pad_templates(templates, loaded.tokenizer)
     generated = generate(
         loaded,
         config.sampler,
         num=config.num,
         seed=config.seed,
         batch_size=config.batch_size,
-        templates_PL=torch.stack(templates),
+        templates_PL=templates_PL,
+        lengths_P=lengths_P if config.gen_length is not None else None,
         precision=config.precision,
         progress=True,
     )

@@ -5,11 +5,12 @@ Legend: L length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data_prep.corpus_files import kind_of, require_kind
 from data_prep.text_files import read_text_lines
@@ -25,41 +26,63 @@ _PROMPT_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 
 
 def make_template(
-    tokenizer: Tokenizer, length: int, prompt: str | None, infill: str | None, *, bos_given: bool
+    tokenizer: Tokenizer,
+    length: int,
+    prompt: str | None,
+    infill: str | None,
+    *,
+    bos_given: bool,
+    add_bos: bool = True,
+    gen_length: int | None = None,
 ) -> Tensor:
     """Make a template (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
 
-    With `bos_given`, [BOS] is set even without a prompt. Raises UserError for a text that the vocabulary cannot encode
-    or that is longer than `length`.
+    With `bos_given`, [BOS] is set even without a prompt; without `add_bos`, it never is. With `gen_length`, the
+    template has that number of masks after the prompt, otherwise `length` tokens. Raises UserError for a text that the
+    vocabulary cannot encode or that is longer than `length`.
     """
-    row = torch.full((length,), tokenizer.mask_id)
+    given = [tokenizer.bos_id] if add_bos and (bos_given or prompt is not None or infill is not None) else []
     if infill is not None:
         pieces = infill.split(MASK_TEXT)
-        given = [tokenizer.bos_id, *_encode(tokenizer, pieces[0], "infill")]
+        given += _encode(tokenizer, pieces[0], "infill")
         for piece in pieces[1:]:
             given += [tokenizer.mask_id, *_encode(tokenizer, piece, "infill")]
-        row[:] = tokenizer.pad_id
         given.append(tokenizer.eos_id)
-    elif prompt is not None or bos_given:
-        given = [tokenizer.bos_id, *_encode(tokenizer, prompt or "", "prompt")]
-    else:
-        return row
+    elif prompt is not None:
+        given += _encode(tokenizer, prompt, "prompt")
+    if gen_length is not None:
+        length = len(given) + gen_length
     if len(given) > length:
         name = "prompt" if infill is None else "infill"
         raise UserError(
             f"{name} has {len(given)} tokens with [BOS] and [EOS], but the samples have {length}; shorten it, or set "
             "length"
         )
-    row[: len(given)] = torch.tensor(given)
+    row = torch.full((length,), tokenizer.mask_id if infill is None else tokenizer.pad_id)
+    row[: len(given)] = torch.tensor(given, dtype=torch.int64)
     return row
 
 
 def make_model_template(
-    loaded: LoadedModel, length: int, prompt: str | None = None, infill: str | None = None
+    loaded: LoadedModel,
+    length: int,
+    prompt: str | None = None,
+    infill: str | None = None,
+    *,
+    add_bos: bool = True,
+    gen_length: int | None = None,
 ) -> Tensor:
     """Call `make_template` with a model's tokenizer and its data set's `bos_policy`."""
     bos_given = loaded.manifest.bos_policy == "given"
-    return make_template(loaded.tokenizer, length, prompt, infill, bos_given=bos_given)
+    return make_template(
+        loaded.tokenizer, length, prompt, infill, bos_given=bos_given, add_bos=add_bos, gen_length=gen_length
+    )
+
+
+def pad_templates(templates: Sequence[Tensor], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Stack templates (L,) of different lengths: return them padded at the end (P, L), and their lengths (P,)."""
+    padded_PL = pad_sequence(list(templates), batch_first=True, padding_value=tokenizer.pad_id)
+    return padded_PL, torch.tensor([len(template) for template in templates])
 
 
 def require_prompt(loaded: LoadedModel, given: str | None) -> None:

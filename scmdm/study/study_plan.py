@@ -12,6 +12,7 @@ from typing import Any
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.config.study import StudyConfig
 from scmdm.errors import UserError
 from scmdm.evaluation.study_record import is_sample_row
@@ -152,4 +153,6 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
+    if isinstance(row.get("sampler"), dict):  # a row of an earlier version lacks the keys that were added since
+        row["sampler"] = dataclasses.asdict(SamplerConfig()) | row["sampler"]
     return row if all(row.get(key) == value for key, value in settings.items()) else None

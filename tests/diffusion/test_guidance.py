@@ -121,7 +121,7 @@ def test_both_predictions_carry_their_own_estimate():
 def test_the_mask_stays_impossible():
     oracle = LabelledOracle()
     for guidance in (0.3, 1.0, 4.0):
-        view = Guided(oracle, torch.tensor([0]), guidance)
+        view = Guided(oracle, oracle.mask_id, torch.tensor([0]), guidance)
         h = view.hidden(torch.full((1, 3), oracle.mask_id), torch.ones(1), None)
         logits = view.logits(h[0])
         assert logits[:, oracle.mask_id].isneginf().all() and logits[:, : oracle.tokens].isfinite().all()

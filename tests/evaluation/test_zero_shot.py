@@ -1,7 +1,10 @@
 """Zero-shot perplexity: sequences as the data has them, and a model whose likelihood is known."""
 
+import hashlib
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +25,12 @@ TOKENIZER = CharacterTokenizer("ab ")  # ids 4 to 6
 
 
 def described(tokenizer, framing="records", pad_policy="ignore", bos_policy="given", length=8):
+    with tempfile.TemporaryDirectory() as folder:
+        digest = hashlib.sha256(tokenizer.save(Path(folder)).read_bytes()).hexdigest()
     return Manifest(
         version=2,
         name="test",
-        tokenizer=TokenizerRef(tokenizer.kind, "tokenizer.json", ""),
+        tokenizer=TokenizerRef(tokenizer.kind, "tokenizer.json", digest),
         vocab_size=tokenizer.vocab_size,
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,

@@ -11,11 +11,15 @@ from safetensors.torch import save_file
 import scmdm
 from scmdm.checkpoint.seal import seal
 from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import CharacterTokenizer
+from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files
+from scmdm.sampling.generation import generate
+from scmdm.sampling.templates import make_template
 from tests.evaluation.test_zero_shot import described
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -31,13 +35,13 @@ LENGTH = 16
 LOG_P = {"a": math.log(0.6), "b": math.log(0.3), " ": math.log(0.1)}
 
 
-def export(tmp_path, name, *, known=False, self_conditioned=False):
+def export(tmp_path, name, *, known=False, self_conditioned=False, spread=0.3, length=LENGTH):
     """A model directory. `known`: every token is one of `LOG_P`, whatever is around it; else random weights."""
     place = tmp_path / name
     place.mkdir()
-    manifest = described(TOKENIZER, length=LENGTH)
+    manifest = described(TOKENIZER, length=length)
     config = DiTConfig(width=16, layers=1, heads=2, condition_width=8, self_conditioned=self_conditioned)
-    spec = ModelSpec(config, DiffusionConfig(), TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH)
+    spec = ModelSpec(config, DiffusionConfig(), TOKENIZER.vocab_size, TOKENIZER.mask_id, length)
     model = spec.build()
     allocate(model, torch.device("cpu"))
     init_weights(model, 0)
@@ -46,7 +50,7 @@ def export(tmp_path, name, *, known=False, self_conditioned=False):
         if known:
             model.head()[1].copy_(torch.tensor([*[-40.0] * 4, *LOG_P.values()]))
         for parameter in () if known else model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=dice)
+            parameter += spread * torch.randn(parameter.shape, generator=dice)
     write_model_files(place, spec, manifest, TOKENIZER.save(tmp_path))
     save_file({key: value.detach().contiguous() for key, value in model.named_parameters()}, place / WEIGHTS_FILE)
     seal(place)
@@ -171,3 +175,118 @@ def test_mistakes_end_with_a_reason(tmp_path, monkeypatch, capsys):
     assert harness.main() == 1
     assert capsys.readouterr().err.startswith("scmdm: error: ")
     assert scmdm.load(place, device="cpu").spec.length == LENGTH
+
+
+@torch.no_grad()
+def cross_entropy(model, z, x, at, estimates=(None, None), *, guidance=1.0, plain_z=None):
+    """Plain likelihood of the tokens `x` at positions `at`, of the guided distribution if there is a plain input."""
+    logits = []
+    for row, estimate in zip((z, plain_z), estimates, strict=True):
+        if row is not None:
+            state = State(torch.tensor([row]), torch.ones(1), estimate)
+            logits.append(model.logits(model.hidden(state)[0]).double()[at])
+    mixed = logits[0] if plain_z is None else logits[1] + guidance * (logits[0] - logits[1])
+    mixed[:, TOKENIZER.mask_id] = -math.inf
+    return float(-mixed.log_softmax(1).gather(1, torch.tensor(x)[at][:, None]).sum())
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("cfg", [0.0, 0.5])
+def test_likelihoods_with_and_without_bos_and_guidance(tmp_path, cfg, bos):
+    """Against the sum over all masked states in plain code, as LLaDA is evaluated."""
+    place = export(tmp_path, "random")
+    model = harness.MaskedDiffusionLM(
+        place, draws=7, tail="none", cfg=cfg, add_bos_token=bos, precision="float32", device="cpu"
+    )
+    network = model._loaded.model
+    context, continuation = TOKENIZER.encode("ab a"), TOKENIZER.encode("bab")
+    prompt = [TOKENIZER.bos_id, *context] if bos else context
+    x, mask, expected = [*prompt, *continuation], TOKENIZER.mask_id, 0.0
+    for chosen in range(1, 8):
+        at = [len(prompt) + i for i in range(3) if chosen >> i & 1]
+        z = [mask if i in at else token for i, token in enumerate(x)]
+        plain = [mask] * len(prompt) + z[len(prompt) :] if cfg else None
+        nll = cross_entropy(network, z, x, at, guidance=cfg + 1, plain_z=plain)
+        expected -= nll / (len(at) * math.comb(3, len(at)))
+    found = model.loglikelihood(asked("loglikelihood", ("ab a", "bab")), disable_tqdm=True)
+    assert found[0][0] == pytest.approx(expected, rel=1e-4)
+    assert model.max_length == LENGTH - bos
+
+
+def test_a_guided_likelihood_of_a_self_conditioned_model_has_its_own_estimates(tmp_path):
+    model = harness.MaskedDiffusionLM(
+        export(tmp_path, "random", self_conditioned=True),
+        draws=1, tail="none", cfg=1.0, precision="float32", device="cpu",
+    )  # fmt: skip
+    network, mask = model._loaded.model, TOKENIZER.mask_id
+    x = [TOKENIZER.bos_id, *TOKENIZER.encode("aba")]
+    z, plain = [*x[:3], mask], [mask] * 4
+    estimates = [network.estimate(State(torch.tensor([row]), torch.ones(1))) for row in (z, plain)]
+    expected = cross_entropy(network, z, x, [3], estimates, guidance=2.0, plain_z=plain)
+    found = model.loglikelihood(asked("loglikelihood", ("ab", "a")), disable_tqdm=True)
+    assert found[0][0] == pytest.approx(-expected, rel=1e-4)
+
+
+def test_greedy_decoding_can_be_left_out(tmp_path):
+    place = export(tmp_path, "known", known=True)
+    for check in (True, False):
+        model = harness.MaskedDiffusionLM(place, is_check_greedy=check, draws=7, precision="float32", device="cpu")
+        found = model.loglikelihood(asked("loglikelihood", ("b", "aa"), ("", "b")), disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [check, False]
+        assert [value for value, _ in found] == pytest.approx([log_p("aa"), log_p("b")], rel=1e-5)
+
+
+LLADA = {"transfer": "even", "block_start": "prompt", "block_length": 3, "steps": 4, "tail": "none", "draws": 1}
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+@pytest.mark.parametrize("bos", [True, False])
+def test_generation_has_a_fixed_length_and_the_settings_of_llada(tmp_path, cfg, bos):
+    """Prompts of different lengths in one batch are decoded as each is alone by the sampler."""
+    place = export(tmp_path, "random", self_conditioned=True, spread=1.0)
+    keys = {**LLADA, "gen_length": 6, "cfg": cfg, "add_bos_token": bos, "precision": "float32", "device": "cpu"}
+    prompts = [(text, {"until": ["b"], "max_gen_toks": 2}) for text in ("a", "b a b", "aab ", "a" * 40)]
+    model = harness.MaskedDiffusionLM(place, batch_size=4, escape_until=True, **keys)
+    texts = model.generate_until(asked("generate_until", *prompts), disable_tqdm=True)
+    loaded = scmdm.load(place, device="cpu")
+    sampler = SamplerConfig(
+        kind="confidence", temperature=0.0, guidance=cfg + 1, guided_by="prompt",
+        **{key: LLADA[key] for key in ("transfer", "block_start", "block_length", "steps")},
+    )  # fmt: skip
+    for (context, _), text in zip(prompts, texts, strict=True):
+        shown = context[-(LENGTH - bos - 6) :]
+        template = make_template(TOKENIZER, LENGTH, shown, None, bos_given=False, add_bos=bos, gen_length=6)
+        drawn = generate(loaded, sampler, num=1, seed=0, templates_PL=template[None], precision="float32")
+        assert (shown + text) == drawn.texts[0]
+    assert len({symbol for text in texts for symbol in text}) > 1
+    stopped = harness.MaskedDiffusionLM(place, batch_size=1, **keys)
+    found = stopped.generate_until(asked("generate_until", *prompts), disable_tqdm=True)
+    assert found == [text.partition("b")[0] for text in texts]
+
+
+def test_an_answer_ends_at_any_end_token(tmp_path):
+    place = export(tmp_path, "random", spread=1.0)
+    keys = {"steps": 6, "precision": "float32", "device": "cpu", "gen_length": 8}
+    prompts = [(text, {"until": []}) for text in ("a", "b a", "ba")]
+    free = harness.MaskedDiffusionLM(place, **keys).generate_until(asked("generate_until", *prompts), disable_tqdm=True)
+    end = free[0][3]
+    model = harness.MaskedDiffusionLM(place, end_tokens=[end], **keys)
+    ended = model.generate_until(asked("generate_until", *prompts), disable_tqdm=True)
+    assert ended == [text.partition(end)[0] for text in free] != free
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"gen_length": 99}, "gen_length=99"),
+        ({"cfg": -1}, "cfg=-1"),
+        ({"guidance": 2.0}, "guidance=2.0"),
+        ({"guided_by": "prompt"}, "guided_by="),
+        ({"end_tokens": ["<|im_end|>"]}, "<|im_end|>"),
+        ({"add_bos_token": "perhaps"}, "add_bos_token="),
+    ],
+)
+def test_arguments_that_are_not_possible(tmp_path, options, name):
+    with pytest.raises(UserError) as caught:
+        harness.MaskedDiffusionLM(export(tmp_path, "known", known=True), device="cpu", **options)
+    assert name in str(caught.value)

@@ -81,3 +81,14 @@ def test_a_cpu_has_no_graphs():
     loaded = load(ROOT / "configs" / "qm9" / "base-model", device="cpu")
     with pytest.raises(UserError, match="cuda_graphs=true needs a CUDA device, not cpu"):
         generate(loaded, SamplerConfig(cuda_graphs=True), num=1, seed=0)
+
+
+def test_padded_sequences_are_evaluated_without_a_graph(model):
+    start = torch.full((3, LENGTH), MASK)
+    start[1, 9:] = 0
+    options = {"schedule": LogLinear(), "settings": SamplerSettings(steps=12, carry=True), "mask_id": MASK, "seed": 0}
+    options |= {"labels_B": torch.zeros(3, dtype=torch.int64), "lengths_B": torch.tensor([LENGTH, 9, LENGTH])}
+    denoiser = ReplayedDenoiser(model, Recorder())
+    found = sample(denoiser, start, torch.arange(3), **options).tokens
+    assert torch.equal(found, sample(model, start, torch.arange(3), **options).tokens)
+    assert not denoiser.recorded
