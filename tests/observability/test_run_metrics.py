@@ -137,7 +137,7 @@ def test_damaged_files_block_no_command(run, molecules, empty_yaml, capsys):
     for name in FILES:
         data = (run / name).read_bytes()
         (run / name).write_bytes(b"\xffnull\n" + b"[" * 5000 + b"\n" + data)
-    (run / "evaluations").mkdir()
+    (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations" / "a.json").write_text('{"step": 1, "samples": [null]}')
     assert main(["status", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
