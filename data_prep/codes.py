@@ -6,6 +6,7 @@ Legend: N samples, L codes of a sample.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +52,7 @@ class CodeSource(GridSource):
 
     def __init__(self, config: CodeSourceConfig, length: int) -> None:
         self.path, self._levels = Path(config.path), config.levels
-        self.name = self.path.resolve().stem
+        self.name = Path(os.path.abspath(self.path)).stem
         self._found = find_files(self.path, ("npy",), any_suffix=True)
         self._splits = split_by_name(self._found.files, config.split_by)
         self._require_length(length, self.layout)

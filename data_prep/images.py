@@ -7,6 +7,7 @@ Legend: H height, W width, C channels.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -200,7 +201,7 @@ class ImageSource(_ImageSource):
 
     def __init__(self, config: ImageFolderConfig, length: int) -> None:
         path, self.on_size = Path(config.path), config.on_size
-        self.name = path.resolve().name
+        self.name = Path(os.path.abspath(path)).name
         channels = {"rgb": 3, "grey": 1}[config.colour]
         super().__init__(
             config, length, GridLayout(config.image_size, config.image_size, channels, config.levels or 256)

@@ -88,7 +88,8 @@ def _examine_extras() -> Iterator[Finding]:
 
 
 def _examine_disk(directory: Path) -> Iterator[Finding]:
-    existing = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    place = Path(os.path.realpath(directory))
+    existing = next(path for path in (place, *place.parents) if os.path.exists(path))
     for subject, path, required in (
         ("disk", existing, _MIN_FREE_DISK),
         ("shared memory", Path("/dev/shm"), _MIN_FREE_SHARED_MEMORY),

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -197,14 +198,14 @@ def _locate_inputs(config: Any, prefix: str = "") -> None:
 def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the file and those that it extends, with their contents, the farthest parent first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     following: Path | None = locate(path)
     while following is not None:
-        if following.resolve() in seen:
+        if os.path.realpath(following) in seen:
             raise UserError(f"{following}: `extends` forms a cycle; remove one of the `extends` lines")
         if len(chain) == _LONGEST_CHAIN:
             raise UserError(f"{path}: `extends` leads through more than {_LONGEST_CHAIN} files; merge some of them")
-        seen.add(following.resolve())
+        seen.add(os.path.realpath(following))
         content = _read_file(following)
         chain.append((following, content))
         parent = content.pop("extends", None)

@@ -52,7 +52,7 @@ def locate(path: Path) -> Path:
 
 def is_shipped(path: Path) -> bool:
     """Return whether `path` is one of the shipped files or directories."""
-    return path.resolve().is_relative_to(shipped_root())
+    return Path(os.path.realpath(path)).is_relative_to(shipped_root())
 
 
 def explain_missing(path: Path) -> str:

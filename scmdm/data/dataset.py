@@ -8,6 +8,7 @@ Legend: L length, N samples.
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class TokenStream(Stream):
     """
 
     def __init__(self, stream: DataStream, split: str) -> None:
-        super().__init__(local=str(stream.root.resolve()), split=split, proportion=stream.proportion)
+        super().__init__(local=os.path.realpath(stream.root), split=split, proportion=stream.proportion)
         self.root, self.manifest = stream.root, stream.manifest
         self.origin = remote_of(stream.root)
         self._files = {file.file: file for file in stream.manifest.split(split, stream.root).files}

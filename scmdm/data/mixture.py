@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -99,7 +100,7 @@ def _require_caches(limit: str, streams: list[DataStream]) -> None:
 
 
 def _require_mixable(one: DataStream, other: DataStream) -> None:
-    if one.root.resolve() == other.root.resolve():
+    if os.path.realpath(one.root) == os.path.realpath(other.root):
         raise UserError(f"{one.key} and {other.key} are the same directory {one.root}; give each its own, or drop one")
     if one.manifest.tokenizer.sha256 != other.manifest.tokenizer.sha256:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -194,5 +195,5 @@ def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Pat
     if run is None:
         settings["model"] = sha256_of_model(loaded.path)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(EVALUATIONS) / path.resolve().name if run is None else run / EVALUATIONS
+    folder = Path(EVALUATIONS) / Path(os.path.realpath(path)).name if run is None else run / EVALUATIONS
     return folder / f"step{loaded.spec.step}_{config.split}_{steps}_{digest}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_report(directory: Path, out: Path) -> Path:
     if not train:
         reason = f" ({rows.problem})" if rows.problem is not None else ""
         raise UserError(f"{rows.path} has no training step{reason}; wait until the run has made train.log_every steps")
-    name = directory.resolve().name
+    name = Path(os.path.realpath(directory)).name
     last = train[-1]
     figures = out.parent
     losses = loss_figure({name: train}, {name: validation}, figures / "losses.png", order=[name])

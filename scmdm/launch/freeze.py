@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
@@ -83,10 +84,10 @@ def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> Run
 def plan_launch(command: str, config: RunConfig | PrepareConfig) -> FrozenLaunch:
     """Choose a new launch directory. Nothing is written."""
     if isinstance(config, PrepareConfig):
-        target = Path(config.out).resolve()
+        target = Path(os.path.realpath(config.out))
         launches = target.with_name(f"{target.name}.launch")  # the data set itself appears only when it is complete
     else:
-        target = Path(config.run_dir).resolve()
+        target = Path(os.path.realpath(config.run_dir))
         launches = target / LAUNCH
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     taken = {path.name for path in launches.glob(f"{name}*")}

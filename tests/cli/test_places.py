@@ -110,3 +110,13 @@ def test_a_path_that_names_no_folder_is_refused(base, molecules, empty_yaml, tmp
     error = capsys.readouterr().err
     assert key.partition("=")[0] in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "adapt", "prepare", "study", "plan", "sample", "evaluate", "report", "status"]
+)
+def test_a_link_to_itself_is_refused(command, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([command, str(tmp_path / "loop")]) == 1
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and str(tmp_path / "loop") in captured
