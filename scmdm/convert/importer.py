@@ -206,6 +206,8 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
     mask = config.mask_id if config.mask_id is not None else _id(source, "mask_token_id")
+    if config.bos_id is not None and config.bos_id >= rows:
+        raise UserError(f"bos_id={config.bos_id} is not possible; the model's embedding has {rows} rows")
     tokenizer = open_model_tokenizer(given, ModelIds(rows, mask, config.bos_id, *_published_ids(source)))
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(

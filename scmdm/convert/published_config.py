@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from scmdm.config.fields import shorten
+from scmdm.config.model import ModelConfig
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 
+Model = TypeVar("Model", bound=ModelConfig)
 Allowed = tuple[Any, ...] | None  # values of a field with which it changes nothing; None: any value
 
 
@@ -155,3 +157,12 @@ def matrix_shape(source: PublishedFiles, name: str) -> torch.Size:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}, expected a matrix"
         raise UserError(f"{source.path}: {name} {found}; download the model again")
     return shape
+
+
+def validated(model: Model, source: PublishedFiles) -> Model:
+    """Return a model whose keys fit together. Raises UserError, which names the source."""
+    try:
+        model.validate()
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from error
+    return model

@@ -28,9 +28,9 @@ def read_rotary(config: PublishedConfig, source: PublishedFiles) -> dict[str, An
         raise config.refusal("rope_scaling", old, f"but rope_parameters={dict(new)}; which is meant is not known")
     name = "rope_parameters" if new else "rope_scaling"
     fields = PublishedConfig(source, new or old, name)
-    kinds = {kind for kind in (fields.get("rope_type"), fields.get("type")) if kind is not None} or {"default"}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    if kind not in ("default", "linear", "llama3"):
+    stated = [kind for kind in (fields.get("rope_type"), fields.get("type")) if kind is not None] or ["default"]
+    kind = stated[0]
+    if kind not in ("default", "linear", "llama3") or stated[-1] != kind:
         raise config.refusal(name, dict(new or old), "scmdm implements only rope_type default, linear and llama3")
     fields.expect("partial_rotary_factor", 1.0)
     found: dict[str, Any] = {"rotary_base": _base(config, fields)}
@@ -39,6 +39,8 @@ def read_rotary(config: PublishedConfig, source: PublishedFiles) -> dict[str, An
     if kind == "llama3":
         found["rotary_slow_turns"] = fields.number("low_freq_factor", None, 1e-6, 1e6)
         found["rotary_fast_turns"] = fields.number("high_freq_factor", None, 1e-6, 1e6)
+        if found["rotary_fast_turns"] <= found["rotary_slow_turns"]:
+            raise config.refusal(name, dict(new or old), "high_freq_factor must be above low_freq_factor")
         found["rotary_length"] = fields.integer("original_max_position_embeddings")
     fields.refuse_unknown({})
     return found

@@ -13,6 +13,7 @@ from scmdm.convert.published_config import (
     any_value,
     count_blocks,
     matrix_shape,
+    validated,
 )
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.models.decoder import DecoderConfig
@@ -81,8 +82,7 @@ def _architecture(source: PublishedFiles) -> DecoderConfig:
         dropout=config.number("residual_dropout", 0.1, 0, 0.99),
     )
     config.refuse_unknown(_HARMLESS)
-    model.validate()
-    return model
+    return validated(model, source)
 
 
 def _describe(spec: ModelSpec, ids: TokenIds) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from typing import Any
 
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, PublishedLayout, TokenIds, renamed
-from scmdm.convert.published_config import TRANSFORMERS_FIELDS, Allowed, PublishedConfig, any_value, count_blocks
+from scmdm.convert.published_config import (
+    TRANSFORMERS_FIELDS,
+    Allowed,
+    PublishedConfig,
+    any_value,
+    count_blocks,
+    validated,
+)
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.convert.published_rotary import describe_rotary, read_rotary
 from scmdm.models.decoder import DecoderConfig
@@ -85,8 +92,7 @@ def _architecture(member: _Member, source: PublishedFiles) -> DecoderConfig:
         raise config.refusal("sliding_window", 4096, "this is its default, and scmdm has no sliding windows")
     if member.biased is False:  # with true, the projection of the output has a bias, too
         config.expect("attention_bias", False)
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise config.refusal("layer_types", config.get("layer_types"), "scmdm implements only 'full_attention'")
+    config.expect("layer_types", ["full_attention"] * layers)
     heads, width = config.integer("num_attention_heads", high=4096), config.integer("hidden_size", high=2**20)
     head_width = config.integer("head_dim", max(1, width // heads), high=2**16)
     has_biases = "model.layers.0.self_attn.q_proj.bias" in source.tensors.shapes()
@@ -103,8 +109,7 @@ def _architecture(member: _Member, source: PublishedFiles) -> DecoderConfig:
         **read_rotary(config, source),
     )
     config.refuse_unknown(member.harmless)
-    model.validate()
-    return model
+    return validated(model, source)
 
 
 def _shift(member: _Member, source: PublishedFiles, has_mask: bool) -> bool | None:

@@ -171,9 +171,10 @@ class HuggingFaceTokenizer(Tokenizer):
         with reading(f"{named}={path}", "tokenizer"):
             library = load_pipeline(pipeline)
             specials = _special_ids(library, roles or _conventional(library), padded, model)
-            if model is not None and specials.eos in model.ends:
-                ends = tuple(dict.fromkeys([*ends, *(id_ for id_ in model.ends if id_ != specials.eos)]))
-            opened = cls(pipeline, specials, 0 if model is None else model.rows, template, ends)
+            rows, others = (0, ()) if model is None else (model.rows, model.ends)
+            added = library.get_added_tokens_decoder()  # some configurations name a token of text, by default
+            ends = tuple(dict.fromkeys(id_ for id_ in (*ends, *others) if id_ in added and id_ != specials.eos))
+            opened = cls(pipeline, specials, rows, template, ends)
             check_ids(opened)
         return opened
 

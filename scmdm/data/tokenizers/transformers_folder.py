@@ -116,7 +116,7 @@ def write_folder(
     tokenizer = load_pipeline(pipeline)
     names: dict[str, str] = {}
     for role, id_ in sorted(specials.items(), key=lambda item: item[1]):
-        if tokenizer.id_to_token(id_) is None:
+        if id_ == max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1:
             tokenizer.add_special_tokens([f"[{role.upper()}]"])
         if (name := tokenizer.id_to_token(id_)) is not None:
             names[role] = name
