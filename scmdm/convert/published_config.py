@@ -127,7 +127,7 @@ class PublishedConfig:
                 )
             allowed = harmless[key]
             if allowed is not None and not any(_same(value, other) for other in allowed):
-                names = ", ".join(map(repr, allowed)) or "none"
+                names = ", ".join(map(repr, allowed)) or "null"
                 raise self.refusal(key, value, f"scmdm implements only {names}")
 
     def refusal(self, key: str, value: object, reason: str) -> UserError:
