@@ -127,6 +127,11 @@ class DecoderConfig(ModelConfig):
             raise UserError(
                 f"model.kv_heads={self.kv_heads} is not possible; it must be a divisor of model.heads={self.heads}"
             )
+        if self.rotary_scaling == "none" and self.rotary_factor != 1:
+            raise UserError(
+                f"model.rotary_factor={self.rotary_factor:g} is not possible with model.rotary_scaling=none; leave it "
+                "out, or set model.rotary_scaling"
+            )
         if self.rotary_scaling == "llama3" and self.rotary_fast_turns <= self.rotary_slow_turns:
             raise UserError(
                 f"model.rotary_fast_turns={self.rotary_fast_turns:g} is not possible; it must be above "
