@@ -92,6 +92,11 @@ class Tokenizer(ABC):
             self._refuse_reserved(ids)
         return ids
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a sample, [EOS] first."""
+        return (self.eos_id,)
+
     @abstractmethod
     def _ids_of(self, content: Content) -> list[int]:
         """Return the ids of a record's content, which may include reserved ones. Raises UnknownSymbol."""
