@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from scmdm.evaluation.statistics import mean_interval
 
 import scmdm
 from scmdm.cli import main
@@ -15,7 +16,6 @@ from scmdm.data.loader import read_split
 from scmdm.data.tokenizers import SmilesTokenizer, is_framed, load_tokenizer
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
-from scmdm.evaluation.statistics import mean_interval
 from scmdm.sampling.templates import make_template
 from tests.conftest import ADAPTED, ROOT, TINY
 

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from scmdm.evaluation.statistics import mean_interval, paired_difference
 
 from scmdm.cli import main
 from scmdm.data.tokenizers import SmilesTokenizer
 from scmdm.domains import plotting
 from scmdm.evaluation import report_figures
 from scmdm.evaluation.report_figures import quality_figure
-from scmdm.evaluation.statistics import mean_interval, paired_difference
 from scmdm.evaluation.study_report import study_report
 from scmdm.study.study_plan import finished_row
 
