@@ -76,9 +76,7 @@ def pair_counts(codes_NHW: np.ndarray, codebook: int) -> Counts:
 def count_distance(a: Counts, b: Counts) -> float | None:
     """Jensen-Shannon distance of two sets of counts, with natural logarithms; None if one is empty."""
     outcomes_K = np.union1d(a[0], b[0])
-    p_K, q_K = np.zeros(len(outcomes_K)), np.zeros(len(outcomes_K))
-    p_K[np.searchsorted(outcomes_K, a[0])] = a[1]
-    q_K[np.searchsorted(outcomes_K, b[0])] = b[1]
+    p_K, q_K = _histograms((a, b), outcomes_K).toarray()
     found = JensenShannon.between(p_K, q_K)
     return None if found is None else found.distance
 
