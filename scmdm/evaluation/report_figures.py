@@ -18,7 +18,7 @@ from scmdm.evaluation.comparison import Quality, QualityByArm
 from scmdm.evaluation.significance import Estimate
 
 Row = Mapping[str, float]
-_SINGLE: Any = {"alpha": 0.5, "markersize": 4}  # marks of single trainings
+_SINGLE: Any = {"alpha": 0.7, "markersize": 5}  # marks of single trainings
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         )
         for place, quality in zip(x, found, strict=True):
             trainings = _trainings(quality, panel.scale)
-            ax.plot([place] * len(trainings), trainings, ".", color=COLOURS[index % len(COLOURS)], **_SINGLE)
+            ax.plot([place] * len(trainings), trainings, "x", color=COLOURS[index % len(COLOURS)], **_SINGLE)
     if panel.reference is not None:
         ax.axhline(panel.reference * panel.scale, color=COLOURS[0], ls=":", lw=1.2)
     _limit(ax, panel)
@@ -84,9 +84,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
 
 
 def _error(estimate: Estimate, scale: float) -> tuple[float, float]:
-    """Lengths of an error bar below and above the value; 0 without an interval."""
-    if np.isnan(estimate.low):
-        return 0.0, 0.0
+    """Lengths of an error bar below and above the value; NaN, which is not drawn, without an interval."""
     return scale * (estimate.value - estimate.low), scale * (estimate.high - estimate.value)
 
 
@@ -132,7 +130,7 @@ def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
         error = np.reshape(_error(quality.estimate, panel.scale), (2, 1))
         ax.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
         trainings = _trainings(quality, panel.scale)
-        ax.plot(trainings, [row] * len(trainings), ".", color=colour, **_SINGLE)
+        ax.plot(trainings, [row] * len(trainings), "x", color=colour, **_SINGLE)
     # Wrap the title, because panels are drawn side by side.
     ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
 

@@ -37,7 +37,7 @@ from scmdm.system.run_directory import METRICS_FILE
 from scmdm.system.terminal import Terminal
 from scmdm.system.untrusted import reading
 
-_MARKS = "bars are 95 % intervals over samples, small dots single trainings where there are several"
+_MARKS = "bars are 95 % intervals over samples, crosses single trainings where there are several"
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
 
 
