@@ -8,6 +8,7 @@ from scipy import sparse, stats
 
 from scmdm.domains.jensen_shannon import JensenShannon
 from scmdm.domains.sample_values import SampleValues
+from scmdm.domains.wasserstein import wasserstein_of_counts
 from scmdm.evaluation.significance import Trainings, compare, estimate, holm, paired_proportions, proportion
 
 
@@ -200,6 +201,20 @@ def test_a_paired_difference_of_perplexities_covers_and_holds_its_level():
     assert 0.92 <= coverage(600, lambda rng: (truth, compared(rng, 0.03))) <= 0.98
     claims = [compared(np.random.default_rng([5, trial]), 0.0).p_value < 0.05 for trial in range(600)]
     assert 0.02 <= np.mean(claims) <= 0.08
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_jackknife_intervals_of_a_distance_cover_its_mean(shift):
+    """The distance of 100 samples is biased; what is covered is the mean distance of 100 samples."""
+    reference = np.random.default_rng(0).normal(size=500)
+    found = []
+    for trial in range(150):
+        sample = np.random.default_rng([4, trial]).normal(shift, 1, 100)
+        metric = wasserstein_of_counts(sample, reference)
+        value = metric(np.ones(100))
+        found.append(estimate(value, [[SampleValues.jackknife(metric, 100)]]))
+    mean = np.mean([one.value for one in found])
+    assert np.mean([one.low <= mean <= one.high for one in found]) >= 0.9
 
 
 def test_a_difference_of_histogram_distances_holds_its_level():
