@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
-from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
+from scmdm.domains.domain_registry import changed_keys, domain_of, load_domain, metrics_config
 from scmdm.domains.interface import Domain, EvaluationSettings
 from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
@@ -48,7 +48,11 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     loaded = load(path, weights=config.weights, device=config.device)
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
-    domain = _load_reference(loaded, manifest, root, config)
+    name = domain_of(manifest) if config.domain == "auto" else config.domain
+    keys = metrics_config(name, config.metrics)
+    config = replace(config, metrics=changed_keys(keys))  # numbers of the command line are text until here
+    settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
+    domain = load_domain(name)(root, manifest, keys, settings)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
     require_writable(out)
     result: dict[str, Any] = {
@@ -190,13 +194,6 @@ def _check_data(loaded: LoadedModel, root: Path) -> Manifest:
             f"give the data set that the model was trained on, or prepare one with length={loaded.spec.length}"
         )
     return manifest
-
-
-def _load_reference(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
-    name = domain_of(manifest) if config.domain == "auto" else config.domain
-    keys = metrics_config(name, config.metrics)
-    device = str(next(loaded.model.parameters()).device)
-    return load_domain(name)(root, manifest, keys, EvaluationSettings(config.split, device, exclusive=True))
 
 
 def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Path:
