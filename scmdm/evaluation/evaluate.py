@@ -22,7 +22,7 @@ from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
-from scmdm.domains.domain_registry import changed_keys, domain_of, load_domain, metrics_config
+from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
 from scmdm.domains.interface import Domain, EvaluationSettings
 from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
@@ -50,7 +50,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     manifest = _check_data(loaded, root)
     name = domain_of(manifest) if config.domain == "auto" else config.domain
     keys = metrics_config(name, config.metrics)
-    config = replace(config, metrics=changed_keys(keys))  # numbers of the command line are text until here
+    config = replace(config, metrics=asdict(keys))  # with their types; on the command line numbers are text
     settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
     domain = load_domain(name)(root, manifest, keys, settings)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
