@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,13 +19,14 @@ from omegaconf import MISSING
 
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
-from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, check_ids, text_ids
+from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, UnknownSymbol, as_text, check_ids, text_ids
+from scmdm.data.tokenizers.chat_template import LARGEST_TEMPLATE, PROBE, ChatTemplate, UnusableChat
 from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
 from scmdm.data.tokenizers.word_cache import WordEncoder, splits_at_white_space
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
-from scmdm.system.untrusted import parse_as, read_json, reading
+from scmdm.system.untrusted import describe, parse_as, read_bytes, read_json, reading
 
 # Conventional names of specials, for tokenizers whose files do not assign roles.
 _NAMES = {
@@ -34,6 +36,7 @@ _NAMES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
 }
 _BERT_ROLES = {"bos": "cls", "eos": "sep"}
+_CHAT_FILE, _GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -65,6 +68,8 @@ class _HuggingFaceFile:
     specials: SpecialIds
     pipeline: dict[str, Any]
     vocab_size: int = 0
+    chat_template: str | None = None
+    end_ids: tuple[int, ...] = ()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -74,13 +79,23 @@ class HuggingFaceTokenizer(Tokenizer):
         pipeline: content of its `tokenizer.json`.
         specials: ids of the specials.
         vocab_size: lower bound of the vocabulary size, for models whose embedding has unused rows.
+        chat_template: Jinja program that writes conversations; None: the tokenizer has none.
+        end_ids: ids that end a sample besides that of [EOS] and of the token after an answer.
     """
 
     Config = HuggingFaceConfig
     kind = "huggingface"
 
-    def __init__(self, pipeline: Mapping[str, Any], specials: SpecialIds, vocab_size: int = 0) -> None:
+    def __init__(
+        self,
+        pipeline: Mapping[str, Any],
+        specials: SpecialIds,
+        vocab_size: int = 0,
+        chat_template: str | None = None,
+        end_ids: Sequence[int] = (),
+    ) -> None:
         self._pipeline, self._specials = pipeline, specials
+        self.chat_template, self._end_ids = chat_template, tuple(end_ids)
         self._tokenizer = load_pipeline(pipeline)
         self._known = _size(self._tokenizer)
         self._encoder = PipelineEncoder(pipeline, self._tokenizer)
@@ -89,6 +104,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.mask_id, self.bos_id, self.eos_id, self.pad_id = specials.mask, specials.bos, specials.eos, specials.pad
         used = max(self._known, *(i + 1 for i in asdict(specials).values()))
         self.vocab_size, self._padded = max(used, vocab_size), vocab_size > used
+        for id_ in end_ids:
+            if not 0 <= id_ < self.vocab_size:
+                raise ValueError(f"end token {id_} is not below the vocabulary's size {self.vocab_size}")
 
     @classmethod
     def open(cls, config: HuggingFaceConfig, *, padded: bool) -> Self | None:
@@ -132,10 +150,43 @@ class HuggingFaceTokenizer(Tokenizer):
             found = {
                 role: next((n for n in names if ids.token_to_id(n) is not None), None) for role, names in _NAMES.items()
             }
+        template, ends = _chat_template(folder), _end_ids(folder)
         with reading(f"{named}={path}", "tokenizer"):
-            opened = cls(pipeline, _special_ids(ids, found, padded, mask_id), rows)
+            opened = cls(pipeline, _special_ids(ids, found, padded, mask_id), rows, template, ends)
             check_ids(opened)
         return opened
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        after_answers = () if self._chat is None or isinstance(self._chat, str) else (self._chat.end_id,)
+        return tuple(dict.fromkeys([self.eos_id, *after_answers, *self._end_ids]))
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The chat template. Raises UserError when there is none, or one that is not supported."""
+        if self._chat is None:
+            raise UserError("the tokenizer has no chat template; give a tokenizer whose folder has one")
+        if isinstance(self._chat, str):
+            raise UserError(f"the chat template of the tokenizer is not supported: {self._chat}")
+        return self._chat
+
+    @cached_property
+    def _chat(self) -> ChatTemplate | str | None:
+        """The chat template; or the reason why it is not supported, which is no error unless it is needed."""
+        if self.chat_template is None:
+            return None
+        added = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names = {role: name for role, id_ in roles.items() if (name := self._tokenizer.id_to_token(id_)) is not None}
+        try:
+            chat = ChatTemplate(self.chat_template, added, names, self.encode, self.mask_id)
+            ids = chat.encode(PROBE).ids
+            library = load_pipeline(self._pipeline)
+            library.encode_special_tokens = False
+            whole = library.encode(chat.render(PROBE, to_be_answered=False), add_special_tokens=False).ids
+        except (ValueError, UnknownSymbol, UnusableChat) as error:
+            return describe(error)
+        return chat if whole[: len(ids)] == ids else "its parts have other ids than the conversation as a whole"
 
     def _ids_of(self, content: Content) -> list[int]:
         return self._encode(as_text(content))
@@ -154,6 +205,10 @@ class HuggingFaceTokenizer(Tokenizer):
         content: dict[str, Any] = {"kind": self.kind, "specials": asdict(self._specials), "pipeline": self._pipeline}
         if self._padded:
             content["vocab_size"] = self.vocab_size
+        if self.chat_template is not None:
+            content["chat_template"] = self.chat_template
+        if self._end_ids:
+            content["end_ids"] = self._end_ids
         atomic_write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
         return path
 
@@ -164,7 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError("it has no `pipeline`, the content of a tokenizer.json")
         # Without the pipeline, which the library parses, because millions of values would take seconds.
         stored = parse_as(_HuggingFaceFile, {**content, "pipeline": {}}, path)
-        return cls(pipeline, stored.specials, stored.vocab_size)
+        return cls(pipeline, stored.specials, stored.vocab_size, stored.chat_template, stored.end_ids)
 
     @property
     def pipeline(self) -> Mapping[str, Any]:
@@ -189,6 +244,39 @@ def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenize
     if mask_id is not None and mask_id != saved.mask_id:
         raise UserError(f"tokenizer={path} has the mask id {saved.mask_id}, the model {mask_id}; give its tokenizer")
     return saved
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Read the chat template in the folder of a `transformers` tokenizer."""
+    path = folder / _CHAT_FILE
+    if path.is_file():
+        with reading(path, "chat template"):
+            return read_bytes(path, LARGEST_TEMPLATE).decode()
+    path = folder / _SETTINGS[0]
+    if not path.is_file():
+        return None
+    settings = read_json(path, "settings of a tokenizer")
+    with reading(path, "settings of a tokenizer"):
+        found = settings.get("chat_template") if isinstance(settings, dict) else None
+        if isinstance(found, list):  # several, each with a name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if found is not None and not isinstance(found, str):
+            raise ValueError(f"chat_template is {type(found).__name__}, not text")
+    return found
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """Read the ids of all end tokens from the model's settings of generation, if they are in the folder."""
+    path = folder / _GENERATION_FILE
+    if not path.is_file():
+        return ()
+    settings = read_json(path, "settings of generation")
+    with reading(path, "settings of generation"):
+        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(id_) is int for id_ in ids):
+            raise ValueError(f"eos_token_id is {found!r:.60}, not one or several ids")
+    return tuple(ids)
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
