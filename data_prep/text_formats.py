@@ -38,7 +38,7 @@ class Document:
     text: str | None
     problem: str = ""
     prompt: str | None = None  # precedes the text
-    messages: Sequence[tuple[str, str]] | None = None  # of a chat: roles and contents; the text is the answers
+    messages: Sequence[tuple[str, str]] | None = None  # of a chat: roles and contents
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RowKeys:
     text: str = "text"
     prompt: str | None = None
     messages: str | None = None  # replaces the other two
-    whole_chats: bool = False  # a chat has any number of messages, for a chat template
+    last_role: str | None = None  # of chats of any number of messages, for a chat template; None: chats of two
     offers_chats: bool = True  # whether the message of a missing key names the key of a source that reads chats
 
     @cached_property
@@ -201,7 +201,9 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
             found = "it is null" if key in row else missing_key(list(row), keys)
             return Document(f"{where}: {found}", None, f"no key {key}")
         if keys.messages is not None:
-            return (_of_whole_chat if keys.whole_chats else _of_chat)(value, key, where)
+            if keys.last_role is None:
+                return _of_chat(value, key, where)
+            return _of_whole_chat(value, key, keys.last_role, where)
         if not isinstance(value, str):
             return Document(f"{where}: {_kind(value)}", None, f"key {key} is no text")
         if problem := _text_problem(value):
@@ -225,8 +227,8 @@ def _of_chat(messages: Any, key: str, where: str) -> Document:
     return Document(where, text, prompt=prompt)
 
 
-def _of_whole_chat(found: Any, key: str, where: str) -> Document:
-    """Make the document of a chat of any number of messages, of which the last is an answer."""
+def _of_whole_chat(found: Any, key: str, last_role: str, where: str) -> Document:
+    """Make the document of a chat of any number of messages, of which the last has a given role."""
     if not isinstance(found, list) or not found:
         return Document(f"{where}: {_kind(found)}", None, f"key {key} is no chat")
     messages = []
@@ -237,10 +239,9 @@ def _of_whole_chat(found: Any, key: str, where: str) -> Document:
         if problem := _text_problem(text):
             return Document(f"{where}, message {number}", None, problem)
         messages.append((message["role"], text))
-    if messages[-1][0] != "assistant":
-        return Document(where, None, f"key {key} is a chat that ends without an answer")
-    answers = "".join(text for role, text in messages if role == "assistant")
-    return Document(where, answers, messages=messages)
+    if messages[-1][0] != last_role:
+        return Document(where, None, f"key {key} is a chat whose last message is not of the role {last_role}")
+    return Document(where, "".join(text for role, text in messages if role == last_role), messages=messages)
 
 
 def _content(message: Any) -> tuple[str | None, str]:

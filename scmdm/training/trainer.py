@@ -34,8 +34,8 @@ from scmdm.system.process_group import World, all_reduce_max, barrier, current_w
 from scmdm.system.run_directory import STACKS
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.metrics_logger import MetricsLogger
-from scmdm.training.padding import own_lengths
 from scmdm.training.optimizer import lr_factor, set_lr
+from scmdm.training.padding import own_lengths
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
 from scmdm.training.training_run import TrainingRun, config_yaml, describe, resume
@@ -173,9 +173,7 @@ def _batches(run: TrainingRun) -> Iterator[Sequences]:
     for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
         run.state.loader = loader.state_dict()
         lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, _largest(run.engine))
-        yield to_device(
-            batch, run.manifest, run.engine.device, labels=config.model.labels, lengths_B=lengths_B
-        )
+        yield to_device(batch, run.manifest, run.engine.device, labels=config.model.labels, lengths_B=lengths_B)
 
 
 def _largest(engine: Engine) -> Callable[[int], int]:

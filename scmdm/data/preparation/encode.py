@@ -120,9 +120,7 @@ def _encoded_chat(tokenizer: Tokenizer, record: Record) -> EncodedChat:
         raise _Unusable(error.reason, str(error)) from error
 
 
-def _conversation(
-    config: PrepareConfig, record: Record, chat: EncodedChat, tokenizer: Tokenizer
-) -> FramedSequence:
+def _conversation(config: PrepareConfig, record: Record, chat: EncodedChat, tokenizer: Tokenizer) -> FramedSequence:
     """Return the sequence of a conversation, which ends with [EOS]. Raises _Unusable."""
     end = [tokenizer.eos_id] if chat.ids[-1:] != [tokenizer.eos_id] else []
     ids = [*chat.ids, *end]

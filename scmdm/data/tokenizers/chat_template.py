@@ -24,7 +24,8 @@ from scmdm.system.untrusted import describe
 ASSISTANT, USER = "assistant", "user"
 LARGEST_TEMPLATE = 1 << 20  # characters
 _LONGEST = 1 << 26  # characters of a conversation
-_MARK = "\ufdd1"  # a code point that is reserved for use inside a program
+# Code points that are reserved for use inside of a program.
+_MARK, _OPEN, _CLOSE = "\ufdd1", "\ufdd2", "\ufdd3"
 
 
 class UnusableChat(ValueError):
@@ -77,7 +78,7 @@ class ChatTemplate:
             self._program = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is malformed: {describe(error)}") from error
-        self._names, self._encode, self._mask_id = names, encode, mask_id
+        self.source, self._names, self._encode, self._mask_id = source, names, encode, mask_id
         # The longest name first, as the tokenizers library does.
         tokens = sorted(added.items(), key=lambda item: -len(item[1].content))
         self._spelled = [token.content for _, token in tokens]
@@ -130,6 +131,15 @@ class ChatTemplate:
             raise UnusableChat(f"the chat template fails: {describe(error)}") from error
         return "".join(found)
 
+    def marked(self, turns: Sequence[Turn], *, continued: bool = False) -> str:
+        """Return a conversation to be answered, for programs that add other text to it; see `marked_parts`.
+
+        `continued`: the last message is the beginning of the answer. Raises UnusableChat and UnknownSymbol.
+        """
+        if not continued:
+            return f"{_OPEN}{self.render(turns)}{_CLOSE}"
+        return f"{_OPEN}{self.render(turns[:-1])}{self._without_names(turns[-1].content)}{_CLOSE}"
+
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text of `render`. Raises UnknownSymbol."""
         ids: list[int] = []
@@ -151,8 +161,9 @@ class ChatTemplate:
 
     def _without_names(self, content: str) -> str:
         """Replace the names of tokens in the text of a message by stand-ins."""
-        if _MARK in content:
-            raise UnknownSymbol(f"the code point U+{ord(_MARK):04X} is reserved for programs and stands for no symbol")
+        for mark in (_MARK, _OPEN, _CLOSE):
+            if mark in content:
+                raise UnknownSymbol(f"the code point U+{ord(mark):04X} is reserved for programs and is no symbol")
         return self._name.sub(lambda match: f"{_MARK}{self._spelled.index(match[0])}{_MARK}", content)
 
     def _answers(self, turns: Sequence[Turn], whole: str) -> Iterator[tuple[int, int]]:
@@ -223,6 +234,13 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def marked_parts(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a text that holds results of `ChatTemplate.marked`, and whether each is one."""
+    for number, part in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", text)):
+        if part:
+            yield part, number % 2 == 1
 
 
 def turns_of(rows: Iterable[Sequence[str]]) -> list[Turn]:
