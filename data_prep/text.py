@@ -74,9 +74,8 @@ class DocumentsConfig(NamedSplitsConfig):
     def keys(self) -> RowKeys:
         """Keys of the text, of prompt and response, or of a chat."""
         text = self.text_key if self.response_key is None else self.response_key
-        return RowKeys(
-            text, self.prompt_key, self.messages_key, last_role=None if self.chat_template == "none" else "assistant"
-        )
+        last_role = None if self.chat_template == "none" else "assistant"
+        return RowKeys(text, self.prompt_key, self.messages_key, last_role)
 
     @property
     def framing(self) -> str | None:

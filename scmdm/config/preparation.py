@@ -112,8 +112,8 @@ class PrepareConfig:
     )
     pad_policy: str = key(
         "loss",
-        help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: omit it from the "
-        "loss",
+        help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: omit it from "
+        "the loss",
         choices=("loss", "eos", "ignore"),
     )
     bos_policy: str = key(

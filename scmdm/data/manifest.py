@@ -85,7 +85,7 @@ class Manifest:
     eos_id: int
     length: Annotated[int, Field(ge=1, le=2**24)]
     dtype: Annotated[str, _one_of("uint16", "uint32")]  # of the stored ids
-    # "loss": padding is predicted like any token; "eos": likewise, and it is [EOS]; "ignore": it is left out of the loss
+    # "loss": padding is predicted like any token; "eos": likewise, and it is [EOS]; "ignore": it is not in the loss
     pad_policy: Annotated[str, _one_of("loss", "eos", "ignore")]
     # "given": [BOS] is never masked; "loss": it is a token like any other
     bos_policy: Annotated[str, _one_of("given", "loss")]
@@ -94,8 +94,8 @@ class Manifest:
     counts: dict[str, Count] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: no classes
     # "records": one per sample; "concatenate": blocks of joined records; "packed": several per sample, numbered by
-    # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`; "chats":
-    # a conversation in the form of the tokenizer's chat template, with the column `given_mask`
+    # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`;
+    # "chats": a conversation in the form of the tokenizer's chat template, with the column `given_mask`
     framing: Annotated[str, _one_of("records", "concatenate", "packed", "prompts", "chats")] = "records"
 
     @classmethod

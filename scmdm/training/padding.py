@@ -1,8 +1,8 @@
 """Lengths of padded samples in a batch, and which of their padding counts.
 
 A sample takes part with a length of its own, up to which its padding counts as `pad_policy` says. What follows is cut
-off, or neither seen nor counted. This length does not depend on how a global batch is divided into micro-batches or over
-ranks, and neither do the loss and the gradient.
+off, or neither seen nor counted. This length does not depend on how a global batch is divided into micro-batches or
+over ranks, and neither do the loss and the gradient.
 
 Legend: B batch, L length.
 """
@@ -23,8 +23,8 @@ def own_lengths(
 ) -> Tensor | None:
     """Return the length (B,) with which each sample takes part; None: that of the data.
 
-    With `train.padding=batch` it is the longest sample of the batch, with `sample` each sample's own, both rounded up to
-    a multiple of `train.pad_multiple`. `longest_of_all` returns the largest of the values that all ranks pass.
+    With `train.padding=batch` it is that of the longest sample of the batch, with `sample` each sample's own, both
+    rounded up to a multiple of `train.pad_multiple`. `longest_of_all` returns the largest of all ranks' values.
     """
     if config.padding == "length":
         return None

@@ -43,8 +43,9 @@ def train_step(
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
-    The loss is the sum over the global batch divided by its valid tokens (with `train.loss_per=sample`, the mean over its
-    samples of each one's sum divided by its valid tokens), and all noise is keyed on the samples: neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
+    The loss is the sum over the global batch divided by its valid tokens; with `train.loss_per=sample` it is the mean
+    over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends on
+    the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
     finite; the weights are then unchanged. `timer` measures the parts of the step.
     """
     timer = timer or StepTimer(engine.device)

@@ -1,8 +1,8 @@
 """Chat templates of published tokenizers: conversations as ids.
 
-A template is a Jinja program that writes a conversation as text, with the names of special tokens in it. The same names
-in the text of a message are no tokens: they are replaced by stand-ins before the template runs, so that each name in the
-result was placed by the template, and are put back when the text between the tokens is encoded.
+A template is a Jinja program that writes a conversation as text, with the names of special tokens in it. The same
+names in the text of a message are no tokens: they are replaced by stand-ins before the template runs, so that each name
+in the result was placed by the template, and are put back when the text between the tokens is encoded.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class ResponsesDomain(WithoutFigures):
 
 
 def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
-    """Return texts between a prompt of `given_N` ids and the first end token, and their ids (N, L), padded at the end."""
+    """Return texts between a prompt of `given_N` ids and the first end token, and their ids (N, L), padded."""
     ids_NL = np.full(rows_NL.shape, tokenizer.pad_id, np.int64)
     for own, row, given in zip(ids_NL, rows_NL, given_N, strict=True):
         response = row[given:]
