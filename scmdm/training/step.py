@@ -44,8 +44,8 @@ def train_step(
     """Run one step on this rank's share of the global batch and update the weights.
 
     The loss is the sum over the global batch divided by its valid tokens; with `train.loss_per=sample` it is the mean
-    over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends on
-    the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
+    over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends
+    on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
     finite; the weights are then unchanged. `timer` measures the parts of the step.
     """
     timer = timer or StepTimer(engine.device)
