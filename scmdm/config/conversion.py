@@ -27,11 +27,20 @@ class ImportConfig:
     )
     weights: str = weights_key()
     length: int | None = key(
-        None, help="tokens per sample; null: as in the model's configuration", at_least=2, at_most=2**24
+        None,
+        help="tokens per sample; null: the longest that the model's configuration states",
+        at_least=2,
+        at_most=2**24,
     )
     mask_id: int | None = key(
         None,
         help="id of the mask token; null: as in the model's or the tokenizer's files, or a new one",
+        at_least=0,
+        at_most=2**31,
+    )
+    bos_id: int | None = key(
+        None,
+        help="id of the token that begins a sample; null: as in the tokenizer's or the model's files, or [EOS]",
         at_least=0,
         at_most=2**31,
     )
@@ -49,7 +58,13 @@ class ImportConfig:
         None, help="mdlm: condition the network on the noise level; null: as in the model's configuration"
     )
     logit_shift: bool | None = key(
-        None, help="predict a position from the one before it; null: true for dream, llama and qwen2"
+        None,
+        help="decoder: predict a position from the one before it; null: as the files say (autoregressive models and "
+        "Dream: true, LLaDA and dllm's A2D: false)",
+    )
+    ignore: list[str] = key(
+        factory=list,
+        help="fields of the model's configuration to take no notice of, dotted; unknown fields are refused otherwise",
     )
 
 

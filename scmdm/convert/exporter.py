@@ -20,7 +20,7 @@ from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.stored import read_stored_config
 from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
-from scmdm.convert.layout import PublishedLayout, check_writable
+from scmdm.convert.layout import PublishedLayout, TokenIds, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE
 from scmdm.data.tokenizers import HuggingFaceTokenizer
@@ -116,14 +116,16 @@ def _write_for_hub(stored: StoredModel, to: Path, config: ExportConfig, limit: i
 
 def _write_tokenizer(stored: StoredModel, to: Path) -> None:
     if isinstance(stored.tokenizer, HuggingFaceTokenizer):
-        atomic_write_text(to / "tokenizer.json", json.dumps(stored.tokenizer.pipeline, ensure_ascii=False) + "\n")
+        stored.tokenizer.write_transformers_files(to, stored.spec.length)
 
 
 def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, config: ExportConfig, limit: int) -> None:
     spec, subdirectory = stored.spec, to / SUBDIRECTORY
     subdirectory.mkdir()
     _write_description(stored, subdirectory)
-    described = layout.describe(spec.model, spec.vocab_size, spec.mask_id, spec.length)
+    tokenizer = stored.tokenizer
+    ids = TokenIds(tokenizer.bos_id, tokenizer.end_ids, tokenizer.pad_id, tokenizer.mask_id)
+    described = layout.describe(spec, ids)
     atomic_write_text(to / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
     _write_tokenizer(stored, to)
     write_shards(to / SINGLE_FILE, _published_weights(stored, layout, config), limit, index=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.fields import shorten, validate_keys
-from scmdm.config.model import ModelConfig
+from scmdm.config.model import DENOISERS
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
 from scmdm.convert.published_config import matrix_shape
 from scmdm.convert.published_files import PublishedFiles, open_source
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
-from scmdm.data.tokenizers import Tokenizer, open_model_tokenizer
+from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer
 from scmdm.errors import UserError
 from scmdm.models.model_files import (
     LONGEST,
@@ -36,7 +37,6 @@ from scmdm.models.model_files import (
     tokenizer_file,
     write_model_files,
 )
-from scmdm.models.rotary import inverse_frequencies
 from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
@@ -45,7 +45,6 @@ from scmdm.system.untrusted import reading
 SUBDIRECTORY, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
 _SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
 CONDITIONER_PREFIX = "conditioner."
-_ROTARY_BASE = 10_000.0  # of networks without the key `rotary_base`
 _HALF_PRECISION = 1e-2  # relative error of a number in bfloat16, rounded up
 _EPS = 1e-3  # MDLM's log-linear schedule ends at alpha_1 = eps
 
@@ -91,7 +90,7 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
             )
         names = layout.our_names(source.tensors.shapes(), plan.spec.model)
         parameters = _check_shapes(source, names, plan)
-        _check_left_out(source, layout, names, plan.spec.model)
+        _check_left_out(source, layout, names, plan.spec)
         write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
         write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes)
         seal(temporary)
@@ -109,13 +108,21 @@ def _plan_restore(exported: Path) -> _ImportPlan:
 def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, scratch: Path) -> _ImportPlan:
     """Plan the import of another project's model; saves its tokenizer in `scratch`."""
     with reading(source.path, f"model of the layout {layout.name}", "download it again"):
-        model = _overridden(layout.architecture(source), config)
-    rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
+        source = _with_overrides(source, layout, config)
+        model = layout.architecture(source)
+        rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
+        length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
+    if "logit_shift" in _keys_of(layout):
+        shift = _logit_shift(source, layout, config, tokenizer)
+        changed: dict[str, Any] = {"logit_shift": shift}  # a key of this kind alone
+        model = dataclasses.replace(model, **changed)
+        notes.append(f"logit_shift={str(shift).lower()}")
+    if "time_conditioning" in _keys_of(layout):
+        notes.append(f"time_conditioning={str(vars(model)['time_conditioning']).lower()}")
     added = tokenizer.vocab_size - rows
     if added:
         notes.append(f"a mask token was added as id {tokenizer.mask_id}")
-    length = config.length or _length(source)
     spec = ModelSpec(model, DiffusionConfig(eps=_EPS), tokenizer.vocab_size, tokenizer.mask_id, length)
     try:
         validate_keys(spec)
@@ -129,21 +136,61 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
     return _ImportPlan(spec, manifest, file, None, mask_row=bool(added), notes=tuple(notes))
 
 
-def _overridden(model: ModelConfig, config: ImportConfig) -> ModelConfig:
-    """Apply the keys of `scmdm import` that override the architecture."""
-    given = {key: getattr(config, key) for key in ("time_conditioning", "logit_shift")}
-    given = {key: value for key, value in given.items() if value is not None}
-    known = {field.name for field in dataclasses.fields(model)}
-    for key, value in given.items():
-        if key not in known:
-            raise UserError(f"{key}={value} is not possible for model.kind={model.kind}; leave it out")
-    return dataclasses.replace(model, **given)
+def _keys_of(layout: PublishedLayout) -> set[str]:
+    return {field.name for field in dataclasses.fields(DENOISERS.schema(layout.kind))}
 
 
-def _length(source: PublishedFiles) -> int:
-    saved = source.config.get("model")
-    nested = saved.get("length") if isinstance(saved, dict) else None
-    for name, value in (("model_length", source.config.get("model_length")), ("model.length", nested)):
+def _with_overrides(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig) -> PublishedFiles:
+    """Apply the keys of `scmdm import` that replace or remove fields of the configuration. Raises UserError."""
+    for key in ("time_conditioning", "logit_shift"):
+        if getattr(config, key) is not None and key not in _keys_of(layout):
+            raise UserError(f"{key}={getattr(config, key)} is not possible for model.kind={layout.kind}; leave it out")
+    content = source.config
+    for name in config.ignore:
+        if _field(content, name) is None:
+            raise UserError(f"ignore={name}: the configuration of {source.path} has no such field; leave it out")
+        content = _without(content, name.split("."))
+    if config.time_conditioning is not None:
+        content = _without(content, ["algo", "time_conditioning"])
+        content = {**content, "time_conditioning": config.time_conditioning}
+    return dataclasses.replace(source, config=content)
+
+
+def _field(content: Any, name: str) -> Any:
+    """Return the field with a dotted name; None if there is none."""
+    for part in name.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _without(content: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """Return the content without the field at a path, if it is there."""
+    name, *inner = path
+    if not inner:
+        return {key: value for key, value in content.items() if key != name}
+    nested = content.get(name)
+    return {**content, name: _without(nested, inner)} if isinstance(nested, dict) else content
+
+
+def _logit_shift(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, tokenizer: Tokenizer) -> bool:
+    """Return whether a position is predicted from the one before it. Raises UserError when nothing says so."""
+    names_mask = config.mask_id is None and getattr(tokenizer, "names_mask", True)
+    stated = config.logit_shift
+    if stated is None:
+        stated = layout.logit_shift(source, names_mask or _id(source, "mask_token_id") is not None)
+    if stated is None:
+        raise UserError(
+            f"{source.path} does not say whether a token is predicted at the position before it; give logit_shift=true "
+            "(autoregressive models, and those whose sampler shifts logits to the right: Dream, DiffuLLaMA) or "
+            "logit_shift=false (a masked position predicts its own token: LLaDA, dllm's A2D)"
+        )
+    return stated
+
+
+def _length(source: PublishedFiles, names: Sequence[str]) -> int:
+    """Return the model's own length of a sample."""
+    for name in names:
+        value = _field(source.config, name)
         if value is not None and (type(value) is not int or not 2 <= value <= LONGEST):
             raise UserError(
                 f"{source.path}: {name}={shorten(value)} in its configuration; expected 2 to {LONGEST}, or "
@@ -158,23 +205,36 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
     """Return a tokenizer with an id per row of the embedding, or one more for the mask, and notes."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
-    mask_id = config.mask_id if config.mask_id is not None else _known_mask(source)
-    tokenizer = open_model_tokenizer(given, rows, mask_id)
+    mask = config.mask_id if config.mask_id is not None else _id(source, "mask_token_id")
+    if config.bos_id is not None and config.bos_id >= rows:
+        raise UserError(f"bos_id={config.bos_id} is not possible; the model's embedding has {rows} rows")
+    tokenizer = open_model_tokenizer(given, ModelIds(rows, mask, config.bos_id, *_published_ids(source)))
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(
             f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), but the "
             f"model's embedding has {rows} rows; give the tokenizer that the model was trained with"
         )
-    return tokenizer, [f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}"]
+    bos, eos = tokenizer.tokens([tokenizer.bos_id, tokenizer.eos_id])
+    return tokenizer, [
+        f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}",
+        f"a sample begins with {bos!r} (id {tokenizer.bos_id}) and ends with {eos!r} (id {tokenizer.eos_id})",
+    ]
 
 
-def _known_mask(source: PublishedFiles) -> int | None:
-    value = source.config.get("mask_token_id")
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+def _id(source: PublishedFiles, name: str) -> int | None:
+    value = source.config.get(name)
+    if value is not None and (type(value) is not int or value < 0):
         raise UserError(
-            f"{source.path}: mask_token_id={value!r} in its configuration is not a token id; give mask_id=NUMBER"
+            f"{source.path}: {name}={shorten(value)} in its configuration is not a token id; give mask_id=NUMBER"
         )
     return value
+
+
+def _published_ids(source: PublishedFiles) -> tuple[int | None, tuple[int, ...]]:
+    """Return the ids of the token that begins a text and of those that end one, as far as they are ids."""
+    begin, ends = (source.config.get(f"{role}_token_id") for role in ("bos", "eos"))
+    ends = ends if isinstance(ends, list) else [ends]
+    return begin if type(begin) is int else None, tuple(id_ for id_ in ends if type(id_) is int and id_ >= 0)
 
 
 def _check_shapes(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -> int:
@@ -196,7 +256,7 @@ def _check_shapes(source: PublishedFiles, names: dict[str, str], plan: _ImportPl
     return sum(shape.numel() for shape in expected.values())
 
 
-def _check_left_out(source: PublishedFiles, layout: PublishedLayout, names: dict[str, str], model: ModelConfig) -> None:
+def _check_left_out(source: PublishedFiles, layout: PublishedLayout, names: dict[str, str], spec: ModelSpec) -> None:
     """Raise UserError unless the tensors that are not imported equal those that scmdm has in their place."""
     left_out = [name for name in source.tensors.shapes() if name not in names]
     head, embedding = layout.published_name(HEAD), layout.published_name(EMBEDDING)
@@ -205,7 +265,7 @@ def _check_left_out(source: PublishedFiles, layout: PublishedLayout, names: dict
         if name == head:
             expected, reason = _one(source, embedding).float(), f"{embedding}, to which the configuration ties it"
         else:
-            expected = inverse_frequencies(model.head_dim, getattr(model, "rotary_base", _ROTARY_BASE))
+            expected = spec.build().rotary_emb.frequencies()
             reason = "the rotary frequencies of its configuration"
         if value.shape != expected.shape or not torch.allclose(value, expected, rtol=_HALF_PRECISION, atol=1e-9):
             raise UserError(f"{source.path}: {name} differs from {reason}; scmdm does not import such a model")

@@ -29,6 +29,26 @@ def _no_tensors(_: ModelConfig) -> Iterable[tuple[str, Tensor]]:
 
 
 @dataclass(frozen=True)
+class TokenIds:
+    """Ids of the specials for `config.json`. `eos` are all tokens that end a text."""
+
+    bos: int
+    eos: tuple[int, ...]
+    pad: int
+    mask: int
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the fields as `transformers` names them."""
+        eos = self.eos[0] if len(self.eos) == 1 else list(self.eos)
+        ids = {"bos": self.bos, "eos": eos, "pad": self.pad, "mask": self.mask}
+        return {f"{role}_token_id": value for role, value in ids.items()}
+
+
+def _no_shift(_: PublishedFiles, has_mask: bool) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
 class PublishedLayout:
     """Tensor names and architecture description of a published model.
 
@@ -39,8 +59,11 @@ class PublishedLayout:
         recognises: Returns whether a source is in this layout.
         architecture: Reads the architecture from the configuration and shapes of a source. Raises UserError for an
             architecture that scmdm does not implement.
-        describe: Makes the content of `config.json` from architecture, vocabulary size, mask id and length.
+        describe: Makes the content of `config.json`.
         unsupported: Explains why a model of `kind` cannot be written in this layout; None if it can.
+        logit_shift: Returns whether a position is predicted from the one before it, given a source and whether its
+            files name a mask token; None if they do not say.
+        lengths: Fields of the configuration that state the length of a sample, dotted.
         derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
         derived_tensors: Returns names and values of such tensors, for writing.
         bos_policy: `bos_policy` that models of this layout were trained with.
@@ -52,8 +75,10 @@ class PublishedLayout:
     published_name: Callable[[str], str]
     recognises: Callable[[PublishedFiles], bool]
     architecture: Callable[[PublishedFiles], ModelConfig]
-    describe: Callable[[ModelConfig, int, int, int], dict[str, Any]]
+    describe: Callable[[ModelSpec, TokenIds], dict[str, Any]]
     unsupported: Callable[[ModelConfig], str | None]
+    lengths: tuple[str, ...]
+    logit_shift: Callable[[PublishedFiles, bool], bool | None] = _no_shift
     derived: tuple[str, ...] = ()
     derived_tensors: Callable[[ModelConfig], Iterable[tuple[str, Tensor]]] = _no_tensors
     bos_policy: str = "given"

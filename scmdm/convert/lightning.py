@@ -2,11 +2,13 @@
 
 A checkpoint is a pickle. Those of MDLM contain hyper-parameters as OmegaConf and tokenizer objects, which
 `torch.load(weights_only=True)` refuses. Here every class that torch does not trust is replaced by `Inert`, which stores
-its arguments and state: nothing is imported, and nothing is called.
+its arguments and state, or by a plain dictionary or list where its instances get items: hydra's resolvers fill a
+`defaultdict` of OmegaConf. Nothing is imported, and nothing is called.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from scmdm.errors import UserError
-from scmdm.models.torch_archives import check_archive
+from scmdm.models.torch_archives import PickledNames, check_archive
 from scmdm.system.untrusted import reading
 
 PREFIX = "backbone."
@@ -79,6 +81,26 @@ class Inert:
         self.state = state
 
 
+class _InertMapping:
+    """Stand-in for an untrusted class whose instances get items by key: makes an empty dictionary."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()  # torch sets items and attributes of it
+
+
+class _InertSequence:
+    """Stand-in for an untrusted class whose instances get items appended: makes an empty list."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+def _stand_in(name: str, names: PickledNames) -> type:
+    if name in names.mappings:
+        return _InertMapping
+    return _InertSequence if name in names.sequences else Inert
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read the dictionary of a checkpoint; tensors are mapped from the file.
 
@@ -89,11 +111,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     names = check_archive(path, _WHAT, _REMEDY)
     with reading(path, _WHAT, _REMEDY):
         unknown = get_unsafe_globals_in_checkpoint(str(path))
-        for name in (*unknown, *sorted(names)):
+        for name in (*unknown, *sorted(names.all)):
             _refuse_code(path, name)
-        for name in sorted(names - set(unknown) - _CONSTRUCTED):
+        for name in sorted(names.all - set(unknown) - _CONSTRUCTED):
             raise UserError(f"{path} would make a {name} when loaded, which a checkpoint of weights does not need")
-        with safe_globals([(Inert, name) for name in unknown]):
+        with safe_globals([(_stand_in(name, names), name) for name in unknown]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} has no `state_dict`; give a Lightning checkpoint")

@@ -24,7 +24,7 @@ from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network, TokenEmbedding
-from scmdm.models.rotary import Rotary, attend_rotated
+from scmdm.models.rotary import Rotary, RotaryScaling, attend_rotated
 
 
 @dataclass
@@ -52,6 +52,32 @@ class DecoderConfig(ModelConfig):
         at_most=1e12,
         formerly=("model.llama.rotary_base",),
         help="base of the rotary angles (rope_theta)",
+    )
+    rotary_scaling: str = key(
+        "none",
+        choices=("none", "linear", "llama3"),
+        help="change of the rotary angles for long contexts; linear: divide all; llama3: as in LLaMA 3.1",
+    )
+    rotary_factor: float = key(
+        1.0, at_least=1, at_most=1e6, help="rotary_scaling: divisor of the angles, of the slow ones with llama3"
+    )
+    rotary_slow_turns: float = key(
+        1.0,
+        above=0,
+        at_most=1e6,
+        help="rotary_scaling=llama3: angles with fewer turns in rotary_length positions are divided (low_freq_factor)",
+    )
+    rotary_fast_turns: float = key(
+        4.0,
+        above=0,
+        at_most=1e6,
+        help="rotary_scaling=llama3: angles with more turns in rotary_length positions are kept (high_freq_factor)",
+    )
+    rotary_length: int = key(
+        8192,
+        at_least=1,
+        at_most=2**31,
+        help="rotary_scaling=llama3: length of the pretraining (original_max_position_embeddings)",
     )
     norm_eps: float = key(
         1e-5,
@@ -82,16 +108,34 @@ class DecoderConfig(ModelConfig):
         """Width of the gated MLP's hidden layer."""
         return self.mlp_width or self.mlp_ratio * self.width
 
+    @property
+    def scaling(self) -> RotaryScaling | None:
+        """Scaling of the rotary angles; None if they are not scaled."""
+        if self.rotary_scaling == "none":
+            return None
+        turns = self.rotary_slow_turns, self.rotary_fast_turns
+        return RotaryScaling(self.rotary_scaling, self.rotary_factor, *turns, self.rotary_length)
+
     def block_matrix_elements(self) -> int:
         """Count the elements of the projections of attention and of the three maps of the gated MLP."""
         return self.width * (2 * self.attention_width + 2 * self.kv_width + 3 * self.inner_width)
 
     def validate(self) -> None:
-        """Raise UserError unless `kv_heads` divides `heads`; see also `ModelConfig.validate`."""
+        """Raise UserError for keys that exclude each other; see also `ModelConfig.validate`."""
         super().validate()
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise UserError(
                 f"model.kv_heads={self.kv_heads} is not possible; it must be a divisor of model.heads={self.heads}"
+            )
+        if self.rotary_scaling == "none" and self.rotary_factor != 1:
+            raise UserError(
+                f"model.rotary_factor={self.rotary_factor:g} is not possible with model.rotary_scaling=none; leave it "
+                "out, or set model.rotary_scaling"
+            )
+        if self.rotary_scaling == "llama3" and self.rotary_fast_turns <= self.rotary_slow_turns:
+            raise UserError(
+                f"model.rotary_fast_turns={self.rotary_fast_turns:g} is not possible; it must be above "
+                f"model.rotary_slow_turns={self.rotary_slow_turns:g}"
             )
 
 
@@ -169,7 +213,7 @@ class Decoder(Network):
         assert not classes, "this kind of denoiser has no labels"
         super().__init__(config, mask_id=mask_id, schedule=schedule)
         self.vocab_embed = TokenEmbedding(vocab_size, config.width)
-        self.rotary_emb = Rotary(config.head_dim, config.rotary_base)
+        self.rotary_emb = Rotary(config.head_dim, config.rotary_base, config.scaling)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None

@@ -5,6 +5,8 @@ Legend: B batch, L length, H heads, G heads of keys and values, K width of a hea
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +17,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmdm.models.attention import NO_MASKS, Masks, attend, attend_slices
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Change of the angles for contexts longer than those of the pretraining.
+
+    `linear` divides all angles by `factor` (arXiv 2306.15595). `llama3` divides those with less than `low` turns in
+    `length` positions, leaves those with more than `high`, and interpolates in between (LLaMA 3.1, arXiv 2407.21783).
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    length: int = 8192  # of the pretraining
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        """Return the scaled angles per position."""
+        scaled = frequencies / self.factor
+        if self.kind == "linear":
+            return scaled
+        turns = self.length * frequencies / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return (1 - kept) * scaled + kept * frequencies
+
+
 class Rotary(nn.Module):
     """Table (L, K/2, 2) of rotary embeddings: cosine and sine of the angle of each pair of channels."""
 
-    def __init__(self, head_width: int, base: float = 10_000.0) -> None:
+    def __init__(self, head_width: int, base: float = 10_000.0, scaling: RotaryScaling | None = None) -> None:
         super().__init__()
-        self.head_width, self.base = head_width, base
+        self.head_width, self.base, self.scaling = head_width, base, scaling
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(head_width // 2), persistent=False)
         self.reset_parameters()
@@ -28,7 +54,12 @@ class Rotary(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the buffer. Call this also after `to_empty` of a model on the meta device."""
         with torch.no_grad():
-            self.inv_freq.copy_(inverse_frequencies(self.head_width, self.base))
+            self.inv_freq.copy_(self.frequencies())
+
+    def frequencies(self) -> Tensor:
+        """Return the angles per position (K/2,), in radians, of the pairs of channels, on the CPU."""
+        frequencies = inverse_frequencies(self.head_width, self.base)
+        return frequencies if self.scaling is None else self.scaling.apply(frequencies)
 
     def forward(self, length: int) -> Tensor:
         """Return the rows of the first `length` positions."""
@@ -37,7 +68,7 @@ class Rotary(nn.Module):
 
 
 def inverse_frequencies(head_width: int, base: float = 10_000.0) -> Tensor:
-    """Return the angles per position (K/2,), in radians, of the pairs of channels of a head."""
+    """Return the unscaled angles per position (K/2,), in radians, of the pairs of channels of a head."""
     exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width
     return 1.0 / base**exponent
 

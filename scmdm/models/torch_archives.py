@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ _ATOMS = frozenset(
         "BINUNICODE",
         "SHORT_BINSTRING",
         "LONG1",
-        "GLOBAL",
     )
 )
 _NEW = frozenset(["EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"])
@@ -41,8 +41,17 @@ _ATOM: tuple[()] = ()
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def check_archive(path: Path, what: str, remedy: str) -> set[str]:
-    """Return the names of classes and functions in a zip archive's pickle, as in `collections.OrderedDict`.
+@dataclass(frozen=True)
+class PickledNames:
+    """Classes and functions that a pickle names, as in `collections.OrderedDict`."""
+
+    all: frozenset[str]
+    mappings: frozenset[str]  # whose instances get items by key, as subclasses of dict do
+    sequences: frozenset[str]  # whose instances get items appended, as subclasses of list do
+
+
+def check_archive(path: Path, what: str, remedy: str) -> PickledNames:
+    """Return the names of classes and functions in a zip archive's pickle.
 
     Raises UserError unless every record is stored whole, once, and has its checksum, and the pickle is bounded.
     """
@@ -72,7 +81,7 @@ def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
             raise ValueError(f"record {record.filename!r} has {record.file_size} bytes")
 
 
-def check_pickle(data: bytes) -> set[str]:
+def check_pickle(data: bytes) -> PickledNames:
     """Return the names of classes and functions in a pickle of protocol 2. Raises ValueError for what is unbounded."""
     names: set[str] = set()
     machine = _Machine()
@@ -80,10 +89,11 @@ def check_pickle(data: bytes) -> set[str]:
         if number > _MOST_INSTRUCTIONS:
             raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions")
         if opcode.name == "GLOBAL":
-            names.add(_present_name(*str(argument).split(" ", 1)))
+            argument = _present_name(*str(argument).split(" ", 1))
+            names.add(argument)
         machine.step(opcode.name, argument)
     machine.check_sizes()
-    return names
+    return PickledNames(frozenset(names), frozenset(machine.mappings), frozenset(machine.sequences))
 
 
 def _present_name(module: str, name: str) -> str:
@@ -93,8 +103,14 @@ def _present_name(module: str, name: str) -> str:
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
+class _Name(tuple[()]):
+    """A class or function on the stack."""
+
+    text: str
+
+
 class _Machine:
-    """The stack of an unpickler, with containers as lists of their content and all other values as `_ATOM`."""
+    """The stack of an unpickler: containers as lists of their content, names as `_Name`, other values as `_ATOM`."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -102,6 +118,9 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._made: list[list[Any]] = []
         self._levels: dict[int, int] = {}  # of tuples, by identity
+        self._makers: dict[int, str] = {}  # names of what made an object, by its identity
+        self.mappings: set[str] = set()
+        self.sequences: set[str] = set()
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction. Raises ValueError for one that torch does not write, IndexError on an empty stack."""
@@ -114,12 +133,17 @@ class _Machine:
         elif name == "TUPLE":
             self._push_tuple(self._pop_mark())
         elif name in ("APPENDS", "SETITEMS"):
-            self._add(self._pop_mark())
+            self._add(self._pop_mark(), name)
         elif name in ("APPEND", "SETITEM"):
-            self._add(self._pop(1 if name == "APPEND" else 2))
+            self._add(self._pop(1 if name == "APPEND" else 2), name)
+        elif name == "GLOBAL":
+            self._stack.append(maker := _Name())
+            maker.text = str(argument)
         elif name in ("REDUCE", "NEWOBJ"):
-            self._pop(2)
+            maker, _ = self._pop(2)
             self._push([])
+            if isinstance(maker, _Name):
+                self._makers[id(self._stack[-1])] = maker.text
         elif name == "BINPERSID":
             self._pop(1)
             self._stack.append(_ATOM)
@@ -179,5 +203,9 @@ class _Machine:
         del self._stack[self._marks.pop() :]
         return found
 
-    def _add(self, values: list[Any]) -> None:
-        self._stack[-1].extend(values)
+    def _add(self, values: list[Any], instruction: str) -> None:
+        target = self._stack[-1]
+        target.extend(values)
+        maker = self._makers.get(id(target))
+        if maker is not None:
+            (self.sequences if instruction.startswith("APPEND") else self.mappings).add(maker)

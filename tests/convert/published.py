@@ -1,6 +1,7 @@
 """Small random checkpoints in published layouts, and an independent implementation of MDLM's formulas."""
 
 import json
+import warnings
 
 import omegaconf
 import tokenizers
@@ -86,18 +87,83 @@ def write_mdlm(directory, weights=None, **config):
     return directory
 
 
-def write_lightning(path, **changes):
+# As in the configurations of MDLM and discrete-diffusion-guidance, which hydra resolves in part before it is saved.
+MDLM_RUN = {
+    "mode": "train",
+    "diffusion": "absorbing_state",
+    "backbone": "dit",
+    "classifier_backbone": None,
+    "parameterization": "subs",
+    "time_conditioning": True,
+    "T": 0,
+    "subs_masking": False,
+    "zero_recon_loss": False,
+    "is_vision": False,
+    "seed": 1,
+    "loader": {"global_batch_size": 512, "num_workers": 4},
+    "sampling": {"predictor": "ddpm_cache", "steps": 128},
+    "training": {"ema": 0.9999, "antithetic_sampling": True, "guidance": None},
+    "eval": {"checkpoint_path": "", "generated_samples_path": "${cwd:}/samples.json"},
+    "optim": {"lr": 3e-4},
+    "trainer": {"devices": "${device_count:}"},
+    "wandb": {"project": "text-diffusion", "name": None, "id": "${.name}_${seed}"},
+    "hydra": {"run": {"dir": "./outputs/${now:%Y.%m.%d}/${now:%H%M%S}"}},
+    "checkpointing": {"save_dir": "${cwd:}", "resume_from_ckpt": True},
+    "callbacks": {"checkpoint_monitor": {"monitor": "val/nll"}},
+    "data": {"train": "openwebtext", "tokenizer_name_or_path": "gpt2"},
+    "model": {
+        "name": "small",
+        "type": "ddit",
+        "hidden_size": WIDTH,
+        "cond_dim": CONDITION,
+        "length": LENGTH,
+        "n_blocks": LAYERS,
+        "n_heads": HEADS,
+        "scale_by_sigma": True,
+        "dropout": 0.1,
+        "tie_word_embeddings": False,
+    },
+    "strategy": {"_target_": "lightning.pytorch.strategies.DDPStrategy"},
+    "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+    "lr_scheduler": {"num_warmup_steps": 2500},
+}
+# Duo keeps what concerns the algorithm in a section.
+_MOVED = ("backbone", "parameterization", "time_conditioning", "T", "subs_masking", "diffusion", "zero_recon_loss")
+DUO_RUN = {
+    **{key: value for key, value in MDLM_RUN.items() if key not in _MOVED},
+    "prior": {"type": "none"},
+    "noise": {"type": "log-linear", "eps": 1e-3},
+    "algo": {
+        "name": "duo",
+        "backbone": "dit",
+        "parameterization": "mean",
+        "time_conditioning": True,
+        "T": 0,
+        "subs_masking": False,
+        "causal_attention": False,
+        "loss_type": "elbo",
+        "ignore_bos": False,
+        "curriculum": {"mode": "simple", "start": 100_000, "end": 200_000},
+    },
+}
+
+
+def hydra_config(content):
+    """A configuration as hydra hands it on: its resolver `now` has a cache, which was used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of releases that will drop the cache
+        omegaconf.OmegaConf.register_new_resolver("now", lambda _: "2026", use_cache=True, replace=True)
+    config = omegaconf.OmegaConf.create(content)
+    assert config.hydra.run.dir == "./outputs/2026/2026"
+    assert config._metadata.resolver_cache["now"]
+    return config
+
+
+def write_lightning(path, run=None, weights=None, **changes):
     """As Lightning writes MDLM's: hyper-parameters with OmegaConf and tokenizer objects, averages without names."""
-    weights = mdlm_weights()
+    weights = mdlm_weights() if weights is None else weights
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(write_tokenizer(path.parent / "tokenizer.json")))
-    config = omegaconf.OmegaConf.create(
-        {
-            "parameterization": "subs",
-            "backbone": "dit",
-            "time_conditioning": True,
-            "model": {"n_heads": HEADS, "dropout": 0.1, "length": LENGTH},
-        }
-    )
+    config = hydra_config(MDLM_RUN if run is None else run)
     shadows = [value for name, value in mdlm_weights(seed=1).items() if not name.endswith("inv_freq")]
     content = {
         "state_dict": weights,

@@ -183,8 +183,8 @@ from pathlib import Path
 from scmdm.config.conversion import ImportConfig
 from scmdm.convert.importer import import_model
 import transformers.models.auto  # what the tokenizer needs is no part of the measurement
-from scmdm.data.tokenizers import open_model_tokenizer
-open_model_tokenizer(Path(sys.argv[1]) / "tokenizer.json", 16, 12)
+from scmdm.data.tokenizers import ModelIds, open_model_tokenizer
+open_model_tokenizer(Path(sys.argv[1]) / "tokenizer.json", ModelIds(16, 12))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import_model(Path(sys.argv[1]), Path(sys.argv[2]), ImportConfig(length=16), shard_bytes=2**24)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -102,9 +102,11 @@ def test_the_architecture_is_read_off_the_tensors(tmp_path, capsys):
     """One safetensors file alone: heads follow from the rotary table."""
     source = write_mdlm(tmp_path / "mdlm")
     (source / "config.json").unlink()
-    assert main(["import", str(source / "model.safetensors"), str(tmp_path / "no")]) == 1
-    assert "give length=NUMBER" in capsys.readouterr().err
-    assert main(["import", str(source / "model.safetensors"), str(tmp_path / "out"), f"length={LENGTH}"]) == 0
+    command = ["import", str(source / "model.safetensors"), str(tmp_path / "out")]
+    for given in ([], [f"length={LENGTH}"], ["time_conditioning=false"]):
+        assert main([*command, *given]) == 1
+    assert "length=" in capsys.readouterr().err
+    assert main([*command, f"length={LENGTH}", "time_conditioning=false"]) == 0
     spec = read_spec(tmp_path / "out")
     assert (spec.model.heads, spec.model.condition_width, spec.vocab_size, spec.mask_id) == (4, CONDITION, VOCAB, MASK)
     assert spec.diffusion.eps == 1e-3

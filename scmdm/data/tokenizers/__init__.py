@@ -20,7 +20,7 @@ from scmdm.data.tokenizers.base import (
     text_ids,
 )
 from scmdm.data.tokenizers.byte_tokenizer import ByteTokenizer
-from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer, open_model_tokenizer
+from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer, ModelIds, open_model_tokenizer
 from scmdm.data.tokenizers.level_tokenizer import CodeTokenizer, LevelTokenizer
 from scmdm.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from scmdm.data.tokenizers.symbol_tokenizer import (
@@ -42,6 +42,7 @@ __all__ = [
     "GridLayout",
     "HuggingFaceTokenizer",
     "LevelTokenizer",
+    "ModelIds",
     "OwnFraming",
     "ReservedSymbol",
     "SelfiesTokenizer",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,13 @@ from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, UnknownSy
 from scmdm.data.tokenizers.chat_template import LARGEST_TEMPLATE, PROBE, ChatTemplate, UnusableChat
 from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
+from scmdm.data.tokenizers.transformers_folder import (
+    MAP_FILE,
+    PIPELINE_FILE,
+    SETTINGS_FILE,
+    read_folder,
+    write_folder,
+)
 from scmdm.data.tokenizers.word_cache import WordEncoder, splits_at_white_space
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
@@ -35,9 +41,8 @@ _NAMES = {
     "eos": ("[EOS]", "</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
 }
-_BERT_ROLES = {"bos": "cls", "eos": "sep"}
 _CHAT_FILE, _GENERATION_FILE = "chat_template.jinja", "generation_config.json"
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS = (SETTINGS_FILE, MAP_FILE)
 
 
 @dataclass
@@ -60,6 +65,26 @@ class SpecialIds:
     bos: int
     eos: int
     pad: int
+
+
+@dataclass(frozen=True)
+class ModelIds:
+    """What a model says about the tokens of its embedding.
+
+    Attributes:
+        rows: Rows of the embedding.
+        mask: Id of the mask; None: that of the tokenizer, or the first unused id.
+        bos: Id of the token that begins a sample; None: that of the tokenizer.
+        default_bos: Id of the token that begins a sample where the tokenizer has none. [EOS] is used unless this is
+            a special token.
+        ends: Ids of all tokens that end a text.
+    """
+
+    rows: int
+    mask: int | None = None
+    bos: int | None = None
+    default_bos: int | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_files(
-        cls, path: Path, *, padded: bool, rows: int = 0, mask_id: int | None = None, named: str = "tokenizer.path"
+        cls, path: Path, *, padded: bool, model: ModelIds | None = None, named: str = "tokenizer.path"
     ) -> Self:
         """Read a `tokenizer.json`, or a folder with the files of a `transformers` tokenizer.
 
@@ -131,8 +156,7 @@ class HuggingFaceTokenizer(Tokenizer):
             path: the file or the folder.
             padded: whether the data set has padding. A tokenizer without a padding token then gets an id for it;
                 otherwise its padding id is that of [EOS], which is never used.
-            rows: rows of the embedding of the tokenizer's model; 0: as many as needed.
-            mask_id: mask id of that model; None: that of the tokenizer, or the first unused id.
+            model: the tokenizer's model, if it has one.
             named: configuration key of `path`, for error messages.
 
         Raises:
@@ -141,18 +165,17 @@ class HuggingFaceTokenizer(Tokenizer):
         folder = path.parent if path.is_file() else path
         if any((folder / name).is_file() for name in _SETTINGS):
             path = folder
-        elif (folder / "tokenizer.json").is_file() and path.is_dir():
-            path = folder / "tokenizer.json"  # `transformers` would need the model's configuration
-        pipeline, roles = _from_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
-        ids = load_pipeline(pipeline)
-        found = {role: roles.get(role) for role in _NAMES}
-        if not roles:
-            found = {
-                role: next((n for n in names if ids.token_to_id(n) is not None), None) for role, names in _NAMES.items()
-            }
+        elif (folder / PIPELINE_FILE).is_file() and path.is_dir():
+            path = folder / PIPELINE_FILE  # `transformers` would need the model's configuration
+        pipeline, roles = read_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
         template, ends = _chat_template(folder), _end_ids(folder)
         with reading(f"{named}={path}", "tokenizer"):
-            opened = cls(pipeline, _special_ids(ids, found, padded, mask_id), rows, template, ends)
+            library = load_pipeline(pipeline)
+            specials = _special_ids(library, roles or _conventional(library), padded, model)
+            rows, others = (0, ()) if model is None else (model.rows, model.ends)
+            added = library.get_added_tokens_decoder()  # some configurations name a token of text, by default
+            ends = tuple(dict.fromkeys(id_ for id_ in (*ends, *others) if id_ in added and id_ != specials.eos))
+            opened = cls(pipeline, specials, rows, template, ends)
             check_ids(opened)
         return opened
 
@@ -226,23 +249,28 @@ class HuggingFaceTokenizer(Tokenizer):
         """Content of the `tokenizer.json` of the `tokenizers` library."""
         return self._pipeline
 
+    @property
+    def names_mask(self) -> bool:
+        """Return whether the mask is a token of the pipeline, rather than one that was appended."""
+        return self._tokenizer.id_to_token(self.mask_id) is not None
 
-def open_model_tokenizer(path: Path, rows: int, mask_id: int | None) -> Tokenizer:
+    def write_transformers_files(self, to: Path, length: int) -> None:
+        """Write files into the folder `to` from which `AutoTokenizer` loads this tokenizer."""
+        write_folder(to, self._pipeline, asdict(self._specials), self.chat_template, length)
+
+
+def open_model_tokenizer(path: Path, model: ModelIds) -> Tokenizer:
     """Open the tokenizer of a published model.
 
-    Args:
-        path: `tokenizer.json` or folder of a Hugging Face tokenizer, a .model file, or a tokenizer file of scmdm.
-        rows: rows of the model's embedding, which may exceed the number of tokens.
-        mask_id: the model's mask id; None: that of the tokenizer, or the first unused id.
-
-    Raises:
-        UserError: the file is missing or malformed, or has another mask id.
+    `path` is a `tokenizer.json` or the folder of a Hugging Face tokenizer, a .model file, or a tokenizer file of scmdm.
+    Raises UserError when the file is missing or malformed, or has another mask or [BOS] than the model.
     """
     if path.suffix != ".model" and not is_tokenizer_file(path):
-        return HuggingFaceTokenizer.from_files(path, padded=False, rows=rows, mask_id=mask_id, named="tokenizer")
+        return HuggingFaceTokenizer.from_files(path, padded=False, model=model, named="tokenizer")
     saved = load_tokenizer(path)
-    if mask_id is not None and mask_id != saved.mask_id:
-        raise UserError(f"tokenizer={path} has the mask id {saved.mask_id}, the model {mask_id}; give its tokenizer")
+    for role, wanted, found in (("mask", model.mask, saved.mask_id), ("BOS", model.bos, saved.bos_id)):
+        if wanted is not None and wanted != found:
+            raise UserError(f"tokenizer={path} has the {role} id {found}, the model {wanted}; give its tokenizer")
     return saved
 
 
@@ -283,24 +311,43 @@ def _size(tokenizer: tokenizers.Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+def _conventional(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """Return the names of specials by role, for a tokenizer whose files do not assign roles."""
+    found = {
+        role: next((n for n in names if tokenizer.token_to_id(n) is not None), None) for role, names in _NAMES.items()
+    }
+    return {role: name for role, name in found.items() if name is not None}
+
+
 def _special_ids(
-    tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | None], padded: bool, mask_id: int | None
+    tokenizer: tokenizers.Tokenizer, names: Mapping[str, str], padded: bool, model: ModelIds | None
 ) -> SpecialIds:
-    """Return the ids of the named specials, and ids after the vocabulary for the others."""
-    ids = {role: tokenizer.token_to_id(name) for role, name in names.items() if name is not None}
+    """Return the ids of the named specials, and ids after the vocabulary for the others.
+
+    A model has no trained embedding of appended ids: without a [BOS] of its own it gets `default_bos` or [EOS].
+    """
+    named = {role: tokenizer.token_to_id(name) for role, name in names.items()}
+    ids = {role: id_ for role, id_ in named.items() if id_ is not None}
+    # Many tokenizers without a mask or padding token name another special for it.
+    ids = {r: i for r, i in ids.items() if r not in ("mask", "pad") or i not in (ids.get("bos"), ids.get("eos"))}
+    if model is not None:
+        ids |= {role: id_ for role, id_ in (("mask", model.mask), ("bos", model.bos)) if id_ is not None}
+        if "bos" not in ids and (substitute := _substitute(tokenizer, ids, model)) is not None:
+            ids["bos"] = substitute
+        if "eos" not in ids and "bos" in ids:
+            ids["eos"] = ids["bos"]
     end = _size(tokenizer)
-    found: dict[str, int] = {} if mask_id is None else {"mask": mask_id}
-    for role in (role for role in _NAMES if role not in found):
-        own = ids.get(role)
-        # Many tokenizers without a padding token name another special for padding.
-        if own is not None and not (role in ("mask", "pad") and own in (ids.get("bos"), ids.get("eos"))):
-            found[role] = own
-        elif role == "pad" and not padded:
-            found[role] = found["eos"]
-        else:
-            found[role] = end
-            end += 1
-    return SpecialIds(**found)
+    for role in _NAMES:
+        if role not in ids:
+            appended = role != "pad" or padded
+            ids[role] = end if appended else ids["eos"]
+            end += appended
+    return SpecialIds(**ids)
+
+
+def _substitute(tokenizer: tokenizers.Tokenizer, ids: Mapping[str, int], model: ModelIds) -> int | None:
+    special = tokenizer.get_added_tokens_decoder().get(model.default_bos)
+    return model.default_bos if special is not None and special.special else ids.get("eos")
 
 
 def _from_file(path: Path, named: str) -> dict[str, Any]:
@@ -315,22 +362,3 @@ def _from_file(path: Path, named: str) -> dict[str, Any]:
             raise ValueError("the file as a whole is not a JSON object")
         load_pipeline(content)
     return content
-
-
-def _from_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the content of the tokenizer.json, and the names of the specials by role."""
-    from transformers import AutoTokenizer
-
-    if not any(path.glob("*.json")) and not any(path.glob("*.model")):
-        raise UserError(f"{named}={path} holds no tokenizer.json and no tokenizer_config.json; give another folder")
-    for file in path.glob("*.json"):
-        with suppress(FileNotFoundError):
-            read_json(file, "JSON file of a tokenizer", remedy="give another folder")
-    with reading(f"{named}={path}", "folder of a transformers tokenizer"), panics_as_errors():
-        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, use_fast=True, trust_remote_code=False)
-        pipeline = json.loads(loaded.backend_tokenizer.to_str())
-        names = {role: getattr(loaded, f"{role}_token") for role in _NAMES}
-        for role, other in _BERT_ROLES.items():
-            names[role] = names[role] or getattr(loaded, f"{other}_token")
-        load_pipeline(pipeline)
-    return pipeline, {role: str(name) for role, name in names.items() if name is not None}
