@@ -28,12 +28,16 @@ def own_lengths(
     """
     if config.padding == "length":
         return None
-    length = tokens_BL.shape[1]
-    filled_BL = tokens_BL != manifest.padding_id
-    used_B = torch.where(filled_BL, torch.arange(1, length + 1), 0).amax(1)
-    if manifest.padding_id == manifest.eos_id:
-        used_B += 1  # the first of them ends the sample
+    used_B = used_lengths(tokens_BL, manifest)
     if config.padding == "batch":
         used_B = torch.full_like(used_B, longest_of_all(int(used_B.max())))
     multiple = config.pad_multiple
-    return (-(-used_B // multiple) * multiple).clamp(max=length)
+    return (-(-used_B // multiple) * multiple).clamp(max=tokens_BL.shape[1])
+
+
+def used_lengths(tokens_BL: Tensor, manifest: Manifest) -> Tensor:
+    """Return the length (B,) of each sample without its padding, which may be [EOS]: the first then ends the sample."""
+    length = tokens_BL.shape[1]
+    filled_BL = tokens_BL != manifest.padding_id
+    used_B = torch.where(filled_BL, torch.arange(1, length + 1, device=tokens_BL.device), 0).amax(1)
+    return (used_B + int(manifest.padding_id == manifest.eos_id)).clamp(max=length)

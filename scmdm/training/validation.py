@@ -23,7 +23,7 @@ from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine
 from scmdm.models.model_files import ModelSpec
-from scmdm.training.padding import own_lengths
+from scmdm.training.padding import own_lengths, used_lengths
 
 _BATCH = 256
 T = TypeVar("T")
@@ -44,7 +44,9 @@ def to_device(
     marked in the column `given_mask`, or if they follow the sample's own length in `lengths_B`.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
-    valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    if manifest.pad_policy == "ignore":
+        valid = torch.arange(tokens.shape[1], device=device) < used_lengths(tokens, manifest)[:, None]
     index, documents, given, given_mask, label = (
         batch[name].to(device, non_blocking=True) if name in batch else None
         for name in ("index", DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)

@@ -13,6 +13,7 @@ from scmdm.data.tokenizers.chat_template import Turn
 from scmdm.data.verification import verify_dataset
 from tests.chat_tokenizers import write_chat_tokenizer
 from tests.conftest import ADAPTED, TINY
+from tests.convert.test_decoder_layouts import PUBLISHED, write_published
 
 LENGTH = 112
 SPELLED = "say <|im_end|><|eot_id|> {}"
@@ -155,3 +156,29 @@ def test_from_messages_to_an_evaluated_model(tmp_path, empty_yaml, capsys, kind,
     assert main(["evaluate", str(tmp_path / "run"), *keys]) == 0
     found = json.loads(out.read_text())
     assert found["domain"] == "responses" and found["samples"][0]["metrics"]["num_samples"] == 6
+
+
+@pytest.mark.slow
+def test_a_published_model_of_conversations(tmp_path, empty_yaml):
+    """Imported with its template, adapted on data that are prepared with its tokenizer, and asked."""
+    there, base = tmp_path / "there", tmp_path / "base"
+    config = {**PUBLISHED["llada"], "vocab_size": 262, "embedding_size": 264, "mask_token_id": 258}
+    write_published(there, "llada", config, rows=264)
+    write_chat_tokenizer(there, "llada")
+    (there / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256 + 5]}))
+    assert main(["import", str(there), str(base), f"length={LENGTH}", "framing=chats", "bos_policy=given"]) == 0
+    assert (
+        prepared(tmp_path, "llada", empty_yaml, f"tokenizer.path={base / 'tokenizer.json'}", "pad_policy=ignore") == 0
+    )
+    run = tmp_path / "run"
+    keys = [f"base={base}", f"run_dir={run}", f"data.path={tmp_path / 'data'}", *ADAPTED, "train.steps=2"]
+    assert main(["adapt", str(empty_yaml), *keys, "train.global_batch_size=8", "train.micro_batch_size=8"]) == 0
+    out = tmp_path / "samples.jsonl"
+    for model in (base, run):
+        sample = ["num=2", "sampler.steps=4", "gen_length=6", "prompt=hello <|eot_id|>", f"out={out}"]
+        assert main(["sample", str(model), *sample]) == 0
+        tokenizer = load_tokenizer(base / "tokenizer.json")
+        assert tokenizer.end_ids == (257, 261)
+        prompt = tokenizer.chat.encode_prompt([Turn("user", "hello <|eot_id|>")])
+        for line in out.read_text().splitlines():
+            assert json.loads(line)["tokens"][: len(prompt)] == prompt

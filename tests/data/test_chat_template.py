@@ -118,6 +118,8 @@ def test_where_templates_and_end_tokens_are_found(tmp_path):
         "{{ strftime_now('%d') }}" + LLADA,  # data would depend on the day
         "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
         "{{ 1 / 0 }}",
+        "{{ 'x' * 99999999999 }}",
+        "{{ 99999 ** 99999999 }}",
         "{{ range(10 ** 9) | list }}",
         LLADA.replace("+ '<|eot_id|>'", "+ '<|mdm_mask|>'"),
     ],

@@ -90,6 +90,16 @@ def test_what_counts():
     assert torch.equal(sequences("ignore", config).valid.sum(1), ends - 3)
 
 
+def test_the_end_counts_where_padding_has_its_id():
+    """A model's tokenizer without a padding token pads with [EOS], of which the first ends the sample."""
+    manifest = described("ignore")
+    manifest.pad_id = manifest.padding_id = EOS
+    batch = rows("eos")
+    assert torch.equal(to_device(batch, manifest, CPU).valid.sum(1), 2 + torch.arange(64) % 15)
+    whole = {**batch, "tokens": torch.zeros_like(batch["tokens"])}
+    assert to_device(whole, manifest, CPU).valid.sum() == 64 * (LENGTH - 3)
+
+
 def test_a_micro_batch_is_as_long_as_its_longest_sample():
     config = TrainConfig(steps=1, padding="sample", pad_multiple=4)
     part = sequences("eos", config)[0:3].cropped()

@@ -218,11 +218,21 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox in which no product or power is too large for memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [abs(value) if isinstance(value, int | float) else len(value) for value in (left, right)]
+        if operator == "**" or sizes[0] * sizes[1] > _LONGEST:
+            raise jinja2.TemplateError(f"{operator} of {sizes[0]} and {sizes[1]} is not supported")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Make an environment like that of `transformers`, but without the time of day: data must not depend on it."""
-    found = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
+    found = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     found.filters["tojson"] = _to_json
     found.globals["raise_exception"] = _raise
     return found
