@@ -2,9 +2,15 @@
 
 import collections
 import copy
+import io
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import scmdm
 from scmdm.cli import main
@@ -162,3 +168,20 @@ def test_hyper_parameters_may_be_of_a_class(tmp_path, capsys):
     checkpoint = write_lightning(tmp_path / "other.ckpt", hyper_parameters=AttributeDict(content))
     assert run_import(checkpoint, tmp_path / "out", capsys)[0] == 0
     assert read_spec(tmp_path / "out").model.time_conditioning
+
+
+_VALUES = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text("abc", max_size=3)
+_VALUES = _VALUES | st.lists(_VALUES, max_size=2) | st.dictionaries(st.text("abc", min_size=1, max_size=3), _VALUES)
+_PLACES = [*MDLM_RUN, "new", "noise__type", *(f"model__{key}" for key in (*MDLM_RUN["model"], "new"))]
+
+
+@settings(max_examples=10, deadline=None)
+@given(place=st.sampled_from(_PLACES), value=_VALUES)
+def test_no_value_of_a_run_ends_in_a_traceback(place, value):
+    if place == "hydra":
+        return
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(said), redirect_stdout(io.StringIO()):
+        checkpoint = write_lightning(Path(folder, "last.ckpt"), changed(MDLM_RUN, **{place: value}))
+        code = main(["import", str(checkpoint), str(Path(folder, "out"))])
+    assert code == 0 or (code == 1 and said.getvalue().count("\n") == 1)

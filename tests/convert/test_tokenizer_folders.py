@@ -1,8 +1,14 @@
 """Tokenizers beside published models: folders of `transformers` 4 and 5, and the folders that exports write."""
 
+import io
 import json
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scmdm.cli import main
@@ -216,3 +222,46 @@ def test_a_mask_far_behind_the_vocabulary_gets_no_name(tmp_path, capsys):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.mask_token is None and len(theirs) == len(WORDS)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mask_token_id"] == VOCAB + 2
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+_FIELDS = [
+    "tokenizer_class",
+    "bos_token",
+    "eos_token",
+    "mask_token",
+    "unk_token",
+    "chat_template",
+    "auto_map",
+    "backend",
+]
+_FIELDS += ["extra_special_tokens", "additional_special_tokens", "added_tokens_decoder", "model_max_length", "new"]
+
+
+@pytest.fixture(scope="module")
+def mdlm(tmp_path_factory):
+    return write_mdlm(tmp_path_factory.mktemp("mdlm") / "there")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kind=st.sampled_from(["TokenizersBackend", "PreTrainedTokenizerFast", "Unknown"]),
+    changes=st.dictionaries(st.sampled_from(_FIELDS), _VALUES, max_size=2),
+)
+def test_no_setting_of_a_tokenizer_ends_in_a_traceback(mdlm, kind, changes):
+    content = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", **changes}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "there")
+        source.mkdir()
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            (source / name).symlink_to(mdlm / name)
+        write_settings(source, **content)
+        said = io.StringIO()
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            code = main(["import", str(source), str(Path(folder, "out"))])
+        lines = [line for line in said.getvalue().splitlines() if line.startswith("scmdm: error: ")]
+        assert (code, len(lines)) in ((0, 0), (1, 1)) and "Traceback" not in said.getvalue()
