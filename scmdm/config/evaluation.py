@@ -49,7 +49,7 @@ class EvaluateConfig:
     t_min: float = key(1e-4, help="smallest time of the NELBO", above=0, below=0.5)
     num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**24)
     seeds: list[int] = key(
-        factory=lambda: [0], help="seeds; several give confidence intervals", at_least=0, at_most=LARGEST_SEED
+        factory=lambda: [0], help="seeds, one draw of num samples each", at_least=0, at_most=LARGEST_SEED
     )
     batch_size: int | None = batch_size_key()
     metrics: dict[str, Any] = key(

@@ -10,7 +10,7 @@ Legend: N samples, L sequence length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, block_text, load_tokenizer
+from scmdm.domains.sample_values import SampleValues
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class GeneratedSamples:
     def evaluations(self) -> int:
         """Denoiser evaluations per sample: the maximum, because blocks that a prompt fills need none."""
         return max(self.counts)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of a set of samples, by name, and what intervals over samples need of them."""
+
+    metrics: dict[str, Any]  # JSON values; None: the metric cannot be computed
+    values: dict[str, SampleValues] = field(default_factory=dict)  # a metric that is not here has no interval
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,8 @@ class Domain(Protocol):
         """Templates (N, L) int64 with prompts and mask tokens, N <= num; None if samples start fully masked."""
         ...
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        """Compute all metrics, by name, as JSON values. A metric that cannot be computed is None."""
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        """Compute all metrics."""
         ...
 
     @staticmethod

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from scmdm.domains.interface import Metric
-from scmdm.evaluation.statistics import Difference, Interval, mean_interval, paired_difference
+from scmdm.domains.sample_values import SampleValues
+from scmdm.evaluation.significance import Comparison, Draws, Estimate, Trainings, compare, estimate, holm
 from scmdm.observability.run_metrics import format_duration
 
 Json = Mapping[str, Any]
-IntervalsByArm = Mapping[str, Mapping[int, Interval]]  # by the arm's label and T
-IntervalsByMetric = Mapping[str, IntervalsByArm]
+TextTable = tuple[list[str], list[list[str]]]  # header and rows
+LEVEL = 0.05  # of all comparisons of a report together
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric of an arm at one T."""
+
+    estimate: Estimate  # over samples
+    trainings: Trainings  # mean over sampling seeds of each training
+
+
+QualityByArm = Mapping[str, Mapping[int, Quality]]  # by the arm's label and T
+QualityByMetric = Mapping[str, QualityByArm]
 
 
 def reference_arm(arms: Sequence[Json], name: str | None) -> Json:
@@ -22,38 +36,63 @@ def reference_arm(arms: Sequence[Json], name: str | None) -> Json:
     return named or max(arms, key=lambda arm: arm["rate"])
 
 
-def intervals_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Interval]]:
-    """Intervals of a metric over seeds, by label and T."""
-    found: dict[str, dict[int, Interval]] = {}
+def quality_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Quality]]:
+    """A metric of each arm, by label and T."""
+    found: dict[str, dict[int, Quality]] = {}
     for arm, label in labels.items():
-        by_steps: dict[int, Interval] = {}
+        by_steps = {}
         for steps in sorted({row["steps"] for row in samples if row["arm"] == arm}):
-            numbers = _values(samples, arm, steps, metric)
-            if numbers:
-                by_steps[steps] = mean_interval(numbers)
+            by_seeds = _by_seeds(samples, arm, steps, metric)
+            if by_seeds:
+                by_steps[steps] = _quality(by_seeds)
         if by_steps:
             found[label] = by_steps
     return found
 
 
-def _values(samples: Sequence[Json], arm: str, steps: int, metric: str) -> list[float]:
-    """One value per sampling seed or, with several adaptation seeds, one mean per adaptation."""
-    by_adaptation: dict[int, list[float]] = {}
+@dataclass(frozen=True)
+class _Draw:
+    """A metric of the samples of one training and sampling seed, and its values for intervals, if known."""
+
+    number: float
+    values: SampleValues | None
+
+
+_BySeeds = Mapping[int, Mapping[int, _Draw]]  # by adaptation seed and sampling seed
+
+
+def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, _Draw]]:
+    found: dict[int, dict[int, _Draw]] = {}
     for row in samples:
-        value = row["metrics"].get(metric)
-        if row["arm"] == arm and row["steps"] == steps and value is not None:
-            by_adaptation.setdefault(row["adaptation_seed"], []).append(float(value))
-    if len(by_adaptation) == 1:
-        return next(iter(by_adaptation.values()))
-    return [float(np.mean(values)) for values in by_adaptation.values()]
+        if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
+            draw = _Draw(float(row["metrics"][metric]), row["values"].get(metric))
+            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = draw
+    return found
+
+
+def _quality(by_seeds: _BySeeds) -> Quality:
+    trainings = Trainings(tuple(_mean(draws) for _, draws in sorted(by_seeds.items())))
+    alike = len({frozenset(draws) for draws in by_seeds.values()}) == 1
+    return Quality(estimate(trainings.mean, _values(list(by_seeds.values())) if alike else []), trainings)
+
+
+def _mean(draws: Mapping[int, _Draw]) -> float:
+    return float(np.mean([draw.number for draw in draws.values()]))
+
+
+def _values(trainings: Sequence[Mapping[int, _Draw]]) -> list[Draws]:
+    """Values of each training, in the order of the sampling seeds; empty if those of a draw are not known."""
+    found = [[draws[seed].values for seed in sorted(draws)] for draws in trainings]
+    known = [[values for values in own if values is not None] for own in found]
+    return list(known) if sum(map(len, known)) == sum(map(len, found)) else []
 
 
 def quality_table(
-    values: IntervalsByMetric,
+    values: QualityByMetric,
     shown: Sequence[Metric],
     labels: Mapping[str, str],
     samples: Sequence[Json],
-) -> tuple[list[str], list[list[str]]]:
+) -> TextTable:
     """Return header and rows of the main table: a row for each T and arm, a column for each metric."""
     header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
     rows = []
@@ -62,33 +101,47 @@ def quality_table(
             own = [row for row in samples if row["arm"] == arm and row["steps"] == steps]
             if not own:
                 continue
-            cells = [
-                values[m.name][label][steps].text(m.digits, m.scale) if steps in values[m.name].get(label, {}) else "-"
-                for m in shown
-            ]
+            cells = [_cell(values[metric.name].get(label, {}).get(steps), metric) for metric in shown]
             drawn = f"{len(own)} x {own[0]['num']}"
             rows.append([str(steps), label, str(own[0]["evaluations"]), drawn, *cells])
     return header, rows
 
 
+def _cell(quality: Quality | None, metric: Metric) -> str:
+    return "-" if quality is None else quality.estimate.text(metric.digits, metric.scale)
+
+
 def benchmark_table(
-    values: IntervalsByMetric,
+    values: QualityByMetric,
     shown: Sequence[Metric],
     labels: Mapping[str, str],
     samples: Sequence[Json],
-) -> tuple[list[str], list[list[str]]]:
+) -> TextTable:
     """Return header and rows of a benchmark's table: a row for each T and metric, a column for each arm."""
     header = ["T", "metric", "real data", *labels.values()]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
         for metric in shown:
-            found = [values[metric.name].get(label, {}).get(steps) for label in labels.values()]
-            cells = ["-" if interval is None else interval.text(metric.digits, metric.scale) for interval in found]
+            cells = [_cell(values[metric.name].get(label, {}).get(steps), metric) for label in labels.values()]
             rows.append([str(steps), metric.title, metric.reference_text() or "-", *cells])
     return header, rows
 
 
-def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
+def trainings_table(values: QualityByArm, metric: Metric) -> TextTable:
+    """Return header and rows of the table of each training's value: a row for each T and arm with several trainings."""
+    header = ["T", "model", f"{metric.title}: each training", "range"]
+    rows = []
+    for steps in sorted({steps for by_steps in values.values() for steps in by_steps}):
+        for label, by_steps in values.items():
+            trainings = by_steps[steps].trainings.values if steps in by_steps else ()
+            if len(trainings) > 1:
+                shown = [f"{metric.scale * value:.{metric.digits}f}" for value in trainings]
+                spread = f"{metric.scale * (max(trainings) - min(trainings)):.{metric.digits}f}"
+                rows.append([str(steps), label, ", ".join(shown), spread])
+    return header, rows
+
+
+def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> TextTable:
     """Return header and rows of the cost table: training and sampling of each arm, and its NELBO."""
     header = [
         "model",
@@ -104,7 +157,7 @@ def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> tuple[list[str]
     rows = []
     for arm in arms:
         own = [row for row in samples if row["arm"] == arm["name"]]
-        speed = mean_interval([1e3 * row["seconds"] / row["num"] / row["evaluations"] for row in own]).text(3)
+        speed = f"{np.mean([1e3 * row['seconds'] / row['num'] / row['evaluations'] for row in own]):.3f}"
         rows.append(
             [arm["label"], *_training_cost(arm, vanilla), speed, *(_nelbo(arm, m) for m in ("null", "conditioned"))]
         )
@@ -131,76 +184,110 @@ def _seconds_per_token(arm: Json) -> float:
 def _nelbo(arm: Json, mode: str) -> str:
     values = [entry[mode]["mean"] for entry in arm["nelbo"] if mode in entry]
     known = [value for value in values if value is not None]
-    return f"{mean_interval(known).mean:.4f}" if known else "-"
+    return f"{np.mean(known):.4f}" if known else "-"
 
 
-def conclusions(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[str]:
-    """Return sentences that compare the reference with every other arm at each T."""
-    lines = []
+@dataclass(frozen=True)
+class ArmComparison:
+    """The reference against another arm at one T, on the noise that both were sampled with."""
+
+    steps: int
+    ours: str  # labels
+    theirs: str
+    means: tuple[float, float]
+    compared: Comparison | None  # over samples
+    differences: Trainings  # of each training
+
+
+def compare_arms(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[ArmComparison]:
+    """Compare the reference with every other arm at each T."""
+    found = []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
-            pairs = _pairs(samples, reference["name"], other["name"], steps, metric.name)
-            if pairs:
-                lines.append(f"T = {steps}: {reference['label']} against {other['label']}: {_sentence(pairs, metric)}")
-    return lines
-
-
-def _pairs(samples: Sequence[Json], ours: str, theirs: str, steps: int, metric: str) -> list[tuple[float, float]]:
-    """Return pairs of a metric's values for two arms.
-
-    With one adaptation seed there is a pair per sampling seed, which draws the same noise in both arms. With several,
-    there is a pair per adaptation seed, averaged over its sampling seeds, because these are not independent.
-    """
-    own, other = (_by_seeds(samples, arm, steps, metric) for arm in (ours, theirs))
-    if not other:
-        return []
-    # The base was trained once: its samples are compared with those of every adaptation.
-    counterpart = {seed: next(iter(other.values())) if theirs == "base" else other.get(seed, {}) for seed in own}
-    paired = [[(own[a][s], counterpart[a][s]) for s in own[a] if s in counterpart[a]] for a in own]
-    if len(own) == 1:
-        return paired[0]
-    return [tuple(np.mean(pairs, axis=0)) for pairs in paired if pairs]
-
-
-def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, float]]:
-    """Values by adaptation seed and sampling seed."""
-    found: dict[int, dict[int, float]] = {}
-    for row in samples:
-        if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
-            found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = row["metrics"][metric]
+            ours, theirs = (_by_seeds(samples, arm["name"], steps, metric.name) for arm in (reference, other))
+            both = _paired(ours, theirs)
+            if both is not None:
+                found.append(_compare(steps, (reference["label"], other["label"]), *both))
     return found
 
 
-def _sentence(pairs: Sequence[tuple[float, float]], metric: Metric) -> str:
-    ours, theirs = (metric.scale * sum(side) / len(side) for side in zip(*pairs, strict=True))
-    unit = metric.unit or f" {metric.title}"
-    means = f"{ours:.{metric.digits}f}{unit} against {theirs:.{metric.digits}f}"
-    compared = paired_difference(pairs)
-    if compared is None:
-        return f"{means} (no interval from {len(pairs)} pair(s))"
-    return f"{_verdict(compared, metric)}: {means}, {_interval_text(compared, metric)}"
+_Trainings = Sequence[Mapping[int, _Draw]]
 
 
-def _verdict(compared: Difference, metric: Metric) -> str:
-    if compared.low <= 0 <= compared.high:
+def _paired(ours: _BySeeds, theirs: _BySeeds) -> tuple[_Trainings, _Trainings] | None:
+    """Draws of the same trainings and the same noise; None if there are none.
+
+    An arm of one training, such as the base, is compared with every training of the reference.
+    """
+    once = len(theirs) == 1
+    seeds = sorted(ours if once else set(ours) & set(theirs))
+    sides = [ours[seed] for seed in seeds], list(theirs.values()) if once else [theirs[seed] for seed in seeds]
+    if not all(sides):
+        return None
+    shared = set.intersection(*(set(draws) for side in sides for draws in side))
+    first, second = ([{seed: draws[seed] for seed in shared} for draws in side] for side in sides)
+    return (first, second) if shared else None
+
+
+def _compare(steps: int, labels: tuple[str, str], ours: _Trainings, theirs: _Trainings) -> ArmComparison:
+    first, second = ([_mean(draws) for draws in side] for side in (ours, theirs))
+    other = second * len(first) if len(second) == 1 else second
+    differences = Trainings(tuple(a - b for a, b in zip(first, other, strict=True)))
+    compared = compare(differences.mean, _values(ours), _values(theirs))
+    return ArmComparison(steps, *labels, (float(np.mean(first)), float(np.mean(second))), compared, differences)
+
+
+def conclusions(found: Sequence[ArmComparison], metric: Metric) -> list[str]:
+    """Return a sentence for each comparison. Verdicts hold for all of them together (Holm)."""
+    tested = [one.compared.p_value for one in found if one.compared is not None]
+    adjusted = iter(holm(tested))
+    return [
+        f"T = {one.steps}: {one.ours} against {one.theirs}: "
+        f"{_sentence(one, metric, None if one.compared is None else next(adjusted))}"
+        for one in found
+    ]
+
+
+def _sentence(one: ArmComparison, metric: Metric, adjusted: float | None) -> str:
+    ours, theirs = (f"{metric.scale * mean:.{metric.digits}f}" for mean in one.means)
+    means = f"{ours}{metric.unit or f' {metric.title}'} against {theirs}"
+    trainings = _trainings_text(one.differences, metric)
+    if one.compared is None or adjusted is None:
+        return f"{means} (no interval over samples){trainings}"
+    compared = one.compared
+    difference, low, high = (
+        f"{metric.scale * x:+.{metric.digits}f}" for x in (compared.difference, compared.low, compared.high)
+    )
+    verdict = _verdict(compared, adjusted, metric)
+    p_values = f"p = {compared.p_value:.2g}, adjusted {adjusted:.2g}"
+    return f"{verdict}: {means}, difference {difference} [{low}, {high}], {p_values}{trainings}"
+
+
+def _trainings_text(differences: Trainings, metric: Metric) -> str:
+    if len(differences.values) == 1:
+        return ""
+    each = ", ".join(f"{metric.scale * value:+.{metric.digits}f}" for value in differences.values)
+    return f"; each training: {each} ({'all of one sign' if differences.agree else 'not all of one sign'})"
+
+
+def _verdict(compared: Comparison, adjusted: float, metric: Metric) -> str:
+    if adjusted >= LEVEL:
         return "no significant difference"
-    return "better" if (compared.mean > 0) == (metric.better == "higher") else "worse"
+    return "better" if (compared.difference > 0) == (metric.better == "higher") else "worse"
 
 
-def _interval_text(compared: Difference, metric: Metric) -> str:
-    mean, low, high = (f"{metric.scale * x:+.{metric.digits}f}" for x in (compared.mean, compared.low, compared.high))
-    return f"difference {mean}, paired 95 % interval [{low}, {high}], p = {compared.p_value:.2g}"
-
-
-def describe_protocol(samples: Sequence[Json], arms: Sequence[Json]) -> str:
-    """Describe the numbers of samples and seeds, and the conditions that all arms share."""
+def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequence[ArmComparison]) -> str:
+    """Describe the numbers of samples and seeds, the conditions that all arms share, and what intervals mean."""
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
+    tested = sum(one.compared is not None for one in found)
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
         f"{_training_protocol(arms)} All arms are sampled with the same number of denoiser evaluations "
-        "and the same noise. Intervals are over seeds: with one adaptation seed they do not cover the randomness of "
-        "training."
+        "and the same noise. Intervals are 95 % over samples, with the trainings as given: they do not cover the "
+        "randomness of training, which the values of each training show. Metrics without an interval have none: it "
+        "would cost too much, or the samples' values were not kept. Differences are paired by noise. "
+        f"There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them together."
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +22,12 @@ from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import Manifest
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.distributed.engine import compute_context, resolve_precision
-from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
+from scmdm.domains.domain_registry import changed_keys, domain_of, load_domain, metrics_config
 from scmdm.domains.interface import Domain, EvaluationSettings
+from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
 from scmdm.evaluation.result_table import print_result
+from scmdm.evaluation.significance import estimate
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate, load
@@ -43,7 +48,11 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     loaded = load(path, weights=config.weights, device=config.device)
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
-    domain = _load_reference(loaded, manifest, root, config)
+    name = domain_of(manifest) if config.domain == "auto" else config.domain
+    keys = metrics_config(name, config.metrics)
+    config = replace(config, metrics=changed_keys(keys))  # numbers of the command line are text until here
+    settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
+    domain = load_domain(name)(root, manifest, keys, settings)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
     require_writable(out)
     result: dict[str, Any] = {
@@ -59,7 +68,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
         result["zero_shot"] = _zero_shot_perplexity(loaded, config)
     if config.num:
         templates_NL = domain.templates(root, manifest, config.split, config.num)
-        result["samples"] = _sample_quality(loaded, domain, templates_NL, config)
+        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, config)
     atomic_write_text(out, json_text(result, indent=2))
     print_result(result, domain.metrics)
     Terminal().print(f"wrote {out}", soft_wrap=True)
@@ -116,9 +125,9 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[s
 
 def _sample_quality(
     loaded: LoadedModel, domain: Domain, templates_NL: Tensor | None, config: EvaluateConfig
-) -> list[dict[str, Any]]:
-    """Draw and measure samples for each seed."""
-    rows = []
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """Draw and measure samples for each seed; returns rows, and by metric the interval over all samples."""
+    rows, values = [], []
     for seed in config.seeds:
         drawn = generate(
             loaded,
@@ -130,17 +139,30 @@ def _sample_quality(
             precision=config.precision,
             progress=True,
         )
-        metrics = domain.measure(drawn)
+        measured = domain.measure(drawn)
+        values.append(measured.values)
         rows.append(
             {
                 "seed": seed,
                 "num": len(drawn.texts),
                 "evaluations": drawn.evaluations,
                 "seconds": drawn.seconds,
-                "metrics": metrics,
+                "metrics": measured.metrics,
             }
         )
-    return rows
+    return rows, _intervals(rows, values)
+
+
+def _intervals(
+    rows: Sequence[dict[str, Any]], values: Sequence[Mapping[str, SampleValues]]
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in values[0]:
+        numbers = [row["metrics"][name] for row in rows]
+        if None not in numbers and all(name in own for own in values):
+            one = estimate(float(np.mean(numbers)), [[own[name] for own in values]])
+            found[name] = {"low": one.low, "high": one.high}
+    return {name: limits for name, limits in found.items() if not math.isnan(limits["low"])}
 
 
 def _data_root(loaded: LoadedModel, config: EvaluateConfig) -> Path:
@@ -172,13 +194,6 @@ def _check_data(loaded: LoadedModel, root: Path) -> Manifest:
             f"give the data set that the model was trained on, or prepare one with length={loaded.spec.length}"
         )
     return manifest
-
-
-def _load_reference(loaded: LoadedModel, manifest: Manifest, root: Path, config: EvaluateConfig) -> Domain:
-    name = domain_of(manifest) if config.domain == "auto" else config.domain
-    keys = metrics_config(name, config.metrics)
-    device = str(next(loaded.model.parameters()).device)
-    return load_domain(name)(root, manifest, keys, EvaluationSettings(config.split, device, exclusive=True))
 
 
 def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Path:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from scmdm.domains.plotting import COLOURS, MARKERS, STYLE, save_figure
-from scmdm.evaluation.statistics import Interval
+from scmdm.evaluation.comparison import Quality, QualityByArm
+from scmdm.evaluation.significance import Estimate
 
 Row = Mapping[str, float]
+_SINGLE: Any = {"alpha": 0.7, "markersize": 5}  # marks of single trainings
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Panel:
     """One metric against the number of sampling steps T."""
 
     title: str
-    values: Mapping[str, Mapping[int, Interval]]  # by the arm's label and T
+    values: QualityByArm
     better: str  # "higher" or "lower"
     scale: float = 1.0
     reference: float | None = None  # value of real data, drawn as a dotted line
@@ -31,7 +34,7 @@ class Panel:
 
 
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
-    """Draw metrics against the number of denoiser evaluations; error bars are 95 % intervals over seeds."""
+    """Draw metrics against the number of denoiser evaluations; error bars are 95 % intervals over samples."""
     with plt.rc_context(STYLE):
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
@@ -54,12 +57,11 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
         # Shift by a few per cent, so that error bars of different arms do not overlap.
         x = np.array(steps) * 1.035 ** (index - (len(arms) - 1) / 2)
         found = [panel.values[arm][t] for t in steps]
-        y = [interval.mean * panel.scale for interval in found]
-        error = [0.0 if np.isnan(i.half_width) else i.half_width * panel.scale for i in found]
+        y = [quality.estimate.value * panel.scale for quality in found]
         ax.errorbar(
             x,
             y,
-            yerr=error,
+            yerr=np.transpose([_error(quality.estimate, panel.scale) for quality in found]),
             label=arm,
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(COLOURS)],
@@ -67,6 +69,9 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             markersize=5,
             lw=1.6,
         )
+        for place, quality in zip(x, found, strict=True):
+            trainings = _trainings(quality, panel.scale)
+            ax.plot([place] * len(trainings), trainings, "x", color=COLOURS[index % len(COLOURS)], **_SINGLE)
     if panel.reference is not None:
         ax.axhline(panel.reference * panel.scale, color=COLOURS[0], ls=":", lw=1.2)
     _limit(ax, panel)
@@ -78,10 +83,21 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
 
 
+def _error(estimate: Estimate, scale: float) -> tuple[float, float]:
+    """Lengths of an error bar below and above the value; NaN, which is not drawn, without an interval."""
+    return scale * (estimate.value - estimate.low), scale * (estimate.high - estimate.value)
+
+
+def _trainings(quality: Quality, scale: float) -> list[float]:
+    """Values of single trainings, if there are several."""
+    values = quality.trainings.values
+    return [scale * value for value in values] if len(values) > 1 else []
+
+
 def _limit(ax: Axes, panel: Panel) -> None:
-    """Clip the axis to possible values: an interval over two or three seeds can be far wider than the curves."""
+    """Clip the axis to possible values: an interval over few samples can reach beyond them."""
     low, high = ax.get_ylim()
-    means = [interval.mean for by_steps in panel.values.values() for interval in by_steps.values()]
+    means = [quality.estimate.value for by_steps in panel.values.values() for quality in by_steps.values()]
     maximum = np.inf if panel.maximum is None else panel.maximum * panel.scale
     if min(means) >= 0:
         high = min(high, 1.05 * maximum)
@@ -89,7 +105,7 @@ def _limit(ax: Axes, panel: Panel) -> None:
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
-    """Draw mean and 95 % interval over seeds at one T, one row per arm; a dashed line marks the first arm's mean."""
+    """Draw values and 95 % intervals over samples at one T, one row per arm; a dashed line marks the first arm."""
     with plt.rc_context(STYLE):
         arms = list(dict.fromkeys(arm for panel in panels for arm in panel.values))
         size = (2.6 + 3.2 * len(panels), 1.2 + 0.32 * len(arms))
@@ -105,14 +121,16 @@ def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
 
 def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
     for row, arm in enumerate(arms):
-        interval = panel.values.get(arm, {}).get(steps)
-        if interval is None:
+        quality = panel.values.get(arm, {}).get(steps)
+        if quality is None:
             continue
-        mean, half = interval.mean * panel.scale, interval.half_width * panel.scale
+        value, colour = quality.estimate.value * panel.scale, COLOURS[0 if row == 0 else 6]
         if row == 0:
-            ax.axvline(mean, color=COLOURS[0], ls="--", lw=1)
-        error = None if np.isnan(half) else half
-        ax.errorbar(mean, row, xerr=error, fmt="o", color=COLOURS[0 if row == 0 else 6], capsize=3, markersize=5)
+            ax.axvline(value, color=COLOURS[0], ls="--", lw=1)
+        error = np.reshape(_error(quality.estimate, panel.scale), (2, 1))
+        ax.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
+        trainings = _trainings(quality, panel.scale)
+        ax.plot(trainings, [row] * len(trainings), "x", color=colour, **_SINGLE)
     # Wrap the title, because panels are drawn side by side.
     ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
 

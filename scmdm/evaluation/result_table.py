@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from scmdm.domains.interface import Metric
-from scmdm.evaluation.statistics import mean_interval
+from scmdm.evaluation.significance import Estimate
 from scmdm.system.terminal import Terminal
 
 
@@ -25,16 +26,23 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
     _add_likelihoods(table, result)
     if rows:
         for metric in shown:
-            interval = mean_interval([row["metrics"][metric.name] for row in rows])
+            found = sample_estimate(result, metric.name)
             reference = [metric.reference_text()] if with_reference else []
-            table.add_row(metric.title, interval.text(metric.digits + 1, metric.scale), *reference)
+            table.add_row(metric.title, found.text(metric.digits + 1, metric.scale), *reference)
         table.caption = "; ".join(dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)) or None
         if "scorer" in rows[0]["metrics"]:
             table.add_row("scorer", rows[0]["metrics"]["scorer"])
             table.add_row("precision of the Gumbel noise", result["config"]["sampler"]["gumbel"])
-        table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}")
+        table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}; 95 % intervals over samples")
         table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
     Terminal().print(table)
+
+
+def sample_estimate(result: Mapping[str, Any], name: str) -> Estimate:
+    """Return the mean over seeds of a metric, and its interval over samples, of a result of `run_evaluation`."""
+    value = float(np.mean([row["metrics"][name] for row in result["samples"]]))
+    limits = result.get("intervals", {}).get(name, {})  # results of earlier versions have none
+    return Estimate(value, **limits)
 
 
 def _add_likelihoods(table: Table, result: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from scmdm.errors import UserError
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import loss_figure, progress_figure
-from scmdm.evaluation.statistics import mean_interval
+from scmdm.evaluation.result_table import sample_estimate
 from scmdm.observability.run_metrics import format_duration, read_metrics
 from scmdm.runtime.status import planned_steps
 from scmdm.system.files import atomic_write_text
@@ -77,7 +77,7 @@ def _evaluation(name: str, result: dict[str, Any]) -> list[str]:
     numbers = [entry["metrics"] for entry in result.get("samples", [])]
     names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
     whole = [key for key in names if all(isinstance(n[key], int | float) for n in numbers)]
-    rows += [[key.replace("_", " "), mean_interval([n[key] for n in numbers]).text(4)] for key in whole]
+    rows += [[key.replace("_", " "), sample_estimate(result, key).text(4)] for key in whole]
     return [heading(f"Evaluation {name} (step {result['step']:,})"), table(["metric", "value"], rows)]
 
 

@@ -1,52 +1,66 @@
-"""Intervals and tests for samples, and summaries for trainings.
+"""Intervals and tests over samples, and summaries of trainings.
 
-Two sources of variation are kept apart, and every result says over which it ranges:
+Two sources of variation are kept apart:
 
-* **samples**: models are given; another draw of samples would give other numbers. Wilson intervals and McNemar's test
-  for proportions, the bootstrap for every other metric. Two models that sampled on the same noise are paired sample by
-  sample: both are resampled with the same indices.
-* **trainings**: another seed would give another model. Two or three trainings support no interval: their values are
-  listed with their range.
+* **samples** (`Estimate`, `Comparison`): the models are given; another draw of samples would give other numbers. Two
+  models that sampled on the same noise are paired sample by sample.
+* **trainings** (`Trainings`): another seed would give another model. Two or three trainings support no interval: their
+  values are listed with their range.
+
+A proportion of one model has Wilson's interval, the difference of two proportions McNemar's exact test. Everything else
+has a standard error and Student's t distribution. The error is the root of the sum of squared *deviations*: of each
+sample from the mean, linearised for ratios; for a metric of a set, such as a distance of histograms, of its values
+without each of some groups of samples (jackknife). Deviations of two models on the same noise are subtracted one by
+one, and those of several trainings averaged one by one. A metric that is biased for few samples is taken for that
+number of samples: the bias is part of the metric, and cancels in differences.
+
+The jackknife's error is on average not too small (Efron and Stein 1981). A bootstrap repeats samples, which changes
+distances of histograms and of covariances more than other samples would: for 64 sequences and 4,096 k-mers its error is
+6 times the true one, the jackknife's 1.8 times.
 
 Sources: Wilson (1927); McNemar (1947), exact form; Bonett and Price (2012) for the difference of paired proportions;
-Efron (1979), Davison and Hinkley (1997), sections 5.2 to 5.4; Holm (1979).
+Efron and Tibshirani (1993), chapters 11 (jackknife) and 21 (linearisation); Holm (1979).
 
-Legend: N samples, R resamples.
+Legend: N samples, D deviations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from scmdm.domains.sample_values import SampleValues
+
 LEVEL = 0.95
-RESAMPLES = 2_000
-Metric = Callable[[np.ndarray], float]  # from indices (N,) into the samples to the metric of those samples
+Draws = Sequence[SampleValues]  # values of a metric, one for each sampling seed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its two-sided 95 % interval over `over`; without an interval `low` and `high` are the value."""
+    """A value with its two-sided 95 % interval over samples; NaN limits without an interval."""
 
     value: float
-    low: float
-    high: float
-    over: str
+    low: float = math.nan
+    high: float = math.nan
+
+    def text(self, digits: int = 1, scale: float = 1.0) -> str:
+        """Format as in `60.3 [59.5, 61.1]`."""
+        value, low, high = (f"{scale * x:.{digits}f}" for x in (self.value, self.low, self.high))
+        return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference of two models, first less second, with its 95 % interval and two-sided p value over `over`."""
+    """Difference of two models, first less second, with its 95 % interval and two-sided p value over samples."""
 
     difference: float
     low: float
     high: float
     p_value: float
-    over: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Trainings:
 def proportion(successes: int, samples: int) -> Estimate:
     """Share of samples with a property, with Wilson's interval. Raises ValueError without samples."""
     found = stats.binomtest(successes, samples).proportion_ci(LEVEL, method="wilson")
-    return Estimate(successes / samples, float(found.low), float(found.high), f"{samples} samples")
+    return Estimate(successes / samples, float(found.low), float(found.high))
 
 
 def paired_proportions(first_N: np.ndarray, second_N: np.ndarray) -> Comparison:
@@ -88,47 +102,71 @@ def paired_proportions(first_N: np.ndarray, second_N: np.ndarray) -> Comparison:
     half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
     centre = p_gained - p_lost
     difference = (gained - lost) / n
-    return Comparison(difference, max(-1.0, centre - half), min(1.0, centre + half), p_value, f"{n} paired samples")
+    return Comparison(difference, max(-1.0, centre - half), min(1.0, centre + half), p_value)
 
 
-def bootstrap(metric: Metric, samples: int, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """A metric of N samples with its basic bootstrap interval, [2 m - q_97.5, 2 m - q_2.5].
+def estimate(value: float, trainings: Sequence[Draws]) -> Estimate:
+    """A metric with its interval over samples: the mean over trainings, which are given, and over sampling seeds."""
+    if not trainings:
+        return Estimate(value)
+    if len(trainings) == 1 and all(draw.is_share for draw in trainings[0]):
+        shares_N = np.concatenate([draw.array for draw in trainings[0]])
+        return proportion(int(shares_N.sum()), len(shares_N))
+    found = _student(value, _deviations(trainings), len(trainings[0]))
+    return Estimate(value) if found is None else Estimate(value, found.low, found.high)
 
-    The basic interval also removes the bias that resampling adds to distances and entropies: a resample repeats
-    samples, and so lies further from the truth than the samples themselves.
+
+def compare(difference: float, ours: Sequence[Draws], theirs: Sequence[Draws]) -> Comparison | None:
+    """Compare two models, or the means of several trainings of each, sampled on the same noise.
+
+    Returns None without an interval: there are no values of samples, they are not pairs, or they do not vary.
     """
-    value = metric(np.arange(samples))
-    low, high = _basic(value, np.array([metric(indices) for indices in _draws(samples, seed, resamples)]))
-    return Estimate(value, low, high, f"{samples} samples")
+    both = [draw for draws in (*ours, *theirs) for draw in draws]
+    if len(ours) == len(theirs) == 1 and all(draw.is_share for draw in both):
+        first_N, second_N = (np.concatenate([draw.array for draw in draws]) for draws in (ours[0], theirs[0]))
+        return paired_proportions(first_N, second_N) if len(first_N) == len(second_N) else None
+    first_D, second_D = _deviations(ours), _deviations(theirs)
+    if first_D is None or second_D is None or len(first_D) != len(second_D) or len({draw.kind for draw in both}) > 1:
+        return None
+    return _student(difference, first_D - second_D, len(ours[0]))
 
 
-def paired_bootstrap(
-    first: Metric, second: Metric, samples: int, *, seed: int = 0, resamples: int = RESAMPLES
-) -> Comparison:
-    """Difference of a metric of two models that sampled on the same N noise draws: both see the same resamples.
-
-    The p value is that of the largest interval which excludes zero, at least 1 / R.
-    """
-    value = first(np.arange(samples)) - second(np.arange(samples))
-    gaps_R = np.array([first(indices) - second(indices) for indices in _draws(samples, seed, resamples)])
-    low, high = _basic(value, gaps_R)
-    # An interval of level 1 - p reaches zero where 2 m lies at a quantile of the resamples.
-    beyond = min((gaps_R >= 2 * value).mean(), (gaps_R <= 2 * value).mean())
-    p_value = min(1.0, max(2 * float(beyond), 1 / resamples))
-    return Comparison(value, low, high, p_value, f"{samples} paired samples")
+def _student(value: float, deviations_D: np.ndarray | None, means: int) -> Comparison | None:
+    """Student's t interval of a value whose deviations are from `means` means; None if they do not vary."""
+    if deviations_D is None or len(deviations_D) <= means or not (error := float(np.sqrt((deviations_D**2).sum()))):
+        return None
+    freedom = len(deviations_D) - means
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Comparison(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, freedom)))
 
 
-def _draws(samples: int, seed: int, resamples: int) -> Sequence[np.ndarray]:
-    if samples < 2:
-        raise ValueError(f"{samples} samples; a resample needs at least 2")
-    generator = np.random.default_rng([seed, samples, resamples])
-    return [generator.integers(0, samples, samples) for _ in range(resamples)]
+def _deviations(trainings: Sequence[Draws]) -> np.ndarray | None:
+    """Deviations of the mean over trainings and draws; None if a draw has none, or trainings differ in number."""
+    found = []
+    for draws in trainings:
+        parts = [part for part in map(deviations, draws) if part is not None]
+        if not parts or len(parts) < len(draws):
+            return None
+        found.append(np.concatenate(parts) / len(parts))
+    if not found or len({len(part) for part in found}) > 1:
+        return None
+    mean_D: np.ndarray = np.mean(found, axis=0)
+    return mean_D
 
 
-def _basic(value: float, resampled_R: np.ndarray) -> tuple[float, float]:
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(resampled_R, [tail, 1 - tail])
-    return float(2 * value - high), float(2 * value - low)
+def deviations(draw: SampleValues) -> np.ndarray | None:
+    """Deviations of a metric of one draw, whose squares sum to its squared standard error; None if one is unknown."""
+    if draw.kind == "jackknife":
+        found_D = (draw.array - draw.array.mean()) * math.sqrt(1 - 1 / len(draw.array))
+    else:
+        parts_N, weights_N = draw.ratio_parts()
+        value, n = draw.value(), len(parts_N)
+        if value is None or n < 2:
+            return None
+        ratio = parts_N.sum() / weights_N.sum()
+        slope = value if draw.kind == "exp_ratio" else 1.0
+        found_D = slope * (parts_N - ratio * weights_N) / weights_N.mean() / math.sqrt(n * (n - 1))
+    return found_D if np.isfinite(found_D).all() else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

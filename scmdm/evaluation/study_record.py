@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scmdm.domains.sample_values import read_values
 from scmdm.errors import UserError
 from scmdm.system.json_lines import JsonLines, read_json_lines
 from scmdm.system.untrusted import name_inside, parse_as, parse_json, read_bytes, reading
@@ -86,6 +87,25 @@ class OpenStudy:
             raise UserError(f"{found.path} has no samples; {_REMEDY}")
         return found.rows
 
+    def read_values(self) -> None:
+        """Read the values of each evaluation's samples into its row; those that have none are noted."""
+        missing = 0
+        for row in self.samples:
+            row["values"] = {}
+            if (name := row.get("values_file")) is None:
+                missing += 1
+                continue
+            path = self.file(name)
+            try:
+                row["values"] = read_values(path)
+            except UserError as error:
+                self.problems.append(str(error))
+        if missing:
+            self.problems.append(
+                f"{self.directory / STUDY_FILE}: {missing} of {len(self.samples)} evaluations have no values of single "
+                "samples, as in studies of earlier versions: their metrics have no interval"
+            )
+
     def note(self, found: JsonLines[Any]) -> None:
         """Note what could not be read of a file."""
         if found.problem is not None and found.problem not in self.problems:
@@ -111,13 +131,16 @@ def open_study(directory: Path) -> OpenStudy:
             problems.append(f"{path}: evaluations.{number} is damaged and left out")
     if not samples:
         raise UserError(f"{path} has no evaluation of samples; {_REMEDY}")
-    return OpenStudy(directory, record, [asdict(arm) for arm in record.arms], samples, problems)
+    study = OpenStudy(directory, record, [asdict(arm) for arm in record.arms], samples, problems)
+    study.read_values()
+    return study
 
 
 def is_sample_row(row: dict[str, Any]) -> bool:
     """Return whether a row has everything that tables and figures read of an evaluation of samples."""
     typed = all(isinstance(row.get(name), kind) and row[name] is not True for name, kind in _ROW_TYPES.items())
-    return typed and all(0 < row[name] < 2**63 for name in _COUNTS)
+    named = isinstance(row.get("values_file"), str | None)
+    return typed and named and all(0 < row[name] < 2**63 for name in _COUNTS)
 
 
 def _parse_sample(line: bytes) -> dict[str, Any]:

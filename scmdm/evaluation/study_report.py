@@ -15,15 +15,18 @@ from scmdm.domains.domain_registry import load_domain
 from scmdm.domains.interface import Domain, Metric
 from scmdm.domains.plotting import COLOURS
 from scmdm.evaluation.comparison import (
-    IntervalsByMetric,
     Json,
+    QualityByMetric,
+    TextTable,
     benchmark_table,
+    compare_arms,
     conclusions,
     cost_table,
     describe_protocol,
-    intervals_by_arm,
+    quality_by_arm,
     quality_table,
     reference_arm,
+    trainings_table,
 )
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
@@ -34,8 +37,8 @@ from scmdm.system.run_directory import METRICS_FILE
 from scmdm.system.terminal import Terminal
 from scmdm.system.untrusted import reading
 
+_MARKS = "bars are 95 % intervals over samples, crosses single trainings where there are several"
 _SHOWN_TEXTS, _SHOWN_CHARACTERS = 3, 600
-TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class StudySummary:
     """Tables and conclusions of a study, as text."""
 
     title: str
+    protocol: str
     quality: TextTable
+    trainings: TextTable  # without rows if each arm was trained once
     benchmarks: dict[str, TextTable]  # by name of the benchmark
     cost: TextTable
     conclusions: list[str]
@@ -65,17 +70,18 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     record, samples, arms = study.record, study.samples, study.arms
     domain = load_domain(record.domain)
     labels = {arm["name"]: arm["label"] for arm in arms}
-    values = {metric.name: intervals_by_arm(samples, labels, metric.name) for metric in domain.metrics}
+    values = {metric.name: quality_by_arm(samples, labels, metric.name) for metric in domain.metrics}
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
     reference = reference_arm(arms, record.reference)
     summary = _summarize(study, domain.metrics[0], shown, values, labels)
     figures = out.parent
     parts = [
-        paragraph(describe_protocol(samples, arms)),
+        paragraph(summary.protocol),
         heading("Results"),
         bullets(summary.conclusions),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
         table(*summary.quality, group=True),
+        *([table(*summary.trainings, group=True)] if summary.trainings[1] else []),
         *(
             part
             for name, benchmark in summary.benchmarks.items()
@@ -108,26 +114,29 @@ def _summarize(
     study: OpenStudy,
     main: Metric,
     shown: Sequence[Metric],
-    values: IntervalsByMetric,
+    values: QualityByMetric,
     labels: Mapping[str, str],
 ) -> StudySummary:
     samples, arms = study.samples, study.arms
     own = [metric for metric in shown if not metric.benchmark]
+    found = compare_arms(samples, arms, reference_arm(arms, study.record.reference), main)
     benchmarks = {
         name: benchmark_table(values, [metric for metric in shown if metric.benchmark == name], labels, samples)
         for name in dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)
     }
     return StudySummary(
         study.record.title,
+        describe_protocol(samples, arms, found),
         quality_table(values, own, labels, samples),
+        trainings_table(values[main.name], main),
         benchmarks,
         cost_table(arms, samples),
-        conclusions(samples, arms, reference_arm(arms, study.record.reference), main),
+        conclusions(found, main),
         study.problems,
     )
 
 
-def _panels(shown: Sequence[Metric], values: IntervalsByMetric, benchmark: str) -> list[Panel]:
+def _panels(shown: Sequence[Metric], values: QualityByMetric, benchmark: str) -> list[Panel]:
     return [
         Panel(m.title, values[m.name], m.better, m.scale, m.reference, m.maximum)
         for m in shown
@@ -143,21 +152,19 @@ def _quality_pictures(
     steps = {row["steps"] for row in samples}
     if len(labels) <= len(COLOURS) or len(steps) > 1:
         quality = quality_figure(panels, figures / "quality.png")
-        parts.append(picture(quality, "Metrics against denoiser evaluations; bars are 95 % intervals over seeds."))
+        parts.append(picture(quality, f"Metrics against denoiser evaluations; {_MARKS}."))
     if len(labels) > len(COLOURS):
         order = [reference, *(label for label in labels.values() if label != reference)]
         rows = [replace(p, values={label: p.values[label] for label in order if label in p.values}) for p in panels]
         compared = arms_figure(rows, _picture_steps(samples), figures / "arms.png")
-        parts.append(
-            picture(compared, f"All models; bars are 95 % intervals over seeds, the dashed line is {reference}.")
-        )
+        parts.append(picture(compared, f"All models; {_MARKS}; the dashed line is {reference}."))
     return parts
 
 
 def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:
     if not panels or len(labels) > len(COLOURS):
         return []
-    caption = "Metrics against denoiser evaluations; bars are 95 % intervals over seeds, the dotted line is real data."
+    caption = f"Metrics against denoiser evaluations; {_MARKS}; the dotted line is real data."
     return [picture(quality_figure(panels, path), caption)]
 
 
@@ -166,7 +173,8 @@ def print_summary(summary: StudySummary) -> None:
     console = Terminal()
     width = None if console.is_terminal else 160
     console = Terminal(width=width)
-    tables = {summary.title: summary.quality, **summary.benchmarks, "Cost": summary.cost}
+    trainings = {"Trainings": summary.trainings} if summary.trainings[1] else {}
+    tables = {summary.title: summary.quality, **trainings, **summary.benchmarks, "Cost": summary.cost}
     for title, (header, rows) in tables.items():
         shown = Table(title=title)
         for index, name in enumerate(header):
@@ -178,7 +186,7 @@ def print_summary(summary: StudySummary) -> None:
             previous = row[0]
             shown.add_row(*row)
         console.print(shown)
-    for statement in (*summary.conclusions, *summary.problems):
+    for statement in (summary.protocol, *summary.conclusions, *summary.problems):
         console.print(f"- {statement}")
 
 

@@ -18,6 +18,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.distributed.engine import resolve_device
 from scmdm.domains.domain_registry import changed_keys, load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, MetricKeys
+from scmdm.domains.sample_values import write_values
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.models.model_files import open_model
 from scmdm.sampling.generation import generate, load
@@ -111,14 +112,17 @@ class StudyJobs:
         else:
             drawn: GeneratedSamples = result["drawn"]
             domain = self._load_domain()
-            metrics, first = domain.measure(drawn), domain.metrics[0]
+            measured, first = domain.measure(drawn), domain.metrics[0]
+            values_file = task.samples.with_suffix(".npz")
+            write_values(values_file, measured.values)
             result = {
                 "evaluations": drawn.evaluations,
                 "seconds": drawn.seconds,
-                "metrics": metrics,
+                "metrics": measured.metrics,
                 "samples_file": str(task.samples.relative_to(self._plan.out)),
+                "values_file": str(values_file.relative_to(self._plan.out)),
             }
-            value = metrics[first.name]
+            value = measured.metrics[first.name]
             quality = f"{first.title}: {'unknown' if value is None else f'{first.scale * value:.{first.digits}f}'}"
             line = f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
         row = {**task.settings, **result}

@@ -1,13 +1,17 @@
-"""Reading `.npz` files: names, dtypes and sizes are checked before memory is taken, and nothing is unpickled."""
+"""`.npz` files, which are read with care: names, dtypes and sizes are checked before memory is taken, and nothing is
+unpickled."""
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from scmdm.system.files import atomic_write_bytes
 from scmdm.system.untrusted import reading, require_regular
 
 _LARGEST = 2**32  # bytes of all arrays together
@@ -32,6 +36,14 @@ def read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
                 _check_array(archive, record)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _check_array(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from scmdm.cli import main
+from scmdm.domains.sample_values import read_values
 from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
@@ -130,6 +131,9 @@ def test_arms_from_scratch_and_arms_that_only_sample(study):
     assert ours["model_sha256"] == theirs["model_sha256"] and "float32-0_nelbo" not in rows
     assert (ours["sampler"]["gumbel"], theirs["sampler"]["gumbel"]) == ("float32", "float64")
     assert {arm["name"]: arm["rate"] for arm in content["arms"]} == {"base": 0, "scmdm": 1, "float32": 1, "scratch": 1}
+    for row in (ours, theirs):
+        values = read_values(out / row["values_file"])
+        assert values["validity"].value() == row["metrics"]["validity"] and len(values["validity"].array) == 32
     report = (out / "report.html").read_text()
     assert "from scratch: trained from scratch" in report and "(samples of scmdm)" in report
     before = {path: path.stat().st_mtime_ns for path in (out / "evaluations").iterdir()}

@@ -7,7 +7,14 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from scmdm.cli import main
-from scmdm.domains.codes.metrics import CodeReference, code_counts, count_distance, evaluate_codes, pair_counts
+from scmdm.domains.codes.metrics import (
+    CodeReference,
+    code_counts,
+    code_values,
+    count_distance,
+    evaluate_codes,
+    pair_counts,
+)
 
 KEYS = [
     "source.name=codes",
@@ -52,6 +59,12 @@ def test_metrics_of_a_few_samples():
     assert found["usage_distance"] == pytest.approx(jensenshannon([1, 0, 1, 2], [2, 2, 1, 1]))
     assert found["usage_distance_floor"] == pytest.approx(jensenshannon([1, 1, 1, 1], [2, 2, 1, 1]))
     assert found["pair_distance"] == pytest.approx(jensenshannon([0, 1, 1], [2, 1, 0]))
+    values = code_values(samples, [True, True, False], CodeReference.make(train, held_out, 8))
+    assert values["framed"].value() == found["framed"] and values["copies"].value() == found["copies"]
+    assert values["usage_distance"].array[1] == pytest.approx(jensenshannon([0, 0, 1, 1], [2, 2, 1, 1]))
+    assert values["pair_distance"].array.tolist() == pytest.approx(
+        [np.sqrt(np.log(2)), jensenshannon([0, 1], [2, 1]), found["pair_distance"]]
+    )
     nothing = evaluate_codes(samples, [False] * 3, CodeReference.make(train, held_out, 8)).as_dict()
     assert nothing["pair_distance"] is None and nothing["codebook_used"] == 0
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import is_framed, load_tokenizer
 from scmdm.domains.domain_registry import DOMAINS, changed_keys, domain_of, load_domain, metrics_config
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
+from scmdm.domains.sample_values import read_values, without_groups, write_values
 from scmdm.errors import UserError
 
 BACTERIUM = "".join(random.Random(0).choices("ACGT", weights=(4, 1, 1, 4), k=60_000))
@@ -63,6 +65,27 @@ def drawn_from(root, split, count):
     return GeneratedSamples(torch.from_numpy(rows), texts, framed, [8] * len(rows), 1.0)
 
 
+def require_consistent(domain, drawn):
+    """A metric is that of its samples' values; without a group it is that of the other samples."""
+    measured, samples = domain.measure(drawn), len(drawn.texts)
+    others = domain.measure(pick(drawn, np.flatnonzero(next(without_groups(samples))))).metrics
+    assert measured.values
+    for name, values in measured.values.items():
+        metric = measured.metrics[name]
+        if values.kind == "jackknife":
+            assert len(values.array) == samples
+            assert values.array[0] == pytest.approx(others[name], nan_ok=True, rel=1e-4), name
+        else:
+            assert values.array.shape[-1] == samples
+            assert (values.value() or 0.0) == pytest.approx(metric or 0.0), name
+    return measured
+
+
+def pick(drawn, rows):
+    texts, framed = [drawn.texts[row] for row in rows], [drawn.framed[row] for row in rows]
+    return GeneratedSamples(drawn.tokens[rows], texts, framed, [8] * len(rows), 1.0)
+
+
 def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     name, root = dataset
@@ -71,15 +94,21 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     assert found.name == name
     domain = found(root, manifest, found.Config(), EvaluationSettings())
     drawn = drawn_from(root, "test", 100)
-    real = domain.measure(drawn)
+    measured = require_consistent(domain, drawn)
+    real = measured.metrics
     json.dumps(real)
+    write_values(tmp_path / "values.npz", measured.values)
+    again = read_values(tmp_path / "values.npz")
+    assert {name: values.kind for name, values in again.items()} == {n: v.kind for n, v in measured.values.items()}
+    assert all(np.array_equal(again[n].array, v.array, equal_nan=True) for n, v in measured.values.items())
     first = domain.metrics[0]
     assert all(drawn.framed) and real[first.name] is not None
     noise = torch.randint(4, manifest.vocab_size, drawn.tokens.shape, generator=torch.Generator().manual_seed(0))
     noise[:, 0] = manifest.bos_id
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
     texts, framed = zip(*((tokenizer.decode(r), is_framed(r, tokenizer)) for r in noise.tolist()), strict=True)
-    uniform = domain.measure(dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed)))
+    noisy = dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed))
+    uniform = require_consistent(domain, noisy).metrics
     worse = uniform[first.name]  # None: not a single sample is valid
     assert worse is None or (real[first.name] > worse) == (first.better == "higher")
     rows = [

@@ -62,14 +62,14 @@ def test_held_out_responses_measure_as_themselves(dataset):
     assert [tokenizer.decode(row[row != tokenizer.pad_id].tolist()) for row in ids] == texts
     drawn = GeneratedSamples(torch.from_numpy(columns["tokens"]), ["whole"] * 8, [True] * 8, [4] * 8, 1.0)
     domain = ResponsesDomain(root, manifest, TextMetricKeys(), EvaluationSettings())
-    found = domain.measure(drawn)
+    found = domain.measure(drawn).metrics
     for name in ("perplexity", "entropy", "distinct_1", "distinct_2", "distinct_3"):
         assert found[name] == found[f"{name}_held_out"] and math.isfinite(found[name])
     assert found["framed"] == 1 and found["empty"] == 0 and "training responses" in found["scorer"]
     ends = columns["tokens"].copy()
     for row, given in zip(ends, columns["given"], strict=True):
         row[given:] = tokenizer.eos_id
-    silent = domain.measure(GeneratedSamples(torch.from_numpy(ends), [""] * 8, [True] * 8, [4] * 8, 1.0))
+    silent = domain.measure(GeneratedSamples(torch.from_numpy(ends), [""] * 8, [True] * 8, [4] * 8, 1.0)).metrics
     assert silent["perplexity"] is None and silent["entropy"] == 0 and silent["empty"] == 8
     assert "NaN" not in json.dumps(silent)
 

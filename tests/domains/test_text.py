@@ -12,7 +12,8 @@ from scmdm.domains.text.metrics import (
     distinct_n,
     evaluate_text,
     generative_perplexity,
-    unigram_entropy,
+    text_values,
+    unigram_entropies,
 )
 from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
@@ -49,8 +50,9 @@ def test_bigram_by_hand():
 
 def test_familiar_text_is_less_surprising():
     model = NgramModel.fit(TEXTS, order=5)
-    assert model.perplexity(["the dog sat on the mat"]) < model.perplexity(["tam eht no tas god eht"])
-    assert math.isnan(model.perplexity([]))
+    likely, unlikely = (model.log_prob(text) for text in ("the dog sat on the mat", "tam eht no tas god eht"))
+    assert likely[0] > unlikely[0] and likely[1] == unlikely[1] == 22
+    assert model.log_prob("") == (0.0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +85,18 @@ def test_generative_perplexity_equals_a_plain_loop(scorer):
             nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     ours = generative_perplexity([*TEXTS, "", "cat"], load_scorer(scorer), batch_size=2, max_length=8)
-    assert ours == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert ours.value() == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert ours.array[1].tolist()[-2:] == [0, 0]
 
 
 def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
     scorer = load_scorer(scorer)
     long = " ".join(TEXTS * 3)
     cut = " ".join(long.split()[:32])
-    assert generative_perplexity([long], scorer) == pytest.approx(generative_perplexity([cut], scorer))
-    label = evaluate_text([long], np.array([[5, 6]]), 0, scorer, device="cpu").scorer
-    assert "the first 32 tokens" in label
+    both = [generative_perplexity([text], scorer).value() for text in (long, cut)]
+    assert both[0] == pytest.approx(both[1])
+    values = text_values([long], np.array([[5, 6]]), 0, scorer, device="cpu")
+    assert "the first 32 tokens" in evaluate_text(values, scorer).scorer
 
 
 def test_scorers_that_are_not(tmp_path):
@@ -105,12 +109,12 @@ def test_scorers_that_are_not(tmp_path):
 
 def test_entropy_and_distinct():
     ids = np.array([[5, 5, 5, 5], [5, 6, 0, 0], [5, 6, 7, 8]])
-    assert unigram_entropy(ids, pad_id=0) == pytest.approx((0 + math.log(2) + math.log(4)) / 3)
-    assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
-    assert distinct_n(["one"], 2) == 0.0
+    assert unigram_entropies(ids, pad_id=0) == pytest.approx([0, math.log(2), math.log(4)])
+    found = distinct_n(["a b a b", "a b"], 2)
+    assert found.value() == pytest.approx(2 / 4) and found.array.tolist() == [[2, 0], [3, 1]]
+    assert distinct_n(["one"], 2).value() is None
 
 
 def test_the_scorer_is_always_named(scorer):
-    ids, scorer = np.array([[5, 6]]), load_scorer(scorer)
-    assert "transformers" in evaluate_text(TEXTS, ids, 0, scorer, device="cpu").scorer
-    assert "not a neural scorer" in evaluate_text(TEXTS, ids, 0, NgramScorer.fit(TEXTS, "a"), device="cpu").scorer
+    for own, named in ((load_scorer(scorer), "transformers"), (NgramScorer.fit(TEXTS, "a"), "not a neural scorer")):
+        assert named in evaluate_text(text_values(TEXTS, np.array([[5, 6]]), 0, own, device="cpu"), own).scorer

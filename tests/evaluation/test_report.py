@@ -8,14 +8,19 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from scmdm.cli import main
 from scmdm.data.tokenizers import SmilesTokenizer
 from scmdm.domains import plotting
+from scmdm.domains.molecules.domain import MoleculesDomain
+from scmdm.domains.sample_values import SampleValues, write_values
 from scmdm.evaluation import report_figures
+from scmdm.evaluation.comparison import Quality, compare_arms, quality_by_arm
 from scmdm.evaluation.report_figures import quality_figure
-from scmdm.evaluation.statistics import mean_interval, paired_difference
-from scmdm.evaluation.study_report import study_report
+from scmdm.evaluation.significance import Estimate, Trainings, holm
+from scmdm.evaluation.study_record import open_study
+from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.study.study_plan import finished_row
 
 ARMS = {
@@ -25,17 +30,14 @@ ARMS = {
 }
 
 
-def test_intervals_by_hand():
-    interval = mean_interval([1.0, 2.0, 3.0])
-    assert interval.mean == 2 and interval.half_width == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-5)
-    assert interval.text(1) == "2.0 ± 2.5" and mean_interval([0.5]).text(1, 100) == "50.0"
+VALIDITY = MoleculesDomain.metrics[0]
 
 
-def test_pairing_removes_what_is_common():
-    noise = np.random.default_rng(0).normal(0, 5, 4)
-    found = paired_difference([(n + 1 + e, n) for n, e in zip(noise, [0.1, -0.1, 0.05, -0.05], strict=True)])
-    assert found.low > 0.7 and found.high < 1.3 and found.p_value < 0.01
-    assert paired_difference([(1, 0)]) is None
+def valid(arm, steps, seed, gain=0.0):
+    """Valid samples, on the noise that all arms share in part."""
+    own, shared = np.random.default_rng([steps, seed, len(arm)]).random(1024), np.random.default_rng([steps, seed])
+    noise = np.where(shared.random(1024) < 0.5, shared.random(1024), own)
+    return noise < ARMS[arm][2] + 0.01 * math.log2(steps) + gain
 
 
 def metrics_row(validity):
@@ -60,7 +62,7 @@ def metrics_row(validity):
 @pytest.fixture
 def study(tmp_path):
     evaluations, arms = [], []
-    for name, (label, rate, level) in ARMS.items():
+    for name, (label, rate, _) in ARMS.items():
         (tmp_path / "samples").mkdir(exist_ok=True)
         for steps in (8, 32):
             for seed in range(3):
@@ -68,16 +70,18 @@ def study(tmp_path):
                 (tmp_path / samples).write_text(
                     "".join(json.dumps({"text": t, "framed": True}) + "\n" for t in ["CCO", "C1CC", "c1ccccc1"])
                 )
-                validity = level + 0.01 * math.log2(steps) + 0.005 * seed + 0.001 * len(name) * (seed - 1)
+                found = valid(name, steps, seed)
+                write_values(tmp_path / samples.replace("jsonl", "npz"), {"validity": SampleValues.mean(found)})
                 common = {
                     "arm": name,
                     "adaptation_seed": 0,
                     "kind": "samples",
                     "sampling_seed": seed,
                     "samples_file": samples,
+                    "values_file": samples.replace("jsonl", "npz"),
                 }
                 cost = {"steps": steps, "evaluations": steps, "num": 1024, "seconds": 1.0}
-                evaluations.append({**common, **cost, "metrics": metrics_row(validity)})
+                evaluations.append({**common, **cost, "metrics": metrics_row(float(found.mean()))})
         trained = name != "base"
         nelbo = {"null": {"mean": 0.5}, **({"conditioned": {"mean": 0.45}} if rate else {})}
         spent = {
@@ -137,20 +141,20 @@ def test_conclusions_come_from_the_numbers(study):
     summary = study_report(study, study / "report.html")
     better = [line for line in summary.conclusions if "against continued vanilla" in line]
     assert len(better) == 2 and all("better" in line for line in better)
-    content = json.loads((study / "study.json").read_text())
-    for row in content["evaluations"]:
-        if row["arm"] == "scmdm":
-            row["metrics"]["validity"] -= 0.2
-    (study / "study.json").write_text(json.dumps(content))
-    assert all("worse" in line for line in study_report(study, study / "report.html").conclusions)
     row = next(row for row in summary.quality[1] if row[0] == "32" and row[1] == "rate 1 (SCMDM)")
-    assert row[2] == "32" and row[3] == "3 x 1024" and row[4].startswith("65.5 ±")
+    shares = np.concatenate([valid("scmdm", 32, seed) for seed in range(3)])
+    limits = stats.binomtest(int(shares.sum()), 3072).proportion_ci(method="wilson")
+    assert row[2] == "32" and row[3] == "3 x 1024"
+    assert row[4] == f"{100 * shares.mean():.1f} [{100 * limits.low:.1f}, {100 * limits.high:.1f}]"
+    change_study(study, lambda c: c.update(reference="vanilla"))
+    lines = study_report(study, study / "report.html").conclusions
+    assert [("worse" in line) for line in lines] == ["SCMDM" in line for line in lines]
     cost = {row[0]: row for row in summary.cost[1]}
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
 def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
-    """A row for each with an interval over seeds, beside the published row of real data."""
+    """A row for each, beside the published row of real data."""
     content = json.loads((study / "study.json").read_text())
     for row in content["evaluations"]:
         level = row["sampling_seed"] / 100
@@ -162,7 +166,7 @@ def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     summary = study_report(study, study / "report.html")
     assert not any("MOSES" in title for title in summary.quality[0])
     ((title, (header, rows)),) = summary.benchmarks.items()
-    assert title in printed.replace("\n", " ") and "0.5100 ± 0.0248" in printed and "<td>0.5100 ± 0.0248</td>" in text
+    assert title in printed.replace("\n", " ") and "0.5100" in printed and "<td>0.5100</td>" in text
     assert header == ["T", "metric", "real data", *(label for label, *_ in ARMS.values())]
     assert [row[:3] for row in rows] == [
         [steps, *row]
@@ -171,14 +175,18 @@ def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     ]
 
 
+def quality(value, low=math.nan, high=math.nan, *trainings):
+    return Quality(Estimate(value, low, high), Trainings(trainings or (value,)))
+
+
 def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
-    """Two seeds have intervals from -40 to 140 % here; a number below zero stays in sight."""
+    """Few samples have intervals beyond 0 and 100 % here; a number below zero stays in sight."""
     seen = []
     monkeypatch.setattr(
         report_figures, "save_figure", lambda figure, path: seen.extend(ax.get_ylim() for ax in figure.axes)
     )
-    wide = {"a": {8: mean_interval([0.4, 0.6]), 16: mean_interval([0.45, 0.5])}}
-    below = {"a": {8: mean_interval([-0.4, 0.6]), 16: mean_interval([-3.0, -2.9])}}
+    wide = {"a": {8: quality(0.5, -0.4, 1.4), 16: quality(0.47, 0.2, 0.8, 0.45, 0.49)}}
+    below = {"a": {8: quality(0.1, -1.0, 2.0), 16: quality(-3.0)}}
     panels = [
         report_figures.Panel("valid", wide, "higher", 100, None, 1),
         report_figures.Panel("other", below, "lower"),
@@ -189,11 +197,15 @@ def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
 
 
 def test_text_is_compared_by_perplexity_where_less_is_better(study):
-    content = json.loads((study / "study.json").read_text())
-    content["domain"] = "text"
-    for row in content["evaluations"]:
-        row["metrics"] = {"perplexity": 100 * (1 - row["metrics"]["validity"]), "entropy": 4.5, "distinct_2": 0.5}
-    (study / "study.json").write_text(json.dumps(content))
+    def as_text(content):
+        content["domain"] = "text"
+        for row in content["evaluations"]:
+            own = valid(row["arm"], row["steps"], row["sampling_seed"])
+            values = SampleValues.ratio(5.0 - own, np.ones(1024), exponential=True)
+            write_values(study / row["values_file"], {"perplexity": values})
+            row["metrics"] = {"perplexity": values.value(), "entropy": 4.5, "distinct_2": 0.5}
+
+    change_study(study, as_text)
     summary = study_report(study, study / "report.html")
     assert summary.quality[0][4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
     better = [line for line in summary.conclusions if "against continued vanilla" in line]
@@ -202,27 +214,99 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
 
 
-def test_several_adaptations_count_as_the_independent_ones(study):
-    """Two adaptations of three samplings are two values, not six."""
-    content = json.loads((study / "study.json").read_text())
-    rows = content["evaluations"]
-    for row in [r for r in rows if r["arm"] != "base"]:
-        better = {**row["metrics"], "validity": row["metrics"]["validity"] + 0.02}
-        rows.append({**row, "adaptation_seed": 1, "metrics": better})
-    (study / "study.json").write_text(json.dumps(content))
+def test_comparisons_of_one_training_are_mcnemars(study):
+    """All sampling seeds count as samples; p values are adjusted over all comparisons."""
+    opened = open_study(study)
+    found = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    assert [(one.steps, one.theirs) for one in found] == [(t, ARMS[a][0]) for a in ("base", "vanilla") for t in (8, 32)]
+    for one, name in zip(found, ("base", "base", "vanilla", "vanilla"), strict=True):
+        ours, theirs = (np.concatenate([valid(arm, one.steps, seed) for seed in range(3)]) for arm in ("scmdm", name))
+        gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        assert one.compared.p_value == stats.binomtest(gained, gained + lost).pvalue
+        assert one.compared.difference == pytest.approx(ours.mean() - theirs.mean())
+        assert one.differences.values == pytest.approx((ours.mean() - theirs.mean(),))
     summary = study_report(study, study / "report.html")
-    means = [
-        np.mean(
-            [
-                r["metrics"]["validity"]
-                for r in rows
-                if r["arm"] == "scmdm" and r["steps"] == 8 and r["adaptation_seed"] == seed
-            ]
-        )
-        for seed in (0, 1)
-    ]
+    for line, adjusted in zip(summary.conclusions, holm([one.compared.p_value for one in found]), strict=True):
+        assert f"{adjusted:.2g}" in line
+
+
+def test_several_trainings_are_averaged_over_the_same_noise(study):
+    """3 x 1,024 samples of two trainings are 3,072 values, not 6,144; each training is shown."""
+
+    def train_again(content):
+        for row in [row for row in content["evaluations"] if row["arm"] != "base"]:
+            name = row["values_file"].replace("_s", "_again_s")
+            own = valid(row["arm"], row["steps"], row["sampling_seed"], gain=0.03)
+            write_values(study / name, {"validity": SampleValues.mean(own)})
+            metrics = {**row["metrics"], "validity": own.mean()}
+            content["evaluations"].append({**row, "adaptation_seed": 1, "metrics": metrics, "values_file": name})
+
+    change_study(study, train_again)
+    opened = open_study(study)
+    found = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    for one, name in zip(found, ("base", "base", "vanilla", "vanilla"), strict=True):
+        gains = (0.0, 0.03)
+        first = np.array([[valid("scmdm", one.steps, seed, gain=gain) for seed in range(3)] for gain in gains])
+        other = (0.0, 0.0) if name == "base" else gains
+        second = np.array([[valid(name, one.steps, seed, gain=gain) for seed in range(3)] for gain in other])
+        gaps = (first.astype(float) - second).mean(0)  # over trainings
+        t = gaps.mean() / (np.sqrt(gaps.var(1, ddof=1).sum() / 1024) / 3)
+        assert one.compared.p_value == pytest.approx(2 * stats.t.sf(abs(t), 3 * 1023))
+        each = (first.astype(float) - second).mean((1, 2))
+        assert one.differences.values == pytest.approx(tuple(each)) and one.differences.agree == (min(each) > 0)
+    summary = study_report(study, study / "report.html")
+    means = [100 * np.mean([valid("scmdm", 8, seed, gain=gain) for seed in range(3)]) for gain in (0, 0.03)]
     row = next(row for row in summary.quality[1] if row[0] == "8" and row[1] == "rate 1 (SCMDM)")
-    assert row[4] == mean_interval(means).text(1, 100)
+    assert row[4].startswith(f"{np.mean(means):.1f} [")
+    each, spread = ", ".join(f"{mean:.1f}" for mean in means), f"{means[1] - means[0]:.1f}"
+    assert ["8", "rate 1 (SCMDM)", each, spread] in summary.trainings[1]
+    assert {row[1] for row in summary.trainings[1]} == {"continued vanilla", "rate 1 (SCMDM)"}
+    for value in found[0].differences.values:
+        assert f"{100 * value:+.1f}" in summary.conclusions[0]
+
+
+def test_trainings_on_other_noise_are_not_paired(study):
+    """Only sampling seeds that all have are compared; a mean over unequal seeds has no interval."""
+
+    def lose(content):
+        rows = content["evaluations"]
+        rows += [{**row, "adaptation_seed": 1} for row in rows if row["arm"] == "scmdm" and row["sampling_seed"] > 0]
+
+    change_study(study, lose)
+    opened = open_study(study)
+    one = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)[0]
+    ours, theirs = (np.concatenate([valid(arm, 8, seed) for seed in (1, 2)]) for arm in ("scmdm", "base"))
+    assert one.compared.difference == pytest.approx(ours.mean() - theirs.mean())
+    row = next(row for row in study_report(study, study / "r.html").quality[1] if row[:2] == ["8", "rate 1 (SCMDM)"])
+    assert "[" not in row[4]
+
+
+def test_evaluations_of_earlier_versions_have_no_intervals(study, capsys):
+    change_study(study, lambda c: [row.pop("values_file") for row in c["evaluations"]])
+    summary = study_report(study, study / "report.html")
+    print_summary(summary)
+    assert "18 of 18" in capsys.readouterr().out and "18 of 18" in (study / "report.html").read_text()
+    assert not any("[" in cell for row in summary.quality[1] for cell in row)
+    assert len(summary.conclusions) == 4 and not any("p = " in line for line in summary.conclusions)
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "pickle", "shape", "kind"])
+def test_damaged_values_are_named(study, damage):
+    path = study / "samples" / "base_T8_s0.npz"
+    arrays = {
+        "pickle": {"mean/validity": np.array([{}])},
+        "shape": {"mean/validity": np.zeros((2, 3))},
+        "kind": {"median/validity": np.zeros(3)},
+    }
+    path.unlink()
+    if damage == "text":
+        path.write_text("validity")
+    elif damage != "missing":
+        np.savez(path, **arrays[damage])
+    opened = open_study(study)
+    assert [path.name in problem for problem in opened.problems] == [True]
+    found = quality_by_arm(opened.samples, {"base": "base"}, "validity")["base"]
+    assert math.isnan(found[8].estimate.low) and found[32].estimate.low < found[32].estimate.value
 
 
 def test_report_of_a_run(base, tmp_path, capsys):
@@ -263,6 +347,7 @@ PARTS = {
     "a row that is empty": (lambda c: c["evaluations"].append({}), "evaluations.18"),
     "a row without a number": (lambda c: c["evaluations"][3].pop("steps"), "evaluations.3"),
     "a row with no steps": (lambda c: c["evaluations"][3].update(steps=0), "evaluations.3"),
+    "values that are no name": (lambda c: c["evaluations"][3].update(values_file=3), "evaluations.3"),
     "an unknown arm": (lambda c: c["evaluations"][3].update(arm="x"), "evaluations.3"),
 }
 
@@ -284,6 +369,7 @@ WHOLES = {
     "a label": lambda c: c["arms"][0].update(label=3),
     "metrics as text": lambda c: [row["metrics"].update(validity="x") for row in c["evaluations"]],
     "a file above": lambda c: c.update(held_out="../x"),
+    "values above": lambda c: c["evaluations"][0].update(values_file="../x.npz"),
     "a file elsewhere": lambda c: c.update(tokenizer="/etc/passwd"),
     "a run above": lambda c: c["arms"][1].update(runs=["../.."]),
     "an unknown domain": lambda c: c.update(domain="x"),

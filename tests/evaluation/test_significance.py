@@ -4,16 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 
-from scmdm.evaluation.significance import (
-    Trainings,
-    bootstrap,
-    holm,
-    paired_bootstrap,
-    paired_proportions,
-    proportion,
-)
+from scmdm.domains.jensen_shannon import JensenShannon
+from scmdm.domains.sample_values import SampleValues
+from scmdm.domains.wasserstein import wasserstein_of_counts
+from scmdm.evaluation.significance import Trainings, compare, estimate, holm, paired_proportions, proportion
 
 
 def test_a_proportion_has_wilsons_interval():
@@ -47,18 +43,83 @@ def test_what_is_not_paired_is_refused(shapes):
         paired_proportions(*(np.zeros(shape, bool) for shape in shapes))
 
 
-def test_the_bootstrap_is_scipys_basic_bootstrap():
-    values = np.random.default_rng(0).exponential(size=80)
-    ours = bootstrap(lambda at: float(values[at].mean()), len(values), resamples=4_000)
+def test_means_have_students_interval_and_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    first, second = generator.exponential(size=(2, 80))
+    ours, theirs = [[SampleValues.mean(first)]], [[SampleValues.mean(second)]]
+    found, expected = estimate(first.mean(), ours), stats.ttest_1samp(first, 0).confidence_interval()
+    assert (found.value, found.low, found.high) == pytest.approx((first.mean(), *expected))
+    found, expected = compare(first.mean() - second.mean(), ours, theirs), stats.ttest_rel(first, second)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_shares_of_one_training_have_the_methods_of_proportions():
+    first, second = np.random.default_rng(0).random((2, 4, 60)) < 0.4
+    ours, theirs = ([[SampleValues.mean(draw) for draw in draws]] for draws in (first, second))
+    assert estimate(0.0, ours) == proportion(int(first.sum()), 240)
+    assert compare(0.0, ours, theirs) == paired_proportions(first.ravel(), second.ravel())
+
+
+def test_trainings_are_averaged_sample_by_sample():
+    """Values of the same noise are averaged over trainings: N pairs, not three times as many."""
+    first, second = np.random.default_rng(0).random((2, 3, 60)) < np.array([0.6, 0.4])[:, None, None]
+    ours, theirs = ([[SampleValues.mean(own)] for own in draws] for draws in (first, second))
+    found = compare(first.mean() - second.mean(), ours, theirs)
+    assert found.p_value == pytest.approx(stats.ttest_rel(first.mean(0), second.mean(0)).pvalue)
+    against_one = compare(first.mean() - second[0].mean(), ours, theirs[:1])
+    assert against_one.p_value == pytest.approx(stats.ttest_rel(first.mean(0), second[0]).pvalue)
+
+
+def test_sampling_seeds_are_strata():
+    draws = np.random.default_rng(0).normal(size=(3, 50)) + np.array([[0], [5], [9]])
+    found = estimate(draws.mean(), [[SampleValues.mean(draw) for draw in draws]])
+    error = np.sqrt(draws.var(1, ddof=1).sum() / 50) / 3
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 147) * error)
+
+
+def test_a_ratio_and_its_jackknife_have_scipys_bootstrap_error():
+    nll, count = texts(np.random.default_rng(0), 100, 2.0)
+
+    def metric(a, b):
+        return np.exp(a.sum(-1) / b.sum(-1))
+
     theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=4_000, method="basic", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+        (nll, count), metric, n_resamples=4_000, paired=True, vectorized=False, rng=np.random.default_rng(1)
+    ).standard_error
+    linear = SampleValues.ratio(nll, count, exponential=True)
+    jackknife = SampleValues.jackknife(lambda counts_N: metric(counts_N * nll, counts_N * count), 100)
+    value = linear.value()
+    assert value == pytest.approx(metric(nll, count))
+    for own, freedom, tolerance in ((linear, 99, 0.1), (jackknife, 99, 0.1)):
+        found = estimate(value, [[own]])
+        assert (found.high - value) / stats.t.ppf(0.975, freedom) == pytest.approx(theirs, rel=tolerance)
 
 
-def test_same_seed_same_interval():
-    values = np.arange(20.0)
-    assert bootstrap(lambda at: values[at].std(), 20) == bootstrap(lambda at: values[at].std(), 20)
+def test_a_sample_without_a_value_does_not_count():
+    generator = np.random.default_rng(0)
+    values = np.where(generator.random(400) < 0.5, generator.normal(size=400), np.nan)
+    known = values[~np.isnan(values)]
+    found = estimate(known.mean(), [[SampleValues.mean(values)]])
+    assert SampleValues.mean(values).value() == pytest.approx(known.mean())
+    assert found.high - found.value == pytest.approx(1.96 * known.std() / np.sqrt(len(known)), rel=0.03)
+
+
+NOTHING = {
+    "no values": ([], []),
+    "one sample": ([[SampleValues.mean([1.0])]], [[SampleValues.mean([2.0])]]),
+    "no variation": ([[SampleValues.mean([1.0] * 5)]], [[SampleValues.mean([2.0] * 5)]]),
+    "other noise": ([[SampleValues.mean(np.arange(5.0))]], [[SampleValues.mean(np.arange(6.0))]]),
+    "other kinds": ([[SampleValues.mean(np.arange(5.0))]], [[SampleValues("jackknife", np.arange(5.0))]]),
+    "shares of other noise": ([[SampleValues.mean([True, False])]], [[SampleValues.mean([True])]]),
+    "a group without which there is no metric": ([[SampleValues("jackknife", np.array([1.0, np.nan]))]],) * 2,
+    "no weights": ([[SampleValues.ratio([0, 0], [0, 0])]],) * 2,
+}
+
+
+@pytest.mark.parametrize("values", NOTHING.values(), ids=NOTHING)
+def test_nothing_is_claimed_without_pairs_that_vary(values):
+    assert compare(1.0, *values) is None
 
 
 def test_holm_by_definition():
@@ -115,54 +176,56 @@ def test_intervals_of_wilson_cover_the_truth():
     assert 0.92 <= coverage(600, lambda rng: (0.1, proportion(rng.binomial(200, 0.1), 200))) <= 0.98
 
 
-def perplexity(nll, count):
-    return lambda at: float(np.exp(nll[at].sum() / count[at].sum()))
-
-
 def texts(generator, n, mean):
     """Sums of log losses and numbers of tokens of n texts; all tokens of a text share part of their loss."""
     count = generator.integers(20, 60, n)
     return count * (mean + 0.3 * generator.standard_normal(n)), count
 
 
-def test_bootstrap_intervals_of_perplexity_cover_the_truth():
+def test_intervals_of_perplexity_cover_the_truth():
     def one(generator):
-        return np.exp(2.0), bootstrap(perplexity(*texts(generator, 150, 2.0)), 150, resamples=300)
+        draw = SampleValues.ratio(*texts(generator, 150, 2.0), exponential=True)
+        return np.exp(2.0), estimate(draw.value(), [[draw]])
 
-    assert 0.9 <= coverage(300, one) <= 0.985
+    assert 0.92 <= coverage(600, one) <= 0.98
 
 
-def test_a_paired_bootstrap_of_perplexity_covers_and_holds_its_level():
+def test_a_paired_difference_of_perplexities_covers_and_holds_its_level():
     def compared(generator, gap):
         nll, count = texts(generator, 150, 2.0)
         other = nll + count * (0.1 * generator.standard_normal(150) - gap)
-        return paired_bootstrap(perplexity(nll, count), perplexity(other, count), 150, resamples=300)
+        both = [SampleValues.ratio(own, count, exponential=True) for own in (nll, other)]
+        return compare(both[0].value() - both[1].value(), *([[draw]] for draw in both))
 
-    # E[exp] of the ratio estimator at the truth: both means are known, the tokens' numbers are independent of them.
     truth = np.exp(2.0) - np.exp(2.0 - 0.03)
-    assert 0.9 <= coverage(300, lambda rng: (truth, compared(rng, 0.03))) <= 0.985
-    claims = [compared(np.random.default_rng([5, trial]), 0.0).p_value < 0.05 for trial in range(300)]
-    assert 0.01 <= np.mean(claims) <= 0.1
+    assert 0.92 <= coverage(600, lambda rng: (truth, compared(rng, 0.03))) <= 0.98
+    claims = [compared(np.random.default_rng([5, trial]), 0.0).p_value < 0.05 for trial in range(600)]
+    assert 0.02 <= np.mean(claims) <= 0.08
 
 
-def jensen_shannon(counts_NK, reference_K):
-    def metric(at):
-        p = counts_NK[at].sum(0)
-        p, q = p / p.sum(), reference_K / reference_K.sum()
-        m = (p + q) / 2
-        kl = [np.sum(x[x > 0] * np.log(x[x > 0] / m[x > 0])) for x in (p, q)]
-        return float(np.sqrt(sum(kl) / 2))
-
-    return metric
-
-
-def test_a_paired_bootstrap_of_a_distance_of_histograms_holds_its_level():
-    """Distances of finite samples are biased; their difference between two equal models is not."""
-    reference = np.linspace(1, 3, 64)
-    claims = []
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_jackknife_intervals_of_a_distance_cover_its_mean(shift):
+    """The distance of 100 samples is biased; what is covered is the mean distance of 100 samples."""
+    reference = np.random.default_rng(0).normal(size=500)
+    found = []
     for trial in range(150):
+        sample = np.random.default_rng([4, trial]).normal(shift, 1, 100)
+        metric = wasserstein_of_counts(sample, reference)
+        value = metric(np.ones(100))
+        found.append(estimate(value, [[SampleValues.jackknife(metric, 100)]]))
+    mean = np.mean([one.value for one in found])
+    assert np.mean([one.low <= mean <= one.high for one in found]) >= 0.9
+
+
+def test_a_difference_of_histogram_distances_holds_its_level():
+    """Distances of finite samples are biased; their difference between two equal models is not."""
+    reference, truth = np.linspace(1, 3, 64), np.linspace(1, 2, 64) / np.linspace(1, 2, 64).sum()
+    claims = []
+    for trial in range(60):
         generator = np.random.default_rng([9, trial])
-        both = [generator.multinomial(30, np.linspace(1, 2, 64) / np.linspace(1, 2, 64).sum(), size=120) for _ in "ab"]
-        metrics = [jensen_shannon(counts, reference) for counts in both]
-        claims.append(paired_bootstrap(*metrics, 120, resamples=200).p_value < 0.05)
+        both = [sparse.csr_array(generator.multinomial(30, truth, size=120)) for _ in "ab"]
+        metrics = [JensenShannon.of_counts(rows, reference, "distance") for rows in both]
+        values = [[[SampleValues.jackknife(metric, 120)]] for metric in metrics]
+        gap = metrics[0](np.ones(120)) - metrics[1](np.ones(120))
+        claims.append(compare(gap, *values).p_value < 0.05)
     assert np.mean(claims) <= 0.12

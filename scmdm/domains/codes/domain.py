@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
-from scmdm.domains.codes.metrics import CodeReference, evaluate_codes
+from scmdm.domains.codes.metrics import CodeReference, code_values, evaluate_codes
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutFigures,
@@ -60,5 +61,7 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
         train, held_out = (tokenizer.codes(read_split(root, split)) for split in ("train", settings.split))
         self._reference = CodeReference.make(train, held_out, tokenizer.layout.levels)
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        return evaluate_codes(self._tokenizer.codes(drawn.tokens.numpy()), drawn.framed, self._reference).as_dict()
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        codes_NHW = self._tokenizer.codes(drawn.tokens.numpy())
+        metrics = evaluate_codes(codes_NHW, drawn.framed, self._reference).as_dict()
+        return Measured(metrics, code_values(codes_NHW, drawn.framed, self._reference))

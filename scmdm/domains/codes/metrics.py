@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from scmdm.domains.jensen_shannon import JensenShannon
+from scmdm.domains.sample_values import SampleValues
 
 Counts = tuple[np.ndarray, np.ndarray]  # outcomes in ascending order, and the count of each
 
@@ -74,9 +76,7 @@ def pair_counts(codes_NHW: np.ndarray, codebook: int) -> Counts:
 def count_distance(a: Counts, b: Counts) -> float | None:
     """Jensen-Shannon distance of two sets of counts, with natural logarithms; None if one is empty."""
     outcomes_K = np.union1d(a[0], b[0])
-    p_K, q_K = np.zeros(len(outcomes_K)), np.zeros(len(outcomes_K))
-    p_K[np.searchsorted(outcomes_K, a[0])] = a[1]
-    q_K[np.searchsorted(outcomes_K, b[0])] = b[1]
+    p_K, q_K = _histograms((a, b), outcomes_K).toarray()
     found = JensenShannon.between(p_K, q_K)
     return None if found is None else found.distance
 
@@ -99,3 +99,34 @@ def evaluate_codes(codes_NHW: np.ndarray, framed: Sequence[bool], reference: Cod
         codebook_used_floor=len(np.unique(real_NHW)) / reference.codebook,
         num_copies=sum(row.tobytes() in known for row in whole_NHW.astype(np.int64)),
     )
+
+
+def code_values(codes_NHW: np.ndarray, framed: Sequence[bool], reference: CodeReference) -> dict[str, SampleValues]:
+    """Values for intervals of the distances and fractions. The use of the codebook has none."""
+    whole_N = np.asarray(framed, bool)
+    known = {row.tobytes() for row in reference.train_NHW.astype(np.int64)}
+    copies_N = whole_N & np.array([row.tobytes() in known for row in codes_NHW.astype(np.int64)], bool)
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    samples = list(zip(codes_NHW, whole_N, strict=True))
+    counted = {
+        "usage_distance": ([code_counts(codes) if ok else empty for codes, ok in samples], reference.usage),
+        "pair_distance": (
+            [pair_counts(codes[None], reference.codebook) if ok else empty for codes, ok in samples],
+            reference.pairs,
+        ),
+    }
+    found = {"framed": SampleValues.mean(whole_N), "copies": SampleValues.mean(copies_N)}
+    for name, (rows, real) in counted.items():
+        outcomes_K = np.unique(np.concatenate([real[0], *(own for own, _ in rows)]))
+        rows_NK = _histograms(rows, outcomes_K)
+        metric = JensenShannon.of_counts(rows_NK, _histograms([real], outcomes_K).toarray()[0], "distance")
+        found[name] = SampleValues.jackknife(metric, len(codes_NHW))
+    return found
+
+
+def _histograms(rows: Sequence[Counts], outcomes_K: np.ndarray) -> sparse.csr_array:
+    """Counts (N, K) of the outcomes."""
+    columns = np.searchsorted(outcomes_K, np.concatenate([own for own, _ in rows]))
+    ends = np.cumsum([0, *(len(own) for own, _ in rows)])
+    counts = np.concatenate([own for _, own in rows])
+    return sparse.csr_array((counts, columns, ends), (len(rows), len(outcomes_K)))

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from scmdm.data.loader import read_labels
 from scmdm.data.manifest import Manifest
 from scmdm.domains.genomes.figures import genome_figure
-from scmdm.domains.genomes.metrics import GenomeReference, Spectrum, evaluate_genomes
+from scmdm.domains.genomes.metrics import GenomeReference, Spectrum, evaluate_genomes, genome_values
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutFigures,
@@ -45,8 +46,9 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
         species = [manifest.labels[label] for label in read_labels(root, settings.split)] if manifest.labels else None
         self._reference = GenomeReference.make(decode_split(root, manifest, settings.split), species)
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        return evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        metrics = evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
+        return Measured(metrics, genome_values(drawn.texts, self._reference))
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:

@@ -19,9 +19,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import wasserstein_distance
 
 from scmdm.domains.jensen_shannon import JensenShannon
+from scmdm.domains.sample_values import SampleValues
+from scmdm.domains.wasserstein import wasserstein_of_counts
 
 KMER_LENGTHS = (3, 6)
 LETTERS = "ACGT"
@@ -130,6 +133,24 @@ def evaluate_genomes(
         by_species=by_species,
         weighted_js_distance=_weighted(by_species, reference.by_species),
     )
+
+
+def genome_values(sequences: Sequence[str], reference: GenomeReference) -> dict[str, SampleValues]:
+    """Values for intervals of the overall metrics. Those by species have none."""
+    found = {}
+    for k in KMER_LENGTHS:
+        rows_NK = sparse.vstack([sparse.csr_array(kmer_counts([text], k)[None]) for text in sequences])
+        real_K = reference.overall.kmers[k]
+        for kind in ("divergence", "distance"):
+            metric = JensenShannon.of_counts(rows_NK, real_K, kind)
+            found[f"js_{kind}_{k}"] = SampleValues.jackknife(metric, len(sequences))
+    gc_N, reference_N = gc_contents(sequences), reference.overall.gc_N
+    found["gc_mean"] = SampleValues.mean(gc_N)
+    known_N, real_N = ~np.isnan(gc_N), reference_N[~np.isnan(reference_N)]
+    if known_N.any() and len(real_N):
+        distance = wasserstein_of_counts(gc_N[known_N], real_N)
+        found["gc_distance"] = SampleValues.jackknife(lambda counts_N: distance(counts_N[known_N]), len(sequences))
+    return found
 
 
 def _by_species(sequences: Sequence[str], species: Sequence[str] | None) -> dict[str, list[str]]:

@@ -12,10 +12,11 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.domains.images.config import ImageMetricKeys
 from scmdm.domains.images.figures import image_grid
-from scmdm.domains.images.metrics import ImageReference, evaluate_images
+from scmdm.domains.images.metrics import ImageReference, evaluate_images, image_values
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutFigures,
@@ -55,8 +56,9 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
             root, settings.split, work=work, inception=inception, device=settings.device
         )
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        return evaluate_images(drawn.tokens.numpy(), self._reference).as_dict()
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        ids_NL = drawn.tokens.numpy()
+        return Measured(evaluate_images(ids_NL, self._reference).as_dict(), image_values(ids_NL, self._reference))
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:

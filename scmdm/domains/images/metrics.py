@@ -24,6 +24,7 @@ from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
 from scmdm.domains.frechet import Moments, frechet_distance
 from scmdm.domains.images.classifier import Classifier, ClassifierKey, classify, trained_classifier
 from scmdm.domains.images.inception import PROTOCOL, PROTOCOL_SAMPLES, activations, load_inception
+from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
 
 COMPARED = 1024  # images whose nearest training images are searched; each search reads the whole training split
@@ -142,6 +143,25 @@ class ClassFeatures:
         gap_K = _shares(classes_N, len(self.classes_K)) - self.classes_K
         return frechet_distance(Moments.of(features_NF), self.moments), float(np.abs(gap_K).sum() / 2)
 
+    def values(self, images_NHWC: np.ndarray) -> dict[str, SampleValues]:
+        """Values for intervals of both distances."""
+        features_NF, classes_N = classify(self.classifier, images_NHWC)
+        features_NF = features_NF.astype(np.float64)
+
+        def frechet(counts_N: np.ndarray) -> float:
+            weighted_NF = features_NF * counts_N[:, None]
+            moments = Moments(int(counts_N.sum()), weighted_NF.sum(0), weighted_NF.T @ features_NF)
+            return frechet_distance(moments, self.moments)
+
+        def classes(counts_N: np.ndarray) -> float:
+            shares_K = np.bincount(classes_N, counts_N, len(self.classes_K)) / counts_N.sum()
+            return float(np.abs(shares_K - self.classes_K).sum() / 2)
+
+        return {
+            "frechet_classifier": SampleValues.jackknife(frechet, len(images_NHWC)),
+            "class_distance": SampleValues.jackknife(classes, len(images_NHWC)),
+        }
+
     def floor(self, number: int) -> float:
         """Mean Frechet distance of `number` random training images (at most all), over fixed draws.
 
@@ -219,6 +239,16 @@ def evaluate_images(ids_NL: np.ndarray, reference: ImageReference) -> ImageMetri
             else {"fid_note": "metrics.inception is not set"}
         ),
     )
+
+
+def image_values(ids_NL: np.ndarray, reference: ImageReference) -> dict[str, SampleValues]:
+    """Values for intervals of the fractions and of distances in the classifier's features. FID has none."""
+    images_NHWC = reference.tokenizer.pictures(ids_NL)
+    return {
+        "framed": SampleValues.mean([reference.tokenizer.is_framed(row) for row in ids_NL.tolist()]),
+        "copies": SampleValues.mean([digest in reference.train_digests for digest in _digests(images_NHWC)]),
+        **(reference.features.values(images_NHWC) if reference.features else {}),
+    }
 
 
 def _in_classes(images_NHWC: np.ndarray, reference: ImageReference) -> dict[str, Any]:

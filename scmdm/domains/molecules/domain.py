@@ -11,6 +11,7 @@ from scmdm.data.tokenizers import Tokenizer
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutPrompts,
@@ -18,7 +19,13 @@ from scmdm.domains.interface import (
 )
 from scmdm.domains.molecules.config import MoleculeMetricKeys
 from scmdm.domains.molecules.figures import molecule_grid
-from scmdm.domains.molecules.metrics import FCD_MOLECULES, MoleculeReference, evaluate_molecules, parse_molecule
+from scmdm.domains.molecules.metrics import (
+    FCD_MOLECULES,
+    MoleculeReference,
+    evaluate_molecules,
+    molecule_values,
+    parse_molecule,
+)
 from scmdm.domains.molecules.moses_metrics import SAMPLES as MOSES_SAMPLES
 from scmdm.domains.molecules.moses_metrics import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
 from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, properties_of
@@ -86,12 +93,12 @@ class MoleculesDomain(WithoutPrompts):
         train, held_out = (decode_split(root, manifest, split) for split in ("train", settings.split))
         self._reference = MoleculeReference.make(train, held_out, fcd=config.fcd)
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+    def measure(self, drawn: GeneratedSamples) -> Measured:
         found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
         if self._moses is not None:
             table = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._compute).as_dict()
             found |= {f"moses_{name}": value for name, value in table.items()}
-        return found
+        return Measured(found, molecule_values(drawn.texts, drawn.framed, self._reference))
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:

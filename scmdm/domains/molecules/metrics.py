@@ -20,6 +20,8 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import QED, Crippen, Descriptors, rdMolDescriptors
 from scipy.stats import wasserstein_distance
 
+from scmdm.domains.sample_values import SampleValues, first_occurrences
+from scmdm.domains.wasserstein import wasserstein_of_counts
 from scmdm.system.package_data import optional
 
 PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
@@ -123,6 +125,39 @@ def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference:
         fcd_note=fcd_note,
         invalid_reasons=({"framing": not_framed} if not_framed else {}) | invalid_reasons(unparsed),
     )
+
+
+def molecule_values(
+    smiles: Sequence[str], framed: Sequence[bool], reference: MoleculeReference
+) -> dict[str, SampleValues]:
+    """Values for intervals of the fractions and of the property distance. The FCD has none: it would cost too much."""
+    parsed = [parse_molecule(text) for text in smiles]
+    framed_N, parsed_N = np.array(framed, bool), np.array([molecule is not None for molecule in parsed], bool)
+    molecules = [molecule if ok else None for molecule, ok in zip(parsed, framed, strict=True)]
+    valid_N = framed_N & parsed_N
+    canonical = [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in molecules]
+    first_N = first_occurrences(canonical) & valid_N
+    novel_N = first_N & np.array([text not in reference.train for text in canonical], bool)
+    found = {
+        "validity": SampleValues.mean(valid_N),
+        "parsed": SampleValues.mean(parsed_N),
+        "framed": SampleValues.mean(framed_N),
+        "uniqueness_of_samples": SampleValues.mean(first_N),
+        "novelty_of_samples": SampleValues.mean(novel_N),
+        "novelty_of_unique": SampleValues.ratio(novel_N, first_N),
+    }
+    if valid_N.any():
+        own = _properties([molecule for molecule in molecules if molecule is not None])
+        distances = [
+            (wasserstein_of_counts(own[name], real_M), real_M.std() or 1.0)
+            for name, real_M in reference.properties.items()
+        ]
+
+        def distance(counts_N: np.ndarray) -> float:
+            return float(np.mean([of(counts_N[valid_N]) / scale for of, scale in distances]))
+
+        found["property_distance"] = SampleValues.jackknife(distance, len(smiles))
+    return found
 
 
 def properties(smiles: Sequence[str]) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ Legend: N molecules, W bytes of a fingerprint, F features of ChemNet.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +26,7 @@ from scmdm.domains.frechet import Moments
 from scmdm.domains.molecules.metrics import chemnet_activations
 from scmdm.observability.environment import installed_version
 from scmdm.observability.progress_bar import count_up
-from scmdm.system.files import atomic_write_bytes
-from scmdm.system.npz_files import read_npz
+from scmdm.system.npz_files import read_npz, write_npz
 from scmdm.system.package_data import optional
 from scmdm.system.untrusted import reading
 from scmdm.system.worker_processes import worker_processes
@@ -189,7 +187,7 @@ def _run(task: _Task[T], smiles: Sequence[str], detailed: int, compute: ComputeO
                 step(len(chunk))
             made[index] = task.join(chunks)
             if (file := files[index]) is not None:
-                _save(file, task.pack(made[index]))
+                write_npz(file, task.pack(made[index]))
     return task.join([made[i] if i in made else _load(file, task.unpack) for i, file in enumerate(files)])
 
 
@@ -229,13 +227,6 @@ def _results(
 def _in_worker(function: Callable[..., T], *arguments: Any) -> T:
     torch.set_num_threads(1)  # one core per worker
     return function(*arguments)
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _load(path: Path | None, unpack: Callable[[Arrays], T]) -> T:

@@ -10,6 +10,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutFigures,
@@ -17,7 +18,7 @@ from scmdm.domains.interface import (
     decode_split,
 )
 from scmdm.domains.proteins.figures import protein_figure
-from scmdm.domains.proteins.metrics import ProteinReference, evaluate_proteins, is_protein
+from scmdm.domains.proteins.metrics import ProteinReference, evaluate_proteins, is_protein, protein_values
 
 
 def _distance(name: str, title: str, digits: int = 4) -> tuple[Metric, Metric]:
@@ -45,8 +46,9 @@ class ProteinsDomain(WithoutPrompts, WithoutFigures):
         train, held_out = (decode_split(root, manifest, split) for split in ("train", settings.split))
         self._reference = ProteinReference.make(train, held_out)
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
-        return evaluate_proteins(drawn.texts, drawn.framed, self._reference).as_dict()
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        metrics = evaluate_proteins(drawn.texts, drawn.framed, self._reference).as_dict()
+        return Measured(metrics, protein_values(drawn.texts, drawn.framed, self._reference))
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:

@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import wasserstein_distance
 
 from scmdm.domains.jensen_shannon import JensenShannon
+from scmdm.domains.sample_values import SampleValues, first_occurrences
+from scmdm.domains.wasserstein import wasserstein_of_counts
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 NGRAM_LENGTHS = (1, 2, 3)  # 1: amino-acid composition
@@ -125,3 +128,29 @@ def evaluate_proteins(sequences: Sequence[str], framed: Sequence[bool], referenc
         distances=statistics.distances(reference.held_out),
         floors=ProteinStatistics.of(real).distances(reference.held_out),
     )
+
+
+def protein_values(
+    sequences: Sequence[str], framed: Sequence[bool], reference: ProteinReference
+) -> dict[str, SampleValues]:
+    """Values for intervals of the fractions and distances."""
+    valid_N = np.array([ok and is_protein(text) for text, ok in zip(sequences, framed, strict=True)], bool)
+    texts = [text if ok else "" for text, ok in zip(sequences, valid_N, strict=True)]
+    first_N = first_occurrences(texts) & valid_N
+    train = set(reference.train)
+    novel_N = first_N & np.array([text not in train for text in texts], bool)
+    found = {
+        "validity": SampleValues.mean(valid_N),
+        "framed": SampleValues.mean(np.array(framed, bool)),
+        "uniqueness_of_samples": SampleValues.mean(first_N),
+        "novelty_of_unique": SampleValues.ratio(novel_N, first_N),
+    }
+    for n in NGRAM_LENGTHS:
+        rows_NK = sparse.vstack([sparse.csr_array(ngram_counts([text], n)[None]) for text in texts])
+        metric = JensenShannon.of_counts(rows_NK, reference.held_out.ngrams[n], "distance")
+        found[f"js_distance_{n}"] = SampleValues.jackknife(metric, len(texts))
+    if valid_N.any():
+        lengths = np.array([len(text) for text, ok in zip(texts, valid_N, strict=True) if ok])
+        distance = wasserstein_of_counts(lengths, reference.held_out.lengths_N)
+        found["length_distance"] = SampleValues.jackknife(lambda counts_N: distance(counts_N[valid_N]), len(texts))
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.shard_index import COLUMN, GIVEN, GIVEN_MASK
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
-from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Metric, MetricKeys, WithoutFigures
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Measured, Metric, MetricKeys, WithoutFigures
+from scmdm.domains.sample_values import SampleValues
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
-from scmdm.domains.text.metrics import NgramScorer, evaluate_text
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text, text_values
 from scmdm.errors import UserError
 
 _MAX_FITTED = 20_000  # maximum number of training responses that the n-gram model is fitted to
@@ -69,24 +70,23 @@ class ResponsesDomain(WithoutFigures):
         hidden_NL = np.arange(rows.shape[1]) >= given_N[:, None]
         return torch.from_numpy(np.where(hidden_NL, tokenizer.mask_id, rows))
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+    def measure(self, drawn: GeneratedSamples) -> Measured:
         count = len(drawn.tokens)
         real_NL, given_N = _rows(self._root, self._manifest, self._settings.split, count)
         texts, ids_NL = extract_responses(drawn.tokens.numpy(), given_N, self._tokenizer)
-        found = self._text_metrics(texts, ids_NL)
+        values = self._text_values(texts, ids_NL)
+        found = evaluate_text(values, self._scorer).as_dict()
         real_texts, real_ids_NL = extract_responses(real_NL, given_N, self._tokenizer)
-        held_out = self._text_metrics(real_texts, real_ids_NL)
+        held_out = evaluate_text(self._text_values(real_texts, real_ids_NL), self._scorer).as_dict()
         found |= {f"{name}_held_out": held_out[name] for name in held_out if name not in ("num_samples", "scorer")}
         found |= {"framed": sum(drawn.framed) / count, "empty": sum(not text.strip() for text in texts)}
         if self._config.mauve:
             assert isinstance(self._scorer, CausalScorer)
             found["mauve"] = mauve(texts, real_texts, self._scorer, device=self._settings.device)
-        return found
+        return Measured(found, values | {"framed": SampleValues.mean(np.array(drawn.framed, bool))})
 
-    def _text_metrics(self, texts: Sequence[str], ids_NL: np.ndarray) -> dict[str, Any]:
-        return evaluate_text(
-            texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._settings.device
-        ).as_dict()
+    def _text_values(self, texts: Sequence[str], ids_NL: np.ndarray) -> dict[str, SampleValues]:
+        return text_values(texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._settings.device)
 
 
 def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from scmdm.data.manifest import Manifest
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
+    Measured,
     Metric,
     MetricKeys,
     WithoutFigures,
@@ -18,7 +19,7 @@ from scmdm.domains.interface import (
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
-from scmdm.domains.text.metrics import NgramScorer, evaluate_text
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text, text_values
 
 
 class TextDomain(WithoutPrompts, WithoutFigures):
@@ -45,11 +46,12 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         self._held_out = decode_split(root, manifest, settings.split) if needed else []
         self._scorer = causal or NgramScorer.fit(self._held_out, "held-out text")
 
-    def measure(self, drawn: GeneratedSamples) -> dict[str, Any]:
+    def measure(self, drawn: GeneratedSamples) -> Measured:
         scorer = self._scorer
-        found = evaluate_text(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=self._device).as_dict()
+        values = text_values(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=self._device)
+        found = evaluate_text(values, scorer).as_dict()
         if self._config.mauve:
             assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]
             found["mauve"] = mauve(drawn.texts, references, scorer, device=self._device)
-        return found
+        return Measured(found, values)

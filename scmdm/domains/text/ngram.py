@@ -70,12 +70,6 @@ class NgramModel:
             total += math.log(self.probability(unit, padded[i : i + self.order - 1]))
         return total, len(units)
 
-    def perplexity(self, texts: Iterable[str]) -> float:
-        """Perplexity per unit over all texts; nan without units."""
-        pairs = [self.log_prob(text) for text in texts]
-        units = sum(n for _, n in pairs)
-        return math.exp(-sum(lp for lp, _ in pairs) / units) if units else float("nan")
-
 
 def _make_level(counts: Counter[Gram]) -> _Level:
     totals: Counter[Gram] = Counter()
