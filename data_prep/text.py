@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,19 +61,27 @@ class DocumentsConfig(NamedSplitsConfig):
     )
     messages_key: str | None = key(
         None,
-        help="key or column with a chat in OpenAI's form, of one user message (the prompt) and one assistant message "
-        "(the response); replaces the other keys",
+        help="key or column with a chat in OpenAI's form, a list of {role, content}; replaces the other keys",
+    )
+    chat_template: str = key(
+        "tokenizer",
+        help="form of a chat: that of the tokenizer's chat template, with all turns; none: one user message (the "
+        "prompt) and one assistant message (the response), without any template",
+        choices=("tokenizer", "none"),
     )
 
     @property
     def keys(self) -> RowKeys:
         """Keys of the text, of prompt and response, or of a chat."""
         text = self.text_key if self.response_key is None else self.response_key
-        return RowKeys(text, self.prompt_key, self.messages_key)
+        last_role = None if self.chat_template == "none" else "assistant"
+        return RowKeys(text, self.prompt_key, self.messages_key, last_role)
 
     @property
-    def has_prompts(self) -> bool:
-        return self.response_key is not None or self.messages_key is not None
+    def framing(self) -> str | None:
+        if self.messages_key is not None and self.chat_template != "none":
+            return "chats"
+        return None if self.response_key is None and self.messages_key is None else "prompts"
 
     def validate(self) -> None:
         if (self.prompt_key is None) != (self.response_key is None):
@@ -85,6 +94,8 @@ class DocumentsConfig(NamedSplitsConfig):
                 f"source.messages_key={self.messages_key!r} is not possible with source.response_key="
                 f"{self.response_key!r}; give one of the two"
             )
+        if self.framing == "chats" and self.detokenize != "none":
+            raise UserError(f"source.detokenize={self.detokenize} is not possible with chats; it must be none")
 
 
 @dataclass
@@ -129,6 +140,10 @@ class DocumentSource(Source):
             text = self._detokenize(document.text.replace("\r\n", "\n"))
             if not text.strip():
                 tally.drop("empty", document.where)
+                continue
+            if document.messages is not None:
+                tally.read()
+                yield Record(json.dumps(document.messages, ensure_ascii=False), is_chat=True)
                 continue
             if document.prompt is not None:
                 tally.read()

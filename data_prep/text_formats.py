@@ -24,6 +24,9 @@ _ROWS = 256  # rows of a parquet file decoded at once
 _TOO_LONG, _MALFORMED = "over-long document", "malformed JSON"
 _TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # title of an article; headings of sections have more equals signs
 _CHATS = ("messages", "conversations")  # usual keys of chats
+_ROLES = ("system", "user", "assistant")
+# Keys of a message that would change what it says or whether it is learned.
+_MORE_THAN_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "weight", "refusal", "audio")
 _KEYS_SHOWN = 10
 
 
@@ -35,6 +38,7 @@ class Document:
     text: str | None
     problem: str = ""
     prompt: str | None = None  # precedes the text
+    messages: Sequence[tuple[str, str]] | None = None  # of a chat: roles and contents
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class RowKeys:
     text: str = "text"
     prompt: str | None = None
     messages: str | None = None  # replaces the other two
+    last_role: str | None = None  # of chats of any number of messages, for a chat template; None: chats of two
     offers_chats: bool = True  # whether the message of a missing key names the key of a source that reads chats
 
     @cached_property
@@ -196,7 +201,9 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
             found = "it is null" if key in row else missing_key(list(row), keys)
             return Document(f"{where}: {found}", None, f"no key {key}")
         if keys.messages is not None:
-            return _of_chat(value, key, where)
+            if keys.last_role is None:
+                return _of_chat(value, key, where)
+            return _of_whole_chat(value, key, keys.last_role, where)
         if not isinstance(value, str):
             return Document(f"{where}: {_kind(value)}", None, f"key {key} is no text")
         if problem := _text_problem(value):
@@ -218,6 +225,38 @@ def _of_chat(messages: Any, key: str, where: str) -> Document:
     if problem := _text_problem(prompt) or _text_problem(text):
         return Document(where, None, problem)
     return Document(where, text, prompt=prompt)
+
+
+def _of_whole_chat(found: Any, key: str, last_role: str, where: str) -> Document:
+    """Make the document of a chat of any number of messages, of which the last has a given role."""
+    if not isinstance(found, list) or not found:
+        return Document(f"{where}: {_kind(found)}", None, f"key {key} is no chat")
+    messages = []
+    for number, message in enumerate(found):
+        text, problem = _content(message)
+        if text is None:
+            return Document(f"{where}, message {number}", None, f"key {key} has {problem}")
+        if problem := _text_problem(text):
+            return Document(f"{where}, message {number}", None, problem)
+        messages.append((message["role"], text))
+    if messages[-1][0] != last_role:
+        return Document(where, None, f"key {key} is a chat whose last message is not of the role {last_role}")
+    return Document(where, "".join(text for role, text in messages if role == last_role), messages=messages)
+
+
+def _content(message: Any) -> tuple[str | None, str]:
+    """Return the text of a message of a chat; or None, and why there is none."""
+    if not isinstance(message, dict):
+        return None, "a message that is no object"
+    if message.get("role") not in _ROLES:
+        return None, f"a message of another role than {', '.join(_ROLES)}"
+    for name in _MORE_THAN_TEXT:
+        if message.get(name) not in (None, []):
+            return None, f"a message with {name}"
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = content[0].get("text") if len(content) == 1 else None
+    return (content, "") if isinstance(content, str) else (None, "content that is no text")
 
 
 def missing_key(names: Sequence[Any], keys: RowKeys) -> str:

@@ -46,8 +46,8 @@ class ImportConfig:
     )
     framing: str = key(
         "concatenate",
-        help="framing of the data that the model was trained on",
-        choices=("concatenate", "records", "packed", "prompts"),
+        help="framing of the data that the model was trained on; chats: in the form of the tokenizer's chat template",
+        choices=("concatenate", "records", "packed", "prompts", "chats"),
     )
     bos_policy: str | None = key(
         None,

@@ -77,9 +77,9 @@ class SourceConfig(SectionConfig):
     """Keys of a source. A source with keys of its own extends this class."""
 
     @property
-    def has_prompts(self) -> bool:
-        """Return whether every record is a prompt and a response."""
-        return False
+    def framing(self) -> str | None:
+        """Return the framing of records that are prompts and responses or chats; None: that of the data set."""
+        return None
 
     @property
     def splits_by_name(self) -> bool:
@@ -111,7 +111,10 @@ class PrepareConfig:
         choices=("records", "concatenate", "packed"),
     )
     pad_policy: str = key(
-        "loss", help="loss: predict padding like any token; ignore: omit it from the loss", choices=("loss", "ignore")
+        "loss",
+        help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: omit it from "
+        "the loss",
+        choices=("loss", "eos", "ignore"),
     )
     bos_policy: str = key(
         "given",
@@ -187,11 +190,11 @@ class PrepareConfig:
         yield (
             "pad_policy",
             self.pad_policy,
-            not padded or self.framing != "concatenate",
+            self.pad_policy == "loss" or self.framing != "concatenate",
             "loss with framing=concatenate",
         )
         yield "pad_policy", self.pad_policy, padded or self.framing != "packed", "ignore with framing=packed"
-        alone = self.framing == "records" or not source.has_prompts
+        alone = self.framing == "records" or source.framing is None
         yield "framing", self.framing, alone, "records with source.response_key"
         yield "slice", self.slice, self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"
         replaced = self.overwrite and self.slice is not None

@@ -199,6 +199,15 @@ class SampleConfig:
     prompts: str | None = key(
         None, path=PathKind.INPUT, help='file with one prompt per line, or .jsonl with one {"prompt": TEXT} per line'
     )
+    messages: str | None = key(
+        None,
+        path=PathKind.INPUT,
+        help='.jsonl or parquet with one {"messages": CONVERSATION} per row that ends with a question, for the chat '
+        "template",
+    )
+    chat: bool = key(
+        False, help="put prompts into the tokenizer's chat template, as is always done for a model of conversations"
+    )
     infill: str | None = key(None, free_text=True, help="text with [MASK] in place of each token to fill in")
     out: str | None = key(
         None,
@@ -213,7 +222,7 @@ class SampleConfig:
 
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work."""
-        given = [name for name in ("prompt", "prompts", "infill") if getattr(self, name) is not None]
+        given = [name for name in ("prompt", "prompts", "messages", "infill") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are both set; give one of them")
         if self.gen_length is not None:

@@ -74,6 +74,21 @@ class TrainConfig:
     micro_batch_size: int = key(
         64, help="sequences per forward pass of a rank", at_least=1, at_most=2**30, on_resume=True
     )
+    padding: str = key(
+        "length",
+        help="length of padded samples: that of the data; batch: of the longest of the global batch (LLaDA); sample: "
+        "each its own, so that none sees more padding",
+        choices=("length", "batch", "sample"),
+    )
+    pad_multiple: int = key(
+        64, help="padding=batch, sample: lengths are rounded up to multiples of this", at_least=1, at_most=2**20
+    )
+    loss_per: str = key(
+        "token",
+        help="mean of the loss: over the tokens that count; sample: over the means of the samples, so that long "
+        "answers count no more than short ones (LLaDA)",
+        choices=("token", "sample"),
+    )
     log_every: int = key(10, help="steps between log lines", at_least=1, at_most=2**31, on_resume=True)
     validate_every: int = key(
         500, help="steps between validations; 0: never", at_least=0, at_most=2**31, on_resume=True

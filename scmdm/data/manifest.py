@@ -85,8 +85,8 @@ class Manifest:
     eos_id: int
     length: Annotated[int, Field(ge=1, le=2**24)]
     dtype: Annotated[str, _one_of("uint16", "uint32")]  # of the stored ids
-    # "loss": padding is predicted like any token; "ignore": it is left out of the loss
-    pad_policy: Annotated[str, _one_of("loss", "ignore")]
+    # "loss": padding is predicted like any token; "eos": likewise, and it is [EOS]; "ignore": it is not in the loss
+    pad_policy: Annotated[str, _one_of("loss", "eos", "ignore")]
     # "given": [BOS] is never masked; "loss": it is a token like any other
     bos_policy: Annotated[str, _one_of("given", "loss")]
     splits: dict[str, SplitInfo]
@@ -94,8 +94,9 @@ class Manifest:
     counts: dict[str, Count] = field(default_factory=dict)  # read, kept, dropped by reason
     labels: list[str] = field(default_factory=list)  # names of the classes of samples; empty: no classes
     # "records": one per sample; "concatenate": blocks of joined records; "packed": several per sample, numbered by
-    # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`
-    framing: Annotated[str, _one_of("records", "concatenate", "packed", "prompts")] = "records"
+    # the column `documents`; "prompts": one after its prompt, whose length with [BOS] is in the column `given`;
+    # "chats": a conversation in the form of the tokenizer's chat template, with the column `given_mask`
+    framing: Annotated[str, _one_of("records", "concatenate", "packed", "prompts", "chats")] = "records"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
@@ -115,6 +116,16 @@ class Manifest:
         if self.framing == "records":
             del content["framing"]  # and from before there were framings
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=vars).encode()).hexdigest()
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether samples are answers to prompts, which are never masked."""
+        return self.framing in ("prompts", "chats")
+
+    @property
+    def padding_id(self) -> int:
+        """Id that samples are padded with."""
+        return self.eos_id if self.pad_policy == "eos" else self.pad_id
 
     def split(self, name: str, root: Path) -> SplitInfo:
         """Return a split. Raises UserError, which lists the splits, for an unknown name."""

@@ -21,7 +21,8 @@ from scmdm.system.untrusted import parse_as, parse_json, read_bytes, reading
 COLUMN, LABEL = "tokens", "label"
 DOCUMENTS = "documents"  # of packed samples: index of each token's document within the sample
 GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and the prompt
-OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, LABEL)
+GIVEN_MASK = "given_mask"  # of conversations: 1 for each token that is never masked, outside of the answers
+OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)
 _VERSION = Annotated[int, Field(ge=2, le=2)]  # of streaming's format
 
 
@@ -71,6 +72,8 @@ def columns_of(dtype: str, length: int, *, labels: bool, framing: str) -> dict[s
         columns[LABEL] = "int32"
     if framing == "prompts":
         columns[GIVEN] = "int32"
+    if framing == "chats":
+        columns[GIVEN_MASK] = f"ndarray:uint8:{length}"
     if framing == "packed":
         columns[DOCUMENTS] = f"ndarray:uint16:{length}"
     return columns
@@ -142,7 +145,7 @@ def find_wrong_value(columns: Mapping[str, np.ndarray], manifest: Manifest, labe
 
     `labels` is the number of classes. Two or three passes over contiguous arrays, so that every batch can be checked.
     """
-    limits = {COLUMN: manifest.vocab_size, LABEL: labels}
+    limits = {COLUMN: manifest.vocab_size, LABEL: labels, GIVEN_MASK: 2}
     for name, values in columns.items():
         limit = limits.get(name, manifest.length + 1)
         if values.size and (values.max() >= limit or values.min() < 0):

@@ -48,8 +48,9 @@ class ObjectiveOutput:
 
 
 def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
-    """Return the loss weights `w(t) * 1[valid]` (B, L), float32."""
-    return loss_weight(schedule, batch.t)[:, None].float() * batch.valid
+    """Return the loss weights `w(t) * 1[valid] * share` (B, L), float32."""
+    weight_B = loss_weight(schedule, batch.t).float()
+    return (weight_B if batch.share is None else weight_B * batch.share)[:, None] * batch.valid
 
 
 def clean_state_estimate(

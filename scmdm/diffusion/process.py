@@ -41,6 +41,7 @@ class NoisedBatch:
     conditioned: Tensor  # (B,) bool: pass 2 is conditioned on the estimate
     packing: Packing | None = None  # several documents in each row
     labels: Tensor | None = None  # (B,) int64, labels, some replaced by NO_LABEL
+    share: Tensor | None = None  # (B,) float32: factor of each sample's loss; None: 1
 
 
 def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:

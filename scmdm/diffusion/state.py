@@ -5,7 +5,7 @@ Legend: B batch, L length, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,26 @@ class Sequences:
     ids: Tensor  # (B,) int64: keys of all noise
     documents: Tensor | None = None  # (B, L) int64: number of each token's document, in packed samples
     labels: Tensor | None = None  # (B,) int64: labels, for a model that is conditioned on them
+    lengths: Tensor | None = None  # (B,) int64, on the CPU: lengths without padding that is cut off or not seen
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> Sequences:
-        more = {name: column[rows] for name in ("documents", "labels") if (column := getattr(self, name)) is not None}
+        names = ("documents", "labels", "lengths")
+        more = {name: column[rows] for name in names if (column := getattr(self, name)) is not None}
         return Sequences(self.tokens[rows], self.valid[rows], self.ids[rows], **more)
+
+    def cropped(self) -> Sequences:
+        """Return the sequences up to the longest of `lengths`; the rest of a shorter one is a document of its own."""
+        if self.lengths is None:
+            return self
+        longest, shortest = int(self.lengths.max()), int(self.lengths.min())
+        tokens_BL, documents_BL = self.tokens[:, :longest], None
+        if shortest < longest:
+            at_L = torch.arange(longest, device=tokens_BL.device)
+            documents_BL = (at_L >= self.lengths.to(tokens_BL.device)[:, None]).long()
+        return replace(self, tokens=tokens_BL, valid=self.valid[:, :longest], documents=documents_BL)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def domain_of_tokenizer(kind: str) -> str:
 
 def domain_of(manifest: Manifest) -> str:
     """Name of a data set's domain, which follows from its framing and tokenizer."""
-    return "responses" if manifest.framing == "prompts" else domain_of_tokenizer(manifest.tokenizer.kind)
+    return "responses" if manifest.has_prompts else domain_of_tokenizer(manifest.tokenizer.kind)
 
 
 def load_domain(name: str) -> type[Domain]:

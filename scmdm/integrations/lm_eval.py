@@ -28,14 +28,15 @@ from scmdm.config.common import precision_key, seed_key, weights_key
 from scmdm.config.fields import key, require
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
-from scmdm.data.tokenizers import OwnFraming
+from scmdm.data.tokenizers import OwnFraming, UnknownSymbol
+from scmdm.data.tokenizers.chat_template import Turn, UnusableChat, marked_parts
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
-from scmdm.sampling.end_tokens import cut_at_end, end_token_ids
+from scmdm.sampling.end_tokens import answer_text, end_token_ids
 from scmdm.sampling.generation import load
 from scmdm.sampling.templates import pad_templates
 
@@ -164,12 +165,37 @@ class MaskedDiffusionLM(TemplateLM):
         self._given = sampler
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
         self._carry = self._settings(self._sampler({})).carry
-        self._prefix = [self._loaded.tokenizer.bos_id] if options.add_bos_token else []
+        # A model of conversations has seen what its chat template places first.
+        has_bos = options.add_bos_token and self._loaded.manifest.framing != "chats"
+        self._prefix = [self._loaded.tokenizer.bos_id] if has_bos else []
         if options.gen_length is not None:
             possible = options.gen_length <= self.max_length
             require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(options.precision, self._device)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer in the harness's cache of requests."""
+        return self._loaded.manifest.tokenizer.sha256
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the source of the chat template, for the harness's records. Raises UserError if there is none."""
+        if isinstance(chat_template, str):
+            raise UserError(f"apply_chat_template={chat_template} is not possible; the tokenizer has one chat template")
+        return self._loaded.tokenizer.chat.source if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation in a form that `tok_encode` tells from plain text.
+
+        Without `add_generation_prompt`, the last message is the beginning of the answer. Raises UserError when there is
+        no chat template, or when it refuses the conversation.
+        """
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]
+        try:
+            return self._loaded.tokenizer.chat.marked(turns, continued=not add_generation_prompt)
+        except (UnknownSymbol, UnusableChat) as error:
+            raise UserError(f"conversation {turns[-1].content[:60]!r}: {error}") from error
 
     @property
     def eot_token_id(self) -> int:
@@ -186,7 +212,10 @@ class MaskedDiffusionLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, without special tokens: [BOS] is added to the sequence later."""
-        return encode_text(self._loaded.tokenizer, string)
+        tokenizer, ids = self._loaded.tokenizer, list[int]()
+        for text, is_chat in marked_parts(string):
+            ids += tokenizer.chat.encode_text(text) if is_chat else encode_text(tokenizer, text)
+        return ids[1:] if self._prefix and ids[:1] == self._prefix else ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -359,8 +388,7 @@ class MaskedDiffusionLM(TemplateLM):
             )
         texts = []
         for prompt, at, row_L in zip(group, starts, drawn.tokens.tolist(), strict=True):
-            answered = cut_at_end(row_L[: at + prompt.max_new_tokens], at, self._end_ids[1:])
-            text = tokenizer.decode(answered)[len(tokenizer.decode(row_L[:at])) :]
+            text = answer_text(tokenizer, row_L[: at + prompt.max_new_tokens], at, self._end_ids)
             texts.append(_cut(text, prompt.until))
         return texts
 

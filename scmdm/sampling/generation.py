@@ -27,7 +27,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel, read_model
 from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
-from scmdm.sampling.end_tokens import cut_at_end, end_token_ids
+from scmdm.sampling.end_tokens import answer_text, cut_at_end, end_token_ids, is_framed_answer
 from scmdm.sampling.templates import make_model_template, require_prompt
 from scmdm.system.terminal import Terminal
 
@@ -58,6 +58,7 @@ def generate(
     precision: str = "auto",
     progress: bool = False,
     on_step: StepHook | None = None,
+    chats: bool = False,
 ) -> GeneratedSamples:
     """Draw `num` samples for each template (P, L) int64, ordered by template; without templates, `num` samples.
 
@@ -65,6 +66,8 @@ def generate(
     Sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal. `on_step` is called
     after every step of every batch, in the thread that draws the batch. On a CPU each core draws its own batches:
     one small batch on each of two cores is faster than one batch on both.
+
+    With `chats`, as always for a model of conversations, the templates end with questions, and texts are the answers.
 
     Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
     graphs without a GPU.
@@ -79,7 +82,7 @@ def generate(
         templates_PL = make_model_template(loaded, spec.length)[None]
     masked_PL = templates_PL == spec.mask_id
     ends_P = torch.full((len(templates_PL),), templates_PL.shape[1]) if lengths_P is None else lengths_P
-    starts_P = masked_PL.int().argmax(1)
+    starts_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
     sampler.check_length(int((ends_P - (starts_P if sampler.block_start == "prompt" else 0)).max()))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     ids_N = torch.arange(num * len(templates_PL))
@@ -124,7 +127,12 @@ def generate(
             ended.set()
     tokens_NL = torch.cat([_padded(part.tokens.cpu(), templates_PL.shape[1], loaded) for part in drawn])
     counts = torch.cat([part.evaluations_B for part in drawn]).tolist()
-    return _decoded(loaded, tokens_NL, starts_P[ids_N // num], end_ids, counts, labels_N, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    texts, framed = _decoded(loaded, tokens_NL, starts_P[ids_N // num], end_ids, chats=chats)
+    known = None
+    if labels_N is not None and int(labels_N.min()) != NO_LABEL:
+        known = [loaded.manifest.labels[label] for label in labels_N.tolist()]
+    return GeneratedSamples(tokens_NL, texts, framed, counts, seconds, known)
 
 
 def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
@@ -154,25 +162,16 @@ def _padded(tokens_BL: Tensor, length: int, loaded: LoadedModel) -> Tensor:
 
 
 def _decoded(
-    loaded: LoadedModel,
-    tokens_NL: Tensor,
-    starts_N: Tensor,
-    end_ids: Sequence[int],
-    counts: list[int],
-    labels_N: Tensor | None,
-    seconds: float,
-) -> GeneratedSamples:
+    loaded: LoadedModel, tokens_NL: Tensor, starts_N: Tensor, end_ids: Sequence[int], *, chats: bool
+) -> tuple[list[str], list[bool]]:
     """Decode samples, whose generated part begins at `starts_N`, each up to its first end token."""
     tokenizer, rows = loaded.tokenizer, tokens_NL.tolist()
     if loaded.manifest.framing == "concatenate":
-        texts, framed = [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
-    else:
-        # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
-        more = end_ids[1:]
-        starts = starts_N.tolist()
-        texts = [tokenizer.decode(cut_at_end(row, at, more)) for row, at in zip(rows, starts, strict=True)]
-        framed = [is_framed(row, tokenizer) for row in rows]
-    known = None
-    if labels_N is not None and int(labels_N.min()) != NO_LABEL:
-        known = [loaded.manifest.labels[label] for label in labels_N.tolist()]
-    return GeneratedSamples(tokens_NL, texts, framed, counts, seconds, known)
+        return [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
+    pairs = list(zip(rows, starts_N.tolist(), strict=True))
+    if chats or loaded.manifest.framing == "chats":
+        texts = [answer_text(tokenizer, row, at, end_ids) for row, at in pairs]
+        return texts, [is_framed_answer(row[at:], tokenizer, end_ids) for row, at in pairs]
+    # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
+    texts = [tokenizer.decode(cut_at_end(row, at, end_ids[1:])) for row, at in pairs]
+    return texts, [is_framed(row, tokenizer) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,15 @@ from scmdm.config.sampling import SampleConfig
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.sampling.generation import generate, load
 from scmdm.sampling.sample_files import write_samples
-from scmdm.sampling.templates import make_model_template, pad_templates, read_prompts, require_prompt
+from scmdm.sampling.templates import (
+    Prompt,
+    make_model_template,
+    pad_templates,
+    question,
+    read_messages,
+    read_prompts,
+    require_prompt,
+)
 from scmdm.system.files import require_writable
 from scmdm.system.terminal import printable
 
@@ -33,7 +42,7 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
         torch.set_num_threads(config.threads)
     if config.out is not None:
         require_writable(Path(config.out))
-    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    prompts = _prompts(config)
     loaded = load(path, weights=config.weights, device=config.device)
     require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
@@ -53,7 +62,15 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
         lengths_P=lengths_P if config.gen_length is not None else None,
         precision=config.precision,
         progress=True,
+        chats=isinstance(prompts[0], Sequence) and not isinstance(prompts[0], str),
     )
     if config.out is not None:
         write_samples(Path(config.out), generated, loaded.tokenizer)
     return generated
+
+
+def _prompts(config: SampleConfig) -> Sequence[Prompt | None]:
+    if config.messages is not None:
+        return read_messages(Path(config.messages))
+    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    return [question(prompt) if config.chat and prompt is not None else prompt for prompt in prompts]

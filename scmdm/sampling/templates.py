@@ -17,18 +17,20 @@ from data_prep.text_files import read_text_lines
 from data_prep.text_formats import FORMATS, Format, RowKeys
 from scmdm.data.preparation.records import Slice
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
+from scmdm.data.tokenizers.chat_template import USER, Turn, UnusableChat, turns_of
 from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.system.untrusted import LARGEST_TEXT, reading, require_regular
 
 MASK_TEXT = "[MASK]"
+Prompt = str | Sequence[Turn]  # text, or a conversation that ends with a question
 _PROMPT_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 
 
 def make_template(
     tokenizer: Tokenizer,
     length: int,
-    prompt: str | None,
+    prompt: Prompt | None,
     infill: str | None,
     *,
     bos_given: bool,
@@ -37,10 +39,13 @@ def make_template(
 ) -> Tensor:
     """Make a template (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
 
-    With `bos_given`, [BOS] is set even without a prompt; without `add_bos`, it never is. With `gen_length`, the
+    With `bos_given`, [BOS] is set even without a prompt; without `add_bos`, it never is. A conversation begins as the
+    chat template says. With `gen_length`, the
     template has that number of masks after the prompt, otherwise `length` tokens. Raises UserError for a text that the
     vocabulary cannot encode or that is longer than `length`.
     """
+    if prompt is not None and not isinstance(prompt, str):
+        add_bos = False
     given = [tokenizer.bos_id] if add_bos and (bos_given or prompt is not None or infill is not None) else []
     if infill is not None:
         pieces = infill.split(MASK_TEXT)
@@ -49,7 +54,7 @@ def make_template(
             given += [tokenizer.mask_id, *_encode(tokenizer, piece, "infill")]
         given.append(tokenizer.eos_id)
     elif prompt is not None:
-        given += _encode(tokenizer, prompt, "prompt")
+        given += _encode(tokenizer, prompt, "prompt") if isinstance(prompt, str) else _encode_chat(tokenizer, prompt)
     if gen_length is not None:
         length = len(given) + gen_length
     if len(given) > length:
@@ -66,13 +71,18 @@ def make_template(
 def make_model_template(
     loaded: LoadedModel,
     length: int,
-    prompt: str | None = None,
+    prompt: Prompt | None = None,
     infill: str | None = None,
     *,
     add_bos: bool = True,
     gen_length: int | None = None,
 ) -> Tensor:
-    """Call `make_template` with a model's tokenizer and its data set's `bos_policy`."""
+    """Call `make_template` with a model's tokenizer and its data set's `bos_policy`.
+
+    To a model of conversations, a prompt is a question.
+    """
+    if isinstance(prompt, str) and loaded.manifest.framing == "chats":
+        prompt = question(prompt)
     bos_given = loaded.manifest.bos_policy == "given"
     return make_template(
         loaded.tokenizer, length, prompt, infill, bos_given=bos_given, add_bos=add_bos, gen_length=gen_length
@@ -85,12 +95,12 @@ def pad_templates(templates: Sequence[Tensor], tokenizer: Tokenizer) -> tuple[Te
     return padded_PL, torch.tensor([len(template) for template in templates])
 
 
-def require_prompt(loaded: LoadedModel, given: str | None) -> None:
+def require_prompt(loaded: LoadedModel, given: Prompt | None) -> None:
     """Raise UserError when a model of responses to prompts is given no prompt."""
-    if given is None and loaded.manifest.framing == "prompts":
+    if given is None and loaded.manifest.has_prompts:
         raise UserError(
-            f"{loaded.path} was trained to answer prompts and cannot generate one; give prompt=TEXT, prompts=FILE or "
-            "infill=TEXT"
+            f"{loaded.path} was trained to answer prompts and cannot generate one; give prompt=TEXT, prompts=FILE, "
+            "messages=FILE or infill=TEXT"
         )
 
 
@@ -113,6 +123,30 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def question(text: str) -> Sequence[Turn]:
+    """Return a conversation that begins with a question."""
+    return (Turn(USER, text),)
+
+
+def read_messages(path: Path) -> list[Sequence[Turn]]:
+    """Read the conversation in the key (column) `messages` of each row of `.jsonl` or parquet, in OpenAI's form.
+
+    Raises UserError for a file that cannot be read and for a row without a conversation that ends with a question.
+    """
+    with reading(path, "file of messages"):
+        require_regular(path)
+    kind = require_kind(path, ("jsonl", "json", "parquet"))
+    keys = RowKeys(messages="messages", last_role=USER)
+    found: list[Sequence[Turn]] = []
+    for document in FORMATS[kind.format or ""].read(path, Slice(path.name), keys):
+        if document.messages is None:
+            raise UserError(f"messages={path}: {document.problem}: {document.where}; each row needs the key messages")
+        found.append(turns_of(document.messages))
+    if not found:
+        raise UserError(f"messages={path} holds no conversation; give one per line")
+    return found
+
+
 def _prompts_of_rows(path: Path, known: Format) -> Iterator[str]:
     size = 0
     for document in known.read(path, Slice(path.name), RowKeys("prompt", offers_chats=False)):
@@ -131,3 +165,10 @@ def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
         return tokenizer.encode(text) if text else []
     except UnknownSymbol as error:
         raise UserError(f"{name}={text!r} cannot be encoded with the model's vocabulary: {error}") from error
+
+
+def _encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
+    try:
+        return tokenizer.chat.encode_prompt(turns)
+    except (UnknownSymbol, UnusableChat) as error:
+        raise UserError(f"conversation {turns[-1].content[:60]!r}: {error}") from error

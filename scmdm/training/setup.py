@@ -99,6 +99,7 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"length {base.spec.length}; prepare the data with that length, or set any_length=true"
         )
     _check_labels(config, manifest, base)
+    _check_padding(config, manifest)
     if config.model.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
         raise UserError("fsdp.context is not possible with model.logit_shift=true; set it to 1")
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
@@ -127,6 +128,19 @@ def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | Non
             f"base={base.path} has the labels {', '.join(base.manifest.labels)}, but {config.data.label} has "
             f"{', '.join(manifest.labels)}; prepare data with the base's classes"
         )
+
+
+def _check_padding(config: RunConfig, manifest: Manifest) -> None:
+    """Raise UserError if samples of their own lengths do not match the data or the engine."""
+    if config.train.padding == "length":
+        return
+    if manifest.framing in ("packed", "concatenate"):
+        raise UserError(
+            f"train.padding={config.train.padding} is not possible with the framing {manifest.framing} of "
+            f"{config.data.label}, whose samples are filled; set it to length"
+        )
+    if config.fsdp.context > 1:
+        raise UserError(f"train.padding={config.train.padding} is not possible with fsdp.context; set it to length")
 
 
 def build_engine(

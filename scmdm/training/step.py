@@ -43,13 +43,16 @@ def train_step(
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
-    The loss is the sum over the global batch divided by its valid tokens, and all noise is keyed on the samples:
-    neither depends on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
+    The loss is the sum over the global batch divided by its valid tokens; with `train.loss_per=sample` it is the mean
+    over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends
+    on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
     finite; the weights are then unchanged. `timer` measures the parts of the step.
     """
     timer = timer or StepTimer(engine.device)
     with timer.part("sync"):
-        tokens = engine.all_gather(sequences.valid.sum()[None]).sum()
+        counts_N = engine.all_gather(sequences.valid.sum(1))
+        tokens = counts_N.sum()
+        divisor = (counts_N > 0).sum() if config.train.loss_per == "sample" else tokens
         t_B = _local_times(engine, config, sequences.ids, step)
     denoiser = TimedDenoiser(engine.denoiser, timer)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
@@ -68,11 +71,11 @@ def train_step(
                 stop_gradient=config.self_conditioning.stop_gradient,
             )
         with timer.part("backward"):
-            engine.backward(output.loss / tokens, last=start + size >= len(sequences))
+            engine.backward(output.loss / divisor, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
     with timer.part("optimizer"):
-        loss = engine.sum(total) / tokens
+        loss = engine.sum(total) / divisor
         grad_norm = engine.clip_grad_norm(config.optimizer.clip)
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
         result = StepResult(float(loss), float(grad_norm), int(tokens), passes * len(sequences) * engine.data_size)
@@ -93,8 +96,11 @@ def _noise(
         rate, ids_B = config.train.label_dropout, sequences.ids
         labels_B = drop_labels(sequences.labels, ids_B, rate=rate, seed=config.seed, step=step)
         sequences = replace(sequences, labels=labels_B)
-    return noise_batch(
-        sequences,
+    share_B = None
+    if config.train.loss_per == "sample":
+        share_B = 1 / sequences.valid.sum(1).clamp(min=1).float()
+    batch = noise_batch(
+        sequences.cropped(),
         t_B,
         schedule=schedule,
         mask_id=mask_id,
@@ -103,6 +109,7 @@ def _noise(
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
     )
+    return replace(batch, share=share_B)
 
 
 def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:

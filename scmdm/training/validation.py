@@ -13,31 +13,43 @@ import torch
 from torch import Tensor
 
 from scmdm.config.run import RunConfig
+from scmdm.config.training import TrainConfig
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
-from scmdm.data.shard_index import DOCUMENTS, GIVEN, LABEL
+from scmdm.data.shard_index import DOCUMENTS, GIVEN, GIVEN_MASK, LABEL
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
 from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine
 from scmdm.models.model_files import ModelSpec
+from scmdm.training.padding import own_lengths, used_lengths
 
 _BATCH = 256
 T = TypeVar("T")
 
 
-def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device, *, labels: bool = False) -> Sequences:
+def to_device(
+    batch: dict[str, Tensor],
+    manifest: Manifest,
+    device: torch.device,
+    *,
+    labels: bool = False,
+    lengths_B: Tensor | None = None,
+) -> Sequences:
     """Convert a loader's batch of (B, L) tokens to `Sequences` on a device, with labels if `labels` is set.
 
     Positions are not valid, and carry no loss, if they are padding and `pad_policy` is "ignore", if they begin a
-    document and `bos_policy` is "given", or if they belong to the prefix whose length is in the column `given`.
+    document and `bos_policy` is "given", if they belong to the prefix whose length is in the column `given`, or are
+    marked in the column `given_mask`, or if they follow the sample's own length in `lengths_B`.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
-    valid = tokens != manifest.pad_id if manifest.pad_policy == "ignore" else torch.ones_like(tokens, dtype=torch.bool)
-    index, documents, given, label = (
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    if manifest.pad_policy == "ignore":
+        valid = torch.arange(tokens.shape[1], device=device) < used_lengths(tokens, manifest)[:, None]
+    index, documents, given, given_mask, label = (
         batch[name].to(device, non_blocking=True) if name in batch else None
-        for name in ("index", DOCUMENTS, GIVEN, LABEL)
+        for name in ("index", DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)
     )
     assert index is not None
     assert label is not None or not labels
@@ -45,9 +57,13 @@ def to_device(batch: dict[str, Tensor], manifest: Manifest, device: torch.device
         valid[:, 0] = False
     if given is not None:
         valid &= torch.arange(tokens.shape[1], device=device) >= given[:, None]
+    if given_mask is not None:
+        valid &= given_mask == 0
+    if lengths_B is not None:
+        valid &= torch.arange(tokens.shape[1], device=device) < lengths_B.to(device)[:, None]
     if documents is not None and manifest.bos_policy == "given":
         valid &= ~document_starts(documents)
-    return Sequences(tokens, valid, index, documents, label if labels else None)
+    return Sequences(tokens, valid, index, documents, label if labels else None, lengths_B)
 
 
 def validation_batches(
@@ -59,23 +75,38 @@ def validation_batches(
     first_id: int = 0,
     *,
     labels: bool = False,
+    padding: TrainConfig | None = None,
 ) -> Iterator[Sequences]:
-    """Yield `samples` sequences spread evenly over a split; their ids are `first_id` plus their index in the split."""
+    """Yield `samples` sequences spread evenly over a split; their ids are `first_id` plus their index in the split.
+
+    `padding` has the rule for the lengths of the sequences; None: that of the data.
+    """
     rows = spread_rows(manifest.split(split, root).samples, samples)
     columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
     columns["index"] = torch.tensor(rows) + first_id
+    lengths_N = own_lengths(columns["tokens"], manifest, padding) if padding is not None else None
     for start in range(0, len(rows), _BATCH):
-        batch = {name: found[start : start + _BATCH] for name, found in columns.items()}
-        yield to_device(batch, manifest, device, labels=labels)
+        part = slice(start, start + _BATCH)
+        batch = {name: found[part] for name, found in columns.items()}
+        lengths_B = None if lengths_N is None else lengths_N[part]
+        yield to_device(batch, manifest, device, labels=labels, lengths_B=lengths_B).cropped()
 
 
 def mixed_validation_batches(
-    data: DataMixture, split: str, device: torch.device, samples: int, *, labels: bool = False
+    data: DataMixture,
+    split: str,
+    device: torch.device,
+    samples: int,
+    *,
+    labels: bool = False,
+    padding: TrainConfig | None = None,
 ) -> Iterator[Sequences]:
     """Yield `validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
     first_id = 0
     for source, share in data.validation_shares(samples):
-        yield from validation_batches(source.root, split, source.manifest, device, share, first_id, labels=labels)
+        yield from validation_batches(
+            source.root, split, source.manifest, device, share, first_id, labels=labels, padding=padding
+        )
         first_id += source.manifest.split(split, source.root).samples
 
 
@@ -94,7 +125,7 @@ def validation_nelbo(
     """
     samples = config.train.validation_samples
     split, labels = config.data.validation_split, spec.model.labels
-    batches = mixed_validation_batches(data, split, engine.device, samples, labels=labels)
+    batches = mixed_validation_batches(data, split, engine.device, samples, labels=labels, padding=config.train)
     engine.model.eval()
     with engine.compute():
         return estimate_nelbo(

@@ -96,7 +96,7 @@ def test_by_the_command_line(dataset, tmp_path, capsys):
     assert result["domain"] == "responses" and len(result["samples"]) == 2
     assert result["samples"][0]["metrics"]["num_samples"] == 6
     assert main(["sample", str(run), "num=1", "sampler.steps=4"]) == 1
-    assert "give prompt=TEXT, prompts=FILE or infill=TEXT" in capsys.readouterr().err
+    assert "prompts=FILE" in capsys.readouterr().err
     assert main(["sample", str(run), "num=2", "sampler.steps=4", "prompt=say 3 twice? "]) == 0
     assert capsys.readouterr().out.startswith("say 3 twice? ")
     loaded = load(run)

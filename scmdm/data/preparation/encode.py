@@ -21,6 +21,7 @@ from scmdm.data.preparation.shard_writer import Description, write_piece
 from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import split_of
 from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
+from scmdm.data.tokenizers.chat_template import EncodedChat, UnusableChat, turns_of
 
 UNKNOWN_KEPT = "with unknown symbols"  # kept records, in which the tokenizer's token for them stands
 
@@ -73,8 +74,13 @@ def _rows(
         framer = framers.setdefault(split, FRAMERS[config.framing](config.length, tokenizer))
         for version in _versions(source, split, record):
             try:
-                prompt, ids = _encoded(tokenizer, version)
-                rows = list(_sequences(config, source, version, prompt, ids, tokenizer, framer, own))
+                if version.is_chat:
+                    chat = _encoded_chat(tokenizer, version)
+                    prompt, ids = list[int](), chat.ids
+                    rows = [_conversation(config, version, chat, tokenizer)]
+                else:
+                    prompt, ids = _encoded(tokenizer, version)
+                    rows = list(_sequences(config, source, version, prompt, ids, tokenizer, framer, own))
             except _Unusable as error:
                 shown = tally.is_shown(f"dropped: {error.reason}")
                 tally.drop(error.reason, f"{place_of(source, part, record)}: {error}" if shown else "")
@@ -104,6 +110,23 @@ def _encoded(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list[int]
         return tokenizer.encode(record.prompt) if record.prompt else [], tokenizer.encode(record.content)
     except UnknownSymbol as error:
         raise _Unusable(error.reason, str(error)) from error
+
+
+def _encoded_chat(tokenizer: Tokenizer, record: Record) -> EncodedChat:
+    """Return the ids of a conversation. Raises _Unusable."""
+    try:
+        return tokenizer.chat.encode(turns_of(json.loads(record.content)))
+    except (UnknownSymbol, UnusableChat) as error:
+        raise _Unusable(error.reason, str(error)) from error
+
+
+def _conversation(config: PrepareConfig, record: Record, chat: EncodedChat, tokenizer: Tokenizer) -> FramedSequence:
+    """Return the sequence of a conversation, which ends with [EOS]. Raises _Unusable."""
+    end = [tokenizer.eos_id] if chat.ids[-1:] != [tokenizer.eos_id] else []
+    ids = [*chat.ids, *end]
+    if len(ids) > config.length:
+        raise _Unusable("too long", f"{record.content[:80]!r} has {len(ids)} tokens")
+    return FramedSequence(ids, record.label, given_mask=[*chat.given, *(False for _ in end)])
 
 
 def _sequences(
@@ -141,5 +164,5 @@ def describe(
         described or {},
         counts or {},
         source.labels,
-        "prompts" if config.source.has_prompts else config.framing,
+        config.source.framing or config.framing,
     )

@@ -67,7 +67,18 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     """Open the tokenizer that the configuration names; None when one is to be built. Raises UserError."""
     tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
-    return tokenizer.open(config.tokenizer, padded=config.framing != "concatenate")
+    opened = tokenizer.open(config.tokenizer, padded=config.framing != "concatenate" and config.pad_policy != "eos")
+    if config.source.framing == "chats":
+        try:
+            _ = opened.chat if opened is not None else None
+        except UserError as error:
+            raise UserError(f"source.chat_template=tokenizer: {error}; or set source.chat_template=none") from error
+        if opened is None:
+            raise UserError(
+                f"source.chat_template=tokenizer is not possible with tokenizer.name={config.tokenizer.name}, which "
+                "has no chat template; it must be none"
+            )
+    return opened
 
 
 def fitted_tokenizer(fitted: Path) -> Tokenizer:

@@ -23,6 +23,7 @@ class FramedSequence:
     label: int | None = None
     documents: Sequence[int] | None = None  # of packed samples: index of each id's document
     given: int | None = None  # number of leading ids that are never masked: [BOS] and the prompt
+    given_mask: Sequence[bool] | None = None  # of conversations: whether each id is never masked
 
 
 class Framer(Protocol):

@@ -23,6 +23,7 @@ class Record:
     label: int | None = None  # index into the source's `labels`
     group: str | None = None  # records of a group share a split, by the hash of the group; None: hash of the content
     prompt: str | None = None  # text before the content that is never masked
+    is_chat: bool = False  # the content is a JSON list of the roles and contents of messages
 
     @property
     def text(self) -> Content:

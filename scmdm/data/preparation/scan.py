@@ -110,12 +110,12 @@ def _digest(record: Record) -> bytes:
 
 
 def _to_json(record: Record) -> str:
-    rest = (record.label, record.group, record.prompt)
+    rest = (record.label, record.group, record.prompt, record.is_chat)
     if isinstance(record.content, bytes):
         return json.dumps([1, base64.b64encode(record.content).decode(), *rest])
     return json.dumps([0, record.content, *rest])
 
 
 def _from_json(line: str) -> Record:
-    raw, content, label, group, prompt = json.loads(line)
-    return Record(base64.b64decode(content) if raw else content, label, group, prompt)
+    raw, content, *rest = json.loads(line)
+    return Record(base64.b64decode(content) if raw else content, *rest)

@@ -27,7 +27,7 @@ from scmdm.data.manifest import (
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.preparation.task_queue import read_result
-from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, LABEL, ShardInfo, columns_of, parse_index
+from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, GIVEN_MASK, LABEL, ShardInfo, columns_of, parse_index
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, sha256_file
@@ -88,7 +88,8 @@ class SplitWriter:
 
     def write(self, sequence: FramedSequence) -> None:
         """Pad a sequence and add it as a sample."""
-        pad_id, length = self._tokenizer.pad_id, self._description.length
+        policy, length = self._description.pad_policy, self._description.length
+        pad_id = self._tokenizer.eos_id if policy == "eos" else self._tokenizer.pad_id
         ids_L = np.full(length, pad_id, self._dtype)
         ids_L[: len(sequence.ids)] = sequence.ids
         sample: dict[str, Any] = {COLUMN: ids_L}
@@ -97,14 +98,19 @@ class SplitWriter:
             sample[LABEL] = np.int32(sequence.label)
         if sequence.given is not None:
             sample[GIVEN] = np.int32(sequence.given)
+        if sequence.given_mask is not None:
+            sample[GIVEN_MASK] = given_L = np.zeros(length, np.uint8)
+            given_L[: len(sequence.given_mask)] = sequence.given_mask
         if sequence.documents is not None:
             sample[DOCUMENTS] = documents_L = np.full(length, sequence.documents[-1] + 1, np.uint16)
             documents_L[: len(sequence.documents)] = sequence.documents
         self._writer.write(sample)
         self._samples += 1
-        self._tokens += length if self._description.pad_policy == "loss" else int((ids_L != pad_id).sum())
+        self._tokens += len(sequence.ids) if policy == "ignore" else length
         if sequence.given is not None:
             self._tokens -= sequence.given
+        elif sequence.given_mask is not None:
+            self._tokens -= sum(sequence.given_mask)
         elif self._description.bos_policy == "given":
             self._tokens -= 1 if sequence.documents is None else sequence.documents[-1] + 1
 

@@ -7,11 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from scmdm.config.preparation import TokenizerConfig
+from scmdm.errors import UserError
+
+if TYPE_CHECKING:
+    from scmdm.data.tokenizers.chat_template import ChatTemplate
 
 SPECIALS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 LARGEST_VOCABULARY = 1 << 24  # ids; an embedding has a row for each
@@ -91,6 +95,11 @@ class Tokenizer(ABC):
         if self.can_spell_specials and not self._reserved.isdisjoint(ids):
             self._refuse_reserved(ids)
         return ids
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The chat template. Raises UserError when there is none, or one that is not supported."""
+        raise UserError(f"a tokenizer of kind {self.kind} has no chat template; take a Hugging Face tokenizer with one")
 
     @property
     def end_ids(self) -> tuple[int, ...]:

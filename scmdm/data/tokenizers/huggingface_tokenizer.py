@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,8 @@ from omegaconf import MISSING
 
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TokenizerConfig
-from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, as_text, check_ids, text_ids
+from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, UnknownSymbol, as_text, check_ids, text_ids
+from scmdm.data.tokenizers.chat_template import LARGEST_TEMPLATE, PROBE, ChatTemplate, UnusableChat
 from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
 from scmdm.data.tokenizers.transformers_folder import (
@@ -30,9 +32,8 @@ from scmdm.data.tokenizers.transformers_folder import (
 from scmdm.data.tokenizers.word_cache import WordEncoder, splits_at_white_space
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
-from scmdm.system.untrusted import parse_as, read_bytes, read_json, reading
+from scmdm.system.untrusted import describe, parse_as, read_bytes, read_json, reading
 
-LARGEST_TEMPLATE = 1 << 20  # bytes
 # Conventional names of specials, for tokenizers whose files do not assign roles.
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>"),
@@ -104,7 +105,7 @@ class HuggingFaceTokenizer(Tokenizer):
         specials: ids of the specials.
         vocab_size: lower bound of the vocabulary size, for models whose embedding has unused rows.
         chat_template: Jinja program that writes conversations; None: the tokenizer has none.
-        end_ids: ids that end a sample besides that of [EOS].
+        end_ids: ids that end a sample besides that of [EOS] and of the token after an answer.
     """
 
     Config = HuggingFaceConfig
@@ -180,7 +181,35 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys([self.eos_id, *self._end_ids]))
+        after_answers = () if self._chat is None or isinstance(self._chat, str) else (self._chat.end_id,)
+        return tuple(dict.fromkeys([self.eos_id, *after_answers, *self._end_ids]))
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The chat template. Raises UserError when there is none, or one that is not supported."""
+        if self._chat is None:
+            raise UserError("the tokenizer has no chat template; give a tokenizer whose folder has one")
+        if isinstance(self._chat, str):
+            raise UserError(f"the chat template of the tokenizer is not supported: {self._chat}")
+        return self._chat
+
+    @cached_property
+    def _chat(self) -> ChatTemplate | str | None:
+        """The chat template; or the reason why it is not supported, which is no error unless it is needed."""
+        if self.chat_template is None:
+            return None
+        added = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names = {role: name for role, id_ in roles.items() if (name := self._tokenizer.id_to_token(id_)) is not None}
+        try:
+            chat = ChatTemplate(self.chat_template, added, names, self.encode, self.mask_id)
+            ids = chat.encode(PROBE).ids
+            library = load_pipeline(self._pipeline)
+            library.encode_special_tokens = False
+            whole = library.encode(chat.render(PROBE, to_be_answered=False), add_special_tokens=False).ids
+        except (ValueError, UnknownSymbol, UnusableChat) as error:
+            return describe(error)
+        return chat if whole[: len(ids)] == ids else "its parts have other ids than the conversation as a whole"
 
     def _ids_of(self, content: Content) -> list[int]:
         return self._encode(as_text(content))

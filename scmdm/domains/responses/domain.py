@@ -1,7 +1,7 @@
 """The domain of responses to prompts, which measures the text after the prompt.
 
 A model draws one response to each of the first prompts of the held-out split. The same metrics are computed for the
-held-out responses to the same prompts.
+held-out responses to the same prompts. Of a conversation, the prompt is all that precedes its last answer.
 
 Legend: N samples, L sequence length.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
-from scmdm.data.shard_index import COLUMN, GIVEN
+from scmdm.data.shard_index import COLUMN, GIVEN, GIVEN_MASK
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples, Measured, Metric, MetricKeys, WithoutFigures
 from scmdm.domains.sample_values import SampleValues
@@ -49,8 +49,8 @@ class ResponsesDomain(WithoutFigures):
     )
 
     def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
-        if manifest.framing != "prompts":
-            raise UserError(f"domain=responses needs a data set with framing=prompts; {root} has {manifest.framing}")
+        if not manifest.has_prompts:
+            raise UserError(f"domain=responses needs a data set of prompts or chats; {root} has {manifest.framing}")
         self._root, self._manifest, self._config, self._settings = root, manifest, config, settings
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.
@@ -90,11 +90,11 @@ class ResponsesDomain(WithoutFigures):
 
 
 def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
-    """Return texts between a prompt of `given_N` ids and the first [EOS], and their ids (N, L), padded at the end."""
+    """Return texts between a prompt of `given_N` ids and the first end token, and their ids (N, L), padded."""
     ids_NL = np.full(rows_NL.shape, tokenizer.pad_id, np.int64)
     for own, row, given in zip(ids_NL, rows_NL, given_N, strict=True):
         response = row[given:]
-        ends = np.flatnonzero(response == tokenizer.eos_id)
+        ends = np.flatnonzero(np.isin(response, tokenizer.end_ids))
         response = response[: ends[0]] if len(ends) else response
         own[: len(response)] = response
     texts = [tokenizer.decode(row[row != tokenizer.pad_id].tolist()) for row in ids_NL]
@@ -106,4 +106,7 @@ def _rows(root: Path, manifest: Manifest, split: str, num: int) -> tuple[np.ndar
     columns = read_columns(root, split, range(min(num, manifest.split(split, root).samples)))
     if COLUMN not in columns:
         return np.zeros((0, manifest.length), np.int64), np.zeros(0, np.int64)
-    return columns[COLUMN], columns[GIVEN]
+    if manifest.framing == "prompts":
+        return columns[COLUMN], columns[GIVEN]
+    given_NL = columns[GIVEN_MASK]
+    return columns[COLUMN], np.where(given_NL == 1, np.arange(1, given_NL.shape[1] + 1), 0).max(1)

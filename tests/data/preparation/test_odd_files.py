@@ -215,11 +215,11 @@ def test_the_keys_that_there_are_and_the_way_to_read_a_chat_are_named(tmp_path):
     assert (
         "'id', 'messages'" in places["dropped: no key text"][0] and "messages_key" in places["dropped: no key text"][0]
     )
-    source, tally = text(path, messages_key="messages"), Tally()
+    source, tally = text(path, messages_key="messages", chat_template="none"), Tally()
     (record,) = [record for part in source.parts(1 << 40) for record in source.records(part, tally)]
     assert (record.prompt, record.content) == ("hello", "well met")
     assert sum(count for name, count in tally.counts.items() if name.startswith("dropped")) == 4
-    assert TextConfig(messages_key="messages").has_prompts
+    assert TextConfig(messages_key="messages", chat_template="none").framing == "prompts"
 
 
 def test_parquet_of_other_types(tmp_path):
