@@ -36,8 +36,8 @@ _MARKED = re.compile(f"{_MARK}[ium]")
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
     """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
-    A YAML file may name a parent with `extends: other.yaml` (relative to itself, or else the name of one that comes with
-    scmdm); its own keys win. OmegaConf resolves `${...}` in these files; everywhere else, also on the command line,
+    A YAML file may name a parent with `extends: other.yaml` (relative to itself, or the name of a shipped one); its
+    own keys win. OmegaConf resolves `${...}` in these files; everywhere else, also on the command line,
     text is literal.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the

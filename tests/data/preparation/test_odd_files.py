@@ -340,6 +340,13 @@ def test_fasta_with_marks_comments_and_any_line_end(tmp_path, encoding, end):
     assert read(proteins)[0] == ["ACGTACGT", "ACGT"]
 
 
+def test_zero_shot_texts_need_no_splits(tmp_path):
+    for name in ("train/a.txt", "test/b.txt", "README.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert sorted(read_texts(tmp_path)) == ["README.txt", "test/b.txt", "train/a.txt"]
+
+
 def test_letters_outside_of_fasta_sequences_are_counted(tmp_path):
     path = tmp_path / "a.fa"
     path.write_text("\ufeff;LCBO\n; old style\nGGGG\n>s1\nACGT\n\ufeff>s2\nTTTT\n  >s3\nCCCC\n")
@@ -525,6 +532,8 @@ def test_prompts_are_text(tmp_path, name, raw, encoding):
         ("p.txt", ""),
         ("p.txt", "\n\n"),
         ("p.jsonl", '{"text": "a"}'),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}'),
+        ("p.csv", "prompt,id\n,1\na,2\n"),
         ("p.json", '["a"]'),
         ("p.png", "a"),
     ],
