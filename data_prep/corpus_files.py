@@ -54,7 +54,9 @@ COMPRESSIONS: Mapping[str, str] = {
     ".xz": "xz",
 }
 _UNCOMPRESSED = frozenset({"parquet", "png", "jpeg", "npy"})  # compressed inside, or mapped into memory
-_CLUTTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # of archives and file managers
+_CLUTTER = frozenset(  # of archives, file managers and file systems
+    {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+)
 _SHOWN = 3  # names in a message
 
 _SPLIT_WORDS: Mapping[str, str] = {
@@ -233,31 +235,40 @@ def split_of_name(name: str) -> str | None:
 
 def named_split(name: str) -> str | None:
     """Return the split that a path names, with a whole folder or file name before a word of one, outermost first."""
-    *folders, file = name.lower().split("/")
-    parts = [*folders, kind_of(file).stem]
-    whole = next((_SPLIT_WORDS[part] for part in parts if part in _SPLIT_WORDS), None)
+    whole = _whole_split(name)
     if whole is not None:
         return whole
-    for part in [*folders, file]:
-        for word in re.split(r"[^a-z]+", part):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
-    return None
+    words = (word for part in name.lower().split("/") for word in re.split(r"[^a-z]+", part))
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _whole_split(name: str) -> str | None:
+    """Return the split after which a folder of a path, or its file, is named as a whole."""
+    *folders, file = name.lower().split("/")
+    return next((_SPLIT_WORDS[part] for part in [*folders, kind_of(file).stem] if part in _SPLIT_WORDS), None)
 
 
 def without_split(name: str) -> str:
-    """Remove the folders that are named like a split from a path, as in `train/cat/1.png`."""
+    """Remove the outermost folder that is named like a split from a path, as in `train/cat/1.png`."""
     *folders, file = name.split("/")
-    return "/".join([*(folder for folder in folders if folder.lower() not in _SPLIT_WORDS), file])
+    at = next((at for at, folder in enumerate(folders) if folder.lower() in _SPLIT_WORDS), len(folders))
+    return "/".join([*folders[:at], *folders[at + 1 :], file])
 
 
 def split_by_name(names: Iterable[str], split_by: str) -> dict[str, str | None]:
     """Return the split of each file: `validation`, `test`, or None for training (where hashes decide).
 
-    `split_by` is that of `NamedSplitsConfig`.
+    `split_by` is that of `NamedSplitsConfig`. Raises UserError with `auto` if folders or files are called like several
+    splits, as `train` and `test` are, and others are not: hashes would mix the published splits.
     """
     found = {name: named_split(name) for name in names}
     named = set(found.values())
+    if split_by == "auto" and None in named and len({_whole_split(name) for name in found} - {None}) > 1:
+        others = [name for name, split in found.items() if split is None]
+        raise UserError(
+            f"source.split_by=auto: files are in splits by their names, but {len(others):,} are not ({_some(others)}); "
+            "move those away, or set source.split_by=names to train on them, or source.split_by=hash"
+        )
     if split_by == "hash" or (split_by == "auto" and (None in named or len(named) < 2)):
         return dict.fromkeys(found)
     return {name: None if split == "train" else split for name, split in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -16,6 +17,7 @@ from scmdm.data.preparation.records import Part, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
 
 WHITE_SPACE = b" \t\r\n\v\f"
+_BEFORE_HEADER = b" \t" + BOM_UTF8[:1]
 _LONGEST_HEADER = 1 << 16  # bytes; the rest of a longer one is not looked at
 
 
@@ -72,7 +74,10 @@ class FastaSource(Source):
             if piece.start == 0 and (damage := find_damage(path)) is not None:
                 tally.drop(*damage)
                 continue
-            for (_, identifier), lines in groupby(_read_fasta(path, piece), key=itemgetter(0)):
+            for (number, identifier), lines in groupby(_read_fasta(path, piece), key=itemgetter(0)):
+                if number == 0:
+                    tally.drop("not FASTA", f"{path}: letters before the first line that begins with >")
+                    continue
                 yield piece.file, identifier, (line for _, line in lines)
 
 
@@ -98,24 +103,29 @@ def find_damage(path: Path) -> tuple[str, str] | None:
 def _read_fasta(path: Path, piece: Slice) -> Iterator[tuple[tuple[int, str], bytes]]:
     """Yield number and id (first word of the header) of a sequence with each line: an empty one, then its letters.
 
+    Letters before the first header have the number 0. White space or a byte order mark may precede a header.
+
     Lines that begin with `;` are comments. A line may come in several pieces, for it may be a whole chromosome.
     """
     file = TextFile(path)
     sequence, header, in_comment, at, line_begins = (0, ""), b"", False, piece.start or file.mark, True
     for chunk in file.chunks(piece.start):
-        for line in chunk.splitlines(keepends=True):
+        for raw in chunk.splitlines(keepends=True):
+            line = raw
             if line_begins:
+                if raw[:1] in _BEFORE_HEADER:
+                    line = raw.lstrip(b" \t").removeprefix(BOM_UTF8)
                 if piece.end is not None and at >= piece.end:
                     return
                 in_comment, header = line.startswith(b";"), line if line.startswith(b">") else b""
             elif header:
                 header = (header + line)[:_LONGEST_HEADER]
-            at += len(line)
-            line_begins = line.endswith((b"\n", b"\r"))
+            at += len(raw)
+            line_begins = raw.endswith((b"\n", b"\r"))
             if header and line_begins:
                 sequence, header = (sequence[0] + 1, _identifier(header)), b""
                 yield sequence, b""
-            elif not header and not in_comment and sequence[0] > 0:  # only blank lines precede the first header
+            elif not header and not in_comment and (sequence[0] > 0 or line.strip()):
                 yield sequence, line
     if header:
         yield (sequence[0] + 1, _identifier(header)), b""

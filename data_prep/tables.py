@@ -1,7 +1,8 @@
 """Tables with a header: CSV and TSV, by the rules of the module `csv`.
 
 A quoted field may contain delimiters and line ends. A table without quotes has a record on each line and can be read
-in ranges of bytes; one with quotes is read as a whole. Lines before the header that begin with `#` are comments.
+in ranges of bytes; one with quotes is read as a whole. Lines before the header that begin with `#` are comments, and so
+is Excel's line `sep=;`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from data_prep.text_files import LONGEST, TextFile, decode
 from scmdm.data.preparation.records import Slice
 
 MALFORMED_ROW, OTHER_WIDTH, LONG_ROW = "malformed row", "more fields than the header", "over-long row"
+REPEATED_HEADER = "repeated header"  # as in tables that were joined
 _DELIMITERS: Mapping[str, Sequence[str]] = {"csv": (",", ";", "\t", "|"), "tsv": ("\t",)}
 csv.field_size_limit(LONGEST)
 
@@ -75,6 +77,8 @@ def _first_row(file: TextFile, delimiter: str, wanted: Sequence[str]) -> TableHe
         if row.problem:
             continue
         columns = [name.strip() for name in row.fields]
+        if columns[0].lower().startswith("sep="):
+            continue
         uncommented = [columns[0].lstrip("# "), *columns[1:]]
         if not columns[0].startswith("#") or all(name in uncommented for name in wanted):
             return TableHeader(columns if columns[0] in wanted else uncommented, delimiter, row.at)
@@ -86,8 +90,16 @@ def read_rows(file: TextFile, header: TableHeader, piece: Slice | None = None) -
     for row in _records(file.lines(piece), header.delimiter):
         if row.at <= header.at:
             continue
-        extra = row.fields[len(header.columns) :]
-        yield TableRow(row.at, row.fields, OTHER_WIDTH) if any(map(str.strip, extra)) else row
+        problem = row.problem or _problem_of(row.fields, header)
+        yield TableRow(row.at, row.fields, problem) if problem else row
+
+
+def _problem_of(fields: list[str], header: TableHeader) -> str:
+    if any(map(str.strip, fields[len(header.columns) :])):
+        return OTHER_WIDTH
+    columns = header.columns
+    repeated = fields[0].strip("# ") == columns[0] and [name.strip() for name in fields[1:]] == columns[1:]
+    return REPEATED_HEADER if repeated else ""
 
 
 def _records(lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[TableRow]:

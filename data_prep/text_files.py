@@ -1,6 +1,7 @@
 """Text in files: compression, byte order marks, encodings and line ends, the same for all sources.
 
 * A byte order mark of UTF-8, UTF-16 or UTF-32 decides the encoding; without one it is UTF-8.
+* A mark of UTF-8 that begins a later line, where files were joined, is removed too.
 * Lines end with a line feed, a carriage return, or both, also mixed.
 * A file is binary if it begins as a known binary format does, or if more than one in thirty of its first 64 KiB are
   control characters (a third of what random bytes have). It is not read.
@@ -157,7 +158,7 @@ class TextFile:
             if self.problem is not None and not line.endswith(b"\n"):
                 self.problem = FileProblem(self.problem.reason, f"{self.problem.where}; its last line is incomplete")
                 return
-            yield size, line
+            yield size, line.removeprefix(codecs.BOM_UTF8)
 
     def where(self, at: int) -> str:
         """Describe a place that `lines` has yielded."""

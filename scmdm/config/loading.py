@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
-from scmdm.config.shipped import explain_missing, locate, open_input
+from scmdm.config.shipped import explain_missing, locate, open_input, shipped_names
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
@@ -36,8 +36,9 @@ _MARKED = re.compile(f"{_MARK}[ium]")
 def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
     """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
-    A YAML file may name a parent with `extends: other.yaml` (relative to itself); its own keys win. OmegaConf resolves
-    `${...}` in these files; everywhere else, also on the command line, text is literal.
+    A YAML file may name a parent with `extends: other.yaml` (relative to itself, or the name of a shipped one); its
+    own keys win. OmegaConf resolves `${...}` in these files; everywhere else, also on the command line,
+    text is literal.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
     wrong type or out of bounds, a renamed key, or a mandatory key that is not set. If `schema` has a method
@@ -213,8 +214,13 @@ def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise UserError(
                 f"extends={shorten(parent)} in {following} is not possible; it must be the name of one YAML file"
             )
-        following = None if parent is None else following.parent / parent
+        following = None if parent is None else _parent_file(following.parent / parent, parent)
     return chain[::-1]
+
+
+def _parent_file(path: Path, name: str) -> Path:
+    """Return `path` or, if there is no such file, the shipped configuration called `name`."""
+    return path if os.path.lexists(path) else shipped_names().get(name, path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def read_texts(
     Raises UserError if there are none, and for one that cannot be read: a likelihood without it would not be that of
     the corpus that is named.
     """
-    config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize)
+    config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize, split_by="hash")
     source, tally = TextSource(config, length=0), Tally()
     found, size = list[str](), 0
     for part in source.parts(_PART_BYTES):

@@ -154,6 +154,8 @@ def _prompts_of_rows(path: Path, known: Format) -> Iterator[str]:
             raise UserError(
                 f"prompts={path}: {document.problem}: {document.where}; each row needs the key prompt with a text"
             )
+        if not document.text.strip():
+            raise UserError(f"prompts={path}: blank prompt: {document.where}; each row needs a prompt")
         size += len(document.text)
         if size > LARGEST_TEXT:
             raise UserError(f"prompts={path} has more than {LARGEST_TEXT} characters; give a smaller file")

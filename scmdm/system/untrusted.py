@@ -174,6 +174,9 @@ def check_bounds(content: Any) -> None:
     raise ValueError(f"nested more than {DEEPEST} levels deep")
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe types, each key once; nesting and repeated aliases are bounded while composing."""
 
@@ -198,19 +201,36 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"more than {_MOST_NODES:,} values", problem_mark=node.start_mark)
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, yaml.Node] = {}
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping: each key once, `<<` replaced by the keys of its mappings that the mapping itself lacks.
+
+        PyYAML merges while it constructs, and takes the wrong one of two values in a chain of merges.
+        """
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        found: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value in node.value:
+            name = _MERGE if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
             if isinstance(name, list | dict | set):
                 raise yaml.MarkedYAMLError(problem="a key that is a list or mapping", problem_mark=key_node.start_mark)
-            if name in seen:
-                first = seen[name].start_mark.line + 1
+            if name in found:
+                first = found[name][0].start_mark.line + 1
+                shown = "<<" if name == _MERGE else name
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {name!r} stands twice, first in line {first}", problem_mark=key_node.start_mark
+                    problem=f"key {shown!r} stands twice, first in line {first}", problem_mark=key_node.start_mark
                 )
-            seen[name] = key_node
-        return super().construct_mapping(node, deep=deep)
+            found[name] = key_node, value
+        if _MERGE in found:
+            for key_node, value in _merged_pairs(found.pop(_MERGE)[1]):
+                found.setdefault(self.construct_object(key_node, deep=True), (key_node, value))
+        node.value = list(found.values())
+        return node
+
+
+def _merged_pairs(value: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+        if not isinstance(mapping, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="`<<` of what is no mapping", problem_mark=mapping.start_mark)
+        yield from mapping.value
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -185,6 +185,15 @@ def test_files(tmp_path):
             load_config(RunConfig, tmp_path / name)
 
 
+def test_a_configuration_elsewhere_extends_a_shipped_one_by_name(tmp_path):
+    for folder in (tmp_path, tmp_path / "sub"):
+        folder.mkdir(exist_ok=True)
+        (folder / "child.yaml").write_text("extends: configs/qm9/base.yaml\nrun_dir: mine\n")
+        found = load_config(RunConfig, folder / "child.yaml", ["data.path=d"])
+        shipped = load_config(RunConfig, ROOT / "configs/qm9/base.yaml", ["data.path=d", "run_dir=mine"])
+        assert found == shipped
+
+
 def test_extends_file_and_override_in_that_order(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "parent.yaml").write_text("run_dir: p\ndata: {path: d}\ntrain: {steps: 1, log_every: 1}\n")

@@ -175,6 +175,13 @@ def test_preparation_counts_reserved_and_unknown_symbols_with_their_places(tmp_p
     assert not any((read_split(tmp_path / "out", split) == manifest.mask_id).any() for split in manifest.splits)
 
 
+def test_dropout_of_a_model_is_off_so_that_a_text_always_has_the_same_ids(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(pipeline({**bpe("ab"), "vocab": {"a": 0, "b": 1, "ab": 2}, "dropout": 0.5})))
+    tokenizer = HuggingFaceTokenizer.from_files(path, padded=True)
+    assert tokenizer.encode("ab" * 40) == [2] * 40
+
+
 def test_preparation_drops_what_a_model_cannot_encode(tmp_path, empty_yaml):
     content = pipeline(bpe(NAMES), pre={"type": "WhitespaceSplit"})
     assert prepared(tmp_path, empty_yaml, content, [*GOOD, "a z", "éa"]) == 0

@@ -65,6 +65,10 @@ MULTIPLYING = "x0: &a0 [1, 2]\n" + "\n".join(f"x{i}: &a{i} [{', '.join([f'*a{i -
     "text",
     [
         "a: 1\na: 2\n",
+        "a: {<<: {b: 1}, <<: {b: 2}}",
+        "a: {<<: {b: 1, b: 2}}",
+        "a: &a {<<: *a}",
+        "<<: 3",
         "a: &x [*x]",
         "a: {b: " * 5000,
         MULTIPLYING,
@@ -87,6 +91,20 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path):
     path.write_text("train:\n  steps: 1\n  lr: 2\n  steps: 3\n")
     with pytest.raises(UserError, match=r"'steps'.*line 2.*line 4"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "merged"),
+    [
+        ("a: &a {b: 1}\nx: {<<: *a, c: 2}", {"b": 1, "c": 2}),
+        ("a: &a {b: 1}\nx: {<<: *a, b: 2}", {"b": 2}),
+        ("a: &a {b: 1}\nc: {d: &d {<<: *a, b: 2}}\nx: {<<: *d}", {"b": 2}),
+        ("x: {<<: [{b: 1}, {b: 2, c: 3}]}", {"b": 1, "c": 3}),
+        ("x: {'<<': 1}", {"<<": 1}),
+    ],
+)
+def test_merged_mappings_are_no_keys_that_stand_twice(text, merged):
+    assert parse_yaml(text)["x"] == merged
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device"])

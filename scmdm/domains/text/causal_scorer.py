@@ -115,7 +115,9 @@ def load_scorer(scorer: Path) -> CausalScorer:
         config = AutoConfig.from_pretrained(scorer, **local)
         _require_causal_kind(scorer, config)
         _check_sizes(scorer, config, stored)
+    with reading(scorer, "folder of a tokenizer (tokenizer.json)", _WANTED):
         tokenizer = AutoTokenizer.from_pretrained(scorer, **local)
+    with reading(f"metrics.scorer={scorer}", "causal model", _WANTED):
         model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             scorer, config=config, use_safetensors=True, output_loading_info=True, **local
         )

@@ -91,7 +91,7 @@ def test_slices_of_lines_are_the_lines(tmp_path_factory, pieces, cuts, longest):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_bytes(raw)
     file = TextFile(path)
-    expected = raw.removeprefix(codecs.BOM_UTF8).splitlines()
+    expected = [line.removeprefix(codecs.BOM_UTF8) for line in raw.removeprefix(codecs.BOM_UTF8).splitlines()]
     if file.is_divisible:
         bounds = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
         slices = [Slice("a.txt", *bound) for bound in pairwise(bounds)]
@@ -99,7 +99,8 @@ def test_slices_of_lines_are_the_lines(tmp_path_factory, pieces, cuts, longest):
         slices = [Slice("a.txt")]
     assert [line.rstrip(b"\n") for piece in slices for _, line in file.lines(piece)] == expected
     short = [line.rstrip(b"\n") for piece in slices for _, line in file.lines(piece, longest=longest)]
-    assert [line[:longest] for line in short] == [line[:longest] for line in expected]
+    cut = [line[: longest + 1].removeprefix(codecs.BOM_UTF8) for line in raw.removeprefix(codecs.BOM_UTF8).splitlines()]
+    assert [line[:longest] for line in short] == [line[:longest] for line in cut]
 
 
 BINARY = {
@@ -281,6 +282,24 @@ def test_tables_with_comments_ragged_rows_and_open_quotes(tmp_path):
         assert f"at byte {path.read_text().index('b,')}" in places["dropped: malformed row"][0]
 
 
+def test_joined_files_with_marks_and_headers(tmp_path):
+    mark = "\ufeff"
+    for name, part in (("a.txt", "{}\n"), ("a.jsonl", '{{"text": "{}"}}\n'), ("a.csv", "id,text\n1,{}\n")):
+        path = tmp_path / name
+        path.write_text("".join(mark + part.format(word) for word in ("one", "two", "three")))
+        for part_bytes in (5, 1 << 40):
+            found, counts, _ = read(text(path), part_bytes)
+            assert found == ["one", "two", "three"]
+            assert counts == {"read": 3} | ({"dropped: repeated header": 2} if name == "a.csv" else {})
+
+
+@pytest.mark.parametrize("delimiter", ",;\t")
+def test_tables_that_name_their_delimiter_first(tmp_path, delimiter):
+    path = tmp_path / "a.csv"
+    path.write_text(f"sep={delimiter}\r\nid{delimiter}SMILES\r\n1{delimiter}CCO\r\n")
+    assert read(smiles(path))[:2] == (["CCO"], {"read": 1})
+
+
 @pytest.mark.parametrize("name", ["a.csv", "A.CSV", "a.tsv", "a.csv.gz", "a.tsv.zst", "a.smi.gz", "a.SMILES", "a.txt"])
 def test_molecules_of_any_name(tmp_path, name):
     delimiter = "\t" if "tsv" in name else ";"
@@ -319,6 +338,22 @@ def test_fasta_with_marks_comments_and_any_line_end(tmp_path, encoding, end):
     assert read_species_table(species) == {"s1": "a", "s2": "b", "s3": "c"}
     proteins = ProteinSource(ProteinSourceConfig(path=str(path)), length=20)
     assert read(proteins)[0] == ["ACGTACGT", "ACGT"]
+
+
+def test_zero_shot_texts_need_no_splits(tmp_path):
+    for name in ("train/a.txt", "test/b.txt", "README.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert sorted(read_texts(tmp_path)) == ["README.txt", "test/b.txt", "train/a.txt"]
+
+
+def test_letters_outside_of_fasta_sequences_are_counted(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_text("\ufeff;LCBO\n; old style\nGGGG\n>s1\nACGT\n\ufeff>s2\nTTTT\n  >s3\nCCCC\n")
+    for part_bytes in (4, 1 << 40):
+        found, counts, places = read(genomes(path), part_bytes)
+        assert found == ["ACGT", "TTTT", "CCCC"] and counts == {"read": 3, "dropped: not FASTA": 1}
+        assert str(path) in places["dropped: not FASTA"][0]
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -415,9 +450,19 @@ def test_names_are_splits_where_all_files_have_one():
     names = ["train/a.txt", "val/b.txt", "test/c.txt"]
     assert list(split_by_name(names, "auto").values()) == [None, "validation", "test"]
     assert set(split_by_name(names, "hash").values()) == {None}
-    assert set(split_by_name([*names, "more.txt"], "auto").values()) == {None}
+    assert set(split_by_name(["train.txt", "my_test_run.txt", "more.txt"], "auto").values()) == {None}
     assert set(split_by_name(["test/a.txt", "test/b.txt"], "auto").values()) == {None}
     assert without_split("train/human/chr1.fa") == "human/chr1.fa"
+    assert without_split("train/test/chr1.fa") == "test/chr1.fa"
+
+
+@pytest.mark.parametrize("other", ["README.txt", "unlabeled/a.txt"])
+def test_files_beside_published_splits_do_not_mix_them(other):
+    names = ["train/a.txt", "test/c.txt", other]
+    with pytest.raises(UserError, match=other):
+        split_by_name(names, "auto")
+    assert list(split_by_name(names, "names").values()) == [None, "test", None]
+    assert set(split_by_name(names, "hash").values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -487,6 +532,8 @@ def test_prompts_are_text(tmp_path, name, raw, encoding):
         ("p.txt", ""),
         ("p.txt", "\n\n"),
         ("p.jsonl", '{"text": "a"}'),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}'),
+        ("p.csv", "prompt,id\n,1\na,2\n"),
         ("p.json", '["a"]'),
         ("p.png", "a"),
     ],

@@ -180,6 +180,13 @@ def test_a_class_may_be_called_like_a_split_and_hidden_files_are_no_pictures(mod
     assert {name for names in source.skipped.values() for name in names} == {".ipynb_checkpoints", "cat/._000.png"}
 
 
+def test_a_class_in_folders_of_splits_may_be_called_like_a_split(module, tmp_path):
+    for number, name in enumerate(("train/train", "train/dog", "test/train", "lost+found", "@eaDir")):
+        fill(tmp_path / name, 2, seed=number)
+    source = module.ImageSource(module.ImageFolderConfig(path=str(tmp_path), image_size=4), length=49)
+    assert source.labels == ("dog", "train") and source.published == ("test",)
+
+
 def npy(array, order="C"):
     buffer = io.BytesIO()
     np.save(buffer, np.asfortranarray(array) if order == "F" else array, allow_pickle=True)
