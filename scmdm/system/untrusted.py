@@ -219,7 +219,7 @@ def _decimal(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
         problem = f"{node.value} is a number of base 60 in YAML; put text in quotes"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     build = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
-    return cast(int | float, build(node))
+    return build(node)
 
 
 for _tag in ("int", "float"):
