@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from scmdm.config.fields import key, require
 
-_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", re.ASCII)
 _DAY = 86_400
 
 

@@ -90,6 +90,8 @@ def _tokenizer_problems(root: Path, manifest: Manifest) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
+    if tokenizer.kind != manifest.tokenizer.kind:
+        yield f"tokenizer {path} is of kind {tokenizer.kind}, but {MANIFEST_FILE} gives {manifest.tokenizer.kind}"
     for name in ("vocab_size", "mask_id", "pad_id", "bos_id", "eos_id"):
         ours, theirs = getattr(manifest, name), getattr(tokenizer, name)
         if ours != theirs:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scmdm.data.dataset_files import file_problems
-from scmdm.data.manifest import Manifest, remote_of
+from scmdm.data.manifest import MANIFEST_FILE, Manifest, remote_of
 from scmdm.data.shard_index import find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
@@ -18,7 +18,7 @@ def verify_dataset(root: Path) -> list[str]:
 
     A cache of a remote data set may lack files; ids are checked only in complete splits.
     """
-    problems = file_problems(root, hashes=True)
+    problems = [*file_problems(root, hashes=True), *_unlisted(root)]
     if problems:
         return problems
     manifest, cached = Manifest.read(root), remote_of(root) is not None
@@ -28,6 +28,18 @@ def verify_dataset(root: Path) -> list[str]:
         if not cached or all((root / file.file).is_file() for file in split.files)
     ]
     return [problem for name in whole for problem in _verify_values(root, name, manifest)]
+
+
+def _unlisted(root: Path) -> Iterator[str]:
+    """Yield a problem for everything in the directories of the splits that the manifest does not list.
+
+    Hidden names are left out: in a cache they are unfinished downloads.
+    """
+    for split, info in Manifest.read(root).splits.items():
+        listed = {file.file for file in info.files}
+        for path in sorted((root / split).glob("[!.]*")):
+            if f"{split}/{path.name}" not in listed:
+                yield f"{path} is not listed in {MANIFEST_FILE}"
 
 
 def _verify_values(root: Path, split: str, manifest: Manifest) -> Iterator[str]:

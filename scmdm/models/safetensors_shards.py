@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,5 +47,8 @@ def _part(path: Path, number: int) -> Path:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(errno.EIO, str(error), str(path)) from error
     path.chmod(0o644)  # safetensors creates files that only their owner can read

@@ -233,6 +233,19 @@ def _merged_pairs(value: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
         yield from mapping.value
 
 
+def _decimal(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
+    """Build a number. YAML 1.1 reads `1:30` as 90, which nobody means."""
+    if ":" in node.value:
+        problem = f"{node.value} is a number of base 60 in YAML; put text in quotes"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    build = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    return build(node)
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _decimal)
+
+
 def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [child for pair in node.value for child in pair]

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import subprocess
 import zipfile
 
@@ -315,3 +316,13 @@ def test_another_models_tokenizer(tmp_path, capsys):
     source = write_mdlm(tmp_path / "mdlm", mdlm_weights(rows=VOCAB - 4))
     assert f"has {VOCAB - 4} rows" in refuse(source, tmp_path / "out", capsys)
     assert "tokenizer=" in refuse(source, tmp_path / "out", capsys, f"tokenizer={tmp_path / 'none.json'}")
+
+
+def test_a_disk_that_fills_up_during_an_export_ends_in_one_line(base, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))  # the weights are larger
+    try:
+        assert main(["export", str(base), str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.count("scmdm: error: ") == 1 and not list(tmp_path.iterdir())

@@ -503,3 +503,17 @@ def test_a_run_leaves_no_lock_files(data, tmp_path, empty_yaml, monkeypatch):
     output = process.communicate(timeout=50)
     assert process.returncode == 0, output
     assert not list((tmp_path / "temporary").glob("*_filelock"))
+
+
+def test_files_that_the_manifest_does_not_list_are_found(data, capsys):
+    shutil.copy(data / "train/shard.00000.mds", data / "train/shard.00009.mds")
+    assert main(["prepare", "--verify", str(data)]) == 1
+    found = capsys.readouterr()
+    assert "shard.00009.mds" in found.out + found.err
+
+
+def test_the_kind_of_the_tokenizer_is_that_of_its_file(data):
+    manifest = Manifest.read(data)
+    replace(manifest, tokenizer=replace(manifest.tokenizer, kind="bytes")).write(data)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        check_dataset(data)

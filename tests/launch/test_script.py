@@ -83,6 +83,7 @@ def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
         (["slurm", "--nodes", "0"], "--nodes=0 is not possible; it must be between 1 and 65536"),
         (["slurm", "--gpus-per-node", "2", "--ranks-per-node", "3"], "--ranks-per-node=3 is not possible"),
         (["slurm", "--time", "soon"], "--time='soon' is not possible; it must be minutes, HH:MM:SS or days-hours"),
+        (["slurm", "--time", "\uff11\uff12"], "--time="),
         (["slurm", "--attempts", "0"], "--attempts=0"),
         (["slurm", "--nodes", "3"], "train.global_batch_size=64 is not possible with 3 processes"),
         (["slurm", "engine=single", "--nodes", "2"], "engine=single is not possible with 2 processes"),

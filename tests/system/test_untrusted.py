@@ -76,6 +76,8 @@ MULTIPLYING = "x0: &a0 [1, 2]\n" + "\n".join(f"x{i}: &a{i} [{', '.join([f'*a{i -
         "a: \0",
         "a: " + "9" * 6000,
         '"\\ud800"',
+        "a: 1:30",
+        "a: -1:30.5",
     ],
 )
 def test_yaml_that_is_refused(text, tmp_path):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import BoundedSemaphore, Event, Lock, Timer
+from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import DenoiseConfig
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from werkzeug.serving import BaseWSGIServer
 
 _HOST = "127.0.0.1"
-_LOCAL_NAMES = ("localhost", _HOST, "::1")
+_LOCAL = re.compile(rf"(localhost|{re.escape(_HOST)}|\[::1\])(:[0-9]{{1,5}})?", re.IGNORECASE)
 _LARGEST_REQUEST = 2**18  # bytes
 _MOST_WAITING = 4  # requests that wait for their sample
-_GRACE_S, _INTERRUPTED = 1.0, 130
+_INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,8 @@ def recorded_base(model: Path) -> Path | None:
     return read_stored_config(model).find("base") if (model / CONFIG_FILE).is_file() else None
 
 
-def make_app(models: list[ShownModel], stop: Event | None = None) -> Flask:
-    """Make the Flask application; samples end at the next step once `stop` is set.
-
-    Raises UserError when Flask is not installed.
-    """
+def make_app(models: list[ShownModel]) -> Flask:
+    """Make the Flask application. Raises UserError when Flask is not installed."""
     try:
         from flask import Flask, jsonify, request
         from werkzeug.exceptions import HTTPException, UnsupportedMediaType
@@ -89,7 +86,6 @@ def make_app(models: list[ShownModel], stop: Event | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = _LARGEST_REQUEST
     busy = Lock()  # one sample at a time: all models compute on the same device
     waiting = BoundedSemaphore(_MOST_WAITING)
-    stop = stop or Event()
 
     @app.before_request
     def refuse_other_sites() -> Any:
@@ -115,7 +111,7 @@ def make_app(models: list[ShownModel], stop: Event | None = None) -> Flask:
             return jsonify({"error": f"{_MOST_WAITING} samples are being drawn already; try again"}), 503
         try:
             with busy:
-                return jsonify([_denoised(shown, config, stop) for shown in models])
+                return jsonify([_denoised(shown, config) for shown in models])
         finally:
             waiting.release()
 
@@ -144,14 +140,11 @@ def read_request(body: bytes) -> DenoiseConfig:
 
 def is_local(host: str) -> bool:
     """Return whether a `Host` header names this machine: a page of another site can make its own name point here."""
-    try:
-        return urlsplit(f"//{host}").hostname in _LOCAL_NAMES
-    except ValueError:
-        return False
+    return _LOCAL.fullmatch(host) is not None
 
 
-def _denoised(shown: ShownModel, config: DenoiseConfig, stop: Event) -> Mapping[str, Any]:
-    return describe_trajectory(record(shown.loaded, config, stop), shown.loaded.tokenizer)
+def _denoised(shown: ShownModel, config: DenoiseConfig) -> Mapping[str, Any]:
+    return describe_trajectory(record(shown.loaded, config), shown.loaded.tokenizer)
 
 
 def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
@@ -168,19 +161,14 @@ def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
 
 
 def run_demo(path: Path, base: Path | None, port: int) -> None:
-    """Serve the page until interrupted."""
+    """Serve the page until interrupted, then end the process."""
     models = open_models(path, base)
-    stop = Event()
-    server = make_page_server(make_app(models, stop), port)
+    server = make_page_server(make_app(models), port)
     if len(models) == 1 and models[0].name == "adapted":
         say("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
     say(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}")
     sys.stdout.flush()
-    try:
-        server.serve_forever()  # returns after Ctrl-C
-    finally:
-        stop.set()
-        # Python waits at exit for threads that still draw a sample, and a step of a large model can take minutes.
-        late = Timer(_GRACE_S, os._exit, (_INTERRUPTED,))
-        late.daemon = True
-        late.start()
+    server.serve_forever()  # returns after Ctrl-C
+    # Threads may still draw samples. At exit Python waits for a step, which can take minutes, or ends them inside of
+    # torch, which aborts the process. Nothing is written here, so that nothing is lost.
+    os._exit(_INTERRUPTED)

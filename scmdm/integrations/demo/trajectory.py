@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Event
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from scmdm.config.fields import require
 from scmdm.config.sampling import DenoiseConfig
 from scmdm.diffusion.sampler import Observation
 from scmdm.domains.interface import GeneratedSamples
-from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate
 from scmdm.sampling.templates import make_model_template, require_prompt
@@ -50,13 +48,10 @@ class Recorder:
     """Records the steps of one sample; pass it as `on_step` to `generate`."""
 
     mask_id: int
-    stop: Event = field(default_factory=Event)
     frames: list[Frame] = field(default_factory=list)
 
     def __call__(self, step: Observation) -> None:
         assert len(step.z_BL) == 1, "a Recorder records one sample"
-        if self.stop.is_set():
-            raise UserError("the demo was stopped")
         masked_BL = step.z_BL == self.mask_id
         logits_NV = step.logits(masked_BL)
         entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_CHUNK)])
@@ -79,11 +74,11 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return torch.special.entr(logits_NV.double().softmax(1)).sum(1)
 
 
-def record(loaded: LoadedModel, config: DenoiseConfig, stop: Event | None = None) -> Trajectory:
+def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
     """Draw the sample that `scmdm sample MODEL num=1` draws with these keys, and record its trajectory.
 
-    Raises UserError for a prompt that the tokenizer cannot encode, for settings that do not fit the model, for a
-    trajectory too large to show, and once `stop` is set.
+    Raises UserError for a prompt that the tokenizer cannot encode, for settings that do not fit the model, and for a
+    trajectory too large to show.
     """
     require_prompt(loaded, config.prompt if config.infill is None else config.infill)
     template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
@@ -91,7 +86,7 @@ def record(loaded: LoadedModel, config: DenoiseConfig, stop: Event | None = None
     frames = masks if config.sampler.kind == "first_hitting" else config.sampler.steps
     shown = frames * len(template_L)
     require(shown <= _MOST_SHOWN, "sampler.steps", frames, f"at most {_MOST_SHOWN // len(template_L)} for this model")
-    recorder = Recorder(loaded.spec.mask_id, stop or Event())
+    recorder = Recorder(loaded.spec.mask_id)
     generated = generate(
         loaded, config.sampler, num=1, seed=config.seed, templates_PL=template_L[None], on_step=recorder
     )
