@@ -32,8 +32,7 @@ class ShardReader(MDSReader):
 
     def get_sample_data(self, idx: int) -> bytes:
         """Return the bytes of a sample. The file begins with the number of samples and a table of their offsets."""
-        # Without O_NONBLOCK a FIFO in the place of the file would block for ever.
-        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             offsets = os.pread(file, 8, 4 * (1 + idx))
             begin, end = int.from_bytes(offsets[:4], "little"), int.from_bytes(offsets[4:], "little")
