@@ -1,4 +1,4 @@
-"""Seals: any change of a sealed directory is found, whatever it is, and the checkpoint before is taken."""
+"""Seals: every change of a sealed directory is found, and the checkpoint before it is taken."""
 
 import json
 import logging

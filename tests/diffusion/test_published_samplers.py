@@ -320,7 +320,7 @@ def test_a_sample_does_not_depend_on_the_prompts_beside_it(case, carry):
 
 
 def test_padding_is_not_seen():
-    """Decoded beside a longer prompt, a sequence has the same tokens, whatever it is padded with."""
+    """A sequence that is decoded beside a longer prompt has the same tokens; its padding has no effect."""
     _, keys = CASES["llada-temperature"]
     lengths = torch.tensor([8, 5])
     drawn = []
