@@ -80,7 +80,7 @@ def test_a_result_is_not_lost_for_a_name(base, molecules, tmp_path, environment)
     out = tmp_path / "[/x].json"
     keys = [f"data={molecules}", "split=validation", "num=8", "nelbo_samples=8", "sampler.steps=2", f"out={out}"]
     command = [sys.executable, "-m", "scmdm", "evaluate", str(model), *keys, "device=cpu"]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True)
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "400", **environment}, capture_output=True)
     assert done.returncode == 0 and not done.stderr.count(b"Traceback"), done.stderr
     assert json.loads(out.read_text())["samples"] and b"[/red]b" in done.stdout
 
