@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from unicodedata import category
 
 from scmdm.cli import main
 from tests.fuzz.mutations import VICTIM, mutate
@@ -59,7 +60,7 @@ def _run(arguments: list[str]) -> str | None:
         return f"exit status {status} without a reason: {errors.getvalue()[-500:]}"
     if status and len(said) != 1:
         return f"exit status {status} with {len(said)} lines of errors: {errors.getvalue()[-500:]}"
-    if said and ("MemoryError" in said[0] or not said[0].isprintable()):
+    if said and ("MemoryError" in said[0] or any(category(letter) in ("Cc", "Cs") for letter in said[0])):
         return said[0]
     return None
 
