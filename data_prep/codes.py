@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,13 @@ import numpy as np
 from omegaconf import MISSING
 
 from data_prep.corpus_files import (
+    FoundFiles,
+    NamedFiles,
     NamedSplitsConfig,
     find_files,
-    parts_by_split,
-    published_splits,
-    split_by_name,
 )
 from scmdm.config.fields import PathKind, key
-from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
+from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.preparation.source import GridSource
 from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
@@ -41,7 +40,7 @@ class CodeSourceConfig(NamedSplitsConfig):
     levels: int = key(MISSING, formerly=("levels",), help="size of the codebook", at_least=2, at_most=1 << 24)
 
 
-class CodeSource(GridSource):
+class CodeSource(NamedFiles, GridSource):
     """Rows of one `.npy` file, or of all `.npy` files below a folder, sorted by path.
 
     Files have the shape (samples, codes) or (samples, rows, codes).
@@ -53,9 +52,11 @@ class CodeSource(GridSource):
     def __init__(self, config: CodeSourceConfig, length: int) -> None:
         self.path, self._levels = Path(config.path), config.levels
         self.name = Path(os.path.abspath(self.path)).stem
-        self._found = find_files(self.path, ("npy",), any_suffix=True)
-        self._splits = split_by_name(self._found.files, config.split_by)
+        self._split_by = config.split_by
         self._require_length(length, self.layout)
+
+    def _find(self) -> FoundFiles:
+        return find_files(self.path, ("npy",), any_suffix=True)
 
     @cached_property
     def layout(self) -> GridLayout:
@@ -70,24 +71,6 @@ class CodeSource(GridSource):
             )
         height, width = (1, *shape)[-2:]
         return GridLayout(height, width, 1, self._levels)
-
-    @property
-    def published(self) -> tuple[str, ...]:
-        return published_splits(self._splits)
-
-    @property
-    def skipped(self) -> Mapping[str, Sequence[str]]:
-        return self._found.skipped
-
-    def files(self) -> dict[str, Path]:
-        """Files by path below the folder."""
-        return self._found.files
-
-    def parts(self, part_bytes: int) -> list[Part]:
-        """Whole files of a split."""
-        return parts_by_split(
-            self.files(), self._splits, lambda files, split: cut_into_parts(files, part_bytes, split=split)
-        )
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Samples, row by row; drops those with a code outside the codebook."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from scmdm.config.fields import key
 from scmdm.config.preparation import SourceConfig
-from scmdm.data.preparation.records import Part
+from scmdm.data.preparation.records import Part, cut_into_parts
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, require_regular
 
@@ -279,14 +281,48 @@ def published_splits(splits: Mapping[str, str | None]) -> tuple[str, ...]:
     return tuple(split for split in SPLIT_ORDER if split is not None and split in splits.values())
 
 
-def parts_by_split(
-    files: Mapping[str, Path],
-    splits: Mapping[str, str | None],
-    cut: Callable[[dict[str, Path], str | None], list[Part]],
-) -> list[Part]:
-    """Cut the files of each split into parts with `cut(files, split)`: training, validation, test."""
-    parts: list[Part] = []
-    for split in SPLIT_ORDER:
-        own = {name: path for name, path in files.items() if splits[name] == split}
-        parts += cut(own, split) if own else []
-    return parts
+class NamedFiles(ABC):
+    """Mixin for sources of files: their names give the splits, and no part has files of two splits.
+
+    `_split_by` is that of `NamedSplitsConfig`.
+    """
+
+    _split_by: str
+
+    @abstractmethod
+    def _find(self) -> FoundFiles:
+        """Find the files. Raises UserError when there are none."""
+
+    def _cut(self, files: dict[str, Path], split: str | None, part_bytes: int) -> list[Part]:
+        """Cut the files of a split into parts; here into groups of whole files."""
+        return cut_into_parts(files, part_bytes, split=split)
+
+    @cached_property
+    def _found(self) -> FoundFiles:
+        return self._find()
+
+    @cached_property
+    def _splits(self) -> dict[str, str | None]:
+        return split_by_name(self._found.files, self._split_by)
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Splits in the names of the files."""
+        return published_splits(self._splits)
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]:
+        """Names in the folder that are not read, by reason."""
+        return self._found.skipped
+
+    def files(self) -> dict[str, Path]:
+        """Files by path below the folder. Raises UserError when there are none."""
+        return self._found.files
+
+    def parts(self, part_bytes: int) -> list[Part]:
+        """Parts of the training files, then those of validation and test."""
+        parts: list[Part] = []
+        for split in SPLIT_ORDER:
+            own = {name: path for name, path in self._found.files.items() if self._splits[name] == split}
+            parts += self._cut(own, split, part_bytes) if own else []
+        return parts

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import mmap
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.corpus_files import FoundFiles, find_files, parts_by_split, published_splits, split_by_name
+from data_prep.corpus_files import FoundFiles, NamedFiles, find_files
 from data_prep.text_files import TextFile
 from scmdm.data.preparation.records import Part, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
@@ -21,7 +20,7 @@ _BEFORE_HEADER = b" \t" + BOM_UTF8[:1]
 _LONGEST_HEADER = 1 << 16  # bytes; the rest of a longer one is not looked at
 
 
-class FastaSource(Source):
+class FastaSource(NamedFiles, Source):
     """Base of sources of FASTA: one file, or all FASTA files below a folder, sorted by path.
 
     Raises UserError when there are none.
@@ -32,45 +31,18 @@ class FastaSource(Source):
     def __init__(self, path: Path, split_by: str = "hash", name: str | None = None) -> None:
         self.path, self.name, self._split_by = path, name or path.name, split_by
 
-    @cached_property
-    def _found(self) -> FoundFiles:
+    def _find(self) -> FoundFiles:
         return find_files(self.path, self.formats)
 
-    @property
-    def _fasta(self) -> dict[str, Path]:
-        return self._found.files
-
-    @property
-    def skipped(self) -> Mapping[str, Sequence[str]]:
-        """Names in the folder that are not read, by reason."""
-        return self._found.skipped
-
-    @cached_property
-    def _splits(self) -> dict[str, str | None]:
-        return split_by_name(self._fasta, self._split_by)
-
-    @property
-    def published(self) -> tuple[str, ...]:
-        """Splits in the names of the files."""
-        return published_splits(self._splits)
-
-    def files(self) -> dict[str, Path]:
-        """FASTA files by path below the folder."""
-        return self._fasta
-
-    def parts(self, part_bytes: int) -> list[Part]:
+    def _cut(self, files: dict[str, Path], split: str | None, part_bytes: int) -> list[Part]:
         """Group small files, and divide large uncompressed files between sequences."""
-
-        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
-            whole = cut_into_parts(files, part_bytes, split=split)
-            return [part for group in whole for part in _by_sequence(group, files, part_bytes)]
-
-        return parts_by_split(self._fasta, self._splits, cut)
+        whole = cut_into_parts(files, part_bytes, split=split)
+        return [part for group in whole for part in _by_sequence(group, files, part_bytes)]
 
     def _sequences(self, part: Part, tally: Tally) -> Iterator[tuple[str, str, Iterator[bytes]]]:
         """Yield file name, id and raw lines of each sequence of a part; drop files that are damaged or not FASTA."""
         for piece in part.slices:
-            path = self._fasta[piece.file]
+            path = self._found.files[piece.file]
             if piece.start == 0 and (damage := find_damage(path)) is not None:
                 tally.drop(*damage)
                 continue

@@ -126,18 +126,18 @@ class GenomeSource(FastaSource):
         self._translation = _translation(config.soft_masked == "unknown")
         self._table = Path(config.species_table) if config.species_table else None
         self._species_of = read_species_table(self._table) if self._table else {}
-        species = self._species_of.values() if self._table else map(self._species_of_file, self._fasta)
+        species = self._species_of.values() if self._table else map(self._species_of_file, self._found.files)
         self.labels = tuple(sorted({name for name in species if name is not None}))
         self._label_of = {name: index for index, name in enumerate(self.labels)}
 
     def files(self) -> dict[str, Path]:
         """FASTA files by path below the folder, and the table of species."""
-        return self._fasta | ({self._table.name: self._table} if self._table else {})
+        return self._found.files | ({self._table.name: self._table} if self._table else {})
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield windows; drop files that are damaged or not FASTA, and windows with other letters."""
         for file, identifier, lines in self._sequences(part, tally):
-            where = f"{self._fasta[file]}: {identifier}"
+            where = f"{self._found.files[file]}: {identifier}"
             yield from self._windows(lines, identifier, self._label(file, identifier), where, tally)
 
     def _windows(

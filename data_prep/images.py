@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,10 @@ import numpy as np
 from omegaconf import MISSING
 
 from data_prep.corpus_files import (
+    FoundFiles,
+    NamedFiles,
     NamedSplitsConfig,
     find_files,
-    parts_by_split,
-    published_splits,
-    split_by_name,
     without_split,
 )
 from scmdm.config.fields import PathKind, key
@@ -190,7 +189,7 @@ def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, b
             at += size
 
 
-class ImageSource(_ImageSource):
+class ImageSource(NamedFiles, _ImageSource):
     """All .png and .jpeg files below a folder, sorted by path. The first folder of a relative path is the class.
 
     Folders that are named like a split, if every path has one, are not classes. If an image is outside of all
@@ -200,35 +199,19 @@ class ImageSource(_ImageSource):
     Config = ImageFolderConfig
 
     def __init__(self, config: ImageFolderConfig, length: int) -> None:
-        path, self.on_size = Path(config.path), config.on_size
-        self.name = Path(os.path.abspath(path)).name
+        self.path, self.on_size = Path(config.path), config.on_size
+        self.name = Path(os.path.abspath(self.path)).name
         channels = {"rgb": 3, "grey": 1}[config.colour]
         super().__init__(
             config, length, GridLayout(config.image_size, config.image_size, channels, config.levels or 256)
         )
-        self._found = find_files(path, _FORMATS, remedy="give a folder of .png and .jpeg files")
-        self._splits = split_by_name(self._found.files, config.split_by)
+        self._split_by = config.split_by
         self._classes = _classes(self._found.files)
         folders = set(self._classes.values())
         self.labels = () if None in folders else tuple(sorted(filter(None, folders)))
 
-    @property
-    def published(self) -> tuple[str, ...]:
-        return published_splits(self._splits)
-
-    @property
-    def skipped(self) -> Mapping[str, Sequence[str]]:
-        return self._found.skipped
-
-    def files(self) -> dict[str, Path]:
-        """Files by path below the folder."""
-        return self._found.files
-
-    def parts(self, part_bytes: int) -> list[Part]:
-        """Groups of whole files of a split."""
-        return parts_by_split(
-            self.files(), self._splits, lambda files, split: cut_into_parts(files, part_bytes, split=split)
-        )
+    def _find(self) -> FoundFiles:
+        return find_files(self.path, _FORMATS, remedy="give a folder of .png and .jpeg files")
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield images of one size and colour; drop unreadable files and those of more than 8 bits per channel."""

@@ -58,7 +58,7 @@ class ProteinSource(FastaSource):
             foreign = sequence.translate(None, _LETTERS)
             if foreign or not sequence:
                 found = repr(chr(foreign[0])) if foreign else "no letters"
-                tally.drop("no amino acid", f"{self._fasta[file]}: {identifier}, {found}")
+                tally.drop("no amino acid", f"{self._found.files[file]}: {identifier}, {found}")
             elif sequence.count(b"X") > self._max_unknown * len(sequence):
                 tally.leave_out("too many unknown letters")
             elif len(sequence) <= self._longest:

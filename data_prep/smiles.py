@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ from omegaconf import MISSING
 
 from data_prep.corpus_files import (
     FoundFiles,
+    NamedFiles,
     NamedSplitsConfig,
     find_files,
     kind_of,
-    parts_by_split,
-    published_splits,
-    split_by_name,
 )
 from data_prep.tables import TableHeader, is_divisible_table, read_header, read_rows
 from data_prep.text_files import TextFile, decode
@@ -57,7 +55,7 @@ class SmilesSourceConfig(NamedSplitsConfig):
     column: str = key("SMILES", formerly=("smiles_column",), help="column with SMILES in .csv and .tsv files")
 
 
-class SmilesSource(Source):
+class SmilesSource(NamedFiles, Source):
     """Canonical SMILES of a file, or of all files below a folder, sorted by path; a record is one line.
 
     See `Qm9Source` for the reasons for the canonical form.
@@ -70,38 +68,18 @@ class SmilesSource(Source):
         self.path, self.column, self._split_by = Path(config.path), config.column, config.split_by
         self.name = self.path.name
 
-    @cached_property
-    def _found(self) -> FoundFiles:
+    def _find(self) -> FoundFiles:
         return find_files(self.path, ("smi", *_TABLES), by_name=("text",), remedy=_REMEDY)
-
-    @property
-    def _splits(self) -> dict[str, str | None]:
-        return split_by_name(self._found.files, self._split_by)
-
-    @property
-    def published(self) -> tuple[str, ...]:
-        """Splits in the names of the files."""
-        return published_splits(self._splits)
-
-    @property
-    def skipped(self) -> Mapping[str, Sequence[str]]:
-        """Names in the folder that are not read, by reason."""
-        return self._found.skipped
-
-    def files(self) -> dict[str, Path]:
-        """Files by path below the folder. Raises UserError when there are none."""
-        return self._found.files
 
     def parts(self, part_bytes: int) -> list[Part]:
         """Group small files, and divide large ones into lines. Raises UserError for a table without the column."""
         for path in self.files().values():
             if _is_table(path):
                 self._header(TextFile(path))
+        return super().parts(part_bytes)
 
-        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
-            return cut_into_parts(files, part_bytes, _is_divisible, split)
-
-        return parts_by_split(self.files(), self._splits, cut)
+    def _cut(self, files: dict[str, Path], split: str | None, part_bytes: int) -> list[Part]:
+        return cut_into_parts(files, part_bytes, _is_divisible, split)
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield canonical SMILES; drop those that RDKit cannot parse."""

@@ -9,18 +9,15 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from data_prep.corpus_files import (
     FoundFiles,
+    NamedFiles,
     NamedSplitsConfig,
     find_files,
     kind_of,
-    parts_by_split,
-    published_splits,
     require_kind,
-    split_by_name,
 )
 from data_prep.detokenizers import DETOKENIZERS
 from data_prep.text_formats import FORMATS, ONLY_BY_NAME, Document, Format, RowKeys, as_one_document
@@ -154,7 +151,7 @@ class DocumentSource(Source):
                 yield Record(unit)
 
 
-class TextSource(DocumentSource):
+class TextSource(NamedFiles, DocumentSource):
     """Records of a text file, or of all text files below a folder, sorted by path."""
 
     Config = TextConfig
@@ -171,8 +168,7 @@ class TextSource(DocumentSource):
             self.name = self.path.name
         self._is_packaged = config.path is None
 
-    @cached_property
-    def _found(self) -> FoundFiles:
+    def _find(self) -> FoundFiles:
         found = find_files(
             self.path,
             [name for name in FORMATS if name not in ONLY_BY_NAME],
@@ -199,37 +195,18 @@ class TextSource(DocumentSource):
         return FORMATS[require_kind(self.path / name, list(FORMATS), _OTHER_FILES).format or ""]
 
     @property
-    def _splits(self) -> dict[str, str | None]:
-        return split_by_name(self._found.files, self._split_by)
-
-    @property
-    def published(self) -> tuple[str, ...]:
-        """Splits in the names of the files."""
-        return published_splits(self._splits)
-
-    @property
     def skipped(self) -> Mapping[str, Sequence[str]]:
-        """Names in the folder that are not read, by reason."""
-        return {} if self._is_packaged else self._found.skipped
+        return {} if self._is_packaged else super().skipped
 
-    def files(self) -> dict[str, Path]:
-        """Files by path below the folder. Raises UserError when there are none."""
-        return self._found.files
-
-    def parts(self, part_bytes: int) -> list[Part]:
-        """Group small files, and divide large ones into lines or row groups where the format has them."""
-
-        def cut(files: dict[str, Path], split: str | None) -> list[Part]:
-            formats = {path: self._format_of(name) for name, path in files.items()}
-            return cut_into_parts(
-                files,
-                part_bytes,
-                lambda path: self._is_divisible(path, formats[path]),
-                split,
-                lambda name, path, size: formats[path].cut(name, path, size),
-            )
-
-        return parts_by_split(self.files(), self._splits, cut)
+    def _cut(self, files: dict[str, Path], split: str | None, part_bytes: int) -> list[Part]:
+        formats = {path: self._format_of(name) for name, path in files.items()}
+        return cut_into_parts(
+            files,
+            part_bytes,
+            lambda path: self._is_divisible(path, formats[path]),
+            split,
+            lambda name, path, size: formats[path].cut(name, path, size),
+        )
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
         """Yield records of the documents; drop empty and undecodable documents."""

@@ -337,6 +337,9 @@ def _read_parquet(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]
                             else document_of_row(found, keys, where)
                         )
                         row += 1
+                # For some damage of a page the library ends the rows without an error.
+                if row != (expected := file.metadata.row_group(group).num_rows):
+                    raise UserError(f"{row} of {expected} rows")
     except UserError as error:
         yield Document(f"{path} after row {row} of row group {group} ({error})", None, DAMAGED)
 

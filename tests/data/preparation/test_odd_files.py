@@ -242,9 +242,11 @@ def test_every_flipped_byte_of_a_parquet_file_is_read_or_counted(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one", "two"]}), path)
     whole = path.read_bytes()
-    for at in range(0, len(whole), 7):
+    for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        read(text(path))
+        found, counts, *_ = read(text(path))
+        # A page has no checksum: a flipped letter is another letter, but no row is lost without a count.
+        assert len(found) == 2 or any(name.startswith("dropped: ") for name in counts), at
 
 
 # Tables.
