@@ -207,6 +207,9 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     assert [row["seed"] for row in result["samples"]] == [0, 1]
     assert result["samples"][0]["evaluations"] == 4 and result["samples"][0]["metrics"]["num_samples"] == 24
     assert "NELBO null" in capsys.readouterr().out
+    for name in ("validity", "published_validity", "published_uniqueness", "published_novelty"):
+        assert 0 <= result["samples"][0]["metrics"][name] <= 1
+    assert "published_validity" in result["intervals"]
 
 
 def cells(printed, name):

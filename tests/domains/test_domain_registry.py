@@ -132,8 +132,8 @@ def test_each_name_is_that_of_its_class(name):
 
 KEYS = {
     "molecules": {"fcd": True, "moses": True},
-    "text": {"scorer": None, "mauve": False},
-    "responses": {"scorer": None, "mauve": False},
+    "text": {"scorer": None, "protocol": "text", "mauve": False},
+    "responses": {"scorer": None, "protocol": "text", "mauve": False},
     "images": {"inception": None},
 }
 
@@ -143,7 +143,7 @@ def test_metrics_take_the_keys_of_their_domain(name):
     own = KEYS.get(name, {})
     config = metrics_config(name, own)
     assert dataclasses.asdict(config) == own
-    assert changed_keys(config) == {key: value for key, value in own.items() if value}
+    assert changed_keys(config) == {key: value for key, value in own.items() if value is True}
     for key in {key for keys in KEYS.values() for key in keys} - set(own):
         with pytest.raises(UserError, match=f"{key}.* the domain {name}"):
             metrics_config(name, {key: True})

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from scmdm.data.tokenizers import SmilesTokenizer
 from scmdm.domains.molecules import metrics
+from scmdm.domains.molecules.domain import bare_texts
 from scmdm.domains.molecules.figures import molecule_grid
 from scmdm.domains.molecules.metrics import (
     MoleculeReference,
@@ -11,6 +13,8 @@ from scmdm.domains.molecules.metrics import (
     invalid_reasons,
     normalised_distance,
     properties,
+    published_metrics,
+    published_values,
 )
 
 TRAIN = ["CCO", "c1ccccc1", "CC(C)C"]
@@ -41,6 +45,49 @@ def test_malformed_samples_are_not_valid_whatever_their_fragment_is():
     metrics = evaluate_molecules(samples, framed, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
     assert (metrics.num_framed, metrics.num_parsed, metrics.num_valid) == (2, 2, 1)
     assert metrics.invalid_reasons == {"framing": 2, "parentheses": 1}
+
+
+def test_both_ways_of_counting_by_hand():
+    """Seven samples for which the project's and the published counts of QM9 differ in every number.
+
+    1 `CCO` whole, in the training set. 2 `OCC`, the same molecule in another spelling. 3 `CCN`, of the held-out set.
+    4 `C[EOS]O`: a fragment by its frame, `CO` without special tokens. 5 `[EOS]` alone. 6 `CC[BOS]`: a mark inside.
+    7 `C(`. Framed: 1, 2, 3, 7. Here valid are 1, 2, 3: two molecules, of which `CCN` is not in the training set.
+    Published: valid are 1, 2, 3, 4, 6: five distinct strings, of which `OCC`, `CO`, `CC` are not in the data set.
+    """
+    tokenizer = SmilesTokenizer(["C", "O", "N", "("])  # ids 4 to 7
+    c, o, n = 4, 5, 6
+    rows = [
+        [1, c, c, o, 2, 0],
+        [1, o, c, c, 2, 0],
+        [1, c, c, n, 2, 0],
+        [1, c, 2, o, 0, 0],
+        [1, 2, 0, 0, 0, 0],
+        [1, c, c, 1, 2, 0],
+        [1, c, 7, 2, 0, 0],
+    ]
+    bare, known = bare_texts(rows, tokenizer), frozenset(["CCO", "CCN", "CC=O"])
+    assert bare == ["CCO", "OCC", "CCN", "CO", "", "CC", "C("]
+    found = published_metrics(bare, known)
+    assert [found[f"published_num_{name}"] for name in ("valid", "unique", "novel")] == [5, 5, 3]
+    assert [found[f"published_{name}"] for name in ("validity", "uniqueness", "novelty")] == [5 / 7, 1.0, 3 / 5]
+    framed = [True, True, True, False, False, False, True]
+    texts = [tokenizer.decode(row) for row in rows]
+    own = evaluate_molecules(texts, framed, MoleculeReference.make(["CCO"], ["CCN", "CC=O"], fcd=False)).as_dict()
+    assert (own["num_valid"], own["num_unique"], own["num_novel"]) == (3, 2, 1)
+    assert own["validity"] == 3 / 7 and own["novelty_of_samples"] == 1 / 7
+
+
+def test_published_values_give_the_published_metrics():
+    bare, known = ["CCO", "CCO", "OCC", "C(", "", "CN"], frozenset(["CCO"])
+    found, values = published_metrics(bare, known), published_values(bare, known)
+    assert found["published_validity"] == 4 / 6
+    assert found["published_uniqueness"] == 3 / 4 and found["published_novelty"] == 2 / 4
+    for name, value in values.items():
+        assert value.value() == pytest.approx(found[name])
+    nothing = published_metrics(["(", ""], known)
+    assert nothing["published_uniqueness"] == nothing["published_novelty"] == 0.0
+    assert published_values(["("], known)["published_novelty"].value() is None
 
 
 def test_nothing_valid():

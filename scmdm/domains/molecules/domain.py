@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from scmdm.data.manifest import Manifest
-from scmdm.data.tokenizers import Tokenizer
+from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -25,6 +25,8 @@ from scmdm.domains.molecules.metrics import (
     evaluate_molecules,
     molecule_values,
     parse_molecule,
+    published_metrics,
+    published_values,
 )
 from scmdm.domains.molecules.moses_metrics import SAMPLES as MOSES_SAMPLES
 from scmdm.domains.molecules.moses_metrics import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
@@ -32,6 +34,7 @@ from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, p
 from scmdm.domains.plotting import distribution_figure
 from scmdm.system.worker_processes import core_count
 
+_PUBLISHED = "as published for QM9 (strings without special tokens)"
 _MOSES = f"MOSES (protocol: {MOSES_SAMPLES:,} samples; real data: published values of its training set)"
 
 
@@ -65,6 +68,12 @@ _MOSES_METRICS = (
 )
 
 
+def bare_texts(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+    """Decode whole samples without their special tokens, wherever these stand."""
+    specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
+    return [tokenizer.decode([id_ for id_ in row if id_ not in specials]) for row in rows]
+
+
 class MoleculesDomain(WithoutPrompts):
     """Validity, uniqueness, novelty, property distributions, FCD and the metrics of MOSES."""
 
@@ -77,6 +86,11 @@ class MoleculesDomain(WithoutPrompts):
         Metric("novelty_of_unique", "novel, % of unique", "higher", 100, 1, maximum=1),
         Metric("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid molecules", "lower", 1, 2),
         Metric("property_distance", "property distance, standard deviations", "lower", 1, 3),
+        Metric("published_validity", f"valid {_PUBLISHED}, % of samples", "higher", 100, 1, in_figure=False, maximum=1),
+        Metric(
+            "published_uniqueness", f"unique {_PUBLISHED}, % of valid", "higher", 100, 1, in_figure=False, maximum=1
+        ),
+        Metric("published_novelty", f"novel {_PUBLISHED}, % of valid", "higher", 100, 1, in_figure=False, maximum=1),
         Metric("parsed", "parsed up to the first [EOS], % of samples", "higher", 100, 1, in_figure=False),
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
         *_MOSES_METRICS,
@@ -91,14 +105,22 @@ class MoleculesDomain(WithoutPrompts):
         first_use = ComputeOptions(core_count(), settings.device, progress=True)
         self._moses = MosesReference.published(fcd=config.fcd, compute=first_use) if config.moses else None
         train, held_out = (decode_split(root, manifest, split) for split in ("train", settings.split))
+        others = (
+            decode_split(root, manifest, name) for name in manifest.splits if name not in ("train", settings.split)
+        )
+        self._known = frozenset[str]().union(train, held_out, *others)
+        self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         self._reference = MoleculeReference.make(train, held_out, fcd=config.fcd)
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
+        bare = bare_texts(drawn.tokens.tolist(), self._tokenizer)
         found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
+        found |= published_metrics(bare, self._known)
         if self._moses is not None:
             table = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._compute).as_dict()
             found |= {f"moses_{name}": value for name, value in table.items()}
-        return Measured(found, molecule_values(drawn.texts, drawn.framed, self._reference))
+        values = molecule_values(drawn.texts, drawn.framed, self._reference)
+        return Measured(found, values | published_values(bare, self._known))
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
