@@ -136,6 +136,13 @@ class PrepareConfig:
         at_least=1,
         at_most=2**40,
     )
+    split_seed: int | None = key(
+        None,
+        help="seed of a permutation whose first validation_fraction of the records is the validation split, without a "
+        "test split, as train_test_split of datasets (42 for the published QM9); null: hashes decide",
+        at_least=0,
+        at_most=2**62,
+    )
     limit: int | None = key(
         None, help="number of distinct records read, per published split; null: all", at_least=1, at_most=2**40
     )
@@ -186,6 +193,8 @@ class PrepareConfig:
         yield "test_fraction", self.test_fraction, total < 1, "below 1 together with validation_fraction"
         together = self.held_out_last is not None and source.splits_by_name
         yield "held_out_last", self.held_out_last, not together, "null with source.split_by=names"
+        permuted = self.split_seed is not None and (source.splits_by_name or self.held_out_last is not None)
+        yield "split_seed", self.split_seed, not permuted, "null with source.split_by=names, and with held_out_last"
         padded = self.pad_policy == "ignore"
         yield (
             "pad_policy",

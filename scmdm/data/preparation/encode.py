@@ -19,7 +19,7 @@ from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.preparation.scan import place_of, scanned_records
 from scmdm.data.preparation.shard_writer import Description, write_piece
 from scmdm.data.preparation.source import Source
-from scmdm.data.preparation.splits import split_of
+from scmdm.data.preparation.splits import by_position, is_held_out, split_of
 from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
 from scmdm.data.tokenizers.chat_template import EncodedChat, UnusableChat, turns_of
 
@@ -53,8 +53,8 @@ def _records(
     for at, (record, hash_, repeated) in enumerate(columns, place.first):
         if repeated:
             tally.leave_out("duplicate")
-        elif place.held_out is not None:
-            yield "validation" if at >= place.held_out else "train", record
+        elif by_position(config):
+            yield "validation" if is_held_out(config, at, place.total) else "train", record
         else:
             yield split_of(config, source, part, record, hash_), record
 

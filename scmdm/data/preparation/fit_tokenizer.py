@@ -20,10 +20,13 @@ from scmdm.config.preparation import TOKENIZERS, PrepareConfig
 from scmdm.data.preparation.duplicates import duplicates
 from scmdm.data.preparation.records import PLACES
 from scmdm.data.preparation.source import Source
+from scmdm.data.preparation.splits import by_position, is_held_out
 from scmdm.data.preparation.task_queue import read_result
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.errors import UserError
 from scmdm.system.untrusted import reading
+
+_LARGEST_PERMUTATION = 1 << 27  # records
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class PartPosition:
     """Position of a part's records in the corpus."""
 
     first: int  # index of the first record of the part
-    held_out: int | None  # index of the first held-out record of the corpus; None: hashes decide
+    total: int  # records of the corpus, duplicates included
 
 
 def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) -> None:
@@ -58,7 +61,7 @@ def fit(config: PrepareConfig, source: Source, scans: Sequence[Path], to: Path) 
     tokenizer = given_tokenizer(config) or TOKENIZERS.load(config.tokenizer.name).build(
         config.tokenizer,
         symbols={symbol for scan in scans for symbol in read_result(scan / "scan.json", PartSummary).symbols},
-        sample=_sample(scans, repeated, positions),
+        sample=_sample(config, scans, repeated, positions),
         layout=source.layout,
     )
     tokenizer.save(to / "tokenizer")
@@ -128,11 +131,12 @@ def _positions(config: PrepareConfig, counts: Sequence[int]) -> list[PartPositio
     total, last = sum(counts), config.held_out_last
     if last is not None and last >= total:
         raise UserError(f"held_out_last={last}, but the corpus has {total} records; hold out fewer")
-    starts = accumulate(counts, initial=0)
-    return [
-        PartPosition(first, total - last if last is not None else None)
-        for first, _ in zip(starts, counts, strict=False)
-    ]
+    if config.split_seed is not None and total > _LARGEST_PERMUTATION:
+        raise UserError(
+            f"split_seed={config.split_seed} is not possible with {total} records, but with {_LARGEST_PERMUTATION} at "
+            "most, whose permutation is held in memory; use the fractions, or held_out_last"
+        )
+    return [PartPosition(first, total) for first, _ in zip(accumulate(counts, initial=0), counts, strict=False)]
 
 
 def _mark_duplicates(config: PrepareConfig, scans: Sequence[Path], to: Path) -> list[np.ndarray]:
@@ -156,10 +160,13 @@ def _duplicates_file(fitted: Path, number: int) -> Path:
     return fitted / f"repeated-{number:05}.npy"
 
 
-def _sample(scans: Sequence[Path], repeated: Sequence[np.ndarray], positions: Sequence[PartPosition]) -> Iterator[str]:
+def _sample(
+    config: PrepareConfig, scans: Sequence[Path], repeated: Sequence[np.ndarray], positions: Sequence[PartPosition]
+) -> Iterator[str]:
     for scan, mask_N, place in zip(scans, repeated, positions, strict=True):
         with open(scan / "sample.jsonl") as file:
             for line in file:
                 row, text = json.loads(line)
-                if not mask_N[row] and (place.held_out is None or place.first + row < place.held_out):
+                held_out = by_position(config) and is_held_out(config, place.first + row, place.total)
+                if not mask_N[row] and not held_out:
                     yield text

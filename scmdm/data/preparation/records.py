@@ -10,7 +10,7 @@ from pathlib import Path
 from scmdm.data.tokenizers import Content
 from scmdm.errors import UserError
 
-SPLITS = ("train", "validation", "test")  # of every data set, unless `held_out_last` is set
+SPLITS = ("train", "validation", "test")  # of every data set, unless positions decide
 _LONGEST_PLACE = 300  # characters
 PLACES = 3  # places that are kept of each reason
 

@@ -19,7 +19,7 @@ import numpy as np
 from scmdm.config.preparation import TOKENIZERS, PrepareConfig
 from scmdm.data.preparation.records import Part, Record, Tally
 from scmdm.data.preparation.source import Source
-from scmdm.data.preparation.splits import leading_bits, split_of
+from scmdm.data.preparation.splits import by_position, leading_bits, split_of
 from scmdm.data.tokenizers import Content, Tokenizer, UnknownSymbol
 from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import reading
@@ -57,9 +57,9 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             row, hash_ = len(hashes), leading_bits(digest)
             hashes.append(hash_)
             records.write(_to_json(record) + "\n")
-            # The records that `held_out_last` holds out are known only after all parts have been counted.
+            # Which records are held out by their positions is known only after all parts have been counted.
             if not needs_sample or (
-                config.held_out_last is None and split_of(config, source, part, record, hash_) != "train"
+                not by_position(config) and split_of(config, source, part, record, hash_) != "train"
             ):
                 continue
             if leading_bits(digest[8:]) < sampled * 2**64:

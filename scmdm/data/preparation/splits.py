@@ -1,8 +1,15 @@
-"""Assignment of records to splits."""
+"""Assignment of records to splits.
+
+Legend: N records of a corpus.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from functools import lru_cache
+
+import numpy as np
 
 from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.records import SPLITS, Part, Record
@@ -11,9 +18,30 @@ from scmdm.data.preparation.source import Source
 
 def splits_of(config: PrepareConfig, source: Source) -> tuple[str, ...]:
     """Return the names of the splits of the data set: `SPLITS`, and further ones that the source publishes."""
-    if config.held_out_last is not None:
+    if by_position(config):
         return "train", "validation"
     return (*SPLITS, *(name for name in source.published if name not in SPLITS))
+
+
+def by_position(config: PrepareConfig) -> bool:
+    """Return whether the position of a record in the corpus decides its split, which is known after all were read."""
+    return config.held_out_last is not None or config.split_seed is not None
+
+
+def is_held_out(config: PrepareConfig, at: int, total: int) -> bool:
+    """Return whether the record at a position is in the validation split, where positions decide."""
+    if config.held_out_last is not None:
+        return at >= total - config.held_out_last
+    assert config.split_seed is not None
+    return bool(_permuted(total, config.validation_fraction, config.split_seed)[at])
+
+
+@lru_cache(maxsize=1)
+def _permuted(total: int, fraction: float, seed: int) -> np.ndarray:
+    """Return which records are held out, bool (N,), as `datasets.Dataset.train_test_split` chooses them."""
+    held_out_N = np.zeros(total, bool)
+    held_out_N[np.random.default_rng(seed).permutation(total)[: math.ceil(fraction * total)]] = True
+    return held_out_N
 
 
 def split_of(config: PrepareConfig, source: Source, part: Part, record: Record, hash_: int) -> str:

@@ -1,6 +1,7 @@
 """Framings: what becomes of records, token by token; nothing is lost or doubled; what is held out."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -175,3 +176,30 @@ def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml
     second = of("two", f"tokenizer.path={tmp_path / 'one/tokenizer.json'}")
     assert second.tokenizer.sha256 == first.tokenizer.sha256
     assert second.counts["dropped: unknown symbol"] == 1 and second.counts["kept"] == 29
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.013])
+def test_the_permutation_of_datasets_splits_the_corpus(corpus, tmp_path, empty_yaml, fraction):
+    """Records of two parts, none dropped: those that `train_test_split` of the package datasets holds out."""
+    options = ["split_seed=42", f"validation_fraction={fraction}", "framing=records"]
+    manifest = prepared(corpus, tmp_path / "a", empty_yaml, *options)
+    held_out = np.random.default_rng(42).permutation(4000)[: math.ceil(fraction * 4000)].tolist()
+    assert list(manifest.splits) == ["train", "validation"]
+    texts = decoded(tmp_path / "a", "validation")
+    assert {int(text[:4]) for text in texts if text[:4].isdigit()} == set(held_out)
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"number": list(range(4000))})
+    assert rows.train_test_split(test_size=fraction, seed=42)["test"]["number"] == held_out
+
+
+def test_one_rule_of_positions_at_a_time(corpus, tmp_path, empty_yaml, capsys):
+    options = [
+        "source.name=text",
+        f"source.path={corpus}",
+        "tokenizer.name=bytes",
+        "length=64",
+        f"out={tmp_path / 'a'}",
+    ]
+    for other in ("held_out_last=5", "source.split_by=names"):
+        assert main(["prepare", str(empty_yaml), *options, "split_seed=1", other]) == 1
+        assert "split_seed=1" in capsys.readouterr().err
