@@ -67,6 +67,11 @@ class Cifar10Config(ImageSourceConfig):
 
     path: str = key(MISSING, path=PathKind.INPUT, formerly=("path",), help="folder of CIFAR-10's binary version")
 
+    @property
+    def splits_by_name(self) -> bool:
+        """Training and test set are published, so that validation_fraction may be 0: then there is no such split."""
+        return True
+
 
 @dataclass
 class ImageFolderConfig(ImageSourceConfig, NamedSplitsConfig):

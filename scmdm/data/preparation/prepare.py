@@ -265,15 +265,13 @@ class _Preparation:
         description = describe(self.config, self.source, described, dict(sorted((counts | skipped).items())))
         tokenizer = fitted_tokenizer(self.work / "fit-00000")
         splits, overwrite = splits_of(self.config, self.source), self.config.overwrite
-        published = self.source.published
         join_pieces(
             Path(self.config.out),
             encoded,
             splits,
             tokenizer,
             description,
-            # A small corpus that publishes its own validation set may leave nothing for a test set that it lacks.
-            optional=() if "test" in published or not published else ("test",),
+            optional=_optional_splits(self.config, self.source.published),
             overwrite=overwrite,
         )
 
@@ -283,6 +281,15 @@ class _Preparation:
         with suppress(FileNotFoundError):
             self.work.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+
+
+def _optional_splits(config: PrepareConfig, published: Sequence[str]) -> tuple[str, ...]:
+    """Return the splits that may be empty, of a corpus that publishes its own.
+
+    A small corpus that publishes its own validation set may leave nothing for a test set that it lacks.
+    """
+    unpublished = [] if not published else [name for name in ("validation", "test") if name not in published]
+    return tuple(name for name in unpublished if name == "test" or config.validation_fraction == 0)
 
 
 def recorded_options(config: PrepareConfig) -> dict[str, Any]:

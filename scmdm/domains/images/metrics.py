@@ -186,7 +186,9 @@ class InceptionReference:
     ) -> InceptionReference:
         """Load Inception. Raises UserError if the file `weights` cannot be used."""
         network = load_inception(weights, device)
-        both = np.concatenate([originals_NHWC, tokenizer.pictures(read_split(root, "validation"))])
+        has_validation = "validation" in Manifest.read(root).splits
+        held_out = [tokenizer.pictures(read_split(root, "validation"))] if has_validation else []
+        both = np.concatenate([originals_NHWC, *held_out])
         return cls(network, activations(network, both).moments, len(both))
 
     def measure(self, images_NHWC: np.ndarray) -> dict[str, Any]:

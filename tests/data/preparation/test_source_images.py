@@ -167,6 +167,15 @@ def test_the_shipped_cifar10_configuration(tmp_path):
     assert manifest.splits["train"].samples == 2 * (500 - manifest.splits["validation"].samples)
 
 
+def test_the_published_cifar10_configuration(tmp_path):
+    """All training pictures and no validation split."""
+    write_cifar10(tmp_path / "raw", per_batch=20)
+    config = str(ROOT / "configs/data/cifar10_published.yaml")
+    assert main(["prepare", config, f"source.path={tmp_path / 'raw'}", f"out={tmp_path / 'data'}", "workers=1"]) == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 200, "test": 20}
+
+
 def test_digits(tmp_path):
     datasets = pytest.importorskip("sklearn.datasets")
     config = str(ROOT / "configs/data/digits.yaml")
