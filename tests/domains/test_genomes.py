@@ -87,6 +87,7 @@ def test_species_are_weighted_with_their_shares_of_the_reference():
     assert metrics["species"]["c"]["gc_distance"] == 0.0
     for k in (3, 6):
         assert metrics[f"weighted_js_distance_{k}"] == pytest.approx(0.25 * math.sqrt(math.log(2)))
+        assert metrics[f"weighted_js_divergence_{k}"] == pytest.approx(0.25 * math.log(2))
     only_a = evaluate_genomes(["AAAAAA"], [True], reference, ["a"]).as_dict()
     assert set(only_a["species"]) == {"a"} and "weighted_js_distance_3" not in only_a, "nothing to say of c"
     assert evaluate_genomes(["AAAAAA"], [True], reference).as_dict()["species"] == {}

@@ -32,11 +32,17 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
         Metric("js_distance_3", "Jensen-Shannon distance of 3-mers", "lower", 1, 4),
         Metric("js_divergence_6", "Jensen-Shannon divergence of 6-mers, nats", "lower", 1, 5, in_figure=False),
         Metric("js_divergence_3", "Jensen-Shannon divergence of 3-mers, nats", "lower", 1, 5, in_figure=False),
-        Metric(
-            "weighted_js_distance_6", "Jensen-Shannon distance of 6-mers by species", "lower", 1, 4, in_figure=False
-        ),
-        Metric(
-            "weighted_js_distance_3", "Jensen-Shannon distance of 3-mers by species", "lower", 1, 4, in_figure=False
+        *(
+            Metric(
+                f"weighted_js_{kind}_{k}",
+                f"Jensen-Shannon {kind} of {k}-mers by species{note}",
+                "lower",
+                1,
+                digits,
+                in_figure=False,
+            )
+            for kind, digits, note in (("distance", 4, " (published)"), ("divergence", 5, ", nats"))
+            for k in (6, 3)
         ),
         Metric("gc_distance", "Wasserstein distance of GC content", "lower", 1, 4),
         Metric("gc_mean", "mean GC content", "", 1, 4, in_figure=False),

@@ -83,6 +83,7 @@ class GenomeMetrics:
     num_distinct: int
     by_species: dict[str, SpectrumMetrics] = field(default_factory=dict)
     weighted_js_distance: dict[int, float] = field(default_factory=dict)
+    weighted_js_divergence: dict[int, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All metrics: the overall ones at the top level, those of each species below `species`."""
@@ -91,6 +92,7 @@ class GenomeMetrics:
             "num_framed": self.num_framed,
             "num_distinct": self.num_distinct,
             **{f"weighted_js_distance_{k}": value for k, value in self.weighted_js_distance.items()},
+            **{f"weighted_js_divergence_{k}": value for k, value in self.weighted_js_divergence.items()},
             "species": {name: metrics.as_dict() for name, metrics in self.by_species.items()},
         }
 
@@ -131,7 +133,8 @@ def evaluate_genomes(
         num_framed=sum(framed),
         num_distinct=len(set(sequences)),
         by_species=by_species,
-        weighted_js_distance=_weighted(by_species, reference.by_species),
+        weighted_js_distance=_weighted(by_species, reference.by_species, "distance"),
+        weighted_js_divergence=_weighted(by_species, reference.by_species, "divergence"),
     )
 
 
@@ -161,14 +164,14 @@ def _by_species(sequences: Sequence[str], species: Sequence[str] | None) -> dict
     return dict(sorted(groups.items()))
 
 
-def _weighted(metrics: Mapping[str, SpectrumMetrics], spectra: Mapping[str, Spectrum]) -> dict[int, float]:
+def _weighted(metrics: Mapping[str, SpectrumMetrics], spectra: Mapping[str, Spectrum], kind: str) -> dict[int, float]:
     weights = [len(spectrum.gc_N) for spectrum in spectra.values()]
     weighted = {}
     for k in KMER_LENGTHS:
         found = [metrics[name].kmers[k] for name in spectra if name in metrics]
-        distances = [value.distance for value in found if value is not None]
-        if distances and len(distances) == len(weights):
-            weighted[k] = float(np.average(distances, weights=weights))
+        values = [getattr(value, kind) for value in found if value is not None]
+        if values and len(values) == len(weights):
+            weighted[k] = float(np.average(values, weights=weights))
     return weighted
 
 
