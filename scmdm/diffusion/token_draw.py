@@ -58,8 +58,8 @@ def draw_tokens_or_mask(
     if temperature == 0:
         p_NV = torch.zeros_like(logits_NV, dtype=torch.float64).scatter_(1, logits_NV.argmax(1, keepdim=True), 1.0)
     else:
-        shape = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "top_p_first": top_p_first}
-        p_NV = shape_logits(logits_NV, **shape).softmax(1)
+        scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
+        p_NV = scaled_NV.softmax(1)
     weight_NV = p_NV.mul_(reveal_N[:, None])
     weight_NV[:, mask_id] = 1 - reveal_N
     return _race_in_float32(weight_NV, uniform_NV)

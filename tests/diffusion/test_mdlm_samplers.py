@@ -38,8 +38,8 @@ def nucleus(p, top_p):
     return torch.zeros_like(p).scatter_(-1, at, kept / kept.sum(-1, keepdim=True))
 
 
-def published(predict, sample_id, *, steps, predictor="ddpm", noise_removal=True, nucleus_p=1.0, eta=None):
-    """Decode from masks alone; with `eta`, ReMDM's rescaled remasking."""
+def published(predict, sample_id, *, steps, predictor="ddpm", nucleus_p=1.0, remask="never", eta=0.0):
+    """Decode from masks alone; `remask` and `eta` are ReMDM's."""
     x = torch.full((LENGTH,), MASK)
     timesteps, dt = torch.linspace(1, EPS, steps + 1), (1 - EPS) / steps
     cached, sampled_again = None, 0
@@ -55,8 +55,9 @@ def published(predict, sample_id, *, steps, predictor="ddpm", noise_removal=True
             move_t, move_s = (1 - torch.exp(torch.log1p(-(1 - 1e-3) * s)) for s in (t, t - dt))
         else:
             move_t, move_s = t, t - dt
-        sigma = 0.0 if eta is None else eta * float(min(1, move_s / (1 - move_t))) if move_t < 1 else eta
         alpha_t, alpha_s = 1 - move_t, 1 - move_s
+        largest = float(min(1, (1 - alpha_s) / alpha_t)) if alpha_t > 0 else 1.0
+        sigma = {"never": 0.0, "cap": min(eta, largest), "rescale": eta * largest}[remask]
         q = p * ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
         q[:, MASK] = (1 - alpha_s - sigma * alpha_t) / (1 - alpha_t)
         drawn = sample_categorical(q, bits_24(token_noise(sample_id, i, LENGTH)))
@@ -64,9 +65,7 @@ def published(predict, sample_id, *, steps, predictor="ddpm", noise_removal=True
         following = torch.where(x == MASK, drawn, torch.where(remasked, MASK, x))
         cached = p if predictor == "ddpm_cache" and torch.equal(following, x) else None
         x = following
-    if noise_removal:
-        x = torch.where(x == MASK, predict(x.tolist()).argmax(1), x)
-    return x.tolist(), sampled_again
+    return torch.where(x == MASK, predict(x.tolist()).argmax(1), x).tolist(), sampled_again
 
 
 def ours(model, ids, *, carry=False, **keys):
@@ -81,7 +80,11 @@ CASES = {
     "ddpm": ({"steps": 9}, {"steps": 9}),
     "ddpm-cache": ({"steps": 40, "predictor": "ddpm_cache"}, {"steps": 40}),
     "nucleus": ({"steps": 9, "nucleus_p": 0.7}, {"steps": 9, "top_p": 0.7}),
-    "remdm-rescale": ({"steps": 9, "eta": 0.4}, {"steps": 9, "remask": "rescale", "remask_eta": 0.4}),
+    "remdm-cap": ({"steps": 9, "remask": "cap", "eta": 0.3}, {"steps": 9, "remask": "cap", "remask_eta": 0.3}),
+    "remdm-rescale": (
+        {"steps": 9, "remask": "rescale", "eta": 0.4},
+        {"steps": 9, "remask": "rescale", "remask_eta": 0.4},
+    ),
 }
 
 
@@ -200,6 +203,19 @@ def test_a_raced_sample_does_not_depend_on_its_batch():
     for number in range(3):
         alone = ours(network(), [number], carry=True, noise_removal="greedy", steps=5)
         assert torch.equal(alone.tokens[0], together.tokens[number])
+
+
+def test_logits_are_computed_in_parts():
+    class Parts(Oracle):
+        largest = 0
+
+        def logits(self, h_ND):
+            self.largest = max(self.largest, len(h_ND))
+            return super().logits(h_ND)
+
+    oracle = Parts()
+    draw(oracle, SamplerSettings(steps=2, gumbel="float32"), n=400)
+    assert 0 < oracle.largest < 3 * 400
 
 
 @pytest.mark.parametrize("kind", ["confidence", "random", "first_hitting"])
