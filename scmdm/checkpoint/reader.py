@@ -75,7 +75,7 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
     engine.load_parameters(groups[WEIGHTS_PREFIX])
     engine.set_optimizer_step(state.step)
     if ema is not None:
-        ema.updates = state.ema_updates
+        ema.update_number = state.ema_updates
     return state
 
 

@@ -24,7 +24,7 @@ class TrainState:
     evaluations: int = 0  # denoiser evaluations times sequences
     loss_sum: float = 0.0  # over the steps since the last logged one
     loss_count: int = 0
-    ema_updates: int = 0
+    ema_updates: int = 0  # number of the next update, from 1; earlier versions counted from 0
     loader: dict[str, Any] | None = None
     data_fingerprint: str = ""
     base_sha256: str | None = None  # of the weights that an adaptation started from

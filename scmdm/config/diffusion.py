@@ -16,7 +16,12 @@ class DiffusionConfig:
         help="noise schedule alpha_t",
         choices=("log_linear", "cosine", "polynomial"),
     )
-    eps: float = key(0.0, help="log_linear: alpha_t = 1 - (1 - eps) t; MDLM uses 1e-3", at_least=0, at_most=0.5)
+    eps: float = key(
+        0.0,
+        help="log_linear and cosine: the schedule at (1 - eps) t; MDLM and Duo use 1e-3",
+        at_least=0,
+        at_most=0.5,
+    )
     power: float = key(2.0, help="polynomial: alpha_t = 1 - t^power", at_least=0.1, at_most=16)
     t_min: float = key(
         1e-3,

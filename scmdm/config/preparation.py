@@ -112,9 +112,9 @@ class PrepareConfig:
     )
     pad_policy: str = key(
         "loss",
-        help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: omit it from "
-        "the loss",
-        choices=("loss", "eos", "ignore"),
+        help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: never mask it, "
+        "and omit it from the loss; masked: mask it like any token, and omit it from the loss (MDLM's LM1B)",
+        choices=("loss", "eos", "ignore", "masked"),
     )
     bos_policy: str = key(
         "given",

@@ -32,6 +32,12 @@ class SamplerConfig:
     eps: float = key(
         0.0, help="time at which the grid of steps ends; the last step reveals the rest", at_least=0, below=1
     )
+    noise_removal: str = key(
+        "last_step",
+        help="ancestral: tokens that are masked at eps are drawn in the last step; or in one more evaluation, drawn or "
+        "(greedy) the most probable ones, as in MDLM",
+        choices=("last_step", "draw", "greedy"),
+    )
     transfer: str = key(
         "schedule",
         help="tokens that a step reveals: as many as the noise schedule says; even: equally many, with a remainder in "
@@ -97,7 +103,8 @@ class SamplerConfig:
     top_p_first: bool = key(False, help="restrict to top_p before top_k, as Dream does, instead of after")
     gumbel: str = key(
         "float64",
-        help="precision of the Gumbel noise; float32 reproduces the truncated tail of earlier code",
+        help="precision of the Gumbel noise; float32 draws as MDLM's code: with ancestral, tokens and the mask in one "
+        "race that also reveals less; with other kinds, tokens alone",
         choices=("float64", "float32"),
     )
     label: str | None = key(
@@ -162,10 +169,13 @@ class SamplerConfig:
         """Raise UserError for a combination of keys that cannot work."""
         hits, ranked, with_kind = self.kind == "first_hitting", self.kind in ORDERS, f"with kind={self.kind}"
         has_condition = self.label is not None or self.guided_by == "prompt"
+        leaves_noise = self.kind == "ancestral" and self.eps > 0 and self.block_length is None
+        needs_noise = "last_step without kind=ancestral, an eps above 0 and block_length=null"
         needs_threshold = "null without kind=confidence or kind=margin"
         for name, possible, wanted in (
             ("block_length", self.block_length is None or not hits, f"null {with_kind}"),
             ("eps", self.eps == 0 or not (hits or self.adaptive), "0 without a fixed number of steps"),
+            ("noise_removal", self.noise_removal == "last_step" or leaves_noise, needs_noise),
             ("transfer", self.transfer == "schedule" or ranked or self.kind == "random", f"schedule {with_kind}"),
             ("threshold", self.threshold is None or self.kind in ("confidence", "margin"), needs_threshold),
             ("factor", self.factor is None or self.kind == "confidence", "null without kind=confidence"),

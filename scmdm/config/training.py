@@ -32,6 +32,13 @@ class ScheduleConfig:
 
     kind: str = key("constant", help="learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = key(0, help="steps of linear warm-up", at_least=0, at_most=2**31)
+    initial_ratio: float | None = key(
+        None,
+        help="learning rate of the first step divided by the peak, which is reached in the step after the warm-up; 0: "
+        "as in MDLM; null: (k + 1) / warmup_steps in step k, which reaches the peak in the last step of the warm-up",
+        at_least=0,
+        at_most=1,
+    )
     steps: int | None = key(
         None,
         help="cosine, linear: step at which the decay ends; null: train.steps. A resume with another end must name it",
@@ -47,7 +54,9 @@ class EmaConfig:
     """The exponential moving average of the weights."""
 
     decay: float = key(0.9999, help="decay of the average; 0: no averaging", at_least=0, at_most=0.9999999)
-    warmup: bool = key(True, help="use min(decay, (1 + k) / (10 + k)) at update k, counted from the start of the run")
+    warmup: bool = key(
+        True, help="use min(decay, (1 + k) / (10 + k)) at update k, counted from 1 at the start of the run"
+    )
     reset: bool = key(
         True, help="adapt: start a new average; false: continue that of the base, with its count of updates"
     )

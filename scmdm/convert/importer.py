@@ -18,7 +18,6 @@ from torch import Tensor
 
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ImportConfig
-from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.fields import shorten, validate_keys
 from scmdm.config.model import DENOISERS
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
@@ -46,7 +45,6 @@ SUBDIRECTORY, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix
 _SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
 CONDITIONER_PREFIX = "conditioner."
 _HALF_PRECISION = 1e-2  # relative error of a number in bfloat16, rounded up
-_EPS = 1e-3  # MDLM's log-linear schedule ends at alpha_1 = eps
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
     """Plan the import of another project's model; saves its tokenizer in `scratch`."""
     with reading(source.path, f"model of the layout {layout.name}", "download it again"):
         source = _with_overrides(source, layout, config)
-        model = layout.architecture(source)
+        model, diffusion = layout.architecture(source), layout.diffusion(source)
         rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
@@ -123,7 +121,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
     added = tokenizer.vocab_size - rows
     if added:
         notes.append(f"a mask token was added as id {tokenizer.mask_id}")
-    spec = ModelSpec(model, DiffusionConfig(eps=_EPS), tokenizer.vocab_size, tokenizer.mask_id, length)
+    spec = ModelSpec(model, diffusion, tokenizer.vocab_size, tokenizer.mask_id, length)
     try:
         validate_keys(spec)
     except UserError as error:

@@ -44,6 +44,11 @@ class TokenIds:
         return {f"{role}_token_id": value for role, value in ids.items()}
 
 
+def log_linear(_: PublishedFiles) -> DiffusionConfig:
+    """Return the process of MDLM's models, which ends at `alpha_1 = 1e-3`."""
+    return DiffusionConfig(eps=1e-3)
+
+
 def _no_shift(_: PublishedFiles, has_mask: bool) -> bool:
     return False
 
@@ -63,6 +68,7 @@ class PublishedLayout:
         unsupported: Explains why a model of `kind` cannot be written in this layout; None if it can.
         logit_shift: Returns whether a position is predicted from the one before it, given a source and whether its
             files name a mask token; None if they do not say.
+        diffusion: Reads the process that the model was trained for.
         lengths: Fields of the configuration that state the length of a sample, dotted.
         derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
         derived_tensors: Returns names and values of such tensors, for writing.
@@ -78,6 +84,7 @@ class PublishedLayout:
     describe: Callable[[ModelSpec, TokenIds], dict[str, Any]]
     unsupported: Callable[[ModelConfig], str | None]
     lengths: tuple[str, ...]
+    diffusion: Callable[[PublishedFiles], DiffusionConfig] = log_linear
     logit_shift: Callable[[PublishedFiles, bool], bool | None] = _no_shift
     derived: tuple[str, ...] = ()
     derived_tensors: Callable[[ModelConfig], Iterable[tuple[str, Tensor]]] = _no_tensors

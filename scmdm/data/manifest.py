@@ -85,8 +85,9 @@ class Manifest:
     eos_id: int
     length: Annotated[int, Field(ge=1, le=2**24)]
     dtype: Annotated[str, _one_of("uint16", "uint32")]  # of the stored ids
-    # "loss": padding is predicted like any token; "eos": likewise, and it is [EOS]; "ignore": it is not in the loss
-    pad_policy: Annotated[str, _one_of("loss", "eos", "ignore")]
+    # "loss": padding is masked and predicted like any token; "eos": likewise, and it is [EOS]; "ignore": it is neither
+    # masked nor in the loss; "masked": it is masked, but not in the loss
+    pad_policy: Annotated[str, _one_of("loss", "eos", "ignore", "masked")]
     # "given": [BOS] is never masked; "loss": it is a token like any other
     bos_policy: Annotated[str, _one_of("given", "loss")]
     splits: dict[str, SplitInfo]
@@ -121,6 +122,11 @@ class Manifest:
     def has_prompts(self) -> bool:
         """Whether samples are answers to prompts, which are never masked."""
         return self.framing in ("prompts", "chats")
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padding is in the loss."""
+        return self.pad_policy in ("loss", "eos")
 
     @property
     def padding_id(self) -> int:

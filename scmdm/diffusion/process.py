@@ -68,16 +68,17 @@ def noise_batch(
 
     `rate` is the probability that the second pass of a sample is conditioned. With `noisier_state` the first pass gets
     an earlier state of the process: its time is uniform between t and 1, with the same uniforms, hence with more masks.
-    Tokens that are not valid (ignored padding, a prompt) are never masked.
+    Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
     """
     x_BL, valid_BL, ids_B = sequences.tokens, sequences.valid, sequences.ids
+    maskable_BL = valid_BL if sequences.maskable is None else sequences.maskable
     u_BL = keyed_uniform(seed, "mask", step, ids_B, x_BL.shape[1])
-    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), valid_BL, mask_id)
+    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), maskable_BL, mask_id)
     z_estimate, t_estimate = z_BL, t_B
     if noisier_state:
         v_B = keyed_uniform(seed, "estimate-time", step, ids_B, 1)[:, 0]
         t_estimate = t_B + (1 - t_B) * v_B
-        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), valid_BL, mask_id)
+        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), maskable_BL, mask_id)
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     packing = None if sequences.documents is None else make_packing(sequences.documents)
     return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, conditioned_B, packing, sequences.labels)

@@ -6,7 +6,7 @@ Legend: B batch, L length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,18 @@ ORDERS = ("confidence", "margin", "entropy")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Settings of a sampler. `gumbel="float32"` reproduces the truncated tail of older code (arXiv 2409.02908)."""
+    """Settings of a sampler.
+
+    `gumbel="float32"` draws as MDLM's code does, with a truncated tail (arXiv 2409.02908): tokens and mask in one race
+    if `kind` is "ancestral", otherwise tokens alone.
+    """
 
     kind: str = "ancestral"  # "ancestral", "first_hitting", "random", or one of ORDERS: most certain positions first
     steps: int = 32  # denoiser evaluations; first_hitting reveals one token per evaluation
-    eps: float = 0.0  # time at which the grid ends; the last step reveals the rest
+    eps: float = 0.0  # time at which the grid ends
+    # ancestral: tokens that are masked there are drawn in the grid's last step ("last_step"), or in one more evaluation
+    # drawn ("draw") or taken greedily ("greedy", MDLM)
+    noise_removal: str = "last_step"
     transfer: str = "schedule"  # tokens per step, in ORDERS and "random": "schedule" | "even" | "ratio"
     threshold: float | None = None  # reveal all tokens of at least this confidence, and ignore steps (Fast-dLLM)
     factor: float | None = None  # reveal as many tokens as Fast-dLLM's factor rule says, and ignore steps
@@ -52,6 +59,11 @@ class SamplerSettings:
         """Whether confidence decides how many tokens a step reveals, and thereby the number of steps."""
         return self.threshold is not None or self.factor is not None
 
+    @property
+    def races_mask(self) -> bool:
+        """Whether one draw decides both whether a position is revealed and its token."""
+        return self.kind == "ancestral" and self.gumbel == "float32"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -61,8 +73,16 @@ class Step:
     t_B: Tensor  # time of the denoiser's input
     candidates_BL: Tensor  # masked positions to reveal; with `count_B`, only the most certain of them
     count_B: Tensor | None = None  # with an adaptive number of tokens: the largest possible one
+    reveal_B: Tensor | None = None  # probability to reveal a candidate, drawn with its token; None: 1
+    greedy: bool = False  # take the most probable tokens
     remask_BL: Tensor | None = None  # positions to remask
     active_B: Tensor | None = None  # sequences that the step concerns; None: all
+
+    def at(self, rows_N: Tensor) -> Step:
+        """Return the evaluation of a selection of sequences, without remasking."""
+        names = ("t_B", "candidates_BL", "count_B", "reveal_B")
+        own = {name: part[rows_N] for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **own, remask_BL=None, active_B=None)
 
 
 @dataclass(frozen=True)
@@ -119,11 +139,11 @@ class _GridPoint:
     steps_B: Tensor  # steps of the block
     t_B: Tensor
     t_next_B: Tensor
-    last_B: Tensor  # the block's last step
+    last_B: Tensor  # the step reveals the rest of the block
 
 
 def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """Plan a uniform grid of times from 1 to eps for each block; its last step reveals the rest of the block."""
+    """Plan a uniform grid of times from 1 to eps for each block, and the removal of the remaining noise."""
     blocks = make_blocks(problem, settings)
     most = int(blocks.count_B.max())
     if settings.steps < most:
@@ -135,6 +155,11 @@ def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]
         active_B = (todo_BL & within_BL).any(1)
         if bool(active_B.any()):  # a block of given tokens needs no evaluation
             yield _grid_step(problem, settings, index, point, blocks.count_B, within_BL, active_B)
+    masked_BL = problem.state() == problem.mask_id
+    if settings.noise_removal != "last_step" and bool(masked_BL.any()):
+        t_B = torch.full_like(problem.ids_B, settings.eps, dtype=torch.float64)
+        greedy = settings.noise_removal == "greedy"
+        yield Step(settings.steps, t_B, masked_BL, greedy=greedy, active_B=masked_BL.any(1))
 
 
 def _grid_point(index: int, blocks_B: Tensor, settings: SamplerSettings) -> _GridPoint:
@@ -151,7 +176,7 @@ def _grid_point(index: int, blocks_B: Tensor, settings: SamplerSettings) -> _Gri
         grid = torch.linspace(1, settings.eps, steps + 1, dtype=torch.float64, device=k_B.device)
         own_B = steps_B == steps
         t_B[own_B], t_next_B[own_B] = grid[k_B[own_B]], grid[k_B[own_B] + 1]
-    last_B = k_B + 1 == steps_B
+    last_B = (k_B + 1 == steps_B) & (settings.noise_removal == "last_step")
     return _GridPoint(block_B, k_B, steps_B, t_B, t_next_B, last_B)
 
 
@@ -178,13 +203,17 @@ def _grid_step(
         return Step(index, t_B, most_certain(u_BL, masked_BL, count_B), active_B=active_B)
     sigma_B = remask_probability(schedule, point.t_B, point.t_next_B, settings.remask, settings.remask_eta)
     reveal_B = unmask_probability(schedule, point.t_B, point.t_next_B, sigma_B).masked_fill(point.last_B, 1.0)
-    u_BL = keyed_uniform(problem.seed, "reveal", index, ids_B, z_BL.shape[1])
-    reveal_BL = reveal_mask(z_BL, u_BL, reveal_B, problem.mask_id) & within_BL
+    if settings.races_mask:
+        step = Step(index, t_B, masked_BL, reveal_B=reveal_B, active_B=active_B)
+    else:
+        u_BL = keyed_uniform(problem.seed, "reveal", index, ids_B, z_BL.shape[1])
+        reveal_BL = reveal_mask(z_BL, u_BL, reveal_B, problem.mask_id) & within_BL
+        step = Step(index, t_B, reveal_BL, active_B=active_B)
     if settings.remask == "never":
-        return Step(index, t_B, reveal_BL, active_B=active_B)
+        return step
     u_BL = keyed_uniform(problem.seed, "remask", index, ids_B, z_BL.shape[1])
     remask_BL = todo_BL & ~masked_BL & (u_BL < sigma_B[:, None]) & ~point.last_B[:, None]
-    return Step(index, t_B, reveal_BL, remask_BL=remask_BL, active_B=active_B)
+    return replace(step, remask_BL=remask_BL)
 
 
 def _scheduled_count(masked_B: Tensor, todo_B: Tensor, point: _GridPoint, schedule: Schedule, rule: str) -> Tensor:

@@ -2,9 +2,9 @@
 
 The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate of the last evaluation, which costs no
 further evaluation. All draws are keyed, so that a sample does not depend on its batch. Unless positions are ranked by
-confidence, those to reveal are chosen first, and logits are computed only there and for the estimate. Without a carried
-estimate, sequences in which a step reveals nothing are not evaluated. Sequences of different lengths are padded at
-their end, and nothing attends to padding.
+confidence, or race with the mask, those to reveal are chosen first, and logits are computed only there and for the
+estimate. Without a carried estimate, sequences in which a step reveals nothing are not evaluated. Sequences of
+different lengths are padded at their end, and nothing attends to padding.
 
 By SUBS, the estimate of an unmasked position is its token. A remasked position therefore carries the embedding of its
 former token, or, with `remasked_estimate="null"`, nothing.
@@ -15,7 +15,7 @@ Legend: B batch, L length, D width, V vocabulary with the mask, N selected posit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from scmdm.diffusion.token_draw import (
     count_by_factor,
     count_confident,
     draw_tokens,
+    draw_tokens_or_mask,
     most_certain,
     perturbed,
     shape_logits,
@@ -158,10 +159,7 @@ def _advance(
     rows = needed_B.nonzero().squeeze(1)
     if not len(rows):
         return z_BL, estimate_BLD
-    count = step.count_B[rows] if step.count_B is not None else None
-    own = replace(
-        step, t_B=step.t_B[rows], candidates_BL=step.candidates_BL[rows], count_B=count, remask_BL=None, active_B=None
-    )
+    own = step.at(rows)
     seen = None if estimate_BLD is None else estimate_BLD[rows]
     part = view.at(rows)
     advanced, h_BLD = _evaluate(part, z_BL[rows], seen, own, ids_B[rows], draws)
@@ -192,6 +190,9 @@ def _reveal(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draw
     """Return a mask (B, L) of revealed positions, and their tokens (N,) in row-major order."""
     candidates_BL, settings = step.candidates_BL, draws.settings
     drawn_N, score_N = _draw(view, h_BLD, step, ids_B, draws)
+    if step.reveal_B is not None:
+        revealed_N = drawn_N != view.mask_id
+        return candidates_BL.masked_scatter(candidates_BL, revealed_N), drawn_N[revealed_N]
     if step.count_B is None:
         return candidates_BL, drawn_N
     zeros_BL = torch.zeros(candidates_BL.shape, dtype=torch.float64, device=h_BLD.device)
@@ -208,16 +209,24 @@ def _reveal(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draw
 
 
 def _draw(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
-    """Return tokens (N,) at the candidates, and confidence scores (empty unless ranking by confidence)."""
+    """Return tokens (N,) at the candidates, and confidence scores (empty unless ranking by confidence).
+
+    Where the step has a probability to reveal a candidate, the mask in place of a token leaves it masked.
+    """
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
     h_ND, settings = h_BLD[rows, columns], draws.settings
     keys_N = ids_B[rows] * draws.stride + columns
     shape: dict[str, Any] = {name: getattr(settings, name) for name in _SHAPE}
+    if step.greedy:
+        shape["temperature"] = 0.0
     drawn, scores = [], []
-    for h, keys in zip(h_ND.split(_DRAW_ROWS), keys_N.split(_DRAW_ROWS), strict=True):
+    for h, keys, at in zip(*(x.split(_DRAW_ROWS) for x in (h_ND, keys_N, rows)), strict=True):
         logits_NV = without(view.logits(h), settings.never_ids)
         uniform_NV = keyed_uniform(draws.seed, "token", step.index, keys, logits_NV.shape[1])
-        drawn.append(draw_tokens(logits_NV, uniform_NV, gumbel=settings.gumbel, **shape))
+        if step.reveal_B is not None:
+            drawn.append(draw_tokens_or_mask(logits_NV, uniform_NV, step.reveal_B[at], view.mask_id, **shape))
+        else:
+            drawn.append(draw_tokens(logits_NV, uniform_NV, gumbel=settings.gumbel, **shape))
         if step.count_B is not None:
             ranked_NV = shape_logits(logits_NV, **shape) if settings.tempered_order else logits_NV
             scores.append(certainty(settings.kind, without(ranked_NV, settings.late_ids), drawn[-1]))

@@ -1,6 +1,6 @@
 """Noise schedules of the absorbing process: `alpha_t` is the probability that a token is still clean at time t.
 
-Legend: any shape in, the same shape out; times in float64 or float32, t in [0, 1], alpha_0 = 1, alpha_1 = 0.
+Legend: any shape in, the same shape out; times in float64 or float32, t in [0, 1], alpha_0 = 1; alpha_1 = 0 if eps = 0.
 """
 
 from __future__ import annotations
@@ -47,16 +47,19 @@ class LogLinear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """`alpha_t = 1 - cos(pi/2 (1 - t))` (MaskGIT's masking rate, arXiv 2202.04200)."""
+    """`alpha_t = 1 - cos(pi/2 (1 - (1 - eps) t))`: with `eps = 0` MaskGIT's masking rate, with `eps = 1e-3` Duo's."""
+
+    eps: float = 0.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - torch.cos(math.pi / 2 * (1 - t))
+        return 1 - torch.cos(math.pi / 2 * (1 - (1 - self.eps) * t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+        # Duo's code lacks the factor 1 - eps.
+        return -(1 - self.eps) * math.pi / 2 * torch.sin(math.pi / 2 * (1 - (1 - self.eps) * t))
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        return 1 - torch.acos((1 - alpha).clamp(0, 1)) * (2 / math.pi)
+        return (1 - torch.acos((1 - alpha).clamp(0, 1)) * (2 / math.pi)) / (1 - self.eps)
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,22 @@ class Polynomial:
 
 
 def make_schedule(kind: str, *, eps: float = 0.0, power: float = 2.0) -> Schedule:
-    """Return the schedule named `kind`: "log_linear" (uses `eps`), "cosine" or "polynomial" (uses `power`)."""
+    """Return the schedule named `kind`: "log_linear", "cosine" (both use `eps`) or "polynomial" (uses `power`)."""
     if kind == "log_linear":
         return LogLinear(eps)
     if kind == "polynomial":
         return Polynomial(power)
     assert kind == "cosine", kind
-    return Cosine()
+    return Cosine(eps)
+
+
+def noise_level(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return `-log(alpha_t)`, which networks are conditioned on.
+
+    It is bounded where alpha is 1e-3, the end of MDLM's schedule, except with Duo's cosine, which ends lower.
+    """
+    alpha, unbounded = schedule.alpha(t), isinstance(schedule, Cosine) and schedule.eps > 0
+    return -(alpha if unbounded else alpha.clamp(min=1e-3)).log()
 
 
 def loss_weight(schedule: Schedule, t: Tensor) -> Tensor:

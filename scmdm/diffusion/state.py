@@ -21,17 +21,18 @@ class Sequences:
     """Clean sequences; all tensors have the same rows."""
 
     tokens: Tensor  # (B, L) int64
-    valid: Tensor  # (B, L) bool: may be masked, and counts in the likelihood
+    valid: Tensor  # (B, L) bool: counts in the likelihood
     ids: Tensor  # (B,) int64: keys of all noise
     documents: Tensor | None = None  # (B, L) int64: number of each token's document, in packed samples
     labels: Tensor | None = None  # (B,) int64: labels, for a model that is conditioned on them
     lengths: Tensor | None = None  # (B,) int64, on the CPU: lengths without padding that is cut off or not seen
+    maskable: Tensor | None = None  # (B, L) bool: may be masked, the valid tokens among others; None: these alone
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> Sequences:
-        names = ("documents", "labels", "lengths")
+        names = ("documents", "labels", "lengths", "maskable")
         more = {name: column[rows] for name in names if (column := getattr(self, name)) is not None}
         return Sequences(self.tokens[rows], self.valid[rows], self.ids[rows], **more)
 
@@ -44,7 +45,9 @@ class Sequences:
         if shortest < longest:
             at_L = torch.arange(longest, device=tokens_BL.device)
             documents_BL = (at_L >= self.lengths.to(tokens_BL.device)[:, None]).long()
-        return replace(self, tokens=tokens_BL, valid=self.valid[:, :longest], documents=documents_BL)
+        maskable = None if self.maskable is None else self.maskable[:, :longest]
+        valid = self.valid[:, :longest]
+        return replace(self, tokens=tokens_BL, valid=valid, documents=documents_BL, maskable=maskable)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,41 @@ def draw_tokens(
         return logits_NV.argmax(1)
     scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
     if gumbel == "float32":
-        u = uniform_NV.mul(2**24).floor().mul(2.0**-24).float()
-        return (scaled_NV.float() - (1e-10 - (u + 1e-10).log()).log()).argmax(1)
+        return _race_in_float32(scaled_NV.softmax(1), uniform_NV)
     return _largest(scaled_NV, uniform_NV)
+
+
+def draw_tokens_or_mask(
+    logits_NV: Tensor,
+    uniform_NV: Tensor,
+    reveal_N: Tensor,
+    mask_id: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    top_p_first: bool,
+) -> Tensor:
+    """Draw a token or the mask (N,) in one float32 race, as MDLM's code does (arXiv 2406.07524).
+
+    A token's weight is its probability, shaped as in `draw_tokens`, times `reveal_N`; that of the mask is
+    `1 - reveal_N`. A small weight among many wins too rarely, because the noise of a float32 uniform ends at 2^-24: the
+    draw also reveals less than `reveal_N` says.
+    """
+    if temperature == 0:
+        p_NV = torch.zeros_like(logits_NV, dtype=torch.float64).scatter_(1, logits_NV.argmax(1, keepdim=True), 1.0)
+    else:
+        scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
+        p_NV = scaled_NV.softmax(1)
+    weight_NV = p_NV.mul_(reveal_N[:, None])
+    weight_NV[:, mask_id] = 1 - reveal_N
+    return _race_in_float32(weight_NV, uniform_NV)
+
+
+def _race_in_float32(weight_NV: Tensor, uniform_NV: Tensor) -> Tensor:
+    """Return the winner (N,) of MDLM's form of the Gumbel-max draw, with the 24 bits of a float32 uniform in [0, 1)."""
+    u_NV = uniform_NV.mul(2**24).floor_().mul_(2.0**-24).float()
+    return (weight_NV.float() / (1e-10 - (u_NV + 1e-10).log())).argmax(1)
 
 
 @fused

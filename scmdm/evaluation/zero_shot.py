@@ -113,7 +113,7 @@ def frame_texts(
     rows = [row for own, some in groups for text in some for row in own.add(encode_text(tokenizer, text), None)]
     if not rows:
         raise UserError(f"the texts are shorter than one block of {manifest.length} tokens; give more text")
-    ids_NL = np.full((len(rows), manifest.length), manifest.pad_id, np.int64)
+    ids_NL = np.full((len(rows), manifest.length), manifest.padding_id, np.int64)
     for ids_L, row in zip(ids_NL, rows, strict=True):
         ids_L[: len(row.ids)] = row.ids
     return ids_NL

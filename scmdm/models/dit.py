@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.fields import key
 from scmdm.config.model import ModelConfig
-from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.schedule import Schedule, noise_level
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
@@ -28,7 +28,6 @@ from scmdm.models.network import Network, TokenEmbedding
 from scmdm.models.rotary import Rotary, attend_rotated
 
 _FREQUENCIES = 256
-_MIN_ALPHA = 1e-3  # as in MDLM: bounds the noise level -log(alpha_t) that the network is conditioned on
 
 
 @dataclass
@@ -182,4 +181,4 @@ class DiT(Network):
     def _noise_level(self, t_B: Tensor) -> Tensor:
         if not self.config.time_conditioning:
             return torch.zeros(1, device=t_B.device)
-        return -self.schedule.alpha(t_B).clamp(min=_MIN_ALPHA).log().float()
+        return noise_level(self.schedule, t_B).float()

@@ -39,12 +39,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     """Learning rate at 0-based `step` of `steps`, relative to its peak.
 
-    Linear warm-up, followed by constant rate, cosine decay or linear decay to `final_ratio`, which is reached at
-    `config.steps`, or else at `steps`.
+    Linear warm-up, from `initial_ratio` if there is one, followed by constant rate, cosine decay or linear decay to
+    `final_ratio`, which is reached at `config.steps`, or else at `steps`. With `initial_ratio` this is the schedule of
+    `transformers` (0: `get_constant_schedule_with_warmup`) and of timm (`CosineLRScheduler` with `warmup_prefix`).
     """
     steps = config.steps or steps
     if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+        if config.initial_ratio is None:
+            return (step + 1) / config.warmup_steps
+        return config.initial_ratio + (1 - config.initial_ratio) * step / config.warmup_steps
     if config.kind == "constant":
         return 1.0
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))

@@ -196,7 +196,7 @@ def _validate(run: TrainingRun, metrics: MetricsLogger) -> float:
 def _save(run: TrainingRun, writer: CheckpointWriter, validated: float | None, *, wait: bool) -> None:
     """Save a checkpoint of this step. `validated` is the validation NELBO at this step, if measured."""
     state, config = run.state, run.config
-    state.ema_updates = run.ema.updates if run.ema is not None else 0
+    state.ema_updates = run.ema.update_number if run.ema is not None else 0
     if (
         validated is not None
         and math.isfinite(validated)

@@ -39,14 +39,13 @@ def to_device(
 ) -> Sequences:
     """Convert a loader's batch of (B, L) tokens to `Sequences` on a device, with labels if `labels` is set.
 
-    Positions are not valid, and carry no loss, if they are padding and `pad_policy` is "ignore", if they begin a
-    document and `bos_policy` is "given", if they belong to the prefix whose length is in the column `given`, or are
-    marked in the column `given_mask`, or if they follow the sample's own length in `lengths_B`.
+    Positions are neither valid nor masked if they begin a document and `bos_policy` is "given", if they belong to the
+    prefix whose length is in the column `given`, or are marked in the column `given_mask`, or if they follow the
+    sample's own length in `lengths_B`. Padding is not valid if `pad_policy` is "ignore" or "masked"; it is then never
+    masked, or masked like any token.
     """
     tokens = batch["tokens"].to(device, non_blocking=True)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    if manifest.pad_policy == "ignore":
-        valid = torch.arange(tokens.shape[1], device=device) < used_lengths(tokens, manifest)[:, None]
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
     index, documents, given, given_mask, label = (
         batch[name].to(device, non_blocking=True) if name in batch else None
         for name in ("index", DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)
@@ -54,16 +53,20 @@ def to_device(
     assert index is not None
     assert label is not None or not labels
     if manifest.bos_policy == "given":
-        valid[:, 0] = False
+        maskable[:, 0] = False
     if given is not None:
-        valid &= torch.arange(tokens.shape[1], device=device) >= given[:, None]
+        maskable &= torch.arange(tokens.shape[1], device=device) >= given[:, None]
     if given_mask is not None:
-        valid &= given_mask == 0
+        maskable &= given_mask == 0
     if lengths_B is not None:
-        valid &= torch.arange(tokens.shape[1], device=device) < lengths_B.to(device)[:, None]
+        maskable &= torch.arange(tokens.shape[1], device=device) < lengths_B.to(device)[:, None]
     if documents is not None and manifest.bos_policy == "given":
-        valid &= ~document_starts(documents)
-    return Sequences(tokens, valid, index, documents, label if labels else None, lengths_B)
+        maskable &= ~document_starts(documents)
+    if manifest.counts_padding:
+        return Sequences(tokens, maskable, index, documents, label if labels else None, lengths_B)
+    valid = maskable & (torch.arange(tokens.shape[1], device=device) < used_lengths(tokens, manifest)[:, None])
+    masked_too = maskable if manifest.pad_policy == "masked" else None
+    return Sequences(tokens, valid, index, documents, label if labels else None, lengths_B, masked_too)
 
 
 def validation_batches(

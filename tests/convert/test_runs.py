@@ -73,6 +73,28 @@ def test_logits_of_a_run_are_those_of_the_original_code(tmp_path, capsys, name, 
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize(("kind", "ours"), [("cosine", "cosine"), ("log-linear", "log_linear")])
+def test_the_noise_of_a_run_of_duo(tmp_path, capsys, kind, ours, conditioned):
+    """Duo's network is conditioned on `-log alpha_t`."""
+    run = changed(DUO_RUN, noise={"type": kind, "eps": 2e-3}, algo__time_conditioning=conditioned)
+    code, said = run_import(write_lightning(tmp_path / "last.ckpt", run), tmp_path / "out", capsys, "weights=raw")
+    assert code == 0, said
+    spec = read_spec(tmp_path / "out")
+    assert (spec.diffusion.schedule, spec.diffusion.eps) == (ours, 2e-3)
+    t = torch.tensor([0.3, 1.0]).double()
+    scaled = (1 - 2e-3) * t
+    alpha = 1 - torch.cos(torch.pi / 2 * (1 - scaled)) if kind == "cosine" else 1 - scaled
+    torch.testing.assert_close(spec.schedule.alpha(t), alpha)
+    ids = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    expected = published_logits(mdlm_weights(), ids, -alpha.log().float() if conditioned else torch.zeros(2))
+    model = scmdm.load(tmp_path / "out", device="cpu").model
+    with torch.no_grad():
+        found = model.logits(model.hidden(State(ids, t)).flatten(0, 1)).view(2, LENGTH, -1)
+    real = torch.arange(VOCAB) != spec.mask_id
+    torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
+
+
 def test_a_uniform_state_run_gets_a_mask(tmp_path, capsys):
     weights = mdlm_weights(rows=len(WORDS))
     run = changed(MDLM_RUN, diffusion="uniform", parameterization="d3pm", zero_recon_loss=True)
@@ -107,7 +129,8 @@ REFUSED = [
     ("duo", "algo__hybrid_mixing", 0.25, "algo.hybrid_mixing"),
     ("duo", "time_conditioning", False, "algo.time_conditioning"),  # beside another one
     ("duo", "algo", "duo", "algo"),
-    ("duo", "noise__type", "cosine", "noise.type"),
+    ("duo", "noise__type", "geometric", "noise.type"),
+    ("duo", "noise__eps", 0.9, "noise.eps"),
 ]
 
 

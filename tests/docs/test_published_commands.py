@@ -42,7 +42,7 @@ def sections():
 
 def test_there_are_commands_for_every_published_one():
     assert len(SAMPLES) >= 10
-    assert {"LLaDA", "Dream and DiffuCoder", "Fast-dLLM", "MDLM and ReMDM", "lm-eval"} == set(sections())
+    assert {"LLaDA", "Dream and DiffuCoder", "Fast-dLLM", "MDLM, ReMDM and Duo", "lm-eval"} == set(sections())
 
 
 @pytest.mark.parametrize("overrides", SAMPLES, ids=" ".join)

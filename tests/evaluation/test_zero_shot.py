@@ -106,6 +106,18 @@ def test_end_marks_and_groups_belong_to_blocks():
             frame_texts(["ab"], TOKENIZER, described(TOKENIZER), **keys)
 
 
+def test_texts_are_padded_as_the_data():
+    """With [EOS] where padding is [EOS]."""
+    for policy, padding in (("eos", 2), ("masked", 0), ("loss", 0)):
+        assert frame_texts(["ab"], TOKENIZER, described(TOKENIZER, pad_policy=policy))[0, 4:].tolist() == [padding] * 4
+
+
+@pytest.mark.parametrize("policy", ["ignore", "masked", "loss"])
+def test_padding_counts_as_in_the_data(tmp_path, policy):
+    found = zero_shot(uniform(tmp_path, TOKENIZER, pad_policy=policy), ["ab"] * 3)
+    assert found.nelbo.tokens == 3 * (7 if policy == "loss" else 3)
+
+
 @pytest.mark.parametrize("framing", ["records", "concatenate"])
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
     """Every token costs log(V - 1) whatever is masked: the estimate's error is that of how much is masked."""

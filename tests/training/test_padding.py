@@ -1,18 +1,22 @@
 """Padding by batch or sample, and the loss per sample: what counts, and that no division of a batch changes it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scmdm.config.training import TrainConfig
+from scmdm.data.preparation.shard_writer import Description, write_dataset
+from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import LogLinear
+from scmdm.diffusion.state import State
 from scmdm.training.padding import own_lengths
 from scmdm.training.step import train_step
-from scmdm.training.validation import to_device
+from scmdm.training.validation import to_device, validation_batches
 from tests.training.test_step import MASK, make
 
 LENGTH, PAD, EOS, BOS = 24, 8, 7, 6
@@ -21,7 +25,9 @@ CPU = torch.device("cpu")
 
 def described(policy):
     padding = EOS if policy == "eos" else PAD
-    return SimpleNamespace(pad_policy=policy, padding_id=padding, pad_id=PAD, eos_id=EOS, bos_policy="given")
+    counts = policy in ("loss", "eos")
+    ids = {"padding_id": padding, "pad_id": PAD, "eos_id": EOS}
+    return SimpleNamespace(pad_policy=policy, counts_padding=counts, bos_policy="given", **ids)
 
 
 def rows(policy):
@@ -50,7 +56,7 @@ def trained(policy, micro, steps=2, width=LENGTH, **keys):
     return found, list(engine.model.parameters())
 
 
-@pytest.mark.parametrize("policy", ["loss", "eos", "ignore"])
+@pytest.mark.parametrize("policy", ["loss", "eos", "ignore", "masked"])
 @pytest.mark.parametrize("padding", ["length", "batch", "sample"])
 @pytest.mark.parametrize("loss_per", ["token", "sample"])
 def test_micro_batches_change_neither_loss_nor_update(policy, padding, loss_per):
@@ -64,7 +70,7 @@ def test_micro_batches_change_neither_loss_nor_update(policy, padding, loss_per)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["loss", "eos", "ignore"])
+@pytest.mark.parametrize("policy", ["loss", "eos", "ignore", "masked"])
 @pytest.mark.parametrize("padding", ["batch", "sample"])
 def test_the_length_of_the_data_changes_nothing(policy, padding):
     """The same samples, padded to another length: same noise, same loss."""
@@ -87,7 +93,56 @@ def test_what_counts():
         assert torch.equal(sequences(policy, config).lengths, torch.full((64,), 20))
         assert int(sequences(policy, config).valid.sum()) == 64 * 17, "LLaDA: up to the longest of the batch"
         config.padding = "sample"
-    assert torch.equal(sequences("ignore", config).valid.sum(1), ends - 3)
+    for policy in ("ignore", "masked"):
+        assert torch.equal(sequences(policy, config).valid.sum(1), ends - 3)
+    assert sequences("ignore", config).maskable is None
+    assert torch.equal(sequences("masked", config).maskable.sum(1), own - 3)
+
+
+def test_masked_padding_is_noised_and_not_in_the_loss():
+    """MDLM's LM1B: `nlls = loss * attention_mask`, divided by `attention_mask.sum()`."""
+    engine, config = make(64, 0.0)
+    data = to_device(rows("masked") | {"given": torch.zeros(64)}, described("masked"), CPU)
+    padding = data.tokens == PAD
+    assert torch.equal(data.valid | padding, data.maskable) and not (data.valid & padding).any()
+    times = stratified_times(config.seed, 0, data.ids, config.diffusion.t_min)
+    draws = {"mask_id": MASK, "seed": config.seed, "step": 0, "rate": 0.0, "noisier_state": False}
+    noised = noise_batch(data, times, schedule=LogLinear(), **draws)
+    masked = noised.z == MASK
+    everything = noise_batch(replace(data, valid=data.maskable, maskable=None), times, schedule=LogLinear(), **draws)
+    assert torch.equal(noised.z, everything.z) and masked[padding].sum() > 100
+    model = engine.model
+    logits = model.logits(model.hidden(State(noised.z, times)).flatten(0, 1)).view(64, LENGTH, -1)
+    nll = -logits.log_softmax(-1).gather(-1, data.tokens[..., None])[..., 0]
+    expected = (torch.where(masked, nll, 0) / times[:, None])[data.valid].sum() / data.valid.sum()
+    result = train_step(engine, config, LogLinear(), MASK, data, 0)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert result.tokens == data.valid.sum() < data.maskable.sum()
+
+
+def test_a_part_of_a_batch_keeps_what_may_be_masked():
+    data = sequences("masked", TrainConfig(steps=1, padding="sample", pad_multiple=4))
+    part = data[2:6].cropped()
+    assert torch.equal(part.maskable, data.maskable[2:6, : part.tokens.shape[1]])
+
+
+@pytest.mark.parametrize("padding_is", ["pad", "bos", "eos", "bos-eos"])
+@pytest.mark.parametrize("bos_policy", ["given", "loss"])
+@pytest.mark.parametrize("pad_policy", ["loss", "eos", "ignore", "masked"])
+def test_a_manifest_counts_what_is_valid(tmp_path, pad_policy, bos_policy, padding_is):
+    """Also where [BOS] or [EOS] has the id of the padding."""
+    tokenizer = CharacterTokenizer("abcdefgh")
+    tokenizer.bos_id = tokenizer.pad_id if "bos" in padding_is else tokenizer.bos_id
+    tokenizer.eos_id = tokenizer.pad_id if "eos" in padding_is else tokenizer.eos_id
+    dice = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 12, (1 + i % 6,), generator=dice).tolist() for i in range(20)]
+    samples = [[tokenizer.bos_id, *text, tokenizer.eos_id] for text in texts]
+    description = Description("a", 8, pad_policy, bos_policy, {})
+    manifest = write_dataset(tmp_path / "a", tokenizer, {"train": samples}, description, shard_bytes=2**20)
+    (batch,) = validation_batches(tmp_path / "a", "train", manifest, CPU, len(samples))
+    assert manifest.splits["train"].tokens == batch.valid.sum()
+    counted = 8 * len(samples) if pad_policy in ("loss", "eos") else sum(map(len, samples))
+    assert batch.valid.sum() == counted - len(samples) * (bos_policy == "given")
 
 
 def test_the_end_counts_where_padding_has_its_id():

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import ModelConfig
-from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds
+from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds, log_linear
 from scmdm.convert.published_config import (
     TRANSFORMERS_FIELDS,
     Allowed,
@@ -102,6 +103,16 @@ def _architecture(source: PublishedFiles) -> DiTConfig:
     )
 
 
+def _diffusion(source: PublishedFiles) -> DiffusionConfig:
+    """Read the noise of a run of Duo's code, which states it in full; other files leave it to MDLM's default."""
+    config = PublishedConfig(source)
+    if not config.section("algo"):
+        return log_linear(source)
+    noise = PublishedConfig(source, config.section("noise"), "noise")
+    kind = "cosine" if noise.get("type") == "cosine" else "log_linear"
+    return DiffusionConfig(schedule=kind, eps=noise.number("eps", log_linear(source).eps, 0, 0.5))
+
+
 def _check_hub(config: PublishedConfig, source: PublishedFiles) -> bool:
     """Check the other fields of a `config.json`, and return whether the network is conditioned on time."""
     kind = config.get("model_type")
@@ -121,7 +132,9 @@ def _check_run(config: PublishedConfig, network: PublishedConfig, source: Publis
         place.expect("parameterization", *_PARAMETERIZATIONS)
         place.expect("backbone", "dit")
     conditioned = _stated(source, {"time_conditioning": config, "algo.time_conditioning": algo}, None)
-    if conditioned:
+    if config.section("algo"):
+        noise.expect("type", *_LOG_LINEAR, "cosine")
+    elif conditioned:
         noise.expect("type", *_LOG_LINEAR)
     config.refuse_unknown(_RUN_HARMLESS)
     network.refuse_unknown(_MODEL_HARMLESS)
@@ -188,6 +201,7 @@ MDLM = PublishedLayout(
     published_name=_published_name,
     recognises=_recognises,
     architecture=_architecture,
+    diffusion=_diffusion,
     describe=_describe,
     unsupported=_unsupported,
     derived=(_FREQUENCIES,),

@@ -106,7 +106,7 @@ class SplitWriter:
             documents_L[: len(sequence.documents)] = sequence.documents
         self._writer.write(sample)
         self._samples += 1
-        self._tokens += len(sequence.ids) if policy == "ignore" else length
+        self._tokens += len(sequence.ids) if policy in ("ignore", "masked") else length
         if sequence.given is not None:
             self._tokens -= sequence.given
         elif sequence.given_mask is not None:

@@ -134,6 +134,8 @@ def test_concatenated_data_has_no_padding_and_counts_what_is_left(corpus, tmp_pa
     ("keys", "message"),
     [
         (["framing=concatenate", "pad_policy=ignore"], "pad_policy='ignore' is not possible; it must be loss"),
+        (["framing=concatenate", "pad_policy=masked"], "pad_policy='masked' is not possible; it must be loss"),
+        (["framing=packed", "pad_policy=masked"], "pad_policy='masked' is not possible; it must be ignore"),
         (["framing=packed"], "pad_policy='loss' is not possible; it must be ignore"),
         (["framing=chunks"], "framing='chunks' is not possible"),
         (["held_out_last=0"], "held_out_last=0 is not possible"),

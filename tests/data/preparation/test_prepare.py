@@ -54,7 +54,7 @@ def test_molecules_are_canonical_disjoint_and_framed(molecules):
     assert manifest.splits["train"].tokens == ids_NL.size - len(ids_NL), "padding counts, the given beginning does not"
 
 
-@pytest.mark.parametrize("pad_policy", ["loss", "ignore"])
+@pytest.mark.parametrize("pad_policy", ["loss", "ignore", "masked"])
 @pytest.mark.parametrize("bos_policy", ["given", "loss"])
 def test_valid_positions_are_what_the_manifest_counts(tmp_path, pad_policy, bos_policy):
     assert prepare_qm9(tmp_path / "a", "limit=100", f"pad_policy={pad_policy}", f"bos_policy={bos_policy}") == 0
