@@ -57,6 +57,11 @@ class EvaluateConfig:
     nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
     nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
     t_min: float = key(1e-4, help="smallest time of the NELBO", above=0, below=0.5)
+    nelbo_padding: bool = key(
+        True,
+        help="count padding in the NELBO of a model that was trained to predict it; false: padding is masked, but does "
+        "not count, as in the published perplexity of QM9",
+    )
     num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**24)
     seeds: list[int] = key(
         factory=lambda: [0], help="seeds, one draw of num samples each", at_least=0, at_most=LARGEST_SEED

@@ -84,6 +84,8 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
     device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
     manifest.split(config.split, root)
+    if not config.nelbo_padding:
+        manifest = _without_padding(manifest, root)
     labels = loaded.spec.model.labels
     found = {}
     for mode, condition in _modes(loaded).items():
@@ -99,6 +101,16 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
                 condition=condition,
             )
     return found
+
+
+def _without_padding(manifest: Manifest, root: Path) -> Manifest:
+    """Return the manifest of the same data whose padding is masked, but does not count. Raises UserError."""
+    if manifest.pad_policy != "loss" or manifest.framing == "concatenate":
+        raise UserError(
+            f"nelbo_padding=false is not possible with {root} (framing={manifest.framing}, "
+            f"pad_policy={manifest.pad_policy}), whose padding does not count, or is [EOS]; leave it out"
+        )
+    return replace(manifest, pad_policy="masked")
 
 
 def _modes(loaded: LoadedModel) -> dict[str, bool]:

@@ -212,6 +212,18 @@ def test_evaluate_molecules(base, molecules, tmp_path, capsys):
     assert "published_validity" in result["intervals"]
 
 
+def test_the_nelbo_without_padding(base, molecules, tmp_path):
+    """The published perplexity of QM9: padding is masked, as in training, but does not count."""
+    rows, tokens = read_split(molecules, "test"), {}
+    for counted in ("true", "false"):
+        out = tmp_path / f"{counted}.json"
+        keys = [f"nelbo_samples={len(rows)}", "num=0", "nelbo_draws=1", f"nelbo_padding={counted}", f"out={out}"]
+        assert main(["evaluate", str(base), *keys]) == 0
+        tokens[counted] = json.loads(out.read_text())["nelbo"]["null"]["tokens"]
+    given = len(rows)  # [BOS] of each
+    assert tokens == {"true": rows.size - given, "false": int((rows != SmilesTokenizer.pad_id).sum()) - given}
+
+
 def cells(printed, name):
     """Of the row of a printed table."""
     (line,) = (line.split("│")[1:-1] for line in printed.splitlines() if f" {name} " in line)

@@ -35,6 +35,7 @@ MDLM = {  # arXiv 2406.07524 and its code; the published codes of the other data
     "optimizer.clip": 1.0,
     "schedule.kind": "constant",
     "schedule.warmup_steps": 2500,
+    "schedule.initial_ratio": 0.0,
     "ema.decay": 0.9999,
     "ema.warmup": True,
     "train.steps": 1_000_000,
@@ -51,6 +52,7 @@ RUNS = {
             "schedule.kind": "cosine",
             "schedule.warmup_steps": 1000,
             "schedule.final_ratio": 3e-6 / 3e-4,
+            "schedule.initial_ratio": 3.3333e-3,  # 1e-6 / 3e-4
             "train.steps": 25_000,
             "train.global_batch_size": 2048,
         },
@@ -69,6 +71,7 @@ RUNS = {
             "schedule.kind": "cosine",
             "schedule.warmup_steps": 3000,
             "schedule.final_ratio": 2e-6 / 2e-3,
+            "schedule.initial_ratio": 1e-6 / 2e-3,
             "train.steps": 30_000,
             "train.global_batch_size": 32,
         },
@@ -92,7 +95,13 @@ RUNS = {
 BLOCKS = {"length": 1024, "framing": "concatenate", "bos_policy": "loss", "pad_policy": "loss", "deduplicate": False}
 PREPARED = {
     "owt": BLOCKS | {"held_out_last": 100_000, "source.unit": "documents", "tokenizer.name": "huggingface"},
-    "lm1b": {"length": 128, "framing": "records", "source.detokenize": "lm1b", "deduplicate": False},
+    "lm1b": {
+        "length": 128,
+        "framing": "records",
+        "source.detokenize": "lm1b",
+        "deduplicate": False,
+        "pad_policy": "masked",
+    },
     "wikitext": BLOCKS | {"source.detokenize": "wikitext", "source.split_by": "names"},
     "text8": {"length": 256, "source.name": "text8", "tokenizer.name": "characters", "deduplicate": False},
     "qm9_published": {
