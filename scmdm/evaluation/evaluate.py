@@ -126,8 +126,9 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[s
         texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
         found[name] = {}
         for mode, condition in _modes(loaded).items():
-            framing = {"end_marks": source.end_marks, "group": source.group}
-            measured = zero_shot(loaded, texts, condition=condition, **framing, **options)
+            measured = zero_shot(
+                loaded, texts, condition=condition, end_marks=source.end_marks, group=source.group, **options
+            )
             found[name][mode] = {
                 "nelbo": asdict(measured.nelbo),
                 "perplexity": measured.perplexity,
