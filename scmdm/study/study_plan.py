@@ -153,6 +153,9 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
-    if isinstance(row.get("sampler"), dict):  # a row of an earlier version lacks the keys that were added since
-        row["sampler"] = dataclasses.asdict(SamplerConfig()) | row["sampler"]
+    sampler = row.get("sampler")
+    if isinstance(sampler, dict):  # a row of an earlier version lacks the keys that were added since
+        if sampler.get("gumbel") == "float32" and "noise_removal" not in sampler:
+            return None  # drawn before the mask took part in the draw
+        row["sampler"] = dataclasses.asdict(SamplerConfig()) | sampler
     return row if all(row.get(key) == value for key, value in settings.items()) else None

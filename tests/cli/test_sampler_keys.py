@@ -119,11 +119,27 @@ def test_measurements_of_before_these_keys_are_kept(tmp_path):
         "metrics_config": {},
         "sampler": asdict(SamplerConfig(steps=4)),
     }
-    added = ("eps", "transfer", "threshold", "factor", "block_start", "tempered_order", "alg_temp", "guided_by")
+    added = (
+        "eps",
+        "noise_removal",
+        "transfer",
+        "threshold",
+        "factor",
+        "block_start",
+        "tempered_order",
+        "alg_temp",
+        "guided_by",
+    )
     result = {"nelbo": {}}  # of any kind
     row = {**settings, **result, "sampler": {k: v for k, v in settings["sampler"].items() if k not in added}}
     path = tmp_path / "row.json"
     path.write_text(json.dumps(row))
     assert finished_row(path, settings) is not None
+    float32 = {**settings, "sampler": {**settings["sampler"], "gumbel": "float32"}}
+    path.write_text(json.dumps({**row, "sampler": {**row["sampler"], "gumbel": "float32"}}))
+    assert finished_row(path, float32) is None, "the draw was another one"
+    path.write_text(json.dumps({**row, "sampler": float32["sampler"]}))
+    assert finished_row(path, float32) is not None
+    path.write_text(json.dumps(row))
     other = asdict(replace(SamplerConfig(steps=4), kind="confidence", transfer="even"))
     assert finished_row(path, {**settings, "sampler": other}) is None
