@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.distributed.engine import Engine, check_hardware
+from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
@@ -39,7 +39,7 @@ from scmdm.training.padding import own_lengths
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
 from scmdm.training.training_run import TrainingRun, config_yaml, describe, resume
-from scmdm.training.validation import to_device, validation_nelbo
+from scmdm.training.validation import longest_of_all, to_device, validation_nelbo
 
 
 def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:
@@ -172,13 +172,8 @@ def _batches(run: TrainingRun) -> Iterator[Sequences]:
     )
     for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
         run.state.loader = loader.state_dict()
-        lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, _largest(run.engine))
+        lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, longest_of_all(run.engine))
         yield to_device(batch, run.manifest, run.engine.device, labels=config.model.labels, lengths_B=lengths_B)
-
-
-def _largest(engine: Engine) -> Callable[[int], int]:
-    """Return a function that returns the largest of the values that all ranks pass."""
-    return lambda value: int(engine.all_gather(torch.tensor([value], device=engine.device)).max())
 
 
 def _validate(run: TrainingRun, metrics: MetricsLogger) -> float:

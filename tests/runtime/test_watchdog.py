@@ -71,15 +71,15 @@ def test_without_a_limit_there_is_no_file_and_no_thread(tmp_path):
     assert collective_timeout(0) is None and collective_timeout(10).total_seconds() > 4 * 600
 
 
-def test_every_validation_batch_and_every_part_of_a_step_is_progress(molecules, tmp_path, monkeypatch):
+def test_every_validation_batch_and_every_part_of_a_step_is_progress(molecules, tmp_path):
     keys = [f"run_dir={tmp_path}", f"data.path={molecules}", "train.steps=2", "train.validation_samples=64", *TINY]
+    keys.append("train.micro_batch_size=16")
     config = load_config(RunConfig, None, keys)
     config.engine = "single"
     data = open_data(config.data)
     spec = build_spec(config, data.manifest, None)
     engine = build_engine(config, spec, None, torch.device("cpu"), torch.float32)
     signs = []
-    monkeypatch.setattr(validation, "_BATCH", 16)
     validation.validation_nelbo(engine, config, spec, data, condition=False, on_batch=signs.append)
     assert signs == ["validation"] * (1 + 64 // 16)
     timer = StepTimer(engine.device, signs.append)
