@@ -16,17 +16,19 @@ def row(run):
 @pytest.mark.parametrize("padding", ["length", "batch"])
 def test_ranks_and_engines_find_one_nelbo(adapt, tmp_path, padding):
     """37 sequences: not divisible by any of the splits. The learning rate is small, for weights that stay the same."""
-    keys = ["train.steps=1", "train.validate_every=1", "train.validation_samples=37", "optimizer.lr=1e-12"]
+    keys = [
+        "train.steps=1",
+        "train.validate_every=1",
+        "train.validation_samples=37",
+        "optimizer.lr=1e-12",
+        "schedule.warmup_steps=0",
+    ]
     if padding == "batch":
         keys += ["train.padding=batch", "train.pad_multiple=1"]
-    cases = {
-        "single": (0, ["engine=single", "train.micro_batch_size=64"]),
-        "fsdp2": (2, ["train.micro_batch_size=4"]),
-        "fsdp2_3": (4, ["train.micro_batch_size=16"]),
-        "zero3": (2, ["engine=deepspeed", "deepspeed.stage=3", "train.micro_batch_size=8"]),
-    }
+    cases = {"single": (0, ["engine=single", "train.micro_batch_size=64"]), "fsdp2": (2, ["train.micro_batch_size=4"])}
     if padding == "length":
         cases["context"] = (4, ["train.micro_batch_size=2", "fsdp.context=2"])
+        cases["zero3"] = (2, ["engine=deepspeed", "deepspeed.stage=3", "train.micro_batch_size=8"])
     for name, (processes, own) in cases.items():
         status, output = launch(processes, *adapt(tmp_path / name, *keys, *own))
         assert status == 0, output
