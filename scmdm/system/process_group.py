@@ -50,6 +50,17 @@ def current_world() -> World:
     return World(rank, size, local_rank)
 
 
+def machine_count() -> int:
+    """Return the number of machines as streaming counts them: each has LOCAL_WORLD_SIZE of the processes."""
+    name, size = "LOCAL_WORLD_SIZE", current_world().size
+    try:
+        return max(1, size // int(os.environ.get(name, "1")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{name}={os.environ[name]} is not a positive integer; start processes with torchrun"
+        ) from error
+
+
 @contextmanager
 def process_group(
     world: World,

@@ -197,7 +197,7 @@ def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any]]]:
         replication=run.engine.world_size // run.engine.data_size,
         shuffle=True,
         seed=config.seed,
-        num_canonical_nodes=config.data.num_canonical_nodes,
+        num_canonical_nodes=config.data.num_canonical_nodes or 1,
         num_workers=config.data.num_workers,
         cache_limit=config.data.cache_limit,
         shuffle_block=config.data.shuffle_block,
