@@ -47,9 +47,17 @@ def estimate_nelbo(
     passes: int = 1,
 ) -> Nelbo:
     """Estimate the mean NELBO over batches; the arguments are those of `nelbo_terms`."""
-    options = {"draws": draws, "condition": condition, "passes": passes}
     terms_N2 = nelbo_terms(
-        denoiser, batches, schedule, mask_id=mask_id, seed=seed, t_min=t_min, strata=strata, **options
+        denoiser,
+        batches,
+        schedule,
+        mask_id=mask_id,
+        seed=seed,
+        t_min=t_min,
+        strata=strata,
+        draws=draws,
+        condition=condition,
+        passes=passes,
     )
     return nelbo_of(terms_N2)
 

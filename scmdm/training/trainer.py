@@ -172,22 +172,22 @@ def _leave(number: int, when: str) -> NoReturn:
 class _Lookahead:
     """Batches of which the next is read during a step, with the loader's position behind each."""
 
-    def __init__(self, batches: Iterator[tuple[Sequences, dict[str, Any]]]) -> None:
+    def __init__(self, batches: Iterator[tuple[Sequences, dict[str, Any] | None]]) -> None:
         self._batches = batches
-        self._next: tuple[Sequences, dict[str, Any]] | None = None
+        self._next: tuple[Sequences, dict[str, Any] | None] | None = None
 
     def read(self, wanted: bool = True) -> Sequences | None:
         """Read the next batch if it is wanted."""
         self._next = next(self._batches) if wanted else None
         return self._next[0] if self._next is not None else None
 
-    def take(self) -> tuple[Sequences, dict[str, Any]]:
+    def take(self) -> tuple[Sequences, dict[str, Any] | None]:
         """Return the batch that was read last, and the loader's position behind it."""
         assert self._next is not None
         return self._next
 
 
-def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any] | None]]:
     """Yield this rank's share of each global batch, endlessly, and the loader's position behind it."""
     config = run.config
     loader = build_loader(
