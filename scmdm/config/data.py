@@ -52,8 +52,12 @@ class DataConfig:
     )
     train_split: str = key("train", help="split to train on")
     validation_split: str = key("validation", help="split to validate on")
-    num_canonical_nodes: int = key(
-        1, help="fixes the sample order for any number of machines", at_least=1, at_most=65536
+    num_canonical_nodes: int | None = key(
+        None,
+        help="parts of the data that machines read separately; fixes the sample order, and one number must divide the "
+        "other; null: 1, or for remote data a multiple of the machines at the first start, up to 64",
+        at_least=1,
+        at_most=65536,
     )
     num_workers: int = key(0, help="loader processes per rank", at_least=0, at_most=1024, on_resume=True)
 

@@ -24,18 +24,19 @@ from torch import Tensor
 
 from scmdm.config.fields import require
 from scmdm.data.dataset import TokenDataset, TokenStream
-from scmdm.data.manifest import Manifest
+from scmdm.data.manifest import INDEX_FILE, Manifest, remote_of
 from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
 from scmdm.data.remote import fetch_split
-from scmdm.data.shard_index import COLUMN, LABEL, OPTIONAL_COLUMNS, find_wrong_value, read_index
+from scmdm.data.shard_index import COLUMN, LABEL, OPTIONAL_COLUMNS, ShardIndex, ShardInfo, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
-from scmdm.system.process_group import all_gather_object, barrier, current_world
+from scmdm.system.process_group import all_gather_object, barrier, current_world, machine_count
 from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
 from scmdm.system.untrusted import describe, reading
 
 _CONSTRUCTION_S = 60  # longest wait for the lock
+_CANONICAL_NODES = 64
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
 
 
@@ -82,6 +83,9 @@ def build_loader(
         raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
     enough = num_canonical_nodes <= samples
     require(enough, "data.num_canonical_nodes", num_canonical_nodes, f"at most the {samples} samples of {places}")
+    machines = machine_count()
+    even = num_canonical_nodes % machines == 0 or machines % num_canonical_nodes == 0
+    require(even, "data.num_canonical_nodes", num_canonical_nodes, f"a multiple or a divisor of {machines} machines")
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
         "streams": [TokenStream(stream, split) for stream in data.streams],
@@ -109,6 +113,32 @@ def build_loader(
     for claim in claims:
         weakref.finalize(loader, claim.release)
     return loader
+
+
+def canonical_nodes(data: DataMixture, split: str, machines: int) -> int:
+    """Return the number of canonical nodes with which machines fetch different shards of remote data, else 1.
+
+    It is a multiple of `machines`, so that a later start may have more of them, up to `_CANONICAL_NODES`. Two canonical
+    nodes may share a shard, which two machines then fetch: there are at most a sixteenth as many as shards.
+    """
+    if machines == 1 or all(remote_of(stream.root) is None for stream in data.streams):
+        return 1
+    _, shards = _samples_and_shards(data, split)
+    found = machines
+    while 2 * found <= min(_CANONICAL_NODES, shards // 16):
+        found *= 2
+    return found
+
+
+def shuffle_block_of(data: DataMixture, split: str, nodes: int) -> int:
+    """Return the samples that each canonical node shuffles together: a share of the usual block, or else two shards."""
+    samples, shards = _samples_and_shards(data, split)
+    return max(_SHUFFLE_BLOCK // nodes, 2 * -(-samples // shards))
+
+
+def _samples_and_shards(data: DataMixture, split: str) -> tuple[int, int]:
+    splits = [stream.manifest.split(split, stream.root) for stream in data.streams]
+    return sum(found.samples for found in splits), sum(len(found.files) - 1 for found in splits)  # without the index
 
 
 def _construct(options: dict[str, Any], places: str) -> TokenDataset:
@@ -258,26 +288,34 @@ def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.nd
 
 
 def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read the given columns that the shards have, each as an array over the rows."""
-    fetch_split(root, split)
+    """Read the given columns that the shards have, each as an array over the rows; fetch the shards that have them."""
+    fetch_split(root, split, [INDEX_FILE])
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
-    found: list[dict[str, Any]] = []
     remedy = f"check it with `scmdm prepare --verify {root}`"
-    first = 0
-    for shard in read_index(root, split, manifest).shards:
+    places = list(_places(read_index(root, split, manifest), wanted))
+    fetch_split(root, split, {shard.raw_data.basename for shard, _ in places})
+    found: list[dict[str, Any]] = []
+    for shard, own in places:
         with reading(root / split / shard.raw_data.basename, "shard", remedy):
             reader = ShardReader(root, split, shard)
-            end = first + reader.samples
-            for row in wanted[len(found) : bisect_left(wanted, end)]:
-                sample = reader[row - first]
-                found.append({name: sample[name] for name in names if name in sample})
-            first = end
+            samples = [reader[row] for row in own]
+        found += [{name: sample[name] for name in names if name in sample} for sample in samples]
     columns = {name: np.array([sample[name] for sample in found]) for name in (found[0] if found else ())}
     wrong = find_wrong_value(columns, manifest, len(manifest.labels))
     if wrong is not None:
         raise UserError(f"cannot read sample {wanted[wrong.row]} of {root / split}: {wrong.reason}; {remedy}")
     return columns
+
+
+def _places(index: ShardIndex, wanted: Sequence[int]) -> Iterator[tuple[ShardInfo, list[int]]]:
+    """Yield the shards that have rows of `wanted` (ascending), with the rows counted from the shard's first."""
+    first = begin = 0
+    for shard in index.shards:
+        end = bisect_left(wanted, first + shard.samples)
+        if end > begin:
+            yield shard, [row - first for row in wanted[begin:end]]
+        first, begin = first + shard.samples, end
 
 
 def spread_rows(samples: int, wanted: int) -> list[int]:

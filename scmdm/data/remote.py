@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -57,12 +57,12 @@ def open_cache(root: Path, remote: str, key: str) -> None:
         _remove_abandoned([root, *(root / name for name in manifest.splits)])
 
 
-def fetch_split(root: Path, split: str) -> None:
-    """Fetch the missing files of a split, if `root` is a cache."""
+def fetch_split(root: Path, split: str, names: Collection[str]) -> None:
+    """Fetch those files of a split that are missing and have one of `names`, if `root` is a cache."""
     remote = remote_of(root)
     if remote is None:
         return
-    files = Manifest.read(root).split(split, root).files
+    files = [f for f in Manifest.read(root).split(split, root).files if PurePosixPath(f.file).name in names]
     if all((root / file.file).is_file() for file in files):
         return
     with _lock(root):

@@ -1,12 +1,12 @@
 """Monte Carlo estimate of the NELBO on held-out sequences.
 
-Legend: B batch, L length.
+Legend: B batch, L length, N sequences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,6 @@ class Nelbo:
         return math.exp(self.mean)
 
 
-@torch.no_grad()
 def estimate_nelbo(
     denoiser: Denoiser,
     batches: Iterable[Sequences],
@@ -42,24 +41,60 @@ def estimate_nelbo(
     mask_id: int,
     seed: int,
     t_min: float,
+    strata: Sequence[Tensor] | None = None,
     draws: int = 1,
     condition: bool = False,
     passes: int = 1,
 ) -> Nelbo:
-    """Estimate the mean NELBO over batches, with `draws` times per sequence.
+    """Estimate the mean NELBO over batches; the arguments are those of `nelbo_terms`."""
+    terms_N2 = nelbo_terms(
+        denoiser,
+        batches,
+        schedule,
+        mask_id=mask_id,
+        seed=seed,
+        t_min=t_min,
+        strata=strata,
+        draws=draws,
+        condition=condition,
+        passes=passes,
+    )
+    return nelbo_of(terms_N2)
+
+
+@torch.no_grad()
+def nelbo_terms(
+    denoiser: Denoiser,
+    batches: Iterable[Sequences],
+    schedule: Schedule,
+    *,
+    mask_id: int,
+    seed: int,
+    t_min: float,
+    strata: Sequence[Tensor] | None = None,
+    draws: int = 1,
+    condition: bool = False,
+    passes: int = 1,
+) -> Tensor:
+    """Return the NELBO in nats and the valid tokens of each sequence, (N, 2) float64 on the CPU; see `nelbo_of`.
+
+    There are `draws` times per sequence. They are stratified over each of `strata`, tensors of sample ids that include
+    the sequences of `batches`: the terms then do not depend on how the sequences are divided into batches, or over
+    ranks. Without `strata` each batch is one.
 
     `condition` conditions on the estimate of `passes` passes. The result is still a bound on the likelihood, because
     the estimate is a function of `z_t`. The same seed gives the same times and masks, so that two models, or both modes
     of one model, are compared on the same noise.
     """
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
+    shared = None if strata is None else _Times(seed, t_min, strata, draws)
+    terms: list[Tensor] = []
     for batch in batches:
-        shares = torch.zeros(len(batch), dtype=torch.float64, device=batch.ids.device)
+        times = _Times(seed, t_min, [batch.ids.cpu()], draws) if shared is None else shared
+        share_B = torch.zeros(len(batch), dtype=torch.float64, device=batch.ids.device)
         for draw in range(draws):
             noised = noise_batch(
                 batch,
-                stratified_times(seed, draw, batch.ids, t_min),
+                times.of(batch.ids, draw),
                 schedule=schedule,
                 mask_id=mask_id,
                 seed=seed,
@@ -68,15 +103,29 @@ def estimate_nelbo(
                 noisier_state=False,
             )
             output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
-            shares += output.weighted_nll_B / draws
-        sums.append(shares.cpu())
-        counts.append(batch.valid.sum(1).double().cpu())
-    return _ratio(torch.cat(sums), torch.cat(counts))
+            share_B += output.weighted_nll_B / draws
+        terms.append(torch.stack([share_B, batch.valid.sum(1).double()], 1).cpu())
+    return torch.cat(terms)
 
 
-def _ratio(sums: Tensor, counts: Tensor) -> Nelbo:
-    """Return the mean per token and its standard error (delta method for a ratio of sums)."""
-    n, mean = len(sums), float(sums.sum() / counts.sum())
-    residual = sums - mean * counts
-    stderr = float(residual.square().sum().sqrt() / counts.sum()) if n > 1 else float("nan")
-    return Nelbo(mean, stderr, int(counts.sum()), n)
+class _Times:
+    """Times of sequences by id, stratified over each of `strata`, of which no id stands in two."""
+
+    def __init__(self, seed: int, t_min: float, strata: Sequence[Tensor], draws: int) -> None:
+        times_DN = [torch.cat([stratified_times(seed, draw, ids, t_min) for ids in strata]) for draw in range(draws)]
+        self._ids_N, order_N = torch.cat(list(strata)).sort()
+        self._times_DN = torch.stack(times_DN)[:, order_N]
+
+    def of(self, ids_B: Tensor, draw: int) -> Tensor:
+        """Return the times (B,), float64, of a draw."""
+        at_B = torch.searchsorted(self._ids_N, ids_B.cpu())
+        return self._times_DN[draw, at_B].to(ids_B.device)
+
+
+def nelbo_of(terms_N2: Tensor) -> Nelbo:
+    """Return the mean NELBO per token and its standard error (delta method for a ratio of sums) from `nelbo_terms`."""
+    sums_N, counts_N = terms_N2.unbind(1)
+    n, mean = len(sums_N), float(sums_N.sum() / counts_N.sum())
+    residual_N = sums_N - mean * counts_N
+    stderr = float(residual_N.square().sum().sqrt() / counts_N.sum()) if n > 1 else float("nan")
+    return Nelbo(mean, stderr, int(counts_N.sum()), n)

@@ -138,24 +138,20 @@ class DeepspeedEngine(ParallelEngine):
         self.denoiser = _Denoiser(self._deepspeed)
         self._fragments = self._find_fragments()
         self._mesh = init_device_mesh(device.type, (self.world_size,))
-        self._loss = torch.zeros((), device=device)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         """Return a null context: DeepSpeed's forward has its own autocast."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._loss += loss.detach()
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def clip_grad_norm(self, limit: float) -> Tensor:
-        """Measure, clip and also update. If the loss or the norm is not finite, do not update and return NaN."""
+    def clip_grad_norm(self, limit: float, skip: Tensor | None = None) -> Tensor:
+        """Measure, clip and also update. If `skip` is true or the norm is not finite, do not update and return NaN."""
         assert limit == self._clip
-        loss = self.sum(self._loss)
-        self._loss.zero_()
         norm = float("nan")
-        if loss.isfinite():
+        if skip is None or not skip:
             self._deepspeed.step()
             norm = float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else norm
         return torch.tensor(norm, device=self.device)

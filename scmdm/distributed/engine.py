@@ -35,12 +35,8 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser  # the model as the objective calls it
 
-    def all_gather(self, values: Tensor) -> Tensor:
-        """Concatenate a 1-D tensor over the parts of the batch, in order."""
-        ...
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
+    def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
+        """Concatenate a 1-D tensor over the parts of the batch in order, or over all ranks."""
         ...
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
@@ -51,8 +47,11 @@ class Engine(Protocol):
         """Accumulate gradients. `last` marks the last micro-batch of an optimizer step."""
         ...
 
-    def clip_grad_norm(self, limit: float) -> Tensor:
-        """Scale gradients down to norm `limit` (0: do not scale), and return their norm before that, over all ranks."""
+    def clip_grad_norm(self, limit: float, skip: Tensor | None = None) -> Tensor:
+        """Scale gradients down to norm `limit` (0: do not scale), and return their norm before that, over all ranks.
+
+        An engine whose update is part of this call does not update if `skip`, a bool scalar, is true.
+        """
         ...
 
     def step(self, skip: Tensor) -> None:
@@ -108,11 +107,8 @@ class SingleEngine:
         self.trained = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
         self._frozen = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
 
-    def all_gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
         return values
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         return compute_context(self.device, self.dtype)
@@ -120,7 +116,7 @@ class SingleEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def clip_grad_norm(self, limit: float) -> Tensor:
+    def clip_grad_norm(self, limit: float, skip: Tensor | None = None) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit if limit > 0 else float("inf"))
 
     def step(self, skip: Tensor) -> None:
@@ -178,15 +174,12 @@ class ParallelEngine(SingleEngine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_rank, self.data_size = self.rank // context, self.world_size // context
 
-    def all_gather(self, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values)
-        return torch.cat(parts[:: self.world_size // self.data_size])
-
-    def sum(self, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+    def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
+        found = values.new_empty(self.world_size * len(values))
+        dist.all_gather_into_tensor(found, values)
+        if all_ranks:
+            return found
+        return found.view(self.world_size, -1)[:: self.world_size // self.data_size].flatten()
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

@@ -92,7 +92,7 @@ class FsdpEngine(ParallelEngine):
         self.sharded.set_requires_gradient_sync(last)
         loss.backward()
 
-    def clip_grad_norm(self, limit: float) -> Tensor:
+    def clip_grad_norm(self, limit: float, skip: Tensor | None = None) -> Tensor:
         norm = super().clip_grad_norm(limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

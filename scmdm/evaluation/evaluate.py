@@ -34,7 +34,9 @@ from scmdm.sampling.generation import generate, load
 from scmdm.system.files import atomic_write_text, json_text, require_writable
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.system.terminal import Terminal
-from scmdm.training.validation import validation_batches
+from scmdm.training.validation import ValidationSet
+
+_NELBO_BATCH = 256  # sequences of one evaluation
 
 
 def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -83,20 +85,20 @@ def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict
     """
     device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
-    manifest.split(config.split, root)
     if not config.nelbo_padding:
         manifest = _without_padding(manifest, root)
-    labels = loaded.spec.model.labels
+    chosen = ValidationSet.at(root, config.split, manifest, config.nelbo_samples)
     found = {}
     for mode, condition in _modes(loaded).items():
         with compute_context(device, resolve_precision(config.precision, device)):
             found[mode] = estimate_nelbo(
                 loaded.model,
-                validation_batches(root, config.split, manifest, device, config.nelbo_samples, labels=labels),
+                chosen.batches(device, size=_NELBO_BATCH, labels=loaded.spec.model.labels),
                 loaded.spec.schedule,
                 mask_id=loaded.spec.mask_id,
                 seed=0,
                 t_min=config.t_min,
+                strata=chosen.strata(),
                 draws=config.nelbo_draws,
                 condition=condition,
             )

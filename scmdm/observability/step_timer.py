@@ -23,8 +23,8 @@ from scmdm.system.process_group import all_gather_object
 from scmdm.system.run_directory import PROFILE
 from scmdm.system.untrusted import describe
 
-# Parts of a step, in order. `sync` is the wait for the other ranks at the start. `pass_2` contains the output head's
-# backward pass, which runs together with its forward pass.
+# Parts of a step. `data`, the read of the next step's batch, and `sync`, the wait for the other ranks, come after
+# `backward`. `pass_2` contains the output head's backward pass, which runs together with its forward pass.
 PARTS = ("data", "sync", "pass_1", "pass_2", "backward", "optimizer", "checkpoint")
 PROFILED_STEPS = 3
 logger = logging.getLogger("scmdm")
@@ -129,8 +129,8 @@ class Utilization:
 def summarize_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int | None]:
     """Return seconds per step of each part (mean over ranks), and the slowest rank. All ranks call this together.
 
-    All ranks wait for each other at the start of a step (`sync`), so the slowest rank waits least. Its lag is the
-    median rank's wait minus its own.
+    All ranks wait for each other after the backward pass and the read of the next batch (`sync`), so the slowest rank
+    waits least. Its lag is the median rank's wait minus its own.
     """
     seconds_by_rank = all_gather_object(seconds)
     found: dict[str, float | int | None] = {

@@ -30,6 +30,11 @@ def enable_flight_recorder(directory: Path) -> None:
             os.environ.setdefault(name, value)
 
 
+def written_records(directory: Path) -> list[Path]:
+    """List the records that ranks have written to `directory`."""
+    return sorted(directory.glob(f"{_PREFIX}*"))
+
+
 def dump_flight_recorder(directory: Path, rank: int) -> None:
     """Write this rank's record to `directory` now; do nothing without NCCL."""
     if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():

@@ -31,7 +31,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-from scmdm.runtime.flight_recorder import dump_flight_recorder
+from scmdm.runtime.flight_recorder import dump_flight_recorder, written_records
 from scmdm.system.process_group import World
 from scmdm.system.run_directory import STACKS
 
@@ -63,9 +63,12 @@ def collective_timeout(minutes: float) -> timedelta | None:
 
 
 def set_aside_stacks(directory: Path) -> None:
-    """Move an earlier start's stacks to `stacks.before` and clear its alarm; call this before any rank watches."""
+    """Move an earlier start's stacks to `stacks.before` and clear its alarm; call this before any rank watches.
+
+    NCCL's records move with them: NCCL may have ended the processes before the watchdog wrote any stack.
+    """
     old, older = directory / STACKS, directory / f"{STACKS}.before"
-    if written_stacks(directory):
+    if written_stacks(directory) or written_records(old):
         shutil.rmtree(older, ignore_errors=True)
         old.rename(older)
     shutil.rmtree(old, ignore_errors=True)

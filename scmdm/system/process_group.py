@@ -7,8 +7,9 @@ argument.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from scmdm.errors import UserError
 
 T = TypeVar("T")
+_ARRIVAL = timedelta(minutes=15)  # images are pulled and packages are read from slow file systems at a start
+_ANSWER = timedelta(seconds=10)  # between rank 0 and the others
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,30 @@ def current_world() -> World:
     return World(rank, size, local_rank)
 
 
+def machine_count() -> int:
+    """Return the number of machines as streaming counts them: each has LOCAL_WORLD_SIZE of the processes."""
+    name, size = "LOCAL_WORLD_SIZE", current_world().size
+    try:
+        return max(1, size // int(os.environ.get(name, "1")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{name}={os.environ[name]} is not a positive integer; start processes with torchrun"
+        ) from error
+
+
 @contextmanager
 def process_group(
-    world: World, device: torch.device, *, needed: bool, timeout: timedelta | None = None
+    world: World,
+    device: torch.device,
+    *,
+    needed: bool,
+    timeout: timedelta | None = None,
+    arrival: timedelta = _ARRIVAL,
 ) -> Iterator[None]:
     """Initialize torch.distributed while the block runs: with several processes, or with one if `needed`.
 
-    `timeout` is the longest that a collective may take; None means torch's default.
+    `timeout` is the longest that a collective may take; None means torch's default. Raises UserError, on every rank
+    that is there, when a rank is missing after `arrival`.
     """
     if world.size == 1 and not needed:
         yield
@@ -64,12 +84,70 @@ def process_group(
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _meet(world, arrival)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
         barrier()  # a rank that leaves first would break connections that others still use
     finally:
         dist.destroy_process_group()
+
+
+def _meet(world: World, arrival: timedelta) -> dist.Store:
+    """Connect to the launcher's store and wait for all ranks.
+
+    torch's own rendezvous waits for a number of ranks, and cannot say which one is missing.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
+    from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        server = dist.TCPStore(
+            address,
+            int(port),
+            world.size,
+            is_master=world.is_main and not from_launcher,
+            timeout=arrival,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistError, ValueError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} cannot reach rank 0's store at MASTER_ADDR={address}, "
+            f"MASTER_PORT={port}, within {arrival.total_seconds():.0f} s ({str(error).splitlines()[0]}); see whether "
+            "rank 0 runs, and give every rank the same reachable address and a free port"
+        ) from error
+    store = dist.PrefixStore(f"scmdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    _roll_call(store, world, arrival)
+    return store
+
+
+def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
+    """Wait until all ranks have come here. Raises UserError on each of them with the ranks that are missing.
+
+    Rank 0 waits for all ranks and the others for rank 0, so that the store is asked a few times per rank.
+    """
+    store.set(f"arrived/{world.rank}", "")
+    names = [f"arrived/{rank}" for rank in range(world.size)]
+    if world.is_main:
+        with suppress(dist.DistStoreError):
+            store.wait(names, arrival)
+        store.set("missing", ",".join(str(rank) for rank, name in enumerate(names) if not store.check([name])))
+    try:
+        store.wait(["missing"], arrival + _ANSWER)
+        missing = store.get("missing").decode()
+    except (dist.DistError, RuntimeError):  # rank 0 has never come, or has left
+        missing = "0"
+    store.set(f"left/{world.rank}", "")
+    if not missing:
+        return
+    if world.is_main:  # its process may be the one that serves the store
+        with suppress(dist.DistStoreError):
+            there = set(range(world.size)) - set(map(int, missing.split(",")))
+            store.wait([f"left/{rank}" for rank in sorted(there)], _ANSWER)
+    raise UserError(
+        f"rank(s) {missing} of {world.size} have not started within {arrival.total_seconds():.0f} s (this is rank "
+        f"{world.rank} on {socket.gethostname()}); see their output, and start all ranks again"
+    )
 
 
 def barrier() -> None:

@@ -30,7 +30,7 @@ def own_lengths(
         return None
     used_B = used_lengths(tokens_BL, manifest)
     if config.padding == "batch":
-        used_B = torch.full_like(used_B, longest_of_all(int(used_B.max())))
+        used_B = torch.full_like(used_B, longest_of_all(max(used_B.tolist(), default=0)))
     multiple = config.pad_multiple
     return (-(-used_B // multiple) * multiple).clamp(max=tokens_BL.shape[1])
 

@@ -14,7 +14,9 @@ from scmdm.config.loading import flatten, replace_sections
 from scmdm.config.run import RunConfig
 from scmdm.config.stored import StoredConfig, read_stored_config
 from scmdm.config.training import TrainConfig
+from scmdm.data.loader import canonical_nodes, shuffle_block_of
 from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import DataMixture
 from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
@@ -25,7 +27,7 @@ from scmdm.models.lora import freeze, is_added
 from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights
 from scmdm.models.network import Network
 from scmdm.observability.run_metrics import logger
-from scmdm.system.process_group import World
+from scmdm.system.process_group import World, machine_count
 from scmdm.training.optimizer import lr_factor, make_optimizer
 
 
@@ -179,6 +181,20 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     if engine == "deepspeed":
         require_deepspeed()
     return dataclasses.replace(config, engine=engine)
+
+
+def resolve_sample_order(config: RunConfig, data: DataMixture, checkpoint: Path | None) -> RunConfig:
+    """Set `data.num_canonical_nodes` and `data.shuffle_block` if they are null: a run keeps those of its start."""
+    own = config.data
+    if checkpoint is not None:
+        stored = read_stored_config(checkpoint)
+        nodes = own.num_canonical_nodes or stored.get("data.num_canonical_nodes", int)
+        block = own.shuffle_block or stored.get("data.shuffle_block", int)
+    else:
+        nodes = own.num_canonical_nodes or canonical_nodes(data, own.train_split, machine_count())
+        chosen = own.num_canonical_nodes is None and nodes > 1
+        block = own.shuffle_block or (shuffle_block_of(data, own.train_split, nodes) if chosen else None)
+    return dataclasses.replace(config, data=dataclasses.replace(own, num_canonical_nodes=nodes, shuffle_block=block))
 
 
 def compile_blocks(model: Network) -> None:

@@ -6,6 +6,7 @@ Legend: B this rank's sequences of the step, L length, N sequences of the global
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from scmdm.diffusion.state import Sequences, drop_labels
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.observability.step_timer import StepTimer, TimedDenoiser
+from scmdm.training.exchange import GlobalBatch, exchange
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StepResult:
     grad_norm: float
     tokens: int  # valid tokens of the global batch
     evaluations: int  # denoiser evaluations times sequences, over the global batch
+    signal: int = 0  # number of a signal that a rank has received; 0: none
+    upcoming: GlobalBatch | None = None  # samples of the next step
 
 
 def train_step(
@@ -40,6 +44,10 @@ def train_step(
     sequences: Sequences,
     step: int,
     timer: StepTimer | None = None,
+    *,
+    everyone: GlobalBatch | None = None,
+    read_next: Callable[[], Sequences | None] = lambda: None,
+    received: Callable[[], int | None] = lambda: None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
 
@@ -47,13 +55,19 @@ def train_step(
     over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends
     on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
     finite; the weights are then unchanged. `timer` measures the parts of the step.
+
+    All ranks meet once, after the backward pass (`scmdm.training.exchange`). `everyone` has the samples of this step,
+    as the step before has returned them (`upcoming`); None: they are exchanged now. `read_next` returns this rank's
+    part of the next step's samples, and `received` a stop signal, if there is one.
     """
     timer = timer or StepTimer(engine.device)
-    with timer.part("sync"):
-        counts_N = engine.all_gather(sequences.valid.sum(1))
-        tokens = counts_N.sum()
-        divisor = (counts_N > 0).sum() if config.train.loss_per == "sample" else tokens
-        t_B = _local_times(engine, config, sequences.ids, step)
+    if everyone is None:
+        everyone = exchange(engine, sequences).upcoming
+    assert everyone is not None
+    tokens = everyone.valid_tokens.sum()
+    divisor = (everyone.valid_tokens > 0).sum() if config.train.loss_per == "sample" else tokens
+    t_N = stratified_times(config.seed, step, everyone.ids, config.diffusion.t_min)
+    t_B = t_N[engine.data_rank * len(sequences) :][: len(sequences)]
     denoiser = TimedDenoiser(engine.denoiser, timer)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
@@ -74,19 +88,18 @@ def train_step(
             engine.backward(output.loss / divisor, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
+    with timer.part("data"):
+        following = read_next()
+    with timer.part("sync"):
+        met = exchange(engine, following, total, received() or 0)
     with timer.part("optimizer"):
-        loss = engine.sum(total) / divisor
-        grad_norm = engine.clip_grad_norm(config.optimizer.clip)
+        loss = met.loss / divisor
+        grad_norm = engine.clip_grad_norm(config.optimizer.clip, ~loss.isfinite())
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
-        result = StepResult(float(loss), float(grad_norm), int(tokens), passes * len(sequences) * engine.data_size)
+        evaluations = passes * len(sequences) * engine.data_size
+        result = StepResult(float(loss), float(grad_norm), int(tokens), evaluations, int(met.signal), met.upcoming)
     _require_finite(result, step, sequences.ids)
     return result
-
-
-def _local_times(engine: Engine, config: RunConfig, ids_B: Tensor, step: int) -> Tensor:
-    """Return this rank's part (B,) of the diffusion times, which are stratified over the global batch."""
-    t_N = stratified_times(config.seed, step, engine.all_gather(ids_B), config.diffusion.t_min)
-    return t_N[engine.data_rank * len(ids_B) :][: len(ids_B)]
 
 
 def _noise(

@@ -7,10 +7,10 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,7 +21,7 @@ from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.distributed.engine import Engine, check_hardware
+from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
@@ -33,13 +33,14 @@ from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stack
 from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
 from scmdm.system.run_directory import STACKS
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
+from scmdm.training.exchange import exchange
 from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
 from scmdm.training.padding import own_lengths
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
 from scmdm.training.training_run import TrainingRun, config_yaml, describe, resume
-from scmdm.training.validation import to_device, validation_nelbo
+from scmdm.training.validation import longest_of_all, to_device, validation_nelbo
 
 
 def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:
@@ -117,16 +118,30 @@ def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> Non
 
 def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, stop: StopRequest) -> None:
     config, state, train, timer = run.config, run.state, run.config.train, metrics.timer
-    batches = _batches(run)
+    batches = _Lookahead(_batches(run))
+    with timer.part("data"):
+        first = batches.read()
+    everyone = exchange(run.engine, first).upcoming
     profiler = Profiler(run.directory, train.profile_step, run.engine.rank)
     while state.step < train.steps:
         profiler.before(state.step + 1)
         started = time.perf_counter()
         lr = set_lr(run.engine.optimizer, lr_factor(state.step, train.steps, config.schedule))
-        with timer.part("data"):
-            batch = next(batches)
+        batch, state.loader = batches.take()
         run.engine.model.train()
-        result = train_step(run.engine, config, run.spec.schedule, run.spec.mask_id, batch, state.step, timer)
+        result = train_step(
+            run.engine,
+            config,
+            run.spec.schedule,
+            run.spec.mask_id,
+            batch,
+            state.step,
+            timer,
+            everyone=everyone,
+            read_next=partial(batches.read, state.step + 1 < train.steps),
+            received=lambda: stop.signal,
+        )
+        everyone = result.upcoming
         if run.ema is not None:
             with timer.part("optimizer"):
                 run.ema.update(run.engine)
@@ -140,8 +155,8 @@ def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, st
         if train.validate_every and (state.step % train.validate_every == 0 or last):
             with metrics.paused():
                 validated = _validate(run, metrics)
-        # Only some ranks may have received the signal, but all must stop at the same step.
-        stopped_by = all_reduce_max(stop.signal or 0)
+        # Only some ranks may have received the signal, but all stop at the same step.
+        stopped_by = result.signal
         if state.step % train.checkpoint_every == 0 or last or stopped_by:
             with timer.part("checkpoint"):
                 _save(run, writer, validated, wait=bool(last or stopped_by))
@@ -154,8 +169,26 @@ def _leave(number: int, when: str) -> NoReturn:
     raise SystemExit(REQUEUE_EXIT)
 
 
-def _batches(run: TrainingRun) -> Iterator[Sequences]:
-    """Yield this rank's share of each global batch, endlessly, and store the loader's position in the run's state."""
+class _Lookahead:
+    """Batches of which the next is read during a step, with the loader's position behind each."""
+
+    def __init__(self, batches: Iterator[tuple[Sequences, dict[str, Any] | None]]) -> None:
+        self._batches = batches
+        self._next: tuple[Sequences, dict[str, Any] | None] | None = None
+
+    def read(self, wanted: bool = True) -> Sequences | None:
+        """Read the next batch if it is wanted."""
+        self._next = next(self._batches) if wanted else None
+        return self._next[0] if self._next is not None else None
+
+    def take(self) -> tuple[Sequences, dict[str, Any] | None]:
+        """Return the batch that was read last, and the loader's position behind it."""
+        assert self._next is not None
+        return self._next
+
+
+def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any] | None]]:
+    """Yield this rank's share of each global batch, endlessly, and the loader's position behind it."""
     config = run.config
     loader = build_loader(
         run.data,
@@ -164,21 +197,17 @@ def _batches(run: TrainingRun) -> Iterator[Sequences]:
         replication=run.engine.world_size // run.engine.data_size,
         shuffle=True,
         seed=config.seed,
-        num_canonical_nodes=config.data.num_canonical_nodes,
+        num_canonical_nodes=config.data.num_canonical_nodes or 1,
         num_workers=config.data.num_workers,
         cache_limit=config.data.cache_limit,
         shuffle_block=config.data.shuffle_block,
         drop_last=True,
     )
     for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
-        run.state.loader = loader.state_dict()
-        lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, _largest(run.engine))
-        yield to_device(batch, run.manifest, run.engine.device, labels=config.model.labels, lengths_B=lengths_B)
-
-
-def _largest(engine: Engine) -> Callable[[int], int]:
-    """Return a function that returns the largest of the values that all ranks pass."""
-    return lambda value: int(engine.all_gather(torch.tensor([value], device=engine.device)).max())
+        position = loader.state_dict()
+        lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, longest_of_all(run.engine))
+        labels, device = config.model.labels, run.engine.device
+        yield to_device(batch, run.manifest, device, labels=labels, lengths_B=lengths_B), position
 
 
 def _validate(run: TrainingRun, metrics: MetricsLogger) -> float:

@@ -29,7 +29,7 @@ from scmdm.system.files import atomic_write_text, json_text
 from scmdm.system.lease import Lease
 from scmdm.system.process_group import broadcast
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, ENVIRONMENT_FILE
-from scmdm.training.setup import check_dependent_settings, check_same_run
+from scmdm.training.setup import check_dependent_settings, check_same_run, resolve_sample_order
 
 
 @dataclass
@@ -86,6 +86,7 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
             "restore one of them, or choose another run_dir to start from scratch"
         )
     fingerprint = run.manifest.fingerprint()
+    run.config = resolve_sample_order(run.config, run.data, path)
     if path is not None:
         check_same_run(run.config, path)
         run.state = load_checkpoint(path, run.engine, run.ema)

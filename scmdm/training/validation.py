@@ -1,11 +1,13 @@
 """Held-out NELBO of a model during training or evaluation.
 
-Legend: B batch, L length.
+Legend: B batch, L length, N sequences of a share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,15 +19,15 @@ from scmdm.config.training import TrainConfig
 from scmdm.data.loader import read_columns, spread_rows
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
-from scmdm.data.shard_index import DOCUMENTS, GIVEN, GIVEN_MASK, LABEL
-from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, GIVEN_MASK, LABEL
+from scmdm.diffusion.likelihood import Nelbo, nelbo_of, nelbo_terms
 from scmdm.diffusion.packing import document_starts
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.padding import own_lengths, used_lengths
 
-_BATCH = 256
+_STRATUM = 256  # sequences; fixed, so that the estimates of a model depend on its weights alone
 T = TypeVar("T")
 
 
@@ -69,48 +71,105 @@ def to_device(
     return Sequences(tokens, valid, index, documents, label if labels else None, lengths_B, masked_too)
 
 
-def validation_batches(
-    root: Path,
-    split: str,
-    manifest: Manifest,
-    device: torch.device,
-    samples: int,
-    first_id: int = 0,
-    *,
-    labels: bool = False,
-    padding: TrainConfig | None = None,
-) -> Iterator[Sequences]:
-    """Yield `samples` sequences spread evenly over a split; their ids are `first_id` plus their index in the split.
+@dataclass(frozen=True)
+class ValidationRows:
+    """Rows of a split, ascending."""
 
-    `padding` has the rule for the lengths of the sequences; None: that of the data.
+    root: Path
+    manifest: Manifest
+    rows: Sequence[int]
+    first_id: int  # id of the split's first sample
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The sequences of a likelihood estimate in order, which every rank knows before it reads its share of them.
+
+    The ids of the sequences are those of their splits, numbered across all data sets.
     """
-    rows = spread_rows(manifest.split(split, root).samples, samples)
-    columns = {name: torch.from_numpy(found) for name, found in read_columns(root, split, rows).items()}
-    columns["index"] = torch.tensor(rows) + first_id
-    lengths_N = own_lengths(columns["tokens"], manifest, padding) if padding is not None else None
-    for start in range(0, len(rows), _BATCH):
-        part = slice(start, start + _BATCH)
-        batch = {name: found[part] for name, found in columns.items()}
-        lengths_B = None if lengths_N is None else lengths_N[part]
-        yield to_device(batch, manifest, device, labels=labels, lengths_B=lengths_B).cropped()
+
+    split: str
+    streams: tuple[ValidationRows, ...]
+
+    @classmethod
+    def at(cls, root: Path, split: str, manifest: Manifest, samples: int) -> ValidationSet:
+        """Take `samples` sequences, spread evenly over a split of one data set."""
+        return cls(split, (ValidationRows(root, manifest, spread_rows(_size(root, split, manifest), samples), 0),))
+
+    @classmethod
+    def of(cls, data: DataMixture, split: str, samples: int) -> ValidationSet:
+        """Take each validated stream's proportion of `samples` sequences."""
+        streams: list[ValidationRows] = []
+        first_id = 0
+        for source, share in data.validation_shares(samples):
+            size = _size(source.root, split, source.manifest)
+            streams.append(ValidationRows(source.root, source.manifest, spread_rows(size, share), first_id))
+            first_id += size
+        return cls(split, tuple(streams))
+
+    def __len__(self) -> int:
+        return sum(len(stream.rows) for stream in self.streams)
+
+    def strata(self) -> list[Tensor]:
+        """Return the ids of the groups of sequences over which times are stratified; they depend on the set alone."""
+        ids = (torch.tensor(stream.rows) + stream.first_id for stream in self.streams)
+        return [stratum for ids_N in ids for stratum in ids_N.split(_STRATUM)]
+
+    def share(self, parts: int) -> int:
+        """Return the number of sequences of each of `parts` shares; beyond the end of the set the last one repeats."""
+        return -(-len(self) // parts)
+
+    def batches(
+        self,
+        device: torch.device,
+        *,
+        size: int,
+        part: int = 0,
+        parts: int = 1,
+        labels: bool = False,
+        padding: TrainConfig | None = None,
+        longest_of_all: Callable[[int], int] = int,
+    ) -> Iterator[Sequences]:
+        """Yield share number `part` of `parts`, `size` sequences at a time.
+
+        Every share has the same number of batches and sequences, because sharded ranks run the same forward passes
+        (`share`). `padding` has the rule for the lengths of the sequences; None: that of the data. `longest_of_all`
+        returns the largest of all ranks' values.
+        """
+        share = self.share(parts)
+        wanted = [min(row, len(self) - 1) for row in range(part * share, (part + 1) * share)]
+        columns: dict[str, list[Tensor]] = defaultdict(list)
+        lengths: list[Tensor] = []
+        first = 0
+        for stream in self.streams:
+            own = [stream.rows[row - first] for row in wanted if first <= row < first + len(stream.rows)]
+            first += len(stream.rows)
+            found = _columns(stream, self.split, own, labels=labels) if own else {}
+            tokens_NL = found.get(COLUMN, torch.zeros(0, stream.manifest.length, dtype=torch.int64))
+            if padding is not None:
+                own_N = own_lengths(tokens_NL, stream.manifest, padding, longest_of_all)
+                lengths += [] if own_N is None else [own_N]
+            for name, values in found.items():
+                columns[name].append(values)
+        whole = {name: torch.cat(values) for name, values in columns.items()}
+        lengths_N = torch.cat(lengths) if lengths else None
+        for start in range(0, share, size):
+            rows = slice(start, start + size)
+            batch = {name: values[rows] for name, values in whole.items()}
+            lengths_B = None if lengths_N is None else lengths_N[rows]
+            manifest = self.streams[0].manifest
+            yield to_device(batch, manifest, device, labels=labels, lengths_B=lengths_B).cropped()
 
 
-def mixed_validation_batches(
-    data: DataMixture,
-    split: str,
-    device: torch.device,
-    samples: int,
-    *,
-    labels: bool = False,
-    padding: TrainConfig | None = None,
-) -> Iterator[Sequences]:
-    """Yield `validation_batches` of every validated stream in turn, each with its proportion of `samples`."""
-    first_id = 0
-    for source, share in data.validation_shares(samples):
-        yield from validation_batches(
-            source.root, split, source.manifest, device, share, first_id, labels=labels, padding=padding
-        )
-        first_id += source.manifest.split(split, source.root).samples
+def _size(root: Path, split: str, manifest: Manifest) -> int:
+    return manifest.split(split, root).samples
+
+
+def _columns(stream: ValidationRows, split: str, rows: Sequence[int], *, labels: bool) -> dict[str, Tensor]:
+    """Read rows of a split as a loader does. Labels that are not used are left out: not all streams may have them."""
+    found = read_columns(stream.root, split, rows)
+    columns = {name: torch.from_numpy(values) for name, values in found.items() if labels or name != LABEL}
+    return {**columns, "index": torch.tensor(rows) + stream.first_id}
 
 
 def validation_nelbo(
@@ -124,23 +183,40 @@ def validation_nelbo(
 ) -> Nelbo:
     """Estimate the NELBO of the engine's weights on the validation split, with the same times and masks at every call.
 
-    `on_batch("validation")` is called before and after every batch.
+    Each rank evaluates its share, `train.micro_batch_size` sequences at a time. One collective gathers the terms of all
+    sequences; the result depends on neither the number of ranks nor the size of the batches. All ranks call this
+    together. `on_batch("validation")` is called before and after every batch.
     """
-    samples = config.train.validation_samples
-    split, labels = config.data.validation_split, spec.model.labels
-    batches = mixed_validation_batches(data, split, engine.device, samples, labels=labels, padding=config.train)
+    chosen = ValidationSet.of(data, config.data.validation_split, config.train.validation_samples)
+    batches = chosen.batches(
+        engine.device,
+        size=config.train.micro_batch_size,
+        part=engine.data_rank,
+        parts=engine.data_size,
+        labels=spec.model.labels,
+        padding=config.train,
+        longest_of_all=longest_of_all(engine),
+    )
     engine.model.eval()
     with engine.compute():
-        return estimate_nelbo(
+        terms_N2 = nelbo_terms(
             engine.denoiser,
             _with_callback(batches, on_batch),
             spec.schedule,
             mask_id=spec.mask_id,
             seed=0,
             t_min=config.diffusion.t_min,
+            strata=chosen.strata(),
             condition=condition,
             passes=config.self_conditioning.passes,
         )
+    gathered = engine.all_gather(terms_N2.flatten().to(engine.device)).cpu()
+    return nelbo_of(gathered.view(-1, 2)[: len(chosen)])
+
+
+def longest_of_all(engine: Engine) -> Callable[[int], int]:
+    """Return a function that returns the largest of the values that all ranks pass."""
+    return lambda value: int(engine.all_gather(torch.tensor([value], device=engine.device)).max())
 
 
 def _with_callback(batches: Iterator[T], on_batch: Callable[[str], None]) -> Iterator[T]:

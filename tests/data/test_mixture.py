@@ -18,7 +18,7 @@ from scmdm.data.loader import build_loader, epochs, read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import open_data
 from scmdm.errors import UserError
-from scmdm.training.validation import mixed_validation_batches
+from scmdm.training.validation import ValidationSet
 from tests.conftest import ROOT, TINY
 from tests.data.sets import write_texts
 
@@ -120,7 +120,7 @@ def test_validation_takes_all_streams_in_their_proportions_or_one(sets):
         config = streams(sets, large=0.75, small=0.25)
         for key, value in keys.items():
             setattr(config, key, value)
-        drawn = mixed_validation_batches(open_data(config), "validation", torch.device("cpu"), samples)
+        drawn = ValidationSet.of(open_data(config), "validation", samples).batches(torch.device("cpu"), size=16)
         return torch.cat([batch.ids for batch in drawn])
 
     ids = found(40)

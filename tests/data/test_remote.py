@@ -109,6 +109,8 @@ def test_a_split_of_a_cache_is_fetched_when_it_is_read(local, remote, tmp_path):
     cache = tmp_path / "cache"
     assert not list(cache.rglob("*.mds")) and verify_dataset(cache) == []
     assert np.array_equal(read_split(cache, "test", [0, 5]), read_split(local, "test", [0, 5]))
+    assert shards(cache, "test") == shards(local, "test")[:1], "only that of the rows"
+    assert np.array_equal(read_split(cache, "test"), read_split(local, "test"))
     assert shards(cache, "test") == shards(local, "test") and shards(cache) == []
 
 

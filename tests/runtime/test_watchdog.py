@@ -12,7 +12,7 @@ from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.data.mixture import open_data
 from scmdm.observability.step_timer import StepTimer
-from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, collective_timeout
+from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, collective_timeout, set_aside_stacks
 from scmdm.system.process_group import World
 from scmdm.training import validation
 from scmdm.training.setup import build_engine, build_spec
@@ -71,18 +71,28 @@ def test_without_a_limit_there_is_no_file_and_no_thread(tmp_path):
     assert collective_timeout(0) is None and collective_timeout(10).total_seconds() > 4 * 600
 
 
-def test_every_validation_batch_and_every_part_of_a_step_is_progress(molecules, tmp_path, monkeypatch):
+def test_every_validation_batch_and_every_part_of_a_step_is_progress(molecules, tmp_path):
     keys = [f"run_dir={tmp_path}", f"data.path={molecules}", "train.steps=2", "train.validation_samples=64", *TINY]
+    keys.append("train.micro_batch_size=16")
     config = load_config(RunConfig, None, keys)
     config.engine = "single"
     data = open_data(config.data)
     spec = build_spec(config, data.manifest, None)
     engine = build_engine(config, spec, None, torch.device("cpu"), torch.float32)
     signs = []
-    monkeypatch.setattr(validation, "_BATCH", 16)
     validation.validation_nelbo(engine, config, spec, data, condition=False, on_batch=signs.append)
     assert signs == ["validation"] * (1 + 64 // 16)
     timer = StepTimer(engine.device, signs.append)
     with timer.part("data"):
         assert signs[-1] == "data"
     assert Counter(signs)["after data"] == 1
+
+
+def test_records_of_nccl_are_set_aside_without_stacks(tmp_path):
+    """NCCL ends the processes of a hang by itself when its timeout comes first."""
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank_0.txt").touch()
+    (tmp_path / "stacks" / "nccl_trace_rank_1").write_bytes(b"record")
+    set_aside_stacks(tmp_path)
+    assert not (tmp_path / "stacks").exists()
+    assert (tmp_path / "stacks.before" / "nccl_trace_rank_1").read_bytes() == b"record"

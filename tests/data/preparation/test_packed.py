@@ -13,7 +13,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.data.verification import verify_dataset
-from scmdm.training.validation import to_device, validation_batches
+from scmdm.training.validation import ValidationSet, to_device
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_every_document_is_in_its_place(packed):
 def test_valid_positions_of_packed_samples(packed, bos_policy):
     manifest = replace(Manifest.read(packed), bos_policy=bos_policy)
     samples = manifest.splits["train"].samples
-    batch = next(validation_batches(packed, "train", manifest, CPU, samples))
+    batch = next(ValidationSet.at(packed, "train", manifest, samples).batches(CPU, size=samples))
     tokens, valid, documents = batch.tokens, batch.valid, batch.documents
     beginnings = tokens == manifest.bos_id
     expected = (tokens != manifest.pad_id) & (~beginnings if bos_policy == "given" else torch.ones_like(beginnings))
@@ -100,7 +100,7 @@ def test_only_responses_are_masked_and_counted(prompted):
     assert dropped == {"dropped: too long": 1, "dropped: no key answer": 1, "dropped: empty": 1}
     tokenizer, total = load_tokenizer(root / "tokenizer.json"), 0
     for split, info in manifest.splits.items():
-        batch = next(validation_batches(root, split, manifest, CPU, info.samples))
+        batch = next(ValidationSet.at(root, split, manifest, info.samples).batches(CPU, size=info.samples))
         tokens, valid = batch.tokens, batch.valid
         assert int(valid.sum()) == info.tokens
         for row, counted in zip(tokens, valid, strict=True):

@@ -18,7 +18,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import SPLITS
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.data.verification import verify_dataset
-from scmdm.training.validation import validation_batches
+from scmdm.training.validation import ValidationSet
 from tests.conftest import prepare_qm9
 from tests.data.sets import split_of
 
@@ -61,7 +61,7 @@ def test_valid_positions_are_what_the_manifest_counts(tmp_path, pad_policy, bos_
     manifest = Manifest.read(tmp_path / "a")
     samples = manifest.splits["train"].samples
     cpu = torch.device("cpu")
-    batch = next(validation_batches(tmp_path / "a", "train", manifest, cpu, samples))
+    batch = next(ValidationSet.at(tmp_path / "a", "train", manifest, samples).batches(cpu, size=samples))
     tokens, valid = batch.tokens, batch.valid
     assert valid.sum() == manifest.splits["train"].tokens
     assert bool(valid[:, 0].any()) == (bos_policy == "loss")
