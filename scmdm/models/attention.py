@@ -224,7 +224,8 @@ def attend_slices(
 
 def exchanged_kv_heads(heads: int, kv_heads: int, ranks: int) -> int:
     """Return how many heads of keys the ranks of a context exchange: the least multiple that all of them can share."""
-    assert heads % kv_heads == 0 and heads % ranks == 0
+    assert heads % kv_heads == 0
+    assert heads % ranks == 0
     return math.lcm(kv_heads, ranks)
 
 
