@@ -219,11 +219,14 @@ class DeepspeedEngine(ParallelEngine):
         return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}
 
     def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's rows of each tensor, of whose elements it receives those that it does not hold."""
+        """Return this rank's rows of each tensor, of whose elements it receives those that it does not hold.
+
+        Rows that it holds are views.
+        """
         fragments = [self._fragments[name] for name in values]
         rows = exchange(list(values.values()), [self._move_to_rows(fragment) for fragment in fragments])
         return {
-            name: _as_rows(part.clone().view(-1, *one.shape[1:]), torch.empty(one.shape, device="meta"), self._mesh)
+            name: _as_rows(part.view(-1, *one.shape[1:]), torch.empty(one.shape, device="meta"), self._mesh)
             for name, one, part in zip(values, fragments, rows, strict=True)
         }
 

@@ -48,8 +48,8 @@ def range_bounds(numel: int, size: int, ranks: int, *, offset: int = 0) -> list[
 def exchange(parts: Sequence[Tensor], moves: Sequence[Move]) -> Iterator[Tensor]:
     """Yield this rank's wanted part of every tensor, flat, for the held `parts`, which are flat, too.
 
-    All ranks of the default group call this together, with the same moves. Besides the results, a rank has memory for
-    a bounded number of elements.
+    All ranks of the default group call this together, with the same moves. A result that is within the held part is a
+    view of it. Besides the results, a rank has memory for a bounded number of elements.
     """
     ranks, done = dist.get_world_size(), 0
     while done < len(moves):
@@ -72,7 +72,7 @@ def _exchange_at_once(parts: Sequence[Tensor], moves: Sequence[Move]) -> Iterato
     incoming = {other: iter(pieces) for other, pieces in _send(outgoing, parts[0], moves).items()}
     for move in moves:
         pieces = [next(kept if other == rank else incoming[other]) for other, *_ in move.back().to(rank)]
-        yield torch.cat(pieces) if pieces else parts[0].new_empty(0)
+        yield pieces[0] if len(pieces) == 1 else torch.cat([parts[0].new_empty(0), *pieces])
 
 
 def _send(outgoing: dict[int, list[Tensor]], like: Tensor, moves: Sequence[Move]) -> dict[int, tuple[Tensor, ...]]:
