@@ -107,12 +107,12 @@ def partition(model: nn.Module, config: RunConfig, device: torch.device, dtype: 
     # An empty module, because `Init` would allocate and broadcast the parameters of a whole one.
     context = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_json(config, ranks, dtype))
     own = [(module, *named) for module in model.modules() for named in module.named_parameters(recurse=False)]
-    rows = [parameter for _, _, parameter in own]
+    rows = [parameter.detach() for _, _, parameter in own]
     moves = [
-        Move(row_bounds(parameter.shape, ranks), range_bounds(parameter.numel(), -(-parameter.numel() // ranks), ranks))
-        for parameter in rows
+        Move(row_bounds(value.shape, ranks), range_bounds(value.numel(), -(-value.numel() // ranks), ranks))
+        for value in rows
     ]
-    parts = exchange([parameter.detach().to_local().flatten() for parameter in rows], moves)
+    parts = exchange([value.to_local().flatten() for value in rows if isinstance(value, DTensor)], moves)
     for (module, name, parameter), part in zip(own, parts, strict=True):
         setattr(module, name, _partitioned(context, parameter, part))
 
