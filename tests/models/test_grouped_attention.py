@@ -172,3 +172,13 @@ def test_the_exchange_sends_grouped_heads_and_the_plan_counts_them(heads, kv_hea
     assert isinstance(workload.model, DecoderConfig)
     assert sent == [one.size for one in planned if one.kind == "all_to_all" and one.part == "loss pass"]
     assert sent[0] == 8 * 16 * 4 * (heads + 2 * exchanged_kv_heads(heads, kv_heads, ranks))
+
+
+@pytest.mark.slow
+def test_a_compiled_block_has_one_graph_with_the_kernel():
+    """The choice of the kernel is made while tracing: it breaks no graph."""
+    inputs = tensors(6, 2)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, "sdpa"), backend="eager", fullgraph=True)
+    wanted = with_gradients(lambda q, k, v: attend(q, k, v, "sdpa"), *inputs)
+    for one, other in zip(with_gradients(compiled, *inputs), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
