@@ -6,7 +6,11 @@ Differences of DeepSpeed, and how the engine handles them:
   it is multiplied by the number of ranks first. Micro-batches are summed: DeepSpeed is told not to divide them.
 - DeepSpeed hooks `forward`, while the model's entry points are other methods: it wraps the module `_EntryPoints`.
 - DeepSpeed stores float32 weights and moments as flat fragments that may begin within a row. EMA uses the same
-  fragments (`Fragment`); `pack` converts them to the parameters' shapes for checkpoints.
+  fragments (`Fragment`). Checkpoints hold rows: `pack` and `unpack` exchange the elements at the borders, and no rank
+  ever holds a whole parameter.
+- DeepSpeed divides a model that every rank has allocated, and broadcasts its weights. For stage 3 the model is built on
+  the meta device, `shard_rows` gives each rank rows of it, as FSDP2 does, to fill, and `partition` makes DeepSpeed's
+  partitions of them (`deepspeed.zero.Init`).
 - DeepSpeed's `step` measures the norm, clips and updates at once, so all of it happens in `clip_grad_norm`.
 """
 
@@ -28,6 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.state import State
+from scmdm.distributed.element_exchange import Move, exchange, range_bounds, row_bounds
 from scmdm.distributed.engine import MOMENTS, ParallelEngine
 from scmdm.errors import UserError
 from scmdm.models.linear import Linear
@@ -84,6 +89,49 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def shard_rows(model: nn.Module, device: torch.device) -> None:
+    """Replace the parameters of a model on the meta device by rows of them (DTensor), still without memory."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            bounds, row = row_bounds(parameter.shape, mesh.size()), parameter[0].numel()
+            rows = (bounds[mesh.get_rank() + 1] - bounds[mesh.get_rank()]) // row
+            local = parameter.detach().new_empty(rows, *parameter.shape[1:])
+            setattr(module, name, nn.Parameter(_as_rows(local, parameter, mesh), parameter.requires_grad))
+
+
+def partition(model: nn.Module, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Convert a model that `shard_rows` has sharded, and that was filled, to partitions of ZeRO stage 3."""
+    deepspeed, ranks = _import_deepspeed(device), dist.get_world_size()
+    deepspeed.init_distributed()  # takes over the group of torch.distributed
+    # An empty module, because `Init` would allocate and broadcast the parameters of a whole one.
+    context = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_json(config, ranks, dtype))
+    own = [(module, *named) for module in model.modules() for named in module.named_parameters(recurse=False)]
+    rows = [parameter.detach() for _, _, parameter in own]
+    moves = [
+        Move(row_bounds(value.shape, ranks), range_bounds(value.numel(), -(-value.numel() // ranks), ranks))
+        for value in rows
+    ]
+    parts = exchange([value.to_local().flatten() for value in rows if isinstance(value, DTensor)], moves)
+    for (module, name, parameter), part in zip(own, parts, strict=True):
+        setattr(module, name, _partitioned(context, parameter, part))
+
+
+def _partitioned(context: Any, parameter: nn.Parameter, part: Tensor) -> nn.Parameter:
+    """Return a parameter of stage 3 with this rank's part. It is never whole: a view of one element has its shape."""
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    made: Any = nn.Parameter(part.new_zeros(1).expand(parameter.shape), parameter.requires_grad)
+    context._convert_to_deepspeed_param(made)
+    made.ds_numel_aligned = context._aligned_size(made)
+    padded: Any = part.new_zeros(made.ds_numel_aligned // dist.get_world_size())
+    padded[: len(part)] = part
+    padded.ds_numel, padded.status, padded.final_location = len(padded), PartitionedParamStatus.AVAILABLE, None
+    made.ds_tensor = padded
+    made.partition()  # with a `ds_tensor`, this only frees the parameter
+    return made
+
+
 @dataclass(frozen=True)
 class Fragment:
     """This rank's part of a parameter: a range of its elements, with float32 weights and moments.
@@ -92,20 +140,9 @@ class Fragment:
     """
 
     shape: torch.Size  # of the whole parameter
-    start: int
+    bounds: list[int]  # of all ranks' ranges, see `element_exchange`
     weights: Tensor
     moments: dict[str, Tensor]
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Assemble the whole parameter, average or moment from the parts of all ranks."""
-        whole = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
-        self.part_of(whole).copy_(values)
-        dist.all_reduce(whole)
-        return whole.view(self.shape)
-
-    def part_of(self, whole: Tensor) -> Tensor:
-        """Return a view of this rank's part of a whole parameter."""
-        return whole.view(-1).narrow(0, self.start, len(self.weights))
 
 
 class DeepspeedEngine(ParallelEngine):
@@ -178,14 +215,26 @@ class DeepspeedEngine(ParallelEngine):
         return {kind: {name: part.moments[kind] for name, part in self._fragments.items()} for kind in MOMENTS}
 
     def pack(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Assemble whole parameters one at a time, and keep this rank's rows of each."""
-        return {name: _rows(self._fragments[name].gather(value), self._mesh) for name, value in values.items()}
+        """Return this rank's rows of each tensor, of whose elements it receives those that it does not hold.
+
+        Rows that it holds are views.
+        """
+        fragments = [self._fragments[name] for name in values]
+        rows = exchange(list(values.values()), [self._move_to_rows(fragment) for fragment in fragments])
+        return {
+            name: _as_rows(part.view(-1, *one.shape[1:]), torch.empty(one.shape, device="meta"), self._mesh)
+            for name, one, part in zip(values, fragments, rows, strict=True)
+        }
 
     def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            rows = packed[name]
-            assert isinstance(rows, DTensor)
-            value.copy_(self._fragments[name].part_of(rows.full_tensor()))
+        rows = [packed[name] for name in values]
+        moves = [self._move_to_rows(self._fragments[name]).back() for name in values]
+        held = [value.to_local().flatten() for value in rows if isinstance(value, DTensor)]
+        for value, part in zip(values.values(), exchange(held, moves), strict=True):
+            value.copy_(part)
+
+    def _move_to_rows(self, fragment: Fragment) -> Move:
+        return Move(fragment.bounds, row_bounds(fragment.shape, self.world_size))
 
     def _find_fragments(self) -> dict[str, Fragment]:
         """Locate the fragments in DeepSpeed's memory, and create the moments, as its first step would."""
@@ -202,22 +251,28 @@ class DeepspeedEngine(ParallelEngine):
 
     def _fragment_of_stages_1_and_2(self, parameter: Any) -> Fragment:
         """Locate a fragment: stages 1 and 2 concatenate the parameters of a group and give each rank a range."""
+        flat = next(one for one in self._zero.bit16_groups_flat if _shares_memory(one, parameter))
+        offset = parameter.data.storage_offset() - flat.storage_offset()
+        bounds = range_bounds(parameter.numel(), flat.numel() // self.world_size, self.world_size, offset=offset)
         place = parameter._hp_mapping
         if place is None:
             empty = torch.empty(0, device=self.device)
-            return Fragment(parameter.shape, 0, empty, {kind: empty.clone() for kind in MOMENTS})
-        group = self._zero.single_partition_of_fp32_groups[place.param_group_index]
-        where = place.hp_fragment_address
-        moments = {kind: self.optimizer.state[group][kind].narrow(0, where.start, where.numel) for kind in MOMENTS}
-        return Fragment(parameter.shape, place.lp_fragment_address.start, place.hp_fragment.detach(), moments)
+            found = Fragment(parameter.shape, bounds, empty, {kind: empty.clone() for kind in MOMENTS})
+        else:
+            group = self._zero.single_partition_of_fp32_groups[place.param_group_index]
+            where = place.hp_fragment_address
+            moments = {kind: self.optimizer.state[group][kind].narrow(0, where.start, where.numel) for kind in MOMENTS}
+            found = Fragment(parameter.shape, bounds, place.hp_fragment.detach(), moments)
+            assert place.lp_fragment_address.start == bounds[self.rank]
+        assert len(found.weights) == bounds[self.rank + 1] - bounds[self.rank]
+        return found
 
     def _fragment_of_stage_3(self, parameter: Any) -> Fragment:
         """Locate a fragment: stage 3 pads every parameter and divides it into one part per rank."""
-        padded = len(_local(parameter))
-        start = min(self.rank * padded, parameter.ds_numel)
-        size = min(padded, parameter.ds_numel - start)
+        bounds = range_bounds(parameter.ds_numel, len(_local(parameter)), self.world_size)
+        size = bounds[self.rank + 1] - bounds[self.rank]
         moments = {kind: _local(parameter, kind)[:size] for kind in MOMENTS}
-        return Fragment(parameter.ds_shape, start, _local(parameter)[:size], moments)
+        return Fragment(parameter.ds_shape, bounds, _local(parameter)[:size], moments)
 
 
 class _EntryPoints(nn.Module):
@@ -255,8 +310,10 @@ def _local(parameter: nn.Parameter, kind: str | None = None) -> Tensor:
     return found.detach()
 
 
-def _rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Return this rank's rows of a tensor that all ranks hold, copied so that the rest can be freed."""
-    parts = whole.chunk(mesh.size())
-    mine = parts[mesh.get_rank()].clone() if mesh.get_rank() < len(parts) else whole.new_empty(0, *whole.shape[1:])
-    return DTensor.from_local(mine, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride())
+def _shares_memory(flat: Tensor, parameter: Tensor) -> bool:
+    return flat.untyped_storage().data_ptr() == parameter.data.untyped_storage().data_ptr()
+
+
+def _as_rows(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Return this rank's rows as a DTensor of the shape of `whole`."""
+    return DTensor.from_local(local, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride())

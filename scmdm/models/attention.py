@@ -1,12 +1,19 @@
 """Bidirectional attention: one function, several kernels.
 
-Legend: B batch, L length, H heads, K width of a head, C packed documents of a batch plus one.
+Keys and values may have fewer heads than queries (grouped-query attention, arXiv 2305.13245): head g of G serves the
+query heads g R to g R + R - 1, for R = H / G. They are never expanded to the query heads.
+
+Legend: B batch, L length, H heads of queries, G heads of keys and values, R query heads per head of keys and values, K
+width of a head, C packed documents of a batch plus one, N ranks that share a sequence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -35,6 +42,10 @@ _CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Kernels that take grouped keys and values. torch's "efficient" kernel does not, and its plain operators ("math")
+# expand them and keep all scores: with these lists torch raises an error instead of using either.
+_GROUPED = [SDPBackend.FLASH_ATTENTION]
+_GROUPED_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *_GROUPED]
 
 
 @functools.cache
@@ -96,45 +107,84 @@ def masks_of(packing: Packing | None, backend: str) -> Masks:
 
 def attend(
     q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHK: Tensor,
+    k_BLGK: Tensor,
+    v_BLGK: Tensor,
     backend: str,
     allowed_B1LL: Tensor | None = None,
     bounds_C: Tensor | None = None,
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Compute bidirectional softmax attention of queries, keys and values (B, L, H, K), scaled by 1/sqrt(K).
+    """Compute bidirectional softmax attention of queries (B, L, H, K), keys and values (B, L, G, K); G divides H.
 
-    `allowed_B1LL` is a bool mask of query and key positions; `bounds_C` (`Packing.bounds_C`) restricts attention to the
-    query's document. At most one is given. `repeated`: see `choose_backend`. Returns (B, L, H, K).
+    Scores are scaled by 1/sqrt(K). `allowed_B1LL` is a bool mask of query and key positions; `bounds_C`
+    (`Packing.bounds_C`) restricts attention to the query's document. At most one is given. `repeated`: see
+    `choose_backend`. Returns (B, L, H, K).
     """
     if bounds_C is not None:
-        return _attend_documents(q_BLHK, k_BLHK, v_BLHK, bounds_C, backend)
+        return _attend_documents(q_BLHK, k_BLGK, v_BLGK, bounds_C, backend)
     chosen = choose_backend(backend, q_BLHK.device.type, q_BLHK.dtype, q_BLHK.shape[1], repeated=repeated)
     if allowed_B1LL is not None and chosen in ("flash", "cudnn"):
         chosen = "sdpa"
     if chosen == "flash":
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q_BLHK, k_BLHK, v_BLHK, causal=False)
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    if chosen == "cudnn":
-        with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if chosen == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1LL).transpose(1, 2)
-    scores_BHLL = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=False)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
+    if chosen == "matmul":
+        return _attend_by_products(q, k, v, allowed_B1LL).transpose(1, 2)
+    if q.shape[1] == k.shape[1]:
+        with sdpa_kernel(_CUDNN_FIRST, set_priority=True) if chosen == "cudnn" else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1LL).transpose(1, 2)
+    return _attend_grouped(q, k, v, allowed_B1LL, cudnn=chosen == "cudnn").transpose(1, 2)
+
+
+def _attend_by_products(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
+    """Compute attention (B, H, L, K) by matrix products, with the query heads of a group as further rows of one."""
+    groups, length = k_BGLK.shape[1:3]
+    q = q_BHLK.unflatten(1, (groups, -1)).flatten(2, 3)
+    scores = (q @ k_BGLK.transpose(-1, -2) * q.shape[-1] ** -0.5).unflatten(2, (-1, length))  # (B, G, R, L, L)
     if allowed_B1LL is not None:
-        scores_BHLL = scores_BHLL.masked_fill(~allowed_B1LL, float("-inf"))
-    probabilities_BHLL = scores_BHLL.softmax(-1)
-    return (probabilities_BHLL @ v).transpose(1, 2)
+        scores = scores.masked_fill(~allowed_B1LL[:, :, None], float("-inf"))
+    out = scores.softmax(-1).flatten(2, 3) @ v_BGLK
+    return out.unflatten(2, (-1, length)).flatten(1, 2)
 
 
-def _attend_documents(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, bounds_C: Tensor, backend: str) -> Tensor:
+def _attend_grouped(
+    q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None, *, cudnn: bool
+) -> Tensor:
+    """Compute attention (B, H, L, K) by a fused kernel of torch for G < H.
+
+    Where no kernel takes grouped heads (on a GPU with a mask, or in float32), every call takes one query head of each
+    group.
+    """
+    if _takes_groups(q_BHLK.device.type, q_BHLK.dtype, allowed_B1LL is not None):
+        with sdpa_kernel(_GROUPED_CUDNN_FIRST if cudnn else _GROUPED, set_priority=True):
+            return F.scaled_dot_product_attention(q_BHLK, k_BGLK, v_BGLK, attn_mask=allowed_B1LL, enable_gqa=True)
+    q_BGRLK, bias = q_BHLK.unflatten(1, (k_BGLK.shape[1], -1)), None
+    if allowed_B1LL is not None:  # converted once; torch would convert a bool mask in every call, and keep each result
+        bias = torch.zeros_like(allowed_B1LL, dtype=q_BHLK.dtype).masked_fill_(~allowed_B1LL, float("-inf"))
+    heads = (F.scaled_dot_product_attention(q_BGLK, k_BGLK, v_BGLK, attn_mask=bias) for q_BGLK in q_BGRLK.unbind(2))
+    return torch.stack(list(heads), dim=2).flatten(1, 2)
+
+
+@constant_under_compile
+def _takes_groups(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
+    """Return whether a fused kernel of torch takes grouped heads: on CPUs always, on GPUs the flash kernel."""
+    if device_type == "cpu":
+        return True
+    return (
+        device_type == "cuda"
+        and not masked
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
+
+
+def _attend_documents(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, bounds_C: Tensor, backend: str) -> Tensor:
     length = q_BLHK.shape[1]
-    kernel = _flash_varlen() if backend == "flash" else _torch_varlen()
-    q, k, v = (x.flatten(0, 1) for x in (q_BLHK, k_BLHK, v_BLHK))
+    kernel = _flash_varlen() if backend == "flash" else _torch_varlen(grouped=q_BLHK.shape[2] != k_BLGK.shape[2])
+    q, k, v = (x.flatten(0, 1) for x in (q_BLHK, k_BLGK, v_BLGK))
     # The length of a sample bounds that of its documents; the longest is unknown to the host.
     out: Tensor = kernel(q, k, v, bounds_C, bounds_C, length, length)
     return out.unflatten(0, q_BLHK.shape[:2])
@@ -146,23 +196,37 @@ def _flash_varlen() -> Callable[..., Any]:
     return flash_attn_varlen_func
 
 
-def _torch_varlen() -> Callable[..., Any]:
+def _torch_varlen(*, grouped: bool) -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn
+    # The kernel always takes grouped heads. Newer versions of torch (2.14, not 2.11) require a flag for them.
+    flagged = grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if flagged else varlen_attn
 
 
 def attend_slices(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, backend: str, context: DeviceMesh, *, repeated: bool = False
+    q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, backend: str, context: DeviceMesh, *, repeated: bool = False
 ) -> Tensor:
     """Compute `attend` for sequences sliced over the ranks of `context`, in rank order; return this rank's slice.
 
     One all-to-all gives each rank whole sequences for its share of the heads, another restores the slices
-    (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H.
+    (DeepSpeed-Ulysses, arXiv 2309.14509). The number of ranks must divide H. Keys and values are sent as they are if it
+    divides G, too; otherwise copies of their heads make up the next multiple (`exchanged_kv_heads`).
     """
-    qkv_3BLHK = _exchange(torch.stack((q_BLHK, k_BLHK, v_BLHK)), context, 2, 3)
-    q, k, v = qkv_3BLHK.unbind()
+    ranks, heads, groups = context.size(), q_BLHK.shape[2], k_BLGK.shape[2]
+    copies = exchanged_kv_heads(heads, groups, ranks) // groups
+    k, v = (x.repeat_interleave(copies, dim=2) if copies > 1 else x for x in (k_BLGK, v_BLGK))
+    shares = [x.unflatten(2, (ranks, -1)) for x in (q_BLHK, k, v)]  # (B, L, N, heads for a rank, K)
+    whole = _exchange(torch.cat(shares, dim=3).flatten(2, 3), context, 1, 2)
+    q, k, v = whole.split([share.shape[3] for share in shares], dim=2)
     return _exchange(attend(q, k, v, backend, repeated=repeated), context, 2, 1)
+
+
+def exchanged_kv_heads(heads: int, kv_heads: int, ranks: int) -> int:
+    """Return how many heads of keys the ranks of a context exchange: the least multiple that all of them can share."""
+    assert heads % kv_heads == 0
+    assert heads % ranks == 0
+    return math.lcm(kv_heads, ranks)
 
 
 def _exchange(x: Tensor, context: DeviceMesh, sliced: int, slice_next: int) -> Tensor:

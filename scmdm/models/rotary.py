@@ -120,14 +120,12 @@ def attend_rotated(
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Compute attention (B, L, H, K) with rotary embeddings; a key and value head serves H / G consecutive query heads.
+    """Compute attention (B, L, H, K) with rotary embeddings; see `attend`.
 
     With `context` each rank holds a slice of the sequences (`attend_slices`). `masks`: see `masks_of`; `repeated`: see
     `choose_backend`.
     """
     (q, k), v = rotate(rotary, q_BLHK, k_BLGK), v_BLGK
-    if (times := q.shape[2] // k.shape[2]) > 1:
-        k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)
     if context is None:
         return attend(q, k, v, backend, *masks, repeated=repeated)
     return attend_slices(q, k, v, backend, context, repeated=repeated)

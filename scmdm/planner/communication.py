@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scmdm.models.attention import exchanged_kv_heads
 from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
 from scmdm.planner.workload import ParallelLayout, Workload
 
@@ -103,7 +104,9 @@ def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     if layout.context == 1:
         return []
     batches, again = layout.micro_batches(workload), layout.activation_checkpointing != "none"
-    size = layout.tokens(workload) * workload.model.attention_width * layout.width
+    model, per_channel = workload.model, layout.tokens(workload) * layout.width
+    kv_heads = exchanged_kv_heads(model.heads, model.kv_width // model.head_dim, layout.context)
+    channels = {"q, k, v": model.attention_width + 2 * kv_heads * model.head_dim, "attention": model.attention_width}
     rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 2 if again else 1}
     return [
         Collective(
@@ -112,10 +115,10 @@ def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
             part,
             "context",
             layout.context,
-            factor * size,
-            times * workload.model.layers * batches,
+            number * per_channel,
+            times * model.layers * batches,
             overlaps=False,
         )
         for part, times in rounds.items()
-        for what, factor in (("q, k, v", 3), ("attention", 1))
+        for what, number in channels.items()
     ]

@@ -17,7 +17,7 @@ from scmdm.config.training import TrainConfig
 from scmdm.data.loader import canonical_nodes, shuffle_block_of
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
-from scmdm.distributed.deepspeed import DeepspeedEngine, require_deepspeed
+from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deepspeed, shard_rows
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
@@ -150,7 +150,7 @@ def build_engine(
 ) -> Engine:
     """Build the model, with new weights or the base's, its optimizer and its engine.
 
-    For FSDP2 the model is sharded on the meta device, and each rank then fills only its own shards.
+    For FSDP2 and ZeRO stage 3 the model is sharded on the meta device, and each rank then fills only its own shards.
     """
     model = spec.build()
     freeze(model, config)
@@ -158,6 +158,9 @@ def build_engine(
         compile_blocks(model)
     if config.engine == "fsdp2":
         shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload)
+    zero_3 = config.engine == "deepspeed" and config.deepspeed.stage == 3
+    if zero_3:
+        shard_rows(model, device)
     offload = config.engine == "fsdp2" and config.fsdp.offload
     found = match_weights(model, base.path, new_conditioner=True) if base is not None else None
     allocate(model, device, weights_on=torch.device("cpu") if offload else None)
@@ -166,6 +169,8 @@ def build_engine(
     else:
         init_weights(model, config.seed, only=is_added)
         fill_weights(model, found)
+    if zero_3:
+        partition(model, config, device, dtype)
     optimizer = make_optimizer(model, config.optimizer)
     if config.engine == "single":
         return SingleEngine(model, optimizer, device, dtype)

@@ -44,10 +44,12 @@ def kernels_of_documents(monkeypatch):
         assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k)
         assert longest_q == longest_k >= bounds_q.diff().max()
         pieces = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in pairwise(bounds_q)]
-        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*own).transpose(0, 1) for own in pieces])
+        options = {"enable_gqa": q.shape[1] != k.shape[1]}
+        out = [torch.nn.functional.scaled_dot_product_attention(*own, **options) for own in pieces]
+        return torch.cat([piece.transpose(0, 1) for piece in out])
 
     monkeypatch.setattr(attention_module, "_flash_varlen", lambda: kernel)
-    monkeypatch.setattr(attention_module, "_torch_varlen", lambda: kernel)
+    monkeypatch.setattr(attention_module, "_torch_varlen", lambda *, grouped: kernel)
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "varlen"])
@@ -130,8 +132,10 @@ def test_bounds_of_a_batch():
     assert packing.bounds_C.tolist() == [0, 2, 4, 5, 8, 12], "the same number in two samples is two documents"
 
 
-def test_kernels_of_documents_agree_in_a_batch():
-    q, k, v = (torch.randn(3, 4, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_kernels_of_documents_agree_in_a_batch(kv_heads):
+    heads = (2, kv_heads, kv_heads)
+    q, k, v = (torch.randn(3, 4, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(heads))
     packing = make_packing(torch.tensor([[3, 3, 4, 4], [4, 5, 5, 5], [0, 0, 0, 0]]))
     expected = attend(q, k, v, "sdpa", packing.allowed_B1LL)
     for backend in ("varlen", "flash"):
