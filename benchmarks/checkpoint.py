@@ -42,8 +42,7 @@ def main() -> None:
 
         def save(kind: str) -> None:
             state.step += 1
-            copy = kind == "asynchronous"
-            writers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, "", copy=copy))
+            writers[kind].save(snapshot(engine, ema, state, spec, manifest, tokenizer, ""))
 
         timings = interleave(
             {kind: lambda kind=kind: save(kind) for kind in writers},  # type: ignore[misc]

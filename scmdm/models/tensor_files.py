@@ -2,27 +2,37 @@
 
 Every rank writes its shards into one file of a directory. Readers, of any number of ranks, fetch the slices that they
 need. Nothing is pickled.
+
+torch's `HuggingFaceStorageReader` reads the files. Its writer is not used: it holds a rank's shards twice more in
+memory, and plans a save with collectives whose size grows with the number of ranks. Which rank writes a replica follows
+from names and placements, so that a save needs one gather, of the hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from scmdm.errors import UserError
 from scmdm.models.safetensors_headers import SUFFIX, Header, StoredTensor, read_header
+from scmdm.models.safetensors_writer import write_file
+from scmdm.system.hashing import FileHash
 from scmdm.system.untrusted import describe, parse_as, parse_json, reading
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
@@ -37,18 +47,106 @@ class _Placed:
     saved_offsets: list[int]
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors (plain or DTensor) into `directory`. All ranks of `group` (None: all ranks) call this together.
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    before: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, FileHash]:
+    """Write tensors (plain, the same on all ranks, or DTensors) into `directory`.
 
-    Raises OSError when a rank cannot write.
+    All ranks of `group` (None: all ranks) call this together, with one collective. On rank 0 it returns the hash of
+    every rank's file by name; elsewhere nothing. `values` holds this rank's part of each tensor if it is not to be read
+    from `tensors`; `before` is called first, and may wait for them.
+
+    Raises what this rank's part raised. On rank 0 it raises OSError when another rank failed, of any cause.
     """
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    rank = dist.get_rank(group) if world > 1 else 0
+    written, failure = _Written(), None
     try:
-        with _no_warnings():
-            alone = not dist.is_initialized()
-            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
-    except CheckpointException as error:
-        raise _cause(error) from error
+        before()
+        written = _write_part(directory, tensors, values, rank, world)
+    except BaseException as error:  # noqa: BLE001 - the other ranks wait in the gather, and must learn of any failure
+        written, failure = _Written(problem=f"rank {rank}: {describe(error)}"), error
+    found = _gather(written, group, world)
+    if failure is not None:
+        raise failure
+    if rank != 0:
+        return {}
+    for part in found:
+        if part.problem:
+            raise OSError(errno.EIO, part.problem, str(directory))
+    expected = sum(tensor.nbytes for tensor in tensors.values())
+    if (total := sum(part.tensor_bytes for part in found)) != expected:
+        raise OSError(errno.EIO, f"{len(found)} ranks wrote {total} bytes of tensors instead of {expected}")
+    return {name: hashed for part in found for name, hashed in part.files.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What a rank has written."""
+
+    files: dict[str, FileHash] = dataclasses.field(default_factory=dict)
+    tensor_bytes: int = 0
+    problem: str = ""
+
+
+def _write_part(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor] | None, rank: int, world: int
+) -> _Written:
+    own, offsets = {}, {}
+    for number, name in enumerate(sorted(tensors)):
+        if _is_ours(tensors[name], number, rank, world):
+            own[name] = (tensors if values is None else values)[name]
+            own[name] = own[name].to_local() if isinstance(own[name], DTensor) else own[name]
+            offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
+    if not own:
+        return _Written()
+    name = f"shard-{rank + 1:05}-model-00001-of-00001{SUFFIX}"  # as torch names it
+    directory.mkdir(exist_ok=True)
+    metadata = {_SHARDING_INFO: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    hashed = write_file(directory / name, own, metadata)
+    return _Written({name: hashed}, sum(value.nbytes for value in own.values()))
+
+
+def _is_ours(tensor: Tensor, number: int, rank: int, world: int) -> bool:
+    """Return whether this rank writes its part of the tensor: of replicas, the one that the tensor's number chooses."""
+    if not isinstance(tensor, DTensor):
+        return number % world == rank
+    position, replicas, ours = 0, 1, 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for place, size, at in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+        assert place.is_shard() or place.is_replicate()
+        if place.is_replicate():
+            position, replicas = position * size + at, replicas * size
+        elif not tensor.numel():
+            ours += at  # a tensor without elements is written once
+    return position == number % replicas and ours == 0 and (tensor.to_local().numel() > 0 or not tensor.numel())
+
+
+def _offsets_of(name: str, tensor: Tensor) -> list[int]:
+    """Return where this rank's part begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.dim()
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner({name: tensor}, is_coordinator=True)
+    (item,) = planner.create_local_plan().items
+    assert item.tensor_data is not None
+    return list(item.tensor_data.chunk.offsets)
+
+
+def _gather(written: _Written, group: dist.ProcessGroup | None, world: int) -> list[_Written]:
+    """Return what every rank has written on rank 0, and only this rank's elsewhere."""
+    if world == 1:
+        return [written]
+    first = dist.get_rank(group) == 0
+    box: list[Any] | None = [None] * world if first else None
+    dist.gather_object(written, box, group=group, group_dst=0)
+    return box if box is not None else [written]
 
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:

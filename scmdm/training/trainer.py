@@ -205,6 +205,5 @@ def _save(run: TrainingRun, writer: CheckpointWriter, validated: float | None, *
         state.best_nelbo, state.best_step = validated, state.step
     run.spec.step, run.spec.tokens = state.step, state.tokens
     tokenizer = run.data.tokenizer_file
-    copy = config.train.async_checkpoint and not wait
-    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, config_yaml(config), copy=copy)
+    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, config_yaml(config))
     writer.save(captured, wait=wait)
