@@ -32,7 +32,7 @@ from scmdm.errors import InUseError, UserError
 from scmdm.models.model_files import TENSORS, ModelSpec, write_model_files
 from scmdm.models.tensor_files import write_tensors
 from scmdm.system.files import atomic_directory, atomic_write_text, fsync_path, json_text
-from scmdm.system.lease import Lease
+from scmdm.system.lease import Fence
 from scmdm.system.process_group import broadcast, first_found
 from scmdm.system.run_directory import CONFIG_FILE, LATEST_FILE
 from scmdm.system.untrusted import describe
@@ -74,8 +74,8 @@ def snapshot(
 class CheckpointWriter:
     """Writer of the checkpoints of one run. All ranks call every method together.
 
-    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over. Present
-    checkpoints after `resumed_step` are damaged, otherwise the run would have resumed from them.
+    Nothing is written after another process has taken over the run of `fence`. Present checkpoints after `resumed_step`
+    are damaged, otherwise the run would have resumed from them.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class CheckpointWriter:
         directory: Path,
         engine: Engine,
         config: TrainConfig,
-        lease: Lease | None = None,
+        fence: Fence | None = None,
         *,
         resumed_step: int | None = None,
     ) -> None:
-        self._directory, self._config, self._lease = directory, config, lease
+        self._directory, self._config, self._fence = directory, config, fence
         self._main = engine.rank == 0
         known = [] if resumed_step is None else list_checkpoints(directory)
         self._damaged = {path.name for path in known if step_of(path) > (resumed_step or 0)}
@@ -172,10 +172,12 @@ class CheckpointWriter:
                 self._require_lease()
                 atomic_write_text(self._directory / LATEST_FILE, final.name + "\n")
                 self._damaged.discard(final.name)
-                remove_old_checkpoints(self._directory, final, self._config, captured.best_step, self._damaged)
+                remove_old_checkpoints(
+                    self._directory, final, self._config, captured.best_step, self._damaged, before=self._require_lease
+                )
         except UserError as error:
             self._problem = error
-        except BaseException as error:  # noqa: BLE001 - lost in a thread, where the save would count as complete
+        except BaseException as error:  # lost in a thread, where the save would count as complete
             self._problem = UserError(f"cannot write {final}: {describe(error)}; free space or choose another place")
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # such as KeyboardInterrupt
@@ -188,7 +190,13 @@ class CheckpointWriter:
     ) -> None:
         """Write and flush everything; on rank 0 also seal it."""
         tensors = temporary / TENSORS
-        values, before = (staged.values, staged.wait) if staged is not None else (None, lambda: None)
+        values = staged.values if staged is not None else None
+
+        def before() -> None:
+            self._require_lease()
+            if staged is not None:
+                staged.wait()
+
         hashes = write_tensors(tensors, captured.tensors, values=values, before=before, group=group)
         if not self._main:
             return
@@ -199,8 +207,8 @@ class CheckpointWriter:
         self._require_lease()
 
     def _require_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.require()
+        if self._fence is not None:
+            self._fence.require()
 
     def _agree(self, *, strict: bool) -> None:
         """Agree with the other ranks on the result of a save."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
+from scmdm.checkpoint.verification import Verification
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.stored import read_stored_config
@@ -47,7 +48,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
 
     Raises UserError when the layout `config.format` cannot represent the model.
     """
-    stored = open_model(find_model(path))
+    stored = open_model(find_model(path, Verification("share", weights=config.weights)))
     layout: PublishedLayout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
     if layout is not None:
         check_writable(layout, stored.spec.model)

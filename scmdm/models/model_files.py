@@ -26,7 +26,7 @@ from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import add_adapters, is_added
 from scmdm.models.network import Network
 from scmdm.models.safetensors_headers import StoredTensor, require_finite_all
-from scmdm.models.tensor_files import read_tensors, tensor_shapes
+from scmdm.models.tensor_files import read_tensors, tensor_shapes, used_ranges
 from scmdm.system.files import atomic_write_text, sha256_file
 from scmdm.system.untrusted import name_inside, parse_as, read_json
 
@@ -271,6 +271,16 @@ def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[
         read_tensors(found.place, {found.keys[name]: value for name, value in batch.items()}, alone=True)
         require_finite_all(batch.items(), found.place)
         yield from batch.items()
+
+
+def used_bytes(directory: Path, *, weights: str = "ema") -> dict[str, list[tuple[int, int]]]:
+    """Return by file, relative to `directory`, the ranges of bytes that a reader of `weights` uses.
+
+    Optimizer state is not among them. Raises UserError when a file is damaged.
+    """
+    found = _stored(directory, weights)
+    ranges = used_ranges(found.place, found.keys.values())
+    return {str((found.place / name).relative_to(directory)): used for name, used in ranges.items()}
 
 
 def _stored(directory: Path, weights: str) -> StoredWeights:

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,36 @@ def tensor_shapes(directory: Path) -> dict[str, StoredTensor]:
 
     Raises UserError when a file is damaged, or when the shards of a tensor do not make it up exactly.
     """
+    return {name: _whole(parts) for name, parts in _shards(_headers(directory)).items()}
+
+
+def used_ranges(directory: Path, names: Collection[str]) -> dict[str, list[tuple[int, int]]]:
+    """Return by file the ranges of bytes that a reader of the tensors `names` uses: all headers, and those tensors.
+
+    Raises UserError when a header is damaged.
+    """
+    return {
+        path.name: [(0, header.bytes), *((t.begin, t.end) for name, t in header.tensors.items() if name in names)]
+        for path, header in _headers(directory).items()
+    }
+
+
+def _headers(directory: Path) -> dict[Path, Header]:
     with reading(directory, "directory of tensors", _REMEDY):
         files = sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
-    shards: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
-    for path in files:
-        header = read_header(path)
+    return {path: read_header(path) for path in files}
+
+
+_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
+
+
+def _shards(headers: Mapping[Path, Header]) -> _Shards:
+    found: _Shards = {}
+    for path, header in headers.items():
         offsets = _offsets(path, header)
         for name, tensor in header.tensors.items():
-            shards.setdefault(name, []).append((offsets.get(name, (0,) * len(tensor.shape)), tensor))
-    return {name: _whole(parts) for name, parts in shards.items()}
+            found.setdefault(name, []).append((offsets.get(name, (0,) * len(tensor.shape)), tensor))
+    return found
 
 
 def _offsets(path: Path, header: Header) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**23
 _BUFFER = 2**20  # bytes
 
 

@@ -72,6 +72,11 @@ def process_group(
         dist.destroy_process_group()
 
 
+def is_parallel() -> bool:
+    """Return whether collectives reach other processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
