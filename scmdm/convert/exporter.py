@@ -62,7 +62,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     with atomic_directory(out) as temporary:
         if config.format == "scmdm":
             _write_description(stored, temporary)
-            write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
+            written = write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
         elif config.format == "peft":
             _write_adapters(stored, temporary, config)
         elif config.format == "hub":
@@ -73,7 +73,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
         described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
         atomic_write_text(temporary / "README.md", model_card(described, config, layout))
         if config.format == "scmdm":
-            seal(temporary)
+            seal(temporary, written)
     return out
 
 

@@ -181,6 +181,38 @@ def used_ranges(directory: Path, names: Collection[str]) -> dict[str, list[tuple
     }
 
 
+def iterate_tensors(directory: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors whole onto the CPU, one at a time, in the order of `names` and in their stored dtype.
+
+    Only one tensor is in memory, and no file is mapped. Raises UserError when a file is damaged.
+    """
+    shards = _shards(_headers(directory))
+    for name in names:
+        parts = shards[name]
+        whole = _whole(parts)
+        tensor = torch.empty(whole.shape, dtype=whole.dtype)
+        for offsets, part in parts:
+            place = tensor[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape, strict=True))]
+            if place.is_contiguous():
+                _read_into(part, place)
+            else:
+                _read_into(part, columns := torch.empty(part.shape, dtype=part.dtype))
+                place.copy_(columns)
+        yield name, tensor
+
+
+def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
+    """Read a tensor of a file into a contiguous one of its shape."""
+    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with reading(stored.file, "safetensors file", _REMEDY), stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.begin)
+        while len(left):
+            count = file.readinto(left)
+            if not count:
+                raise EOFError(f"{stored.name} is incomplete")
+            left = left[count:]
+
+
 def _headers(directory: Path) -> dict[Path, Header]:
     with reading(directory, "directory of tensors", _REMEDY):
         files = sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
