@@ -31,4 +31,4 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of a tensor's bytes; a copy if it is on a device or not contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -203,7 +203,7 @@ def iterate_tensors(directory: Path, names: Collection[str]) -> Iterator[tuple[s
 
 def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
     """Read a tensor of a file into a contiguous one of its shape."""
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
     with reading(stored.file, "safetensors file", _REMEDY), stored.file.open("rb", buffering=0) as file:
         file.seek(stored.begin)
         while len(left):

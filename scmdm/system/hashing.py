@@ -80,7 +80,8 @@ class HashingFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises OSError when the disk is full."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        assert view.itemsize == 1
         while len(view):
             part = view[: min(_BUFFER, self._chunk - self._in_chunk)]
             count = self._file.write(part)
