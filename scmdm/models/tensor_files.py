@@ -100,8 +100,8 @@ def _write_part(
     own, offsets = {}, {}
     for number, name in enumerate(sorted(tensors)):
         if _is_ours(tensors[name], number, rank, world):
-            own[name] = (tensors if values is None else values)[name]
-            own[name] = own[name].to_local() if isinstance(own[name], DTensor) else own[name]
+            value = (tensors if values is None else values)[name]
+            own[name] = value.to_local() if isinstance(value, DTensor) else value
             offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
     if not own:
         return _Written()
