@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import interleave, show
+from scmdm.checkpoint.model_verification import Verification, first_problem
 from scmdm.checkpoint.reader import list_checkpoints
 from scmdm.checkpoint.train_state import TrainState
-from scmdm.checkpoint.verification import Verification, first_problem
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import RunConfig
 from scmdm.config.training import EmaConfig, TrainConfig

@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from scmdm.checkpoint.model_verification import ALONE, Verification, first_problem
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
-from scmdm.checkpoint.verification import ALONE, Verification, first_problem
 from scmdm.config.shipped import explain_missing
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine

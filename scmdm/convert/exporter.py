@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
-from scmdm.checkpoint.verification import Verification
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.stored import read_stored_config

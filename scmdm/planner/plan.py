@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
-from scmdm.checkpoint.verification import Verification
 from scmdm.config.fields import key
 from scmdm.config.run import RunConfig
 from scmdm.config.training import TrainConfig

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
-from scmdm.checkpoint.verification import Verification
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample

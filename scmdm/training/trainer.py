@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import sha256_of_model
-from scmdm.checkpoint.verification import Verification
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import RunConfig
 from scmdm.data.loader import build_loader, epochs

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import load_checkpoint, newest_checkpoint
 from scmdm.checkpoint.train_state import TrainState
-from scmdm.checkpoint.verification import Verification
 from scmdm.config.loading import to_yaml
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from scmdm.checkpoint.model_verification import Verification, first_problem
 from scmdm.checkpoint.reader import checkpoint_name, list_checkpoints, newest_checkpoint
-from scmdm.checkpoint.verification import Verification, first_problem
 from scmdm.checkpoint.writer import CheckpointWriter, Snapshot
 from scmdm.config.training import TrainConfig
 from scmdm.errors import UserError

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 import scmdm
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model, list_checkpoints, newest_checkpoint
 from scmdm.checkpoint.seal import verify_checkpoint
-from scmdm.checkpoint.verification import Verification
 from scmdm.cli import main
 from scmdm.errors import UserError
 from scmdm.models.model_files import read_model
