@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from scmdm.checkpoint.seal import find_problems
+from scmdm.checkpoint.model_verification import ALONE, Verification, first_problem
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, trained_groups, with_prefixes
 from scmdm.config.shipped import explain_missing
 from scmdm.distributed.ema import Ema
@@ -18,6 +18,7 @@ from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.models.model_files import MODEL_FILE, TENSORS, WEIGHTS_PREFIX
 from scmdm.models.tensor_files import read_tensors
+from scmdm.system.process_group import broadcast, current_world
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LATEST_FILE
 from scmdm.system.untrusted import parse_as, read_json
 
@@ -44,11 +45,15 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, None if there is none, and a problem of each newer one."""
+def newest_checkpoint(directory: Path, how: Verification = ALONE) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, None if there is none, and a problem of each newer one.
+
+    All ranks call this together if `how.together` is set.
+    """
     skipped: list[str] = []
-    for path in reversed(list_checkpoints(directory)):
-        problem = next(find_problems(path, needed=_NEEDED), None)
+    listed = list_checkpoints(directory)
+    for path in reversed(broadcast(listed) if how.together else listed):
+        problem = first_problem(path, how, needed=_NEEDED)
         if problem is None:
             return path, skipped
         skipped.append(f"skipped {path.name}: {problem}")
@@ -79,20 +84,21 @@ def load_checkpoint(path: Path, engine: Engine, ema: Ema | None) -> TrainState:
     return state
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path, how: Verification = ALONE) -> Path:
     """Return the model directory at `path`: `path` itself, or the newest undamaged checkpoint of a run.
 
     A run may be given as its directory, its folder of checkpoints, or `latest` in that folder. Raises UserError if
-    there is none, or if `path` is a damaged model directory.
+    there is none, or if `path` is a damaged model directory. All ranks call this together if `how.together` is set.
     """
-    if (path / MODEL_FILE).is_file():
-        problem = next(find_problems(path), None)
+    itself = (path / MODEL_FILE).is_file()
+    if broadcast(itself) if how.together else itself:
+        problem = first_problem(path, how)
         if problem is not None:
             raise UserError(f"{problem}; use another checkpoint (see `scmdm checkpoint list RUN`)")
         return path
     folder = checkpoints_of(path)
-    checkpoint, skipped = newest_checkpoint(folder)
-    for line in skipped if checkpoint is not None else ():
+    checkpoint, skipped = newest_checkpoint(folder, how)
+    for line in skipped if checkpoint is not None and (current_world().is_main or not how.together) else ():
         logger.warning("%s: %s", path, line)
     if checkpoint is None:
         if not os.path.lexists(path):

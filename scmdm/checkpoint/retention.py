@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from scmdm.checkpoint.reader import list_checkpoints, step_of
@@ -17,13 +17,19 @@ logger = logging.getLogger("scmdm")
 
 
 def remove_old_checkpoints(
-    directory: Path, newest: Path, config: TrainConfig, best_step: int | None, damaged: Collection[str] = ()
+    directory: Path,
+    newest: Path,
+    config: TrainConfig,
+    best_step: int | None,
+    damaged: Collection[str] = (),
+    *,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Remove all checkpoints except those that the configuration keeps.
 
     It keeps the last `train.keep_last` up to `newest`, one every `train.keep_every` steps, and with `train.keep_best`
     that of `best_step`. Checkpoints after `newest` are removed, and those whose names are in `damaged`: the run resumed
-    before them because they were damaged.
+    before them because they were damaged. `before` is called before each removal, and may raise.
     """
     found = list_checkpoints(directory)
     earlier = [path for path in found[: found.index(newest)] if path.name not in damaged]
@@ -35,6 +41,7 @@ def remove_old_checkpoints(
     for path in found:
         if path in kept:
             continue
+        before()
         try:
             _retire(path)
         except OSError as error:  # the new checkpoint is complete all the same

@@ -1,9 +1,10 @@
 """Write checkpoints, in the background if configured.
 
-A save has three parts. `snapshot` captures this rank's tensors and everything else that is stored; training waits for
-it. Then every rank writes its tensors into a directory with a temporary name. Finally rank 0 seals and renames the
-directory, updates the pointer to the newest checkpoint and removes old ones. With `train.async_checkpoint` the last two
-parts run in a thread with a process group of its own; the ranks agree on the result at the next save, or at the end.
+A save has three parts. First this rank's tensors, and everything else that is stored, are captured; training waits for
+it. Then every rank writes its tensors into a directory with a temporary name, and hashes them while it writes. Finally
+rank 0 seals the hashes that it has gathered, renames the directory, updates the pointer to the newest checkpoint and
+removes old ones. With `train.async_checkpoint` tensors are captured in host memory, and the last two parts run in a
+thread with a process group of its own; the ranks agree on the result at the next save, or at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from scmdm.checkpoint.reader import checkpoint_name, list_checkpoints, step_of
 from scmdm.checkpoint.retention import remove_old_checkpoints
 from scmdm.checkpoint.seal import seal
+from scmdm.checkpoint.staging import HostBuffers, Staged
 from scmdm.checkpoint.train_state import STATE_FILE, TrainState, named_tensors
 from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
@@ -29,10 +31,11 @@ from scmdm.distributed.engine import Engine
 from scmdm.errors import InUseError, UserError
 from scmdm.models.model_files import TENSORS, ModelSpec, write_model_files
 from scmdm.models.tensor_files import write_tensors
-from scmdm.system.files import atomic_directory, atomic_write_text, json_text
-from scmdm.system.lease import Lease
-from scmdm.system.process_group import all_gather_object, broadcast
+from scmdm.system.files import atomic_directory, atomic_write_text, fsync_path, json_text
+from scmdm.system.lease import Fence
+from scmdm.system.process_group import broadcast, first_found
 from scmdm.system.run_directory import CONFIG_FILE, LATEST_FILE
+from scmdm.system.untrusted import describe
 
 logger = logging.getLogger("scmdm")
 
@@ -55,13 +58,9 @@ def snapshot(
     manifest: Manifest,
     tokenizer_file: Path,
     config_yaml: str,
-    *,
-    copy: bool,
 ) -> Snapshot:
-    """Capture the present state. With `copy`, tensors are copied to host memory, so that training may continue."""
+    """Describe the present state. Its tensors are the engine's own, which `CheckpointWriter.save` copies if needed."""
     tensors = named_tensors(engine, ema)
-    if copy:
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     state_json, spec = json_text(asdict(state), indent=2), ModelSpec(**vars(spec))
 
     def write_files(directory: Path) -> None:
@@ -75,8 +74,8 @@ def snapshot(
 class CheckpointWriter:
     """Writer of the checkpoints of one run. All ranks call every method together.
 
-    Rank 0 holds `lease`, of the run directory; nothing is committed after another process has taken it over. Present
-    checkpoints after `resumed_step` are damaged, otherwise the run would have resumed from them.
+    Nothing is written after another process has taken over the run of `fence`. Present checkpoints after `resumed_step`
+    are damaged, otherwise the run would have resumed from them.
     """
 
     def __init__(
@@ -84,16 +83,17 @@ class CheckpointWriter:
         directory: Path,
         engine: Engine,
         config: TrainConfig,
-        lease: Lease | None = None,
+        fence: Fence | None = None,
         *,
         resumed_step: int | None = None,
     ) -> None:
-        self._directory, self._config, self._lease = directory, config, lease
+        self._directory, self._config, self._fence = directory, config, fence
         self._main = engine.rank == 0
         known = [] if resumed_step is None else list_checkpoints(directory)
         self._damaged = {path.name for path in known if step_of(path) > (resumed_step or 0)}
         self._thread: threading.Thread | None = None
         self._problem: UserError | None = None
+        self._buffers = HostBuffers()
         background = config.async_checkpoint and dist.is_initialized()
         # The thread has its own group: its collectives must not interleave with those of the step.
         self._group = dist.new_group(backend="gloo") if background else None
@@ -109,13 +109,26 @@ class CheckpointWriter:
         final = self._directory / checkpoint_name(captured.step)
         stack, temporary = self._stage(final)
         if temporary is not None and self._config.async_checkpoint and not wait:
-            arguments = (captured, stack, temporary, final, self._group)
+            arguments = (captured, self._copy(captured), stack, temporary, final, self._group)
+            self._problem = UserError(f"cannot write {final}: its thread has ended; start the run again")
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
             return
         if temporary is not None:
-            self._write(captured, stack, temporary, final, None)
+            self._write(captured, None, stack, temporary, final, None)
         self._agree(strict=wait)
+
+    def _copy(self, captured: Snapshot) -> Staged:
+        """Copy tensors to host memory. A failure is raised in the thread, where the other ranks learn of it."""
+        try:
+            return self._buffers.stage(captured.tensors)
+        except Exception as error:  # noqa: BLE001 - such as page-locked memory that the system refuses
+            failure = error
+
+        def fail() -> None:
+            raise failure
+
+        return Staged({}, fail)
 
     def finish(self) -> None:
         """Wait for the save in progress, if any. Raises as `save` does."""
@@ -137,50 +150,72 @@ class CheckpointWriter:
             try:
                 self._require_lease()
                 # An existing checkpoint of that name is damaged, otherwise the run would have resumed from it.
-                temporary = stack.enter_context(atomic_directory(final, replace=True))
+                temporary = stack.enter_context(atomic_directory(final, replace=True, flushed=True))
             except UserError as error:
                 self._problem = error
         return stack, broadcast(temporary)
 
     def _write(
-        self, captured: Snapshot, stack: ExitStack, temporary: Path, final: Path, group: dist.ProcessGroup | None
+        self,
+        captured: Snapshot,
+        staged: Staged | None,
+        stack: ExitStack,
+        temporary: Path,
+        final: Path,
+        group: dist.ProcessGroup | None,
     ) -> None:
         """Write this rank's tensors; on rank 0 also commit. Failures are kept for `_agree`, in the calling thread."""
         try:
             with stack:
-                write_tensors(temporary / TENSORS, captured.tensors, group=group)
-                if self._main:
-                    captured.write_files(temporary)
-                    seal(temporary)
-                    self._require_lease()  # leaving the block renames the directory
+                self._write_files(captured, staged, temporary, group)  # leaving the block renames the directory
             if self._main:
                 self._require_lease()
                 atomic_write_text(self._directory / LATEST_FILE, final.name + "\n")
                 self._damaged.discard(final.name)
-                remove_old_checkpoints(self._directory, final, self._config, captured.best_step, self._damaged)
+                remove_old_checkpoints(
+                    self._directory, final, self._config, captured.best_step, self._damaged, before=self._require_lease
+                )
         except UserError as error:
             self._problem = error
-        except OSError as error:
-            self._problem = UserError(
-                f"cannot write {final}: {error.strerror or error}; free space or choose another place"
-            )
-        except Exception as error:  # noqa: BLE001 - lost in a thread, where the save would count as complete
-            reason = " ".join(str(error).split())[:200]  # such as another rank's failure during a collective
-            self._problem = UserError(f"cannot write {final}: {type(error).__name__}: {reason}")
+        except BaseException as error:  # lost in a thread, where the save would count as complete
+            self._problem = UserError(f"cannot write {final}: {describe(error)}; free space or choose another place")
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # such as KeyboardInterrupt
         else:
+            self._problem = None
             logger.info("saved %s", final)
 
+    def _write_files(
+        self, captured: Snapshot, staged: Staged | None, temporary: Path, group: dist.ProcessGroup | None
+    ) -> None:
+        """Write and flush everything; on rank 0 also seal it."""
+        tensors = temporary / TENSORS
+        values = staged.values if staged is not None else None
+
+        def before() -> None:
+            self._require_lease()
+            if staged is not None:
+                staged.wait()
+
+        hashes = write_tensors(tensors, captured.tensors, values=values, before=before, group=group)
+        if not self._main:
+            return
+        captured.write_files(temporary)
+        seal(temporary, {f"{TENSORS}/{name}": found for name, found in hashes.items()})
+        for path in [*temporary.iterdir(), temporary]:  # the ranks have flushed their files
+            fsync_path(path)
+        self._require_lease()
+
     def _require_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.require()
+        if self._fence is not None:
+            self._fence.require()
 
     def _agree(self, *, strict: bool) -> None:
         """Agree with the other ranks on the result of a save."""
-        problems = [problem for problem in all_gather_object(self._problem) if problem is not None]
-        self._problem = None
-        if not problems:
+        problem, self._problem = first_found(self._problem), None
+        if problem is None:
             return
-        lost = [problem for problem in problems if isinstance(problem, InUseError)]
-        if lost or strict or self._config.on_save_error == "stop":
-            raise (lost or problems)[0]
-        logger.warning("%s; continuing with the previous checkpoint", problems[0])
+        # Only rank 0, the first, has a lease to lose.
+        if strict or isinstance(problem, InUseError) or self._config.on_save_error == "stop":
+            raise problem
+        logger.warning("%s; continuing with the previous checkpoint", problem)

@@ -38,6 +38,17 @@ def threads_key(*, on_resume: bool = False) -> Any:
     return key(0, help="CPU threads; 0: one per core", at_least=0, at_most=1024, on_resume=on_resume)
 
 
+def verify_key(*, on_resume: bool = False) -> Any:
+    """Declare how a model's files are verified before they are used."""
+    return key(
+        "share",
+        help="before a model is used; share: each process hashes its share of what is used; full: the first process "
+        "hashes every file; sizes: only names and sizes are compared",
+        choices=("share", "full", "sizes"),
+        on_resume=on_resume,
+    )
+
+
 def weights_key() -> Any:
     """Declare the choice between averaged and raw weights."""
     return key("ema", help="weights to use; ema: the averages, where the model has them", choices=("ema", "raw"))

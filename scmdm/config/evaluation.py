@@ -15,6 +15,7 @@ from scmdm.config.common import (
     device_key,
     precision_key,
     threads_key,
+    verify_key,
     weights_key,
 )
 from scmdm.config.fields import PathKind, key, require
@@ -83,6 +84,7 @@ class EvaluateConfig:
         help="JSON file; null: in evaluations/ of the run, or in evaluations/MODEL here for a model without a run",
     )
     weights: str = weights_key()
+    verify: str = verify_key()
     device: str = device_key()
     precision: str = precision_key()
     threads: int = threads_key()

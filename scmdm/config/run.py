@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.common import device_key, precision_key, seed_key, threads_key
+from scmdm.config.common import device_key, precision_key, seed_key, threads_key, verify_key
 from scmdm.config.data import DataConfig
 from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
 from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
@@ -30,6 +30,7 @@ class RunConfig:
     base: str | None = key(
         None, path=PathKind.INPUT, help="adapt: run, checkpoint or exported model to start from", on_resume=True
     )
+    verify: str = verify_key(on_resume=True)
     any_length: bool = key(False, help="adapt: allow samples of another length than the base's")
     seed: int = seed_key()
     device: str = device_key(on_resume=True)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from scmdm.config.common import batch_size_key, device_key, precision_key, seed_key, threads_key, weights_key
+from scmdm.config.common import (
+    batch_size_key,
+    device_key,
+    precision_key,
+    seed_key,
+    threads_key,
+    verify_key,
+    weights_key,
+)
 from scmdm.config.fields import PathKind, key, require
 from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.errors import UserError
@@ -225,6 +233,7 @@ class SampleConfig:
         help=f"file to write, its format by its suffix ({', '.join(SAMPLE_FORMATS)}); null: print the texts",
     )
     weights: str = weights_key()
+    verify: str = verify_key()
     device: str = device_key()
     precision: str = precision_key()
     threads: int = threads_key()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
@@ -47,7 +48,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
 
     Raises UserError when the layout `config.format` cannot represent the model.
     """
-    stored = open_model(find_model(path))
+    stored = open_model(find_model(path, Verification("share", weights=config.weights)))
     layout: PublishedLayout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
     if layout is not None:
         check_writable(layout, stored.spec.model)
@@ -61,7 +62,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     with atomic_directory(out) as temporary:
         if config.format == "scmdm":
             _write_description(stored, temporary)
-            write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
+            written = write_shards(temporary / WEIGHTS_FILE, _weights(stored, config), limit)
         elif config.format == "peft":
             _write_adapters(stored, temporary, config)
         elif config.format == "hub":
@@ -72,7 +73,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
         described = stored if config.format == "peft" else replace(stored, spec=_merged_spec(stored.spec))
         atomic_write_text(temporary / "README.md", model_card(described, config, layout))
         if config.format == "scmdm":
-            seal(temporary)
+            seal(temporary, written)
     return out
 
 

@@ -90,8 +90,7 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
         parameters = _check_shapes(source, names, plan)
         _check_left_out(source, layout, names, plan.spec)
         write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
-        write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes)
-        seal(temporary)
+        seal(temporary, write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes))
     return Imported(layout.name, plan.spec, parameters, plan.notes)
 
 

@@ -47,7 +47,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    loaded = load(path, weights=config.weights, device=config.device)
+    loaded = load(path, weights=config.weights, device=config.device, verify=config.verify)
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
     name = domain_of(manifest) if config.domain == "auto" else config.domain

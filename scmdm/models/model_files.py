@@ -25,8 +25,8 @@ from scmdm.errors import UserError
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import add_adapters, is_added
 from scmdm.models.network import Network
-from scmdm.models.safetensors_headers import StoredTensor, require_finite_all
-from scmdm.models.tensor_files import read_tensors, tensor_shapes
+from scmdm.models.safetensors_headers import StoredTensor, require_finite, require_finite_all
+from scmdm.models.tensor_files import iterate_tensors, read_tensors, tensor_shapes, used_ranges
 from scmdm.system.files import atomic_write_text, sha256_file
 from scmdm.system.untrusted import name_inside, parse_as, read_json
 
@@ -37,7 +37,6 @@ LONGEST = 2**24  # tokens of a sample
 _FORMAT = 1
 _LARGEST_DESCRIPTION = 2**20  # bytes of `model.json`
 _RESTORE = "use another checkpoint, or export the model again"
-_READ_AT_ONCE = 2**30  # bytes of tensors in memory at a time
 
 
 @dataclass
@@ -259,18 +258,23 @@ def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
 def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:
     """Iterate over the tensors of a model directory in the order of their names, in their stored dtype.
 
-    At most about 1 GiB of them is in memory at a time; `weights` as in `read_model`.
+    One of them is in memory at a time; `weights` as in `read_model`.
     """
     found = _stored(directory, weights)
-    names = sorted(found.tensors)
-    while names:
-        batch: dict[str, Tensor] = {}
-        while names and (not batch or sum(value.nbytes for value in batch.values()) < _READ_AT_ONCE):
-            tensor = found.tensors[name := names.pop(0)]
-            batch[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        read_tensors(found.place, {found.keys[name]: value for name, value in batch.items()}, alone=True)
-        require_finite_all(batch.items(), found.place)
-        yield from batch.items()
+    names = {found.keys[name]: name for name in sorted(found.tensors)}
+    for stored_name, tensor in iterate_tensors(found.place, names):
+        require_finite(names[stored_name], tensor, found.place)
+        yield names[stored_name], tensor
+
+
+def used_bytes(directory: Path, *, weights: str = "ema") -> dict[str, list[tuple[int, int]]]:
+    """Return by file, relative to `directory`, the ranges of bytes that a reader of `weights` uses.
+
+    Optimizer state is not among them. Raises UserError when a file is damaged.
+    """
+    found = _stored(directory, weights)
+    ranges = used_ranges(found.place, found.keys.values())
+    return {str((found.place / name).relative_to(directory)): used for name, used in ranges.items()}
 
 
 def _stored(directory: Path, weights: str) -> StoredWeights:

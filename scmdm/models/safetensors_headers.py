@@ -6,9 +6,10 @@ for many of them. Here a header is read once, with bounds, and every refusal nam
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _LARGEST_HEADER = 2**24  # bytes, about 150,000 tensors
 _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 8
 _FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 _BYTES = {
     **{name: dtype.itemsize for name, dtype in _FLOATING.items()},
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -52,6 +54,12 @@ class StoredTensor:
     name: str
     dtype_name: str
     shape: torch.Size
+    begin: int = 0  # of its bytes in the file; meaningless for a tensor that is made up of shards
+
+    @property
+    def end(self) -> int:
+        """End of its bytes in the file."""
+        return self.begin + math.prod(self.shape) * _BYTES[self.dtype_name]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,6 +78,7 @@ class Header:
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0  # before the first tensor
 
 
 def read_header(path: Path) -> Header:
@@ -89,8 +98,31 @@ def read_header(path: Path) -> Header:
     metadata = parse_as(dict[str, str], content.pop(_METADATA, None) or {}, f"{path}, {_METADATA}")
     entries = parse_as(dict[str, _Entry], content, path)
     _check_places(path, entries, size - 8 - length)
-    found = {name: StoredTensor(path, name, entry.dtype, torch.Size(entry.shape)) for name, entry in entries.items()}
-    return Header(found, metadata)
+    found = {
+        name: StoredTensor(path, name, entry.dtype, torch.Size(entry.shape), 8 + length + entry.data_offsets[0])
+        for name, entry in entries.items()
+    }
+    return Header(found, metadata, 8 + length)
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the beginning of a safetensors file whose tensors follow in the order of `tensors`, without gaps.
+
+    Tensors of larger elements must come first, so that each is aligned.
+    """
+    content: dict[str, Any] = {_METADATA: dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        content[name] = asdict(_Entry(_dtype_name(tensor.dtype), list(tensor.shape), [begin, end]))
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    names = {known: name for name, known in (_FLOATING | _INTEGERS).items()}
+    return names[dtype]
 
 
 def _check_places(path: Path, entries: Mapping[str, _Entry], data: int) -> None:

@@ -2,27 +2,37 @@
 
 Every rank writes its shards into one file of a directory. Readers, of any number of ranks, fetch the slices that they
 need. Nothing is pickled.
+
+torch's `HuggingFaceStorageReader` reads the files. Its writer is not used: it holds a rank's shards twice more in
+memory, and plans a save with collectives whose size grows with the number of ranks. Which rank writes a replica follows
+from names and placements, so that a save needs one gather, of the hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from scmdm.errors import UserError
 from scmdm.models.safetensors_headers import SUFFIX, Header, StoredTensor, read_header
+from scmdm.models.safetensors_writer import write_file
+from scmdm.system.hashing import FileHash
 from scmdm.system.untrusted import describe, parse_as, parse_json, reading
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
@@ -37,18 +47,106 @@ class _Placed:
     saved_offsets: list[int]
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> None:
-    """Write tensors (plain or DTensor) into `directory`. All ranks of `group` (None: all ranks) call this together.
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    before: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, FileHash]:
+    """Write tensors (plain, the same on all ranks, or DTensors) into `directory`.
 
-    Raises OSError when a rank cannot write.
+    All ranks of `group` (None: all ranks) call this together, with one collective. On rank 0 it returns the hash of
+    every rank's file by name; elsewhere nothing. `values` holds this rank's part of each tensor if it is not to be read
+    from `tensors`; `before` is called first, and may wait for them.
+
+    Raises what this rank's part raised. On rank 0 it raises OSError when another rank failed, of any cause.
     """
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    rank = dist.get_rank(group) if world > 1 else 0
+    written, failure = _Written(), None
     try:
-        with _no_warnings():
-            alone = not dist.is_initialized()
-            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
-    except CheckpointException as error:
-        raise _cause(error) from error
+        before()
+        written = _write_part(directory, tensors, values, rank, world)
+    except BaseException as error:  # noqa: BLE001 - the other ranks wait in the gather, and must learn of any failure
+        written, failure = _Written(problem=f"rank {rank}: {describe(error)}"), error
+    found = _gather(written, group, world)
+    if failure is not None:
+        raise failure
+    if rank != 0:
+        return {}
+    for part in found:
+        if part.problem:
+            raise OSError(errno.EIO, part.problem, str(directory))
+    expected = sum(tensor.nbytes for tensor in tensors.values())
+    if (total := sum(part.tensor_bytes for part in found)) != expected:
+        raise OSError(errno.EIO, f"{len(found)} ranks wrote {total} bytes of tensors instead of {expected}")
+    return {name: hashed for part in found for name, hashed in part.files.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What a rank has written."""
+
+    files: dict[str, FileHash] = dataclasses.field(default_factory=dict)
+    tensor_bytes: int = 0
+    problem: str = ""
+
+
+def _write_part(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor] | None, rank: int, world: int
+) -> _Written:
+    own, offsets = {}, {}
+    for number, name in enumerate(sorted(tensors)):
+        if _is_ours(tensors[name], number, rank, world):
+            value = (tensors if values is None else values)[name]
+            own[name] = value.to_local() if isinstance(value, DTensor) else value
+            offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
+    if not own:
+        return _Written()
+    name = f"shard-{rank + 1:05}-model-00001-of-00001{SUFFIX}"  # as torch names it
+    directory.mkdir(exist_ok=True)
+    metadata = {_SHARDING_INFO: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    hashed = write_file(directory / name, own, metadata)
+    return _Written({name: hashed}, sum(value.nbytes for value in own.values()))
+
+
+def _is_ours(tensor: Tensor, number: int, rank: int, world: int) -> bool:
+    """Return whether this rank writes its part of the tensor: of replicas, the one that the tensor's number chooses."""
+    if not isinstance(tensor, DTensor):
+        return number % world == rank
+    position, replicas, ours = 0, 1, 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for place, size, at in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+        assert place.is_shard() or place.is_replicate()
+        if place.is_replicate():
+            position, replicas = position * size + at, replicas * size
+        elif not tensor.numel():
+            ours += at  # a tensor without elements is written once
+    return position == number % replicas and ours == 0 and (tensor.to_local().numel() > 0 or not tensor.numel())
+
+
+def _offsets_of(name: str, tensor: Tensor) -> list[int]:
+    """Return where this rank's part begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.dim()
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner({name: tensor}, is_coordinator=True)
+    (item,) = planner.create_local_plan().items
+    assert item.tensor_data is not None
+    return list(item.tensor_data.chunk.offsets)
+
+
+def _gather(written: _Written, group: dist.ProcessGroup | None, world: int) -> list[_Written]:
+    """Return what every rank has written on rank 0, and only this rank's elsewhere."""
+    if world == 1:
+        return [written]
+    first = dist.get_rank(group) == 0
+    box: list[Any] | None = [None] * world if first else None
+    dist.gather_object(written, box, group=group, group_dst=0)
+    return box if box is not None else [written]
 
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
@@ -69,15 +167,68 @@ def tensor_shapes(directory: Path) -> dict[str, StoredTensor]:
 
     Raises UserError when a file is damaged, or when the shards of a tensor do not make it up exactly.
     """
+    return {name: _whole(parts) for name, parts in _shards(_headers(directory)).items()}
+
+
+def used_ranges(directory: Path, names: Collection[str]) -> dict[str, list[tuple[int, int]]]:
+    """Return by file the ranges of bytes that a reader of the tensors `names` uses: all headers, and those tensors.
+
+    Raises UserError when a header is damaged.
+    """
+    return {
+        path.name: [(0, header.bytes), *((t.begin, t.end) for name, t in header.tensors.items() if name in names)]
+        for path, header in _headers(directory).items()
+    }
+
+
+def iterate_tensors(directory: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors whole onto the CPU, one at a time, in the order of `names` and in their stored dtype.
+
+    Only one tensor is in memory, and no file is mapped. Raises UserError when a file is damaged.
+    """
+    shards = _shards(_headers(directory))
+    for name in names:
+        parts = shards[name]
+        whole = _whole(parts)
+        tensor = torch.empty(whole.shape, dtype=whole.dtype)
+        for offsets, part in parts:
+            place = tensor[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape, strict=True))]
+            if place.is_contiguous():
+                _read_into(part, place)
+            else:
+                _read_into(part, columns := torch.empty(part.shape, dtype=part.dtype))
+                place.copy_(columns)
+        yield name, tensor
+
+
+def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
+    """Read a tensor of a file into a contiguous one of its shape."""
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
+    with reading(stored.file, "safetensors file", _REMEDY), stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.begin)
+        while len(left):
+            count = file.readinto(left)
+            if not count:
+                raise EOFError(f"{stored.name} is incomplete")
+            left = left[count:]
+
+
+def _headers(directory: Path) -> dict[Path, Header]:
     with reading(directory, "directory of tensors", _REMEDY):
         files = sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
-    shards: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
-    for path in files:
-        header = read_header(path)
+    return {path: read_header(path) for path in files}
+
+
+_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
+
+
+def _shards(headers: Mapping[Path, Header]) -> _Shards:
+    found: _Shards = {}
+    for path, header in headers.items():
         offsets = _offsets(path, header)
         for name, tensor in header.tensors.items():
-            shards.setdefault(name, []).append((offsets.get(name, (0,) * len(tensor.shape)), tensor))
-    return {name: _whole(parts) for name, parts in shards.items()}
+            found.setdefault(name, []).append((offsets.get(name, (0,) * len(tensor.shape)), tensor))
+    return found
 
 
 def _offsets(path: Path, header: Header) -> dict[str, tuple[int, ...]]:

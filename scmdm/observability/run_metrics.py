@@ -17,6 +17,7 @@ from scmdm.config.training import WandbConfig
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text, json_text, remove_tree
 from scmdm.system.json_lines import JsonLines, read_json_lines
+from scmdm.system.lease import Fence
 from scmdm.system.line_file import LineFile
 from scmdm.system.run_directory import LOG_FILE
 from scmdm.system.signals import stop_signals_blocked
@@ -41,11 +42,15 @@ class MetricsFile:
     With `keep_going`, rows that cannot be written wait until there is room; otherwise `write` raises UserError.
     """
 
-    def __init__(self, path: Path | None, resume_step: int, *, keep_going: bool = False) -> None:
-        self._file = LineFile(path) if path is not None else None
+    def __init__(
+        self, path: Path | None, resume_step: int, *, keep_going: bool = False, fence: Fence | None = None
+    ) -> None:
+        self._file = LineFile(path, fence) if path is not None else None
         self._keep_going = keep_going
         self._failing = False
         if path is not None:
+            if fence is not None:
+                fence.require()
             _truncate(path, resume_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -160,9 +165,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
 class LogFile(logging.Handler):
     """Handler of `train.log`: lines wait while they cannot be written. A log never ends a run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
         super().__init__()
-        self._file = LineFile(path)
+        self._file = LineFile(path, fence)
         self._failing = False
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -203,17 +208,18 @@ class _LiteralFormatter(logging.Formatter):
 
 
 @contextmanager
-def log_to(run_dir: Path, *, write: bool = True) -> Iterator[Terminal]:
+def log_to(run_dir: Path, *, write: bool = True, fence: Fence | None = None) -> Iterator[Terminal]:
     """Send messages of the `scmdm` logger to `train.log` and to the terminal or standard output.
 
-    Yields the console. Without `write`, on ranks other than 0, nothing is logged or shown.
+    Yields the console. Without `write`, on ranks other than 0, nothing is logged or shown. With the run's `fence`,
+    nothing is written to `train.log` once another process has taken the run over.
     """
     console = Terminal(quiet=not write)
     if not write:
         yield console
         return
     plain = _LiteralFormatter("%(asctime)s %(levelname)s %(message)s")
-    handlers: list[logging.Handler] = [LogFile(run_dir / LOG_FILE)]
+    handlers: list[logging.Handler] = [LogFile(run_dir / LOG_FILE, fence)]
     if console.is_terminal:
         handlers.append(RichHandler(console=console, show_path=False, markup=False))
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.models.flops import StepFlops
+from scmdm.system.lease import Fence
 from scmdm.system.process_group import all_gather_object
 from scmdm.system.run_directory import PROFILE
 from scmdm.system.untrusted import describe
@@ -152,9 +153,13 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Profiler:
-    """Recorder of a profiler trace of `PROFILED_STEPS` steps, beginning with `first` (0: none), one file per rank."""
+    """Recorder of a profiler trace of `PROFILED_STEPS` steps, beginning with `first` (0: none), one file per rank.
 
-    def __init__(self, directory: Path, first: int, rank: int) -> None:
+    Nothing is written once another process has taken over the run of `fence`.
+    """
+
+    def __init__(self, directory: Path, first: int, rank: int, fence: Fence | None = None) -> None:
+        self._fence = fence
         self._path = directory / PROFILE / f"step_{first:08d}_rank_{rank}.json"
         self._first = first
         self._profile: torch.profiler.profile | None = None
@@ -171,6 +176,8 @@ class Profiler:
             return None
         self._profile.stop()
         profile, self._profile = self._profile, None
+        if self._fence is not None and not self._fence.still_owned():
+            return None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self._path))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.fields import key
 from scmdm.config.run import RunConfig
@@ -68,7 +69,8 @@ def make_plan(
     """Plan a run. Raises UserError when length or vocabulary are unknown, or when the base does not match."""
     if not config.self_conditioning.stop_gradient:
         raise UserError("self_conditioning.stop_gradient=false is not possible in a plan; leave it out")
-    base = open_model(find_model(Path(config.base))) if config.base is not None else None
+    how = Verification("descriptions")  # no weights are read
+    base = open_model(find_model(Path(config.base), how)) if config.base is not None else None
     config = resolve_config(config, base)
     workload = make_workload(config, _spec(config, base, length, vocab))
     dtype = torch.float32 if config.precision == "float32" else torch.bfloat16  # all listed GPUs support both

@@ -10,7 +10,7 @@ from scmdm.checkpoint.retention import remove_leftovers
 from scmdm.errors import UserError
 from scmdm.observability.run_metrics import logger
 from scmdm.system.files import atomic_write_text
-from scmdm.system.lease import Lease, acquire
+from scmdm.system.lease import Fence, Lease, acquire
 from scmdm.system.process_group import broadcast, current_world
 from scmdm.system.run_directory import LEASE
 
@@ -31,20 +31,20 @@ def acquire_run(directory: Path) -> Iterator[Lease]:
 
 
 @contextlib.contextmanager
-def acquire_run_on_rank_0(directory: Path) -> Iterator[Lease | None]:
-    """Call `acquire_run` on rank 0 and yield None on the others. All ranks raise if rank 0 is refused."""
+def acquire_run_on_rank_0(directory: Path) -> Iterator[Fence]:
+    """Call `acquire_run` on rank 0 and yield its fence on all ranks. All ranks raise if rank 0 is refused."""
     with contextlib.ExitStack() as stack:
-        lease: Lease | None = None
-        refused: UserError | None = None
+        result: Fence | UserError | None = None
         if current_world().is_main:
             try:
-                lease = stack.enter_context(acquire_run(directory))
+                result = stack.enter_context(acquire_run(directory)).fence
             except UserError as error:
-                refused = error
-        refused = broadcast(refused)
-        if refused is not None:
-            raise refused
-        yield lease
+                result = error
+        result = broadcast(result)
+        if not isinstance(result, Fence):
+            assert result is not None
+            raise result
+        yield result
 
 
 def _make_writable(directory: Path) -> None:

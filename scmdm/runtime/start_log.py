@@ -12,6 +12,7 @@ from scmdm.observability.run_metrics import logger
 from scmdm.runtime.preflight import PreflightReport
 from scmdm.system.files import json_text
 from scmdm.system.json_lines import JsonLines, read_json_lines
+from scmdm.system.lease import Fence
 from scmdm.system.line_file import LineFile
 from scmdm.system.run_directory import ENVIRONMENT_FILE, STARTS_FILE
 from scmdm.system.untrusted import describe, parse_as, parse_json, read_json
@@ -37,7 +38,7 @@ class StartRecord:
     git: dict[str, Any] | None
 
 
-def record_start(directory: Path, preflight: PreflightReport, step: int) -> None:
+def record_start(directory: Path, preflight: PreflightReport, step: int, fence: Fence | None = None) -> None:
     """Append a start at `step`; without room for it, log a warning. `environment.json` must describe this start."""
     entry = StartRecord(
         time=time.time(),
@@ -55,7 +56,7 @@ def record_start(directory: Path, preflight: PreflightReport, step: int) -> None
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),
         git=read_json(directory / ENVIRONMENT_FILE, "environment")["git"],
     )
-    file = LineFile(directory / STARTS_FILE)
+    file = LineFile(directory / STARTS_FILE, fence)
     file.write(json_text(asdict(entry)))
     error = file.close()
     if error is not None:

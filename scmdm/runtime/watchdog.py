@@ -5,6 +5,7 @@ start-up, the first step (which may compile), checkpoints and the end of a run t
 
 A rank that waits for another one in a collective makes no progress either. The first rank that exceeds the limit leaves
 an alarm file in the run directory; the others find it and write their stacks, too, and on GPUs NCCL's flight recorder.
+Once another process has taken the run over, nothing more is written there: an alarm would end the new owner's ranks.
 
 `faulthandler` writes the stacks. Its own thread also ends the process, with status 1, if the watchdog's thread is
 blocked because C code holds the interpreter's lock or the run's file system hangs.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import IO
 
 from scmdm.runtime.flight_recorder import dump_flight_recorder, written_records
+from scmdm.system.lease import Fence
 from scmdm.system.process_group import World
 from scmdm.system.run_directory import STACKS
 
@@ -82,8 +84,8 @@ def written_stacks(directory: Path) -> list[Path]:
 class Watchdog:
     """Context manager that watches one rank; with `minutes=0` it does nothing."""
 
-    def __init__(self, directory: Path, world: World, minutes: float) -> None:
-        self._world, self._limit_s = world, 60 * minutes
+    def __init__(self, directory: Path, world: World, minutes: float, fence: Fence | None = None) -> None:
+        self._world, self._limit_s, self._fence = world, 60 * minutes, fence
         self._poll_s = min(_LONGEST_POLL_S, self._limit_s / 10)
         self._place = directory / STACKS
         self._path = self._place / f"rank_{world.rank}.txt"
@@ -130,6 +132,8 @@ class Watchdog:
         if self._own_crashes:
             faulthandler.disable()
         self._file.close()
+        if self._fence is not None and not self._fence.still_owned():
+            return
         with contextlib.suppress(OSError):  # the last rank removes the directory
             if self._path.stat().st_size == 0:
                 self._path.unlink()
@@ -156,6 +160,9 @@ class Watchdog:
     def _end(self, progress: _Progress, silent_s: float) -> None:
         """Write the stacks, alarm the other ranks and end the process."""
         self._arm(2 * self._poll_s + 2 * _LEAVE_S)  # in case a call below blocks
+        if self._fence is not None and not self._fence.still_owned():
+            logger.error("watchdog: no progress, and the run was taken over; exit status %d", HANG_EXIT)
+            os._exit(HANG_EXIT)
         with contextlib.suppress(OSError):
             self._dump(progress, silent_s)
             (self._place / _ALARM).touch()

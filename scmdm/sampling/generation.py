@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import block_text, is_block, is_framed
@@ -35,13 +36,15 @@ EACH_LABEL = "each"
 _CPU_BATCH, _GPU_BATCH = 64, 1024  # the first fits a core's cache, the second fills a GPU
 
 
-def load(path: str | Path, *, weights: str = "ema", device: str = "auto") -> LoadedModel:
+def load(path: str | Path, *, weights: str = "ema", device: str = "auto", verify: str = "share") -> LoadedModel:
     """Load a model for sampling from a run directory, a checkpoint or an export, in eval mode on `device`.
 
-    `weights` is "ema" (averaged, where the model has them) or "raw"; `device` is "auto", "cpu" or "cuda". Raises
+    `weights` is "ema" (averaged, where the model has them) or "raw"; `device` is "auto", "cpu" or "cuda"; `verify` is
+    "share" (what is used is hashed, divided over the ranks of a job), "full" (every file is hashed) or "sizes". Raises
     UserError when there is no model at `path`, or when its files are missing, damaged or inconsistent.
     """
-    loaded = read_model(find_model(Path(path)), weights=weights)
+    how = Verification(verify, weights=weights, together=True)
+    loaded = read_model(find_model(Path(path), how), weights=weights)
     loaded.model.to(resolve_device(device))
     return loaded
 

@@ -43,7 +43,7 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
     if config.out is not None:
         require_writable(Path(config.out))
     prompts = _prompts(config)
-    loaded = load(path, weights=config.weights, device=config.device)
+    loaded = load(path, weights=config.weights, device=config.device, verify=config.verify)
     require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
     add_bos, gen_length = config.add_bos_token, config.gen_length

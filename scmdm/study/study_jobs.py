@@ -20,7 +20,6 @@ from scmdm.domains.domain_registry import changed_keys, load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
 from scmdm.evaluation.evaluate import model_nelbo
-from scmdm.models.model_files import open_model
 from scmdm.sampling.generation import generate, load
 from scmdm.sampling.sample_files import write_samples
 from scmdm.study.study_display import StudyDisplay
@@ -146,7 +145,7 @@ def _num_sequences(run: RunConfig) -> int:
 
 def _train(run: RunConfig, base: Path) -> Path:
     """Train or resume a run in a worker, from the base if it is an adaptation; returns the checkpoint."""
-    return find_model(run_training(run, open_model(base) if run.base is not None else None))
+    return find_model(run_training(run, base if run.base is not None else None))
 
 
 def _measure(task: Measurement, root: Path, domain: str) -> dict[str, Any]:

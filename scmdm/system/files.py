@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scmdm.errors import UserError
+from scmdm.system.hashing import hash_range
 
 
 def fsync_path(path: Path) -> None:
@@ -27,8 +28,7 @@ def fsync_path(path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_range(path, 0, sys.maxsize)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -94,12 +94,12 @@ def remove_tree(path: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(final: Path, *, replace: bool = False, flushed: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `final` if the block succeeds and removed if it raises.
 
     `final` must not exist, unless `replace` is set. All files are flushed to the disk before the rename, so that
-    `final` is complete or absent after a power failure. An OSError in the block, such as a full disk, becomes a
-    UserError that names `final`.
+    `final` is complete or absent after a power failure; with `flushed` the block has done so for everything in the
+    directory. An OSError in the block, such as a full disk, becomes a UserError that names `final`.
     """
     temporary: Path | None = None
     try:
@@ -107,7 +107,7 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
         temporary.chmod(0o755)
         yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
+        for path in () if flushed else sorted(temporary.rglob("*"), reverse=True):
             fsync_path(path)
         fsync_path(temporary)
         if replace and (final.is_symlink() or final.is_file()):

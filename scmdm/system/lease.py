@@ -12,7 +12,8 @@ The holder renews the lease by setting its file's modification time. Another pro
   modification times on the same file system, so that only the file server's clock matters.
 
 A holder that was suspended for longer than that may wake up without the lease. It must call `Lease.require` before it
-commits anything; that raises `InUseError` if a higher generation exists.
+commits anything; that raises `InUseError` if a higher generation exists. Processes that write on the holder's behalf,
+such as the other ranks of a run, do the same with its `Fence`.
 """
 
 from __future__ import annotations
@@ -76,31 +77,54 @@ class LeaseHolder:
         return f"process {self.pid} of {self.user} on {self.host}{job}, since {self.since}"
 
 
+@dataclass(frozen=True)
+class Fence:
+    """Right to write on behalf of one generation of a lease. It can be sent to other processes."""
+
+    name: str  # of the lease in errors
+    path: Path  # file of the generation
+
+    @property
+    def generation(self) -> int:
+        """The fencing token: larger than that of every earlier holder."""
+        return _generation(self.path)
+
+    def still_owned(self) -> bool:
+        """Return whether no other process has taken the lease over."""
+        # A client of a file server may not see the newest names yet, and even not this generation's.
+        return _generation(_newest(self.path.parent)) <= self.generation
+
+    def require(self) -> None:
+        """Raise InUseError if another process has taken the lease over. Call this before every commit."""
+        if not self.still_owned():
+            _, holder = read_lease(self.path.parent)
+            raise InUseError(
+                f"{self.name} was taken over by {holder or 'another process'} while this process was suspended; "
+                "this process writes nothing more there"
+            )
+
+
 class Lease:
     """A lease that this process holds, or held until it was taken over."""
 
     def __init__(self, name: str, path: Path, holder: LeaseHolder, predecessor: LeaseHolder | None) -> None:
-        self._name, self._path, self._holder = name, path, holder
+        self._path, self._holder = path, holder
+        self.fence = Fence(name, path)
         self.predecessor = predecessor  # the previous holder if it did not release the lease
         self._stop = threading.Event()
 
     @property
     def generation(self) -> int:
-        """The fencing token: larger than that of every earlier holder."""
-        return _generation(self._path)
+        """The generation of this holder."""
+        return self.fence.generation
 
     def still_owned(self) -> bool:
         """Return whether no other process has taken the lease over."""
-        return _newest(self._path.parent) == self._path
+        return self.fence.still_owned()
 
     def require(self) -> None:
         """Raise InUseError if another process has taken the lease over. Call this before every commit."""
-        if not self.still_owned():
-            _, holder = read_lease(self._path.parent)
-            raise InUseError(
-                f"{self._name} was taken over by {holder or 'another process'} while this process was suspended; "
-                "this process writes nothing more there"
-            )
+        self.fence.require()
 
     def renew(self) -> None:
         """Renew the lease every `HEARTBEAT_S` seconds until it is released or taken over."""

@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from threading import RLock
 
+from scmdm.system.lease import Fence
+
 _MOST_WAITING = 100_000  # lines; the oldest is lost when there are more
 
 
@@ -15,11 +17,12 @@ class LineFile:
     """Append-only file of whole lines.
 
     A line that cannot be written waits and is written, in order, with a later line or on closing. A part of a line that
-    reached the disk is cut off again, so that the file always ends with a whole line.
+    reached the disk is cut off again, so that the file always ends with a whole line. With a `fence`, lines are dropped
+    once another process has taken the directory over.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
+        self.path, self._fence = path, fence
         self.lost = 0  # lines that waited and were given up
         self._waiting: deque[bytes] = deque()
         self._descriptor: int | None = None
@@ -54,6 +57,9 @@ class LineFile:
 
     def _write_waiting(self) -> OSError | None:
         try:
+            if self._waiting and self._fence is not None and not self._fence.still_owned():
+                self.lost += len(self._waiting)
+                self._waiting.clear()
             while self._waiting:
                 self._append(self._waiting[0])
                 self._waiting.popleft()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,6 +93,9 @@ def process_group(
         dist.destroy_process_group()
 
 
+def is_parallel() -> bool:
+    """Return whether collectives reach other processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 def _meet(world: World, arrival: timedelta) -> dist.Store:
     """Connect to the launcher's store and wait for all ranks.
 
@@ -172,6 +175,31 @@ def all_gather_object(value: T) -> list[T]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def scatter(values: Sequence[T] | None) -> T:
+    """Return to each rank its element of rank 0's `values`; the other ranks pass None."""
+    if not dist.is_initialized():
+        assert values is not None
+        return values[0]
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, list(values) if values is not None else None, src=0)
+    found: T = box[0]
+    return found
+
+
+def first_found(value: T | None) -> T | None:
+    """Return the value of the lowest rank that has one, on every rank. If none has, this costs one small reduction."""
+    if not dist.is_initialized():
+        return value
+    ranks = dist.get_world_size()
+    box = torch.tensor(ranks if value is None else dist.get_rank())
+    dist.all_reduce(box, op=dist.ReduceOp.MIN)
+    if int(box) == ranks:
+        return None
+    found = [value]
+    dist.broadcast_object_list(found, src=int(box))
+    return found[0]
 
 
 def all_reduce_max(value: int) -> int:

@@ -33,11 +33,13 @@ class MetricsLogger:
         self.timer = StepTimer(run.engine.device, run.watchdog.beat)
         self._tracker: Tracker | None = None
         if main:
+            run.fence.require()
             self._tracker = start_wandb(config.wandb, run.directory, asdict(config), state.wandb_id)
         if self._tracker is not None:
             state.wandb_id = self._tracker.id
         keep_going = config.train.on_save_error == "continue"
-        self._metrics = MetricsFile(run.directory / METRICS_FILE if main else None, state.step, keep_going=keep_going)
+        path = run.directory / METRICS_FILE if main else None
+        self._metrics = MetricsFile(path, state.step, keep_going=keep_going, fence=run.fence)
         self._display = StepDisplay(console, config.train.steps, state.step)
 
     def __enter__(self) -> MetricsLogger:
@@ -48,7 +50,8 @@ class MetricsLogger:
         self._run.watchdog.beat("end")
         self._display.__exit__(*reason)
         self._metrics.close()
-        self._track(lambda tracker: tracker.finish())
+        if self._run.fence.still_owned():  # else the new owner continues the tracker's run
+            self._track(lambda tracker: tracker.finish())
 
     def count(self, result: StepResult, started: float) -> None:
         """Add a step, which began at `started` on `time.perf_counter`, to the run's totals and the progress bar."""
@@ -113,8 +116,8 @@ class MetricsLogger:
         logger.info("step %d validation NELBO null %.4f +- %.4f %s", run.state.step, null.mean, null.stderr, text)
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
-        if self._run.lease is not None:
-            self._run.lease.require()
+        if self._run.engine.rank == 0:
+            self._run.fence.require()
         self._metrics.write(row)
         numbers = {f"{kind}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
         del numbers[f"{kind}/step"]

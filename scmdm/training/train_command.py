@@ -23,9 +23,7 @@ def train(config: RunConfig) -> None:
 def adapt(config: RunConfig) -> None:
     """Adapt `config.base`, or resume the run."""
     with StopRequest() as stop:
-        from scmdm.checkpoint.reader import find_model
-        from scmdm.models.model_files import open_model
         from scmdm.training.trainer import run_training
 
         config.check_command("adapt")
-        run_training(config, open_model(find_model(Path(str(config.base)))), stop)
+        run_training(config, Path(str(config.base)), stop)

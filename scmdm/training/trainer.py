@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
+from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
 from scmdm.config.run import RunConfig
@@ -21,8 +23,8 @@ from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.distributed.engine import check_hardware
-from scmdm.models.model_files import StoredModel
+from scmdm.distributed.engine import Engine, check_hardware
+from scmdm.models.model_files import StoredModel, open_model
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
 from scmdm.runtime.flight_recorder import enable_flight_recorder
@@ -43,15 +45,15 @@ from scmdm.training.training_run import TrainingRun, config_yaml, describe, resu
 from scmdm.training.validation import longest_of_all, to_device, validation_nelbo
 
 
-def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest | None = None) -> Path:
-    """Train to `config.train.steps`, from scratch or from `base`; returns the run directory.
+def run_training(config: RunConfig, base: Path | None, stop: StopRequest | None = None) -> Path:
+    """Train to `config.train.steps`, from scratch or from the model at `base`; returns the run directory.
 
     The run resumes from its newest checkpoint if it has one. `stop` is the `StopRequest` of a caller that has already
     installed the signal handlers. Raises UserError for a mistake of the user, and SystemExit(REQUEUE_EXIT) after a stop
     signal, with a checkpoint saved.
     """
     world = current_world()
-    config = resolve_engine(resolve_config(config, base), world)
+    config = resolve_engine(config, world)
     device, dtype = check_hardware(config, world.local_rank)
     # Store resolved values, so that a resume on other hardware does not continue in another precision.
     config = dataclasses.replace(config, device=device.type, precision=str(dtype).removeprefix("torch."))
@@ -71,7 +73,7 @@ def run_training(config: RunConfig, base: StoredModel | None, stop: StopRequest 
 
 def _run(
     config: RunConfig,
-    base: StoredModel | None,
+    base_path: Path | None,
     stop: StopRequest,
     world: World,
     device: torch.device,
@@ -80,23 +82,34 @@ def _run(
     directory = Path(config.run_dir)
     data = open_data(config.data)
     data.require_splits(config.data.train_split, config.data.validation_split)
+    how = Verification("sizes" if config.verify == "sizes" else "descriptions", together=True)
+    base = open_model(find_model(base_path, how)) if base_path is not None else None
+    given, config = config, resolve_config(config, base)
     spec = build_spec(config, data.manifest, base)
-    with acquire_run_on_rank_0(directory) as lease:
+    with acquire_run_on_rank_0(directory) as fence:
         if world.is_main:
             set_aside_stacks(directory)
         barrier()
-        with Watchdog(directory, world, config.train.watchdog_minutes) as watchdog:
+        with Watchdog(directory, world, config.train.watchdog_minutes, fence) as watchdog:
+            if base_path is not None and base is not None:
+                # Weights are hashed under the watchdog, and after mistakes in the configuration have been reported.
+                how = Verification(config.verify, weights="ema", together=True, beat=watchdog.beat)
+                if (found := find_model(base_path, how)) != base.path:  # that checkpoint is damaged
+                    base = open_model(found)
+                    config = resolve_config(given, base)
+                    spec = build_spec(config, data.manifest, base)
+            fence.require()
             preflight = run_preflight(config, data, spec, base, directory, world, device)
             engine = build_engine(config, spec, base, device, dtype)
             updates = 0 if base is None or config.ema.reset else base.spec.step
             ema = Ema(engine, config.ema, updates=updates) if config.ema.decay > 0 else None
-            run = TrainingRun(config, directory, data, spec, engine, ema, watchdog, preflight, lease)
+            run = TrainingRun(config, directory, data, spec, engine, ema, watchdog, preflight, fence)
             _train(run, base, stop)
     return directory
 
 
 def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> None:
-    with log_to(run.directory, write=run.engine.rank == 0) as console:
+    with log_to(run.directory, write=run.engine.rank == 0, fence=run.fence) as console:
         resume(run, sha256_of_model(base.path) if base else None)
         if run.state.step >= run.config.train.steps:
             logger.info("%s is already at step %d of %d", run.directory, run.state.step, run.config.train.steps)
@@ -106,9 +119,9 @@ def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> Non
         describe(run, base)
         log_preflight(run.preflight)
         if run.engine.rank == 0:
-            record_start(run.directory, run.preflight, run.state.step)
+            record_start(run.directory, run.preflight, run.state.step, run.fence)
         step = run.state.step
-        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.lease, resumed_step=step)
+        writer = CheckpointWriter(run.checkpoints, run.engine, run.config.train, run.fence, resumed_step=step)
         try:
             with MetricsLogger(run, console) as metrics:
                 _loop(run, writer, metrics, stop)
@@ -122,7 +135,7 @@ def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, st
     with timer.part("data"):
         first = batches.read()
     everyone = exchange(run.engine, first).upcoming
-    profiler = Profiler(run.directory, train.profile_step, run.engine.rank)
+    profiler = Profiler(run.directory, train.profile_step, run.engine.rank, run.fence)
     while state.step < train.steps:
         profiler.before(state.step + 1)
         started = time.perf_counter()
@@ -234,6 +247,5 @@ def _save(run: TrainingRun, writer: CheckpointWriter, validated: float | None, *
         state.best_nelbo, state.best_step = validated, state.step
     run.spec.step, run.spec.tokens = state.step, state.tokens
     tokenizer = run.data.tokenizer_file
-    copy = config.train.async_checkpoint and not wait
-    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, config_yaml(config), copy=copy)
+    captured = snapshot(run.engine, run.ema, state, run.spec, run.manifest, tokenizer, config_yaml(config))
     writer.save(captured, wait=wait)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import load_checkpoint, newest_checkpoint
 from scmdm.checkpoint.train_state import TrainState
 from scmdm.config.loading import to_yaml
@@ -26,8 +27,7 @@ from scmdm.observability.step_timer import Utilization
 from scmdm.runtime.preflight import PreflightReport
 from scmdm.runtime.watchdog import Watchdog
 from scmdm.system.files import atomic_write_text, json_text
-from scmdm.system.lease import Lease
-from scmdm.system.process_group import broadcast
+from scmdm.system.lease import Fence
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, ENVIRONMENT_FILE
 from scmdm.training.setup import check_dependent_settings, check_same_run, resolve_sample_order
 
@@ -44,7 +44,7 @@ class TrainingRun:
     ema: Ema | None
     watchdog: Watchdog
     preflight: PreflightReport
-    lease: Lease | None  # lease of the directory; None except on rank 0
+    fence: Fence  # of the directory's lease, which rank 0 holds
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -76,8 +76,8 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
 
     Raises UserError if all checkpoints are damaged, or if configuration, data or base differ from the earlier start.
     """
-    # Only rank 0 reads and hashes.
-    path, skipped = broadcast(newest_checkpoint(run.checkpoints) if run.engine.rank == 0 else (None, []))
+    how = Verification(run.config.verify, together=True, beat=run.watchdog.beat)
+    path, skipped = newest_checkpoint(run.checkpoints, how)
     for line in skipped:
         logger.warning("%s", line)
     if path is None and skipped:
@@ -105,6 +105,7 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
     run.state.data_fingerprint, run.state.base_sha256 = fingerprint, base_sha256
     if run.engine.rank != 0:
         return
+    run.fence.require()
     atomic_write_text(run.directory / CONFIG_FILE, config_yaml(run.config))
     atomic_write_text(run.directory / ENVIRONMENT_FILE, json_text(describe_environment(), indent=2))
 

@@ -1,5 +1,6 @@
 """Checkpoints: detection of every kind of damage, fallback, retention, full disk, export."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -10,10 +11,12 @@ import torch
 import yaml
 
 import scmdm
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model, list_checkpoints, newest_checkpoint
 from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
 from scmdm.errors import UserError
+from scmdm.models.model_files import read_model
 from tests.conftest import ADAPTED, TINY
 from tests.conftest import scmdm as start
 
@@ -108,6 +111,25 @@ def test_the_precision_of_auto_is_recorded_and_kept(run, molecules, empty_yaml, 
     other = {"float32": "bfloat16", "bfloat16": "float32"}[recorded]
     assert train(run, molecules, empty_yaml, "train.steps=7", f"precision={other}") == 1
     assert f"precision='{other}', but run_dir=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "step"), [("share", 5), ("full", 5), ("sizes", 6), ("descriptions", 6)])
+def test_what_is_hashed_before_a_model_is_used(run, mode, step):
+    flip(tensors(newest(run)))
+    assert find_model(run, Verification(mode, weights="ema", together=True)).name == f"step_{step:08}"
+    (newest(run) / "model.json").write_text((newest(run) / "model.json").read_text().replace("32", "33"))
+    with pytest.raises(UserError) if mode == "sizes" else contextlib.nullcontext():
+        read_model(find_model(run, Verification(mode, weights="ema")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "step"), [("share", 5), ("sizes", 6)])
+def test_an_adaptation_verifies_its_base_as_it_is_told(run, molecules, empty_yaml, tmp_path, mode, step):
+    """The base is opened before its weights are hashed, and another time if they are damaged."""
+    flip(tensors(newest(run)))
+    keys = [f"run_dir={tmp_path / 'adapted'}", f"data.path={molecules}", f"base={run}", *ADAPTED]
+    assert main(["adapt", str(empty_yaml), *keys, "train.steps=2", f"verify={mode}"]) == 0
+    assert f"(step {step})" in (tmp_path / "adapted" / "train.log").read_text()
 
 
 def test_retention_keeps_the_newest(base):

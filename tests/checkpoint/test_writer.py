@@ -120,7 +120,7 @@ def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchron
             (tmp_path / "lease" / "00000002.json").write_text("{}")
 
     with acquire(tmp_path / "lease", "run_dir=x") as lease:
-        writer = CheckpointWriter(checkpoints, engine, config, lease)
+        writer = CheckpointWriter(checkpoints, engine, config, lease.fence)
         writer.save(Snapshot(1, None, tensors, lambda directory: None))
         writer.finish()
         if moment == "before the save":

@@ -1,6 +1,7 @@
 """A run directory has one run at a time. The lease itself is tested in tests/system/test_lease.py."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -10,13 +11,21 @@ import time
 
 import pytest
 
-from scmdm.checkpoint.reader import list_checkpoints
+from scmdm.checkpoint.reader import checkpoint_name
+from scmdm.checkpoint.retention import remove_old_checkpoints
+from scmdm.config.training import TrainConfig
 from scmdm.errors import InUseError, UserError
+from scmdm.observability.run_metrics import LogFile, MetricsFile
+from scmdm.observability.step_timer import PROFILED_STEPS, Profiler
 from scmdm.runtime.run_lock import acquire_run
 from scmdm.runtime.status import read_status
-from scmdm.system.lease import acquire, read_lease
-from scmdm.system.run_directory import LEASE
-from tests.conftest import TINY, scmdm
+from scmdm.runtime.watchdog import Watchdog
+from scmdm.system.lease import read_lease
+from scmdm.system.line_file import LineFile
+from scmdm.system.process_group import World
+from scmdm.system.run_directory import CHECKPOINTS, LEASE
+from tests.conftest import TINY
+from tests.distributed.launching import start, workers
 from tests.kills import last_step
 
 HOLDER = """
@@ -96,21 +105,107 @@ def test_status_leaves_no_trace_and_disturbs_no_start(tmp_path):
             looking.kill()
 
 
+def snapshot(run):
+    """Name, size and content of everything in a run but the files of the lease's first generation."""
+    paths = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "00000001.json"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
 @pytest.mark.slow
-def test_a_suspended_run_that_was_taken_over_writes_nothing_more(molecules, empty_yaml, tmp_path):
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    "keys", [["train.checkpoint_every=3"], ["train.profile_step=40", "train.log_every=7"]], ids=str
+)
+def test_a_suspended_run_that_was_taken_over_writes_nothing_more(processes, keys, molecules, empty_yaml, tmp_path):
+    """Wherever it is suspended: in a save, in a step, or while it logs."""
     run = tmp_path / "run"
-    keys = [*TINY, "train.steps=100000", "train.checkpoint_every=50", "train.log_every=5"]
-    process = scmdm("train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys)
-    end = time.monotonic() + 120
-    while last_step(run) < 10:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
-    with acquire(run / LEASE, f"run_dir={run}", silence_limit_s=1.0):
-        rows, checkpoints = last_step(run), list_checkpoints(run / "checkpoints")
-        process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 75, errors
-        assert f"was taken over by process {os.getpid()}" in errors
-        assert last_step(run) == rows and list_checkpoints(run / "checkpoints") == checkpoints
+    keys = [*TINY, "train.steps=100000", "train.watchdog_minutes=0.5", *keys]
+    process = start(processes, "train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys)
+    ranks = []
+    try:
+        end = time.monotonic() + 120
+        while last_step(run) < 20:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        ranks = workers(process) if processes else [process.pid]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        lease, _ = read_lease(run / LEASE)
+        os.utime(lease, (0, 0))  # as after minutes of silence
+        with acquire_run(run):
+            before = snapshot(run)
+            assert {"metrics.jsonl", "train.log", "starts.jsonl", "config.yaml"} <= before.keys()
+            for pid in ranks:
+                os.kill(pid, signal.SIGCONT)
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode != 0 if processes else process.returncode == 75, output
+            assert f"was taken over by process {os.getpid()}" in output
+            assert snapshot(run) == before
+    finally:
+        for pid in ranks if process.poll() is None else ():
+            os.kill(pid, signal.SIGCONT)
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("writer", ["metrics", "log", "starts", "trace", "watchdog", "removal"])
+def test_every_writer_of_a_run_stops_when_it_is_taken_over(writer, tmp_path):
+    """Also what waited for room on a full disk."""
+    run = tmp_path / "run"
+    with acquire_run(run) as lease:
+        write = WRITERS[writer](run, lease.fence)
+        (run / LEASE / "00000002.json").write_text("{}")
+        before = snapshot(run)
+        with contextlib.suppress(InUseError):
+            write()
+        assert snapshot(run) == before
+
+
+def _metrics(run, fence):
+    file = MetricsFile(run / "metrics.jsonl", 0, keep_going=True, fence=fence)
+    return lambda: (file.write({"kind": "train", "step": 1}), file.close())
+
+
+def _log(run, fence):
+    handler = LogFile(run / "train.log", fence)
+    record = logging.LogRecord("scmdm", logging.INFO, "", 0, "text", None, None)
+    handler.emit(record)
+    return lambda: (handler.emit(record), handler.close())
+
+
+def _starts(run, fence):
+    file = LineFile(run / "starts.jsonl", fence)
+    file.write("1")
+    return lambda: (file.write("2"), file.close())
+
+
+def _trace(run, fence):
+    profiler = Profiler(run, 1, 0, fence)
+    profiler.before(1)
+    return lambda: profiler.after(PROFILED_STEPS)
+
+
+def _watchdog(run, fence):
+    watchdog = Watchdog(run, World(0, 1, 0), 100, fence)
+    watchdog.__enter__()
+    return lambda: watchdog.__exit__()
+
+
+def _removal(run, fence):
+    """A checkpoint of the new owner."""
+    for step in (1, 2, 3):
+        (run / CHECKPOINTS / checkpoint_name(step)).mkdir(parents=True)
+        (run / CHECKPOINTS / checkpoint_name(step) / "file").touch()
+    newest = run / CHECKPOINTS / checkpoint_name(3)
+    keep = TrainConfig(steps=3, keep_last=1)
+    return lambda: remove_old_checkpoints(run / CHECKPOINTS, newest, keep, None, before=fence.require)
+
+
+WRITERS = {
+    "metrics": _metrics,
+    "log": _log,
+    "starts": _starts,
+    "trace": _trace,
+    "watchdog": _watchdog,
+    "removal": _removal,
+}
