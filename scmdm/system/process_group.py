@@ -96,6 +96,8 @@ def process_group(
 def is_parallel() -> bool:
     """Return whether collectives reach other processes."""
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _meet(world: World, arrival: timedelta) -> dist.Store:
     """Connect to the launcher's store and wait for all ranks.
 

@@ -23,7 +23,7 @@ from scmdm.data.loader import build_loader, epochs
 from scmdm.data.mixture import open_data
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.distributed.engine import Engine, check_hardware
+from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel, open_model
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
