@@ -20,7 +20,15 @@ from data_prep.corpus_files import (
     require_kind,
 )
 from data_prep.detokenizers import DETOKENIZERS
-from data_prep.text_formats import FORMATS, ONLY_BY_NAME, Document, Format, RowKeys, as_one_document
+from data_prep.text_formats import (
+    FORMATS,
+    ONLY_BY_NAME,
+    Document,
+    Format,
+    RowKeys,
+    as_one_document,
+    lines_as_documents,
+)
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import TEXT_DETOKENIZERS, TEXT_UNITS
 from scmdm.data.preparation.records import Part, Record, Tally, cut_into_parts
@@ -47,7 +55,8 @@ class DocumentsConfig(NamedSplitsConfig):
     unit: str = key(
         "passages",
         formerly=("unit",),
-        help=f"text of a record: a passage of about {PASSAGE_CHARACTERS} characters, a document or a line",
+        help=f"text of a record: a passage of about {PASSAGE_CHARACTERS} characters, a document, a line, or a row: a "
+        "line with its line feed, or the value of a row of a table, empty ones included (as datasets reads Wikitext)",
         choices=TEXT_UNITS,
     )
     detokenize: str = key(
@@ -125,17 +134,17 @@ class DocumentSource(Source):
     whole_records = False
 
     def __init__(self, config: DocumentsConfig, length: int) -> None:
-        self.keys, self._unit = config.keys, config.unit
+        self.keys, self._unit, self._has_empty = config.keys, config.unit, config.unit == "rows"
         self._detokenize = DETOKENIZERS[config.detokenize]
 
     def _records(self, documents: Iterable[Document], tally: Tally) -> Iterator[Record]:
-        """Cut documents into records. A document with a prompt is one record; empty documents are dropped."""
+        """Cut documents into records. A document with a prompt is one record. Empty ones are dropped, unless rows."""
         for document in documents:
             if document.text is None:
                 tally.drop(document.problem, document.where)
                 continue
             text = self._detokenize(document.text.replace("\r\n", "\n"))
-            if not text.strip():
+            if not text.strip() and not self._has_empty:
                 tally.drop("empty", document.where)
                 continue
             if document.messages is not None:
@@ -192,7 +201,8 @@ class TextSource(NamedFiles, DocumentSource):
         known = kind_of(name)
         if not known.suffix:
             return FORMATS["text"]
-        return FORMATS[require_kind(self.path / name, list(FORMATS), _OTHER_FILES).format or ""]
+        found = require_kind(self.path / name, list(FORMATS), _OTHER_FILES).format or ""
+        return FORMATS["text" if found == "wikitext" and self._has_empty else found]
 
     @property
     def skipped(self) -> Mapping[str, Sequence[str]]:
@@ -214,6 +224,7 @@ class TextSource(NamedFiles, DocumentSource):
             path, known = self.files()[piece.file], self._format_of(piece.file)
             documents = known.read(path, piece, self.keys)
             documents = as_one_document(documents, str(path)) if self._is_one_document(known) else documents
+            documents = lines_as_documents(documents) if self._has_empty and known.whole_text else documents
             yield from self._records(documents, tally)
 
     def _is_divisible(self, path: Path, known: Format) -> bool:
@@ -255,6 +266,7 @@ def _lines(document: str) -> Iterator[str]:
 _UNITS: Mapping[str, Callable[[str], Iterable[str]]] = {
     "passages": passages,
     "documents": lambda document: [document],
+    "rows": lambda document: [document],
     "lines": _lines,
 }
 

@@ -123,6 +123,17 @@ def as_one_document(found: Iterable[Document], where: str) -> Iterator[Document]
         yield Document(where, "".join(texts))
 
 
+def lines_as_documents(found: Iterable[Document]) -> Iterator[Document]:
+    """Divide the documents of a file into its lines, each with its line feed; a blank line becomes an empty text."""
+    for place in found:
+        if place.text is None:
+            yield place
+            continue
+        *lines, last = place.text.replace("\r\n", "\n").split("\n")
+        for line in (*(f"{line}\n" for line in lines), *([last] if last else [])):
+            yield Document(place.where, line if line.strip() else "")
+
+
 def _read_json_lines(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]:
     file = TextFile(path)
     for at, line in file.lines(piece):

@@ -33,6 +33,16 @@ class ZeroShotConfig:
     key: str = fields.key("text", help="key or column of the text")
     unit: str = fields.key("documents", help="records to split files into", choices=TEXT_UNITS)
     detokenize: str = fields.key("none", help="corpus whose tokenized spacing is undone", choices=TEXT_DETOKENIZERS)
+    end_marks: bool = fields.key(
+        True, help="[EOS] behind each record of a model of blocks; false: none, as Duo's zero-shot script"
+    )
+    group: int | None = fields.key(
+        None,
+        help="records whose blocks do not go on in the next group, and whose left-over tokens are dropped; MDLM's code "
+        "has groups of 1000 in one process; null: one group",
+        at_least=1,
+        at_most=2**40,
+    )
 
 
 @dataclass
@@ -59,7 +69,8 @@ class EvaluateConfig:
     )
     texts: dict[str, Any] = key(
         factory=dict,
-        help="zero-shot perplexity, NAME: file or folder of text, or {path: ..., key: ..., unit: ..., detokenize: ...}",
+        help="zero-shot perplexity, NAME: file or folder of text, or {path: ..., key: ..., unit: ..., detokenize: ..., "
+        "end_marks: ..., group: ...}",
     )
     out: str | None = key(
         None,

@@ -52,7 +52,7 @@ TOKENIZERS = Registry(
 )
 
 # Choices of the text sources, which evaluation on texts shares.
-TEXT_UNITS = ("passages", "documents", "lines")
+TEXT_UNITS = ("passages", "documents", "lines", "rows")
 TEXT_DETOKENIZERS = ("none", "wikitext", "lm1b", "ptb", "lambada", "scientific_papers")
 
 

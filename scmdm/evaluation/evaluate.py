@@ -116,7 +116,8 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[s
         texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
         found[name] = {}
         for mode, condition in _modes(loaded).items():
-            measured = zero_shot(loaded, texts, condition=condition, **options)
+            framing = {"end_marks": source.end_marks, "group": source.group}
+            measured = zero_shot(loaded, texts, condition=condition, **framing, **options)
             found[name][mode] = {
                 "nelbo": asdict(measured.nelbo),
                 "perplexity": measured.perplexity,

@@ -1,6 +1,7 @@
 """Zero-shot perplexity: likelihood of a model on texts that it was not trained on.
 
-Texts are tokenized and framed as the model's own data set.
+Texts are tokenized and framed as the model's own data set. With the keys of the table in docs/guides/protocols.md, the
+sequences are those of MDLM's and Duo's published perplexities.
 
 Legend: N sequences, L length.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data_prep.text import TextConfig, TextSource
 from scmdm.data.manifest import Manifest
-from scmdm.data.preparation.framing import FRAMERS
+from scmdm.data.preparation.framing import ConcatenatingFramer, Framer, RecordFramer
 from scmdm.data.preparation.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
@@ -38,7 +39,7 @@ class ZeroShot:
     """Likelihood of texts under a model."""
 
     nelbo: Nelbo  # nats per token of the model's tokenizer
-    tokens_per_word: float  # counting one [EOS] per text
+    tokens_per_word: float  # counting the [EOS] of each text, if it has one
 
     @property
     def perplexity(self) -> float:
@@ -80,14 +81,36 @@ def read_texts(
     return found
 
 
-def frame_texts(texts: Sequence[str], tokenizer: Tokenizer, manifest: Manifest) -> np.ndarray:
+def frame_texts(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    *,
+    end_marks: bool = True,
+    group: int | None = None,
+) -> np.ndarray:
     """Tokenize, frame and pad texts as the data set of `manifest`; returns (N, L) int64.
 
-    Texts of a packed data set are not packed: each has its own sequence. Raises UserError if a text contains a symbol
-    outside the vocabulary, or if all texts together are shorter than one block.
+    Texts of a packed data set are not packed: each has its own sequence. In blocks of joined texts, [EOS] follows each
+    text if `end_marks`, and blocks start anew, without the tokens that are left over, after each `group` texts. Raises
+    UserError if a text contains a symbol outside the vocabulary, if all texts together are shorter than one block, or
+    for `end_marks` and `group` with another framing.
     """
-    framer = FRAMERS["concatenate" if manifest.framing == "concatenate" else "records"](manifest.length, tokenizer)
-    rows = [row for text in texts for row in framer.add(encode_text(tokenizer, text), None)]
+    in_blocks = manifest.framing == "concatenate"
+    if not in_blocks and (not end_marks or group is not None):
+        raise UserError(
+            f"end_marks={end_marks}, group={group} is not possible for a model of data with "
+            f"framing={manifest.framing}; leave both out"
+        )
+
+    def framer() -> Framer:
+        if in_blocks:
+            return ConcatenatingFramer(manifest.length, tokenizer, end_marks=end_marks)
+        return RecordFramer(manifest.length, tokenizer)
+
+    size = group or max(1, len(texts))
+    groups = ((framer(), texts[at : at + size]) for at in range(0, len(texts), size))
+    rows = [row for own, some in groups for text in some for row in own.add(encode_text(tokenizer, text), None)]
     if not rows:
         raise UserError(f"the texts are shorter than one block of {manifest.length} tokens; give more text")
     ids_NL = np.full((len(rows), manifest.length), manifest.pad_id, np.int64)
@@ -106,13 +129,17 @@ def zero_shot(
     condition: bool = False,
     batch_size: int = 16,
     precision: str = "auto",
+    end_marks: bool = True,
+    group: int | None = None,
 ) -> ZeroShot:
     """Estimate the NELBO of texts under a model (MDLM, arXiv 2406.07524, section 5).
 
-    `draws` and `condition` are those of `estimate_nelbo`. Raises UserError as `frame_texts` does.
+    `draws` and `condition` are those of `estimate_nelbo`, `end_marks` and `group` those of `frame_texts`, which raises
+    UserError.
     """
     device = next(loaded.model.parameters()).device
-    ids_NL = torch.from_numpy(frame_texts(texts, loaded.tokenizer, loaded.manifest))
+    rows_NL = frame_texts(texts, loaded.tokenizer, loaded.manifest, end_marks=end_marks, group=group)
+    ids_NL = torch.from_numpy(rows_NL)
     with compute_context(device, resolve_precision(precision, device)):
         nelbo = estimate_nelbo(
             loaded.model,
@@ -124,7 +151,7 @@ def zero_shot(
             draws=draws,
             condition=condition,
         )
-    tokens = sum(len(encode_text(loaded.tokenizer, text)) + 1 for text in texts)
+    tokens = sum(len(encode_text(loaded.tokenizer, text)) + end_marks for text in texts)
     return ZeroShot(nelbo, tokens / max(1, sum(len(text.split()) for text in texts)))
 
 

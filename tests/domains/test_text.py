@@ -12,6 +12,7 @@ from scmdm.domains.text.metrics import (
     distinct_n,
     evaluate_text,
     generative_perplexity,
+    text_perplexity,
     text_values,
     unigram_entropies,
 )
@@ -95,7 +96,7 @@ def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
     cut = " ".join(long.split()[:32])
     both = [generative_perplexity([text], scorer).value() for text in (long, cut)]
     assert both[0] == pytest.approx(both[1])
-    values = text_values([long], np.array([[5, 6]]), 0, scorer, device="cpu")
+    values = text_values([long], np.array([[5, 6]]), 0, text_perplexity([long], scorer))
     assert "the first 32 tokens" in evaluate_text(values, scorer).scorer
 
 
@@ -117,4 +118,5 @@ def test_entropy_and_distinct():
 
 def test_the_scorer_is_always_named(scorer):
     for own, named in ((load_scorer(scorer), "transformers"), (NgramScorer.fit(TEXTS, "a"), "not a neural scorer")):
-        assert named in evaluate_text(text_values(TEXTS, np.array([[5, 6]]), 0, own, device="cpu"), own).scorer
+        values = text_values(TEXTS, np.array([[5, 6]]), 0, text_perplexity(TEXTS, own))
+        assert named in evaluate_text(values, own).scorer

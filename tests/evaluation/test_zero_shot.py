@@ -69,6 +69,43 @@ def test_sequences_by_hand():
         frame_texts(["abc"], TOKENIZER, described(TOKENIZER))
 
 
+WIKITEXT = " \n = Title = \n\n It is ( so ) , the 1 @,@ 000 boys ' . \n\n = = Part = = \n\n More ; it 's so . \n"
+DETOKENIZED = ["", " = Title =\n", "", " It is (so), the 1,000 boys'.\n", "", " == Part ==\n", "", " More; it's so.\n"]
+
+
+def published_blocks(rows, tokenizer, length, *, end_marks=True, group=1000):
+    """MDLM's wrapping: each row and an end mark, joined by groups, cut, and framed by the two marks."""
+    blocks = []
+    for first in range(0, len(rows), group):
+        stream = []
+        for row in rows[first : first + group]:
+            stream += tokenizer.encode(row) + ([tokenizer.eos_id] if end_marks else [])
+        size = length - 2
+        starts = range(0, len(stream) // size * size, size)
+        blocks += [[tokenizer.bos_id, *stream[at : at + size], tokenizer.eos_id] for at in starts]
+    return blocks
+
+
+@pytest.mark.parametrize("end_marks", [True, False])
+@pytest.mark.parametrize("group", [None, 1000, 3, 1])
+def test_wikitext_as_published(tmp_path, end_marks, group):
+    """Rows with their line feeds, an end mark behind each, empty ones included; or none, as in Duo's script."""
+    path = tmp_path / "wiki.valid.raw"
+    path.write_text(WIKITEXT)
+    texts = read_texts(path, unit="rows", detokenize="wikitext")
+    assert texts == DETOKENIZED
+    manifest = described(ByteTokenizer(), "concatenate", "loss", "loss", length=10)
+    found = frame_texts(texts, ByteTokenizer(), manifest, end_marks=end_marks, group=group)
+    wanted = published_blocks(DETOKENIZED, ByteTokenizer(), 10, end_marks=end_marks, group=group or 10**9)
+    assert found.tolist() == wanted
+
+
+def test_end_marks_and_groups_belong_to_blocks():
+    for keys in ({"end_marks": False}, {"group": 2}):
+        with pytest.raises(UserError):
+            frame_texts(["ab"], TOKENIZER, described(TOKENIZER), **keys)
+
+
 @pytest.mark.parametrize("framing", ["records", "concatenate"])
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
     """Every token costs log(V - 1) whatever is masked: the estimate's error is that of how much is masked."""
@@ -117,7 +154,7 @@ def test_texts_each_with_its_own_keys(tmp_path):
     small = ["model.width=16", "model.layers=1", "model.heads=2", "train.steps=1", "train.global_batch_size=8"]
     micro = "train.micro_batch_size=8"
     assert main(["train", str(empty), f"data.path={data}", f"run_dir={run}", *small, micro]) == 0
-    own = f"{{path: {tmp_path / 'ptb.jsonl'}, key: line, detokenize: ptb}}"
+    own = f"{{path: {tmp_path / 'ptb.jsonl'}, key: line, detokenize: ptb, end_marks: true, group: null}}"
     texts = f"texts={{ptb: {own}, plain: {tmp_path / 'plain.txt'}}}"
     assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", texts]) == 0
     found = json.loads(out.read_text())["zero_shot"]

@@ -56,16 +56,17 @@ class RecordFramer:
 class ConcatenatingFramer:
     """Blocks of the concatenated records (MDLM's OpenWebText, arXiv 2406.07524).
 
-    `[EOS]` is appended to each record, their stream is cut into blocks of `length - 2` ids, and each block is framed by
-    `[BOS]` and `[EOS]`. The remainder is dropped.
+    `[EOS]` is appended to each record (unless `end_marks` is false), their stream is cut into blocks of `length - 2`
+    ids, and each block is framed by `[BOS]` and `[EOS]`. The remainder is dropped.
     """
 
-    def __init__(self, length: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, length: int, tokenizer: Tokenizer, *, end_marks: bool = True) -> None:
         self._size, self._tokenizer, self.dropped = length - 2, tokenizer, 0
+        self._ends = [tokenizer.eos_id] if end_marks else []
         self._stream: list[int] = []
 
     def add(self, ids: Sequence[int], label: int | None) -> Iterator[FramedSequence]:
-        self._stream += [*ids, self._tokenizer.eos_id]
+        self._stream += [*ids, *self._ends]
         whole = len(self._stream) // self._size * self._size
         blocks, self._stream = self._stream[:whole], self._stream[whole:]
         for at in range(0, whole, self._size):

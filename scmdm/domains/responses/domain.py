@@ -26,7 +26,7 @@ from scmdm.domains.sample_values import SampleValues
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
-from scmdm.domains.text.metrics import NgramScorer, evaluate_text, text_values
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text, text_perplexity, text_values
 from scmdm.errors import UserError
 
 _MAX_FITTED = 20_000  # maximum number of training responses that the n-gram model is fitted to
@@ -51,6 +51,8 @@ class ResponsesDomain(WithoutFigures):
     def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
         if not manifest.has_prompts:
             raise UserError(f"domain=responses needs a data set of prompts or chats; {root} has {manifest.framing}")
+        if config.protocol != "text":
+            raise UserError(f"metrics.protocol={config.protocol} is of whole samples; for responses it must be text")
         self._root, self._manifest, self._config, self._settings = root, manifest, config, settings
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.
@@ -86,7 +88,8 @@ class ResponsesDomain(WithoutFigures):
         return Measured(found, values | {"framed": SampleValues.mean(np.array(drawn.framed, bool))})
 
     def _text_values(self, texts: Sequence[str], ids_NL: np.ndarray) -> dict[str, SampleValues]:
-        return text_values(texts, ids_NL, self._tokenizer.pad_id, self._scorer, device=self._settings.device)
+        perplexity = text_perplexity(texts, self._scorer, device=self._settings.device)
+        return text_values(texts, ids_NL, self._tokenizer.pad_id, perplexity)
 
 
 def extract_responses(rows_NL: np.ndarray, given_N: np.ndarray, tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:

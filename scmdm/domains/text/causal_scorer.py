@@ -133,6 +133,16 @@ def load_scorer(scorer: Path) -> CausalScorer:
     return CausalScorer(scorer, model, tokenizer)
 
 
+def require_end_of_text(scorer: CausalScorer) -> None:
+    """Raise UserError unless the scorer's tokenizer has an end of text, and reads its name as that one token."""
+    name, id_ = scorer.tokenizer.eos_token, scorer.tokenizer.eos_token_id
+    if name is None or scorer.tokenizer(name)["input_ids"] != [id_]:
+        raise UserError(
+            f"metrics.protocol=mdlm is not possible with metrics.scorer={scorer.path}, whose tokenizer has no end of "
+            "text (eos_token) or adds tokens of its own; give gpt2-large, or leave metrics.protocol out"
+        )
+
+
 def _require_causal_kind(scorer: Path, config: Any) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 

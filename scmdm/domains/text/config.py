@@ -21,6 +21,13 @@ class TextMetricKeys(MetricKeys):
         path=PathKind.INPUT,
         help="directory of a transformers causal model, for generative perplexity; null: an n-gram model",
     )
+    protocol: str = key(
+        "text",
+        help="tokens that the scorer scores: all of a text but the first; mdlm: those of MDLM's and Duo's code, also "
+        "the first after a leading end of text, but no end of text except one in first place inside of the text "
+        "(docs/guides/protocols.md)",
+        choices=("text", "mdlm"),
+    )
     mauve: bool = key(False, help="MAUVE in features of the scorer")
 
     @property
@@ -31,6 +38,11 @@ class TextMetricKeys(MetricKeys):
     def validate(self) -> None:
         if self.scorer is not None:
             check_scorer(Path(self.scorer))
+        if self.protocol != "text" and self.scorer is None:
+            raise UserError(
+                f"metrics.protocol={self.protocol} needs a causal model; set metrics.scorer to its directory ("
+                "gpt2-large for published values)"
+            )
         if self.mauve and self.scorer is None:
             raise UserError("metrics.mauve=true needs features of a causal model; set metrics.scorer to its directory")
         if self.mauve:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from scmdm.data.manifest import Manifest
+from scmdm.data.tokenizers import load_tokenizer
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -16,10 +17,10 @@ from scmdm.domains.interface import (
     WithoutPrompts,
     decode_split,
 )
-from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer
+from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer, require_end_of_text
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
-from scmdm.domains.text.metrics import NgramScorer, evaluate_text, text_values
+from scmdm.domains.text.metrics import NgramScorer, evaluate_text, mdlm_perplexity, text_perplexity, text_values
 
 
 class TextDomain(WithoutPrompts, WithoutFigures):
@@ -39,17 +40,24 @@ class TextDomain(WithoutPrompts, WithoutFigures):
     def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
         self._config, self._device = config, settings.device
         # Blocks of concatenated texts have no padding, and pad_id may equal eos_id.
-        self._pad_id = -1 if manifest.framing == "concatenate" else manifest.pad_id
+        self._pad_id = -1 if manifest.framing == "concatenate" or config.protocol == "mdlm" else manifest.pad_id
+        self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         needed = config.mauve or config.scorer is None
         # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.
         causal = load_scorer(Path(config.scorer)) if config.scorer is not None else None
+        if causal is not None and config.protocol == "mdlm":
+            require_end_of_text(causal)
         self._held_out = decode_split(root, manifest, settings.split) if needed else []
         self._scorer = causal or NgramScorer.fit(self._held_out, "held-out text")
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        scorer = self._scorer
-        values = text_values(drawn.texts, drawn.tokens.numpy(), self._pad_id, scorer, device=self._device)
-        found = evaluate_text(values, scorer).as_dict()
+        scorer, ids_NL = self._scorer, drawn.tokens.numpy()
+        if isinstance(scorer, CausalScorer) and self._config.protocol == "mdlm":
+            perplexity = mdlm_perplexity(ids_NL, self._tokenizer, scorer, device=self._device)
+        else:
+            perplexity = text_perplexity(drawn.texts, scorer, device=self._device)
+        values = text_values(drawn.texts, ids_NL, self._pad_id, perplexity)
+        found = evaluate_text(values, scorer, self._config.protocol).as_dict()
         if self._config.mauve:
             assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]

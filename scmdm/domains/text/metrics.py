@@ -1,23 +1,27 @@
 """Metrics of generated text: entropy, distinct n-grams, and generative perplexity under a named scorer.
 
-Legend: N texts, L length.
+Legend: N texts, L length, M = L - 1 scored positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scmdm.data.tokenizers import Tokenizer
 from scmdm.domains.sample_values import SampleValues
 from scmdm.domains.text.causal_scorer import SCORER_LENGTH, CausalScorer
 from scmdm.domains.text.ngram import NgramModel
 
 NGRAM_ORDER = 5
+_CLEANED = (".", "?", "!", ",")  # marks that lose the space in front of them, and contractions
+_CONTRACTIONS = ("n't", "'m", "'s", "'ve", "'re")
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,18 @@ class NgramScorer:
         return cls(NgramModel.fit(texts, order=NGRAM_ORDER), label)
 
 
+def text_perplexity(texts: Sequence[str], scorer: CausalScorer | NgramScorer, *, device: str = "cpu") -> SampleValues:
+    """Perplexity per unit of the scorer, an n-gram or a causal model, as values of each text."""
+    if isinstance(scorer, CausalScorer):
+        return generative_perplexity(texts, scorer, device=device)
+    scores = [scorer.model.log_prob(text) for text in texts]
+    return SampleValues.ratio([-log_p for log_p, _ in scores], [n for _, n in scores], exponential=True)
+
+
 def text_values(
-    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, scorer: CausalScorer | NgramScorer, *, device: str
+    texts: Sequence[str], ids_NL: np.ndarray, pad_id: int, perplexity: SampleValues
 ) -> dict[str, SampleValues]:
-    """Values of all metrics of texts and their ids (N, L). `scorer` is an n-gram or a causal model."""
-    if isinstance(scorer, NgramScorer):
-        scores = [scorer.model.log_prob(text) for text in texts]
-        perplexity = SampleValues.ratio([-log_p for log_p, _ in scores], [n for _, n in scores], exponential=True)
-    else:
-        perplexity = generative_perplexity(texts, scorer, device=device)
+    """Values of all metrics of texts and their ids (N, L), given those of the perplexity."""
     return {
         "perplexity": perplexity,
         "entropy": SampleValues.mean(unigram_entropies(ids_NL, pad_id)),
@@ -93,13 +100,16 @@ def text_values(
     }
 
 
-def evaluate_text(values: Mapping[str, SampleValues], scorer: CausalScorer | NgramScorer) -> TextMetrics:
-    """Compute all metrics from the values of `text_values`."""
+def evaluate_text(
+    values: Mapping[str, SampleValues], scorer: CausalScorer | NgramScorer, protocol: str = "text"
+) -> TextMetrics:
+    """Compute all metrics from the values of `text_values`. `protocol` is that of the perplexity, for its label."""
     if isinstance(scorer, NgramScorer):
         label = scorer.label
     else:
         length = scorer.length
         label = f"{scorer.path.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
+        label += "" if protocol == "text" else f", protocol {protocol}"
     entropy = values["entropy"]
     one, two, three = (values[f"distinct_{n}"].value() or 0.0 for n in (1, 2, 3))
     return TextMetrics(len(entropy.array), entropy.value() or 0.0, one, two, three, values["perplexity"].value(), label)
@@ -113,29 +123,99 @@ def generative_perplexity(
     batch_size: int = 16,
     max_length: int = SCORER_LENGTH,
 ) -> SampleValues:
-    """Perplexity per token of the scorer, following MDLM, as values of each text.
+    """Perplexity per token of the scorer, as values of each text.
 
     Texts are tokenized by the scorer and truncated to `max_length` or to the scorer's positions; the mean is weighted
-    by tokens. A text of fewer than two tokens has weight 0.
+    by tokens. The first token of a text is not scored. A text of fewer than two tokens has weight 0.
     """
-    model, tokenizer = scorer.model.to(device), scorer.tokenizer
-    max_length = min(max_length, scorer.length)
-    encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-    nll_N, count_N = np.zeros(len(texts)), np.zeros(len(texts))
+    encoded = _encoded(texts, scorer, min(max_length, scorer.length))
+    pieces = [_Piece(number, ids, [True] * (len(ids) - 1)) for number, ids in enumerate(encoded)]
+    return _perplexity(pieces, len(texts), scorer, device, batch_size)
+
+
+def mdlm_perplexity(
+    ids_NL: np.ndarray,
+    tokenizer: Tokenizer,
+    scorer: CausalScorer,
+    *,
+    device: str = "cpu",
+    batch_size: int = 16,
+) -> SampleValues:
+    """Generative perplexity as MDLM's and Duo's code computes it, as values of each sample.
+
+    The text of a whole sample (`mdlm_text`) is tokenized by the scorer, truncated to the model's length L, and scored
+    in chunks of the scorer's length. The tokens of a chunk count, except for its first one and for all ends of text
+    but the first in the chunk. A sample that begins with [BOS] therefore has its first real token scored after an end
+    of text, and no end of text counts. The mean is over the tokens of all samples.
+    """
+    end_id = scorer.tokenizer.eos_token_id
+    texts = [mdlm_text(row, tokenizer, scorer.tokenizer.eos_token) for row in ids_NL.tolist()]
+    pieces = []
+    for number, ids in enumerate(_encoded(texts, scorer, ids_NL.shape[1])):
+        for at in range(0, len(ids), scorer.length):
+            chunk = ids[at : at + scorer.length]
+            first_end = chunk.index(end_id) if end_id in chunk else None
+            counted = [id_ != end_id or place == first_end for place, id_ in enumerate(chunk)]
+            pieces.append(_Piece(number, chunk, counted[1:]))
+    return _perplexity(pieces, len(texts), scorer, device, batch_size)
+
+
+def mdlm_text(ids: Sequence[int], tokenizer: Tokenizer, end: str) -> str:
+    """Text of a whole sample as MDLM's code decodes it: [BOS] and [EOS] are written as `end`, padding is left out.
+
+    The code decodes with `transformers` 4.38, which removes the spaces in front of some marks and contractions.
+    """
+    marks, parts = (tokenizer.bos_id, tokenizer.eos_id), []
+    for is_mark, group in groupby(ids, marks.__contains__):
+        some = list(group)
+        parts.append(end * len(some) if is_mark else tokenizer.decode(some))
+    text = "".join(parts)
+    for mark in _CLEANED:
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for contraction in _CONTRACTIONS:
+        text = text.replace(f" {contraction}", contraction)
+    return text
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Ids of a text that the scorer sees together."""
+
+    text: int  # index
+    ids: Sequence[int]
+    counted: Sequence[bool]  # of each id but the first
+
+
+def _encoded(texts: Sequence[str], scorer: CausalScorer, length: int) -> list[list[int]]:
+    return [scorer.tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+
+
+def _perplexity(
+    pieces: Sequence[_Piece], texts: int, scorer: CausalScorer, device: str, batch_size: int
+) -> SampleValues:
+    model = scorer.model.to(device)
+    nll_N, count_N = np.zeros(texts), np.zeros(texts)
     # Sort by length, so that batches contain little padding.
-    order = sorted((index for index, ids in enumerate(encoded) if len(ids) >= 2), key=lambda index: len(encoded[index]))
+    order = sorted((piece for piece in pieces if any(piece.counted)), key=lambda piece: len(piece.ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        nll_N[chosen], count_N[chosen] = _score(model, [encoded[index] for index in chosen], device)
+        rows_N = [piece.text for piece in chosen]
+        np.add.at(nll_N, rows_N, _score(model, chosen, device))
+        np.add.at(count_N, rows_N, [sum(piece.counted) for piece in chosen])
     return SampleValues.ratio(nll_N, count_N, exponential=True)
 
 
 @torch.no_grad()
-def _score(model: Any, rows: Sequence[Sequence[int]], device: str) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(map(len, rows))
-    ids_NL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    present_NL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+def _score(model: Any, pieces: Sequence[_Piece], device: str) -> np.ndarray:
+    """Return the negative log-probability (N,) of the counted ids of each piece."""
+    longest = max(len(piece.ids) for piece in pieces)
+    padding = [longest - len(piece.ids) for piece in pieces]
+    rows = list(zip(pieces, padding, strict=True))
+    ids_NL = torch.tensor([[*piece.ids, *[0] * pad] for piece, pad in rows], device=device)
+    present_NL = torch.tensor([[1] * len(piece.ids) + [0] * pad for piece, pad in rows], device=device)
+    counted_NM = torch.tensor([[*piece.counted, *[False] * pad] for piece, pad in rows], device=device)
     logits: Tensor = model(input_ids=ids_NL, attention_mask=present_NL).logits.float()
-    log_p = logits[:, :-1].log_softmax(-1).gather(2, ids_NL[:, 1:, None]).squeeze(2)
-    counted = present_NL[:, 1:]
-    return -(log_p * counted).sum(1).cpu().numpy(), counted.sum(1).cpu().numpy()
+    log_p_NM = logits[:, :-1].log_softmax(-1).gather(2, ids_NL[:, 1:, None]).squeeze(2)
+    found: np.ndarray = -(log_p_NM * counted_NM).sum(1).cpu().numpy()
+    return found

@@ -149,18 +149,21 @@ def test_splits_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "raw", "text"),
     [
-        ("wikitext", " = Valkyria III = \n", "= Valkyria III =\n"),
-        ("wikitext", " = = Gameplay = = \n", "== Gameplay ==\n"),
+        ("wikitext", " = Valkyria III = \n", " = Valkyria III =\n"),
+        ("wikitext", " = = Gameplay = = \n", " == Gameplay ==\n"),
         (
             "wikitext",
             "a role @-@ playing game , 1 @,@ 000 @.@ 5 copies ; sold .",
-            "a role-playing game, 1,000.5 copies; sold.",
+            "a role-playing game, 1,000.5 copies; sold .",
         ),
         ("wikitext", "Chronicles 3 : War ( Japanese : X , lit . Y ) is", "Chronicles 3: War (Japanese: X, lit. Y) is"),
         ("wikitext", 'the " best one " of it \'s kind', 'the "best one" of it\'s kind'),
+        ("wikitext", "at N C and 5 ° C of the boys ' N", "at 1 C and 5°C of the boys' N"),
+        ("wikitext", "a ( b \n c ) d", "a ( b\n c ) d"),
         ("lm1b", 'He said : " I don \'t know " , why ?', 'He said: "I don\'t know", why?'),
-        ("lm1b", "It cost $ 5 ( or so ) , see http : / / x.org .", "It cost $5 (or so), see http://x.org."),
-        ("ptb", "the bank 's traders ' N N at $ N \n or <unk>", "the bank's traders' 1 1 at $ N\nor ?"),
+        ("lm1b", "It cost $ 5 ( or so ) , see http : / / x.org .", "It cost $5 (or so), see http://x.org ."),
+        ("lm1b", "It is so .\nIs it so ?\n", "It is so.\nIs it so?\n"),
+        ("ptb", " N N N at $ N for the traders ' N or <unk> ", "N 1 1 at $1 for the traders' 1 or ?"),
         ("ptb", "did n't pay # N million and\\/or N", "didn't pay #1 million and/or N"),
         ("lambada", " \u201cyes , \u201d he said . ", '\n"yes , " he said .'),
         (
@@ -168,11 +171,31 @@ def test_splits_by_name(tmp_path):
             "we use @xmath0 ( see fig . 1 ) , i.e. x @-@ rays",
             "we use @xmath0 (see fig. 1), i.e. x-rays",
         ),
+        ("scientific_papers", "we ( see\n fig ) . \n", "we (see\nfig).\n"),
         ("none", "as it ( is ) .", "as it ( is ) ."),
     ],
 )
 def test_detokenizers(kind, raw, text):
+    """The published substitutions, with what they get wrong."""
     assert DETOKENIZERS[kind](raw) == text
+
+
+@pytest.mark.parametrize("kind", ["wikitext", "ptb", "lm1b"])
+def test_a_line_is_detokenized_alone(kind):
+    lines = ["a ( b , \n", "c ) ' d 's\n", ' e " f .\n', 'g " \n']
+    assert DETOKENIZERS[kind]("".join(lines)) == "".join(map(DETOKENIZERS[kind], lines))
+
+
+def test_rows_are_lines_with_their_feed_and_values_of_tables(tmp_path):
+    (tmp_path / "wiki.valid.raw").write_text(" \n = A = \n\n x \n\t\n last")
+    wanted = ["", " = A = \n", "", " x \n", "", " last"]
+    for size in (1, 9, 1000):
+        source, tally = text_source(tmp_path / "wiki.valid.raw", unit="rows"), Tally()
+        found = [record.content for part in source.parts(size) for record in source.records(part, tally)]
+        assert found == wanted and tally.counts == {"read": 6}
+    rows = ["one\ntwo\n", "", "three"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert read(tmp_path / "a.jsonl", unit="rows") == (rows, {"read": 3})
 
 
 def test_text8_has_its_conventional_splits(tmp_path):
