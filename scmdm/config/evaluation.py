@@ -14,7 +14,10 @@ from scmdm.config.common import (
     batch_size_key,
     device_key,
     precision_key,
+    resolve_weights_dtype,
+    shards_key,
     threads_key,
+    weights_dtype_key,
     weights_key,
 )
 from scmdm.config.fields import PathKind, key, require
@@ -80,6 +83,8 @@ class EvaluateConfig:
     weights: str = weights_key()
     device: str = device_key()
     precision: str = precision_key()
+    weights_dtype: str = weights_dtype_key()
+    shards: int = shards_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -87,6 +92,7 @@ class EvaluateConfig:
         """Raise UserError for a combination of keys that cannot work."""
         require_distinct("seeds", self.seeds)
         self.zero_shot_texts()
+        resolve_weights_dtype(self.weights_dtype, self.precision)
         self.sampler.validate()
 
     def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:

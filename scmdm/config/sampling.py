@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from scmdm.config.common import batch_size_key, device_key, precision_key, seed_key, threads_key, weights_key
+from scmdm.config.common import (
+    batch_size_key,
+    device_key,
+    precision_key,
+    resolve_weights_dtype,
+    seed_key,
+    shards_key,
+    threads_key,
+    weights_dtype_key,
+    weights_key,
+)
 from scmdm.config.fields import PathKind, key, require
 from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.errors import UserError
@@ -217,6 +227,8 @@ class SampleConfig:
     weights: str = weights_key()
     device: str = device_key()
     precision: str = precision_key()
+    weights_dtype: str = weights_dtype_key()
+    shards: int = shards_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -230,6 +242,7 @@ class SampleConfig:
             require(self.infill is None, "infill", self.infill, "null with gen_length")
         known = self.out is None or self.out.endswith(SAMPLE_FORMATS)
         require(known, "out", self.out, f"a name that ends in one of {', '.join(SAMPLE_FORMATS)}")
+        resolve_weights_dtype(self.weights_dtype, self.precision)
         self.sampler.validate()
 
 

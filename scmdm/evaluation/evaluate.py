@@ -30,7 +30,8 @@ from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.significance import estimate
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import generate
+from scmdm.sampling.model_loading import load
 from scmdm.system.files import atomic_write_text, json_text, require_writable
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.system.terminal import Terminal

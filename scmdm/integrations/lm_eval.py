@@ -37,7 +37,7 @@ from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
 from scmdm.sampling.end_tokens import answer_text, end_token_ids
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 from scmdm.sampling.templates import pad_templates
 
 try:

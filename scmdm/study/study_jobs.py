@@ -21,7 +21,8 @@ from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples
 from scmdm.domains.sample_values import write_values
 from scmdm.evaluation.evaluate import model_nelbo
 from scmdm.models.model_files import open_model
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import generate
+from scmdm.sampling.model_loading import load
 from scmdm.sampling.sample_files import write_samples
 from scmdm.study.study_display import StudyDisplay
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, finished_row

@@ -72,6 +72,11 @@ def process_group(
         dist.destroy_process_group()
 
 
+def joined_world() -> tuple[int, int]:
+    """Return rank and number of the processes in the process group; (0, 1) without one, whatever the launcher says."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
@@ -93,6 +98,15 @@ def all_gather_object(value: T) -> list[T]:
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
+    return box
+
+
+def gather_object(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the other ranks."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, box)
     return box
 
 

@@ -19,7 +19,7 @@ from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 
 TOKENIZER = CharacterTokenizer("ab ")  # ids 4 to 6
 
