@@ -120,7 +120,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "Measure a model's NELBO and the quality of its samples.",
-        "evaluation.evaluate:run_evaluation",
+        "evaluation.evaluate:evaluate_and_print",
         (_MODEL,),
         "config.evaluation:EvaluateConfig",
         (_CONFIG_OPTION,),

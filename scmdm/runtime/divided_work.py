@@ -7,7 +7,7 @@ is written, so that a job that was killed goes on, with any number of ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from scmdm.system.process_group import broadcast, gather_object, joined_world
 
 T = TypeVar("T")
 Columns = dict[str, np.ndarray]  # arrays with one row for each item
+Result = tuple[Sequence[int], Columns]  # numbers of items, and their rows
 _NUMBERS = "numbers"  # column of the items' numbers in a file
 _MOST_FILES = 256  # of a rank; each costs a flush to the disk
 
@@ -54,14 +55,11 @@ class ResultParts:
         path = self.directory / f"{self.prefix}-{numbers[0]:09d}.npz"
         write_npz(path, {_NUMBERS: np.array(numbers, np.int64), **columns})
 
-    def read(self) -> tuple[list[int], Columns]:
+    def read(self) -> Result:
         """Return the numbers of all finished items, and their results. Raises UserError for a damaged file."""
         files = sorted(self.directory.glob(f"{self.prefix}-*.npz"))
         found = [read_npz(path, f"remove {self.directory} to compute it again") for path in files]
-        if not found:
-            return [], {}
-        columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-        return columns.pop(_NUMBERS).tolist(), columns
+        return _joined([(part.pop(_NUMBERS).tolist(), part) for part in found])
 
     def remove(self) -> None:
         """Remove the parts of all results of the job, after its output is written."""
@@ -73,15 +71,9 @@ def share_of(items: Sequence[T], rank: int, size: int) -> Sequence[T]:
     return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
 
-def grouped(batches: Sequence[T]) -> list[Sequence[T]]:
-    """Divide a rank's batches into at most `_MOST_FILES` groups, each of which becomes a file."""
-    size = max(1, -(-len(batches) // _MOST_FILES))
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
-
-
 def compute_divided(
     total: int,
-    compute: Callable[[Sequence[int]], Iterable[tuple[Sequence[int], Columns]]],
+    compute: Callable[[Sequence[int]], Iterable[Result]],
     parts: ResultParts | None = None,
 ) -> Columns | None:
     """Return the results of items 0 ... total - 1, in this order, on rank 0; None on the other ranks.
@@ -93,17 +85,38 @@ def compute_divided(
     done, kept = parts.read() if parts is not None and rank == 0 else ([], {})
     finished = set(broadcast(done))
     missing = [number for number in range(total) if number not in finished]
-    own: list[tuple[Sequence[int], Columns]] = []
-    for numbers, columns in compute(share_of(missing, rank, size)):
-        if parts is not None:
-            parts.write(numbers, columns)
-        own.append((numbers, columns))
+    share = share_of(missing, rank, size)
+    own = list(_kept(compute(share), parts, least=-(-len(share) // _MOST_FILES)))
     gathered = gather_object(own)
     if gathered is None:
         return None
-    results = [(done, kept)] if done else []
-    results += [part for of_rank in gathered for part in of_rank]
+    numbers, columns = _joined([(done, kept), *(part for of_rank in gathered for part in of_rank)])
     # Two jobs that write the same output may have computed an item twice, with the same result.
-    every, order = np.unique(np.concatenate([np.asarray(numbers) for numbers, _ in results]), return_index=True)
-    assert len(every) == total
-    return {name: np.concatenate([columns[name] for _, columns in results])[order] for name in results[0][1]}
+    every, order = np.unique(numbers, return_index=True)
+    assert len(every) == total, f"{len(every)} results of {total}"
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _kept(results: Iterable[Result], parts: ResultParts | None, *, least: int) -> Iterator[Result]:
+    """Join results to at least `least` items each, write and yield them."""
+    waiting: list[Result] = []
+    for result in results:
+        waiting.append(result)
+        if sum(len(numbers) for numbers, _ in waiting) >= least:
+            yield _written(_joined(waiting), parts)
+            waiting = []
+    if waiting:
+        yield _written(_joined(waiting), parts)
+
+
+def _written(result: Result, parts: ResultParts | None) -> Result:
+    if parts is not None:
+        parts.write(*result)
+    return result
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    filled = [(numbers, columns) for numbers, columns in results if len(numbers)]
+    numbers = [number for own, _ in filled for number in own]
+    names = filled[0][1] if filled else {}
+    return numbers, {name: np.concatenate([columns[name] for _, columns in filled]) for name in names}

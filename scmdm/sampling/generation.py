@@ -30,7 +30,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
-from scmdm.runtime.divided_work import Columns, ResultParts, compute_divided, grouped
+from scmdm.runtime.divided_work import Columns, Result, ResultParts, compute_divided
 from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, cut_at_end, end_token_ids, is_framed_answer
 from scmdm.sampling.templates import make_model_template, require_prompt
@@ -106,7 +106,7 @@ class SampleSet:
         batch_size: int | None = None,
         progress: bool = False,
         on_step: StepHook | None = None,
-    ) -> Iterator[tuple[Sequence[int], Columns]]:
+    ) -> Iterator[Result]:
         """Draw the samples `numbers`; yield tokens (n, L) and evaluations (n,) of some of them at a time, in order.
 
         `batch_size` None takes one that fits into memory. `progress` shows a bar on a terminal. `on_step` is called
@@ -115,9 +115,9 @@ class SampleSet:
         """
         workers = torch.get_num_threads() if self.device.type == "cpu" and self.loaded.is_whole else 1
         size = batch_size or even_batch_size(len(numbers), workers, self._fitting(workers))
-        groups = grouped(torch.tensor(numbers, dtype=torch.int64).split(size) if numbers else [])
+        batches = torch.tensor(numbers, dtype=torch.int64).split(size) if numbers else ()
         bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
-        task = bar.add_task("denoiser evaluations", total=self._steps * sum(map(len, groups)))
+        task = bar.add_task("denoiser evaluations", total=self._steps * len(batches))
         ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
 
         def stepped(observation: Observation) -> None:
@@ -127,18 +127,17 @@ class SampleSet:
             if on_step is not None:
                 on_step(observation)
 
-        def draw(group: Sequence[Tensor]) -> tuple[Sequence[int], Columns]:
-            drawn = [part for ids_B in group for part in self._draw_fitting(ids_B, stepped)]
-            tokens_NL = torch.cat([part.tokens.cpu() for part in drawn])
-            evaluations_N = torch.cat([part.evaluations_B.cpu() for part in drawn])
-            columns = {"tokens": tokens_NL.int().numpy(), "evaluations": evaluations_N.numpy()}
-            return torch.cat(list(group)).tolist(), columns
+        def draw(ids_B: Tensor) -> Result:
+            drawn = self._draw_fitting(ids_B, stepped)
+            tokens_BL = torch.cat([part.tokens.cpu() for part in drawn])
+            evaluations_B = torch.cat([part.evaluations_B.cpu() for part in drawn])
+            return ids_B.tolist(), {"tokens": tokens_BL.int().numpy(), "evaluations": evaluations_B.numpy()}
 
         # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is
         # unchanged.
         with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                yield from pool.map(draw, groups)
+                yield from pool.map(draw, batches)
             finally:
                 ended.set()
 
@@ -245,7 +244,7 @@ def generate_divided(
     """
     started, is_main = time.perf_counter(), joined_world()[0] == 0
 
-    def draw(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Columns]]:
+    def draw(numbers: Sequence[int]) -> Iterator[Result]:
         yield from samples.draw(numbers, batch_size=batch_size, progress=is_main)
         samples.loaded.await_peers()
 
