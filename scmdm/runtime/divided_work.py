@@ -7,6 +7,7 @@ is written, so that a job that was killed goes on, with any number of ranks.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from scmdm.system.files import json_text, remove_tree
 from scmdm.system.npz_files import read_npz, write_npz
 from scmdm.system.process_group import broadcast, gather_object, joined_world
 
+logger = logging.getLogger("scmdm")
 T = TypeVar("T")
 Columns = dict[str, np.ndarray]  # arrays with one row for each item
 Result = tuple[Sequence[int], Columns]  # numbers of items, and their rows
@@ -83,6 +85,8 @@ def compute_divided(
     """
     rank, size = joined_world()
     done, kept = parts.read() if parts is not None and rank == 0 else ([], {})
+    if done and parts is not None:
+        logger.warning("%d of %d results are those of an earlier start, in %s", len(done), total, parts.directory)
     finished = set(broadcast(done))
     missing = [number for number in range(total) if number not in finished]
     share = share_of(missing, rank, size)

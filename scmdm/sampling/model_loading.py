@@ -27,7 +27,7 @@ from scmdm.models.model_files import (
 from scmdm.runtime.divided_work import ResultParts
 from scmdm.system.process_group import current_world, joined_world, process_group
 
-_LONGEST_WAIT = timedelta(days=7)  # for the slowest rank, and for metrics that rank 0 computes alone
+LONGEST_WAIT = timedelta(days=7)  # for the slowest rank, and for metrics that rank 0 computes alone
 
 
 def load(
@@ -79,7 +79,7 @@ def evaluation_ranks(config: ModelKeys) -> Iterator[None]:
         torch.set_num_threads(config.threads)
     world = current_world()
     device = resolve_device(config.device, world.local_rank)
-    with process_group(world, device, needed=False, timeout=_LONGEST_WAIT):
+    with process_group(world, device, needed=False, timeout=LONGEST_WAIT):
         yield
 
 
