@@ -193,7 +193,8 @@ class MaskedDiffusionLM(TemplateLM):
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(precision, self._device)
         length = self._loaded.spec.length
-        fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, guided=options.cfg != 0)
+        kind = {"guided": options.cfg != 0, "padded": options.tail == "none"}
+        fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, **kind)
         self._states_at_once = _STATES * options.batch_size if options.batch_size else fitting
         self._scored_at_once = options.batch_size or max(1, fitting // _STATES)
         self._generated_at_once = options.batch_size or fitting

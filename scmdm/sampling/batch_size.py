@@ -15,6 +15,7 @@ CPU_BATCH = 64  # sequences of one core: small models and their activations fit 
 LARGEST_BATCH = 1024  # a GPU is full long before
 DRAWN_AT_ONCE = 512  # positions whose float64 logits and noise are held at once
 _COPIES_OF_LOGITS = 6  # float64 or int64 arrays: logits, their shaped copy, words of the noise, uniforms
+_MASK_BYTES = 5  # of a pair: the mask, and its copy that a kernel adds
 _USABLE = 0.8  # of free memory; the rest is for fragmentation and the libraries' work spaces
 
 
@@ -48,12 +49,16 @@ def batch_size_for(
     vocab_size: int,
     bytes_per_number: int,
     predictions: int = 1,
+    padded: bool = False,
     most: int = LARGEST_BATCH,
 ) -> int:
-    """Return how many sequences of `length` tokens fit into `free_bytes` beside the weights: 1 ... `most`."""
-    per_sequence = length * evaluation_bytes_per_token(
-        model, bytes_per_number=bytes_per_number, predictions=predictions
-    )
+    """Return how many sequences of `length` tokens fit into `free_bytes` beside the weights: 1 ... `most`.
+
+    Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions.
+    """
+    per_token = evaluation_bytes_per_token(model, bytes_per_number=bytes_per_number, predictions=predictions)
+    mask = predictions * length * _MASK_BYTES if padded else 0
+    per_sequence = length * (per_token + mask)
     fitting = (int(free_bytes * _USABLE) - fixed_bytes(model, vocab_size)) // per_sequence
     return max(1, min(most, fitting))
 
@@ -66,6 +71,7 @@ def fitting_batch_size(
     *,
     workers: int = 1,
     guided: bool = False,
+    padded: bool = False,
     most: int | None = None,
 ) -> int:
     """Return how many sequences a loaded model evaluates at once, in each of `workers` threads.
@@ -79,6 +85,7 @@ def fitting_batch_size(
         vocab_size=loaded.spec.vocab_size,
         bytes_per_number=dtype.itemsize,
         predictions=2 if guided else 1,
+        padded=padded,
         most=most or (CPU_BATCH if device.type == "cpu" else LARGEST_BATCH),
     )
 

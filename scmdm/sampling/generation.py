@@ -20,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
+from scmdm.config.fields import require
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
@@ -28,7 +29,6 @@ from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
-from scmdm.models.network import Network
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.runtime.divided_work import Columns, Result, ResultParts, compute_divided
 from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
@@ -50,7 +50,7 @@ class SampleSet:
     `chats`, as always for a model of conversations, the templates end with questions, and texts are the answers.
 
     Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
-    graphs without a GPU.
+    graphs without a GPU or of shared weights.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SampleSet:
         self._chats = chats
         self._end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
         self._settings = sampler.settings(spec.model.self_conditioned, self._end_ids)
-        self._denoiser = _replayed(model, self.device) if sampler.cuda_graphs else model
+        self._denoiser = _replayed(loaded, self.device) if sampler.cuda_graphs else model
         if templates_PL is None:
             require_prompt(loaded, None)
             templates_PL = make_model_template(loaded, spec.length)[None]
@@ -153,9 +153,15 @@ class SampleSet:
 
     def _fitting(self, workers: int) -> int:
         """Return how many sequences of a batch fit into memory."""
-        guided = self._settings.guidance != 1
-        length = self.templates_PL.shape[1]
-        return fitting_batch_size(self.loaded, self.device, self.dtype, length, workers=workers, guided=guided)
+        return fitting_batch_size(
+            self.loaded,
+            self.device,
+            self.dtype,
+            self.templates_PL.shape[1],
+            workers=workers,
+            guided=self._settings.guidance != 1,
+            padded=self.lengths_P is not None,
+        )
 
     def _draw_fitting(self, ids_B: Tensor, on_step: StepHook) -> list[Samples]:
         """Draw a batch, in two halves if the memory is too small for it, as are later batches of this size."""
@@ -252,10 +258,11 @@ def generate_divided(
     return None if columns is None else samples.describe(columns, time.perf_counter() - started)
 
 
-def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
+def _replayed(loaded: LoadedModel, device: torch.device) -> ReplayedDenoiser:
     if device.type != "cuda":
         raise UserError(f"sampler.cuda_graphs=true needs a CUDA device, not {device.type}; leave it out")
-    return ReplayedDenoiser(model)
+    require(loaded.is_whole, "sampler.cuda_graphs", True, "false with shards above 1")
+    return ReplayedDenoiser(loaded.model)
 
 
 def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:

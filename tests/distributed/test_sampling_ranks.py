@@ -72,14 +72,14 @@ def kill_all(process):
 
 
 def test_killed_sampling_goes_on_with_another_number_of_ranks(exported, tmp_path, monkeypatch):
-    keys = ["device=cpu", "precision=float32", "num=120", "batch_size=2", "sampler.steps=64"]
+    keys = ["device=cpu", "precision=float32", "num=60", "batch_size=2", "sampler.steps=32"]
     out = tmp_path / "out.jsonl"
     parts = tmp_path / f".{out.name}.parts"
     process = start(2, "sample", exported, f"out={out}", *keys)
     wait_for_parts(process, parts, 4)
     kill_all(process)
     kept = {number for path in parts.glob("*.npz") for number in np.load(path)["numbers"].tolist()}
-    assert not out.exists() and 8 <= len(kept) < 120
+    assert not out.exists() and 8 <= len(kept) < 60
     copy = tmp_path / "other"
     copy.mkdir()
     shutil.copytree(parts, copy / parts.name)
@@ -88,7 +88,7 @@ def test_killed_sampling_goes_on_with_another_number_of_ranks(exported, tmp_path
     drawn, draw = [], SampleSet._draw_batch
     monkeypatch.setattr(SampleSet, "_draw_batch", lambda *own: drawn.extend(own[1].tolist()) or draw(*own))
     assert main(["sample", str(exported), f"out={out}", *keys]) == 0
-    assert sorted(drawn) == sorted(set(range(120)) - kept)
+    assert sorted(drawn) == sorted(set(range(60)) - kept)
     assert main(["sample", str(exported), f"out={tmp_path / 'whole.jsonl'}", *keys]) == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() == (copy / out.name).read_bytes()
     assert not parts.exists() and not (copy / parts.name).exists()

@@ -42,6 +42,7 @@ def test_batch_size_follows_memory_length_and_vocabulary():
     assert batch_size_for(free, model, **{**keys, "length": 256}) <= -(-sizes[2] // 2)
     assert batch_size_for(free, model, **{**keys, "vocab_size": 5000}) < sizes[2]
     assert batch_size_for(free, model, **keys, predictions=2) < sizes[2]
+    assert batch_size_for(free, model, **keys, padded=True) < sizes[2]
     assert batch_size_for(free, dataclasses.replace(model, width=512), **keys) < sizes[2]
 
 
