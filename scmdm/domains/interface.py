@@ -10,7 +10,7 @@ Legend: N samples, L sequence length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -42,11 +42,15 @@ class GeneratedSamples:
 
     def at(self, numbers: Sequence[int]) -> GeneratedSamples:
         """Return some of the samples, without scores."""
-        labels = None if self.labels is None else [self.labels[number] for number in numbers]
-        texts, framed, counts = (
-            [column[number] for number in numbers] for column in (self.texts, self.framed, self.counts)
+        return replace(
+            self,
+            tokens=self.tokens[list(numbers)],
+            texts=[self.texts[number] for number in numbers],
+            framed=[self.framed[number] for number in numbers],
+            counts=[self.counts[number] for number in numbers],
+            labels=None if self.labels is None else [self.labels[number] for number in numbers],
+            scores=None,
         )
-        return GeneratedSamples(self.tokens[list(numbers)], texts, framed, counts, self.seconds, labels)
 
 
 @dataclass(frozen=True)
