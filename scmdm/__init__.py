@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> object:
     # Imported on use: torch takes seconds to import, and `scmdm --help` does not need it.
     if name == "load":
-        from scmdm.sampling.generation import load
+        from scmdm.sampling.model_loading import load
 
         return load
     raise AttributeError(f"module 'scmdm' has no attribute {name!r}")

@@ -12,6 +12,7 @@ from scmdm.config.fields import PathKind
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
 from scmdm.errors import UserError
 from scmdm.system.extras import extra_of_module
+from scmdm.system.memory import is_out_of_memory
 from scmdm.system.terminal import accept_any_text, discard_output, printable
 from scmdm.system.untrusted import describe
 
@@ -119,7 +120,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "Measure a model's NELBO and the quality of its samples.",
-        "evaluation.evaluate:run_evaluation",
+        "evaluation.evaluate:evaluate_and_print",
         (_MODEL,),
         "config.evaluation:EvaluateConfig",
         (_CONFIG_OPTION,),
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"the module {error.name} is not installed; install it with `pip install 'scmdm[{extra}]'`", 1)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(f"out of memory: {describe(error)}; use smaller sizes, such as batch_size or length", 1)
     except KeyboardInterrupt:
@@ -274,10 +275,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"scmdm: error: {printable(message)}", file=sys.stderr)
     return status
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Return whether Python or torch could not allocate memory; torch has no class of its own for the CPU's memory."""
-    return (
-        isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "OutOfMemory" in type(error).__name__
-    )

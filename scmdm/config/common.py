@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scmdm.config.fields import key
+from scmdm.config.fields import key, require
 
 LARGEST_SEED = 2**62
 
@@ -54,11 +54,41 @@ def weights_key() -> Any:
     return key("ema", help="weights to use; ema: the averages, where the model has them", choices=("ema", "raw"))
 
 
+def weights_dtype_key() -> Any:
+    """Declare the dtype in which weights are held for sampling and evaluation."""
+    return key(
+        "float32",
+        help="dtype in which weights are held; bfloat16: half the memory, with precision=bfloat16",
+        choices=("float32", "bfloat16"),
+    )
+
+
+def shards_key() -> Any:
+    """Declare the number of ranks that share the weights of a model that does not fit one device."""
+    return key(
+        1,
+        help="consecutive ranks that share the weights (FSDP2), for a model that does not fit one device; 1: none do",
+        at_least=1,
+        at_most=2**20,
+    )
+
+
 def batch_size_key() -> Any:
-    """Declare the number of samples drawn at once."""
+    """Declare the number of samples that a rank evaluates at once."""
     return key(
         None,
-        help="samples drawn at once; null: 64 on each CPU core, 1024 on a GPU",
+        help="samples at once; null: on a GPU what fits its free memory, on a CPU at most 64 on each core",
         at_least=1,
         at_most=2**31,
     )
+
+
+def resolve_weights_dtype(weights_dtype: str, precision: str) -> str:
+    """Return the precision for weights of a dtype: bfloat16 for weights in bfloat16 and `precision=auto`.
+
+    Raises UserError for weights in bfloat16 and `precision=float32`.
+    """
+    if weights_dtype == "float32":
+        return precision
+    require(precision != "float32", "precision", precision, f"auto or {weights_dtype} with weights_dtype=bfloat16")
+    return weights_dtype

@@ -14,8 +14,11 @@ from scmdm.config.common import (
     batch_size_key,
     device_key,
     precision_key,
+    resolve_weights_dtype,
+    shards_key,
     threads_key,
     verify_key,
+    weights_dtype_key,
     weights_key,
 )
 from scmdm.config.fields import PathKind, key, require
@@ -87,6 +90,8 @@ class EvaluateConfig:
     verify: str = verify_key()
     device: str = device_key()
     precision: str = precision_key()
+    weights_dtype: str = weights_dtype_key()
+    shards: int = shards_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -94,6 +99,7 @@ class EvaluateConfig:
         """Raise UserError for a combination of keys that cannot work."""
         require_distinct("seeds", self.seeds)
         self.zero_shot_texts()
+        resolve_weights_dtype(self.weights_dtype, self.precision)
         self.sampler.validate()
 
     def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:

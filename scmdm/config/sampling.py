@@ -8,9 +8,12 @@ from scmdm.config.common import (
     batch_size_key,
     device_key,
     precision_key,
+    resolve_weights_dtype,
     seed_key,
+    shards_key,
     threads_key,
     verify_key,
+    weights_dtype_key,
     weights_key,
 )
 from scmdm.config.fields import PathKind, key, require
@@ -236,6 +239,8 @@ class SampleConfig:
     verify: str = verify_key()
     device: str = device_key()
     precision: str = precision_key()
+    weights_dtype: str = weights_dtype_key()
+    shards: int = shards_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -249,6 +254,7 @@ class SampleConfig:
             require(self.infill is None, "infill", self.infill, "null with gen_length")
         known = self.out is None or self.out.endswith(SAMPLE_FORMATS)
         require(known, "out", self.out, f"a name that ends in one of {', '.join(SAMPLE_FORMATS)}")
+        resolve_weights_dtype(self.weights_dtype, self.precision)
         self.sampler.validate()
 
 

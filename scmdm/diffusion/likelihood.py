@@ -33,35 +33,6 @@ class Nelbo:
         return math.exp(self.mean)
 
 
-def estimate_nelbo(
-    denoiser: Denoiser,
-    batches: Iterable[Sequences],
-    schedule: Schedule,
-    *,
-    mask_id: int,
-    seed: int,
-    t_min: float,
-    strata: Sequence[Tensor] | None = None,
-    draws: int = 1,
-    condition: bool = False,
-    passes: int = 1,
-) -> Nelbo:
-    """Estimate the mean NELBO over batches; the arguments are those of `nelbo_terms`."""
-    terms_N2 = nelbo_terms(
-        denoiser,
-        batches,
-        schedule,
-        mask_id=mask_id,
-        seed=seed,
-        t_min=t_min,
-        strata=strata,
-        draws=draws,
-        condition=condition,
-        passes=passes,
-    )
-    return nelbo_of(terms_N2)
-
-
 @torch.no_grad()
 def nelbo_terms(
     denoiser: Denoiser,

@@ -10,10 +10,11 @@ Legend: N samples, L sequence length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from scmdm.data.loader import read_split
@@ -32,11 +33,24 @@ class GeneratedSamples:
     counts: list[int]  # denoiser evaluations of each sample
     seconds: float
     labels: list[str] | None = None  # class that each sample is conditioned on
+    scores: dict[str, np.ndarray] | None = None  # of `ScoringDomain.scores`, if they were computed before
 
     @property
     def evaluations(self) -> int:
         """Denoiser evaluations per sample: the maximum, because blocks that a prompt fills need none."""
         return max(self.counts)
+
+    def at(self, numbers: Sequence[int]) -> GeneratedSamples:
+        """Return some of the samples, without scores."""
+        return replace(
+            self,
+            tokens=self.tokens[list(numbers)],
+            texts=[self.texts[number] for number in numbers],
+            framed=[self.framed[number] for number in numbers],
+            counts=[self.counts[number] for number in numbers],
+            labels=None if self.labels is None else [self.labels[number] for number in numbers],
+            scores=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,18 @@ class Domain(Protocol):
 
         Returns the caption, or None if there is nothing to draw.
         """
+        ...
+
+
+@runtime_checkable
+class ScoringDomain(Protocol):
+    """A domain that scores each sample by itself, with a large model: work that the ranks of an evaluation share.
+
+    `Domain.measure` then finds the scores of all samples in `GeneratedSamples.scores`.
+    """
+
+    def scores(self, drawn: GeneratedSamples) -> dict[str, np.ndarray]:
+        """Return arrays with one row for each sample."""
         ...
 
 

@@ -6,103 +6,113 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from scmdm.checkpoint.seal import sha256_of_model
+from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.stored import read_stored_config
 from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import Manifest
-from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
-from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.diffusion.likelihood import Nelbo
 from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
-from scmdm.domains.interface import Domain, EvaluationSettings
+from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, ScoringDomain
 from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
+from scmdm.evaluation.divided_nelbo import NelboSettings, divided_nelbo
 from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.significance import estimate
 from scmdm.evaluation.zero_shot import read_texts, zero_shot
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generation import generate, load
+from scmdm.runtime.divided_work import Result, ResultParts, compute_divided
+from scmdm.sampling.generation import SampleSet, generate_divided
+from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, parts_beside
 from scmdm.system.files import atomic_write_text, json_text, require_writable
+from scmdm.system.process_group import broadcast, joined_world
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.system.terminal import Terminal
 from scmdm.training.validation import ValidationSet
 
-_NELBO_BATCH = 256  # sequences of one evaluation
+_NO_RESULT = ("out", "threads", "batch_size", "shards")  # keys that do not change results
+_SCORED_AT_ONCE = 256  # samples; a killed evaluation scores at most these again, on each rank
 
 
-def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate the model at `path`, print the results and write them as JSON; returns them.
+def evaluate_and_print(path: Path, config: EvaluateConfig) -> None:
+    """Evaluate the model at `path`, print the results and write them as JSON."""
+    with evaluation_ranks(config):
+        run_evaluation(path, config)
 
-    Raises UserError before anything is computed if the data set does not belong to the model, if a key of `metrics`
-    does not belong to its domain, or if the output file cannot be written.
+
+def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
+    """Evaluate the model at `path`, divided over the ranks; rank 0 prints, writes and returns the results.
+
+    Returns None on the other ranks. Raises UserError before anything is computed if the data set does not belong to the
+    model, if a key of `metrics` does not belong to its domain, or if the output file cannot be written.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    loaded = load(path, weights=config.weights, device=config.device, verify=config.verify)
+    loaded = load_as_configured(path, config)
     root = _data_root(loaded, config)
     manifest = _check_data(loaded, root)
     name = domain_of(manifest) if config.domain == "auto" else config.domain
     keys = metrics_config(name, config.metrics)
     config = replace(config, metrics=asdict(keys))  # with their types; on the command line numbers are text
-    settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
-    domain = load_domain(name)(root, manifest, keys, settings)
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
     require_writable(out)
+    is_main, kind = joined_world()[0] == 0, load_domain(name)
+    settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
+    domain = kind(root, manifest, keys, settings) if is_main or issubclass(kind, ScoringDomain) else None
+    parts = parts_beside(out, loaded, config)
     result: dict[str, Any] = {
         "model": str(path),
         "step": loaded.spec.step,
-        "domain": domain.name,
+        "domain": kind.name,
         "config": asdict(config),
     }
     if config.nelbo_samples:
-        found = model_nelbo(loaded, root, config)
+        found = model_nelbo(loaded, root, config, parts)
         result["nelbo"] = {mode: {**asdict(nelbo), "perplexity": nelbo.perplexity} for mode, nelbo in found.items()}
     if config.texts:
-        result["zero_shot"] = _zero_shot_perplexity(loaded, config)
+        result["zero_shot"] = _zero_shot_perplexity(loaded, config, parts)
     if config.num:
-        templates_NL = domain.templates(root, manifest, config.split, config.num)
-        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, config)
+        templates_NL = kind.templates(root, manifest, config.split, config.num)
+        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, config, parts)
+    if not is_main:
+        return None
     atomic_write_text(out, json_text(result, indent=2))
-    print_result(result, domain.metrics)
+    parts.remove()
+    print_result(result, kind.metrics)
     Terminal().print(f"wrote {out}", soft_wrap=True)
     return result
 
 
-def model_nelbo(loaded: LoadedModel, root: Path, config: EvaluateConfig) -> dict[str, Nelbo]:
-    """Estimate the NELBO on a split of the data set at `root`.
+def model_nelbo(
+    loaded: LoadedModel, root: Path, config: EvaluateConfig, parts: ResultParts | None = None
+) -> dict[str, Nelbo]:
+    """Estimate the NELBO on a split of the data set at `root`, divided over the ranks.
 
-    Returns the NELBO without self-conditioning ("null") and, for a self-conditioned model, with it ("conditioned"),
-    both on the same noise.
+    Returns, on rank 0, the NELBO without self-conditioning ("null") and, for a self-conditioned model, with it
+    ("conditioned"), both on the same noise.
     """
-    device = next(loaded.model.parameters()).device
     manifest = Manifest.read(root)
     if not config.nelbo_padding:
         manifest = _without_padding(manifest, root)
-    chosen = ValidationSet.at(root, config.split, manifest, config.nelbo_samples)
-    found = {}
-    for mode, condition in _modes(loaded).items():
-        with compute_context(device, resolve_precision(config.precision, device)):
-            found[mode] = estimate_nelbo(
-                loaded.model,
-                chosen.batches(device, size=_NELBO_BATCH, labels=loaded.spec.model.labels),
-                loaded.spec.schedule,
-                mask_id=loaded.spec.mask_id,
-                seed=0,
-                t_min=config.t_min,
-                strata=chosen.strata(),
-                draws=config.nelbo_draws,
-                condition=condition,
-            )
-    return found
+    held_out = ValidationSet.at(root, config.split, manifest, config.nelbo_samples)
+    kept = None if parts is None else parts.of(data=manifest.fingerprint(), split=config.split)
+    found = {
+        mode: divided_nelbo(loaded, held_out, _nelbo_settings(config), condition=condition, parts=kept)
+        for mode, condition in _modes(loaded).items()
+    }
+    return {mode: nelbo for mode, nelbo in found.items() if nelbo is not None}
+
+
+def _nelbo_settings(config: EvaluateConfig) -> NelboSettings:
+    precision = resolve_weights_dtype(config.weights_dtype, config.precision)
+    return NelboSettings(config.nelbo_draws, t_min=config.t_min, precision=precision, batch_size=config.batch_size)
 
 
 def _without_padding(manifest: Manifest, root: Path) -> Manifest:
@@ -120,41 +130,58 @@ def _modes(loaded: LoadedModel) -> dict[str, bool]:
     return {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
 
 
-def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig) -> dict[str, Any]:
-    """Compute perplexities by name of the text and mode."""
-    options: dict[str, Any] = {"draws": config.nelbo_draws, "t_min": config.t_min, "precision": config.precision}
+def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: ResultParts) -> dict[str, Any]:
+    """Compute perplexities by name of the text and mode; without modes on all but rank 0."""
     found: dict[str, Any] = {}
     for name, source in config.zero_shot_texts().items():
         texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
         found[name] = {}
         for mode, condition in _modes(loaded).items():
             measured = zero_shot(
-                loaded, texts, condition=condition, end_marks=source.end_marks, group=source.group, **options
+                loaded,
+                texts,
+                _nelbo_settings(config),
+                condition=condition,
+                end_marks=source.end_marks,
+                group=source.group,
+                parts=parts,
             )
-            found[name][mode] = {
-                "nelbo": asdict(measured.nelbo),
-                "perplexity": measured.perplexity,
-                "word_perplexity": measured.word_perplexity,
-            }
+            if measured is not None:
+                found[name][mode] = {
+                    "nelbo": asdict(measured.nelbo),
+                    "perplexity": measured.perplexity,
+                    "word_perplexity": measured.word_perplexity,
+                }
     return found
 
 
 def _sample_quality(
-    loaded: LoadedModel, domain: Domain, templates_NL: Tensor | None, config: EvaluateConfig
+    loaded: LoadedModel,
+    domain: Domain | None,
+    templates_NL: Tensor | None,
+    config: EvaluateConfig,
+    parts: ResultParts,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Draw and measure samples for each seed; returns rows, and by metric the interval over all samples."""
+    """Draw and measure samples for each seed; returns rows, and by metric the interval over all samples.
+
+    The ranks share the samples; rank 0 measures them. Both results are empty on the other ranks.
+    """
     rows, values = [], []
     for seed in config.seeds:
-        drawn = generate(
+        samples = SampleSet(
             loaded,
             config.sampler,
             num=config.num if templates_NL is None else 1,
             seed=seed,
-            batch_size=config.batch_size,
             templates_PL=templates_NL,
-            precision=config.precision,
-            progress=True,
+            precision=resolve_weights_dtype(config.weights_dtype, config.precision),
         )
+        drawn = generate_divided(samples, batch_size=config.batch_size, parts=parts)
+        if isinstance(domain, ScoringDomain):
+            drawn = _scored(domain, drawn, parts.of(**samples.key(), metrics=config.metrics))
+        if drawn is None:
+            continue
+        assert domain is not None
         measured = domain.measure(drawn)
         values.append(measured.values)
         rows.append(
@@ -166,7 +193,21 @@ def _sample_quality(
                 "metrics": measured.metrics,
             }
         )
-    return rows, _intervals(rows, values)
+    return rows, _intervals(rows, values) if rows else {}
+
+
+def _scored(domain: ScoringDomain, drawn: GeneratedSamples | None, parts: ResultParts) -> GeneratedSamples | None:
+    """Score the samples, which rank 0 has, on all ranks; returns them with their scores on rank 0."""
+    every = broadcast(drawn)
+    assert every is not None
+
+    def compute(numbers: Sequence[int]) -> Iterator[Result]:
+        for start in range(0, len(numbers), _SCORED_AT_ONCE):
+            some = numbers[start : start + _SCORED_AT_ONCE]
+            yield some, domain.scores(every.at(some))
+
+    scores = compute_divided(len(every.texts), compute, parts)
+    return None if drawn is None else replace(drawn, scores=scores)
 
 
 def _intervals(
@@ -222,7 +263,7 @@ def _default_out(path: Path, loaded: LoadedModel, config: EvaluateConfig) -> Pat
     kind = "" if sampler.kind == "ancestral" else sampler.kind
     steps = kind if kind == "first_hitting" else f"{kind}T{sampler.steps}"
     run = run_of(path)
-    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in ("out", "threads")}
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in _NO_RESULT}
     if run is None:
         settings["model"] = sha256_of_model(loaded.path)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

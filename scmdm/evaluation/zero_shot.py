@@ -8,6 +8,7 @@ Legend: N sequences, L length.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,17 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.framing import ConcatenatingFramer, Framer, RecordFramer
 from scmdm.data.preparation.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
-from scmdm.diffusion.likelihood import Nelbo, estimate_nelbo
+from scmdm.diffusion.likelihood import Nelbo
 from scmdm.diffusion.state import Sequences
-from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.errors import UserError
+from scmdm.evaluation.divided_nelbo import NelboSettings, divided_nelbo
 from scmdm.models.model_files import LoadedModel
+from scmdm.runtime.divided_work import ResultParts
 from scmdm.training.validation import to_device
 
 _LARGEST = 1 << 30  # characters, which are held in memory
 _EMPTY = "dropped: empty"
+_STRATUM = 16  # sequences over which times are stratified
 _PART_BYTES = 1 << 40  # larger than any file, so that files are not split
 
 
@@ -122,37 +125,46 @@ def frame_texts(
 def zero_shot(
     loaded: LoadedModel,
     texts: Sequence[str],
+    settings: NelboSettings | None = None,
     *,
-    draws: int = 1,
-    seed: int = 0,
-    t_min: float = 1e-3,
     condition: bool = False,
-    batch_size: int = 16,
-    precision: str = "auto",
     end_marks: bool = True,
     group: int | None = None,
-) -> ZeroShot:
+    parts: ResultParts | None = None,
+) -> ZeroShot | None:
     """Estimate the NELBO of texts under a model (MDLM, arXiv 2406.07524, section 5).
 
-    `draws` and `condition` are those of `estimate_nelbo`, `end_marks` and `group` those of `frame_texts`, which raises
-    UserError.
+    The ranks of a job share the sequences, as `divided_nelbo` says; the result is None on all but rank 0. `end_marks`
+    and `group` are those of `frame_texts`, which raises UserError.
     """
-    device = next(loaded.model.parameters()).device
     rows_NL = frame_texts(texts, loaded.tokenizer, loaded.manifest, end_marks=end_marks, group=group)
-    ids_NL = torch.from_numpy(rows_NL)
-    with compute_context(device, resolve_precision(precision, device)):
-        nelbo = estimate_nelbo(
-            loaded.model,
-            _batches(ids_NL, loaded.manifest, device, batch_size),
-            loaded.spec.schedule,
-            mask_id=loaded.spec.mask_id,
-            seed=seed,
-            t_min=t_min,
-            draws=draws,
-            condition=condition,
-        )
+    framed = _FramedTexts(torch.from_numpy(rows_NL), loaded.manifest)
+    kept = None if parts is None else parts.of(texts=hashlib.sha256(rows_NL.tobytes()).hexdigest())
+    nelbo = divided_nelbo(loaded, framed, settings or NelboSettings(), condition=condition, parts=kept)
+    if nelbo is None:
+        return None
     tokens = sum(len(encode_text(loaded.tokenizer, text)) + end_marks for text in texts)
     return ZeroShot(nelbo, tokens / max(1, sum(len(text.split()) for text in texts)))
+
+
+@dataclass(frozen=True)
+class _FramedTexts:
+    """Sequences of texts, as a `HeldOut`."""
+
+    ids_NL: Tensor
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return len(self.ids_NL)
+
+    def strata(self) -> list[Tensor]:
+        return list(torch.arange(len(self)).split(_STRATUM))
+
+    def batches_of(
+        self, numbers: Sequence[int], device: torch.device, *, size: int, labels: bool = False
+    ) -> Iterator[Sequences]:
+        for own in torch.tensor(numbers).split(size):
+            yield to_device({"tokens": self.ids_NL[own], "index": own}, self.manifest, device)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -161,8 +173,3 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
         return tokenizer.encode(text)
     except UnknownSymbol as error:
         raise UserError(f"{text[:60]!r}: {error}; it is not in the model's vocabulary") from error
-
-
-def _batches(ids_NL: Tensor, manifest: Manifest, device: torch.device, size: int) -> Iterator[Sequences]:
-    for tokens, index in zip(ids_NL.split(size), torch.arange(len(ids_NL)).split(size), strict=True):
-        yield to_device({"tokens": tokens, "index": index}, manifest, device)

@@ -1,6 +1,7 @@
 """Evaluation of scmdm models in EleutherAI's lm-evaluation-harness.
 
-`python -m scmdm.integrations.lm_eval` is the harness's command line with an additional model, `scmdm`.
+`python -m scmdm.integrations.lm_eval` is the harness's command line with an additional model, `scmdm`. Under torchrun
+the harness divides the documents of each task over the ranks.
 
 A sequence is `[BOS] context continuation tail`, without [BOS] if `add_bos_token=false`. The tail fills the sequence up
 to the model's length and is masked, as during sampling; with `tail=none` there is no tail, as in the evaluation of
@@ -24,7 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scmdm.config.common import precision_key, seed_key, weights_key
+from scmdm.config.common import (
+    precision_key,
+    resolve_weights_dtype,
+    seed_key,
+    weights_dtype_key,
+    weights_key,
+)
 from scmdm.config.fields import key, require
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
@@ -33,12 +40,14 @@ from scmdm.data.tokenizers.chat_template import Turn, UnusableChat, marked_parts
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
-from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
+from scmdm.sampling.batch_size import fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, end_token_ids
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import LONGEST_WAIT, load
 from scmdm.sampling.templates import pad_templates
+from scmdm.system.process_group import current_world, gather_object, joined_world, process_group
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -64,7 +73,8 @@ class _Options:
     seed: int = seed_key()
     weights: str = weights_key()
     precision: str = precision_key()
-    batch_size: int = key(1, help="requests in a batch", at_least=1, at_most=2**20)
+    weights_dtype: str = weights_dtype_key()
+    batch_size: int | None = key(1, help="requests in a batch; null: what fits into memory", at_least=1, at_most=2**20)
     gen_length: int | None = key(
         None, help="tokens to generate, in place of the task's number", at_least=1, at_most=2**19
     )
@@ -97,7 +107,7 @@ class _Prompt:
 
 @register_model("scmdm")
 class MaskedDiffusionLM(TemplateLM):
-    """A scmdm model in the harness, on one device.
+    """A scmdm model in the harness, on one device of each rank. Results do not depend on the number of ranks.
 
     Args:
         path: run directory, checkpoint or exported model.
@@ -107,7 +117,8 @@ class MaskedDiffusionLM(TemplateLM):
         seed: seed of masked states and samples.
         weights: "ema" or "raw".
         precision: "auto", "float32" or "bfloat16".
-        batch_size: requests in a batch.
+        weights_dtype: "float32" or "bfloat16", which needs half the memory.
+        batch_size: requests in a batch; "auto": what fits into memory.
         gen_length: tokens to generate; None: the task's number, at most half of the model's length.
         add_bos_token: whether sequences begin with [BOS].
         cfg: classifier-free guidance of likelihoods and samples by masking the context, as `cfg` in LLaDA's evaluation:
@@ -130,6 +141,7 @@ class MaskedDiffusionLM(TemplateLM):
         seed: int = 0,
         weights: str = "ema",
         precision: str = "auto",
+        weights_dtype: str = "float32",
         batch_size: int | str = 1,
         gen_length: int | None = None,
         add_bos_token: bool = True,
@@ -146,7 +158,8 @@ class MaskedDiffusionLM(TemplateLM):
             "seed": seed,
             "weights": weights,
             "precision": precision,
-            "batch_size": batch_size,
+            "weights_dtype": weights_dtype,
+            "batch_size": None if str(batch_size).startswith("auto") else batch_size,
             "gen_length": gen_length,
             "add_bos_token": add_bos_token,
             "cfg": cfg,
@@ -157,9 +170,15 @@ class MaskedDiffusionLM(TemplateLM):
         for name in ("label", "guidance", "guided_by"):
             if name in sampler:
                 raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: give cfg")
-        # The harness's command line passes cuda:0 by default, even on machines without a GPU.
-        wanted = device if device and (torch.cuda.is_available() or not device.startswith("cuda")) else "auto"
-        self._loaded = load(str(path), weights=options.weights, device=wanted)
+        self._rank, self._world_size = joined_world()
+        if self._world_size != (started := current_world().size):
+            raise UserError(
+                f"WORLD_SIZE={started}, but the model was made outside of a process group; start the harness with "
+                "`torchrun ... -m scmdm.integrations.lm_eval`, or call torch.distributed.init_process_group first"
+            )
+        precision = resolve_weights_dtype(options.weights_dtype, options.precision)
+        place = _device_name(device, self._world_size)
+        self._loaded = load(str(path), weights=options.weights, device=place, weights_dtype=options.weights_dtype)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._given = sampler
@@ -172,7 +191,29 @@ class MaskedDiffusionLM(TemplateLM):
             possible = options.gen_length <= self.max_length
             require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
-        self._precision = resolve_precision(options.precision, self._device)
+        self._precision = resolve_precision(precision, self._device)
+        length = self._loaded.spec.length
+        kind = {"guided": options.cfg != 0, "padded": options.tail == "none"}
+        fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, **kind)
+        self._states_at_once = _STATES * options.batch_size if options.batch_size else fitting
+        self._scored_at_once = options.batch_size or max(1, fitting // _STATES)
+        self._generated_at_once = options.batch_size or fitting
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return this rank's value for every rank.
+
+        The harness gathers numbers of requests, and repeats requests on ranks that have fewer, whose responses would
+        count. Ranks that each have the whole model need no equal numbers.
+        """
+        return tensor.expand(self._world_size)
+
+    def gather_object(self, obj: T, dst: int = 0) -> list[T] | None:
+        """Return every rank's object, in rank order, on rank 0; None on the other ranks."""
+        assert dst == 0
+        return gather_object(obj)
+
+    def barrier(self) -> None:
+        """Do nothing. The harness waits after each kind of request, which not all ranks need to have."""
 
     @property
     def tokenizer_name(self) -> str:
@@ -225,7 +266,7 @@ class MaskedDiffusionLM(TemplateLM):
             known = context[1:] if context[:1] == [self.prefix_token_id] else context
             pieces += [_Piece(number, *window) for window in windows(known, ids, self.max_length)]
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
-        for group in self._groups(pieces, _length, disable_tqdm):
+        for group in self._groups(pieces, _length, disable_tqdm, self._scored_at_once):
             for piece, nll, agrees in zip(group, self._nll(group), self._greedy(group), strict=True):
                 totals[piece.request] -= nll
                 greedy[piece.request] &= agrees
@@ -238,21 +279,24 @@ class MaskedDiffusionLM(TemplateLM):
             ids = self.tok_encode(request.args[0])
             pieces += [_Piece(number, *window) for window in windows([], ids, self.max_length)]
         totals = [0.0] * len(requests)
-        for group in self._groups(pieces, _length, disable_tqdm):
+        for group in self._groups(pieces, _length, disable_tqdm, self._scored_at_once):
             for piece, nll in zip(group, self._nll(group), strict=True):
                 totals[piece.request] -= nll
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations drawn by the sampler, up to the first end token and the first of the strings in `until`."""
-        seen: Counter[str] = Counter()
+        seen: Counter[str] = Counter()  # equal requests of a document, all of which a rank has
         prompts = []
         for number, request in enumerate(requests):
             context, options = request.args
-            prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), seen[repr(request.args)]))
-            seen[repr(request.args)] += 1
+            same = repr((request.doc_id, request.args))
+            draw = (seen[same],) if request.doc_id is None else (seen[same], request.doc_id)
+            prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), draw))
+            seen[same] += 1
         texts = [""] * len(requests)
-        for group in self._groups(prompts, lambda prompt: repr(prompt.sampler), disable_tqdm, order=_prompt_length):
+        size = self._generated_at_once
+        for group in self._groups(prompts, lambda own: repr(own.sampler), disable_tqdm, size, order=_prompt_length):
             for prompt, text in zip(group, self._generate(group), strict=True):
                 texts[prompt.request] = text
         return texts
@@ -267,22 +311,27 @@ class MaskedDiffusionLM(TemplateLM):
     def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
         return sampler.settings(self._loaded.spec.model.self_conditioned, self._end_ids)
 
-    def _prompt(self, number: int, context: str, options: Any, repeat: int) -> _Prompt:
-        """Make a request. A long context is cut on the left."""
+    def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
+        """Make a request, of which `draw` keys the draws. A long context is cut on the left."""
         ids = self.tok_encode(context)
         max_new_tokens = self._options.gen_length or min(options["max_gen_toks"], self._loaded.spec.length // 2)
         ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
         until = [] if self._options.escape_until else options["until"]
-        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), _key(ids, repeat))
+        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), _key(ids, *draw))
 
     def _groups(
-        self, items: Sequence[T], group_key: Callable[[T], Any], quiet: bool, order: Callable[[T], int] = lambda _: 0
+        self,
+        items: Sequence[T],
+        group_key: Callable[[T], Any],
+        quiet: bool,
+        size: int,
+        order: Callable[[T], int] = lambda _: 0,
     ) -> Iterator[list[T]]:
-        """Yield batches of items that have the same `group_key`, those of a similar `order` together."""
-        with tqdm(total=len(items), disable=quiet) as bar:
+        """Yield batches of at most `size` items that have the same `group_key`, those of a similar `order` together."""
+        with tqdm(total=len(items), disable=quiet or self._rank != 0) as bar:
             ordered = sorted(items, key=lambda item: (group_key(item), order(item)))
             for _, same in itertools.groupby(ordered, group_key):
-                while group := list(itertools.islice(same, self._options.batch_size)):
+                while group := list(itertools.islice(same, size)):
                     yield group
                     bar.update(len(group))
 
@@ -320,8 +369,7 @@ class MaskedDiffusionLM(TemplateLM):
         *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
         found = []
         with self._compute():
-            size = _STATES * self._options.batch_size
-            for batch in zip(*(column.split(size) for column in columns), strict=True):
+            for batch in zip(*(column.split(self._states_at_once) for column in columns), strict=True):
                 x, masked, counted, context, share = (part.to(self._device) for part in batch)
                 nll_B = masked_nll(
                     self._loaded.model,
@@ -393,6 +441,16 @@ class MaskedDiffusionLM(TemplateLM):
         return texts
 
 
+def _device_name(device: str | None, ranks: int) -> str:
+    """Return the name of the device for `load`.
+
+    The harness's command line passes cuda:0 by default, to all ranks and on machines without a GPU.
+    """
+    if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
+        return "auto"
+    return "cuda" if device.startswith("cuda") and ranks > 1 else device
+
+
 def windows(context: list[int], continuation: list[int], size: int) -> list[tuple[list[int], list[int]]]:
     """Split a continuation into pieces of at most `size` ids, each with the ids before it as its context.
 
@@ -427,7 +485,10 @@ def _cut(text: str, until: Sequence[str]) -> str:
 def main() -> int:
     """Run the harness's command line; returns the exit status."""
     try:
-        cli_evaluate()
+        world = current_world()
+        device = resolve_device("auto", world.local_rank)
+        with process_group(world, device, needed=False, timeout=LONGEST_WAIT):
+            cli_evaluate()
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)
         return error.status

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,11 +82,30 @@ class StoredModel:
     path: Path
 
 
+class JointEvaluation(Protocol):
+    """Evaluations that several ranks begin together."""
+
+    def await_peers(self) -> None:
+        """Take part in the evaluations of the other ranks until all ranks call this."""
+        ...
+
+
 @dataclass
 class LoadedModel(StoredModel):
     """A model directory with its weights in memory, in evaluation mode."""
 
     model: Network
+    joint: JointEvaluation | None = None  # of a model whose weights several ranks share
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether this process holds all weights."""
+        return self.joint is None
+
+    def await_peers(self) -> None:
+        """Wait until the ranks that share the weights have done their parts of some evaluations, as this one has."""
+        if self.joint is not None:
+            self.joint.await_peers()
 
 
 def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer: Path) -> None:
@@ -190,18 +209,36 @@ def tokenizer_file(directory: Path, manifest: Manifest) -> Path:
     return path
 
 
-def read_model(directory: Path, *, weights: str = "ema") -> LoadedModel:
-    """Load a model directory onto the CPU, for sampling.
+def read_model(
+    directory: Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Load a model directory onto `device` (None: the CPU), for sampling.
 
     `weights` is "raw" for the weights as trained, or "ema" for their averages (raw for parameters without an average).
-    Raises UserError when files are missing, damaged or inconsistent.
+    `dtype` is as in `set_dtype`. Raises UserError when files are missing, damaged or inconsistent.
     """
     stored = open_model(directory)
     model = stored.spec.build()
+    set_dtype(model, dtype)
     found = match_weights(model, directory, weights=weights)
-    allocate(model, torch.device("cpu"))
+    allocate(model, device or torch.device("cpu"))
     fill_weights(model, found, alone=True)
     return LoadedModel(**vars(stored), model=model.eval())
+
+
+def set_dtype(model: Network, dtype: torch.dtype) -> None:
+    """Set the dtype in which a model that is not yet allocated holds its parameters.
+
+    With `model.head_precision=float32`, those outside of blocks stay in float32: the output head, the embedding that
+    may be tied to it, and what little is beside them.
+    """
+    for name, parameter in model.named_parameters():
+        if model.config.head_precision != "float32" or name.startswith("blocks."):
+            parameter.data = parameter.data.to(dtype)
 
 
 def allocate(model: Network, device: torch.device, *, weights_on: torch.device | None = None) -> None:

@@ -5,48 +5,208 @@ Legend: B batch, L length, N samples, P templates.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import asdict, replace
 from threading import Event
+from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
-from scmdm.checkpoint.model_verification import Verification
-from scmdm.checkpoint.reader import find_model
+from scmdm.config.fields import require
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import block_text, is_block, is_framed
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
 from scmdm.diffusion.state import NO_LABEL
-from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
+from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
-from scmdm.models.model_files import LoadedModel, read_model
-from scmdm.models.network import Network
+from scmdm.models.model_files import LoadedModel
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
+from scmdm.runtime.divided_work import Columns, Result, ResultParts, compute_divided
+from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, cut_at_end, end_token_ids, is_framed_answer
 from scmdm.sampling.templates import make_model_template, require_prompt
+from scmdm.system.memory import is_out_of_memory
+from scmdm.system.process_group import joined_world
 from scmdm.system.terminal import Terminal
 
 EACH_LABEL = "each"
-_CPU_BATCH, _GPU_BATCH = 64, 1024  # the first fits a core's cache, the second fills a GPU
+logger = logging.getLogger("scmdm")
 
 
-def load(path: str | Path, *, weights: str = "ema", device: str = "auto", verify: str = "share") -> LoadedModel:
-    """Load a model for sampling from a run directory, a checkpoint or an export, in eval mode on `device`.
+class SampleSet:
+    """Samples to draw from a model: `num` for each template (P, L) int64, ordered by template.
 
-    `weights` is "ema" (averaged, where the model has them) or "raw"; `device` is "auto", "cpu" or "cuda"; `verify` is
-    "share" (what is used is hashed, divided over the ranks of a job), "full" (every file is hashed) or "sizes". Raises
-    UserError when there is no model at `path`, or when its files are missing, damaged or inconsistent.
+    Sample i depends on these arguments and i alone. Without templates, `num` samples begin fully masked. With
+    `lengths_P`, each template has its own length, and is padded at its end; tokens of its samples are padded, too. With
+    `chats`, as always for a model of conversations, the templates end with questions, and texts are the answers.
+
+    Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
+    graphs without a GPU or of shared weights.
     """
-    how = Verification(verify, weights=weights, together=True)
-    loaded = read_model(find_model(Path(path), how), weights=weights)
-    loaded.model.to(resolve_device(device))
-    return loaded
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sampler: SamplerConfig,
+        *,
+        num: int,
+        seed: int,
+        templates_PL: Tensor | None = None,
+        lengths_P: Tensor | None = None,
+        precision: str = "auto",
+        chats: bool = False,
+    ) -> None:
+        spec, model = loaded.spec, loaded.model
+        self.loaded, self.sampler, self.num, self.seed = loaded, sampler, num, seed
+        self.device = next(model.parameters()).device
+        self.dtype = resolve_precision(precision, self.device)
+        self._chats = chats
+        self._end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
+        self._settings = sampler.settings(spec.model.self_conditioned, self._end_ids)
+        self._denoiser = _replayed(loaded, self.device) if sampler.cuda_graphs else model
+        if templates_PL is None:
+            require_prompt(loaded, None)
+            templates_PL = make_model_template(loaded, spec.length)[None]
+        self.templates_PL, self.lengths_P = templates_PL, lengths_P
+        masked_PL = templates_PL == spec.mask_id
+        ends_P = torch.full((len(templates_PL),), templates_PL.shape[1]) if lengths_P is None else lengths_P
+        self._starts_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
+        sampler.check_length(int((ends_P - (self._starts_P if sampler.block_start == "prompt" else 0)).max()))
+        self._labels_N = _labels(loaded, sampler, torch.arange(len(self)) % num)
+        first_hitting = self._settings.kind == "first_hitting"
+        self._steps = int(masked_PL.sum(1).max()) if first_hitting else self._settings.steps
+        self._largest: int | None = None  # sequences of a batch, after the memory was too small for more
+
+    def __len__(self) -> int:
+        return self.num * len(self.templates_PL)
+
+    def key(self) -> dict[str, Any]:
+        """Return what the samples depend on, besides the weights."""
+        templates = hashlib.sha256(self.templates_PL.numpy().tobytes())
+        templates.update(b"" if self.lengths_P is None else self.lengths_P.numpy().tobytes())
+        shape = [*self.templates_PL.shape, self.num, self.seed]
+        return {"sampler": asdict(self._settings), "label": self.sampler.label, "shape": shape} | {
+            "templates": templates.hexdigest(),
+            "precision": str(self.dtype),
+        }
+
+    def draw(
+        self,
+        numbers: Sequence[int],
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        on_step: StepHook | None = None,
+    ) -> Iterator[Result]:
+        """Draw the samples `numbers`; yield tokens (n, L) and evaluations (n,) of some of them at a time, in order.
+
+        `batch_size` None takes one that fits into memory. `progress` shows a bar on a terminal. `on_step` is called
+        after every step of every batch, in the thread that draws the batch. On a CPU each core draws its own batches:
+        one small batch on each of two cores is faster than one batch on both.
+        """
+        workers = torch.get_num_threads() if self.device.type == "cpu" and self.loaded.is_whole else 1
+        size = batch_size or even_batch_size(len(numbers), workers, self._fitting(workers))
+        batches = torch.tensor(numbers, dtype=torch.int64).split(size) if numbers else ()
+        bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
+        task = bar.add_task("denoiser evaluations", total=self._steps * len(batches))
+        ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
+
+        def stepped(observation: Observation) -> None:
+            if ended.is_set():
+                raise CancelledError
+            bar.advance(task)
+            if on_step is not None:
+                on_step(observation)
+
+        def draw(ids_B: Tensor) -> Result:
+            drawn = self._draw_fitting(ids_B, stepped)
+            tokens_BL = torch.cat([part.tokens.cpu() for part in drawn])
+            evaluations_B = torch.cat([part.evaluations_B.cpu() for part in drawn])
+            return ids_B.tolist(), {"tokens": tokens_BL.int().numpy(), "evaluations": evaluations_B.numpy()}
+
+        # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is
+        # unchanged.
+        with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield from pool.map(draw, batches)
+            finally:
+                ended.set()
+
+    def describe(self, columns: Columns, seconds: float) -> GeneratedSamples:
+        """Decode all samples, drawn in `seconds`."""
+        tokens_NL = torch.from_numpy(columns["tokens"]).long()
+        starts_N = self._starts_P[torch.arange(len(self)) // self.num]
+        texts, framed = _decoded(self.loaded, tokens_NL, starts_N, self._end_ids, chats=self._chats)
+        known = None
+        if self._labels_N is not None and int(self._labels_N.min()) != NO_LABEL:
+            known = [self.loaded.manifest.labels[label] for label in self._labels_N.tolist()]
+        return GeneratedSamples(tokens_NL, texts, framed, columns["evaluations"].tolist(), seconds, known)
+
+    def _fitting(self, workers: int) -> int:
+        """Return how many sequences of a batch fit into memory."""
+        return fitting_batch_size(
+            self.loaded,
+            self.device,
+            self.dtype,
+            self.templates_PL.shape[1],
+            workers=workers,
+            guided=self._settings.guidance != 1,
+            padded=self.lengths_P is not None,
+        )
+
+    def _draw_fitting(self, ids_B: Tensor, on_step: StepHook) -> list[Samples]:
+        """Draw a batch, in two halves if the memory is too small for it, as are later batches of this size."""
+        size = min(self._largest or len(ids_B), len(ids_B))
+        try:
+            return [self._draw_batch(part, on_step) for part in ids_B.split(size)]
+        except (MemoryError, RuntimeError) as error:
+            self._make_room(error, size)
+        return self._draw_fitting(ids_B, on_step)
+
+    def _make_room(self, error: Exception, size: int) -> None:
+        """Halve later batches after an allocation failed; raise UserError if that was done before."""
+        if not is_out_of_memory(error):
+            raise error
+        # The ranks that share weights are in the middle of an evaluation, which this one cannot begin again.
+        if size == 1 or not self.loaded.is_whole or (self._largest is not None and size <= self._largest):
+            raise UserError(
+                f"{self.device} is out of memory with batch_size={size} and samples of {self.templates_PL.shape[1]} "
+                "tokens; set a smaller batch_size, or a smaller length"
+            ) from error
+        self._largest = -(-size // 2)
+        logger.warning("%s is out of memory with batch_size=%d; continuing with %d", self.device, size, self._largest)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _draw_batch(self, ids_B: Tensor, on_step: StepHook) -> Samples:
+        spec, labels_N = self.loaded.spec, self._labels_N
+        lengths_B = None if self.lengths_P is None else self.lengths_P[ids_B // self.num]
+        length = self.templates_PL.shape[1]
+        longest = length if lengths_B is None else int(lengths_B.max())
+        with compute_context(self.device, self.dtype):
+            drawn = sample(
+                self._denoiser,
+                self.templates_PL[ids_B // self.num, :longest].to(self.device),
+                ids_B.to(self.device),
+                schedule=spec.schedule,
+                settings=self._settings,
+                mask_id=spec.mask_id,
+                seed=self.seed,
+                labels_B=labels_N[ids_B].to(self.device) if labels_N is not None else None,
+                lengths_B=None if lengths_B is None else lengths_B.to(self.device),
+                on_step=on_step,
+            )
+        padding = self.loaded.tokenizer.pad_id
+        return replace(drawn, tokens=functional.pad(drawn.tokens, (0, length - longest), value=padding))
 
 
 def generate(
@@ -63,85 +223,46 @@ def generate(
     on_step: StepHook | None = None,
     chats: bool = False,
 ) -> GeneratedSamples:
-    """Draw `num` samples for each template (P, L) int64, ordered by template; without templates, `num` samples.
-
-    With `lengths_P`, each template has its own length, and is padded at its end; tokens of its samples are padded, too.
-    Sample i depends on `seed` and i, not on `batch_size`. `progress` shows a bar on a terminal. `on_step` is called
-    after every step of every batch, in the thread that draws the batch. On a CPU each core draws its own batches:
-    one small batch on each of two cores is faster than one batch on both.
-
-    With `chats`, as always for a model of conversations, the templates end with questions, and texts are the answers.
-
-    Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
-    graphs without a GPU.
-    """
-    spec, model = loaded.spec, loaded.model
-    device = next(model.parameters()).device
-    end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
-    settings = sampler.settings(spec.model.self_conditioned, end_ids)
-    denoiser = _replayed(model, device) if sampler.cuda_graphs else model
-    if templates_PL is None:
-        require_prompt(loaded, None)
-        templates_PL = make_model_template(loaded, spec.length)[None]
-    masked_PL = templates_PL == spec.mask_id
-    ends_P = torch.full((len(templates_PL),), templates_PL.shape[1]) if lengths_P is None else lengths_P
-    starts_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
-    sampler.check_length(int((ends_P - (starts_P if sampler.block_start == "prompt" else 0)).max()))
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    ids_N = torch.arange(num * len(templates_PL))
-    labels_N = _labels(loaded, sampler, ids_N % num)
-    batches = ids_N.split(batch_size or (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH))
-    per_batch = int(masked_PL.sum(1).max()) if settings.kind == "first_hitting" else settings.steps
-    bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
-    task = bar.add_task("denoiser evaluations", total=per_batch * len(batches))
-
-    ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
-
-    def stepped(observation: Observation) -> None:
-        if ended.is_set():
-            raise CancelledError
-        bar.advance(task)
-        if on_step is not None:
-            on_step(observation)
-
-    def draw(ids_B: Tensor) -> Samples:
-        lengths_B = None if lengths_P is None else lengths_P[ids_B // num]
-        longest = templates_PL.shape[1] if lengths_B is None else int(lengths_B.max())
-        with compute_context(device, resolve_precision(precision, device)):
-            return sample(
-                denoiser,
-                templates_PL[ids_B // num, :longest].to(device),
-                ids_B.to(device),
-                schedule=spec.schedule,
-                settings=settings,
-                mask_id=spec.mask_id,
-                seed=seed,
-                labels_B=labels_N[ids_B].to(device) if labels_N is not None else None,
-                lengths_B=None if lengths_B is None else lengths_B.to(device),
-                on_step=stepped,
-            )
-
+    """Draw all samples of a `SampleSet` in this process; the other arguments are those of `SampleSet.draw`."""
+    samples = SampleSet(
+        loaded,
+        sampler,
+        num=num,
+        seed=seed,
+        templates_PL=templates_PL,
+        lengths_P=lengths_P,
+        precision=precision,
+        chats=chats,
+    )
     started = time.perf_counter()
-    # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is unchanged.
-    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            drawn = list(pool.map(draw, batches))
-        finally:
-            ended.set()
-    tokens_NL = torch.cat([_padded(part.tokens.cpu(), templates_PL.shape[1], loaded) for part in drawn])
-    counts = torch.cat([part.evaluations_B for part in drawn]).tolist()
-    seconds = time.perf_counter() - started
-    texts, framed = _decoded(loaded, tokens_NL, starts_P[ids_N // num], end_ids, chats=chats)
-    known = None
-    if labels_N is not None and int(labels_N.min()) != NO_LABEL:
-        known = [loaded.manifest.labels[label] for label in labels_N.tolist()]
-    return GeneratedSamples(tokens_NL, texts, framed, counts, seconds, known)
+    drawn = samples.draw(range(len(samples)), batch_size=batch_size, progress=progress, on_step=on_step)
+    columns = [part for _, part in drawn]
+    whole = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+    return samples.describe(whole, time.perf_counter() - started)
 
 
-def _replayed(model: Network, device: torch.device) -> ReplayedDenoiser:
+def generate_divided(
+    samples: SampleSet, *, batch_size: int | None = None, parts: ResultParts | None = None
+) -> GeneratedSamples | None:
+    """Draw a set of samples, divided over the ranks; returns them on rank 0, None on the other ranks.
+
+    Samples that `parts` holds already are not drawn again. All ranks call this together.
+    """
+    started, is_main = time.perf_counter(), joined_world()[0] == 0
+
+    def draw(numbers: Sequence[int]) -> Iterator[Result]:
+        yield from samples.draw(numbers, batch_size=batch_size, progress=is_main)
+        samples.loaded.await_peers()
+
+    columns = compute_divided(len(samples), draw, None if parts is None else parts.of(**samples.key()))
+    return None if columns is None else samples.describe(columns, time.perf_counter() - started)
+
+
+def _replayed(loaded: LoadedModel, device: torch.device) -> ReplayedDenoiser:
     if device.type != "cuda":
         raise UserError(f"sampler.cuda_graphs=true needs a CUDA device, not {device.type}; leave it out")
-    return ReplayedDenoiser(model)
+    require(loaded.is_whole, "sampler.cuda_graphs", True, "false with shards above 1")
+    return ReplayedDenoiser(loaded.model)
 
 
 def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:
@@ -158,10 +279,6 @@ def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> T
     if label not in names:
         raise UserError(f"sampler.label={label} is not possible; it must be {EACH_LABEL} or one of {', '.join(names)}")
     return torch.full_like(numbers_N, names.index(label))
-
-
-def _padded(tokens_BL: Tensor, length: int, loaded: LoadedModel) -> Tensor:
-    return functional.pad(tokens_BL, (0, length - tokens_BL.shape[1]), value=loaded.tokenizer.pad_id)
 
 
 def _decoded(

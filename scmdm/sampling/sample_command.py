@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.sampling import SampleConfig
 from scmdm.domains.interface import GeneratedSamples
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import SampleSet, generate_divided
+from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, parts_beside
 from scmdm.sampling.sample_files import write_samples
 from scmdm.sampling.templates import (
     Prompt,
@@ -27,7 +27,10 @@ from scmdm.system.terminal import printable
 
 def sample_and_print(path: Path, config: SampleConfig) -> None:
     """Draw samples, write them to `config.out` or print their texts, and print their cost."""
-    generated = run_sampling(path, config)
+    with evaluation_ranks(config):
+        generated = run_sampling(path, config)
+    if generated is None:
+        return
     if config.out is None:
         for text in generated.texts:
             print(printable(text, keep_lines=True) if sys.stdout.isatty() else text)
@@ -36,14 +39,16 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
     print(f"{len(generated.texts)} samples, {cost}{place}", file=sys.stderr)
 
 
-def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
-    """Draw samples from the model at `path`, and write them to `config.out` if it is set."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples | None:
+    """Draw samples from the model at `path`, divided over the ranks, and write them to `config.out` if it is set.
+
+    Returns them on rank 0, None on the other ranks.
+    """
     if config.out is not None:
         require_writable(Path(config.out))
     prompts = _prompts(config)
-    loaded = load(path, weights=config.weights, device=config.device, verify=config.verify)
+    precision = resolve_weights_dtype(config.weights_dtype, config.precision)
+    loaded = load_as_configured(path, config)
     require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
     add_bos, gen_length = config.add_bos_token, config.gen_length
@@ -52,20 +57,22 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples:
         for prompt in prompts
     ]
     templates_PL, lengths_P = pad_templates(templates, loaded.tokenizer)
-    generated = generate(
+    samples = SampleSet(
         loaded,
         config.sampler,
         num=config.num,
         seed=config.seed,
-        batch_size=config.batch_size,
         templates_PL=templates_PL,
         lengths_P=lengths_P if config.gen_length is not None else None,
-        precision=config.precision,
-        progress=True,
+        precision=precision,
         chats=isinstance(prompts[0], Sequence) and not isinstance(prompts[0], str),
     )
-    if config.out is not None:
+    parts = parts_beside(Path(config.out), loaded, config) if config.out is not None else None
+    generated = generate_divided(samples, batch_size=config.batch_size, parts=parts)
+    if generated is not None and config.out is not None:
         write_samples(Path(config.out), generated, loaded.tokenizer)
+    if generated is not None and parts is not None:
+        parts.remove()
     return generated
 
 

@@ -23,12 +23,14 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
 from scmdm.domains.domain_registry import domain_of, metrics_config
 from scmdm.domains.interface import decode_split
+from scmdm.errors import UserError
 from scmdm.evaluation.study_record import STUDY_FILE, TrainingCost
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
 from scmdm.study.study_jobs import StudyJobs
 from scmdm.study.study_plan import StudyModel, StudyPlan
 from scmdm.system.files import atomic_write_bytes, atomic_write_text, json_text
+from scmdm.system.process_group import current_world
 from scmdm.system.terminal import Terminal
 from scmdm.training.trainer import run_training
 
@@ -41,6 +43,11 @@ def run_study(config: StudyConfig) -> Path:
     Raises UserError before anything is trained if a run's configuration, the split or a key of `metrics` is not
     possible.
     """
+    if (world := current_world()).size > 1:
+        raise UserError(
+            f"WORLD_SIZE={world.size}: a study starts its own processes, each of which would take itself for a rank; "
+            "start it once, without torchrun"
+        )
     started = time.perf_counter()
     console = Terminal()
     config = config.selected()

@@ -20,7 +20,8 @@ from scmdm.domains.domain_registry import changed_keys, load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
 from scmdm.evaluation.evaluate import model_nelbo
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import generate
+from scmdm.sampling.model_loading import load
 from scmdm.sampling.sample_files import write_samples
 from scmdm.study.study_display import StudyDisplay
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, finished_row

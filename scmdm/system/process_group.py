@@ -93,6 +93,11 @@ def process_group(
         dist.destroy_process_group()
 
 
+def joined_world() -> tuple[int, int]:
+    """Return rank and number of the processes in the process group; (0, 1) without one, whatever the launcher says."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_parallel() -> bool:
     """Return whether collectives reach other processes."""
     return dist.is_initialized() and dist.get_world_size() > 1
@@ -202,6 +207,15 @@ def first_found(value: T | None) -> T | None:
     found = [value]
     dist.broadcast_object_list(found, src=int(box))
     return found[0]
+
+
+def gather_object(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the other ranks."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, box)
+    return box
 
 
 def all_reduce_max(value: int) -> int:

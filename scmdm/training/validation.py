@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,11 +138,25 @@ class ValidationSet:
         """
         share = self.share(parts)
         wanted = [min(row, len(self) - 1) for row in range(part * share, (part + 1) * share)]
+        options: dict[str, Any] = {"labels": labels, "padding": padding, "longest_of_all": longest_of_all}
+        yield from self.batches_of(wanted, device, size=size, **options)
+
+    def batches_of(
+        self,
+        numbers: Sequence[int],
+        device: torch.device,
+        *,
+        size: int,
+        labels: bool = False,
+        padding: TrainConfig | None = None,
+        longest_of_all: Callable[[int], int] = int,
+    ) -> Iterator[Sequences]:
+        """Yield the sequences `numbers` of the set, `size` at a time; the other arguments are those of `batches`."""
         columns: dict[str, list[Tensor]] = defaultdict(list)
         lengths: list[Tensor] = []
         first = 0
         for stream in self.streams:
-            own = [stream.rows[row - first] for row in wanted if first <= row < first + len(stream.rows)]
+            own = [stream.rows[row - first] for row in numbers if first <= row < first + len(stream.rows)]
             first += len(stream.rows)
             found = _columns(stream, self.split, own, labels=labels) if own else {}
             tokens_NL = found.get(COLUMN, torch.zeros(0, stream.manifest.length, dtype=torch.int64))
@@ -153,7 +167,7 @@ class ValidationSet:
                 columns[name].append(values)
         whole = {name: torch.cat(values) for name, values in columns.items()}
         lengths_N = torch.cat(lengths) if lengths else None
-        for start in range(0, share, size):
+        for start in range(0, len(numbers), size):
             rows = slice(start, start + size)
             batch = {name: values[rows] for name, values in whole.items()}
             lengths_B = None if lengths_N is None else lengths_N[rows]

@@ -289,10 +289,11 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
     tokenizer = load_tokenizer(molecules / "tokenizer.json")
     texts = [tokenizer.decode(row) for row in rows_N.tolist()]
 
-    def drawn(*_, seed, **__):
+    def drawn(samples, **_):
+        seed = samples.seed
         return GeneratedSamples(rows_N[seed:], texts[seed:], [True] * (24 - seed), [4] * (24 - seed), 1.0)
 
-    monkeypatch.setattr("scmdm.evaluation.evaluate.generate", drawn)
+    monkeypatch.setattr("scmdm.evaluation.evaluate.generate_divided", drawn)
     out = tmp_path / "e.json"
     keys = ["metrics.moses=true", "nelbo_samples=0", "num=24", "seeds=[0,4]", f"out={out}"]
     assert main(["evaluate", str(base), *keys]) == 0

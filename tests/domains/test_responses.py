@@ -15,7 +15,7 @@ from scmdm.domains.domain_registry import domain_of, load_domain
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
 from scmdm.domains.responses.domain import ResponsesDomain, extract_responses
 from scmdm.domains.text.config import TextMetricKeys
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 from scmdm.sampling.templates import make_model_template
 
 FRACTIONS = ["validation_fraction=0.2", "test_fraction=0.3"]

@@ -15,11 +15,12 @@ from scmdm.config.diffusion import DiffusionConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from scmdm.errors import UserError
+from scmdm.evaluation.divided_nelbo import NelboSettings
 from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 
 TOKENIZER = CharacterTokenizer("ab ")  # ids 4 to 6
 
@@ -124,7 +125,7 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
     pad_policy = "loss" if framing == "concatenate" else "ignore"
     loaded = uniform(tmp_path, TOKENIZER, framing=framing, pad_policy=pad_policy, length=34)
     texts = ["ab ba " * 20] * 40
-    found = zero_shot(loaded, texts, draws=8)
+    found = zero_shot(loaded, texts, NelboSettings(draws=8))
     assert found.nelbo.mean == pytest.approx(math.log(TOKENIZER.vocab_size - 1), abs=max(4 * found.nelbo.stderr, 0.02))
     assert found.tokens_per_word == 121 / 40
     assert found.word_perplexity == pytest.approx(found.perplexity ** (121 / 40))
@@ -143,7 +144,7 @@ def test_files(tmp_path):
 
 
 def test_bytes_need_no_vocabulary(tmp_path):
-    found = zero_shot(uniform(tmp_path, ByteTokenizer(), length=32), ["Grüße, 世界! " * 9] * 9, draws=4)
+    found = zero_shot(uniform(tmp_path, ByteTokenizer(), length=32), ["Grüße, 世界! " * 9] * 9, NelboSettings(draws=4))
     assert found.nelbo.mean == pytest.approx(math.log(259), rel=0.1)
 
 
@@ -170,7 +171,7 @@ def test_texts_each_with_its_own_keys(tmp_path):
     texts = f"texts={{ptb: {own}, plain: {tmp_path / 'plain.txt'}}}"
     assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", texts]) == 0
     found = json.loads(out.read_text())["zero_shot"]
-    expected = zero_shot(load(run), [f"they didn't sell {i}" for i in range(9)], draws=4, t_min=1e-4)
+    expected = zero_shot(load(run), [f"they didn't sell {i}" for i in range(9)], NelboSettings(draws=4, t_min=1e-4))
     assert found["ptb"]["null"]["perplexity"] == pytest.approx(expected.perplexity)
     assert set(found) == {"ptb", "plain"}
 

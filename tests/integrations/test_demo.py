@@ -18,7 +18,7 @@ from scmdm.domains.molecules.figures import molecule_svg
 from scmdm.errors import UserError
 from scmdm.integrations.demo.server import make_app, open_models
 from scmdm.integrations.demo.trajectory import best_guess, entropy, record
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 from tests.conftest import ROOT, scmdm
 from tests.diffusion.oracle import Oracle
 

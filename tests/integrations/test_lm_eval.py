@@ -160,7 +160,7 @@ def test_mistakes_end_with_a_reason(tmp_path, monkeypatch, capsys):
     for options, reason in (
         ({"tail": "long"}, "tail='long' is not possible"),
         ({"draws": 0}, "draws=0 is not possible"),
-        ({"batch_size": "auto"}, "batch_size='auto' in the arguments"),
+        ({"batch_size": "many"}, "batch_size='many' in the arguments"),
         ({"stepz": 3}, "unknown key `stepz`"),
         ({"carry": "always"}, "carry=always, but the model is not self-conditioned"),
         ({"path": tmp_path / "nothing"}, "nothing does not exist"),

@@ -16,7 +16,8 @@ from scmdm.errors import UserError
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import generate
+from scmdm.sampling.model_loading import load
 from scmdm.sampling.templates import make_model_template
 from tests.chat_tokenizers import write_chat_tokenizer
 from tests.evaluation.test_zero_shot import described

@@ -13,7 +13,8 @@ from scmdm.errors import UserError
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
-from scmdm.sampling.generation import generate, load
+from scmdm.sampling.generation import generate
+from scmdm.sampling.model_loading import load
 
 ROOT = Path(__file__).parents[2]
 VOCAB, MASK, LENGTH = 12, 11, 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.domains.interface import (
@@ -17,6 +19,7 @@ from scmdm.domains.interface import (
     WithoutPrompts,
     decode_split,
 )
+from scmdm.domains.sample_values import SampleValues
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer, require_end_of_text
 from scmdm.domains.text.config import TextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
@@ -50,12 +53,19 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         self._held_out = decode_split(root, manifest, settings.split) if needed else []
         self._scorer = causal or NgramScorer.fit(self._held_out, "held-out text")
 
-    def measure(self, drawn: GeneratedSamples) -> Measured:
-        scorer, ids_NL = self._scorer, drawn.tokens.numpy()
+    def scores(self, drawn: GeneratedSamples) -> dict[str, np.ndarray]:
+        scorer = self._scorer
         if isinstance(scorer, CausalScorer) and self._config.protocol == "mdlm":
-            perplexity = mdlm_perplexity(ids_NL, self._tokenizer, scorer, device=self._device)
+            perplexity = mdlm_perplexity(drawn.tokens.numpy(), self._tokenizer, scorer, device=self._device)
         else:
             perplexity = text_perplexity(drawn.texts, scorer, device=self._device)
+        nll_N, weight_N = perplexity.ratio_parts()
+        return {"nll": nll_N, "weight": weight_N}
+
+    def measure(self, drawn: GeneratedSamples) -> Measured:
+        scorer, ids_NL = self._scorer, drawn.tokens.numpy()
+        scores = self.scores(drawn) if drawn.scores is None else drawn.scores
+        perplexity = SampleValues.ratio(scores["nll"], scores["weight"], exponential=True)
         values = text_values(drawn.texts, ids_NL, self._pad_id, perplexity)
         found = evaluate_text(values, scorer, self._config.protocol).as_dict()
         if self._config.mauve:

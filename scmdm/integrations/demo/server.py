@@ -23,7 +23,7 @@ from scmdm.errors import UserError
 from scmdm.integrations.demo.serialization import describe_model, describe_trajectory
 from scmdm.integrations.demo.trajectory import record
 from scmdm.models.model_files import LoadedModel
-from scmdm.sampling.generation import load
+from scmdm.sampling.model_loading import load
 from scmdm.system.run_directory import CONFIG_FILE
 from scmdm.system.terminal import printable, say
 from scmdm.system.untrusted import describe, parse_json, reading

@@ -1,0 +1,92 @@
+"""NELBO of held-out sequences, which the ranks of a job share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scmdm.diffusion.likelihood import Nelbo, nelbo_of, nelbo_terms
+from scmdm.diffusion.state import Sequences
+from scmdm.distributed.engine import compute_context, resolve_precision
+from scmdm.models.model_files import LoadedModel
+from scmdm.runtime.divided_work import Columns, ResultParts, compute_divided
+from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
+
+_LARGEST_BATCH = 256
+
+
+class HeldOut(Protocol):
+    """Sequences of a likelihood estimate in order, of which a rank reads only its own."""
+
+    def __len__(self) -> int: ...
+
+    def strata(self) -> list[Tensor]:
+        """Return the ids of the groups of sequences over which times are stratified."""
+        ...
+
+    def batches_of(
+        self, numbers: Sequence[int], device: torch.device, *, size: int, labels: bool = False
+    ) -> Iterator[Sequences]:
+        """Yield the sequences `numbers`, in this order, `size` at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class NelboSettings:
+    """Settings of an estimate; those of its noise are the arguments of `nelbo_terms`."""
+
+    draws: int = 1
+    seed: int = 0
+    t_min: float = 1e-3
+    precision: str = "auto"
+    batch_size: int | None = None  # sequences at once; None: what fits into memory
+
+
+def divided_nelbo(
+    loaded: LoadedModel,
+    held_out: HeldOut,
+    settings: NelboSettings,
+    *,
+    condition: bool,
+    parts: ResultParts | None = None,
+) -> Nelbo | None:
+    """Estimate the NELBO of sequences, divided over the ranks; returns it on rank 0, None on the other ranks.
+
+    It depends on neither the number of ranks nor the batch size, up to the rounding of matrix products. Sequences that
+    `parts` holds already are not evaluated again. All ranks call this together.
+    """
+    spec = loaded.spec
+    device = next(loaded.model.parameters()).device
+    dtype = resolve_precision(settings.precision, device)
+    strata = held_out.strata()
+
+    def compute(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Columns]]:
+        most = fitting_batch_size(loaded, device, dtype, spec.length, most=_LARGEST_BATCH)
+        size, done = settings.batch_size or even_batch_size(len(numbers), 1, most), 0
+        batches = held_out.batches_of(numbers, device, size=size, labels=spec.model.labels) if numbers else iter(())
+        for batch in batches:
+            ids_B = batch.ids.cpu()
+            with compute_context(device, dtype):
+                terms_B2 = nelbo_terms(
+                    loaded.model,
+                    [batch],
+                    spec.schedule,
+                    mask_id=spec.mask_id,
+                    seed=settings.seed,
+                    t_min=settings.t_min,
+                    strata=[ids_N for ids_N in strata if bool(torch.isin(ids_N, ids_B).any())],
+                    draws=settings.draws,
+                    condition=condition,
+                )
+            yield numbers[done : done + len(batch)], {"terms": terms_B2.numpy()}
+            done += len(batch)
+        loaded.await_peers()
+
+    own = {"condition": condition, "draws": settings.draws, "t_min": settings.t_min, "noise": settings.seed}
+    kept = None if parts is None else parts.of(**own, count=len(held_out), precision=str(dtype))
+    columns = compute_divided(len(held_out), compute, kept)
+    return None if columns is None else nelbo_of(torch.from_numpy(columns["terms"]))
