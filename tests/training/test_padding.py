@@ -16,7 +16,7 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.training.padding import own_lengths
 from scmdm.training.step import train_step
-from scmdm.training.validation import to_device, validation_batches
+from scmdm.training.validation import ValidationSet, to_device
 from tests.training.test_step import MASK, make
 
 LENGTH, PAD, EOS, BOS = 24, 8, 7, 6
@@ -139,7 +139,8 @@ def test_a_manifest_counts_what_is_valid(tmp_path, pad_policy, bos_policy, paddi
     samples = [[tokenizer.bos_id, *text, tokenizer.eos_id] for text in texts]
     description = Description("a", 8, pad_policy, bos_policy, {})
     manifest = write_dataset(tmp_path / "a", tokenizer, {"train": samples}, description, shard_bytes=2**20)
-    (batch,) = validation_batches(tmp_path / "a", "train", manifest, CPU, len(samples))
+    held_out = ValidationSet.at(tmp_path / "a", "train", manifest, len(samples))
+    (batch,) = held_out.batches(CPU, size=len(samples))
     assert manifest.splits["train"].tokens == batch.valid.sum()
     counted = 8 * len(samples) if pad_policy in ("loss", "eos") else sum(map(len, samples))
     assert batch.valid.sum() == counted - len(samples) * (bos_policy == "given")
