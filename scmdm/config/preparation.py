@@ -92,6 +92,10 @@ class TokenizerConfig(SectionConfig):
     """Keys of a tokenizer. A tokenizer with keys of its own extends this class."""
 
 
+def _is_compression(value: str | None) -> bool:
+    return value is None or re.fullmatch(r"zstd(:([1-9]|1\d|2[0-2]))?", value) is not None
+
+
 @dataclass
 class PrepareConfig:
     """Configuration of `scmdm prepare`, which converts a corpus to a data set of token sequences."""
@@ -153,6 +157,11 @@ class PrepareConfig:
     shard_mb: int = key(
         64, help="largest size of a shard in MiB (its format has 32-bit offsets)", at_least=1, at_most=4095
     )
+    compression: str | None = key(
+        None,
+        help="compression of the shards: zstd, or zstd:LEVEL from 1 (fast) to 22 (small); null: none. Each shard is "
+        "decompressed once, on the disk of the machine that reads it",
+    )
     part_mb: int = key(
         64,
         help="MiB of raw files that one worker reads at a time; a shard never spans two parts",
@@ -205,6 +214,9 @@ class PrepareConfig:
         yield "pad_policy", self.pad_policy, padded or self.framing != "packed", "ignore with framing=packed"
         alone = self.framing == "records" or source.framing is None
         yield "framing", self.framing, alone, "records with source.response_key"
+        yield "compression", self.compression, _is_compression(self.compression), "null, zstd, or zstd:1 to zstd:22"
+        compressible = self.compression is None or self.shard_mb < 2048  # the compressor takes less than 2 GiB
+        yield "shard_mb", self.shard_mb, compressible, "at most 2047 with compression"
         yield "slice", self.slice, self.machine[0] < self.machine[1], "INDEX/COUNT with INDEX below COUNT"
         replaced = self.overwrite and self.slice is not None
         yield "overwrite", self.overwrite, not replaced, "false with slice: remove the old data set first"

@@ -24,7 +24,8 @@ from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import remote_of
 from scmdm.data.mixture import DataStream
 from scmdm.data.mosaic_streaming import Reader, ShardState, Stream, StreamingDataset
-from scmdm.data.remote import fetch
+from scmdm.data.remote import remove_abandoned
+from scmdm.data.shard_files import prepare_shard
 from scmdm.data.shard_index import COLUMN, OPTIONAL_COLUMNS, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
@@ -32,10 +33,12 @@ from scmdm.system.untrusted import describe
 
 
 class TokenStream(Stream):
-    """A split of one data set. In a cache, missing shards are fetched from the remote data set.
+    """A split of one data set. Missing shards of a cache are fetched from the remote data set, and compressed shards
+    are decompressed.
 
     Streaming is not given the remote: its own download would leave a damaged shard in the cache and use it at the
-    next attempt, and it refuses a directory that a killed run has left in shared memory.
+    next attempt, and it refuses a directory that a killed run has left in shared memory. Its own decompression
+    allocates whatever the header of the compressed file says.
     """
 
     def __init__(self, stream: DataStream, split: str) -> None:
@@ -49,12 +52,16 @@ class TokenStream(Stream):
         index = read_index(Path(self.local), self.split, self.manifest)
         return [ShardReader(Path(self.local), self.split, shard) for shard in index.shards]
 
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
+        """Find out which shards are present, in one process of a machine."""
+        remove_abandoned([Path(self.local) / self.split])
+        super().set_up_local(shards, cache_usage_per_shard)
+
     def prepare_shard(self, shard: Reader) -> int:
-        """Make the files of a shard local and return the number of bytes added to the directory."""
-        if self.origin is None:
-            return super().prepare_shard(shard)
-        names = [f"{self.split}/{raw.basename}" for raw, _ in shard.file_pairs]
-        return sum(fetch(Path(self.local), self.origin, self._files[name]) for name in names)
+        """Make a shard readable and return the number of bytes added to the directory."""
+        assert isinstance(shard, ShardReader)
+        file = self._files[f"{self.split}/{shard.info.stored.basename}"]
+        return prepare_shard(Path(self.local), self.split, shard.info, self.origin, file)
 
 
 class TokenDataset(StreamingDataset):
@@ -102,10 +109,10 @@ class TokenDataset(StreamingDataset):
             if self._failure is not None:
                 raise self._failure from error
             shard_id = self.spanner[at][0]
-            if self._stream(shard_id).origin is None:
+            if not self._is_copy(shard_id):
                 raise self._unreadable(at, describe(error)) from error
-        self.evict_shard(shard_id)  # damaged in the cache: fetch it again
         try:
+            self.evict_shard(shard_id)  # damaged: fetch or decompress it again
             return self._sample(at)
         except UserError:
             raise
@@ -122,7 +129,7 @@ class TokenDataset(StreamingDataset):
             return
         path = self._path(shard_id)
         try:
-            if not path.is_file() and self._stream(shard_id).origin is None:
+            if not path.is_file() and not self._is_copy(shard_id):
                 raise UserError(f"{path} is missing; restore the shard or prepare again")
             super().prepare_shard(shard_id, blocking)
             self._prepared.add(shard_id)
@@ -187,6 +194,11 @@ class TokenDataset(StreamingDataset):
 
     def _stream(self, shard_id: int) -> TokenStream:
         return self.streams[self.stream_per_shard[shard_id]]
+
+    def _is_copy(self, shard_id: int) -> bool:
+        """Return whether the file of a shard can be made again: from a remote data set, or from a compressed file."""
+        shard: Any = self.shards[shard_id]
+        return self._stream(shard_id).origin is not None or shard.compression is not None
 
     def _path(self, shard_id: int) -> Path:
         shard: Any = self.shards[shard_id]

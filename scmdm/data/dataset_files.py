@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, RESTORE, FileInfo, Manifest, remote_of
-from scmdm.data.shard_index import read_index
+from scmdm.data.shard_compression import is_decompressed
+from scmdm.data.shard_index import SHARD_HASH, ShardInfo, read_index
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
@@ -27,7 +30,7 @@ def file_problems(root: Path, *, hashes: bool) -> list[str]:
     ]
     problems += _tokenizer_problems(root, manifest)
     if not problems:
-        problems += [problem for name in manifest.splits for problem in _index_problems(root, name, manifest)]
+        problems += [problem for name in manifest.splits for problem in _index_problems(root, name, manifest, hashes)]
     return problems
 
 
@@ -98,8 +101,20 @@ def _tokenizer_problems(root: Path, manifest: Manifest) -> Iterator[str]:
             yield f"tokenizer {path} has {name}={theirs}, but {MANIFEST_FILE} gives {ours}"
 
 
-def _index_problems(root: Path, split: str, manifest: Manifest) -> Iterator[str]:
+def _index_problems(root: Path, split: str, manifest: Manifest, hashes: bool) -> Iterator[str]:
     try:
-        read_index(root, split, manifest, remedy="")
+        index = read_index(root, split, manifest, remedy="")
     except UserError as error:
         yield str(error)
+        return
+    for shard in index.shards if hashes else ():
+        path = root / split / shard.raw_data.basename
+        if shard.zip_data is not None and os.path.lexists(path) and not _is_decompressed_shard(path, shard):
+            yield f"{path} is not what {shard.zip_data.basename} decompresses to; remove it, and it is made again"
+
+
+def _is_decompressed_shard(path: Path, shard: ShardInfo) -> bool:
+    if not is_decompressed(path, shard):
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, SHARD_HASH).hexdigest() == shard.raw_data.hashes[SHARD_HASH]

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from scmdm.config.fields import require
 from scmdm.data.dataset import TokenDataset, TokenStream
-from scmdm.data.manifest import INDEX_FILE, Manifest, remote_of
+from scmdm.data.manifest import Manifest, remote_of
 from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
-from scmdm.data.remote import fetch_split
+from scmdm.data.remote import fetch_index
+from scmdm.data.shard_files import prepare_shards
 from scmdm.data.shard_index import COLUMN, LABEL, OPTIONAL_COLUMNS, ShardIndex, ShardInfo, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
@@ -288,13 +289,13 @@ def read_columns(root: Path, split: str, rows: Sequence[int]) -> dict[str, np.nd
 
 
 def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read the given columns that the shards have, each as an array over the rows; fetch the shards that have them."""
-    fetch_split(root, split, [INDEX_FILE])
+    """Read the given columns, each as an array over the rows; fetch and decompress the shards that have the rows."""
+    fetch_index(root, split)
     manifest = Manifest.read(root)
     wanted = range(manifest.split(split, root).samples) if rows is None else rows
     remedy = f"check it with `scmdm prepare --verify {root}`"
     places = list(_places(read_index(root, split, manifest), wanted))
-    fetch_split(root, split, {shard.raw_data.basename for shard, _ in places})
+    prepare_shards(root, split, [shard for shard, _ in places])
     found: list[dict[str, Any]] = []
     for shard, own in places:
         with reading(root / split / shard.raw_data.basename, "shard", remedy):

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -26,13 +26,14 @@ from filelock import FileLock
 
 from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, FileInfo, Manifest, mark_as_cache, remote_of
 from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
+from scmdm.data.shard_compression import UNFINISHED
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import LARGEST_TEXT
 
 _TIMEOUT_S = 60.0
 _WATCH_S = 0.05  # time between two looks at the size of what is downloaded
-_FETCH, _MANIFEST = ".fetch.", ".manifest."  # beginnings of the names of temporary directories
+_MANIFEST = ".manifest."  # as UNFINISHED, of the directory of a manifest
 _ABANDONED_S = 24 * 3600  # age of the remains of a killed download
 
 
@@ -43,7 +44,7 @@ def open_cache(root: Path, remote: str, key: str) -> None:
     key of `root`, for the message.
     """
     remote = remote.rstrip("/")
-    with _lock(root), tempfile.TemporaryDirectory(prefix=_MANIFEST, dir=root) as temporary:
+    with lock_directory(root), tempfile.TemporaryDirectory(prefix=_MANIFEST, dir=root) as temporary:
         download(remote, MANIFEST_FILE, Path(temporary) / MANIFEST_FILE, LARGEST_TEXT)
         manifest = Manifest.read(Path(temporary))
         if (root / MANIFEST_FILE).exists() and Manifest.read(root).fingerprint() != manifest.fingerprint():
@@ -54,20 +55,18 @@ def open_cache(root: Path, remote: str, key: str) -> None:
         for file in _small_files(manifest):
             _fetch_or_replace(root, remote, file)
         os.replace(Path(temporary) / MANIFEST_FILE, root / MANIFEST_FILE)
-        _remove_abandoned([root, *(root / name for name in manifest.splits)])
+        remove_abandoned([root, *(root / name for name in manifest.splits)])
 
 
-def fetch_split(root: Path, split: str, names: Collection[str]) -> None:
-    """Fetch those files of a split that are missing and have one of `names`, if `root` is a cache."""
-    remote = remote_of(root)
-    if remote is None:
+def fetch_index(root: Path, split: str) -> None:
+    """Fetch the index of a split if it is missing and `root` is a cache."""
+    remote, name = remote_of(root), f"{split}/{INDEX_FILE}"
+    if remote is None or (root / name).is_file():
         return
-    files = [f for f in Manifest.read(root).split(split, root).files if PurePosixPath(f.file).name in names]
-    if all((root / file.file).is_file() for file in files):
-        return
-    with _lock(root):
-        for file in files:
-            fetch(root, remote, file)
+    with lock_directory(root):
+        for file in Manifest.read(root).split(split, root).files:
+            if file.file == name:
+                fetch(root, remote, file)
 
 
 def fetch(root: Path, remote: str, file: FileInfo) -> int:
@@ -79,16 +78,22 @@ def fetch(root: Path, remote: str, file: FileInfo) -> int:
     if path.is_file():
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_FETCH, dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as temporary:
         found = Path(temporary) / path.name
-        download(remote, file.file, found, file.bytes)
-        size, sha256 = found.stat().st_size, sha256_file(found)
-        if sha256 != file.sha256:
-            raise UserError(
-                f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., but {MANIFEST_FILE} has "
-                f"{file.sha256[:12]}...; upload it again"
-            )
+        size = fetch_to(found, remote, file)
         os.replace(found, path)
+    return size
+
+
+def fetch_to(found: Path, remote: str, file: FileInfo) -> int:
+    """Fetch a file to a path in a directory that has no other files, and return its size. Raises UserError."""
+    download(remote, file.file, found, file.bytes)
+    size, sha256 = found.stat().st_size, sha256_file(found)
+    if sha256 != file.sha256:
+        raise UserError(
+            f"{remote}/{file.file} is damaged: {size} bytes with SHA-256 {sha256[:12]}..., but {MANIFEST_FILE} has "
+            f"{file.sha256[:12]}...; upload it again"
+        )
     return size
 
 
@@ -152,11 +157,11 @@ def _end(thread: threading.Thread) -> None:
     thread.join(_TIMEOUT_S)
 
 
-def _remove_abandoned(folders: Iterable[Path]) -> None:
+def remove_abandoned(folders: Iterable[Path]) -> None:
     """Remove what killed processes have left. Other runs may be downloading, so that only old remains are taken."""
     oldest = time.time() - _ABANDONED_S
     for folder in folders:
-        for path in [*folder.glob(f"{_FETCH}*"), *folder.glob(f"{_MANIFEST}*")]:
+        for path in [*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{_MANIFEST}*")]:
             if path.is_dir() and path.lstat().st_mtime < oldest:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -204,13 +209,14 @@ def _fetch_or_replace(root: Path, remote: str, file: FileInfo) -> None:
 
 
 @contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Lock a cache against other ranks and runs on the machine."""
+def lock_directory(root: Path) -> Iterator[None]:
+    """Lock a cache, or a data set with compressed shards, against other ranks and runs on the machine."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".fetch.lock"):
             yield
     except OSError as error:
         raise UserError(
-            f"cannot write the cache {root}: {error.strerror or error}; free space or choose another directory"
+            f"cannot write {root}: {error.strerror or error}; free space, or choose another directory as data.path, "
+            "the cache of a data set in data.remote"
         ) from error

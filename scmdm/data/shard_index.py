@@ -24,6 +24,9 @@ GIVEN = "given"  # number of leading tokens that are never masked: [BOS] and the
 GIVEN_MASK = "given_mask"  # of conversations: 1 for each token that is never masked, outside of the answers
 OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)
 _VERSION = Annotated[int, Field(ge=2, le=2)]  # of streaming's format
+SHARD_SUFFIX, COMPRESSED_SUFFIX = ".mds", ".zstd"  # a compressed shard is NAME.mds.zstd
+SHARD_HASH = "sha1"  # of streaming's hashes, the one that its writer is asked for
+_LARGEST_HEADER = 2**16  # bytes of a shard besides samples and offsets: the names and types of the columns
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,19 @@ class ShardInfo:
     column_encodings: list[str]
     column_names: list[str]
     column_sizes: list[int | None]
-    compression: None
+    compression: Annotated[str, Field(pattern=r"^zstd(:\d\d?)?$")] | None
     format: Annotated[str, Field(pattern="^mds$")]
     hashes: list[str]
     raw_data: ShardFile
     samples: Count
     size_limit: int | None
     version: _VERSION
-    zip_data: None
+    zip_data: ShardFile | None
+
+    @property
+    def stored(self) -> ShardFile:
+        """The file of the data set: the compressed one, if there is one."""
+        return self.zip_data or self.raw_data
 
     @property
     def columns(self) -> dict[str, str]:
@@ -117,7 +125,7 @@ def _mismatches(index: ShardIndex, split: str, manifest: Manifest) -> Iterator[s
     if samples != info.samples:
         yield f"lists {samples} samples, but {MANIFEST_FILE} gives {info.samples}"
     expected = {file.file: file.bytes for file in info.files if file.file != name}
-    listed = {f"{split}/{shard.raw_data.basename}": shard.raw_data.bytes for shard in index.shards}
+    listed = {f"{split}/{shard.stored.basename}": shard.stored.bytes for shard in index.shards}
     if listed != expected or len(listed) != len(index.shards):
         differing = sorted({key for key, _ in listed.items() ^ expected.items()})
         yield f"and {MANIFEST_FILE} list different shards or sizes: {', '.join(differing[:3]) or 'one stands twice'}"
@@ -130,6 +138,27 @@ def _mismatches(index: ShardIndex, split: str, manifest: Manifest) -> Iterator[s
             yield f"gives {shard.raw_data.basename} the columns {shard.columns}, but {MANIFEST_FILE} implies {columns}"
         elif shard.samples * (sample + 4) + 8 > shard.raw_data.bytes:  # a table of 4-byte offsets comes first
             yield f"gives {shard.raw_data.basename} {shard.samples} samples, more than it has room for"
+        else:
+            yield from _wrong_compression(shard, shard.samples * (sample + 4) + 8)
+    if len({shard.raw_data.basename for shard in index.shards}) != len(index.shards):
+        yield "gives two shards the same name"
+
+
+def _wrong_compression(shard: ShardInfo, least: int) -> Iterator[str]:
+    """Yield what cannot be true of a compressed shard, whose samples and their offsets have `least` bytes.
+
+    Its decompressed file gets the name in the index: that name must be the compressed file's, without the suffix.
+    """
+    name, raw, compressed = shard.stored.basename, shard.raw_data, shard.zip_data
+    if (shard.compression is None) != (compressed is None):
+        yield f"gives {name} compression={shard.compression}, but {'no' if compressed is None else 'a'} compressed file"
+    elif compressed is not None:
+        if not raw.basename.endswith(SHARD_SUFFIX) or compressed.basename != raw.basename + COMPRESSED_SUFFIX:
+            yield f"gives {name} the decompressed name {raw.basename!r:.100}, instead of {name} without its suffix"
+        if raw.bytes > least + _LARGEST_HEADER:
+            yield f"gives {name} {raw.bytes} decompressed bytes, more than its {shard.samples} samples take"
+        if SHARD_HASH not in raw.hashes or SHARD_HASH not in compressed.hashes:
+            yield f"gives {name} no {SHARD_HASH}"
 
 
 @dataclass(frozen=True)

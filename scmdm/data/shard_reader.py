@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from scmdm.data.mosaic_streaming import MDSReader, StreamingFileInfo
+from scmdm.data.shard_compression import is_decompressed
 from scmdm.data.shard_index import ShardInfo, bytes_of_sample, dtype_and_length
 
 
@@ -24,11 +25,25 @@ class ShardReader(MDSReader):
         described = dict(vars(shard))
         del described["format"], described["version"]
         described["raw_data"] = StreamingFileInfo(**vars(shard.raw_data))
+        described["zip_data"] = shard.zip_data and StreamingFileInfo(**vars(shard.zip_data))
         super().__init__(str(root), split, **described)
+        self.info = shard
         self._path = os.path.join(self.dirname, self.split, self.raw_data.basename)
         self._columns = [(name, *dtype_and_length(encoding)) for name, encoding in shard.columns.items()]
         self._sample_bytes = bytes_of_sample(shard.columns)
         self._first = shard.raw_data.bytes - shard.samples * self._sample_bytes
+
+    def set_up_local(self, listing: set[str], safe_keep_zip: bool) -> int:
+        """Return the bytes of the shard that are local. Streaming would remove files of which it has no compressed one.
+
+        A compressed file alone does not count: it is part of the data set, and its shard has yet to be decompressed.
+        """
+        if self.zip_data is None:
+            return super().set_up_local(listing, safe_keep_zip)
+        return self.raw_data.bytes if is_decompressed(self._path, self.info) else 0
+
+    def _evict_zip(self) -> int:
+        return 0  # part of the data set; a cache has none
 
     def get_sample_data(self, idx: int) -> bytes:
         """Return the bytes of a sample. The file begins with the number of samples and a table of their offsets."""
@@ -55,10 +70,13 @@ class ShardReader(MDSReader):
             at += values.nbytes
         return sample
 
-    def read_all(self) -> dict[str, np.ndarray]:
-        """Return the columns of all samples by name, as arrays over the samples."""
+    def read_all(self, content: bytes | None = None) -> dict[str, np.ndarray]:
+        """Return the columns of all samples by name, as arrays over the samples, from the file or its `content`."""
         row = np.dtype([(name, dtype, (length,) if length else ()) for name, dtype, length in self._columns])
-        samples_N = np.fromfile(self._path, row, self.samples, offset=self._first)
+        if content is None:
+            samples_N = np.fromfile(self._path, row, self.samples, offset=self._first)
+        else:
+            samples_N = np.frombuffer(content, row, self.samples, self._first)
         if len(samples_N) != self.samples:
             raise ValueError("the file ends before the last sample")
         return {name: samples_N[name] for name in self.column_names}

@@ -24,9 +24,9 @@ from scmdm.checkpoint.reader import list_checkpoints
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.loading import flatten
 from scmdm.config.run import RunConfig
-from scmdm.data.manifest import remote_of
-from scmdm.data.mixture import DataMixture, DataStream
+from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import bytes_to_int
+from scmdm.data.shard_files import disk_needs
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel
 from scmdm.models.network import count_parameters
@@ -272,22 +272,14 @@ def _run_disks(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[
 
 def _machine_disks(config: RunConfig, data: DataMixture) -> Iterator[DiskSpace]:
     for source in data.streams:
-        if remote_of(source.root) is not None:
-            needed, wanted = _cache_needs(config, source)
+        needed, wanted = disk_needs(source.root, source.manifest)
+        if needed:
+            if config.data.cache_limit is not None:
+                wanted = min(wanted, bytes_to_int(config.data.cache_limit))
             remedy = "free space, set data.cache_limit, or put the cache on another disk"
             yield from _disk(source.key, source.root, needed, wanted, remedy)
     remedy = "give the container more shared memory (docker run --shm-size=1g)"
     yield from _disk("shared memory", Path("/dev/shm"), _SHM_NEEDED, _SHM_WANTED, remedy)
-
-
-def _cache_needs(config: RunConfig, source: DataStream) -> tuple[int, int]:
-    """Return the bytes of the largest shard that is not cached yet, and of all such shards."""
-    files = [file for split in source.manifest.splits.values() for file in split.files]
-    missing = [file.bytes for file in files if not (source.root / file.file).is_file()]
-    wanted = sum(missing)
-    if config.data.cache_limit is not None:
-        wanted = min(wanted, bytes_to_int(config.data.cache_limit))
-    return max(missing, default=0), wanted
 
 
 def _disk(key: str, path: Path, needed: int, wanted: int, remedy: str) -> Iterator[DiskSpace]:

@@ -11,8 +11,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def write_texts(
-    root, samples, *, seed=0, length=8, shard_bytes=2000, symbols="abcdefgh", pad_policy="loss", bos_policy="given"
-):
+    root, samples, *, seed=0, length=8, shard_bytes=2000, symbols="abcdefgh", pad_policy="loss", bos_policy="given",
+    compression=None,
+):  # fmt: skip
     """Framed random texts: `samples` for training, a fifth of that for validation and for test."""
     tokenizer, dice = CharacterTokenizer(symbols), random.Random(seed)
 
@@ -22,7 +23,7 @@ def write_texts(
     counts = dict.fromkeys(SPLITS, samples // 5) | {"train": samples}
     splits = {name: [text() for _ in range(count)] for name, count in counts.items()}
     description = Description(root.name, length, pad_policy, bos_policy, {"seed": seed})
-    write_dataset(root, tokenizer, splits, description, shard_bytes=shard_bytes)
+    write_dataset(root, tokenizer, splits, description, shard_bytes=shard_bytes, compression=compression)
     return root
 
 

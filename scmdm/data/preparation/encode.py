@@ -39,7 +39,7 @@ def encode(
     tokenizer, tally = fitted_tokenizer(fitted), Tally(refuse=config.on_dirty == "refuse")
     records = _records(config, source, part, scanned, fitted, number, tally)
     rows = _rows(config, source, part, tokenizer, records, tally)
-    write_piece(to, rows, tokenizer, describe(config, source), config.shard_mb << 20)
+    write_piece(to, rows, tokenizer, describe(config, source), config.shard_mb << 20, config.compression)
     (to / "counts.json").write_text(json.dumps({"counts": tally.counts, "places": tally.places}))
 
 

@@ -27,7 +27,19 @@ from scmdm.data.manifest import (
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.preparation.task_queue import read_result
-from scmdm.data.shard_index import COLUMN, DOCUMENTS, GIVEN, GIVEN_MASK, LABEL, ShardInfo, columns_of, parse_index
+from scmdm.data.shard_index import (
+    COLUMN,
+    COMPRESSED_SUFFIX,
+    DOCUMENTS,
+    GIVEN,
+    GIVEN_MASK,
+    LABEL,
+    SHARD_HASH,
+    SHARD_SUFFIX,
+    ShardInfo,
+    columns_of,
+    parse_index,
+)
 from scmdm.data.tokenizers import Tokenizer
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, sha256_file
@@ -77,13 +89,22 @@ def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
 class SplitWriter:
     """Writer of the sequences of a split, or of a piece of one, into a directory of its own."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, description: Description, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        description: Description,
+        shard_bytes: int,
+        compression: str | None = None,
+    ) -> None:
         self._directory, self._tokenizer, self._description = directory, tokenizer, description
         self._dtype = _dtype(tokenizer)
         columns = columns_of(
             self._dtype, description.length, labels=bool(description.labels), framing=description.framing
         )
-        self._writer = MDSWriter(out=str(directory), columns=columns, hashes=["sha1"], size_limit=shard_bytes)
+        self._writer = MDSWriter(
+            out=str(directory), columns=columns, hashes=[SHARD_HASH], size_limit=shard_bytes, compression=compression
+        )
         self._samples = self._tokens = 0
 
     def write(self, sequence: FramedSequence) -> None:
@@ -127,12 +148,13 @@ def write_piece(
     tokenizer: Tokenizer,
     description: Description,
     shard_bytes: int,
+    compression: str | None = None,
 ) -> None:
     """Write (split, sequence) pairs as shards in `directory`: a piece for `join_pieces`."""
     writers: dict[str, SplitWriter] = {}
     for split, sequence in sequences:
         if split not in writers:
-            writers[split] = SplitWriter(directory / split, tokenizer, description, shard_bytes)
+            writers[split] = SplitWriter(directory / split, tokenizer, description, shard_bytes, compression)
         writers[split].write(sequence)
     content = {split: asdict(writer.finish()) for split, writer in writers.items()}
     (directory / _PIECE).write_text(json.dumps(content))
@@ -176,12 +198,13 @@ def write_dataset(
     description: Description,
     *,
     shard_bytes: int,
+    compression: str | None = None,
 ) -> Manifest:
     """Write sequences of ids by split as the data set `root`. Raises UserError for an empty split."""
     framed = ((name, FramedSequence(ids)) for name, sequences in splits.items() for ids in sequences)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as piece:
-        write_piece(Path(piece), framed, tokenizer, description, shard_bytes)
+        write_piece(Path(piece), framed, tokenizer, description, shard_bytes, compression)
         return join_pieces(root, [Path(piece)], list(splits), tokenizer, description)
 
 
@@ -207,12 +230,12 @@ def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> Sp
     for place, info in pieces:
         hashes = {file.file: file for file in info.files}
         for shard in _shards_of(place, hashes):
-            old_name = shard.raw_data.basename
-            name = f"shard.{len(shards):05}.mds"
+            old_name, shard = shard.stored.basename, _renamed(shard, f"shard.{len(shards):05}{SHARD_SUFFIX}")
+            name = shard.stored.basename
             _link(place / old_name, directory / name)
             if (directory / name).stat().st_size != hashes[old_name].bytes:
                 raise UserError(f"{place / old_name} has changed since it was written; {_remedy(place.parent)}")
-            shards.append(asdict(replace(shard, raw_data=replace(shard.raw_data, basename=name))))
+            shards.append(asdict(shard))
             files.append(FileInfo(f"{directory.name}/{name}", hashes[old_name].bytes, hashes[old_name].sha256))
     # The format of streaming's writer.
     (directory / INDEX_FILE).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
@@ -221,14 +244,19 @@ def _join_split(directory: Path, pieces: Sequence[tuple[Path, SplitInfo]]) -> Sp
     return SplitInfo(samples, tokens, [index, *files])
 
 
+def _renamed(shard: ShardInfo, name: str) -> ShardInfo:
+    compressed = shard.zip_data and replace(shard.zip_data, basename=name + COMPRESSED_SUFFIX)
+    return replace(shard, raw_data=replace(shard.raw_data, basename=name), zip_data=compressed)
+
+
 def _shards_of(place: Path, files: Mapping[str, FileInfo]) -> list[ShardInfo]:
     """Read the index of a piece. Raises UserError when it is damaged, or lists other shards than the piece."""
     path, remedy = place / INDEX_FILE, _remedy(place.parent)
     with reading(path, "index of shards", remedy):
         shards = parse_index(read_bytes(path), path, remedy).shards
     for shard in shards:
-        if shard.raw_data.basename not in files:
-            raise UserError(f"{path} names a shard {shard.raw_data.basename!r:.100} that {_PIECE} does not; {remedy}")
+        if shard.stored.basename not in files:
+            raise UserError(f"{path} names a shard {shard.stored.basename!r:.100} that {_PIECE} does not; {remedy}")
     return shards
 
 
