@@ -34,29 +34,32 @@ def is_decompressed(path: Path | str, shard: ShardInfo) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size == shard.raw_data.bytes
 
 
-def decompress_file(path: Path, shard: ShardInfo, to: Path) -> None:
-    """Decompress a shard's file. `to` is complete or as before. Raises UserError when `path` is not as in the index."""
+def decompress_file(path: Path, shard: ShardInfo, to: Path, name: str) -> None:
+    """Decompress a shard's file, which errors call `name`; `to` is complete or as before.
+
+    Raises UserError when the file is not as in the index, and when `to` cannot be written.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=to.parent) as temporary:
             found = Path(temporary) / to.name
             with open(found, "wb") as file:
-                for chunk in decompressed(path, shard):
+                for chunk in decompressed(path, shard, name):
                     file.write(chunk)
             os.replace(found, to)
     except OSError as error:
         raise UserError(
-            f"cannot decompress {path} to {to}: {describe(error)}; free space, or give {to.parent.parent} as "
+            f"cannot decompress {name} to {to}: {describe(error)}; free space, or give {to.parent.parent} as "
             "data.remote and a directory that can be written as data.path"
         ) from error
 
 
-def decompressed(path: Path, shard: ShardInfo, remedy: str = _REMEDY) -> Iterator[bytes]:
-    """Yield the content of a shard's compressed file.
+def decompressed(path: Path, shard: ShardInfo, name: str, remedy: str = _REMEDY) -> Iterator[bytes]:
+    """Yield the content of a shard's compressed file, which errors call `name`.
 
     Raises UserError for another size, before anything is read, or for another header, before anything is decompressed;
     at the latest one chunk after the size in the index; and for other hashes at the end.
     """
-    with reading(path, "compressed shard", remedy):
+    with reading(name, "compressed shard", remedy):
         assert shard.zip_data is not None
         if (size := require_regular(path).st_size) != shard.zip_data.bytes:
             raise ValueError(f"{size} bytes instead of {shard.zip_data.bytes}")

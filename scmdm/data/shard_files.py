@@ -31,13 +31,13 @@ def prepare_shard(root: Path, split: str, shard: ShardInfo, origin: str | None, 
         return 0
     path, stored = root / split / shard.raw_data.basename, root / file.file
     if origin is None or (stored.is_file() and sha256_file(stored) == file.sha256):
-        decompress_file(stored, shard, path)
+        decompress_file(stored, shard, path, str(stored))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as temporary:
             fetched = Path(temporary) / stored.name
             fetch_to(fetched, origin, file)
-            decompress_file(fetched, shard, path)
+            decompress_file(fetched, shard, path, f"{origin}/{file.file}")
     return shard.raw_data.bytes
 
 

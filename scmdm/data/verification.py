@@ -69,4 +69,4 @@ def _decompressed_content(root: Path, split: str, shard: ShardInfo) -> bytes | N
     path = root / split / shard.stored.basename
     if shard.zip_data is None or not path.is_file():
         return None
-    return b"".join(decompressed(path, shard, remedy=""))
+    return b"".join(decompressed(path, shard, str(path), remedy=""))
