@@ -6,10 +6,9 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
-from scmdm.system.package_data import optional
+import zstandard
 
 _OUTPUT_BYTES = 1 << 20  # bytes decompressed at once
 _INPUT_BYTES = 1 << 16  # bytes read at once; each may decompress to hundreds
@@ -37,8 +36,6 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     """Decompress zstandard frame by frame. The reader of `zstandard` would accept a truncated frame."""
-    import zstandard
-
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     frame, inside = decompressor.decompressobj(), False
     while compressed := file.read(_ZSTD_INPUT_BYTES):
@@ -77,12 +74,6 @@ _DECOMPRESS: Mapping[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
     "bzip2": _by_streams(bz2.BZ2Decompressor),
     "xz": _by_streams(lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
 }
-
-
-def require_package(compression: str | None, path: Path) -> None:
-    """Raise UserError if a compression needs a package that is not installed."""
-    if compression == "zstd":
-        optional("zstandard", str(path), "text")
 
 
 def read_chunks(file: IO[bytes], compression: str | None) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 from data_prep.corpus_files import kind_of
-from data_prep.decompression import read_chunks, require_package
+from data_prep.decompression import read_chunks
 from scmdm.data.preparation.records import Slice
 from scmdm.errors import UserError
 from scmdm.system.untrusted import reading, require_regular
@@ -108,7 +108,6 @@ class TextFile:
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the contents from an offset, in pieces of any size. Sets `problem` for damage or a binary file."""
-        require_package(self._compression, self.path)
         self.problem, at = None, start
         try:
             with reading(self.path, f"{self._compression or 'text'} file"):

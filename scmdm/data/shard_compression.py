@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import zstandard
+
 from scmdm.data.shard_index import SHARD_HASH, ShardInfo
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, reading, require_regular
@@ -68,8 +70,6 @@ def decompressed(path: Path, shard: ShardInfo, name: str, remedy: str = _REMEDY)
 
 
 def _checked_chunks(file: IO[bytes], shard: ShardInfo) -> Iterator[bytes]:
-    import zstandard
-
     assert shard.zip_data is not None
     expected, source, digest, size = shard.raw_data.bytes, _HashedFile(file), hashlib.sha1(), 0
     _require_size(file, expected)
@@ -92,8 +92,6 @@ def _checked_chunks(file: IO[bytes], shard: ShardInfo) -> Iterator[bytes]:
 
 def _require_size(file: IO[bytes], expected: int) -> None:
     """Raise ValueError unless the header of the frame gives the expected size, and a window that is possible."""
-    import zstandard
-
     header = zstandard.get_frame_parameters(file.read(_HEADER))
     if header.content_size != expected:
         raise ValueError(f"its header gives {header.content_size} decompressed bytes instead of {expected}")

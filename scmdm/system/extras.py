@@ -11,7 +11,7 @@ import importlib.metadata
 EXTRAS: dict[str, tuple[str, ...]] = {
     "molecules": ("rdkit", "selfies", "fcd", "qm9pack"),
     "images": ("torchvision", "pillow", "scikit-learn", "torch-fidelity"),
-    "text": ("pyarrow", "zstandard", "mauve-text"),
+    "text": ("pyarrow", "mauve-text"),
     "huggingface": ("datasets",),
     "demo": ("flask",),
     "lm-eval": ("lm-eval",),
@@ -21,7 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 PURPOSES = {
     "molecules": "QM9, MOSES, SELFIES, and metrics of molecules",
     "images": "image data sets, FID, and figures of images",
-    "text": "Parquet and Zstandard files, MAUVE",
+    "text": "Parquet files, MAUVE",
     "huggingface": "data sets of the Hugging Face datasets library",
     "demo": "scmdm demo",
     "lm-eval": "tasks of the lm-evaluation-harness",

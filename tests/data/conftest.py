@@ -1,6 +1,8 @@
-"""An S3 server on the loopback interface."""
+"""An S3 server on the loopback interface, and a count of what is downloaded."""
 
 import pytest
+
+from scmdm.data import remote as remote_module
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,16 @@ def s3():
         client.create_bucket(Bucket="bucket")
         yield client
     server.stop()
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Names and bytes of what is downloaded."""
+    found, download = [], remote_module.download
+
+    def counted(remote, name, to, limit):
+        download(remote, name, to, limit)
+        found.append((name, to.stat().st_size))
+
+    monkeypatch.setattr(remote_module, "download", counted)
+    return found

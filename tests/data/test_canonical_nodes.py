@@ -27,6 +27,12 @@ def remote(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The same samples in the same shards, compressed."""
+    return write_texts(tmp_path_factory.mktemp("compressed") / "texts", 1280, shard_bytes=400, compression="zstd")
+
+
 @pytest.fixture(autouse=True)
 def group():
     """A process group of this process: streaming would otherwise wait for the other machines."""
@@ -63,6 +69,26 @@ def run_epoch(monkeypatch, remote, place, machines, nodes, state=None, steps=Non
         caches.append(shards(cache))
     ids = [sorted(chain.from_iterable(parts)) for parts in zip(*(batches for batches, _ in steps_of_all), strict=True)]
     return ids, caches, steps_of_all[0][1]
+
+
+@pytest.mark.parametrize("machines", [1, 2, 4])
+def test_compression_changes_the_bytes_of_each_machine_alone(
+    monkeypatch, remote, compressed, tmp_path, machines, downloads
+):
+    machine(monkeypatch, 0, machines)
+    nodes = canonical_nodes(open_data(DataConfig(path=str(tmp_path / "cache"), remote=str(remote))), "train", machines)
+    found = []
+    for root in (remote, compressed):
+        downloads.clear()
+        ids, caches, _ = run_epoch(monkeypatch, root, tmp_path / root.parent.name, machines, nodes)
+        sizes = {file.file: file.bytes for file in Manifest.read(root).splits["train"].files}
+        fetched = [(name, size) for name, size in downloads if name.startswith("train/shard")]
+        assert all(sizes[name] == size for name, size in fetched)
+        assert len(fetched) == sum(map(len, caches))
+        found.append((ids, caches, sum(size for _, size in fetched)))
+    (ids, caches, size), (packed_ids, packed_caches, packed_size) = found
+    assert (ids, caches) == (packed_ids, packed_caches)
+    assert packed_size < size
 
 
 def excess(caches, root):

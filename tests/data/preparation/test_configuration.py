@@ -115,7 +115,7 @@ def test_a_flat_file_is_refused(tmp_path, capsys):
 
 WITHOUT_OPTIONAL_PACKAGES = """
 import sys
-for name in ("rdkit", "selfies", "PIL", "sklearn", "datasets", "pyarrow", "zstandard", "torchvision", "fcd", "qm9pack"):
+for name in ("rdkit", "selfies", "PIL", "sklearn", "datasets", "pyarrow", "torchvision", "fcd", "qm9pack"):
     sys.modules[name] = None
 from scmdm.config.preparation import SOURCES, TOKENIZERS, TokenizerConfig
 for registry in (SOURCES, TOKENIZERS):

@@ -15,10 +15,9 @@ from data_prep.corpus_files import split_of_name
 from data_prep.detokenizers import DETOKENIZERS
 from data_prep.text import TextConfig, TextSource
 from data_prep.text8 import Text8Config, Text8Source
-from data_prep.text_formats import FORMATS, RowKeys
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest
-from scmdm.data.preparation.records import Slice, Tally
+from scmdm.data.preparation.records import Tally
 from scmdm.errors import UserError
 from tests.data.preparation.test_prepare import decoded, files
 
@@ -208,12 +207,6 @@ def test_text8_has_its_conventional_splits(tmp_path):
     assert found == {"train": text[:1800], "validation": text[1800:1890], "test": text[1900:1990]}
     with pytest.raises(UserError, match="is not a file"):
         Text8Source(Text8Config(path=str(tmp_path)), length=32).parts(100)
-
-
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst needs the package zstandard; .*scmdm\[text\]"):
-        list(FORMATS["jsonl"].read(write(tmp_path / "a.jsonl.zst"), Slice("a"), RowKeys()))
 
 
 def test_the_same_data_set_whatever_the_workers(tmp_path, empty_yaml):
