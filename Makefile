@@ -4,7 +4,10 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 QUICKSTART := $(VENV)/bin/scmdm study configs/qm9/quickstart.yaml $(if $(FROM_SCRATCH),from_scratch=true out=quickstart-from-scratch) $(ARGS)
 
-.PHONY: install quickstart test test-all lint format docs bench
+# An interpreter that has the packages already, as on a GPU machine that is lent by the minute; else .venv.
+GPU_PYTHON ?= $(VENV)/bin/python
+
+.PHONY: install quickstart test test-all lint format docs bench gpu
 
 install: $(STAMP)
 
@@ -40,3 +43,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m benchmarks
+
+# Everything worth knowing of one GPU, in at most eight minutes, into docs/lab/gpu. DEVICE=cpu rehearses with tiny shapes.
+gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(STAMP))
+	$(GPU_PYTHON) -m benchmarks gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(filter cpu,$(DEVICE)),--tiny) $(ARGS)

@@ -1,10 +1,23 @@
-"""`python -m benchmarks [part ...]`: run all benchmarks, or those named."""
+"""`python -m benchmarks [part ...]`: run all benchmarks, or those named; `gpu` has options of its own."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import attention, checkpoint, engines, loader, memory, preparation, profile, samplers, start, step
+from benchmarks import (
+    attention,
+    checkpoint,
+    engines,
+    gpu,
+    loader,
+    memory,
+    preparation,
+    profile,
+    samplers,
+    scale,
+    start,
+    step,
+)
 
 PARTS = {
     "step": step.main,
@@ -21,17 +34,21 @@ PARTS = {
     "checkpoint": checkpoint.main,
     "start": start.main,
     "profile": profile.main,
+    "scale": scale.main,
 }
 
 
-def main(names: list[str]) -> None:
-    """Run the named benchmarks, or all without names."""
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all without names; returns the exit status."""
+    if names[:1] == ["gpu"]:
+        return gpu.main(names[1:])
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; it must be one of {', '.join(PARTS)}")
     for name in names or PARTS:
         PARTS[name]()
+    return 0
 
 
 if __name__ == "__main__":  # `memory` spawns processes that import this module
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -155,12 +155,13 @@ def _liger(shape: Shape) -> Callable[[], object]:
 
 
 def make_engine_step(
-    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None
+    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None, ranks: int = 1
 ) -> tuple[Engine, Callable[[], object]]:
-    """Return an engine, and a function that runs one optimizer step on random tokens."""
+    """Return an engine, and a function that runs one optimizer step on random tokens, `shape.batch` on each rank."""
     device = resolve_device("auto")
     config = RunConfig()
-    config.train.global_batch_size, config.train.micro_batch_size = shape.batch, shape.micro or shape.batch
+    config.train.global_batch_size = shape.batch * ranks
+    config.train.micro_batch_size = shape.micro or shape.batch
     config.self_conditioning.rate = rate
     model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k)
     config.engine, config.model = engine, model_config

@@ -10,6 +10,7 @@ from pathlib import Path
 from scmdm.config.arguments import Command, argument, make_parser, run_command
 from scmdm.config.fields import PathKind
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
+from scmdm.config.planning import PhaseSettings
 from scmdm.errors import UserError
 from scmdm.system.extras import extra_of_module
 from scmdm.system.memory import is_out_of_memory
@@ -46,7 +47,9 @@ _MODEL = argument("model", "run directory, checkpoint or exported model", Path)
 _OUT = argument("out", "directory to create", Path, path=PathKind.OUTPUT)
 _RUN = argument("directory", "run directory", Path)
 _JSON = argument("--json", "print JSON", bool)
-_LAUNCHED = argument("launched", "command to launch: train, adapt or, on SLURM, prepare")
+_LAUNCHED = argument("launched", "command: train, adapt, sample, evaluate, study, export or, on SLURM, prepare")
+_SUBJECT = argument("subject", "its first argument: a YAML file, or the model of sample, evaluate and export", Path)
+_LAUNCH_CONFIG = argument("--config", "sample, evaluate, export: YAML file with keys", Path, None)
 _DRY_RUN = argument("--dry-run", "print what would be started, and write nothing", bool)
 
 COMMANDS = (
@@ -108,6 +111,7 @@ COMMANDS = (
             ),
             _JSON,
         ),
+        option_groups={"phases": PhaseSettings},
     ),
     Command(
         "sample",
@@ -161,6 +165,7 @@ COMMANDS = (
         "convert.convert_command:run_export",
         (_MODEL, _OUT),
         "config.conversion:ExportConfig",
+        (_CONFIG_OPTION,),
     ),
     Command(
         "report",
@@ -217,18 +222,24 @@ COMMANDS = (
         "launch slurm",
         "Submit a command as a SLURM job, from a frozen copy of code and configuration.",
         "launch.submit:launch_slurm",
-        (_LAUNCHED, _CONFIG),
+        (_LAUNCHED, _SUBJECT),
         overrides=True,
-        options=(_DRY_RUN, argument("--array", "prepare: number of array tasks", int, 1, at_least=1, at_most=65536)),
+        options=(
+            _LAUNCH_CONFIG,
+            _DRY_RUN,
+            argument("--parsable", "print the id of the job and nothing else, for --after of the next one", bool),
+            argument("--array", "prepare: number of array tasks", int, 1, at_least=1, at_most=65536),
+        ),
         option_groups={"ranks": Ranks, "job": SlurmJob},
     ),
     Command(
         "launch local",
         "Start the ranks of a command on this machine through torchrun, from a frozen copy of code and configuration.",
         "launch.submit:launch_local",
-        (_LAUNCHED, _CONFIG),
+        (_LAUNCHED, _SUBJECT),
         overrides=True,
         options=(
+            _LAUNCH_CONFIG,
             _DRY_RUN,
             argument("--attempts", "maximum number of starts if ranks fail", int, 1, at_least=1, at_most=1000),
         ),

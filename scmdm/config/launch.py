@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from scmdm.config.fields import key, require
 
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", re.ASCII)
+_JOB = re.compile(r"\d+(_\d+)?", re.ASCII)  # with the number of a task of an array
 _DAY = 86_400
 
 
@@ -79,6 +80,9 @@ class SlurmJob:
     )
     attempts: int = key(3, help="successive failures at the same checkpoint that end the job", at_least=1, at_most=1000)
     requeue: bool = key(True, help="do not requeue the job from its script: exit with 85, for SLURM's RequeueExit=85")
+    after: tuple[str, ...] = key(
+        (), help="JOB that must have succeeded before this one starts; its output may be missing now; repeatable"
+    )
     setup: tuple[str, ...] = key((), help="shell line to run first, such as 'module load cuda'; repeatable")
     sbatch: tuple[str, ...] = key((), help="KEY=VALUE, any other option of sbatch, such as mem=0; repeatable")
     python: str | None = key(
@@ -87,9 +91,11 @@ class SlurmJob:
     container: Container = field(default_factory=Container)
 
     def validate(self) -> None:
-        """Raise UserError for a malformed time limit, or a value of several lines."""
+        """Raise UserError for a malformed time limit or job id, or a value of several lines."""
         timed = self.time is None or _TIME.fullmatch(self.time) is not None
         require(timed, "--time", self.time, "minutes, HH:MM:SS or days-hours")
+        for job in self.after:
+            require(_JOB.fullmatch(job) is not None, "--after", job, "the id of a job, as --parsable prints it")
         for option, line in (
             *(("--setup", line) for line in self.setup),
             *(("--sbatch", line) for line in self.sbatch),

@@ -15,16 +15,17 @@ from signal import Signals
 from scmdm.config.launch import Ranks, SlurmJob
 from scmdm.errors import UserError
 from scmdm.launch.freeze import FrozenLaunch
+from scmdm.system.run_directory import CHECKPOINTS, LATEST_FILE
 from scmdm.system.signals import REQUEUE_EXIT, STOP_SIGNALS_VARIABLE
 
 _SCRIPT = """\
 #!/usr/bin/env bash
 # scmdm {command} into {run}
-# Written by `scmdm launch slurm`; `sbatch {script}` submits it again.
+# Written by `scmdm launch slurm`, submitted by `{submission}`.
+# `sbatch {script}` submits it again.
 {directives}
 
 launch={launch}
-checkpoints={checkpoints}
 {setup}
 # The copy of scmdm made at the launch, not the one in the image or the working directory.
 python=(env {environment} {python})
@@ -69,7 +70,7 @@ case $status in
     ;;
 esac
 # The job ends after {attempts} failures at the same checkpoint; a new checkpoint restarts the count.
-at=$(cat "$checkpoints/latest" 2>/dev/null || echo "no checkpoint")
+at=$(cat {latest} 2>/dev/null || echo "no checkpoint")
 echo "$at" >>"$launch/failures-$SLURM_JOB_ID"
 failures=$(grep -cxF "$at" "$launch/failures-$SLURM_JOB_ID")
 echo "scmdm: failed with status $status ($failures of {attempts} at $at); the ranks' logs are in $launch/logs"
@@ -120,7 +121,7 @@ def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, workin
 
 
 def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
-    """Render the batch script of a training run."""
+    """Render the batch script of a command on one or several ranks."""
     quote = shlex.quote
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
     # For a process that a signal ends before its handlers are installed, the shell reports 128 plus the signal.
@@ -130,10 +131,11 @@ def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory:
     return _SCRIPT.format(
         command=frozen.command,
         run=_one_line("run_dir", frozen.target),
+        submission=shlex.join(submission(frozen, job)),
         script=quote(str(script_path(frozen))),
         directives="\n".join(_directives(frozen, ranks, job, working_directory)),
         launch=quote(str(frozen.directory)),
-        checkpoints=quote(str(frozen.target / "checkpoints")),
+        latest=quote(str(frozen.target / CHECKPOINTS / LATEST_FILE)) if frozen.trains else "/dev/null",
         setup=f"\n{setup}" if setup else "",
         environment=_assignments(environment),
         python=quote(_python(job)),
@@ -145,6 +147,12 @@ def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory:
         requeue_exit=REQUEUE_EXIT,
         attempts=job.attempts if job.requeue else 1,
     )
+
+
+def submission(frozen: FrozenLaunch, job: SlurmJob) -> list[str]:
+    """Return the command that submits the script: a dependency is of this submission, not of the script."""
+    after = [f"--dependency=afterok:{':'.join(job.after)}", "--kill-on-invalid-dep=yes"] if job.after else []
+    return ["sbatch", "--parsable", *after, str(script_path(frozen))]
 
 
 def _assignments(environment: Mapping[str, str]) -> str:
@@ -168,6 +176,11 @@ def _directives(
     frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, array: int | None = None
 ) -> list[str]:
     """Lines `#SBATCH --key=value`."""
+    if "\\" in str(frozen.directory):
+        raise UserError(
+            f"{frozen.directory} cannot hold the job's log: sbatch replaces no %j in a file name with a backslash; "
+            "choose a directory without one"
+        )
     tasks = ranks.per_node if ranks.starter == "srun" else 1
     cpus = None if ranks.cpus_per_rank is None else ranks.cpus_per_rank * ranks.per_node // tasks
     settings = {
@@ -228,17 +241,20 @@ def _srun(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: 
         '--head "$head" --port "$port"',
         f"--start-timeout {ranks.start_timeout}",
         '--logs "$launch/logs/start-$((attempt + 1))"',
+        f"--stacks {shlex.quote(str(frozen.stacks))}",
     ]
-    command = f'-- {frozen.command} "$launch/config.yaml"'
-    return " \\\n  ".join([*lines, *node, command])
+    *words, config = frozen.arguments('"$launch/config.yaml"')
+    command = " ".join([*(shlex.quote(_one_line("an argument", word)) for word in words), config])
+    return " \\\n  ".join([*lines, *node, f"-- {command}"])
 
 
 def _container(frozen: FrozenLaunch, job: SlurmJob, working_directory: Path) -> list[str]:
     container, quote = job.container, shlex.quote
     if container.image is None:
         return []
-    own = [f"{path}:{path}" for path in (working_directory, frozen.target)]
-    for path in (working_directory, frozen.target):
+    places = (working_directory, frozen.target if frozen.trains else frozen.directory.parents[1])
+    own = [f"{path}:{path}" for path in places]
+    for path in places:
         if re.search("[:,]", str(path)):
             raise UserError(f"{path} cannot be mounted in a container; choose a directory without ',' and ':'")
     mounts = quote(_one_line("--container-mount", ",".join([*dict.fromkeys(own), *container.mount])))

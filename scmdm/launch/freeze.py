@@ -12,33 +12,43 @@ import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeAlias
 
+from scmdm.checkpoint.reader import find_model
+from scmdm.config.conversion import ExportConfig
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.loading import load_config, replace_sections, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
+from scmdm.config.sampling import SampleConfig
 from scmdm.config.shipped import is_shipped
+from scmdm.config.study import StudyConfig
 from scmdm.data.preparation.shard_writer import check_place
 from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
+from scmdm.launch.rank import TRAINING
 from scmdm.observability.environment import REVISION_FILE, git_revision
 from scmdm.system.files import atomic_write_text
-from scmdm.system.run_directory import LAUNCH
+from scmdm.system.run_directory import EVALUATIONS, LAUNCH, STACKS, run_of
 
-COMMANDS = ("train", "adapt")
+ONE_PROCESS = ("study", "export")  # commands that ranks cannot share
 _PACKAGES = ("scmdm", "data_prep")
 _LEFT_OUT = ("configs",)  # a wheel has the shipped configurations in the package
+
+LaunchedConfig: TypeAlias = RunConfig | PrepareConfig | SampleConfig | EvaluateConfig | StudyConfig | ExportConfig
 
 
 @dataclass(frozen=True)
 class FrozenLaunch:
-    """Directory of one launch: `RUN/launch/TIME`, or for a preparation `OUT.launch/TIME`.
+    """Directory of one launch: `RUN/launch/TIME` of a run, `OUT.launch/TIME` of everything else that is written.
 
     It contains `code/`, `config.yaml`, `logs/` and, on SLURM, `job.sbatch`.
     """
 
     command: str
-    target: Path  # run directory or data set
+    target: Path  # run directory, or what the command writes
     directory: Path
+    words: tuple[str, ...] = ()  # arguments of the command besides its configuration: a model, an output
 
     @property
     def code(self) -> Path:
@@ -53,49 +63,151 @@ class FrozenLaunch:
         return self.directory / "logs"
 
     @property
+    def trains(self) -> bool:
+        """Whether the command writes checkpoints, from which a later start continues."""
+        return self.command in TRAINING
+
+    @property
+    def stacks(self) -> Path:
+        """Directory of the stacks that a hang leaves, and of NCCL's flight recorder."""
+        return self.target / STACKS if self.trains else self.directory / STACKS
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables that make Python import the copy. Without PYTHONSAFEPATH `-m` prefers the working directory."""
         return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
 
-    @property
-    def arguments(self) -> list[str]:
-        """Arguments of `python -m scmdm`."""
-        return [self.command, str(self.config)]
+    def arguments(self, config: str) -> list[str]:
+        """Arguments of `python -m scmdm`, with the configuration at `config`."""
+        return [self.command, *self.words, "--config", config] if self.words else [self.command, config]
 
 
-def resolve_preparation(config: Path, overrides: list[str], tasks: int) -> PrepareConfig:
-    """Load and check the configuration of a preparation by `tasks` tasks. Raises UserError for mistakes in it."""
-    resolved = load_config(PrepareConfig, config, [*overrides, f"slice=0/{tasks}"])
-    check_place(Path(resolved.out))
-    make_source(resolved).files()
-    return dataclasses.replace(resolved, slice=None)
+@dataclass(frozen=True)
+class ResolvedLaunch:
+    """What will be launched, checked: nothing has been written."""
+
+    command: str
+    config: LaunchedConfig
+    target: Path
+    launches: Path  # directory of all launches of this target
+    words: tuple[str, ...] = ()
 
 
-def resolve(command: str, config: Path, overrides: list[str], ranks: int) -> RunConfig:
-    """Load and check the configuration of `command` on `ranks` ranks. Raises UserError for mistakes in it."""
-    if command not in COMMANDS:
-        raise UserError(f"command {command!r} is not possible; it must be one of {', '.join(COMMANDS)}")
-    resolved = load_config(RunConfig, config, overrides)
-    resolved.check_command(command)
-    resolved.check_ranks(ranks)
-    return resolved
+def resolve(
+    command: str,
+    subject: Path,
+    overrides: list[str],
+    *,
+    config: Path | None = None,
+    ranks: int = 1,
+    later: bool = False,
+) -> ResolvedLaunch:
+    """Load and check the configuration of `command` on `ranks` ranks, or tasks for prepare.
+
+    `subject` is the command's first argument: a YAML file, or a model, which may be missing if it is made `later`, by
+    an earlier job. `overrides` may begin with further arguments; `config` is the YAML file of a command with a model.
+    Raises UserError for mistakes in any of them.
+    """
+    if command not in _RESOLVERS:
+        raise UserError(f"command {command!r} is not possible; it must be one of {', '.join(_RESOLVERS)}")
+    words = [word for word in overrides if "=" not in word]
+    keys = [word for word in overrides if "=" in word]
+    possible = 1 if command == "export" else 0
+    if len(words) != possible:
+        wanted = "one directory to create" if possible else "left out; give keys as key=value"
+        raise UserError(f"arguments {words} are not possible with {command} {subject}; they must be {wanted}")
+    if config is not None and command not in _OF_MODELS:
+        raise UserError(f"--config {config} is not possible with {command}, whose YAML file is {subject}")
+    if command in _OF_MODELS and not later:
+        find_model(subject)
+    return _RESOLVERS[command](_Given(command, subject, tuple(words), keys, config, ranks))
 
 
-def plan_launch(command: str, config: RunConfig | PrepareConfig) -> FrozenLaunch:
+@dataclass(frozen=True)
+class _Given:
+    command: str
+    subject: Path
+    words: tuple[str, ...]
+    keys: list[str]
+    config: Path | None
+    ranks: int
+
+
+def _training(given: _Given) -> ResolvedLaunch:
+    config = load_config(RunConfig, given.subject, given.keys)
+    config.check_command(given.command)
+    config.check_ranks(given.ranks)
+    target = _absolute(config.run_dir)
+    return ResolvedLaunch(given.command, config, target, target / LAUNCH)
+
+
+def _preparation(given: _Given) -> ResolvedLaunch:
+    config = load_config(PrepareConfig, given.subject, [*given.keys, f"slice=0/{given.ranks}"])
+    check_place(Path(config.out))
+    make_source(config).files()
+    config = dataclasses.replace(config, slice=None)
+    return _output("prepare", config, config.out)
+
+
+def _study(given: _Given) -> ResolvedLaunch:
+    config = load_config(StudyConfig, given.subject, given.keys)
+    return _output("study", config, config.out)
+
+
+def _sampling(given: _Given) -> ResolvedLaunch:
+    config = load_config(SampleConfig, given.config, given.keys)
+    if config.out is None:
+        raise UserError("`out` is not set; give out=FILE: a job has no terminal to print samples on")
+    return _output("sample", config, config.out, (str(given.subject),))
+
+
+def _evaluation(given: _Given) -> ResolvedLaunch:
+    config = load_config(EvaluateConfig, given.config, given.keys)
+    words, model = (str(given.subject),), given.subject
+    if config.out is not None:
+        return _output("evaluate", config, config.out, words)
+    run = run_of(model) or (model if (model / LAUNCH).is_dir() else None)
+    if run is None:
+        return _output("evaluate", config, str(Path(EVALUATIONS) / _absolute(str(model)).name), words)
+    target = _absolute(str(run))
+    return ResolvedLaunch("evaluate", config, target, target / LAUNCH, words)
+
+
+def _export(given: _Given) -> ResolvedLaunch:
+    (out,) = given.words
+    return _output("export", load_config(ExportConfig, given.config, given.keys), out, (str(given.subject), out))
+
+
+def _output(command: str, config: LaunchedConfig, out: str, words: tuple[str, ...] = ()) -> ResolvedLaunch:
+    """Launches are beside the output, which appears only when it is complete."""
+    target = _absolute(out)
+    return ResolvedLaunch(command, config, target, target.with_name(f"{target.name}.launch"), words)
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.realpath(path))
+
+
+_RESOLVERS = {
+    **dict.fromkeys(TRAINING, _training),
+    "prepare": _preparation,
+    "sample": _sampling,
+    "evaluate": _evaluation,
+    "study": _study,
+    "export": _export,
+}
+_OF_MODELS = ("sample", "evaluate", "export")
+
+
+def plan_launch(resolved: ResolvedLaunch) -> FrozenLaunch:
     """Choose a new launch directory. Nothing is written."""
-    if isinstance(config, PrepareConfig):
-        target = Path(os.path.realpath(config.out))
-        launches = target.with_name(f"{target.name}.launch")  # the data set itself appears only when it is complete
-    else:
-        target = Path(os.path.realpath(config.run_dir))
-        launches = target / LAUNCH
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    taken = {path.name for path in launches.glob(f"{name}*")}
+    taken = {path.name for path in resolved.launches.glob(f"{name}*")}
     free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
-    return FrozenLaunch(command, target, launches / free)
+    return FrozenLaunch(resolved.command, resolved.target, resolved.launches / free, resolved.words)
 
 
-def freeze(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> None:
+def freeze(frozen: FrozenLaunch, config: LaunchedConfig) -> None:
     """Copy code and configuration into the launch directory."""
     source = Path(__file__).resolve().parents[2]
     try:
@@ -106,15 +218,16 @@ def freeze(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> None:
                 shutil.copytree(source / package, frozen.code / package, ignore=ignore)
     except OSError as error:
         raise UserError(
-            f"cannot write {frozen.directory}: {error.strerror or error}; free space or choose another run_dir"
+            f"cannot write {frozen.directory}: {error.strerror or error}; free space or choose another place"
         ) from error
     atomic_write_text(frozen.config, to_yaml(_carried(frozen, config), for_loading=True))
     atomic_write_text(frozen.code / REVISION_FILE, json.dumps(git_revision(source / "scmdm")) + "\n")
 
 
-def _carried(frozen: FrozenLaunch, config: RunConfig | PrepareConfig) -> RunConfig | PrepareConfig:
+def _carried(frozen: FrozenLaunch, config: LaunchedConfig) -> LaunchedConfig:
     """Copy the shipped base model into the launch directory: a container or another machine may lack the package."""
-    base = Path(config.base) if isinstance(config, RunConfig) and config.base is not None else None
+    named = config.base if isinstance(config, RunConfig | StudyConfig) else None
+    base = Path(named) if named is not None else None
     if base is None or not is_shipped(base):
         return config
     copy = frozen.directory / "base"

@@ -1,6 +1,6 @@
 """Launcher on each machine of a job: starts torchrun for the machine's ranks, or one rank as a task of srun.
 
-    python -m scmdm.launch.node --ranks-per-node 8 --head HOST --port 12345 --logs DIR -- adapt config.yaml
+    python -m scmdm.launch.node --ranks-per-node 8 --head HOST --port 12345 --logs DIR --stacks DIR -- adapt config.yaml
 
 The exit status is that of the failed rank (torchrun's own is always 1), or 85 if signals stopped all failed ranks.
 """
@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from scmdm.launch.rank import rank_module
+from scmdm.runtime.flight_recorder import recorder_environment
 from scmdm.system.signals import REQUEUE_EXIT, stop_signals
 
 
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The ranks inherit the blocked signals and unblock them once their handlers are installed: no signal is lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     options = _parser().parse_args(arguments)
+    with suppress(OSError):  # the ranks report a directory that cannot be written
+        options.stacks.mkdir(parents=True, exist_ok=True)
+    os.environ.update(recorder_environment(options.stacks, os.environ))
     if options.starter == "srun":
         _become_rank(options)
     status = 1
@@ -64,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--start-timeout", type=int, default=600, help="seconds to wait for the other machines")
     parser.add_argument("--logs", type=Path, required=True, help="directory of the ranks' logs")
+    parser.add_argument("--stacks", type=Path, required=True, help="directory of NCCL's flight recorder")
     parser.add_argument("--attempts", type=int, default=1, help="maximum number of starts if ranks fail")
     parser.add_argument("command", nargs="+", help="arguments of scmdm, after --")
     return parser
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _become_rank(options: argparse.Namespace) -> None:
     os.environ.update(rank_environment(os.environ, options.head, options.port))
-    os.execv(sys.executable, [sys.executable, "-m", "scmdm", *options.command])
+    os.execv(sys.executable, [sys.executable, "-m", rank_module(options.command[0]), *options.command])
 
 
 def rank_environment(slurm: Mapping[str, str], head: str, port: int) -> dict[str, str]:
@@ -124,8 +130,9 @@ def torchrun_arguments(options: argparse.Namespace, node: SlurmNode, attempt: in
         ]
     logs = options.logs / (node.name if attempt == 0 else f"{node.name}-attempt-{attempt + 1}")
     logs.mkdir(parents=True, exist_ok=True)
+    module = rank_module(options.command[0])
     output = [f"--log-dir={logs}", "--redirects=3", "--tee=3", "--log-line-prefix-template=[rank ${rank}] "]
-    return [*rendezvous, f"--nproc-per-node={options.ranks_per_node}", *output, "-m", "scmdm", *options.command]
+    return [*rendezvous, f"--nproc-per-node={options.ranks_per_node}", *output, "-m", module, *options.command]
 
 
 def _explain(node: SlurmNode, ended: Mapping[int, int], logs: Path) -> int:

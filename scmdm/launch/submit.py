@@ -10,32 +10,37 @@ import sys
 from pathlib import Path
 
 from scmdm.config.launch import LocalRanks, Ranks, SlurmJob
-from scmdm.config.preparation import PrepareConfig
-from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
-from scmdm.launch.batch_script import render, render_preparation, script_path
-from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch, resolve, resolve_preparation
+from scmdm.launch.batch_script import render, render_preparation, script_path, submission
+from scmdm.launch.freeze import ONE_PROCESS, FrozenLaunch, freeze, plan_launch, resolve
 from scmdm.system.files import atomic_write_text
 
 
 def launch_slurm(
-    launched: str, config: Path, *, overrides: list[str], dry_run: bool, array: int, ranks: Ranks, job: SlurmJob
+    launched: str,
+    subject: Path,
+    *,
+    overrides: list[str],
+    config: Path | None,
+    dry_run: bool,
+    parsable: bool,
+    array: int,
+    ranks: Ranks,
+    job: SlurmJob,
 ) -> None:
     """Freeze code and configuration, write the batch script and submit it.
 
-    `launched` is the command: train, adapt, or prepare, which runs as `array` tasks.
+    `launched` is the command, `subject` its first argument. prepare runs as `array` tasks, everything else on `ranks`.
+    `parsable` prints the id of the job and nothing else.
     """
     ranks.validate()
     job = dataclasses.replace(job, sbatch=tuple(line.removeprefix("--") for line in job.sbatch))
     job.validate()
     _check_options(launched, ranks, array)
     preparing = launched == "prepare"
-    resolved: RunConfig | PrepareConfig
-    if preparing:
-        resolved = resolve_preparation(config, overrides, array)
-    else:
-        resolved = resolve(launched, config, overrides, ranks.size)
-    frozen = plan_launch(launched, resolved)
+    size = array if preparing else ranks.size
+    resolved = resolve(launched, subject, overrides, config=config, ranks=size, later=bool(job.after))
+    frozen = plan_launch(resolved)
     if preparing:
         script = render_preparation(frozen, ranks, job, Path.cwd(), array)
     else:
@@ -43,14 +48,16 @@ def launch_slurm(
     if dry_run:
         print(script, end="")
         return
-    freeze(frozen, resolved)
+    freeze(frozen, resolved.config)
     atomic_write_text(script_path(frozen), script)
-    print(f"job {_submit(script_path(frozen))}: {script_path(frozen)}, log beside it")
+    number = _submit(frozen, job)
+    print(number if parsable else f"job {number}: {script_path(frozen)}, log beside it")
 
 
 def _check_options(launched: str, ranks: Ranks, array: int) -> None:
     """Raise UserError for an option that the launched command does not read."""
     preparing = launched == "prepare"
+    _check_ranks(launched, ranks)
     for option, value, possible, wanted in (
         ("--array", array, preparing or array == 1, "left out: it is for prepare"),
         ("--nodes", ranks.nodes, not preparing or ranks.nodes == 1, "left out: --array spreads prepare over nodes"),
@@ -61,9 +68,19 @@ def _check_options(launched: str, ranks: Ranks, array: int) -> None:
             raise UserError(f"{option}={value} is not possible with {launched}; it must be {wanted}")
 
 
-def _submit(script: Path) -> str:
+def _check_ranks(launched: str, ranks: LocalRanks) -> None:
+    """Raise UserError for several ranks of a command that one process runs."""
+    if launched in ONE_PROCESS and ranks.size > 1:
+        raise UserError(
+            f"{launched} on {ranks.size} ranks is not possible: it is one process; leave --nodes and --ranks-per-node "
+            "out, and give at most --gpus-per-node 1"
+        )
+
+
+def _submit(frozen: FrozenLaunch, job: SlurmJob) -> str:
+    script = script_path(frozen)
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+        done = subprocess.run(submission(frozen, job), capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError(f"no sbatch on this machine; submit {script} on the cluster, or use `launch local`") from error
     if done.returncode != 0:
@@ -72,18 +89,28 @@ def _submit(script: Path) -> str:
 
 
 def launch_local(
-    launched: str, config: Path, *, overrides: list[str], dry_run: bool, attempts: int, ranks: LocalRanks
+    launched: str,
+    subject: Path,
+    *,
+    overrides: list[str],
+    config: Path | None,
+    dry_run: bool,
+    attempts: int,
+    ranks: LocalRanks,
 ) -> None:
     """Freeze code and configuration, then replace this process by the launcher of the ranks."""
     ranks.validate()
-    resolved = resolve(launched, config, overrides, ranks.size)
-    frozen = plan_launch(launched, resolved)
+    if launched == "prepare":
+        raise UserError("prepare is not possible with `launch local`; run `scmdm prepare`, which uses all cores")
+    _check_ranks(launched, ranks)
+    resolved = resolve(launched, subject, overrides, config=config, ranks=ranks.size)
+    frozen = plan_launch(resolved)
     command = local_command(frozen, ranks, attempts)
     if dry_run:
         environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in frozen.environment.items())
         print(environment, shlex.join(command))
         return
-    freeze(frozen, resolved)
+    freeze(frozen, resolved.config)
     sys.stdout.flush()
     os.execve(sys.executable, command, {**os.environ, **frozen.environment})
 
@@ -91,4 +118,5 @@ def launch_local(
 def local_command(frozen: FrozenLaunch, ranks: LocalRanks, attempts: int) -> list[str]:
     """Return the command line that starts the ranks on one machine."""
     node = [sys.executable, "-m", "scmdm.launch.node", f"--ranks-per-node={ranks.per_node}", f"--attempts={attempts}"]
-    return [*node, f"--logs={frozen.logs}", "--", *frozen.arguments]
+    places = [f"--logs={frozen.logs}", f"--stacks={frozen.stacks}"]
+    return [*node, *places, "--", *frozen.arguments(str(frozen.config))]

@@ -11,6 +11,7 @@ import torch
 from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.fields import key
+from scmdm.config.planning import PhaseSettings
 from scmdm.config.run import RunConfig
 from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import MANIFEST_FILE, Manifest
@@ -18,6 +19,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel, open_model
 from scmdm.planner.communication import Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
+from scmdm.planner.phases import Phase, plan_phases
 from scmdm.planner.search import Candidate, SearchResult, evaluate, impossible_because, search
 from scmdm.planner.workload import ParallelLayout, Workload, make_layout, make_workload
 from scmdm.training.setup import resolve_config
@@ -57,6 +59,21 @@ class Plan:
     as_configured: Candidate | None  # None: the run would not start
     refused: str | None  # the reason why it would not start
     found: SearchResult
+    settings: PhaseSettings
+    validation_samples: int
+    adapts: bool
+
+    def phases(self, candidate: Candidate) -> tuple[Phase, ...]:
+        """Phases of a run with a candidate's layout, besides its steps."""
+        return plan_phases(
+            self.workload,
+            candidate.layout,
+            self.cluster,
+            self.assumed,
+            self.settings,
+            validation_samples=self.validation_samples,
+            adapts=self.adapts,
+        )
 
     def collectives(self, candidate: Candidate) -> tuple[Collective, ...]:
         """Collectives of one step of a candidate."""
@@ -64,7 +81,13 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, cluster: Cluster, assumed: Assumptions, *, length: int | None = None, vocab: int | None = None
+    config: RunConfig,
+    cluster: Cluster,
+    assumed: Assumptions,
+    *,
+    length: int | None = None,
+    vocab: int | None = None,
+    phases: PhaseSettings | None = None,
 ) -> Plan:
     """Plan a run. Raises UserError when length or vocabulary are unknown, or when the base does not match."""
     if not config.self_conditioning.stop_gradient:
@@ -81,7 +104,19 @@ def make_plan(
     if layout.engine == "single" and cluster.ranks > 1:
         start = dataclasses.replace(layout, engine="fsdp2")
     found = search(workload, start, cluster, assumed)
-    return Plan(workload, cluster, assumed, layout, as_configured, refused, found)
+    adapts = config.base is not None or workload.passes > 0
+    return Plan(
+        workload,
+        cluster,
+        assumed,
+        layout,
+        as_configured,
+        refused,
+        found,
+        phases or PhaseSettings(),
+        config.train.validation_samples if config.train.validate_every else 0,
+        adapts,
+    )
 
 
 def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab: int | None) -> ModelSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from json import dumps
 
+from scmdm.config.planning import PhaseSettings
 from scmdm.errors import UserError
 from scmdm.planner.hardware import make_assumptions, make_cluster
 from scmdm.planner.plan import PlanConfig, make_plan
@@ -21,10 +22,11 @@ def plan(
     vocab: int | None,
     efficiency: float | None,
     json: bool,
+    phases: PhaseSettings,
 ) -> None:
     """Print the plan of a run on a cluster. Raises UserError when no layout fits."""
     cluster = make_cluster(gpu, nodes, gpus_per_node)
-    made = make_plan(config, cluster, make_assumptions(efficiency), length=length, vocab=vocab)
+    made = make_plan(config, cluster, make_assumptions(efficiency), length=length, vocab=vocab, phases=phases)
     if json:
         print(dumps(as_json(made), indent=2))
     else:

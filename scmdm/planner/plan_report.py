@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from scmdm.planner.phases import Phase
 from scmdm.planner.plan import Plan
 from scmdm.planner.search import Candidate, usable_memory
 from scmdm.planner.workload import ParallelLayout
@@ -62,7 +63,12 @@ def _candidate_json(plan: Plan, candidate: Candidate | None) -> dict[str, Any] |
             "tokens_per_day": time.tokens_per_day,
             "mfu": time.utilisation,
         },
+        "phases": {phase.name: _phase_json(phase) for phase in plan.phases(candidate)},
     }
+
+
+def _phase_json(phase: Phase) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(phase).items() if name != "name"}
 
 
 def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
@@ -106,6 +112,9 @@ def print_plan(plan: Plan, console: Terminal) -> None:
         for table in (_settings_table(plan, shown), _memory_table(plan, shown), _traffic_table(plan, shown)):
             console.print(table)
         console.print(_time_table(shown))
+        for title, candidate in shown.items():
+            if title == "as configured" or candidate.layout != plan.configured:
+                console.print(_phases_table(plan, title, candidate))
     if plan.found.reason:
         console.print(plan.found.reason)
     else:
@@ -184,6 +193,24 @@ def _time_table(shown: dict[str, Candidate]) -> Table:
     return table
 
 
+def _phases_table(plan: Plan, title: str, candidate: Candidate) -> Table:
+    table = Table(title=f"phases besides the steps, per rank, {title}", title_justify="left")
+    for name in ("", "GiB", "fits", "batch", "sequences", "GB", "s", "stall, s"):
+        table.add_column(name, justify="right" if name else "left")
+    for phase in plan.phases(candidate):
+        numbers = (phase.batch_size, phase.sequences)
+        table.add_row(
+            f"{phase.name} ({phase.weights})" if phase.weights else phase.name,
+            f"{phase.memory / _GIB:.1f}",
+            "yes" if phase.fits else "NO",
+            *(f"{number:,}" if number else "" for number in numbers),
+            f"{phase.transferred / _GB:.2f}" if phase.transferred else "",
+            f"{phase.seconds:,.1f}",
+            f"{phase.stall:.2f}" if phase.stall else "",
+        )
+    return table
+
+
 def _assumptions(plan: Plan) -> str:
     assumed, gpu = plan.assumed, plan.cluster.gpu
     products = assumed.product_efficiency(plan.workload.model.width)
@@ -191,7 +218,8 @@ def _assumptions(plan: Plan) -> str:
         f"Assumed: matrix products at {products:.0%} of peak; collectives overlap with the computation of their "
         f"part of the step unless listed as others; links at {assumed.link_efficiency:.0%} of "
         f"{gpu.link / _GB:.0f} GB/s within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, "
-        "latencies of NCCL's rings; the optimizer's update at "
+        f"latencies of NCCL's rings; files at {plan.settings.file_system:g} GB/s for all ranks together; the "
+        "optimizer's update at "
         f"{assumed.memory_efficiency:.0%} of the memory's bandwidth; {assumed.memory_reserve:.0%} of the "
         "GPU's memory kept free; all positions masked (memory), half of them on average (time). Kernel launches are "
         "not modelled: steps of a few hundredths of a second will take longer."

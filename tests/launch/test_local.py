@@ -115,3 +115,20 @@ def test_a_rank_that_dies_is_reported_and_the_next_attempt_continues(local, tmp_
     assert process.returncode == 0, output + errors
     assert re.search(r"scmdm: ranks failed on \S+: .*rank [01]: killed by SIGKILL", errors)
     assert "resuming from" in output and train_rows(tmp_path / "run") == train_rows(undisturbed)
+
+
+def test_samples_and_an_export_are_launched(tmp_path, base):
+    """With the arguments that the commands have; nothing is left beside what they write but their launches."""
+    model, out = tmp_path / "an export", tmp_path / "50% samples.jsonl"
+    for arguments in (
+        ["export", base, model],
+        ["sample", model, "num=4", "sampler.steps=2", f"out={out}", "device=cpu"],
+    ):
+        process = scmdm("launch", "local", *arguments)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, output + errors
+    assert len(out.read_text().splitlines()) == 4 and (model / "model.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(path.name for path in (model, out)),
+        *(f"{path.name}.launch" for path in (model, out)),
+    }

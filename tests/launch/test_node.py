@@ -1,10 +1,16 @@
 """The launcher on each machine: arguments of torchrun, environment of ranks, exit status."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from scmdm.launch import node
 from scmdm.launch.node import SlurmNode, _parser, describe_exit, exit_status, rank_environment, torchrun_arguments
+from scmdm.system.signals import stop_signals
 
 
 @pytest.mark.parametrize(
@@ -44,10 +50,51 @@ def test_the_rank_environment_under_srun():
 
 @pytest.mark.parametrize(("index", "host"), [(0, "true"), (1, "false")])
 def test_the_first_node_hosts_the_rendezvous(tmp_path, index, host):
-    given = ["--ranks-per-node=4", "--head=n1", "--port=77", f"--logs={tmp_path}", "--start-timeout=9"]
+    given = [
+        "--ranks-per-node=4",
+        "--head=n1",
+        "--port=77",
+        f"--logs={tmp_path}",
+        f"--stacks={tmp_path}",
+        "--start-timeout=9",
+    ]
     options = _parser().parse_args([*given, "--", "adapt", "a.yaml"])
     arguments = torchrun_arguments(options, SlurmNode(index, 2, "12", 1))
     for expected in ("--nnodes=2", "--rdzv-endpoint=n1:77", "--rdzv-id=12.1", "--nproc-per-node=4"):
         assert expected in arguments
     assert f"--rdzv-conf=is_host={host},join_timeout=9,read_timeout=9" in arguments
     assert arguments[-4:] == ["-m", "scmdm", "adapt", "a.yaml"]
+
+
+@pytest.mark.parametrize(("command", "module"), [("adapt", "scmdm"), ("evaluate", "scmdm.launch.rank")])
+def test_only_training_handles_signals_by_itself(tmp_path, command, module):
+    options = _parser().parse_args([f"--logs={tmp_path}", f"--stacks={tmp_path}", "--", command, "model"])
+    assert torchrun_arguments(options, SlurmNode(0, 1, "12", 1))[-4:] == ["-m", module, command, "model"]
+
+
+def test_a_signal_that_was_blocked_ends_a_rank_that_does_not_train():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "scmdm.launch.rank", "doctor"], stdout=subprocess.DEVNULL)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == -signal.SIGUSR1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_ranks_inherit_nccls_recorder_beside_the_stacks(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(node, "_become_rank", lambda _: found.update(os.environ) or sys.exit(0))
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit):
+        node.main(
+            ["--starter=srun", f"--logs={tmp_path}", f"--stacks={tmp_path / 'run/stacks'}", "--", "adapt", "a.yaml"]
+        )
+    assert Path(found["TORCH_FR_DUMP_TEMP_FILE"]).parent == tmp_path / "run/stacks"
+    assert (tmp_path / "run/stacks").is_dir()
+    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "the user's own value"
+    assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0 and int(found["TORCH_NCCL_ASYNC_ERROR_HANDLING"]) > 0
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

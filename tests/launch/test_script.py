@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from scmdm.cli import main
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.launch import Container, Ranks, SlurmJob
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
 from scmdm.launch.batch_script import render, render_preparation
-from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch
+from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch, resolve
 from tests.conftest import ROOT
 
 ADAPT = ["adapt", str(ROOT / "configs/qm9/adapt.yaml"), "base=runs/base", "train.micro_batch_size=4"]
@@ -104,12 +105,19 @@ def canonical(script):
     return subprocess.run(["bash"], input=printing, capture_output=True, text=True, check=True).stdout
 
 
+def unmarked(word):
+    """A directory has no backslash, which is refused."""
+    return word.replace(HOSTILE, "PLAIN").replace(HOSTILE.replace("\\", ""), "PLAIN")
+
+
 def directives(script):
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
 
-def rendered(text, starter="srun", runtime="pyxis", array=None):
-    frozen = FrozenLaunch("adapt", Path("/runs") / text, Path("/runs") / text / "launch" / "now")
+def rendered(text, starter="srun", runtime="pyxis", array=None, command="adapt"):
+    words = (f"model {text}", text) if command == "export" else ()
+    place = Path("/runs") / text.replace("\\", "")
+    frozen = FrozenLaunch(command, place, place / "launch" / "now", words)
     job = SlurmJob(
         **dict.fromkeys(("name", "partition", "account", "qos", "python"), text),
         sbatch=(f"comment={text}", "exclusive"),
@@ -121,18 +129,25 @@ def rendered(text, starter="srun", runtime="pyxis", array=None):
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"starter": "torchrun", "runtime": "apptainer"}, {"array": 3}, {"array": 3, "runtime": "apptainer"}]
+    "kind",
+    [
+        {},
+        {"starter": "torchrun", "runtime": "apptainer"},
+        {"array": 3},
+        {"array": 3, "runtime": "apptainer"},
+        {"command": "export"},
+    ],
 )
 def test_no_value_adds_a_command_or_an_option(kind):
     """With hostile values in every place bash parses the same commands, and sbatch the same options."""
     plain, hostile = rendered("PLAIN", **kind), rendered(HOSTILE, **kind)
     subprocess.run(["bash", "-n"], input=hostile, text=True, check=True)
     commands, expected = shlex.split(canonical(hostile)), shlex.split(canonical(plain))
-    assert [word.replace(HOSTILE, "PLAIN") for word in commands] == expected
+    assert [unmarked(word) for word in commands] == expected
     # sbatch reads quotes as a shell does, except that a backslash escapes everywhere, and replaces %% by %.
     options = [shlex.split(line.replace("\\\\", "\\")) for line in directives(hostile)]
     assert all(len(words) == 1 for words in options)
-    found = [words[0].replace("%%", "%").replace(HOSTILE, "PLAIN") for words in options]
+    found = [unmarked(words[0].replace("%%", "%")) for words in options]
     assert found == [line.replace("%%", "%") for line in directives(plain)]
     assert "--exclusive" in found and "--comment=PLAIN" in found
 
@@ -147,6 +162,8 @@ def test_other_values_that_are_refused():
     frozen, ranks = FrozenLaunch("adapt", Path("/runs/a:b"), Path("/runs/a:b/launch")), Ranks()
     with pytest.raises(UserError, match="/runs/a:b cannot be mounted"):
         render(frozen, ranks, SlurmJob(container=Container("image")), Path("/cwd"))
+    with pytest.raises(UserError, match=r"a\\b"):
+        render(FrozenLaunch("adapt", Path("/a\\b"), Path("/a\\b/launch")), ranks, SlurmJob(), Path("/cwd"))
     with pytest.raises(UserError, match="--sbatch 'a b' is not possible"):
         render(frozen, ranks, SlurmJob(sbatch=("a b=c",)), Path("/cwd"))
     with pytest.raises(UserError, match="--setup="):
@@ -180,9 +197,72 @@ def test_mistakes_about_arrays(capsys, tmp_path, monkeypatch, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_only_runs_are_launched(capsys, tmp_path):
-    assert main(["launch", "local", "sample", str(tmp_path)]) == 1
-    assert "'sample' is not possible; it must be one of train, adapt" in capsys.readouterr().err
+LATER = ["--after", "12"]  # the model need not exist yet
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["demo", "model"], "'demo'"),
+        (["evaluate", "model"], "model"),  # there is none
+        (["sample", "model", *LATER], "`out`"),
+        (["evaluate", "model", "other", *LATER], "'other'"),
+        (["export", "model", *LATER], "[]"),
+        (["export", "model", "exported", "--nodes", "2", *LATER], "export"),
+        (["study", "configs/qm9/quickstart.yaml", "--nodes", "2"], "study"),
+        (["evaluate", "model", "sampler.stepps=3", *LATER], "sampler.steps"),
+        (["adapt", "configs/qm9/adapt.yaml", "--config", "other.yaml"], "other.yaml"),
+        (["evaluate", "model", "--after", "12;rm"], "--after='12;rm'"),
+    ],
+)
+def test_mistakes_of_other_commands(capsys, tmp_path, monkeypatch, options, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "slurm", *options]) == 1
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "words"),
+    [
+        (["evaluate", "a run", "num=4"], "a run/launch", ["evaluate", "a run"]),
+        (["evaluate", "elsewhere", "num=4"], "evaluations/elsewhere.launch", ["evaluate", "elsewhere"]),
+        (["evaluate", "elsewhere", "out=e$x.json"], "e$x.json.launch", ["evaluate", "elsewhere"]),
+        (["sample", "a run", "out=50%.jsonl"], "50%.jsonl.launch", ["sample", "a run"]),
+        (["export", "a run", "for 'you'", "format=mdlm"], "for 'you'.launch", ["export", "a run", "for 'you'"]),
+    ],
+)
+def test_commands_with_a_model(capsys, tmp_path, monkeypatch, options, target, words):
+    """The model does not exist yet: an earlier job makes it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a run/launch").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["launch", "slurm", *options, *LATER, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    (directory,) = (shlex.split(line)[0] for line in script.splitlines() if line.startswith("launch="))
+    assert Path(directory.removeprefix("launch=")).parent == tmp_path / target
+    command = next(line for line in script.splitlines() if line.strip().startswith("-- "))
+    assert shlex.split(command) == ["--", *words, "--config", "$launch/config.yaml"]
+    assert "--dependency=afterok:12" in script and "#SBATCH --dependency" not in script
+
+
+def test_a_study_is_one_process(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["launch", "local", "study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}"]
+    assert main([*command, "--dry-run"]) == 0
+    arguments = shlex.split(capsys.readouterr().out)
+    assert arguments[-2] == "study" and Path(arguments[-1]).parents[1] == tmp_path / "study.launch"
+
+
+def test_a_frozen_evaluation_reads_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve("evaluate", Path("run"), ["seeds=[1, 2]", "texts.a=file"], later=True)
+    frozen = plan_launch(resolved)
+    freeze(frozen, resolved.config)
+    assert load_config(EvaluateConfig, frozen.config) == resolved.config
+    assert frozen.arguments("x") == ["evaluate", "run", "--config", "x"]
 
 
 def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):
@@ -196,8 +276,8 @@ def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):
 def test_a_job_runs_frozen_code_and_configuration(tmp_path):
     settings = tmp_path / "mine.yaml"
     settings.write_text(f"run_dir: {tmp_path / 'run'}\ntrain: {{steps: 3}}\ndata: {{path: here}}\n")
-    config = load_config(RunConfig, settings, ["seed=5"])
-    frozen = plan_launch("train", config)
+    resolved = resolve("train", settings, ["seed=5", "train.global_batch_size=4", "train.micro_batch_size=4"])
+    config, frozen = resolved.config, plan_launch(resolved)
     freeze(frozen, config)
     settings.write_text("train: {steps: 9}\n")
     kept = load_config(RunConfig, frozen.config)
@@ -210,7 +290,7 @@ def test_a_job_runs_frozen_code_and_configuration(tmp_path):
         [sys.executable, "-m", "scmdm", "--help"], cwd=ROOT, env=frozen.environment, capture_output=True, text=True
     )
     assert done.stdout.startswith("the copy\n"), done.stderr
-    assert plan_launch("train", config).directory != frozen.directory
+    assert plan_launch(resolved).directory != frozen.directory
 
 
 def test_options_override_a_sites_defaults(tmp_path):

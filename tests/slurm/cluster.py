@@ -7,18 +7,44 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from scmdm.observability.run_metrics import read_metrics
 from tests.kills import last_step
 
+HERE = Path(__file__).parent
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
 
 
+@contextlib.contextmanager
+def started(nodes, port):
+    """The directory of a SLURM of `nodes` nodes, n1 and so on; skips where none can run."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of this SLURM need root")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{place}/slurm.conf")
+        try:
+            bring_up(place, nodes, port)
+            yield Path(place)
+        finally:
+            subprocess.run(["bash", HERE / "down.sh", place])
+
+
+def bring_up(place, nodes, port):
+    """Start daemons that do not run."""
+    done = subprocess.run(["bash", HERE / "up.sh", place, str(nodes), str(port)], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+
+
 def slurm(*arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60).stdout.strip()
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300).stdout.strip()
 
 
 @dataclass
@@ -39,6 +65,10 @@ class Job:
     def elapsed_s(self):
         hours, minutes, seconds = map(int, self._show("RunTime").split(":"))
         return 3600 * hours + 60 * minutes + seconds
+
+    @property
+    def nodes(self):
+        return slurm("scontrol", "show", "hostnames", self._show("NodeList")).split()
 
     def limit(self, minutes):
         slurm("scontrol", "update", f"JobId={self.id}", f"TimeLimit={minutes}")
@@ -94,6 +124,15 @@ def _name(pid):
     return Path(f"/proc/{pid}/comm").read_text()
 
 
+def submit_parsable(*arguments, cwd):
+    """`scmdm launch slurm --parsable` in the directory `cwd`, as a shell line would chain it."""
+    done = _scmdm("launch", "slurm", *arguments, "--parsable", cwd=cwd)
+    number = done.stdout.strip()
+    assert re.fullmatch(r"\d+", number), done.stdout
+    script = re.search(r"^ *Command=(.*)$", slurm("scontrol", "show", "job", number), re.M)[1]
+    return Job(number, Path(script).parents[2], Path(script).parent)
+
+
 def submit(arguments, *options):
     """`scmdm launch slurm` of a command's arguments, on two nodes with a rank each."""
     return _launch(*arguments, "--nodes", "2", "--ranks-per-node", "1", *options)
@@ -105,16 +144,21 @@ def submit_preparation(arguments, *options):
 
 
 def _launch(*arguments):
-    command = ["launch", "slurm", *arguments]
+    done = _scmdm("launch", "slurm", *arguments)
+    job, script = re.fullmatch(r"job (\d+): (\S+), log beside it\n", done.stdout).groups()
+    return Job(job, Path(script).parents[2], Path(script).parent)
+
+
+def _scmdm(*arguments, cwd=None):
     done = subprocess.run(
-        [sys.executable, "-m", "scmdm", *map(str, command)],
+        [sys.executable, "-m", "scmdm", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stderr
-    job, script = re.fullmatch(r"job (\d+): (\S+), log beside it\n", done.stdout).groups()
-    return Job(job, Path(script).parents[2], Path(script).parent)
+    return done
 
 
 def resubmit(job):

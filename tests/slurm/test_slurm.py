@@ -5,9 +5,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from tests.slurm import cluster
 from tests.slurm.cluster import saved_state, slurm, steps_and_losses, submit, wandb_ids
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 PORT = 17400
 LONG, SHORT = 400, 60
 # Patience of a job that has to notice that a node is gone; the defaults are for real clusters.
@@ -36,23 +33,8 @@ QUICK = ("--grace", "10", "--start-timeout", "40")
 @pytest.fixture(scope="module", autouse=True)
 def nodes():
     """The directory of a SLURM of two nodes, n1 and n2."""
-    if os.geteuid() != 0:
-        pytest.skip("the daemons of this SLURM need root")
-    with tempfile.TemporaryDirectory(prefix="slurm-") as place, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", f"{place}/slurm.conf")
-        try:
-            bring_up(place)
-            yield Path(place)
-        finally:
-            subprocess.run(["bash", HERE / "down.sh", place])
-
-
-def bring_up(place):
-    """Start daemons that do not run."""
-    done = subprocess.run(["bash", HERE / "up.sh", place, "2", str(PORT)], capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"SLURM cannot be installed: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+    with cluster.started(2, PORT) as place:
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +171,7 @@ def test_a_node_without_power(nodes, adapt, undisturbed, tmp_path):
     cluster.power_off(nodes / "run/slurmd-n2.pid")
     job.wait(lambda: "DOWN" in slurm("scontrol", "show", "node", "n2"), 120, "on a node that is down")
     job.wait(lambda: job.state == "PENDING", 120, "requeued")
-    bring_up(nodes)
+    cluster.bring_up(nodes, 2, PORT)
     assert job.wait_for_end(900) == "COMPLETED" and job.restarts >= 1
     assert steps_and_losses(job.run) == undisturbed[:SHORT]
 

@@ -1,0 +1,75 @@
+"""Counts of what each rank does: how they may behave as ranks are added."""
+
+import hashlib
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import counting, scale
+from benchmarks.counting import MIB
+from benchmarks.scale import CONSTANT, SHARE, Measurement, is_allowed, shape_of
+
+# Not yet divided among the ranks; they must at least not grow.
+PENDING = ("hashed at opening", "read at opening", "hashed at the save", "validated sequences", "peak memory")
+
+
+@pytest.mark.parametrize(
+    ("counts", "base", "shape"),
+    [
+        ({1: 100, 2: 51, 8: 14}, 0, SHARE),
+        ({1: 100, 8: 20}, 8, SHARE),
+        ({1: 100, 8: 50}, 0, CONSTANT),
+        ({1: 100, 8: 101}, 0, CONSTANT),
+        ({1: 10, 8: 80}, 0, "x 8.0"),
+        ({1: 0, 8: 0}, 0, CONSTANT),
+    ],
+)
+def test_the_shape_of_counts(counts, base, shape):
+    assert shape_of(counts, base) == shape
+    assert is_allowed(Measurement("", CONSTANT, base=base), counts) == (shape in (CONSTANT, SHARE))
+    assert is_allowed(Measurement("", SHARE, base=base), counts) == (shape == SHARE)
+
+
+def test_hashed_bytes_are_counted_and_hashes_unchanged(tmp_path, monkeypatch):
+    for name in ("sha256", "file_digest"):
+        monkeypatch.setattr(hashlib, name, getattr(hashlib, name))
+    expected = hashlib.sha256(b"abcdef").hexdigest()
+    counted = counting.HashedBytes()
+    digest = hashlib.sha256(b"abc")
+    digest.update(memoryview(b"def"))
+    assert digest.hexdigest() == expected and counted.count == 6
+    (tmp_path / "file").write_bytes(b"abcdef")
+    with open(tmp_path / "file", "rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == expected
+    assert counted.count == 12
+
+
+def test_collectives_are_counted():
+    with scale.fake_ranks(4), counting.Collectives() as counted:
+        dist.all_reduce(torch.ones(8))
+        dist.all_gather_into_tensor(torch.empty(16), torch.ones(4))
+    assert (counted.count, counted.bytes) == (2, 32 + 64)
+
+
+@pytest.mark.slow
+def test_simulated_ranks_and_machines():
+    for rows, count, numbers in (
+        (scale.SIMULATION, scale.simulate, (8, 64)),
+        (scale.DOWNLOADS, scale.shards_read, (1, 8)),
+    ):
+        found = {number: count(number) for number in numbers}
+        for row in rows:
+            counts = {number: counted[row.name] for number, counted in found.items()}
+            assert is_allowed(row, counts) or row.name.endswith("1 canonical node"), (row.name, counts)
+
+
+@pytest.mark.slow
+def test_nothing_grows_with_real_ranks(tmp_path):
+    found = scale.count_adaptations(tmp_path, (1, 2), width=256, layers=4)
+    for row in scale.COUNTED:
+        counts = {ranks: counted[row.name] for ranks, counted in found.items()}
+        allowed = Measurement(row.name, CONSTANT, base=row.base) if row.name in PENDING else row
+        assert row.fewest > 1 or is_allowed(allowed, counts), (row.name, counts)
+    assert found[1]["validated sequences"] >= 2 * scale._VALIDATED
+    assert found[1]["hashed at the save"] > 40 * MIB and found[2]["collectives of a step"] > 0
