@@ -71,7 +71,8 @@ def decompressed(path: Path, shard: ShardInfo, name: str, remedy: str = _REMEDY)
 
 def _checked_chunks(file: IO[bytes], shard: ShardInfo) -> Iterator[bytes]:
     assert shard.zip_data is not None
-    expected, source, digest, size = shard.raw_data.bytes, _HashedFile(file), hashlib.sha1(), 0
+    expected, digest, size = shard.raw_data.bytes, hashlib.sha1(), 0
+    source: Any = _HashedFile(file)  # the decompressor calls nothing but `read`
     _require_size(file, expected)
     frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).stream_reader(source, read_size=_CHUNK)
     while chunk := frame.read(_CHUNK):
