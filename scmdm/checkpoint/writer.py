@@ -226,4 +226,5 @@ class CheckpointWriter:
         # Only rank 0, the first, has a lease to lose.
         if strict or isinstance(problem, InUseError) or self._config.on_save_error == "stop":
             raise problem
-        logger.warning("%s; continuing with the previous checkpoint", problem)
+        if self._main:
+            logger.warning("%s; continuing with the previous checkpoint", problem)
