@@ -7,11 +7,13 @@ It imports torch alone, so that every layer but `scmdm.diffusion`, which uses pu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +24,7 @@ __all__ = [
     "TorchDispatchMode",
     "addmm_gelu",
     "constant_under_compile",
+    "default_group_timeout",
     "fake_tensors",
     "lerp_all_",
     "nccl_trace",
@@ -47,6 +50,24 @@ def addmm_gelu(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     cuBLASLt's GELU epilogue (torch 2.14).
     """
     return torch._addmm_activation(bias_O, x_NI, weight_IO, use_gelu=True)
+
+
+@contextlib.contextmanager
+def default_group_timeout(timeout: timedelta) -> Iterator[None]:
+    """Process groups that are created in the block without a timeout, by torch or DeepSpeed too, have this one.
+
+    Sets the constants `default_pg_timeout` and `default_pg_nccl_timeout`. Groups do not inherit the timeout of
+    `init_process_group`, and `init_device_mesh` takes none (torch 2.14).
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    try:
+        for name in names:
+            setattr(distributed_c10d, name, timeout)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 def constant_under_compile(function: _Function) -> _Function:

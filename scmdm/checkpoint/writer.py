@@ -139,9 +139,17 @@ class CheckpointWriter:
         self._agree(strict=False)
 
     def abandon(self) -> None:
-        """Wait for this rank's part of the save in progress, but not for other ranks, which may have failed."""
-        if self._thread is not None:
-            self._thread.join(timeout=60)
+        """Wait for this rank's part of the save in progress, but not for other ranks, which may have failed.
+
+        The ranks no longer agree on its result, so that each one logs its own failure.
+        """
+        if self._thread is None:
+            return
+        self._thread.join(timeout=60)
+        if self._thread.is_alive():
+            logger.warning("the save in progress was left: another rank has not answered, and the save does not count")
+        elif self._problem is not None:
+            logger.warning("%s", self._problem)
 
     def _stage(self, final: Path) -> tuple[ExitStack, Path | None]:
         """Return the directory that all ranks write into, created by rank 0; None if that failed."""
@@ -218,4 +226,5 @@ class CheckpointWriter:
         # Only rank 0, the first, has a lease to lose.
         if strict or isinstance(problem, InUseError) or self._config.on_save_error == "stop":
             raise problem
-        logger.warning("%s; continuing with the previous checkpoint", problem)
+        if self._main:
+            logger.warning("%s; continuing with the previous checkpoint", problem)

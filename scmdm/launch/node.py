@@ -163,16 +163,23 @@ def describe_exit(code: int) -> str:
 
 
 def _forward_signals() -> threading.Event:
-    """Forward stop signals from this process to the ranks, which torchrun would kill after 30 s."""
+    """Forward stop signals from this process to the ranks, which torchrun would kill after 30 s.
+
+    A signal that comes before torchrun has started a rank is kept until then.
+    """
     done = threading.Event()
 
     def forward() -> None:
+        kept = None
         while not done.is_set():
-            if (found := signal.sigtimedwait(stop_signals(), 0.2)) is None:
+            if (found := signal.sigtimedwait(stop_signals(), 0.2)) is not None:
+                kept = found.si_signo
+            if kept is None or not (ranks := _children()):
                 continue
-            for rank in _children():
+            for rank in ranks:
                 with suppress(ProcessLookupError):
-                    os.kill(rank, found.si_signo)
+                    os.kill(rank, kept)
+            kept = None
 
     threading.Thread(target=forward, name="signals", daemon=True).start()
     return done

@@ -211,8 +211,9 @@ class _LiteralFormatter(logging.Formatter):
 def log_to(run_dir: Path, *, write: bool = True, fence: Fence | None = None) -> Iterator[Terminal]:
     """Send messages of the `scmdm` logger to `train.log` and to the terminal or standard output.
 
-    Yields the console. Without `write`, on ranks other than 0, nothing is logged or shown. With the run's `fence`,
-    nothing is written to `train.log` once another process has taken the run over.
+    Yields the console. Without `write`, on ranks other than 0, only warnings are shown, on standard error: what all
+    ranks know is for rank 0 to log. With the run's `fence`, nothing is written to `train.log` once another process has
+    taken the run over.
     """
     console = Terminal(quiet=not write)
     if not write:

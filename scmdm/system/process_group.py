@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from scmdm.errors import UserError
+from scmdm.torch_private import default_group_timeout
 
 T = TypeVar("T")
 _ARRIVAL = timedelta(minutes=15)  # images are pulled and packages are read from slow file systems at a start
@@ -72,8 +73,8 @@ def process_group(
 ) -> Iterator[None]:
     """Initialize torch.distributed while the block runs: with several processes, or with one if `needed`.
 
-    `timeout` is the longest that a collective may take; None means torch's default. Raises UserError, on every rank
-    that is there, when a rank is missing after `arrival`.
+    `timeout` is the longest that a collective may take, in groups that are created in the block, too; None means
+    torch's default. Raises UserError, on every rank that is there, when a rank is missing after `arrival`.
     """
     if world.size == 1 and not needed:
         yield
@@ -87,7 +88,8 @@ def process_group(
         store = _meet(world, arrival)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
-        yield
+        with default_group_timeout(timeout) if timeout is not None else nullcontext():
+            yield
         barrier()  # a rank that leaves first would break connections that others still use
     finally:
         dist.destroy_process_group()

@@ -78,7 +78,7 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
     """
     how = Verification(run.config.verify, together=True, beat=run.watchdog.beat)
     path, skipped = newest_checkpoint(run.checkpoints, how)
-    for line in skipped:
+    for line in skipped if run.engine.rank == 0 else ():  # all ranks have the same
         logger.warning("%s", line)
     if path is None and skipped:
         raise UserError(

@@ -6,6 +6,7 @@ Without torchrun the only process is the odd one.
 import ctypes
 import itertools
 import os
+import signal
 import sys
 
 
@@ -48,6 +49,22 @@ def stuck_library(step, arguments):
         return train_step(*given)
 
     trainer.train_step = call_a_library_that_hangs
+    return scmdm(arguments)
+
+
+def killed_in_a_save(step, arguments):
+    """It dies when its tensors of the save of a step are written, before the hashes are gathered."""
+    from scmdm.models import tensor_files
+
+    write = tensor_files.write_file
+
+    def write_and_die(path, *given):
+        hashed = write(path, *given)
+        if f"step_{int(step):08d}" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashed
+
+    tensor_files.write_file = write_and_die
     return scmdm(arguments)
 
 

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from scmdm.launch import node
 from scmdm.launch.node import SlurmNode, _parser, describe_exit, exit_status, rank_environment, torchrun_arguments
-from scmdm.system.signals import stop_signals
+from scmdm.system.signals import REQUEUE_EXIT, stop_signals
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,28 @@ def test_ranks_inherit_nccls_recorder_beside_the_stacks(tmp_path, monkeypatch):
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "the user's own value"
     assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0 and int(found["TORCH_NCCL_ASYNC_ERROR_HANDLING"]) > 0
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_ranks_are_started_reaches_them(tmp_path):
+    """The launcher imports torch when it comes. Without it, the rank would end with status 1."""
+    given = ["--logs", tmp_path / "logs", "--stacks", tmp_path / "stacks", "--", "sample", tmp_path / "missing"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scmdm.launch.node", *map(str, given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not _blocks(process, signal.SIGUSR1):
+        assert process.poll() is None
+        time.sleep(0.001)
+    assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE_EXIT, output
+
+
+def _blocks(process, number):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("SigBlk:")]
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)

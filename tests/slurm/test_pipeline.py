@@ -93,10 +93,11 @@ def test_a_phase_that_fails_ends_the_pipeline(pipeline):
 
 
 def test_a_signal_requeues_an_evaluation(pipeline):
-    """It saves nothing: it ends at once and starts again; the export waits for the second start."""
+    """It ends at once and starts again, with the results that are kept; the export waits for the second start."""
     (adapt, evaluate, export), cwd = pipeline(2)
     assert adapt.wait_for_end(900) == "COMPLETED"
-    evaluate.wait(lambda: evaluate.processes("evaluate"), 200, "running")
+    # A signal that ends a launcher before it has blocked signals has another status. Ranks are started with `-u`.
+    evaluate.wait(lambda: evaluate.processes("-u"), 200, "running")
     slurm("scancel", "--signal=USR1", evaluate.id)
     evaluate.wait(lambda: evaluate.restarts == 1, 120, "requeued")
     assert "status 85" in evaluate.log and export.state == "PENDING"
