@@ -204,7 +204,11 @@ class SamplerConfig:
             ("confidence_eos_eot_inf", not self.confidence_eos_eot_inf or ranked, f"false {with_kind}"),
             ("remask", self.remask == "never" or self.kind == "ancestral", f"never {with_kind}"),
             ("remask_eta", self.remask != "never" or self.remask_eta == _ETA, f"{_ETA} with remask=never"),
-            ("remasked_estimate", self.remask != "never" or self.remasked_estimate == "token", "token with remask=never"),
+            (
+                "remasked_estimate",
+                self.remask != "never" or self.remasked_estimate == "token",
+                "token with remask=never",
+            ),
             ("top_p_rule", self.top_p_rule == "reaching" or self.top_p < 1, "reaching with top_p=1"),
             ("guidance", self.guidance == 1 or has_condition, "1 without sampler.label or sampler.guided_by=prompt"),
         ):
