@@ -12,7 +12,7 @@ from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.token_draw import draw_tokens_or_mask
+from scmdm.diffusion.token_draw import draw_tokens, draw_tokens_or_mask
 from scmdm.errors import UserError
 from tests.diffusion.oracle import Oracle
 from tests.diffusion.test_published_samplers import MASK, SEED, Predictor, network, position_noise, token_noise
@@ -142,6 +142,16 @@ def test_one_draw_of_tokens_and_mask(reveal):
     assert torch.equal(found, expected)
     masked = (found == mask).double().mean()
     assert (masked == 0) if reveal == 1 else (0.01 < masked < 0.999)
+
+
+def test_tokens_alone_are_drawn_with_24_bits():
+    rows, vocab = 4000, 40
+    logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(rows, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform = torch.where(uniform > 0.9, 1 - (1 - uniform) * 2.0**-22, uniform)  # closer to 1 than a float32 can be
+    found = draw_tokens(logits, uniform, gumbel="float32")
+    assert torch.equal(found, sample_categorical(logits.double().softmax(1).float(), bits_24(uniform)))
+    assert not torch.equal(found, draw_tokens(logits, uniform))
 
 
 def test_float32_reveals_68_where_120_are_due():
