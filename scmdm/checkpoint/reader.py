@@ -103,6 +103,8 @@ def find_model(path: Path, how: Verification = ALONE) -> Path:
     if checkpoint is None:
         if not os.path.lexists(path):
             raise UserError(f"{explain_missing(path)}; give a run directory, a checkpoint or an exported model")
+        if (path / "config.json").is_file():
+            raise UserError(f"{path} is a model in a published layout (config.json); first: scmdm import {path} NEW")
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(
             f"{path} holds no undamaged checkpoint{reason}; give a run directory, a checkpoint or an export"

@@ -114,6 +114,12 @@ class PrepareConfig:
         help="records: one per sample; concatenate: blocks of the joined records; packed: several records per sample",
         choices=("records", "concatenate", "packed"),
     )
+    long_records: str = key(
+        "cut",
+        help="records of text that do not fit into a sample: cut into several samples, or truncate, which omits the "
+        "rest (MDLM's LM1B)",
+        choices=("cut", "truncate"),
+    )
     pad_policy: str = key(
         "loss",
         help="loss: predict padding like any token; eos: likewise, and pad with [EOS] (LLaDA); ignore: never mask it, "
@@ -212,6 +218,10 @@ class PrepareConfig:
             "loss with framing=concatenate",
         )
         yield "pad_policy", self.pad_policy, padded or self.framing != "packed", "ignore with framing=packed"
+        one_sample = self.framing == "records" and source.framing is None
+        whole = SOURCES.load(source.name).whole_records or not one_sample
+        shortened = self.long_records == "truncate"
+        yield "long_records", self.long_records, not (shortened and whole), "cut, except for text with framing=records"
         alone = self.framing == "records" or source.framing is None
         yield "framing", self.framing, alone, "records with source.response_key"
         yield "compression", self.compression, _is_compression(self.compression), "null, zstd, or zstd:1 to zstd:22"

@@ -22,6 +22,7 @@ from scmdm.errors import UserError
 
 SAMPLE_FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png", ".npy")
 _DEMO_STEPS = 1024  # each step is a frame of the page
+_ETA = 0.02  # default of remask_eta
 
 
 @dataclass
@@ -94,7 +95,7 @@ class SamplerConfig:
         choices=("never", "cap", "rescale"),
     )
     remask_eta: float = key(
-        0.02,
+        _ETA,
         help="cap: largest remasking probability; rescale: fraction of the largest possible one",
         at_least=0,
         at_most=1,
@@ -112,6 +113,12 @@ class SamplerConfig:
         1.0, help="draw from the smallest set of tokens with at least this probability", above=0, at_most=1
     )
     top_p_first: bool = key(False, help="restrict to top_p before top_k, as Dream does, instead of after")
+    top_p_rule: str = key(
+        "reaching",
+        help="reaching: the nucleus contains the token that reaches top_p; within: it does not, unless that is the "
+        "most probable one, as in MDLM's and ReMDM's code",
+        choices=("reaching", "within"),
+    )
     gumbel: str = key(
         "float64",
         help="precision of the Gumbel noise; float32 draws as MDLM's code: with ancestral, tokens and the mask in one "
@@ -196,6 +203,13 @@ class SamplerConfig:
             ("tempered_order", not self.tempered_order or ranked, f"false {with_kind}"),
             ("confidence_eos_eot_inf", not self.confidence_eos_eot_inf or ranked, f"false {with_kind}"),
             ("remask", self.remask == "never" or self.kind == "ancestral", f"never {with_kind}"),
+            ("remask_eta", self.remask != "never" or self.remask_eta == _ETA, f"{_ETA} with remask=never"),
+            (
+                "remasked_estimate",
+                self.remask != "never" or self.remasked_estimate == "token",
+                "token with remask=never",
+            ),
+            ("top_p_rule", self.top_p_rule == "reaching" or self.top_p < 1, "reaching with top_p=1"),
             ("guidance", self.guidance == 1 or has_condition, "1 without sampler.label or sampler.guided_by=prompt"),
         ):
             require(possible, f"sampler.{name}", getattr(self, name), wanted)

@@ -47,6 +47,7 @@ class SamplerSettings:
     top_k: int | None = None
     top_p: float = 1.0  # nucleus: smallest set of tokens with at least this probability
     top_p_first: bool = False  # restrict to top_p before top_k
+    top_p_rule: str = "reaching"  # whether the token that reaches top_p belongs to the nucleus: "reaching" | "within"
     gumbel: str = "float64"  # "float64" | "float32"
     guidance: float = 1.0  # 1: draw from p(x | condition); above 1: away from p(x)
     guided_by: str = "label"  # the condition: "label" | "prompt"

@@ -40,7 +40,8 @@ from scmdm.diffusion.token_draw import (
 )
 
 _DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
-_SHAPE = ("temperature", "top_k", "top_p", "top_p_first")  # settings of the distribution that tokens are drawn from
+# Settings of the distribution that tokens are drawn from.
+_SHAPE = ("temperature", "top_k", "top_p", "top_p_first", "top_p_rule")
 _LONGEST = 2**20  # tokens of a sequence whose draws must not depend on the length that it is padded to
 
 

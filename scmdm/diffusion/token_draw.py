@@ -21,18 +21,19 @@ def draw_tokens(
     top_k: int | None = None,
     top_p: float = 1.0,
     top_p_first: bool = False,
+    top_p_rule: str = "reaching",
     gumbel: str = "float64",
 ) -> Tensor:
     """Draw tokens (N,) by Gumbel-max from `softmax(logits / temperature)`, restricted to `top_k` and then to `top_p`.
 
-    `top_p_first` exchanges the two restrictions.
+    `top_p_first` exchanges the two restrictions, and `top_p_rule` is that of `nucleus`.
 
     The noise is float64 by default: a float32 uniform has 24 bits, which truncates the Gumbel tail and lowers the
     effective temperature (arXiv 2409.02908). Temperature 0 takes the most probable token.
     """
     if temperature == 0:
         return logits_NV.argmax(1)
-    scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
+    scaled_NV = shape_logits(logits_NV, temperature, top_k, top_p, top_p_first, top_p_rule)
     if gumbel == "float32":
         return _race_in_float32(scaled_NV.softmax(1), uniform_NV)
     return _largest(scaled_NV, uniform_NV)
@@ -48,6 +49,7 @@ def draw_tokens_or_mask(
     top_k: int | None,
     top_p: float,
     top_p_first: bool,
+    top_p_rule: str,
 ) -> Tensor:
     """Draw a token or the mask (N,) in one float32 race, as MDLM's code does (arXiv 2406.07524).
 
@@ -58,7 +60,7 @@ def draw_tokens_or_mask(
     if temperature == 0:
         p_NV = torch.zeros_like(logits_NV, dtype=torch.float64).scatter_(1, logits_NV.argmax(1, keepdim=True), 1.0)
     else:
-        scaled_NV = shape_logits(logits_NV, temperature=temperature, top_k=top_k, top_p=top_p, top_p_first=top_p_first)
+        scaled_NV = shape_logits(logits_NV, temperature, top_k, top_p, top_p_first, top_p_rule)
         p_NV = scaled_NV.softmax(1)
     weight_NV = p_NV.mul_(reveal_N[:, None])
     weight_NV[:, mask_id] = 1 - reveal_N
@@ -77,13 +79,13 @@ def _largest(scaled_NV: Tensor, uniform_NV: Tensor) -> Tensor:
 
 
 def shape_logits(
-    logits_NV: Tensor, *, temperature: float, top_k: int | None, top_p: float, top_p_first: bool
+    logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float, top_p_first: bool, top_p_rule: str
 ) -> Tensor:
     """Return float64 logits of the distribution that tokens are drawn from; temperature 0 does not scale."""
     scaled_NV = logits_NV.double() / (temperature or 1.0)
     if top_p_first:
-        return most_probable(nucleus(scaled_NV, top_p), top_k)
-    return nucleus(most_probable(scaled_NV, top_k), top_p)
+        return most_probable(nucleus(scaled_NV, top_p, top_p_rule), top_k)
+    return nucleus(most_probable(scaled_NV, top_k), top_p, top_p_rule)
 
 
 def without(logits_NV: Tensor, ids: tuple[int, ...]) -> Tensor:
@@ -101,13 +103,21 @@ def most_probable(logits_NV: Tensor, top_k: int | None) -> Tensor:
     return logits_NV.masked_fill(logits_NV < least_N1, float("-inf"))
 
 
-def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
-    """Set logits outside the smallest set of most probable tokens with probability `top_p` to minus infinity."""
+def nucleus(logits_NV: Tensor, top_p: float, rule: str = "reaching") -> Tensor:
+    """Set logits outside the nucleus of most probable tokens to minus infinity.
+
+    "reaching": it is the smallest set of at least the probability `top_p`; "within": the largest one of at most
+    `top_p`, or the most probable token (the codes of MDLM and ReMDM).
+    """
     if top_p >= 1:
         return logits_NV
     ordered, order = logits_NV.sort(dim=1, descending=True)
     probability = ordered.softmax(1)
-    outside = probability.cumsum(1) - probability >= top_p
+    if rule == "within":
+        outside = probability.cumsum(1) > top_p
+        outside[:, 0] = False
+    else:
+        outside = probability.cumsum(1) - probability >= top_p
     return logits_NV.masked_fill(outside.gather(1, order.argsort(1)), float("-inf"))
 
 

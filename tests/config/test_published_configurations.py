@@ -99,6 +99,7 @@ PREPARED = {
         "length": 128,
         "framing": "records",
         "source.detokenize": "lm1b",
+        "long_records": "truncate",
         "deduplicate": False,
         "pad_policy": "masked",
     },

@@ -206,6 +206,12 @@ def test_export_in_another_precision(tmp_path):
     assert main(["checkpoint", "verify", str(tmp_path / "half")]) == 0
 
 
+def test_a_published_layout_is_not_yet_a_model(tmp_path, capsys):
+    there = write_mdlm(tmp_path / "mdlm")
+    assert main(["sample", str(there)]) == 1
+    assert f"scmdm import {there}" in capsys.readouterr().err
+
+
 def test_mdlm_has_no_place_for_a_llama(tmp_path, capsys):
     assert main(["import", str(write_mdlm(tmp_path / "mdlm")), str(tmp_path / "ours")]) == 0
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "out"), "format=llada"]) == 1

@@ -58,6 +58,24 @@ def test_ids_of_the_library(both, contents, system):
         assert content.strip() in own.decode(ids[:-1])
 
 
+@pytest.mark.parametrize("answer", ["hello", " hello", "\n\n\nhello"])
+def test_an_answer_begins_where_generation_does(tmp_path, answer):
+    """With a tokenizer that joins line breaks, also those on both sides of that place."""
+    folder = write_chat_tokenizer(tmp_path, "qwen")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    break_, vocabulary = "\u010a", content["model"]["vocab"]
+    vocabulary[break_ * 2] = vocabulary.pop("\u0100")  # in place of the byte 0
+    content["model"]["merges"] = [[break_, break_]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    own, library = HuggingFaceTokenizer.from_files(folder, padded=True), AutoTokenizer.from_pretrained(folder)
+    turns = conversation("a", answer)
+    chat, ids = own.chat.encode(turns), published(library, turns)
+    asked = own.chat.encode_prompt(turns[:1])
+    assert chat.ids[: len(asked)] == asked and sum(chat.given) == len(asked)
+    assert own.decode(chat.ids[len(asked) :]) == answer
+    assert (chat.ids == ids[: len(chat.ids)]) == (not answer.startswith("\n"))
+
+
 @given(SPELLED, SPELLED)
 def test_a_name_in_a_message_is_text(both, asked, said):
     own, _ = both

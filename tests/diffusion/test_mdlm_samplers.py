@@ -12,14 +12,14 @@ from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear
-from scmdm.diffusion.token_draw import draw_tokens_or_mask
+from scmdm.diffusion.token_draw import draw_tokens, draw_tokens_or_mask
 from scmdm.errors import UserError
 from tests.diffusion.oracle import Oracle
 from tests.diffusion.test_published_samplers import MASK, SEED, Predictor, network, position_noise, token_noise
 from tests.diffusion.test_sampler import chi_squared, draw, exact_distribution
 
 LENGTH, EPS = 12, 1e-2  # with MDLM's 1e-5, hardly anything is left for the removal of noise
-SHAPE = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "top_p_first": False}
+SHAPE = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "top_p_first": False, "top_p_rule": "reaching"}
 
 
 def bits_24(uniform):
@@ -31,14 +31,16 @@ def sample_categorical(probs, uniform):
     return (probs / gumbel_norm).argmax(dim=-1)
 
 
-def nucleus(p, top_p):
-    """As published, except that the token that reaches `top_p` is kept."""
+def nucleus(p, top_p, rule):
+    """That of the codes of MDLM and ReMDM, or that of Duo's, which keeps the token that reaches `top_p`."""
     ordered, at = p.sort(descending=True, dim=-1)
-    kept = ordered * (ordered.cumsum(-1) - ordered < top_p)
+    inside = ordered.cumsum(-1) <= top_p if rule == "within" else ordered.cumsum(-1) - ordered < top_p
+    inside[..., 0] = True
+    kept = ordered * inside
     return torch.zeros_like(p).scatter_(-1, at, kept / kept.sum(-1, keepdim=True))
 
 
-def published(predict, sample_id, *, steps, predictor="ddpm", nucleus_p=1.0, remask="never", eta=0.0):
+def published(predict, sample_id, *, steps, predictor="ddpm", nucleus_p=1.0, rule="within", remask="never", eta=0.0):
     """Decode from masks alone; `remask` and `eta` are ReMDM's."""
     x = torch.full((LENGTH,), MASK)
     timesteps, dt = torch.linspace(1, EPS, steps + 1), (1 - EPS) / steps
@@ -48,7 +50,7 @@ def published(predict, sample_id, *, steps, predictor="ddpm", nucleus_p=1.0, rem
         p = cached
         if p is None:
             p = predict(x.tolist()).log_softmax(1).float().exp()
-            p = nucleus(p, nucleus_p) if nucleus_p < 1 else p
+            p = nucleus(p, nucleus_p, rule) if nucleus_p < 1 else p
         else:
             sampled_again += 1
         if predictor == "ddpm":
@@ -79,7 +81,9 @@ def ours(model, ids, *, carry=False, **keys):
 CASES = {
     "ddpm": ({"steps": 9}, {"steps": 9}),
     "ddpm-cache": ({"steps": 40, "predictor": "ddpm_cache"}, {"steps": 40}),
-    "nucleus": ({"steps": 9, "nucleus_p": 0.7}, {"steps": 9, "top_p": 0.7}),
+    "nucleus": ({"steps": 9, "nucleus_p": 0.7}, {"steps": 9, "top_p": 0.7, "top_p_rule": "within"}),
+    "nucleus-of-one": ({"steps": 9, "nucleus_p": 0.1}, {"steps": 9, "top_p": 0.1, "top_p_rule": "within"}),
+    "nucleus-duo": ({"steps": 9, "nucleus_p": 0.7, "rule": "reaching"}, {"steps": 9, "top_p": 0.7}),
     "remdm-cap": ({"steps": 9, "remask": "cap", "eta": 0.3}, {"steps": 9, "remask": "cap", "remask_eta": 0.3}),
     "remdm-rescale": (
         {"steps": 9, "remask": "rescale", "eta": 0.4},
@@ -138,6 +142,16 @@ def test_one_draw_of_tokens_and_mask(reveal):
     assert torch.equal(found, expected)
     masked = (found == mask).double().mean()
     assert (masked == 0) if reveal == 1 else (0.01 < masked < 0.999)
+
+
+def test_tokens_alone_are_drawn_with_24_bits():
+    rows, vocab = 4000, 40
+    logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(rows, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform = torch.where(uniform > 0.9, 1 - (1 - uniform) * 2.0**-22, uniform)  # closer to 1 than a float32 can be
+    found = draw_tokens(logits, uniform, gumbel="float32")
+    assert torch.equal(found, sample_categorical(logits.double().softmax(1).float(), bits_24(uniform)))
+    assert not torch.equal(found, draw_tokens(logits, uniform))
 
 
 def test_float32_reveals_68_where_120_are_due():
@@ -225,6 +239,15 @@ def test_other_kinds_draw_tokens_alone(kind):
         draw(Oracle(), SamplerSettings(kind=kind, steps=3, gumbel=gumbel), n=500) for gumbel in ("float32", "float64")
     ]
     assert torch.equal(found[0].tokens, found[1].tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("remask_eta", 0.1), ("remasked_estimate", "null"), ("top_p_rule", "within")]
+)
+def test_a_setting_without_effect_is_refused(name, value):
+    with pytest.raises(UserError, match=rf"sampler\.{name}"):
+        SamplerConfig(**{name: value}).validate()
+    SamplerConfig(**{name: value}, remask="cap", top_p=0.9).validate()
 
 
 @pytest.mark.parametrize(

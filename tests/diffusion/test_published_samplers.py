@@ -353,7 +353,7 @@ def test_the_order_of_truncations_matters():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     kept = {}
     for first in (False, True):
-        shaped = shape_logits(logits, temperature=0.0, top_k=3, top_p=0.75, top_p_first=first)
+        shaped = shape_logits(logits, 0.0, 3, 0.75, first, "reaching")
         kept[first] = int(shaped.isfinite().sum())
     assert kept == {False: 2, True: 3}
 

@@ -9,9 +9,13 @@ import torch
 
 from scmdm.cli import main
 from scmdm.config.evaluation import EvaluateConfig
-from scmdm.data.tokenizers import HuggingFaceTokenizer
+from scmdm.data.manifest import Manifest
+from scmdm.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from scmdm.domains.domain_registry import metrics_config
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
 from scmdm.domains.text.causal_scorer import load_scorer
+from scmdm.domains.text.config import TextMetricKeys
+from scmdm.domains.text.domain import TextDomain
 from scmdm.domains.text.metrics import generative_perplexity, mdlm_perplexity, mdlm_text, unigram_entropies
 from scmdm.errors import UserError
 
@@ -111,6 +115,22 @@ def test_padding_is_left_out_of_the_text_but_not_of_the_entropy():
     shares = [1 / 8, 2 / 8, 1 / 8, 4 / 8]
     assert unigram_entropies(ids, pad_id=-1) == pytest.approx([-sum(p * math.log(p) for p in shares)])
     assert unigram_entropies(np.array([[7, 7, 8, 9]]), pad_id=-1) == pytest.approx([1.5 * math.log(2)])
+
+
+def test_the_entropy_of_the_protocol_is_that_of_the_whole_sample(folder, tmp_path, empty_yaml):
+    keys = ["source.name=text", f"source.path={tmp_path / 'plain.txt'}", f"tokenizer.path={folder}", "length=12"]
+    keys += ["tokenizer.name=huggingface", "workers=1", "held_out_last=1", "source.unit=lines"]
+    (tmp_path / "plain.txt").write_text("".join(f"the dog{end}\n" for end in ("", "'s tail", " , it is said")))
+    assert main(["prepare", str(empty_yaml), *keys, f"out={tmp_path / 'data'}"]) == 0
+    manifest = Manifest.read(tmp_path / "data")
+    text = load_tokenizer(tmp_path / "data" / manifest.tokenizer.file).encode("the dog")
+    ids = [manifest.bos_id, *text, manifest.eos_id]
+    ids += [manifest.pad_id] * (12 - len(ids))
+    drawn = GeneratedSamples(torch.tensor([ids]), ["the dog"], [True], [1], 1.0)
+    for protocol, pad_id in (("mdlm", -1), ("text", manifest.pad_id)):
+        config = TextMetricKeys(scorer=str(folder), protocol=protocol)
+        found = TextDomain(tmp_path / "data", manifest, config, EvaluationSettings()).measure(drawn).metrics
+        assert found["entropy"] == pytest.approx(unigram_entropies(np.array([ids]), pad_id=pad_id)[0])
 
 
 def test_the_setting(folder, tmp_path):

@@ -23,6 +23,7 @@ from scmdm.data.preparation.splits import by_position, is_held_out, split_of
 from scmdm.data.tokenizers import OwnFraming, Tokenizer, UnknownSymbol
 from scmdm.data.tokenizers.chat_template import EncodedChat, UnusableChat, turns_of
 
+TRUNCATED = "truncated"  # records that lost their end
 UNKNOWN_KEPT = "with unknown symbols"  # kept records, in which the tokenizer's token for them stands
 
 
@@ -80,6 +81,9 @@ def _rows(
                     rows = [_conversation(config, version, chat, tokenizer)]
                 else:
                     prompt, ids = _encoded(tokenizer, version)
+                    if config.long_records == "truncate" and len(ids) > config.length - 2:
+                        ids = ids[: config.length - 2]
+                        tally.counts[TRUNCATED] += 1
                     rows = list(_sequences(config, source, version, prompt, ids, tokenizer, framer, own))
             except _Unusable as error:
                 shown = tally.is_shown(f"dropped: {error.reason}")

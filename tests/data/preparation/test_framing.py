@@ -180,6 +180,31 @@ def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml
     assert second.counts["dropped: unknown symbol"] == 1 and second.counts["kept"] == 29
 
 
+def test_the_end_of_a_long_record_is_cut_off_or_omitted(tmp_path, empty_yaml):
+    lines = ["x" * (n % 30 + 1) for n in range(300)]
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
+    texts, counts = {}, {}
+    for rule in ("cut", "truncate"):
+        options = [f"source.path={tmp_path / 'a.txt'}", "source.name=text", "source.unit=lines", "tokenizer.name=bytes"]
+        options += ["length=22", "deduplicate=false", "split_seed=0", f"long_records={rule}"]
+        assert main(["prepare", str(empty_yaml), f"out={tmp_path / rule}", *options]) == 0
+        counts[rule] = Manifest.read(tmp_path / rule).counts
+        texts[rule] = sorted(decoded(tmp_path / rule, "train") + decoded(tmp_path / rule, "validation"))
+    assert counts == {"cut": {"read": 300, "kept": 300}, "truncate": {"read": 300, "kept": 300, "truncated": 100}}
+    assert texts["truncate"] == sorted(line[:20] for line in lines)
+    assert texts["cut"] == sorted(part for line in lines for part in (line[:20], line[20:]) if part)
+
+
+@pytest.mark.parametrize("keys", [["framing=packed", "pad_policy=ignore"], ["framing=concatenate"]], ids=str)
+def test_truncation_that_would_be_ignored_is_refused(tmp_path, empty_yaml, capsys, keys):
+    options = ["source.name=text", "tokenizer.name=bytes", "length=64", f"out={tmp_path / 'a'}"]
+    assert main(["prepare", str(empty_yaml), *options, *keys, "long_records=truncate"]) == 1
+    assert "long_records" in capsys.readouterr().err
+    options = ["source.name=qm9", "tokenizer.name=smiles", "length=32", f"out={tmp_path / 'a'}"]
+    assert main(["prepare", str(empty_yaml), *options, "long_records=truncate"]) == 1
+    assert "long_records" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.013])
 def test_the_permutation_of_datasets_splits_the_corpus(corpus, tmp_path, empty_yaml, fraction):
     """Records of two parts, none dropped: those that `train_test_split` of the package datasets holds out."""
