@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeAlias, get_args, get_type_hints
 from scmdm.config.fields import Key, PathKind, describe_keys, require, rules_of, section_of
 from scmdm.config.loading import load_config
 from scmdm.config.shipped import open_input
+from scmdm.errors import UserError
 from scmdm.system.terminal import printable
 
 REQUIRED = object()  # default of an argument that must be given
@@ -67,6 +68,8 @@ class Argument:
         for one in value if isinstance(value, list) else [value]:
             given = str(one) if isinstance(one, Path) else one
             require(one is None or self.rules.allows(given), self.name, one, self.rules.wanted(given))
+            if not self.is_option and str(one).startswith(f"{self.name}="):
+                raise UserError(f"{one} is not possible; {self.name} is given by its place: leave out {self.name}=")
         if self.rules.path is PathKind.INPUT and value is not None:
             value = open_input(self.name, Path(value)) if self.kind is Path else str(open_input(self.name, Path(value)))
         return Path(value) if self.kind is Path and value is not None else value

@@ -103,6 +103,14 @@ def test_an_input_that_never_ends_is_refused(command, option, tmp_path, capsys):
         assert f"{option.name}={path}" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [["export", "run", "out=there"], ["export", "run=run", "there"]])
+def test_an_argument_by_place_is_no_key(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    found = next(given for given in arguments if "=" in given)
+    assert found in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_key_that_names_an_input_that_never_ends_is_refused():
     with pytest.raises(UserError, match=r"prompts=/dev/zero"):
         load_config(SampleConfig, None, ["prompts=/dev/zero"])
