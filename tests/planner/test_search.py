@@ -55,6 +55,7 @@ def simplest_of_all(workload, start, cluster):
     return min((evaluate(workload, one, cluster, ASSUMED) for one in layouts), key=lambda one: one.memory.peak.total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.1, 0.02])
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_what_is_not_measured_changes_no_result(share, engine):
@@ -74,7 +75,8 @@ def test_few_layouts_are_measured(monkeypatch):
     original = planner_search.rank_memory
     monkeypatch.setattr(planner_search, "rank_memory", lambda *given: measured.append(given) or original(*given))
     workload, layout, cluster = case()
-    assert len(measured) < search(workload, layout, cluster, ASSUMED).tried / 10
+    tried = search(workload, layout, cluster, ASSUMED).tried
+    assert 0 < len(measured) < tried / 10
 
 
 def test_less_memory_means_slower_layouts_with_recomputation_and_offloading_last():
