@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 
 __version__ = version("scmdm")
 __all__ = ["__version__", "load"]
+
+# On a CPU, oneDNN keeps the kernels of the last 1,024 shapes. The number of masked tokens differs in every step, so
+# that the kernels of a small model grow to several GB. 64 hold those that are used again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def __getattr__(name: str) -> object:
