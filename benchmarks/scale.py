@@ -19,14 +19,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from benchmarks.counting import MIB, Collectives
+from benchmarks.scale_rank import local_part
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import save
 from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import CharacterTokenizer
+from scmdm.system.hashing import CHUNK_BYTES
 from scmdm.system.terminal import Terminal
 
 RANKS, SIMULATED = (1, 2, 4, 8), (1, 8, 64, 256, 1024)
@@ -34,6 +34,8 @@ CONSTANT, SHARE = "constant", "1/N"
 _SYMBOLS, _LENGTH, _SAMPLES, _VALIDATED = "abcdefghijklmnopqrstuvwxyz0123", 32, 2048, 64
 _SHARDS, _SHARD_SAMPLES = 1024, 128  # of the data set whose shards are counted
 _MICRO_BATCH = 2
+_CHUNK = CHUNK_BYTES  # a rank verifies whole chunks
+_MODULES = 14 * MIB  # files of Python modules and of data, which every rank reads
 _SLACK = 1.25  # of a count: small files, uneven shares
 
 
@@ -44,7 +46,7 @@ class Measurement:
     name: str
     allowed: str  # CONSTANT or SHARE
     unit: float = 1.0
-    base: float = 0.0  # part of a SHARE that stays: the same small files on every rank
+    base: float = 0.0  # part of a SHARE that stays: the same small files on every rank; CONSTANT: too little to matter
     fewest: int = 1  # ranks from which it is compared
 
     def compared(self, counts: Mapping[int, float]) -> dict[int, float]:
@@ -53,14 +55,21 @@ class Measurement:
 
 
 COUNTED = (
-    Measurement("hashed at opening", SHARE, MIB, base=MIB),
-    Measurement("read at opening", SHARE, MIB, base=8 * MIB),
+    Measurement("hashed at opening", SHARE, MIB, base=_CHUNK + MIB),
+    Measurement("read at opening", SHARE, MIB, base=_CHUNK + _MODULES),
     Measurement("hashed at the save", SHARE, MIB, base=MIB),
     Measurement("validated sequences", SHARE),
     Measurement("collectives of a step", CONSTANT, fewest=2),
     Measurement("bytes of these collectives", CONSTANT, MIB, fewest=2),
     Measurement("peak memory", CONSTANT, MIB),
 )
+EVALUATED = (
+    Measurement("hashed to evaluate", SHARE, MIB, base=_CHUNK + MIB),
+    Measurement("shared weights of a rank", SHARE, MIB, base=MIB),
+    Measurement("evaluated sequences", SHARE),
+    Measurement("samples drawn", SHARE),
+)
+ZERO = (Measurement("exchanged at a save, ZeRO-3", CONSTANT, MIB, base=MIB, fewest=2),)
 SIMULATION = (
     Measurement("training state of a rank", SHARE, MIB, base=MIB),
     Measurement("collectives of a step", CONSTANT, fewest=2),
@@ -78,7 +87,7 @@ def shape_of(counts: Mapping[int, float], base: float = 0.0) -> str:
     first, last = counts[few], counts[many]
     if last <= (first - base) * few / many * _SLACK + base and last < first:
         return SHARE
-    return CONSTANT if last <= first * _SLACK else f"x {last / max(first, 1):.1f}"
+    return CONSTANT if last <= max(first * _SLACK, base) else f"x {last / max(first, 1):.1f}"
 
 
 def is_allowed(measured: Measurement, counts: Mapping[int, float]) -> bool:
@@ -91,8 +100,13 @@ def is_allowed(measured: Measurement, counts: Mapping[int, float]) -> bool:
 def main() -> None:
     """Count in real processes and on simulated ranks, and print and save the tables."""
     with tempfile.TemporaryDirectory(dir=".") as name:
-        real = count_adaptations(Path(name), RANKS)
-    report("counted in real processes", COUNTED, real)
+        base = write_base(Path(name))
+        for title, rows, count in (
+            ("counted in real processes", COUNTED, count_adaptation),
+            ("counted in evaluations", EVALUATED, count_evaluation),
+            ("counted with DeepSpeed", ZERO, count_zero),
+        ):
+            report(title, rows, {ranks: count(Path(name), base, ranks) for ranks in RANKS})
     report("counted on simulated ranks", SIMULATION, {ranks: simulate(ranks) for ranks in SIMULATED})
     report("shards that one machine reads in an epoch", DOWNLOADS, {n: shards_read(n) for n in SIMULATED})
 
@@ -112,20 +126,36 @@ def report(title: str, rows: Sequence[Measurement], counts: Mapping[int, Mapping
     save(f"scale {title}", {"counts": {str(ranks): dict(found) for ranks, found in counts.items()}})
 
 
-def count_adaptations(
-    root: Path, numbers: Sequence[int], *, width: int = 384, layers: int = 6
-) -> dict[int, dict[str, float]]:
-    """Adapt the same base on each number of ranks; returns the largest count of any rank."""
-    base = _write_base(root, width, layers)
-    return {ranks: _count(root, base, ranks) for ranks in numbers}
+def count_adaptation(root: Path, base: Path, ranks: int) -> dict[str, float]:
+    """Adapt the base on a number of ranks; returns the largest count of any rank."""
+    return _count(root / f"ranks-{ranks}", ranks, *_adaptation(root, base, ranks, "fsdp2"))
 
 
-def _count(root: Path, base: Path, ranks: int) -> dict[str, float]:
-    place = root / f"ranks-{ranks}"
-    place.mkdir()
+def count_zero(root: Path, base: Path, ranks: int) -> dict[str, float]:
+    """Adapt the base with DeepSpeed, whose stage 3 divides parameters not by rows."""
+    arguments = _adaptation(root, base, ranks, "deepspeed")
+    return _count(root / f"deepspeed-{ranks}", ranks, *arguments, "deepspeed.stage=3", "train.validate_every=0")
+
+
+def count_evaluation(root: Path, base: Path, ranks: int) -> dict[str, float]:
+    """Evaluate the base with weights that all ranks share."""
+    place = root / f"evaluation-{ranks}"
+    keys = [f"out={place / 'result.json'}", f"shards={ranks}", "domain=text", "split=validation", "device=cpu"]
+    sizes = [f"num={_VALIDATED}", f"nelbo_samples={_VALIDATED}", "nelbo_draws=1", "sampler.steps=4", "batch_size=8"]
+    return _count(place, ranks, "evaluate", str(base), *keys, *sizes)
+
+
+def _adaptation(root: Path, base: Path, ranks: int, engine: str) -> list[str]:
     # One micro-batch on each rank: accumulation would repeat its collectives.
     batch = f"train.global_batch_size={_MICRO_BATCH * ranks}"
-    keys = [*_keys(root, place / "run"), f"base={base}", "self_conditioning.rate=1", "engine=fsdp2", batch]
+    run = root / f"run-{engine}-{ranks}"
+    own = [f"base={base}", "self_conditioning.rate=1", f"engine={engine}", batch]
+    return ["adapt", str(root / "empty.yaml"), *_keys(root, run), *own]
+
+
+def _count(place: Path, ranks: int, *arguments: str) -> dict[str, float]:
+    """Run a command on a number of ranks; returns the largest count of any rank."""
+    place.mkdir()
     command = [
         "-m",
         "torch.distributed.run",
@@ -134,13 +164,14 @@ def _count(root: Path, base: Path, ranks: int) -> dict[str, float]:
         "-m",
         "benchmarks.scale_rank",
     ]
-    _run([*command, str(place), str(root / "empty.yaml"), *keys])
+    _run([*command, str(place), *arguments])
     found = [json.loads(path.read_text()) for path in sorted(place.glob("rank_*.json"))]
     assert len(found) == ranks
     return {name: max(counts[name] for counts in found) for name in found[0]}
 
 
-def _write_base(root: Path, width: int, layers: int) -> Path:
+def write_base(root: Path, *, width: int = 384, layers: int = 6) -> Path:
+    """Train a base, whose checkpoint is then adapted and evaluated."""
     rows = np.random.default_rng(0).integers(4, 4 + len(_SYMBOLS), (_SAMPLES, _LENGTH)).tolist()
     description = Description("scale", _LENGTH, "loss", "loss", {})
     splits = {"train": rows, "validation": rows[:_VALIDATED]}
@@ -202,11 +233,6 @@ def simulate(ranks: int) -> dict[str, float]:
         SIMULATION[1].name: counted.count,
         SIMULATION[2].name: counted.bytes,
     }
-
-
-def local_part(value: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be distributed."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def shards_read(machines: int) -> dict[str, float]:

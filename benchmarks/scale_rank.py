@@ -1,13 +1,18 @@
-"""One rank of `benchmarks.scale`: run `scmdm adapt` in this process and write what it counted.
+"""One rank of `benchmarks.scale`: run a command of scmdm in this process and write what it counted.
 
-torchrun ... -m benchmarks.scale_rank DIRECTORY CONFIG key=value ...
+torchrun ... -m benchmarks.scale_rank DIRECTORY adapt|evaluate ...
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from benchmarks.counting import Collectives, HashedBytes, ValidatedSequences, bytes_read, peak_memory, rank, watched
 
@@ -47,13 +52,74 @@ class AdaptationCounts:
         }
 
 
+class ZeroCounts:
+    """Bytes that DeepSpeed's engine exchanges to turn its fragments into rows at a save."""
+
+    def __init__(self) -> None:
+        from scmdm.distributed.deepspeed import DeepspeedEngine
+
+        self._collectives, pack = Collectives(), DeepspeedEngine.pack
+
+        @functools.wraps(pack)
+        def counted(*args: Any, **options: Any) -> Any:
+            with self._collectives:
+                return pack(*args, **options)
+
+        DeepspeedEngine.pack = counted  # type: ignore[method-assign]
+
+    def finish(self) -> dict[str, int]:
+        """Return all counts."""
+        return {"exchanged at a save, ZeRO-3": self._collectives.bytes}
+
+
+class EvaluationCounts:
+    """Counts of one evaluation, of a model whose weights the ranks share."""
+
+    def __init__(self) -> None:
+        from scmdm.evaluation import divided_nelbo, evaluate
+        from scmdm.sampling import generation
+
+        self._hashed = HashedBytes()
+        self.found = {"evaluated sequences": 0, "samples drawn": 0, "shared weights of a rank": 0}
+        load, draw, terms = evaluate.load_as_configured, generation.sample, divided_nelbo.nelbo_terms
+
+        def loading(*args: Any, **options: Any) -> Any:
+            loaded = load(*args, **options)
+            self.found["hashed to evaluate"] = self._hashed.count
+            held = sum(local_part(parameter).nbytes for parameter in loaded.model.parameters())
+            self.found["shared weights of a rank"] = held
+            return loaded
+
+        def drawing(model: Any, templates_BL: Tensor, *args: Any, **options: Any) -> Any:
+            self.found["samples drawn"] += len(templates_BL)
+            return draw(model, templates_BL, *args, **options)
+
+        def estimating(model: Any, batches: Any, *args: Any, **options: Any) -> Any:
+            self.found["evaluated sequences"] += sum(map(len, batches))
+            return terms(model, batches, *args, **options)
+
+        evaluate.load_as_configured, generation.sample, divided_nelbo.nelbo_terms = loading, drawing, estimating
+
+    def finish(self) -> dict[str, int]:
+        """Return all counts."""
+        return self.found
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be distributed."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def main(arguments: list[str]) -> int:
-    """Run the adaptation, and write `rank_R.json` into the directory."""
+    """Run the command, and write `rank_R.json` into the directory."""
     from scmdm import cli
 
-    counts = AdaptationCounts()
     directory, *command = arguments
-    status = cli.main(["adapt", *command])
+    if command[0] == "evaluate":
+        counts: AdaptationCounts | ZeroCounts | EvaluationCounts = EvaluationCounts()
+    else:
+        counts = ZeroCounts() if "engine=deepspeed" in command else AdaptationCounts()
+    status = cli.main(command)
     if status == 0:
         (Path(directory) / f"rank_{rank()}.json").write_text(json.dumps(counts.finish()))
     return status

@@ -14,9 +14,7 @@ from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import Columns, ResultParts, compute_divided
-from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
-
-_LARGEST_BATCH = 256
+from scmdm.sampling.batch_size import LARGEST_NELBO_BATCH, even_batch_size, fitting_batch_size
 
 
 class HeldOut(Protocol):
@@ -65,7 +63,7 @@ def divided_nelbo(
     strata = held_out.strata()
 
     def compute(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Columns]]:
-        most = fitting_batch_size(loaded, device, dtype, spec.length, most=_LARGEST_BATCH)
+        most = fitting_batch_size(loaded, device, dtype, spec.length, most=LARGEST_NELBO_BATCH)
         size, done = settings.batch_size or even_batch_size(len(numbers), 1, most), 0
         batches = held_out.batches_of(numbers, device, size=size, labels=spec.model.labels) if numbers else iter(())
         for batch in batches:

@@ -1,8 +1,9 @@
 """Phases of a run besides its steps: opening, validation, saving, and then sampling and evaluation of the model.
 
-Memory is that of a forward pass without gradients, measured as in `scmdm.planner.activation_memory`. Durations are
-modelled as those of steps: computation or gathering, whichever takes longer; files at the bandwidth that the file
-system has for all ranks together.
+Memory of a validation is that of a forward pass without gradients, measured as in `scmdm.planner.activation_memory`.
+Batch sizes and memory of sampling and evaluation are those of the rule by which these commands choose them
+(`scmdm.sampling.batch_size`). Durations are modelled as those of steps: computation or gathering, whichever takes
+longer; files at the bandwidth that the file system has for all ranks together.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ from scmdm.planner.rank_memory import head_logits
 from scmdm.planner.search import usable_memory
 from scmdm.planner.sharding import FLOAT32, gathered_weights, gathers_in_compute_dtype, rank_state
 from scmdm.planner.workload import ParallelLayout, Workload
+from scmdm.sampling.batch_size import (
+    LARGEST_BATCH,
+    LARGEST_NELBO_BATCH,
+    batch_size_for,
+    copied_bytes,
+    evaluation_bytes,
+    even_batch_size,
+)
 
 _GB = 1e9
-_LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -126,35 +134,42 @@ class _Phases:
         """Draw this rank's share of the samples."""
         evaluation = self._flops.estimate_passes if self._conditioned() else self._flops.forward
         count = self._settings.samples
-        return self._of_a_model("sampling", count, evaluation * self._settings.sampler_steps)
+        return self._of_a_model("sampling", count, evaluation * self._settings.sampler_steps, LARGEST_BATCH)
 
     def evaluation(self) -> Phase:
         """Estimate the NELBO in every mode, then draw samples."""
         settings = self._settings
-        count = settings.nelbo_samples * settings.nelbo_draws
-        nelbo, sampling = self._of_a_model("evaluation", count, self._likelihood_flops()), self.sampling()
+        flops = self._likelihood_flops() * settings.nelbo_draws
+        nelbo = self._of_a_model("evaluation", settings.nelbo_samples, flops, LARGEST_NELBO_BATCH)
+        sampling = self.sampling()
         return dataclasses.replace(nelbo, seconds=nelbo.seconds + sampling.seconds)
 
-    def _of_a_model(self, name: str, count: int, flops: float) -> Phase:
+    def _of_a_model(self, name: str, count: int, flops: float, most: int) -> Phase:
         """A phase of `count` sequences with a model that is not trained, on all ranks, in the first way that fits."""
-        ranks, phase = self._layout.ranks, None
+        phase = None
         for width, shards in self._ways():
-            sequences = -(-count * shards // ranks)
-            weights = self._workload.numel * width // shards
-            if shards > 1:  # two blocks and the rest are whole
-                rest, block = (sum(parameter.numel for parameter in unit) for unit in self._workload.units()[:2])
-                weights += (rest + 2 * block) * width
-            for power in range(int(math.log2(min(_LARGEST_BATCH, max(1, sequences)))), -1, -1):
-                memory = weights + self._sampling_bytes(2**power, gathered=width < FLOAT32)
-                held = f"{'bfloat16' if width < FLOAT32 else 'float32'}, " + (
-                    f"sharded over {shards} GPUs" if shards > 1 else "on each GPU"
-                )
-                seconds = -(-count // (ranks // shards)) * flops / self._speed() / shards
-                phase = dataclasses.replace(self._phase(name, memory, seconds, 2**power, sequences), weights=held)
-                if phase.fits:
-                    return phase
+            phase = self._with_weights(name, count, flops, most, width=width, shards=shards)
+            if phase.fits:
+                return phase
         assert phase is not None
         return phase
+
+    def _with_weights(self, name: str, count: int, flops: float, most: int, *, width: int, shards: int) -> Phase:
+        """The phase with weights of `width` bytes per number that `shards` GPUs share."""
+        workload, computed = self._workload, self._layout.width
+        sequences = -(-count // self._layout.ranks)
+        weights = workload.numel * width // shards + copied_bytes(workload.numel, held=width, computed=computed)
+        if shards > 1:  # two blocks and the rest are whole
+            rest, block = (sum(parameter.numel for parameter in unit) for unit in workload.units()[:2])
+            weights += (rest + 2 * block) * width
+        own = {"length": workload.length, "vocab_size": workload.vocab_size, "bytes_per_number": computed}
+        free = int(usable_memory(self._cluster, self._assumed)) - weights
+        rows = even_batch_size(sequences, 1, batch_size_for(free, workload.model, most=most, **own))
+        memory = weights + evaluation_bytes(rows, workload.model, **own)
+        where = f"sharded over {shards} GPUs" if shards > 1 else "on each GPU"
+        held = f"{'bfloat16' if width < FLOAT32 else 'float32'}, {where}"
+        phase = self._phase(name, memory, sequences * flops / self._speed(), rows, sequences)
+        return dataclasses.replace(phase, weights=held)
 
     def _ways(self) -> Iterator[tuple[int, int]]:
         """Bytes per number and GPUs that share a model, the simplest first."""
@@ -170,14 +185,6 @@ class _Phases:
         length = self._workload.length * shared // self._layout.context
         blocks, head = self._measured(rows // shared, length, gathered)
         return max(blocks, head + self._logits(rows))
-
-    def _sampling_bytes(self, rows: int, *, gathered: bool) -> int:
-        """Peak bytes of an evaluation of whole sequences, beside the weights, with the estimate that is carried."""
-        length = self._workload.length
-        one, two = (self._measured(count, length, gathered) for count in (1, 2))
-        blocks, head = (few + (rows - 1) * (more - few) for few, more in zip(one, two, strict=True))
-        carried = rows * length * self._workload.model.width * FLOAT32
-        return max(blocks, head + self._logits(rows)) + carried
 
     def _measured(self, rows: int, length: int, gathered: bool) -> tuple[int, int]:
         """Bytes in the blocks and in the head of a pass that computes the estimate."""

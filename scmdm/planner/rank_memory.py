@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from scmdm.planner.activation_memory import measure_activations
+from scmdm.planner.activation_memory import ActivationBytes, measure_activations
 from scmdm.planner.sharding import (
     FLOAT32,
     TrainingState,
@@ -21,6 +21,8 @@ from scmdm.planner.sharding import (
     rank_state,
 )
 from scmdm.planner.workload import ParallelLayout, Workload
+
+_NOTHING = ActivationBytes(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,18 @@ class RankMemory:
 
 def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
     """Return the memory of rank 0."""
+    return _rank_memory(workload, layout, _activations(workload, layout))
+
+
+def least_peak(workload: Workload, layout: ParallelLayout) -> int:
+    """Return a lower bound of the peak of `rank_memory`, without activations, of which nothing is measured."""
+    return _rank_memory(workload, layout, _NOTHING).peak.total
+
+
+def _rank_memory(workload: Workload, layout: ParallelLayout, found: ActivationBytes) -> RankMemory:
     state = rank_state(workload, layout)
     on_device = TrainingState(0, 0, 0, 0) if layout.offload else state
-    parts = _StepParts(workload, layout, on_device)
+    parts = _StepParts(workload, layout, on_device, found)
     steps = {
         "head of the loss pass": parts.head(),
         "first blocks backward": parts.first_backward(),
@@ -77,6 +88,21 @@ def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
     if workload.passes:
         steps = {"estimate": parts.estimate(), **steps}
     return RankMemory(state, steps, state.total if layout.offload else 0)
+
+
+def _activations(workload: Workload, layout: ParallelLayout) -> ActivationBytes:
+    # Memory depends on a rank's number of positions only, so slices of many sequences equal fewer whole ones.
+    shared = math.gcd(layout.micro_batch_size, layout.context)
+    return measure_activations(
+        replace(workload.model, activation_checkpointing=layout.activation_checkpointing),
+        rows=layout.micro_batch_size // shared,
+        length=workload.length * shared // layout.context,
+        dtype=layout.dtype,
+        gathered=gathers_in_compute_dtype(layout),
+        passes=workload.passes,
+        trained_layers=workload.trained_layers,
+        gpu=layout.gpu,
+    )
 
 
 def head_logits(workload: Workload, layout: ParallelLayout) -> int:
@@ -94,21 +120,11 @@ def head_logits(workload: Workload, layout: ParallelLayout) -> int:
 class _StepParts:
     """The moments of a step."""
 
-    def __init__(self, workload: Workload, layout: ParallelLayout, state: TrainingState) -> None:
+    def __init__(
+        self, workload: Workload, layout: ParallelLayout, state: TrainingState, activations: ActivationBytes
+    ) -> None:
         self._workload, self._layout, self._state = workload, layout, state
-        self._gathered = gathered_weights(workload, layout)
-        # Memory depends on a rank's number of positions only, so slices of many sequences equal fewer whole ones.
-        shared = math.gcd(layout.micro_batch_size, layout.context)
-        self._activations = measure_activations(
-            replace(workload.model, activation_checkpointing=layout.activation_checkpointing),
-            rows=layout.micro_batch_size // shared,
-            length=workload.length * shared // layout.context,
-            dtype=layout.dtype,
-            gathered=gathers_in_compute_dtype(layout),
-            passes=workload.passes,
-            trained_layers=workload.trained_layers,
-            gpu=layout.gpu,
-        )
+        self._gathered, self._activations = gathered_weights(workload, layout), activations
         accumulates = layout.micro_batches(workload) > 1
         # Engines that do not reduce after every micro-batch accumulate whole gradients in float32.
         zero = layout.engine == "deepspeed"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scmdm.planner.duration import StepTime, step_time
 from scmdm.planner.hardware import Assumptions, Cluster
-from scmdm.planner.rank_memory import RankMemory, rank_memory
+from scmdm.planner.rank_memory import RankMemory, least_peak, rank_memory
 from scmdm.planner.workload import ParallelLayout, Workload
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -76,15 +77,15 @@ def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed:
     Offloading is tried only if no other layout fits. Engine, precision and compilation stay as in `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
-    candidates = [evaluate(workload, layout, cluster, assumed) for layout in layouts if not layout.offload]
-    if not any(candidate.fits for candidate in candidates):
-        candidates += [evaluate(workload, layout, cluster, assumed) for layout in layouts if layout.offload]
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if fitting:
-        return SearchResult(_simplest(fitting), len(candidates), None)
-    if not candidates:
+    if not layouts:
         return SearchResult(None, 0, _why_none_is_possible(workload, start))
-    return SearchResult(None, len(candidates), _why_none_fits(workload, candidates, start, cluster, assumed))
+    kept = [layout for layout in layouts if not layout.offload]
+    best, tried = _simplest(workload, kept, cluster, assumed), len(kept)
+    if best is None:
+        best = _simplest(workload, [layout for layout in layouts if layout.offload], cluster, assumed)
+        tried = len(layouts)
+    reason = _why_none_fits(workload, layouts, start, cluster, assumed) if best is None else None
+    return SearchResult(best, tried, reason)
 
 
 def _layouts(workload: Workload, start: ParallelLayout, cluster: Cluster) -> Iterator[ParallelLayout]:
@@ -117,16 +118,35 @@ def _whole_nodes(ranks: int, cluster: Cluster) -> bool:
     return ranks % cluster.gpus_per_node == 0 or cluster.gpus_per_node % ranks == 0
 
 
-def _simplest(candidates: list[Candidate]) -> Candidate:
-    fastest = min(candidate.time.seconds for candidate in candidates)
-    return min((one for one in candidates if one.time.seconds <= fastest * _EQUAL), key=_complexity)
+def _simplest(
+    workload: Workload, layouts: Sequence[ParallelLayout], cluster: Cluster, assumed: Assumptions
+) -> Candidate | None:
+    """Return the simplest of the fastest layouts that fit.
+
+    Times are computed quickly, memory is measured: only that of layouts that can still be the result.
+    """
+    usable = usable_memory(cluster, assumed)
+    seconds = {
+        layout: step_time(workload, layout, cluster, assumed).seconds
+        for layout in layouts
+        if least_peak(workload, layout) <= usable
+    }
+    fits = functools.cache(lambda layout: rank_memory(workload, layout).peak.total <= usable)
+    fastest = next((seconds[layout] for layout in sorted(seconds, key=seconds.__getitem__) if fits(layout)), None)
+    if fastest is None:
+        return None
+    near = sorted((layout for layout in seconds if seconds[layout] <= fastest * _EQUAL), key=_complexity)
+    for _, alike in itertools.groupby(near, key=_complexity):
+        fitting = [evaluate(workload, layout, cluster, assumed) for layout in alike if fits(layout)]
+        if fitting:
+            return min(fitting, key=lambda candidate: candidate.memory.peak.total)
+    raise AssertionError("the fastest layout is near itself")
 
 
-def _complexity(candidate: Candidate) -> tuple[int, ...]:
-    layout = candidate.layout
+def _complexity(layout: ParallelLayout) -> tuple[int, ...]:
     kind = CHECKPOINTING.index(layout.activation_checkpointing)
     order = (layout.context, layout.replicate, kind, layout.reshard_after_estimate, -layout.micro_batch_size)
-    return (*map(int, order), candidate.memory.peak.total)
+    return tuple(map(int, order))
 
 
 def _why_none_is_possible(workload: Workload, start: ParallelLayout) -> str:
@@ -136,17 +156,29 @@ def _why_none_is_possible(workload: Workload, start: ParallelLayout) -> str:
 
 
 def _why_none_fits(
-    workload: Workload, candidates: list[Candidate], start: ParallelLayout, cluster: Cluster, assumed: Assumptions
+    workload: Workload, layouts: Sequence[ParallelLayout], start: ParallelLayout, cluster: Cluster, assumed: Assumptions
 ) -> str:
-    least = min(candidates, key=lambda candidate: candidate.memory.peak.total)
-    peak, usable = least.memory.peak, usable_memory(cluster, assumed)
+    least = _least_memory(workload, layouts)
+    peak, usable = least.peak, usable_memory(cluster, assumed)
     largest = max(dataclasses.fields(peak), key=lambda field: getattr(peak, field.name)).name
     gib = 2**30
     return (
-        f"none of {len(candidates)} layouts fits: the smallest needs {peak.total / gib:.1f} GiB of "
+        f"none of {len(layouts)} layouts fits: the smallest needs {peak.total / gib:.1f} GiB of "
         f"{usable / gib:.1f} GiB, most of it {largest} ({getattr(peak, largest) / gib:.1f} GiB) at the "
-        f"{least.memory.peak_at}; {_remedy(workload, start, cluster, assumed)}"
+        f"{least.peak_at}; {_remedy(workload, start, cluster, assumed)}"
     )
+
+
+def _least_memory(workload: Workload, layouts: Sequence[ParallelLayout]) -> RankMemory:
+    """Return the smallest memory of all layouts; those whose lower bound is larger are not measured."""
+    bounds = {layout: least_peak(workload, layout) for layout in layouts}
+    ordered = sorted(layouts, key=bounds.__getitem__)
+    least = rank_memory(workload, ordered[0])
+    for layout in ordered[1:]:
+        if bounds[layout] >= least.peak.total:
+            break
+        least = min(least, rank_memory(workload, layout), key=lambda memory: memory.peak.total)
+    return least
 
 
 def _remedy(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> str:
@@ -154,8 +186,15 @@ def _remedy(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed
     while start.engine != "single" and factor <= _LARGEST_FACTOR:
         larger = dataclasses.replace(cluster, nodes=cluster.nodes * factor)
         layouts = _layouts(workload, dataclasses.replace(start, ranks=larger.ranks), larger)
-        possible = (one for one in layouts if impossible_because(workload, one) is None)
-        if any(rank_memory(workload, one).peak.total <= usable_memory(larger, assumed) for one in possible):
+        possible = [one for one in layouts if impossible_because(workload, one) is None]
+        if _any_fits(workload, possible, usable_memory(larger, assumed)):
             return f"it would fit on {larger.nodes} nodes"
         factor *= 2
     return "shorten the sequences, use a GPU with more memory, or shard with engine=fsdp2 on more of them"
+
+
+def _any_fits(workload: Workload, layouts: Sequence[ParallelLayout], usable: float) -> bool:
+    """Whether a layout fits; small ones, which are measured quickly and fit best, come first."""
+    bounds = {layout: least_peak(workload, layout) for layout in layouts}
+    possible = sorted((layout for layout in layouts if bounds[layout] <= usable), key=bounds.__getitem__)
+    return any(rank_memory(workload, layout).peak.total <= usable for layout in possible)

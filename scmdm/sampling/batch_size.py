@@ -13,6 +13,7 @@ from scmdm.system.memory import available_bytes
 
 CPU_BATCH = 64  # sequences of one core: small models and their activations fit its cache
 LARGEST_BATCH = 1024  # a GPU is full long before
+LARGEST_NELBO_BATCH = 256  # sequences of a likelihood
 DRAWN_AT_ONCE = 512  # positions whose float64 logits and noise are held at once
 _COPIES_OF_LOGITS = 6  # float64 or int64 arrays: logits, their shaped copy, words of the noise, uniforms
 _MASK_BYTES = 5  # of a pair: the mask, and its copy that a kernel adds
@@ -41,6 +42,30 @@ def fixed_bytes(model: ModelConfig, vocab_size: int) -> int:
     return max(drawn, head)
 
 
+def copied_bytes(numel: int, *, held: int, computed: int) -> int:
+    """Return the memory of the copies of `numel` weights that autocast keeps during a batch.
+
+    `held` and `computed` are the bytes of a weight and of a number in a matrix product.
+    """
+    return numel * computed if computed < held else 0
+
+
+def evaluation_bytes(
+    rows: int,
+    model: ModelConfig,
+    *,
+    length: int,
+    vocab_size: int,
+    bytes_per_number: int,
+    predictions: int = 1,
+    padded: bool = False,
+) -> int:
+    """Return the memory of an evaluation of `rows` sequences beside the weights; see `batch_size_for`."""
+    per_token = evaluation_bytes_per_token(model, bytes_per_number=bytes_per_number, predictions=predictions)
+    mask = predictions * length * _MASK_BYTES if padded else 0
+    return fixed_bytes(model, vocab_size) + rows * length * (per_token + mask)
+
+
 def batch_size_for(
     free_bytes: int,
     model: ModelConfig,
@@ -56,11 +81,19 @@ def batch_size_for(
 
     Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions.
     """
-    per_token = evaluation_bytes_per_token(model, bytes_per_number=bytes_per_number, predictions=predictions)
-    mask = predictions * length * _MASK_BYTES if padded else 0
-    per_sequence = length * (per_token + mask)
-    fitting = (int(free_bytes * _USABLE) - fixed_bytes(model, vocab_size)) // per_sequence
-    return max(1, min(most, fitting))
+    none, one = (
+        evaluation_bytes(
+            rows,
+            model,
+            length=length,
+            vocab_size=vocab_size,
+            bytes_per_number=bytes_per_number,
+            predictions=predictions,
+            padded=padded,
+        )
+        for rows in (0, 1)
+    )
+    return max(1, min(most, (int(free_bytes * _USABLE) - none) // (one - none)))
 
 
 def fitting_batch_size(
@@ -78,8 +111,12 @@ def fitting_batch_size(
 
     On a CPU it is what a core's cache holds of a small model, unless the memory holds less.
     """
+    copies = sum(
+        copied_bytes(parameter.numel(), held=parameter.dtype.itemsize, computed=dtype.itemsize)
+        for parameter in loaded.model.parameters()
+    )
     return batch_size_for(
-        free_bytes(device) // workers,
+        (free_bytes(device) - copies) // workers,
         loaded.spec.model,
         length=length,
         vocab_size=loaded.spec.vocab_size,

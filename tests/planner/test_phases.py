@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from scmdm.planner.plan_report import settings
 from scmdm.planner.search import evaluate, impossible_because, usable_memory
 from scmdm.planner.sharding import FLOAT32, rank_state
 from scmdm.planner.workload import make_layout, make_workload
+from scmdm.sampling import batch_size
 from scmdm.training.setup import resolve_config
 from tests.conftest import ROOT
 from tests.planner.measuring import engine_of, run_config, spec_of
@@ -79,7 +81,7 @@ def test_vanilla_runs_open_no_base_and_need_less_time():
 def test_less_memory_means_smaller_batches():
     workload, layout, phases = phases_of(8)
     cluster, found = make_cluster("h100", 1, 8), []
-    for share in (1.01, 0.5, 0.1):
+    for share in (1.4, 0.9, 0.1):
         memory = phases["sampling"].memory * share / 0.9
         small = dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, memory=memory))
         planned = plan_phases(workload, layout, small, Assumptions(), DEFAULTS, validation_samples=8, adapts=True)
@@ -88,6 +90,23 @@ def test_less_memory_means_smaller_batches():
         found.append(sampling)
     assert found[0].batch_size == phases["sampling"].batch_size > found[-1].batch_size
     assert [phase.memory for phase in found] == sorted((phase.memory for phase in found), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_sampling_are_those_of_the_command(dtype, monkeypatch):
+    workload, layout, _ = phases_of(1, engine="single")
+    layout, cluster = dataclasses.replace(layout, dtype=dtype), make_cluster("h100", 1, 1)
+    cluster = dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, memory=2**28))
+    planned = plan_phases(workload, layout, cluster, Assumptions(), DEFAULTS, validation_samples=8, adapts=True)
+    (sampling,) = (phase for phase in planned if phase.name == "sampling")
+    config = run_config("single", rate=1.0, batch=64, width=64, layers=3)
+    spec = spec_of(config, VOCAB, LENGTH)
+    loaded = SimpleNamespace(model=spec.build(), spec=dataclasses.replace(spec, model=workload.model))
+    free = int(usable_memory(cluster, Assumptions())) - workload.numel * FLOAT32
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
+    fitting = batch_size.fitting_batch_size(loaded, torch.device("cuda"), dtype, LENGTH)
+    assert sampling.batch_size == batch_size.even_batch_size(DEFAULTS.samples, 1, fitting)
+    assert 1 < sampling.batch_size < batch_size.LARGEST_BATCH and sampling.fits
 
 
 def test_memory_of_a_validation_is_that_of_a_real_pass():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scmdm.errors import UserError
+from scmdm.planner import search as planner_search
 from scmdm.planner.communication import Collective
 from scmdm.planner.duration import collective_seconds, step_time
 from scmdm.planner.hardware import GPUS, Assumptions, Cluster, make_assumptions, make_cluster
@@ -37,6 +38,45 @@ def test_what_is_found_fits_and_is_not_slower_than_any_other_that_fits():
         for kind in ("none", "full"):
             other = dataclasses.replace(layout, micro_batch_size=size, activation_checkpointing=kind)
             assert found.best.time.seconds <= evaluate(workload, other, cluster, ASSUMED).time.seconds * 1.01
+
+
+def simplest_of_all(workload, start, cluster):
+    """The result of a search that measures every layout."""
+    layouts = [
+        one for one in planner_search._layouts(workload, start, cluster) if not impossible_because(workload, one)
+    ]
+    for offload in (False, True):
+        candidates = [evaluate(workload, one, cluster, ASSUMED) for one in layouts if one.offload == offload]
+        fitting = [one for one in candidates if one.fits]
+        if fitting:
+            fastest = min(one.time.seconds for one in fitting)
+            near = [one for one in fitting if one.time.seconds <= fastest * 1.01]
+            return min(near, key=lambda one: (*planner_search._complexity(one.layout), one.memory.peak.total))
+    return min((evaluate(workload, one, cluster, ASSUMED) for one in layouts), key=lambda one: one.memory.peak.total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.1, 0.02])
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_what_is_not_measured_changes_no_result(share, engine):
+    workload, layout, cluster = case(ranks=8, batch=16)
+    layout = dataclasses.replace(layout, engine=engine)
+    largest = search(workload, layout, cluster, ASSUMED).best.memory.peak.total
+    small = with_memory(cluster, largest * share / 0.9 + 1)
+    found, expected = search(workload, layout, small, ASSUMED), simplest_of_all(workload, layout, small)
+    if found.best is not None:
+        assert found.best == expected
+    else:
+        assert not expected.fits and f"{expected.memory.peak.total / 2**30:.1f} GiB" in found.reason
+
+
+def test_few_layouts_are_measured(monkeypatch):
+    measured = []
+    original = planner_search.rank_memory
+    monkeypatch.setattr(planner_search, "rank_memory", lambda *given: measured.append(given) or original(*given))
+    workload, layout, cluster = case()
+    tried = search(workload, layout, cluster, ASSUMED).tried
+    assert 0 < len(measured) < tried / 10
 
 
 def test_less_memory_means_slower_layouts_with_recomputation_and_offloading_last():

@@ -8,13 +8,21 @@ import torch
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.state import State
 from scmdm.distributed.engine import compute_context
 from scmdm.models.decoder import DecoderConfig
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import ModelSpec, allocate
 from scmdm.planner.activation_memory import LiveBytes
-from scmdm.sampling.batch_size import batch_size_for, evaluation_bytes_per_token, even_batch_size, fixed_bytes
+from scmdm.sampling.batch_size import (
+    batch_size_for,
+    copied_bytes,
+    evaluation_bytes,
+    evaluation_bytes_per_token,
+    even_batch_size,
+    fixed_bytes,
+)
 
 MODELS = {
     "dit": DiTConfig(width=128, layers=2, heads=4, self_conditioned=True),
@@ -70,3 +78,20 @@ def test_the_formula_bounds_what_a_sampler_allocates(name, dtype):
     with LiveBytes(model.parameters()) as live:
         draw()
     assert expected / 3 < live.peak < expected
+
+
+def test_copies_that_autocast_keeps_are_counted():
+    config, vocab, length = DiTConfig(width=256, layers=8, heads=4, self_conditioned=True), 40, 8
+    spec = ModelSpec(config, DiffusionConfig(), vocab, vocab - 1, length)
+    model = spec.build()
+    allocate(model, torch.device("cpu"))
+    init_weights(model, 0)
+    model.eval()
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    for dtype, kept in ((torch.float32, False), (torch.bfloat16, True)):
+        copies = copied_bytes(numel, held=4, computed=dtype.itemsize)
+        with LiveBytes(model.parameters()) as live, torch.no_grad(), compute_context(torch.device("cpu"), dtype):
+            model.hidden(State(torch.full((1, length), vocab - 1), torch.ones(1).double()))
+        own = evaluation_bytes(1, config, length=length, vocab_size=vocab, bytes_per_number=dtype.itemsize)
+        assert (copies > 0) == kept and (live.peak > own) == kept
+        assert copies / 2 < live.peak < copies + own
