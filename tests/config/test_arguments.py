@@ -26,7 +26,7 @@ def test_the_function_takes_what_the_table_says(command):
     module, _, name = command.function.partition(":")
     signature = inspect.signature(getattr(importlib.import_module(f"scmdm.{module}"), name))
     positional = [name for name in names(command.arguments) if name != "config" or command.schema is None]
-    options = [name for name in names(command.options) if name != "config"]
+    options = [name for name in names(command.options) if name != "config" or command.schema is None]
     if command.schema is not None:
         positional.append("config")
     if command.overrides:
