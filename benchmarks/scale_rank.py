@@ -98,7 +98,12 @@ class EvaluationCounts:
             self.found["evaluated sequences"] += sum(map(len, batches))
             return terms(model, batches, *args, **options)
 
-        evaluate.load_as_configured, generation.sample, divided_nelbo.nelbo_terms = loading, drawing, estimating
+        for module, name, counted in (
+            (evaluate, "load_as_configured", loading),
+            (generation, "sample", drawing),
+            (divided_nelbo, "nelbo_terms", estimating),
+        ):
+            setattr(module, name, counted)
 
     def finish(self) -> dict[str, int]:
         """Return all counts."""

@@ -66,7 +66,26 @@ class EvaluateConfig:
         help="count padding in the NELBO of a model that was trained to predict it; false: padding is masked, but does "
         "not count, as in the published perplexity of QM9",
     )
+    padding: str | None = key(
+        None,
+        help="length of padded sequences in the NELBO: that of the data; sample: each its own; null: sample for a run "
+        "with train.padding=batch or sample, else length",
+        choices=("length", "sample"),
+    )
+    pad_multiple: int | None = key(
+        None,
+        help="padding=sample: lengths are rounded up to multiples of this; null: train.pad_multiple of the run",
+        at_least=1,
+        at_most=2**20,
+    )
     num: int = key(1024, help="samples per seed; 0: no samples", at_least=0, at_most=2**24)
+    gen_length: int | None = key(
+        None,
+        help="responses: tokens drawn after each prompt, at most up to the length of the data; null: that length, or "
+        "with padding=sample as many as the longest of the held-out responses has, rounded up",
+        at_least=1,
+        at_most=2**24,
+    )
     seeds: list[int] = key(
         factory=lambda: [0], help="seeds, one draw of num samples each", at_least=0, at_most=LARGEST_SEED
     )

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.fields import require
 from scmdm.config.stored import read_stored_config
+from scmdm.config.training import TrainConfig
 from scmdm.data.dataset_files import check_dataset
+from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
+from scmdm.data.shard_index import COLUMN
 from scmdm.diffusion.likelihood import Nelbo
 from scmdm.domains.domain_registry import domain_of, load_domain, metrics_config
 from scmdm.domains.interface import Domain, EvaluationSettings, GeneratedSamples, ScoringDomain
@@ -37,6 +42,7 @@ from scmdm.system.files import atomic_write_text, json_text, require_writable
 from scmdm.system.process_group import broadcast, joined_world
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.system.terminal import Terminal
+from scmdm.training.padding import used_lengths
 from scmdm.training.validation import ValidationSet
 
 _NO_RESULT = ("out", "threads", "batch_size", "shards")  # keys that do not change results
@@ -80,7 +86,11 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
         result["zero_shot"] = _zero_shot_perplexity(loaded, config, parts)
     if config.num:
         templates_NL = kind.templates(root, manifest, config.split, config.num)
-        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, config, parts)
+        lengths_N = _sample_lengths(loaded, root, manifest, templates_NL, config)
+        if lengths_N is not None and templates_NL is not None:
+            beyond_NL = torch.arange(templates_NL.shape[1]) >= lengths_N[:, None]
+            templates_NL = templates_NL.masked_fill(beyond_NL, manifest.pad_id)
+        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, lengths_N, config, parts)
     if not is_main:
         return None
     atomic_write_text(out, json_text(result, indent=2))
@@ -101,8 +111,10 @@ def model_nelbo(
     manifest = Manifest.read(root)
     if not config.nelbo_padding:
         manifest = _without_padding(manifest, root)
-    held_out = ValidationSet.at(root, config.split, manifest, config.nelbo_samples)
-    kept = None if parts is None else parts.of(data=manifest.fingerprint(), split=config.split)
+    padding = _padding(loaded, config)
+    held_out = ValidationSet.at(root, config.split, manifest, config.nelbo_samples, padding=padding)
+    lengths = None if padding is None else padding.pad_multiple
+    kept = None if parts is None else parts.of(data=manifest.fingerprint(), split=config.split, lengths=lengths)
     found = {
         mode: divided_nelbo(loaded, held_out, _nelbo_settings(config), condition=condition, parts=kept)
         for mode, condition in _modes(loaded).items()
@@ -113,6 +125,32 @@ def model_nelbo(
 def _nelbo_settings(config: EvaluateConfig) -> NelboSettings:
     precision = resolve_weights_dtype(config.weights_dtype, config.precision)
     return NelboSettings(config.nelbo_draws, t_min=config.t_min, precision=precision, batch_size=config.batch_size)
+
+
+def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:
+    """Return the rule for the lengths of padded sequences; None: that of the data."""
+    run = read_stored_config(loaded.path) if (loaded.path / CONFIG_FILE).is_file() else None
+    trained = run.get("train.padding", str) if run is not None else None
+    if (config.padding or ("length" if trained in (None, "length") else "sample")) == "length":
+        return None
+    multiple = config.pad_multiple or (run.get("train.pad_multiple", int) if run is not None else None)
+    return TrainConfig(padding="sample", pad_multiple=multiple or TrainConfig.pad_multiple)
+
+
+def _sample_lengths(
+    loaded: LoadedModel, root: Path, manifest: Manifest, templates_NL: Tensor | None, config: EvaluateConfig
+) -> Tensor | None:
+    """Return the length (N,) of each template with what is drawn after its prompt; None: all of it."""
+    padding, count = _padding(loaded, config), config.gen_length
+    if templates_NL is None or not manifest.has_prompts:
+        require(count is None, "gen_length", count, "left out: the samples of this data set have no prompts")
+        return None
+    starts_N = (templates_NL == loaded.spec.mask_id).int().argmax(1)
+    if count is None and padding is not None:
+        held_out_NL = torch.from_numpy(read_columns(root, config.split, range(len(templates_NL)))[COLUMN])
+        longest, multiple = int((used_lengths(held_out_NL, manifest) - starts_N).max()), padding.pad_multiple
+        count = -(-longest // multiple) * multiple
+    return None if count is None else (starts_N + count).clamp(max=templates_NL.shape[1])
 
 
 def _without_padding(manifest: Manifest, root: Path) -> Manifest:
@@ -159,6 +197,7 @@ def _sample_quality(
     loaded: LoadedModel,
     domain: Domain | None,
     templates_NL: Tensor | None,
+    lengths_N: Tensor | None,
     config: EvaluateConfig,
     parts: ResultParts,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
@@ -174,6 +213,7 @@ def _sample_quality(
             num=config.num if templates_NL is None else 1,
             seed=seed,
             templates_PL=templates_NL,
+            lengths_P=lengths_N,
             precision=resolve_weights_dtype(config.weights_dtype, config.precision),
         )
         drawn = generate_divided(samples, batch_size=config.batch_size, parts=parts)

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -162,7 +163,11 @@ class _Phases:
         if shards > 1:  # two blocks and the rest are whole
             rest, block = (sum(parameter.numel for parameter in unit) for unit in workload.units()[:2])
             weights += (rest + 2 * block) * width
-        own = {"length": workload.length, "vocab_size": workload.vocab_size, "bytes_per_number": computed}
+        own: dict[str, Any] = {
+            "length": workload.length,
+            "vocab_size": workload.vocab_size,
+            "bytes_per_number": computed,
+        }
         free = int(usable_memory(self._cluster, self._assumed)) - weights
         rows = even_batch_size(sequences, 1, batch_size_for(free, workload.model, most=most, **own))
         memory = weights + evaluation_bytes(rows, workload.model, **own)

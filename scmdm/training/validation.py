@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -85,19 +85,24 @@ class ValidationRows:
 class ValidationSet:
     """The sequences of a likelihood estimate in order, which every rank knows before it reads its share of them.
 
-    The ids of the sequences are those of their splits, numbered across all data sets.
+    The ids of the sequences are those of their splits, numbered across all data sets. `padding` has the rule for the
+    lengths of the sequences; None: that of the data.
     """
 
     split: str
     streams: tuple[ValidationRows, ...]
+    padding: TrainConfig | None = None
 
     @classmethod
-    def at(cls, root: Path, split: str, manifest: Manifest, samples: int) -> ValidationSet:
+    def at(
+        cls, root: Path, split: str, manifest: Manifest, samples: int, *, padding: TrainConfig | None = None
+    ) -> ValidationSet:
         """Take `samples` sequences, spread evenly over a split of one data set."""
-        return cls(split, (ValidationRows(root, manifest, spread_rows(_size(root, split, manifest), samples), 0),))
+        rows = spread_rows(_size(root, split, manifest), samples)
+        return cls(split, (ValidationRows(root, manifest, rows, 0),), padding)
 
     @classmethod
-    def of(cls, data: DataMixture, split: str, samples: int) -> ValidationSet:
+    def of(cls, data: DataMixture, split: str, samples: int, *, padding: TrainConfig | None = None) -> ValidationSet:
         """Take each validated stream's proportion of `samples` sequences."""
         streams: list[ValidationRows] = []
         first_id = 0
@@ -105,7 +110,7 @@ class ValidationSet:
             size = _size(source.root, split, source.manifest)
             streams.append(ValidationRows(source.root, source.manifest, spread_rows(size, share), first_id))
             first_id += size
-        return cls(split, tuple(streams))
+        return cls(split, tuple(streams), padding)
 
     def __len__(self) -> int:
         return sum(len(stream.rows) for stream in self.streams)
@@ -127,19 +132,16 @@ class ValidationSet:
         part: int = 0,
         parts: int = 1,
         labels: bool = False,
-        padding: TrainConfig | None = None,
         longest_of_all: Callable[[int], int] = int,
     ) -> Iterator[Sequences]:
         """Yield share number `part` of `parts`, `size` sequences at a time.
 
         Every share has the same number of batches and sequences, because sharded ranks run the same forward passes
-        (`share`). `padding` has the rule for the lengths of the sequences; None: that of the data. `longest_of_all`
-        returns the largest of all ranks' values.
+        (`share`). `longest_of_all` returns the largest of all ranks' values.
         """
         share = self.share(parts)
         wanted = [min(row, len(self) - 1) for row in range(part * share, (part + 1) * share)]
-        options: dict[str, Any] = {"labels": labels, "padding": padding, "longest_of_all": longest_of_all}
-        yield from self.batches_of(wanted, device, size=size, **options)
+        yield from self.batches_of(wanted, device, size=size, labels=labels, longest_of_all=longest_of_all)
 
     def batches_of(
         self,
@@ -148,7 +150,6 @@ class ValidationSet:
         *,
         size: int,
         labels: bool = False,
-        padding: TrainConfig | None = None,
         longest_of_all: Callable[[int], int] = int,
     ) -> Iterator[Sequences]:
         """Yield the sequences `numbers` of the set, `size` at a time; the other arguments are those of `batches`."""
@@ -160,8 +161,8 @@ class ValidationSet:
             first += len(stream.rows)
             found = _columns(stream, self.split, own, labels=labels) if own else {}
             tokens_NL = found.get(COLUMN, torch.zeros(0, stream.manifest.length, dtype=torch.int64))
-            if padding is not None:
-                own_N = own_lengths(tokens_NL, stream.manifest, padding, longest_of_all)
+            if self.padding is not None:
+                own_N = own_lengths(tokens_NL, stream.manifest, self.padding, longest_of_all)
                 lengths += [] if own_N is None else [own_N]
             for name, values in found.items():
                 columns[name].append(values)
@@ -201,14 +202,14 @@ def validation_nelbo(
     sequences; the result depends on neither the number of ranks nor the size of the batches. All ranks call this
     together. `on_batch("validation")` is called before and after every batch.
     """
-    chosen = ValidationSet.of(data, config.data.validation_split, config.train.validation_samples)
+    train = config.train
+    chosen = ValidationSet.of(data, config.data.validation_split, train.validation_samples, padding=train)
     batches = chosen.batches(
         engine.device,
-        size=config.train.micro_batch_size,
+        size=train.micro_batch_size,
         part=engine.data_rank,
         parts=engine.data_size,
         labels=spec.model.labels,
-        padding=config.train,
         longest_of_all=longest_of_all(engine),
     )
     engine.model.eval()

@@ -159,6 +159,27 @@ def test_from_messages_to_an_evaluated_model(tmp_path, empty_yaml, capsys, kind,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["length", "batch", "sample"])
+def test_padding_is_evaluated_as_it_was_trained(tmp_path, empty_yaml, trained):
+    """With lengths of their own the sequences have fewer padding tokens, and the samples end sooner."""
+    assert prepared(tmp_path, "llada", empty_yaml, "pad_policy=eos") == 0
+    run, out = tmp_path / "run", tmp_path / "found.json"
+    keys = [f"run_dir={run}", f"data.path={tmp_path / 'data'}", *TINY, "train.steps=2", "train.global_batch_size=8"]
+    keys += ["train.micro_batch_size=8", f"train.padding={trained}", "train.pad_multiple=8"]
+    assert main(["train", str(empty_yaml), *keys]) == 0
+
+    def evaluated(*more):
+        common = ["num=4", "nelbo_samples=8", "nelbo_draws=1", "sampler.steps=2", f"out={out}"]
+        assert main(["evaluate", str(run), *common, *more]) == 0
+        return json.loads(out.read_text())["nelbo"]["null"]["tokens"]
+
+    default, own, whole = evaluated(), evaluated("padding=sample", "pad_multiple=8"), evaluated("padding=length")
+    assert own < whole and default == (whole if trained == "length" else own)
+    assert evaluated("padding=sample", "pad_multiple=1") < own
+    assert evaluated("gen_length=3") == default
+
+
+@pytest.mark.slow
 def test_a_published_model_of_conversations(tmp_path, empty_yaml):
     """Imported with its template, adapted on data that are prepared with its tokenizer, and asked."""
     there, base = tmp_path / "there", tmp_path / "base"

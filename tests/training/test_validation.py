@@ -32,8 +32,8 @@ def terms(data, part, parts, size, samples=SAMPLES, **options):
     init_weights(model, 0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
-    chosen = ValidationSet.of(data, "validation", samples)
-    batches = list(chosen.batches(CPU, size=size, part=part, parts=parts, **options))
+    chosen = ValidationSet.of(data, "validation", samples, **options)
+    batches = list(chosen.batches(CPU, size=size, part=part, parts=parts))
     found = nelbo_terms(
         model.eval(), batches, LogLinear(), mask_id=manifest.mask_id, seed=0, t_min=1e-3, strata=chosen.strata(),
         draws=2, condition=True
