@@ -36,8 +36,12 @@ def answer_text(tokenizer: Tokenizer, ids: Sequence[int], start: int, end_ids: S
     return tokenizer.decode(cut_at_end(ids, start, end_ids)[known:])[len(before) :]
 
 
-def is_framed_answer(ids: Sequence[int], tokenizer: Tokenizer, end_ids: Sequence[int]) -> bool:
-    """Return whether the ids after a prompt have the form of an answer: no special but end tokens and padding after."""
+def is_framed_answer(ids: Sequence[int], tokenizer: Tokenizer, end_ids: Sequence[int], *, padded: bool) -> bool:
+    """Return whether the ids after a prompt have the form of an answer: no special but end tokens and padding after.
+
+    A model that has not learned to predict padding (`padded` false) draws anything after the end.
+    """
     answer = cut_at_end(ids, 0, end_ids)
     marks = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.mask_id}
-    return marks.isdisjoint(answer) and {tokenizer.pad_id, *end_ids}.issuperset(ids[len(answer) :])
+    ends = not padded or {tokenizer.pad_id, *end_ids}.issuperset(ids[len(answer) :])
+    return ends and marks.isdisjoint(answer)

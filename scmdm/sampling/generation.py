@@ -291,7 +291,8 @@ def _decoded(
     pairs = list(zip(rows, starts_N.tolist(), strict=True))
     if chats or loaded.manifest.framing == "chats":
         texts = [answer_text(tokenizer, row, at, end_ids) for row, at in pairs]
-        return texts, [is_framed_answer(row[at:], tokenizer, end_ids) for row, at in pairs]
+        padded = loaded.manifest.counts_padding
+        return texts, [is_framed_answer(row[at:], tokenizer, end_ids, padded=padded) for row, at in pairs]
     # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
     texts = [tokenizer.decode(cut_at_end(row, at, end_ids[1:])) for row, at in pairs]
     return texts, [is_framed(row, tokenizer) for row in rows]
