@@ -84,6 +84,7 @@ def test_an_adaptation_is_divided_over_real_ranks(small_base):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_is_divided_over_real_ranks(small_base):
     found = {ranks: scale.count_evaluation(*small_base, ranks) for ranks in (1, 2, 4)}
     assert_allowed(scale.EVALUATED, found)
@@ -93,6 +94,7 @@ def test_an_evaluation_is_divided_over_real_ranks(small_base):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_save_of_zero_sends_the_ends_of_rows(small_base):
     pytest.importorskip("deepspeed")
     found = {ranks: scale.count_zero(*small_base, ranks) for ranks in (2, 4)}

@@ -133,6 +133,7 @@ def test_an_evaluation_does_not_depend_on_ranks_and_kills(base, molecules, tmp_p
     assert not list(tmp_path.glob(".*.parts"))
 
 
+@pytest.mark.long
 def test_the_harness_finds_the_same_on_several_ranks(exported, tmp_path):
     """Two of the documents are equal: their draws are not, on whichever ranks they are."""
     docs = [*DOCS, DOCS[0]]
