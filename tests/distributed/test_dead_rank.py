@@ -1,4 +1,4 @@
-"""Of several ranks one dies in an asynchronous save; all meet a full disk and a damaged checkpoint."""
+"""One of several ranks dies in an asynchronous save; all ranks meet a full disk and a damaged checkpoint."""
 
 import os
 import resource

@@ -35,7 +35,7 @@ def sample(processes, model, out, *keys):
 
 
 def test_the_file_of_samples_does_not_depend_on_ranks_batches_or_shards(exported, tmp_path):
-    """Of a sampler whose number of evaluations depends on the batch; with `shards` one rank has a batch more."""
+    """The sampler's number of evaluations depends on the batch; with `shards` one rank has one batch more."""
     keys = ["sampler.kind=confidence", "sampler.threshold=0.2"]
     cases = {
         "alone": (0, []),

@@ -32,7 +32,7 @@ def test_stage_3_never_allocates_a_whole_model(costs):
 
 
 def test_a_save_of_stage_3_sends_the_ends_of_rows_alone(costs):
-    """Of four copies of the parameters: weights, averages and two moments."""
+    """Count four copies of the parameters: weights, averages and two moments."""
     for ranks in (1, 2, 4):
         for row in costs[ranks, 3]:
             assert max(row["saved"], row["loaded"]) < 0.01 * row["parameters"], row
