@@ -16,7 +16,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import used_bytes
 from scmdm.models.safetensors_headers import SUFFIX
 from scmdm.observability.progress_bar import count_up
-from scmdm.system.process_group import current_world, first_found, is_parallel, scatter
+from scmdm.system.process_group import first_found, joined_world, scatter
 
 _SHOWN_FROM = 2**30  # bytes of a share whose progress is shown
 _MIB = 2**20
@@ -57,8 +57,8 @@ def first_problem(path: Path, how: Verification = ALONE, *, needed: Collection[s
 
     `needed` files must be among those that the seal lists. All ranks call this together if `how.together` is set.
     """
-    ranks = current_world().size if how.together and is_parallel() else 1
-    main = ranks == 1 or current_world().is_main
+    rank, ranks = joined_world() if how.together else (0, 1)
+    main = rank == 0
     shares = _divide(path, how, needed, ranks) if main else None
     own = scatter(shares) if ranks > 1 else (shares or [_Work()])[0]
     if own.problem is not None:

@@ -132,6 +132,7 @@ def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:
     run = read_stored_config(loaded.path) if (loaded.path / CONFIG_FILE).is_file() else None
     trained = run.get("train.padding", str) if run is not None else None
     if (config.padding or ("length" if trained in (None, "length") else "sample")) == "length":
+        require(config.pad_multiple is None, "pad_multiple", config.pad_multiple, "left out without padding=sample")
         return None
     multiple = config.pad_multiple or (run.get("train.pad_multiple", int) if run is not None else None)
     return TrainConfig(padding="sample", pad_multiple=multiple or TrainConfig.pad_multiple)

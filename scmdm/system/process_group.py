@@ -100,11 +100,6 @@ def joined_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def is_parallel() -> bool:
-    """Return whether collectives reach other processes."""
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _meet(world: World, arrival: timedelta) -> dist.Store:
     """Connect to the launcher's store and wait for all ranks.
 

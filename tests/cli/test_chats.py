@@ -177,6 +177,8 @@ def test_padding_is_evaluated_as_it_was_trained(tmp_path, empty_yaml, trained):
     assert own < whole and default == (whole if trained == "length" else own)
     assert evaluated("padding=sample", "pad_multiple=1") < own
     assert evaluated("gen_length=3") == default
+    assert main(["evaluate", str(run), "padding=length", "pad_multiple=8", f"out={tmp_path / 'none.json'}"]) == 1
+    assert not (tmp_path / "none.json").exists()
 
 
 @pytest.mark.slow
