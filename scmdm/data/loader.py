@@ -9,8 +9,6 @@ import atexit
 import contextlib
 import itertools
 import os
-import socket
-import tempfile
 import warnings
 import weakref
 from bisect import bisect_left
@@ -26,17 +24,16 @@ from scmdm.config.fields import require
 from scmdm.data.dataset import TokenDataset, TokenStream
 from scmdm.data.manifest import Manifest, remote_of
 from scmdm.data.mixture import DataMixture
-from scmdm.data.mosaic_streaming import LOCK_FILES, StreamingDataLoader
+from scmdm.data.mosaic_streaming import StreamingDataLoader
 from scmdm.data.remote import fetch_index
 from scmdm.data.shard_files import prepare_shards
 from scmdm.data.shard_index import COLUMN, LABEL, OPTIONAL_COLUMNS, ShardIndex, ShardInfo, find_wrong_value, read_index
 from scmdm.data.shard_reader import ShardReader
 from scmdm.errors import UserError
-from scmdm.system.process_group import all_gather_object, barrier, current_world, machine_count
+from scmdm.system.process_group import machine_count
 from scmdm.system.signals import ignore_stop_signals, stop_signals_blocked
 from scmdm.system.untrusted import describe, reading
 
-_CONSTRUCTION_S = 60  # longest wait for the lock
 _CANONICAL_NODES = 64
 _SHUFFLE_BLOCK = 1 << 18  # samples; fixed, because streaming's default depends on the number of nodes
 
@@ -144,7 +141,7 @@ def _samples_and_shards(data: DataMixture, split: str) -> tuple[int, int]:
 
 def _construct(options: dict[str, Any], places: str) -> TokenDataset:
     # Python's shared-memory tracker starts here; it must outlive stop signals.
-    with warnings.catch_warnings(), _construction_lock(), stop_signals_blocked(), reading(places, "data set"):
+    with warnings.catch_warnings(), stop_signals_blocked(), reading(places, "data set"):
         # Streaming warns about local directories without a remote, which are intended.
         warnings.simplefilter("ignore")
         try:
@@ -178,51 +175,6 @@ def _claim_caches(data: DataMixture) -> list[FileLock]:
                 "leave data.cache_limit out of both"
             ) from error
     return claims
-
-
-@contextlib.contextmanager
-def _construction_lock() -> Iterator[None]:
-    """Hold a machine-wide lock while streaming chooses names in shared memory.
-
-    Otherwise two runs that start at the same moment could choose the same names. A run's first rank on the machine
-    holds the lock. It proceeds without the lock after a minute, because two runs on several shared machines could wait
-    for each other.
-    """
-    folder = Path(tempfile.gettempdir())
-    lock, sharers = FileLock(folder / f"scmdm-streaming-{os.getuid()}.lock"), all_gather_object(_identity(folder))
-    with contextlib.ExitStack() as held:
-        # Not local rank 0: several nodes of a launcher may share a machine, and their ranks 0 would block each other.
-        if sharers.index(_identity(folder)) == current_world().rank:
-            with contextlib.suppress(Timeout):
-                held.enter_context(lock.acquire(timeout=_CONSTRUCTION_S))
-            held.callback(_remove_lock_files, _skip_leftover_names(folder), os.getpid())
-        barrier()
-        yield
-        barrier()
-
-
-def _skip_leftover_names(folder: Path) -> list[Path]:
-    """Make streaming skip numbers whose names a killed run has left in shared memory; return the files that do it.
-
-    Streaming finds the first free number of each kind of name, and takes the largest, which another kind may occupy.
-    It skips numbers whose lock file exists, but a cleaned `folder` has none.
-    """
-    made = []
-    for piece in Path("/dev/shm").glob("[0-9]" * 6 + "_*"):
-        locks = [folder / f"{piece.name[:6]}_{kind}" for kind in LOCK_FILES]
-        with contextlib.suppress(FileNotFoundError):  # a run that ends removes its names
-            if piece.stat().st_uid == os.getuid() and not any(lock.exists() for lock in locks):
-                locks[0].touch()
-                made.append(locks[0])
-    return made
-
-
-def _identity(path: Path) -> tuple[str, int, int]:
-    """Return an identity of a file or folder that holds across processes and containers."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
-    status = path.stat()
-    return machine, status.st_dev, status.st_ino
 
 
 def epochs(

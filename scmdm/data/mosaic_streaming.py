@@ -2,6 +2,9 @@
 
 `import streaming` also imports readers of C4, WebVid, ADE20K and others, and with them transformers, scikit-learn and
 torchvision, which takes seconds in every process. Here, empty modules stand in for these readers during the import.
+
+Streaming numbers what the processes of a data set share. It takes the first number that is free, so that two runs that
+start at the same moment, or a run that ends meanwhile, can make it take one in use. Here, numbers are random.
 """
 
 # ruff: noqa: E402 - the order of imports matters
@@ -9,7 +12,11 @@ torchvision, which takes seconds in every process. Here, empty modules stand in 
 from __future__ import annotations
 
 import sys
+import uuid
+from collections.abc import Sequence
 from types import ModuleType
+
+from scmdm.system.process_group import all_gather_object, barrier
 
 _READERS = ("multimodal", "text", "vision")
 _left_out = () if "streaming" in sys.modules else _READERS
@@ -17,24 +24,44 @@ for _name in _left_out:
     sys.modules[f"streaming.{_name}"] = ModuleType(f"streaming.{_name}")
 
 import streaming
+import streaming.base.dataset
 
 for _name in _left_out:
     del sys.modules[f"streaming.{_name}"]
     delattr(streaming, _name)
 
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK
+from streaming.base.constant import LOCALS
 from streaming.base.dataset import _ShardState as ShardState
 from streaming.base.format import FileInfo as StreamingFileInfo
 from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import _get_path, _pack_locals
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
+from streaming.base.world import World
 
-LOCK_FILES = (CACHE_FILELOCK, BARRIER_FILELOCK)  # suffixes of their names
+
+def _take_number(
+    streams_local: list[str], streams_remote: Sequence[str | None], world: World, retry: int = 0
+) -> tuple[int, SharedMemory]:
+    """Return the number that the first rank of this node has drawn, with the shared memory that records it."""
+    drawn = uuid.uuid4().int >> 80 if world.is_local_leader else None
+    drawn_by_node = {node: number for node, number in all_gather_object((world.node, drawn)) if number is not None}
+    number = drawn_by_node[world.node]
+    name, record = _get_path(number, LOCALS), _pack_locals(streams_local, number)
+    if world.is_local_leader:
+        memory = SharedMemory(name, create=True, size=len(record))
+        memory.buf[: len(record)] = record
+    barrier()
+    return number, memory if world.is_local_leader else SharedMemory(name, create=False)
+
+
+assert callable(streaming.base.dataset.get_shm_prefix)
+streaming.base.dataset.get_shm_prefix = _take_number
 
 __all__ = [
-    "LOCK_FILES",
     "CloudDownloader",
     "CloudUploader",
     "MDSReader",

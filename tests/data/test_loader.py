@@ -3,10 +3,8 @@
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +139,7 @@ def test_epochs_go_on_and_on(molecules):
 
 @pytest.mark.slow
 def test_runs_that_start_together(molecules):
-    code = "import sys; from pathlib import Path; from scmdm.data.loader import _construction_lock, build_loader\n"
+    code = "import sys; from pathlib import Path; from scmdm.data.loader import build_loader\n"
     code += "from scmdm.data.mixture import DataMixture\n"
     code += "args = dict(batch_size=32, shuffle=True, seed=0, drop_last=True)\n"
     code += "for _ in range(8): print(sum(1 for _ in build_loader(DataMixture.at(Path(sys.argv[1])), 'train', **args)))"
@@ -161,52 +159,15 @@ def test_a_shard_that_goes_bad_while_reading_is_named(molecules, tmp_path):
         list(reader)
 
 
-HOLDING = """
-import os, sys, time
-from pathlib import Path
-import torch.distributed as dist
-from filelock import FileLock, Timeout
-from scmdm.data.loader import _construction_lock
-
-dist.init_process_group("gloo")
-started = time.monotonic()
-with _construction_lock():
-    assert time.monotonic() - started < 20, "waited for itself"
-    (lock,) = Path(os.environ["TMPDIR"]).glob("*.lock")
-    try:
-        FileLock(lock).acquire(timeout=0)
-        sys.exit("another run could have started")
-    except Timeout:
-        pass
-    dist.barrier()
-FileLock(lock).acquire(timeout=20)
-"""
-
-
-@pytest.mark.parametrize("local_ranks", [("0", "1"), ("0", "0")], ids=["one node", "two nodes of one machine"])
-def test_one_rank_of_a_machine_keeps_other_runs_from_the_same_names(local_ranks, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDING], env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": local_rank}
-        )
-        for rank, local_rank in enumerate(local_ranks)
-    ]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
-
-
-def test_remains_of_killed_runs_whose_lock_files_are_gone(molecules, tmp_path, monkeypatch):
-    """Of two numbers some names each: without help streaming takes the second, of which `locals` is not free."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_names_of_other_runs_are_not_taken(molecules):
+    """Of two numbers some names each: streaming's own search takes the second, of which `locals` is in use."""
     free = next(n for n in itertools.count() if not list(Path("/dev/shm").glob(f"{n:06}_*")))
     remains = [Path(f"/dev/shm/{free:06}_barrier"), Path(f"/dev/shm/{free + 1:06}_locals")]
     try:
         for piece in remains:
             piece.write_bytes(b"\0" * 12)
         assert len(next(iter(loader(molecules)))[COLUMN]) == 32
+        assert all(piece.read_bytes() == b"\0" * 12 for piece in remains)
     finally:
         for piece in remains:
             piece.unlink()
