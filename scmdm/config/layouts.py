@@ -9,9 +9,12 @@ LAYOUTS = Registry(
     "scmdm.layouts",
     {
         "mdlm": "scmdm.convert.families.mdlm:MDLM",
-        "llada": "scmdm.convert.families.llada:LLADA",
-        "dream": "scmdm.convert.families.llama:DREAM",
-        "llama": "scmdm.convert.families.llama:LLAMA",
-        "qwen2": "scmdm.convert.families.llama:QWEN2",
+        "llada": "scmdm.convert.families.decoders:LLADA",
+        "dream": "scmdm.convert.families.decoders:DREAM",
+        "llama": "scmdm.convert.families.decoders:LLAMA",
+        "mistral": "scmdm.convert.families.decoders:MISTRAL",
+        "qwen2": "scmdm.convert.families.decoders:QWEN2",
+        "qwen3": "scmdm.convert.families.decoders:QWEN3",
+        "granite": "scmdm.convert.families.decoders:GRANITE",
     },
 )

@@ -31,7 +31,9 @@ class ModelConfig:
     keys of one kind and implement `block_matrix_elements`.
     """
 
-    kind: str = key("dit", help="network: dit (MDLM) | decoder (LLaDA, Dream; LLaMA and Qwen2 without causal mask)")
+    kind: str = key(
+        "dit", help="network: dit (MDLM) | decoder (LLaDA, Dream; LLaMA, Mistral and Qwen without causal mask)"
+    )
     width: int = key(128, at_least=2, at_most=65536, help="width of the residual stream")
     layers: int = key(6, at_least=1, at_most=1024, help="number of transformer blocks")
     heads: int = key(4, at_least=1, at_most=1024, help="attention heads per block")

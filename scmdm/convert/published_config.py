@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from scmdm.config.fields import shorten
+from scmdm.config.fields import Key, shorten
 from scmdm.config.model import ModelConfig
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
@@ -86,6 +86,16 @@ class PublishedConfig:
         if value != int(value):
             raise self.refusal(key, value, f"expected an integer from 1 to {high}")
         return int(value)
+
+    def value(self, key: str, kind: type, rules: Key) -> Any:
+        """Read a field that a key with these rules takes over. It is mandatory."""
+        value = self.get(key)
+        if kind is bool:
+            return self.flag(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not rules.allows(value) or (kind is int and value != int(value)):
+            raise self.refusal(key, value, f"expected {'an integer' if kind is int else 'a number'} {rules.wanted()}")
+        return kind(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Read a boolean; an absent key or null gives `default`."""

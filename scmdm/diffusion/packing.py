@@ -27,6 +27,13 @@ class Packing:
         return Packing(self.positions_BL.repeat(times, 1), self.documents_BL.repeat(times, 1))
 
     @cached_property
+    def lengths_BL(self) -> Tensor:
+        """Length of each token's document, int64."""
+        nth_BL = document_starts(self.documents_BL).long().cumsum(1) - 1  # numbers may have gaps
+        lengths_BL = torch.zeros_like(nth_BL).scatter_add(1, nth_BL, torch.ones_like(nth_BL))
+        return lengths_BL.gather(1, nth_BL)
+
+    @cached_property
     def allowed_B1LL(self) -> Tensor:
         """Attention mask, bool: query (second to last dimension) and key (last) are of the same document."""
         return (self.documents_BL[:, :, None] == self.documents_BL[:, None, :])[:, None]

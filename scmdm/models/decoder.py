@@ -1,13 +1,15 @@
 """A LLaMA-style transformer without a causal mask, as in LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487).
 
 RMS norms, rotary positions, grouped-query attention, a gated MLP (SwiGLU), no time condition. Layer by layer it
-computes what LLaMA and Qwen2 in `transformers` compute; `scmdm.convert` maps the names of their weights.
+computes what LLaMA, Mistral, Qwen2, Qwen3 and Granite in `transformers` compute; `scmdm.convert.families.decoders`
+maps their configurations and the names of their weights.
 
 Legend: B batch, L length, D width, H heads, G heads of keys and values, K width of a head, I width of the MLP.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from scmdm.config.fields import key
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
+from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
@@ -31,7 +34,7 @@ from scmdm.models.rotary import Rotary, RotaryScaling, attend_rotated
 class DecoderConfig(ModelConfig):
     """Keys of `model.kind=decoder`."""
 
-    kind: str = key("decoder", help="network: decoder (LLaDA, Dream; LLaMA and Qwen2 without causal mask)")
+    kind: str = key("decoder", help="network: decoder (LLaDA, Dream; LLaMA, Qwen without causal mask)")
     kv_heads: int | None = key(
         None,
         at_least=1,
@@ -55,29 +58,44 @@ class DecoderConfig(ModelConfig):
     )
     rotary_scaling: str = key(
         "none",
-        choices=("none", "linear", "llama3"),
-        help="change of the rotary angles for long contexts; linear: divide all; llama3: as in LLaMA 3.1",
+        choices=("none", "linear", "dynamic", "llama3", "yarn"),
+        help="change of the rotary angles for long contexts; linear: divide all; dynamic: raise the base with the "
+        "length; llama3: as in LLaMA 3.1; yarn: divide the slow ones and scale the scores",
     )
     rotary_factor: float = key(
-        1.0, at_least=1, at_most=1e6, help="rotary_scaling: divisor of the angles, of the slow ones with llama3"
+        1.0,
+        at_least=1,
+        at_most=1e6,
+        help="rotary_scaling: divisor of the angles, of slow ones with llama3 and yarn; dynamic: growth of the base",
     )
     rotary_slow_turns: float = key(
         1.0,
         above=0,
         at_most=1e6,
-        help="rotary_scaling=llama3: angles with fewer turns in rotary_length positions are divided (low_freq_factor)",
+        help="rotary_scaling=llama3, yarn: angles with fewer turns in rotary_length positions are divided "
+        "(low_freq_factor, beta_slow)",
     )
     rotary_fast_turns: float = key(
         4.0,
         above=0,
         at_most=1e6,
-        help="rotary_scaling=llama3: angles with more turns in rotary_length positions are kept (high_freq_factor)",
+        help="rotary_scaling=llama3, yarn: angles with more turns in rotary_length positions are kept "
+        "(high_freq_factor; beta_fast, which YaRN sets to 32)",
     )
     rotary_length: int = key(
         8192,
         at_least=1,
         at_most=2**31,
-        help="rotary_scaling=llama3: length of the pretraining (original_max_position_embeddings)",
+        help="rotary_scaling=dynamic, llama3, yarn: length of the pretraining (original_max_position_embeddings)",
+    )
+    rotary_attention_factor: float | None = key(
+        None,
+        above=0,
+        at_most=1e3,
+        help="rotary_scaling=yarn: factor of the rotated queries and keys; null: 0.1 ln(rotary_factor) + 1",
+    )
+    rotary_truncate: bool = key(
+        True, help="rotary_scaling=yarn: interpolate between whole indices of angles (gpt-oss: false)"
     )
     norm_eps: float = key(
         1e-5,
@@ -86,11 +104,24 @@ class DecoderConfig(ModelConfig):
         formerly=("model.llama.norm_eps",),
         help="epsilon of the RMS norms, added to the mean square",
     )
+    qk_norm: bool = key(False, help="RMS norms of the heads of queries and keys (Qwen3)")
     attention_bias: bool = key(
         False,
         formerly=("model.llama.attention_bias",),
         help="biases of the query, key and value projections (Qwen2, Dream)",
     )
+    output_bias: bool = key(False, help="bias of the projection of the attention's output")
+    mlp_bias: bool = key(False, help="biases of the gated MLP")
+    embedding_multiplier: float = key(
+        1.0, above=0, at_most=1e4, help="factor of the embedding, with the mapped estimate (Granite)"
+    )
+    attention_multiplier: float | None = key(
+        None, above=0, at_most=1e4, help="factor of attention scores (Granite); null: 1 / sqrt(width of a head)"
+    )
+    residual_multiplier: float = key(
+        1.0, above=0, at_most=1e4, help="factor of what a block's two parts add to the residual stream (Granite)"
+    )
+    logits_divisor: float = key(1.0, above=0, at_most=1e4, help="divisor of the logits (Granite: logits_scaling)")
     tied: bool = key(False, formerly=("model.llama.tied",), help="use the token embedding as the output head")
     logit_shift: bool = key(
         False,
@@ -113,8 +144,23 @@ class DecoderConfig(ModelConfig):
         """Scaling of the rotary angles; None if they are not scaled."""
         if self.rotary_scaling == "none":
             return None
-        turns = self.rotary_slow_turns, self.rotary_fast_turns
-        return RotaryScaling(self.rotary_scaling, self.rotary_factor, *turns, self.rotary_length)
+        amplitude = 1.0
+        if self.rotary_scaling == "yarn":
+            amplitude = self.rotary_attention_factor or 0.1 * math.log(self.rotary_factor) + 1
+        return RotaryScaling(
+            self.rotary_scaling,
+            self.rotary_factor,
+            low=self.rotary_slow_turns,
+            high=self.rotary_fast_turns,
+            length=self.rotary_length,
+            amplitude=amplitude,
+            truncate=self.rotary_truncate,
+        )
+
+    @property
+    def query_multiplier(self) -> float:
+        """Factor of the queries that turns the kernels' scale 1 / sqrt(K) into `attention_multiplier`."""
+        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * math.sqrt(self.head_dim)
 
     def block_matrix_elements(self) -> int:
         """Count the elements of the projections of attention and of the three maps of the gated MLP."""
@@ -127,15 +173,34 @@ class DecoderConfig(ModelConfig):
             raise UserError(
                 f"model.kv_heads={self.kv_heads} is not possible; it must be a divisor of model.heads={self.heads}"
             )
-        if self.rotary_scaling == "none" and self.rotary_factor != 1:
+        self._validate_rotary()
+
+    def _validate_rotary(self) -> None:
+        kind = self.rotary_scaling
+        if kind == "none" and self.rotary_factor != 1:
             raise UserError(
                 f"model.rotary_factor={self.rotary_factor:g} is not possible with model.rotary_scaling=none; leave it "
                 "out, or set model.rotary_scaling"
             )
-        if self.rotary_scaling == "llama3" and self.rotary_fast_turns <= self.rotary_slow_turns:
+        if kind != "yarn" and self.rotary_attention_factor is not None:
+            raise UserError(
+                f"model.rotary_attention_factor={self.rotary_attention_factor:g} is not possible with "
+                f"model.rotary_scaling={kind}; leave it out, or set model.rotary_scaling=yarn"
+            )
+        if kind in ("llama3", "yarn") and self.rotary_fast_turns <= self.rotary_slow_turns:
             raise UserError(
                 f"model.rotary_fast_turns={self.rotary_fast_turns:g} is not possible; it must be above "
                 f"model.rotary_slow_turns={self.rotary_slow_turns:g}"
+            )
+        if kind == "yarn" and self.rotary_base <= 1:
+            raise UserError(
+                f"model.rotary_base={self.rotary_base:g} is not possible with model.rotary_scaling=yarn; it must be "
+                "above 1"
+            )
+        if kind == "dynamic" and self.head_dim <= 2:
+            raise UserError(
+                f"model.rotary_scaling=dynamic is not possible with heads of width {self.head_dim}; they must be wider "
+                "than 2"
             )
 
 
@@ -162,28 +227,38 @@ class DecoderBlock(nn.Module):
         width, bias = config.width, config.attention_bias
         self.head_dim, self.attention = config.head_dim, config.attention
         self.dropout = config.dropout or 0.0
+        self.query_multiplier, self.residual_multiplier = config.query_multiplier, config.residual_multiplier
         self.context: DeviceMesh | None = None
         self.norm1 = RMSNorm(width, config.norm_eps)
         self.attn_q = Linear(width, config.attention_width, bias=bias)
         self.attn_k = Linear(width, config.kv_width, bias=bias)
         self.attn_v = Linear(width, config.kv_width, bias=bias)
-        self.attn_out = Linear(config.attention_width, width, bias=False)
+        self.norm_q = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.norm_k = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attn_out = Linear(config.attention_width, width, bias=config.output_bias)
         self.norm2 = RMSNorm(width, config.norm_eps)
-        self.mlp_gate = Linear(width, config.inner_width, bias=False)
-        self.mlp_up = Linear(width, config.inner_width, bias=False)
-        self.mlp_down = Linear(config.inner_width, width, bias=False)
+        self.mlp_gate = Linear(width, config.inner_width, bias=config.mlp_bias)
+        self.mlp_up = Linear(width, config.inner_width, bias=config.mlp_bias)
+        self.mlp_down = Linear(config.inner_width, width, bias=config.mlp_bias)
 
     def forward(self, x_BLD: Tensor, rotary: Tensor, dropout: bool, masks: Masks = NO_MASKS) -> Tensor:
         """Return the residual stream (B, L, D) after the block. `rotary`: table of `Rotary`; `masks`: `masks_of`."""
         h_BLD = self._attend(self.norm1(x_BLD), rotary, masks)
-        x_BLD = x_BLD + F.dropout(h_BLD, self.dropout, dropout)
+        x_BLD = x_BLD + self._scaled(F.dropout(h_BLD, self.dropout, dropout))
         h_BLD = self.norm2(x_BLD)
         h_BLI = F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD)
-        return x_BLD + F.dropout(self.mlp_down(h_BLI), self.dropout, dropout)
+        return x_BLD + self._scaled(F.dropout(self.mlp_down(h_BLI), self.dropout, dropout))
+
+    def _scaled(self, h_BLD: Tensor) -> Tensor:
+        return h_BLD if self.residual_multiplier == 1 else self.residual_multiplier * h_BLD
 
     def _attend(self, h_BLD: Tensor, rotary: Tensor, masks: Masks) -> Tensor:
         projections = (self.attn_q, self.attn_k, self.attn_v)
         q, k, v = (projection(h_BLD).unflatten(2, (-1, self.head_dim)) for projection in projections)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        if self.query_multiplier != 1:
+            q = self.query_multiplier * q
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
 
@@ -194,15 +269,17 @@ class DecoderOutput(nn.Module):
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
         self.norm_final = RMSNorm(config.width, config.norm_eps)
+        self.divisor = config.logits_divisor
         self.linear = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return normalised hidden states (B, L, D), float32."""
-        return self.norm_final(x_BLD)
+        """Return normalised hidden states (B, L, D), float32, divided by the divisor of the logits."""
+        h_BLD = self.norm_final(x_BLD)
+        return h_BLD if self.divisor == 1 else h_BLD / self.divisor
 
 
 class Decoder(Network):
-    """Denoiser of LLaDA and Dream."""
+    """Denoiser of LLaDA, Dream and models converted from LLaMA, Mistral, Qwen and Granite."""
 
     Config = DecoderConfig
     config: DecoderConfig
@@ -217,6 +294,11 @@ class Decoder(Network):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
+
+    def _embed_state(self, state: State) -> Tensor:
+        """Multiply embedding and mapped estimate alike, so that the conditioner works at the embedding's own scale."""
+        x_BLD = super()._embed_state(state)
+        return x_BLD if self.config.embedding_multiplier == 1 else self.config.embedding_multiplier * x_BLD
 
     def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
         """Shift hidden states by one position if `logit_shift`; the first of a document predicts itself."""

@@ -153,10 +153,8 @@ class Network(nn.Module):
 
     def _rotary(self, length: int, packing: Packing | None) -> Tensor:
         """Return the rows of the rotary table for the positions of a batch, or of this rank's slice."""
-        if packing is not None:
-            return self.rotary_emb(length)[packing.positions_BL]
         if self.context is None:
-            return self.rotary_emb(length)
+            return self.rotary_emb(length, packing)
         start = length * self.context.get_local_rank()
         return self.rotary_emb(length * self.context.size())[start : start + length]
 

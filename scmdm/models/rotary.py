@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from scmdm.diffusion.packing import Packing
 from scmdm.models.attention import NO_MASKS, Masks, attend, attend_slices
 
 
@@ -21,8 +22,12 @@ from scmdm.models.attention import NO_MASKS, Masks, attend, attend_slices
 class RotaryScaling:
     """Change of the angles for contexts longer than those of the pretraining.
 
-    `linear` divides all angles by `factor` (arXiv 2306.15595). `llama3` divides those with less than `low` turns in
-    `length` positions, leaves those with more than `high`, and interpolates in between (LLaMA 3.1, arXiv 2407.21783).
+    - `linear` divides all angles by `factor` (arXiv 2306.15595).
+    - `dynamic` raises the base for sequences of more than `length` positions (NTK-aware, as in `transformers`).
+    - `llama3` divides angles with less than `low` turns in `length` positions, leaves those with more than `high`, and
+      interpolates in between (LLaMA 3.1, arXiv 2407.21783).
+    - `yarn` does so along the index of the angles, from whole indices if `truncate`, and multiplies cosine and sine by
+      `amplitude` (arXiv 2309.00071).
     """
 
     kind: str
@@ -30,15 +35,36 @@ class RotaryScaling:
     low: float = 1.0
     high: float = 4.0
     length: int = 8192  # of the pretraining
+    amplitude: float = 1.0
+    truncate: bool = True
 
-    def apply(self, frequencies: Tensor) -> Tensor:
-        """Return the scaled angles per position."""
-        scaled = frequencies / self.factor
+    def apply(self, frequencies: Tensor, base: float) -> Tensor:
+        """Return the angles per position that scaling makes of `frequencies` (K/2,), whatever the sequences' length."""
+        if self.kind == "dynamic":
+            return frequencies
+        divided = frequencies / self.factor
         if self.kind == "linear":
-            return scaled
+            return divided
+        kept = self._kept_by_index(frequencies, base) if self.kind == "yarn" else self._kept_by_turns(frequencies)
+        return (1 - kept) * divided + kept * frequencies
+
+    def _kept_by_turns(self, frequencies: Tensor) -> Tensor:
         turns = self.length * frequencies / (2 * math.pi)
-        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
-        return (1 - kept) * scaled + kept * frequencies
+        return ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+
+    def _kept_by_index(self, frequencies: Tensor, base: float) -> Tensor:
+        pairs, index = len(frequencies), torch.arange(len(frequencies), device=frequencies.device)
+        first, last = (pairs * math.log(self.length / (2 * math.pi * n), base) for n in (self.high, self.low))
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)
+        width = last - first or 0.001  # as in transformers
+        return 1 - ((index - first) / width).clamp(0, 1)
+
+    def growth(self, lengths: Tensor, head_width: int) -> Tensor:
+        """Return the factor of the base for sequences of these lengths; it differs from 1 for `dynamic` alone."""
+        beyond = self.factor * (lengths / self.length - 1).clamp(min=0)
+        return (1 + beyond) ** (head_width / (head_width - 2))
 
 
 class Rotary(nn.Module):
@@ -59,12 +85,29 @@ class Rotary(nn.Module):
     def frequencies(self) -> Tensor:
         """Return the angles per position (K/2,), in radians, of the pairs of channels, on the CPU."""
         frequencies = inverse_frequencies(self.head_width, self.base)
-        return frequencies if self.scaling is None else self.scaling.apply(frequencies)
+        return frequencies if self.scaling is None else self.scaling.apply(frequencies, self.base)
 
-    def forward(self, length: int) -> Tensor:
-        """Return the rows of the first `length` positions."""
-        angles = torch.outer(torch.arange(length, device=self.inv_freq.device).float(), self.inv_freq.float())
-        return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    def forward(self, length: int, packing: Packing | None = None) -> Tensor:
+        """Return the rows of the first `length` positions; with `packing`, those (B, L, K/2, 2) of its positions."""
+        positions = torch.arange(length, device=self.inv_freq.device).float()
+        if self.scaling is not None and self.scaling.kind == "dynamic" and length > self.scaling.length:
+            return self._grown(positions, packing)
+        table = self._table(torch.outer(positions, self.inv_freq.float()))
+        return table if packing is None else table[packing.positions_BL]
+
+    def _grown(self, positions: Tensor, packing: Packing | None) -> Tensor:
+        """Return the rows where the angles depend on the length, with `packing` on that of each document."""
+        assert self.scaling is not None
+        lengths = positions.new_tensor(len(positions))
+        if packing is not None:
+            positions, lengths = packing.positions_BL.float(), packing.lengths_BL.float()
+        exponent = torch.arange(0, self.head_width, 2, device=positions.device) / self.head_width
+        bases = self.base * self.scaling.growth(lengths.double(), self.head_width)
+        return self._table(positions[..., None] / (bases[..., None] ** exponent).float())
+
+    def _table(self, angles: Tensor) -> Tensor:
+        table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        return table if self.scaling is None else self.scaling.amplitude * table
 
 
 def inverse_frequencies(head_width: int, base: float = 10_000.0) -> Tensor:

@@ -162,7 +162,7 @@ def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
         ("dream", "hidden_size", 10**9, "hidden_size=1000000000"),
         ("dream", "hidden_size", 64, "has shape"),
         ("dream", "num_key_value_heads", 3, "kv_heads=3"),
-        ("dream", "rope_scaling", {"rope_type": "yarn", "factor": 4}, "rope_scaling"),
+        ("dream", "rope_scaling", {"rope_type": "longrope", "factor": 4}, "rope_scaling"),
         ("dream", "hidden_act", "gelu", "hidden_act='gelu'"),
         ("dream", "mask_token_id", "x", "mask_token_id='x'"),
         ("llada", "alibi", True, "alibi=True"),

@@ -237,7 +237,7 @@ def test_mistral_computes_what_llama_does(tmp_path, capsys):
     for window in (..., 4096):
         change(tmp_path / "there", sliding_window=window)
         code, said = run(tmp_path / "there", tmp_path / "no", capsys)
-        assert code == 1 and "sliding_window=4096" in said
+        assert code == 1 and "sliding_window" in said
 
 
 REFUSED = [
@@ -247,9 +247,7 @@ REFUSED = [
     ("use_sliding_window", True),
     ("layer_types", ["sliding_attention", "full_attention"]),
     ("layer_types", 3),
-    ("attention_bias", True),
     ("bias", True),
-    ("mlp_bias", True),
     ("use_qk_norm", True),
     ("qk_layernorm", True),
     ("attn_logit_softcapping", 50.0),
@@ -270,18 +268,23 @@ REFUSED = [
     ("is_encoder_decoder", True),
     ("a_field_of_next_year", 1),
     ("a_field_of_next_year", False),
-    ("model_type", "granite"),
+    ("model_type", "olmo2"),
     ("num_attention_heads", 2.5),
     ("num_attention_heads", "4"),
     ("tie_word_embeddings", "yes"),
     ("rope_theta", 0),
     ("rope_scaling", "linear"),
-    ("rope_scaling", {"type": "yarn", "factor": 4.0}),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
-    ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
     ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0}),
     ("rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 24]}),
     ("rope_scaling", {"type": "linear"}),
+    ("rope_scaling", {"type": "yarn"}),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "beta_fast": 1.0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "attention_factor": -1.0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "truncate": 0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "finetuned": True}),
+    ("rope_scaling", {"type": "dynamic"}),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": 8.0}),
     ("rope_scaling", {"type": "linear", "factor": "2"}),
     ("rope_scaling", {"type": "linear", "rope_type": "yarn", "factor": 2.0}),
     ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}),
