@@ -72,6 +72,11 @@ class RunConfig:
             raise UserError("key `base` is not set; give a run, a checkpoint or an export to adapt as base=PATH")
         if command == "train" and not self.ema.reset:
             raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
+        if command == "train" and self.train.causal_steps:
+            raise UserError(
+                f"train.causal_steps={self.train.causal_steps} is for `scmdm adapt`, from an autoregressive base; "
+                "leave it out"
+            )
         if command == "train" and self.trained_layers is not None:
             name = self._partial_key
             raise UserError(f"{name}={_get(self, name)} is for `scmdm adapt`; leave it out")
@@ -121,6 +126,12 @@ class RunConfig:
             f"a divisor of train.global_batch_size = {train.global_batch_size}",
         )
         self._validate_schedule()
+        require(
+            not train.causal_steps or self.fsdp.context == 1,
+            "train.causal_steps",
+            train.causal_steps,
+            "0 with fsdp.context above 1",
+        )
         require(
             self.ema.reset or (self.ema.warmup and self.ema.decay > 0),
             "ema.reset",

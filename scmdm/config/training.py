@@ -79,6 +79,13 @@ class TrainConfig:
         at_least=0,
         at_most=1024,
     )
+    causal_steps: int = key(
+        0,
+        help="adapt an autoregressive base: number of steps over which its causal mask is opened, pair by pair "
+        "(DiffuLLaMA); validation always sees everything; 0: opened at once",
+        at_least=0,
+        at_most=2**40,
+    )
     global_batch_size: int = key(64, help="sequences per optimizer step, over all ranks", at_least=1, at_most=2**30)
     micro_batch_size: int = key(
         64, help="sequences per forward pass of a rank", at_least=1, at_most=2**30, on_resume=True

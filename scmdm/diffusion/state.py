@@ -59,6 +59,7 @@ class State:
     estimate_BLD: Tensor | None = None  # expected embedding of the clean tokens; None: the null estimate
     packing: Packing | None = None  # several documents in each row
     labels_B: Tensor | None = None  # int64, label of each sequence or NO_LABEL; None: none has one
+    visible_LL: Tensor | None = None  # bool, pairs of a query and a key that it sees, besides `packing`; None: all
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:

@@ -98,8 +98,13 @@ def _flash_runs(device_type: str, dtype: torch.dtype) -> bool:
     return flash_unusable_because(device_type, dtype) is None
 
 
-def masks_of(packing: Packing | None, backend: str) -> Masks:
-    """Return the masks of `attend` that separate packed documents: bounds for varlen kernels, otherwise a mask."""
+def masks_of(packing: Packing | None, backend: str, visible_LL: Tensor | None = None) -> Masks:
+    """Return the masks of `attend` that separate packed documents: bounds for varlen kernels, otherwise a mask.
+
+    With `visible_LL` a query sees only these keys, of its own document.
+    """
+    if visible_LL is not None:
+        return (visible_LL[None, None] if packing is None else visible_LL & packing.allowed_B1LL, None)
     if packing is None:
         return NO_MASKS
     return (None, packing.bounds_C) if backend in ("flash", "varlen") else (packing.allowed_B1LL, None)

@@ -83,7 +83,7 @@ class Network(nn.Module):
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
-        masks = masks_of(packing, self.config.attention)
+        masks = masks_of(packing, self.config.attention, state.visible_LL)
         for block in self.blocks:
             x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
         return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))

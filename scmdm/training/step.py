@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scmdm.config.run import RunConfig
+from scmdm.diffusion.causal_annealing import causally_annealed
 from scmdm.diffusion.noise import keyed_int
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
@@ -68,7 +69,8 @@ def train_step(
     divisor = (everyone.valid_tokens > 0).sum() if config.train.loss_per == "sample" else tokens
     t_N = stratified_times(config.seed, step, everyone.ids, config.diffusion.t_min)
     t_B = t_N[engine.data_rank * len(sequences) :][: len(sequences)]
-    denoiser = TimedDenoiser(engine.denoiser, timer)
+    opened = {"seed": config.seed, "step": step, "steps": config.train.causal_steps}
+    denoiser = causally_annealed(TimedDenoiser(engine.denoiser, timer), sequences.tokens, **opened)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(sequences), size):
