@@ -24,7 +24,11 @@ from scmdm.training.setup import resolve_config
 from tests.conftest import ROOT
 from tests.planner.measuring import engine_of, run_config, spec_of
 
-SCALE = sorted((ROOT / "configs/scale").glob("*.yaml"))
+SCALE = [
+    *sorted((ROOT / "configs/scale").glob("*.yaml")),
+    *sorted((ROOT / "configs/adapt").glob("*.yaml")),
+    ROOT / "configs/text/ar-to-diffusion.yaml",
+]
 VOCAB, LENGTH, DEFAULTS = 1000, 64, PhaseSettings()
 
 
