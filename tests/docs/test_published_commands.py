@@ -85,7 +85,13 @@ def harness_commands():
     return [words[words.index("--model_args") + 1] for words in lines if "--model_args" in words]
 
 
-@pytest.mark.parametrize("arguments", harness_commands(), ids=lambda text: text[:60])
+RECIPES = [
+    found.replace("path=RUN", "path=MODEL")
+    for found in re.findall(r"`(path=RUN,[^`]*)`", (ROOT / "docs/guides/models.md").read_text())
+]
+
+
+@pytest.mark.parametrize("arguments", [*harness_commands(), *RECIPES], ids=lambda text: text[:60])
 def test_arguments_of_the_harness_make_a_model(tmp_path, arguments):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.utils import simple_parse_args_string
