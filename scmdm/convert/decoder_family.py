@@ -215,7 +215,7 @@ def _unsupported(family: Family, config: ModelConfig) -> str | None:
     covered |= {name for name in architecture if name.startswith("rotary_") and name != "rotary_scaling"}
     covered |= {"rotary_scaling"} if family.scaled else set()
     covered |= {"logit_shift"} if family.shifted is None else set()
-    fixed = {name: _value(default, name) for name in architecture} | family.keys
+    fixed = {name: _value(default, name) for name in architecture} | dict(family.keys)
     fixed |= {"head_width": config.width // config.heads, "logit_shift": family.shifted}
     for name in architecture:
         if name not in covered and (value := _value(config, name)) != fixed[name]:
