@@ -8,7 +8,7 @@ from typing import ClassVar
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
-from scmdm.domains.codes.metrics import CodeReference, code_values, evaluate_codes
+from scmdm.domains.codes.metrics import CodeReference, measure_codes
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -63,5 +63,4 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
         codes_NHW = self._tokenizer.codes(drawn.tokens.numpy())
-        metrics = evaluate_codes(codes_NHW, drawn.framed, self._reference).as_dict()
-        return Measured(metrics, code_values(codes_NHW, drawn.framed, self._reference))
+        return measure_codes(codes_NHW, drawn.framed, self._reference)

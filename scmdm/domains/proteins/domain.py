@@ -18,7 +18,7 @@ from scmdm.domains.interface import (
     decode_split,
 )
 from scmdm.domains.proteins.figures import protein_figure
-from scmdm.domains.proteins.metrics import ProteinReference, evaluate_proteins, is_protein, protein_values
+from scmdm.domains.proteins.metrics import ProteinReference, is_protein, measure_proteins
 
 
 def _distance(name: str, title: str, digits: int = 4) -> tuple[Metric, Metric]:
@@ -47,8 +47,7 @@ class ProteinsDomain(WithoutPrompts, WithoutFigures):
         self._reference = ProteinReference.make(train, held_out)
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        metrics = evaluate_proteins(drawn.texts, drawn.framed, self._reference).as_dict()
-        return Measured(metrics, protein_values(drawn.texts, drawn.framed, self._reference))
+        return measure_proteins(drawn.texts, drawn.framed, self._reference)
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:
