@@ -12,7 +12,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.domains.images.config import ImageMetricKeys
 from scmdm.domains.images.figures import image_grid
-from scmdm.domains.images.metrics import ImageReference, evaluate_images, image_values
+from scmdm.domains.images.metrics import ImageReference, measure_images
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -57,8 +57,7 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
         )
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        ids_NL = drawn.tokens.numpy()
-        return Measured(evaluate_images(ids_NL, self._reference).as_dict(), image_values(ids_NL, self._reference))
+        return measure_images(drawn.tokens.numpy(), self._reference)
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
