@@ -276,10 +276,15 @@ def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
             fields = {field.name: field for field in dataclasses.fields(hint)}
             if part not in fields:
                 return None, None
-            hint, rules = get_type_hints(hint)[part], rules_of(fields[part])
+            hint, rules = _type_hints(hint)[part], rules_of(fields[part])
         elif hint is not Any:
             return None, None
     return hint, rules
+
+
+@functools.cache
+def _type_hints(schema: type) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _literal(value: Any) -> Any:

@@ -223,14 +223,14 @@ def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.
     return found[COLUMN] if COLUMN in found else np.zeros((0, manifest.length), manifest.dtype)
 
 
-def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
-    """Read the labels int32 (N,) of a split, indices into the manifest's `labels`, all or those of `rows` (ascending).
+def read_labels(root: Path, split: str) -> np.ndarray:
+    """Read the labels int32 (N,) of a split, indices into the manifest's `labels`.
 
     Raises UserError when the data set has no labels, and when a file is missing or damaged.
     """
     if not Manifest.read(root).labels:
         raise UserError(f"{root} has no labels; prepare it from a source with labels")
-    found = _read(root, split, rows, (LABEL,))
+    found = _read(root, split, None, (LABEL,))
     return found[LABEL].astype(np.int32) if LABEL in found else np.zeros(0, np.int32)
 
 

@@ -178,9 +178,9 @@ def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, mar
             ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=4, label=f"{label}, {suffix}")
 
 
-def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Centred moving mean over a window of `fraction` of the values, which is shorter at both ends."""
-    half = max(1, int(len(values) * fraction / 2))
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a window of 5 % of the values, which is shorter at both ends."""
+    half = max(1, int(len(values) * 0.05 / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
     high = np.minimum(np.arange(len(values)) + half + 1, len(values))

@@ -48,7 +48,7 @@ class ImageReference:
 
     @classmethod
     def make(
-        cls, root: Path, split: str, *, work: Path, inception: Path | None = None, seed: int = 0, device: str = "cpu"
+        cls, root: Path, split: str, *, work: Path, inception: Path | None = None, device: str = "cpu"
     ) -> ImageReference:
         """Read the data set at `root`; samples are compared with `split`.
 
@@ -69,7 +69,7 @@ class ImageReference:
             originals_NHWC,
             frozenset(digests),
             float(np.median(nearest_distances(compared, distinct_NHWC, device=device)[:, 0])),
-            ClassFeatures.make(root, split, manifest, train_NHWC, held_out_NHWC, work, seed, device)
+            ClassFeatures.make(root, split, manifest, train_NHWC, held_out_NHWC, work, device)
             if manifest.labels
             else None,
             InceptionReference.make(root, tokenizer, originals_NHWC, inception, device) if inception else None,
@@ -95,11 +95,10 @@ class ClassFeatures:
         train_NHWC: np.ndarray,
         held_out_NHWC: np.ndarray,
         work: Path,
-        seed: int,
         device: str,
     ) -> ClassFeatures:
         """Load the classifier from `work`, or train it."""
-        key = ClassifierKey(manifest.fingerprint(), train_NHWC.shape[3], len(manifest.labels), seed)
+        key = ClassifierKey(manifest.fingerprint(), train_NHWC.shape[3], len(manifest.labels), seed=0)
         classifier = trained_classifier(train_NHWC, read_labels(root, "train"), key, work, device=device)
         train_NF, _ = classify(classifier, train_NHWC[:: mirror_step(manifest)])
         features_NF, classes_N = classify(classifier, held_out_NHWC)

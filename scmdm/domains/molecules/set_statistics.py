@@ -24,8 +24,8 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from scmdm.domains.frechet import Moments
 from scmdm.domains.molecules.metrics import Property, chemnet_activations, compute_properties
-from scmdm.observability.environment import installed_version
 from scmdm.observability.progress_bar import count_up
+from scmdm.system.extras import installed_version
 from scmdm.system.npz_files import read_npz, write_npz
 from scmdm.system.package_data import optional
 from scmdm.system.untrusted import reading
