@@ -60,7 +60,7 @@ def _merged(
 ) -> Schema:
     """Merge layers and overrides; unless `literal`, OmegaConf interpolates the strings of the layers."""
     declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
-    config = copy.deepcopy(_defaults(schema))
+    config = copy.deepcopy(_defaults(cast(type, schema)))
     for place, content in _drop_deselected_keys(declared, schema, layers):
         _merge(config, content, place, literal=literal)
     for override in overrides:
@@ -276,7 +276,7 @@ def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
             fields = {field.name: field for field in dataclasses.fields(hint)}
             if part not in fields:
                 return None, None
-            hint, rules = _type_hints(hint)[part], rules_of(fields[part])
+            hint, rules = _type_hints(cast(Any, hint))[part], rules_of(fields[part])
         elif hint is not Any:
             return None, None
     return hint, rules

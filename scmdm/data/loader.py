@@ -62,11 +62,8 @@ def build_loader(
         data: data sets.
         split: split of each.
         batch_size: sequences per batch of a rank.
-        shuffle: shuffle the samples.
-        seed: seed of the order.
-        drop_last: drop an incomplete last batch.
+        shuffle, seed, drop_last, num_workers: as in torch's loader; the seed is that of the order.
         num_canonical_nodes: fixes the order for any number of nodes.
-        num_workers: loader processes per rank.
         cache_limit: size such as 10gb, beyond which shards are removed from the caches.
         shuffle_block: number of consecutive samples that are shuffled together.
         replication: number of consecutive ranks that receive the same batches.
@@ -75,15 +72,11 @@ def build_loader(
         UserError: the data set is smaller than a batch or damaged, or a limited cache is in use.
     """
     places = ", ".join(str(stream.root / split) for stream in data.streams)
-    samples = sum(stream.manifest.split(split, stream.root).samples for stream in data.streams)
+    samples, _ = _samples_and_shards(data, split)
     needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
     if samples < (needed if drop_last else 1):
         raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
-    enough = num_canonical_nodes <= samples
-    require(enough, "data.num_canonical_nodes", num_canonical_nodes, f"at most the {samples} samples of {places}")
-    machines = machine_count()
-    even = num_canonical_nodes % machines == 0 or machines % num_canonical_nodes == 0
-    require(even, "data.num_canonical_nodes", num_canonical_nodes, f"a multiple or a divisor of {machines} machines")
+    _check_canonical_nodes(num_canonical_nodes, samples, places)
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
         "streams": [TokenStream(stream, split) for stream in data.streams],
@@ -111,6 +104,13 @@ def build_loader(
     for claim in claims:
         weakref.finalize(loader, claim.release)
     return loader
+
+
+def _check_canonical_nodes(nodes: int, samples: int, places: str) -> None:
+    machines, key = machine_count(), "data.num_canonical_nodes"
+    require(nodes <= samples, key, nodes, f"at most the {samples} samples of {places}")
+    even = nodes % machines == 0 or machines % nodes == 0
+    require(even, key, nodes, f"a multiple or a divisor of {machines} machines")
 
 
 def canonical_nodes(data: DataMixture, split: str, machines: int) -> int:

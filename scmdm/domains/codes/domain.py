@@ -17,6 +17,7 @@ from scmdm.domains.interface import (
     MetricKeys,
     WithoutFigures,
     WithoutPrompts,
+    with_floor,
 )
 from scmdm.errors import UserError
 
@@ -27,27 +28,17 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "codes"
     Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
-        Metric(
-            "pair_distance_floor", "pair distance of an equal number of training samples", "", 1, 4, in_figure=False
+        *with_floor(
+            Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
+            "pair distance of an equal number of training samples",
         ),
-        Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
-        Metric(
-            "usage_distance_floor",
+        *with_floor(
+            Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
             "frequency distance of an equal number of training samples",
-            "",
-            1,
-            4,
-            in_figure=False,
         ),
-        Metric("codebook_used", "codebook in use, %", "", 100, 1),
-        Metric(
-            "codebook_used_floor",
+        *with_floor(
+            Metric("codebook_used", "codebook in use, %", "", 100, 1),
             "codebook in use by an equal number of training samples, %",
-            "",
-            100,
-            1,
-            in_figure=False,
         ),
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
         Metric("copies", "copies of training samples, %", "lower", 100, 2, in_figure=False),

@@ -21,6 +21,7 @@ from scmdm.domains.interface import (
     MetricKeys,
     WithoutFigures,
     WithoutPrompts,
+    with_floor,
 )
 from scmdm.system.package_data import user_cache
 
@@ -31,14 +32,9 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "images"
     Config: ClassVar[type[MetricKeys]] = ImageMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
-        Metric(
-            "frechet_classifier_floor",
+        *with_floor(
+            Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
             "Fréchet distance of an equal number of training images",
-            "",
-            1,
-            3,
-            in_figure=False,
         ),
         Metric("class_distance", "total variation distance of classes", "lower", 1, 3),
         Metric("fid", "FID", "lower", 1, 2),
