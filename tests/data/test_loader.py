@@ -50,8 +50,8 @@ def test_order_depends_on_seed_and_epoch_only(molecules):
 
 def test_two_splits_and_two_readers_at_a_time(molecules):
     train, validation, again = loader(molecules), loader(molecules, "validation", shuffle=False), loader(molecules)
-    for a, b, _ in zip(train, again, validation, strict=False):
-        assert torch.equal(a["tokens"], b["tokens"])
+    batches = list(zip(train, again, validation, strict=False))
+    assert batches and all(torch.equal(a["tokens"], b["tokens"]) for a, b, _ in batches)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 22, 23, 24, 30])
