@@ -59,8 +59,7 @@ def build_loader(
     as many samples as all of them together, drawn in their proportions.
 
     Args:
-        data: data sets.
-        split: split of each.
+        data, split: data sets, and the split of each.
         batch_size: sequences per batch of a rank.
         shuffle, seed, drop_last, num_workers: as in torch's loader; the seed is that of the order.
         num_canonical_nodes: fixes the order for any number of nodes.
@@ -73,10 +72,8 @@ def build_loader(
     """
     places = ", ".join(str(stream.root / split) for stream in data.streams)
     samples, _ = _samples_and_shards(data, split)
-    needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
-    if samples < (needed if drop_last else 1):
-        raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
-    _check_canonical_nodes(num_canonical_nodes, samples, places)
+    batch = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
+    _check_sizes(samples, places, batch if drop_last else 1, num_canonical_nodes)
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
         "streams": [TokenStream(stream, split) for stream in data.streams],
@@ -106,7 +103,10 @@ def build_loader(
     return loader
 
 
-def _check_canonical_nodes(nodes: int, samples: int, places: str) -> None:
+def _check_sizes(samples: int, places: str, needed: int, nodes: int) -> None:
+    """Raise UserError unless there are enough samples for a batch and for the canonical nodes."""
+    if samples < needed:
+        raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
     machines, key = machine_count(), "data.num_canonical_nodes"
     require(nodes <= samples, key, nodes, f"at most the {samples} samples of {places}")
     even = nodes % machines == 0 or machines % nodes == 0
