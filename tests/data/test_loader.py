@@ -173,6 +173,7 @@ def test_names_of_other_runs_are_not_taken(molecules):
             piece.unlink()
 
 
+@pytest.mark.slow
 def test_readers_that_are_not_used_are_not_imported_but_can_be():
     """They cost seconds at every start."""
     code = (
