@@ -132,7 +132,9 @@ def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int
     found = [[panel.values[arm][steps].estimate for arm in ordered] for panel in (x, y)]
     at = [[estimate.value * panel.scale for estimate in own] for panel, own in zip((x, y), found, strict=True)]
     errors = [[_error(e, panel.scale) for e in own] for panel, own in zip((x, y), found, strict=True)]
-    ax.errorbar(at[0], at[1], xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style)
+    ax.errorbar(
+        at[0], at[1], xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style
+    )
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
