@@ -59,10 +59,14 @@ def build_loader(
     as many samples as all of them together, drawn in their proportions.
 
     Args:
-        data, split: data sets, and the split of each.
+        data: data sets.
+        split: split of each.
         batch_size: sequences per batch of a rank.
-        shuffle, seed, drop_last, num_workers: as in torch's loader; the seed is that of the order.
+        shuffle: shuffle the samples.
+        seed: seed of the order.
+        drop_last: drop an incomplete last batch.
         num_canonical_nodes: fixes the order for any number of nodes.
+        num_workers: loader processes per rank.
         cache_limit: size such as 10gb, beyond which shards are removed from the caches.
         shuffle_block: number of consecutive samples that are shuffled together.
         replication: number of consecutive ranks that receive the same batches.

@@ -124,7 +124,7 @@ class MaskedDiffusionLM(TemplateLM):
     Args:
         path: run directory, checkpoint or exported model.
         device: "cpu", "cuda", or None to use a GPU if there is one.
-        keys: those of `HarnessOptions`, and of `scmdm.config.sampling.SamplerConfig`, which take precedence over a
+        **keys: those of `HarnessOptions`, and of `scmdm.config.sampling.SamplerConfig`, which take precedence over a
             task's temperature, top_k and top_p. `carry` also decides whether likelihoods are conditioned on the
             model's own estimate. `batch_size="auto"` takes what fits into memory.
 
