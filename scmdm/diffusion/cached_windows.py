@@ -37,6 +37,11 @@ class CacheDeviation:
     variation: float = 0.0  # total variation distance from the prediction without a cache
     disagreements: int = 0  # predictions with another most probable token
 
+    def describe(self) -> str:
+        """Return the mean difference, for a line of text."""
+        distance, others = self.variation / self.positions, self.disagreements / self.positions
+        return f"total variation {distance:.4f}, other best token {others:.2%}, of {self.positions} predictions"
+
     def __add__(self, other: CacheDeviation) -> CacheDeviation:
         return CacheDeviation(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 

@@ -126,18 +126,9 @@ def masks_of_blocks(
 
     FlexAttention skips what is masked, where it has a backward pass: on GPUs. Elsewhere the mask is dense.
     """
-    if packing is None:
-        return _masks_of_equal_rows(length, block_length, device, backend, copies)
     places_RL = places_of(length, block_length, packing, device)
     places_RL = both_copies(places_RL) if copies == 2 else places_RL
     return Masks(_flex_mask(places_RL) if _flex_runs(device.type, backend) else dense_mask(places_RL, places_RL))
-
-
-@functools.lru_cache(maxsize=2)
-def _masks_of_equal_rows(length: int, block_length: int, device: torch.device, backend: str, copies: int) -> Masks:
-    places_1L = places_of(length, block_length, None, device)
-    places_1L = both_copies(places_1L) if copies == 2 else places_1L
-    return Masks(_flex_mask(places_1L) if _flex_runs(device.type, backend) else dense_mask(places_1L, places_1L))
 
 
 def masks_of_window(window: Window, block_length: int | None, packing: Packing | None) -> Masks:

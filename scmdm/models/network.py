@@ -23,7 +23,7 @@ from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
-from scmdm.models.attention import Masks, masks_of, masks_of_blocks, masks_of_window
+from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, masks_of_window
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
@@ -62,6 +62,7 @@ class Network(nn.Module):
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
         self.block_length: int | None = None  # of a model of blocks (`scmdm.diffusion.blocks`)
+        self._last_masks: tuple[object, Masks] = None, NO_MASKS
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
@@ -167,8 +168,14 @@ class Network(nn.Module):
         if self.block_length is None:
             return masks_of(state.packing, self.config.attention)
         length, device, copies = state.z_BL.shape[1], state.z_BL.device, 1 if state.clean_BL is None else 2
-        backend = self.config.attention
-        return masks_of_blocks(length, self.block_length, state.packing, device, backend, copies=copies)
+        arguments = length, self.block_length, state.packing, device, self.config.attention
+        if state.packing is not None:
+            return masks_of_blocks(*arguments, copies=copies)
+        last, masks = self._last_masks
+        if last != (copies, *arguments):  # those of all batches of one shape are the same
+            masks = masks_of_blocks(*arguments, copies=copies)
+            self._last_masks = (copies, *arguments), masks
+        return masks
 
     def _rotary(self, length: int, packing: Packing | None, window: Window | None = None) -> Tensor:
         """Return the rows of the rotary table for the positions of a batch, or of this rank's slice."""
