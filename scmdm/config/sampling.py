@@ -166,7 +166,7 @@ class SamplerConfig:
     )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
-    def of_model(self, block_length: int | None, *, logit_shift: bool = False) -> SamplerConfig:
+    def of_model(self, block_length: int | None) -> SamplerConfig:
         """Return the configuration with what follows from a model, of blocks of `block_length` tokens or of none.
 
         Raises UserError for blocks or a cache that the model does not have.
@@ -174,7 +174,6 @@ class SamplerConfig:
         cache = self.cache if self.cache != "auto" else "none" if block_length is None else "blocks"
         with_model = f"with a model of diffusion.block_length={block_length or 'null'}"
         approximate = self.cache in ("prefix", "dual")
-        require(not approximate or not logit_shift, "sampler.cache", self.cache, "none with model.logit_shift=true")
         if block_length is None:
             require(cache != "blocks", "sampler.cache", cache, f"none, prefix or dual {with_model}")
             return replace(self, cache=cache)
@@ -188,7 +187,12 @@ class SamplerConfig:
         return own
 
     def settings(
-        self, self_conditioned: bool, end_ids: tuple[int, ...] = (), *, model_of_blocks: bool = False
+        self,
+        self_conditioned: bool,
+        end_ids: tuple[int, ...] = (),
+        *,
+        model_of_blocks: bool = False,
+        logit_shift: bool = False,
     ) -> SamplerSettings:
         """Return settings for `scmdm.diffusion.sampler.sample`; see also `of_model`.
 
@@ -205,7 +209,8 @@ class SamplerConfig:
             del settings[name]  # not of the reverse process
         never = end_ids[:1] if self.logits_eos_inf else ()
         late = end_ids if self.confidence_eos_eot_inf else ()
-        return SamplerSettings(**settings, never_ids=never, late_ids=late, model_of_blocks=model_of_blocks)
+        of_model = {"model_of_blocks": model_of_blocks, "logit_shift": logit_shift}
+        return SamplerSettings(**settings, never_ids=never, late_ids=late, **of_model)
 
     @property
     def adaptive(self) -> bool:

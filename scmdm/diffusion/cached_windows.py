@@ -56,6 +56,7 @@ class CachedWindows:
         self, settings: SamplerSettings, predictions: int, rows: int, length: int, *, device: torch.device
     ) -> None:
         self._kind, self._every = settings.cache, settings.cache_check
+        self._before = 1 if settings.logit_shift else 0  # positions that are evaluated again, to predict the first
         self._predictions, self._length = predictions, length
         self._cache = KeyValueCache(predictions * rows, length)
         # "blocks": the number of positions in the cache; otherwise the block for which whole sequences were evaluated.
@@ -88,6 +89,7 @@ class CachedWindows:
             start_B = first_B.masked_fill(fresh_B, 0)
             end_B = end_B if self._kind == "dual" else torch.full_like(end_B, self._length)
             end_B = end_B.masked_fill(fresh_B, self._length)
+        start_B = (start_B - self._before).clamp(min=0)
         width_B = end_B - start_B
         for width in width_B.unique().tolist():
             chosen_B = width_B == width

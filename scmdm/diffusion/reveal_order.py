@@ -38,6 +38,7 @@ class SamplerSettings:
     factor: float | None = None  # reveal as many tokens as Fast-dLLM's factor rule says, and ignore steps
     block_length: int | None = None  # positions per block, decoded left to right, with equal steps; None: one block
     block_start: str = "sequence"  # where the first block begins: "sequence" | "prompt" (at its end)
+    logit_shift: bool = False  # the denoiser predicts a position from the one before it, which a window must contain
     model_of_blocks: bool = False  # the denoiser sees no later blocks; estimates are null outside of a step's block
     # keys and values that evaluations do not compute again: "none" | "blocks" (finished ones, of a model of blocks:
     # exact) | "prefix" (what precedes the block, as in its first step; Fast-dLLM) | "dual" (what follows it, too)

@@ -306,17 +306,16 @@ class MaskedDiffusionLM(TemplateLM):
         keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
         if self._options.cfg:
             keys |= {"guidance": self._options.cfg + 1, "guided_by": "prompt"}
-        spec = self._loaded.spec
-        config = read_config(SamplerConfig, keys, _WHERE)
-        return config.of_model(self._block_length, logit_shift=spec.model.logit_shift)
+        return read_config(SamplerConfig, keys, _WHERE).of_model(self._block_length)
 
     @property
     def _block_length(self) -> int | None:
         return self._loaded.spec.diffusion.block_length
 
     def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
-        conditioned, blocks = self._loaded.spec.model.self_conditioned, self._block_length is not None
-        return sampler.settings(conditioned, self._end_ids, model_of_blocks=blocks)
+        model = self._loaded.spec.model
+        of_model = {"model_of_blocks": self._block_length is not None, "logit_shift": model.logit_shift}
+        return sampler.settings(model.self_conditioned, self._end_ids, **of_model)
 
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
         """Make a request, of which `draw` keys the draws. A long context is cut on the left."""

@@ -139,8 +139,11 @@ class MaskedDiffusion(PreTrainedModel):
         """
         if settings is None:
             sampler = SamplerConfig(steps=self.spec.length).of_model(self.spec.diffusion.block_length)
-            blocks = self.spec.diffusion.block_length is not None
-            settings = sampler.settings(self.spec.model.self_conditioned, model_of_blocks=blocks)
+            of_model = {
+                "model_of_blocks": self.spec.diffusion.block_length is not None,
+                "logit_shift": self.spec.model.logit_shift,
+            }
+            settings = sampler.settings(self.spec.model.self_conditioned, **of_model)
         return sample(
             self.network,
             input_ids,

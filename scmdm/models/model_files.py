@@ -152,13 +152,11 @@ def spec_of(content: Any, where: Path | str) -> ModelSpec:
 
 def validate_spec(spec: ModelSpec) -> None:
     """Raise UserError for a combination of architecture, data and process that cannot work."""
-    blocks, model = spec.diffusion.block_length is not None, spec.model
-    for name in ("time_conditioning", "logit_shift"):
-        if blocks and getattr(model, name, False):
-            raise UserError(
-                f"diffusion.block_length={spec.diffusion.block_length} is not possible with model.{name}=true; leave "
-                "it out, or take a model without"
-            )
+    if spec.diffusion.block_length is not None and getattr(spec.model, "time_conditioning", False):
+        raise UserError(
+            f"diffusion.block_length={spec.diffusion.block_length} is not possible with model.time_conditioning=true, "
+            "because each block has its own time; leave one of them out"
+        )
     if spec.mask_id >= spec.vocab_size:
         raise UserError(f"mask_id={spec.mask_id} is not possible; it must be below vocab_size={spec.vocab_size}")
     if spec.model.labels != (spec.classes > 0):

@@ -88,15 +88,16 @@ class Network(nn.Module):
         condition = self._condition(state.t_B, state.labels_B)
         rotary, recompute = self._rotary(length, packing, state.window), self.config.activation_checkpointing
         if state.clean_BL is not None:  # two copies, whose positions are the same
-            x_BLD = torch.cat([x_BLD, self.vocab_embed(state.clean_BL).float()], dim=1)
+            x_BLD = torch.cat([x_BLD, self._embed_state(State(state.clean_BL, state.t_B))], dim=1)
             rotary = torch.cat([rotary, rotary], dim=-3)
         masks = self._masks(state)
         for number, block in enumerate(self.blocks):
             if state.window is not None:
                 masks = masks._replace(cache=LayerCache(state.window, number))
             x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
-        x_BLD = x_BLD[:, :length]  # the noised copy
-        return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
+        h_BLD = self.output_layer(x_BLD, *condition)
+        clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
+        return self._head_input(self._align(h_BLD[:, :length], packing, clean_BLD))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
@@ -153,8 +154,8 @@ class Network(nn.Module):
         assert labels_B is None, "this kind of denoiser has no labels"
         return ()
 
-    def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
-        """Move each hidden state to the position that it predicts."""
+    def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:
+        """Move each hidden state to the position that it predicts; `clean_BLD` are those of the clean copy."""
         return h_BLD
 
     def _head_tensors(self) -> tuple[Tensor, Tensor]:

@@ -68,14 +68,14 @@ class SampleSet:
     ) -> None:
         spec, model = loaded.spec, loaded.model
         blocks = spec.diffusion.block_length
-        sampler = sampler.of_model(blocks, logit_shift=spec.model.logit_shift)
+        sampler = sampler.of_model(blocks)
         self.loaded, self.sampler, self.num, self.seed = loaded, sampler, num, seed
         self.device = next(model.parameters()).device
         self.dtype = resolve_precision(precision, self.device)
         self._chats = chats
         self._end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
-        conditioned = spec.model.self_conditioned
-        self._settings = sampler.settings(conditioned, self._end_ids, model_of_blocks=blocks is not None)
+        of_model = {"model_of_blocks": blocks is not None, "logit_shift": spec.model.logit_shift}
+        self._settings = sampler.settings(spec.model.self_conditioned, self._end_ids, **of_model)
         self._denoiser = _replayed(loaded, self.device) if sampler.cuda_graphs else model
         if templates_PL is None:
             require_prompt(loaded, None)

@@ -77,6 +77,15 @@ def test_cached_and_uncached_samples_are_equal(name, carry, trained):
     assert len({tuple(row) for row in cached.tokens.tolist()}) > 4
 
 
+@pytest.mark.parametrize("kind", ["decoder", "shifted"])
+@pytest.mark.parametrize("name", ["ancestral", "confidence", "threshold"])
+def test_decoders_with_and_without_a_cache(kind, name):
+    """Grouped keys and values; predictions from the position before, which may be in the block before."""
+    model, settings = small_model(kind, SIZE), settings_of(name, carry=True, logit_shift=kind == "shifted")
+    cached, plain = draw(model, settings), draw(model, replace(settings, cache="none"))
+    assert torch.equal(cached.tokens, plain.tokens) and torch.equal(cached.evaluations_B, plain.evaluations_B)
+
+
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("guided_by", ["prompt", "none"])
 def test_guidance_padding_and_batches(guided_by, carry, trained):
@@ -196,14 +205,19 @@ def test_approximate_caches(cache, carry):
     assert 0 < drawn.deviation.variation < drawn.deviation.positions
 
 
+@pytest.mark.parametrize("kind", ["decoder", "shifted"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_caches_are_exact_for_a_model_without_attention(cache):
-    """What is taken from a cache is then not used, and what is computed stands at its own position."""
-    model = small_model("decoder")
+def test_caches_are_exact_for_a_model_without_attention(cache, kind):
+    """What is taken from a cache is then not used, and what is computed stands at its own position.
+
+    With "dual", estimates of later blocks stay those of the block's first step, and are not carried here.
+    """
+    model = small_model(kind)
     with torch.no_grad():
         for block in model.blocks:
             block.attn_out.weight.zero_()
-    settings = settings_of("confidence", cache, carry=True, steps=8, cache_check=1)
+    more = {"carry": cache == "prefix", "logit_shift": kind == "shifted"}
+    settings = settings_of("confidence", cache, steps=8, cache_check=1, **more)
     drawn = draw(model, settings)
     assert torch.equal(drawn.tokens, draw(model, replace(settings, cache="none")).tokens)
     assert drawn.deviation.positions > 0 and drawn.deviation.variation < 1e-4

@@ -23,6 +23,7 @@ MASK = VOCAB - 1
 CONFIGS = {
     "dit": (DiT, DiTConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=True)),
     "decoder": (Decoder, DecoderConfig(width=16, layers=2, heads=2, kv_heads=1, self_conditioned=True)),
+    "shifted": (Decoder, DecoderConfig(width=16, layers=2, heads=2, self_conditioned=True, logit_shift=True)),
 }
 
 
@@ -78,7 +79,7 @@ def exact_nelbo(model, x, size, *, condition=False):
 
 
 @pytest.mark.parametrize("condition", [False, True])
-@pytest.mark.parametrize(("kind", "size"), [("dit", 2), ("dit", 3), ("decoder", 2), ("decoder", 1)])
+@pytest.mark.parametrize(("kind", "size"), [("dit", 2), ("dit", 3), ("decoder", 1), ("shifted", 2)])
 @torch.no_grad()
 def test_the_nelbo_is_the_sum_over_blocks_and_sets_of_masks(kind, size, condition):
     """For blocks of one token the sum is the autoregressive likelihood of the network."""

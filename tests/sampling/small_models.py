@@ -21,9 +21,8 @@ def export(place, *, kind="dit", spread=0.3, block_length=None, **keys):
     place.mkdir()
     schema = DecoderConfig if kind == "decoder" else DiTConfig
     config = schema(**{"width": 32, "layers": 2, "heads": 2, "self_conditioned": True, **keys})
-    spec = ModelSpec(
-        config, DiffusionConfig(block_length=block_length), TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH
-    )
+    diffusion = DiffusionConfig(block_length=block_length)
+    spec = ModelSpec(config, diffusion, TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH)
     model = spec.build()
     allocate(model, torch.device("cpu"))
     init_weights(model, 0)

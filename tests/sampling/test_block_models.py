@@ -18,11 +18,10 @@ SIZE = 4
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
-    blocks = export(place / "blocks", block_length=SIZE)
     return {
-        "blocks": blocks,
+        "blocks": export(place / "blocks", block_length=SIZE),
         "plain": export(place / "plain"),
-        "decoder": export(place / "shift", kind="decoder", logit_shift=True),
+        "shifted": export(place / "shifted", kind="decoder", logit_shift=True, block_length=SIZE),
     }
 
 
@@ -41,11 +40,12 @@ def rows(model, out, *keys):
     ],
     ids=str,
 )
-def test_the_command_caches_finished_blocks(keys, models, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["blocks", "shifted"])
+def test_the_command_caches_finished_blocks(keys, model, models, tmp_path, capsys):
     """By default, with the samples and evaluations that there are without."""
-    cached = rows(models["blocks"], tmp_path / "cached.jsonl", *keys)
+    cached = rows(models[model], tmp_path / "cached.jsonl", *keys)
     reported = capsys.readouterr().err
-    plain = rows(models["blocks"], tmp_path / "plain.jsonl", *keys, "sampler.cache=none")
+    plain = rows(models[model], tmp_path / "plain.jsonl", *keys, "sampler.cache=none")
     for ours, theirs in zip(cached, plain, strict=True):
         assert {**ours, "positions": 0} == {**theirs, "positions": 0}
         assert ours["positions"] < theirs["positions"]
@@ -72,7 +72,7 @@ def test_the_command_reports_how_far_an_approximate_cache_is_off(cache, models, 
         ("blocks", {"steps": 3}, "sampler.steps=3"),
         ("blocks", {"eps": 0.1, "noise_removal": "draw"}, "sampler.noise_removal='draw'"),
         ("plain", {"cache": "blocks"}, "sampler.cache='blocks'"),
-        ("decoder", {"cache": "prefix", "block_length": 4}, "sampler.cache='prefix'"),
+        ("shifted", {"cache": "prefix"}, "sampler.cache='prefix'"),
     ],
     ids=str,
 )
@@ -102,9 +102,7 @@ def test_what_follows_a_block_to_fill_in_is_refused(models):
         SampleSet(loaded, sampler, num=1, seed=0, templates_PL=later)
 
 
-@pytest.mark.parametrize("key", ["time_conditioning", "logit_shift"])
-def test_architectures_without_blocks_are_refused(key, tmp_path):
-    kind = "dit" if key == "time_conditioning" else "decoder"
-    place = export(tmp_path / "model", kind=kind, block_length=SIZE, **{key: True})
-    with pytest.raises(UserError, match=f"model.{key}=true"):
+def test_a_model_with_one_time_for_all_blocks_is_refused(tmp_path):
+    place = export(tmp_path / "model", block_length=SIZE, time_conditioning=True)
+    with pytest.raises(UserError, match=f"diffusion.block_length={SIZE}"):
         load(place, device="cpu")
