@@ -26,7 +26,7 @@ def alone(tmp_path_factory, adapt):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_split_does_not_matter(processes, alone, adapt, tmp_path):
-    status, output = launch(processes, *adapt(tmp_path / "run", "train.micro_batch_size=8", *KEYS))
+    status, output = launch(processes, *adapt(tmp_path / "run", "train.micro_batch_size=8", *KEYS), timeout=600)
     assert status == 0, output
     assert_same(tmp_path / "run", alone)
     assert nelbos(tmp_path / "run") == pytest.approx(nelbos(alone), rel=1e-5)
@@ -35,6 +35,6 @@ def test_the_split_does_not_matter(processes, alone, adapt, tmp_path):
 def test_the_number_of_ranks_may_change_at_every_restart(alone, adapt, tmp_path):
     for processes, steps in ((0, 6), (2, 9), (4, 15), (0, STEPS)):
         keys = ["train.micro_batch_size=16", f"train.steps={steps}", *KEYS]
-        status, output = launch(processes, *adapt(tmp_path / "run", *keys))
+        status, output = launch(processes, *adapt(tmp_path / "run", *keys), timeout=600)
         assert status == 0, output
     assert_same(tmp_path / "run", alone)
