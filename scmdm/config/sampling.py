@@ -191,25 +191,25 @@ class SamplerConfig:
         self_conditioned: bool,
         end_ids: tuple[int, ...] = (),
         *,
-        model_of_blocks: bool = False,
+        block_length: int | None = None,
         logit_shift: bool = False,
     ) -> SamplerSettings:
-        """Return settings for `scmdm.diffusion.sampler.sample`; see also `of_model`.
+        """Return settings for `scmdm.diffusion.sampler.sample`.
 
-        `end_ids` are the ids of [EOS] and of `end_tokens`, in this order. Raises UserError when an estimate should be
-        carried, but the model is not self-conditioned.
+        `end_ids` are the ids of [EOS] and of `end_tokens`, in this order; `block_length` and `logit_shift` are keys of
+        the model. Raises UserError when an estimate should be carried, but the model is not self-conditioned, and as
+        `of_model` does.
         """
-        assert self.cache != "auto"
         if self.carry == "always" and not self_conditioned:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        settings = {**asdict(self), "carry": self_conditioned and self.carry != "never"}
+        settings = {**asdict(self.of_model(block_length)), "carry": self_conditioned and self.carry != "never"}
         for name in ("label", "cuda_graphs", "end_tokens", "logits_eos_inf", "confidence_eos_eot_inf"):
             del settings[name]  # not of the reverse process
         never = end_ids[:1] if self.logits_eos_inf else ()
         late = end_ids if self.confidence_eos_eot_inf else ()
-        of_model = {"model_of_blocks": model_of_blocks, "logit_shift": logit_shift}
+        of_model = {"model_of_blocks": block_length is not None, "logit_shift": logit_shift}
         return SamplerSettings(**settings, never_ids=never, late_ids=late, **of_model)
 
     @property

@@ -314,8 +314,9 @@ class MaskedDiffusionLM(TemplateLM):
 
     def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
         model = self._loaded.spec.model
-        of_model = {"model_of_blocks": self._block_length is not None, "logit_shift": model.logit_shift}
-        return sampler.settings(model.self_conditioned, self._end_ids, **of_model)
+        return sampler.settings(
+            model.self_conditioned, self._end_ids, block_length=self._block_length, logit_shift=model.logit_shift
+        )
 
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
         """Make a request, of which `draw` keys the draws. A long context is cut on the left."""

@@ -138,12 +138,10 @@ class MaskedDiffusion(PreTrainedModel):
         By default: ancestral sampling with one step per position. `labels` (B,) int64 are as in `forward`.
         """
         if settings is None:
-            sampler = SamplerConfig(steps=self.spec.length).of_model(self.spec.diffusion.block_length)
-            of_model = {
-                "model_of_blocks": self.spec.diffusion.block_length is not None,
-                "logit_shift": self.spec.model.logit_shift,
-            }
-            settings = sampler.settings(self.spec.model.self_conditioned, **of_model)
+            model, blocks = self.spec.model, self.spec.diffusion.block_length
+            settings = SamplerConfig(steps=self.spec.length).settings(
+                model.self_conditioned, block_length=blocks, logit_shift=model.logit_shift
+            )
         return sample(
             self.network,
             input_ids,

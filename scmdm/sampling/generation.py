@@ -74,8 +74,8 @@ class SampleSet:
         self.dtype = resolve_precision(precision, self.device)
         self._chats = chats
         self._end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
-        of_model = {"model_of_blocks": blocks is not None, "logit_shift": spec.model.logit_shift}
-        self._settings = sampler.settings(spec.model.self_conditioned, self._end_ids, **of_model)
+        conditioned, shift = spec.model.self_conditioned, spec.model.logit_shift
+        self._settings = sampler.settings(conditioned, self._end_ids, block_length=blocks, logit_shift=shift)
         self._denoiser = _replayed(loaded, self.device) if sampler.cuda_graphs else model
         if templates_PL is None:
             require_prompt(loaded, None)

@@ -49,23 +49,24 @@ def compare_with_dense(packed, groups):
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [6, 6], [4, 8]])
-def test_windows_are_parts_of_the_whole(starts):
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_windows_are_parts_of_the_whole(starts, backend):
     """The same keys and values, whether they were computed at once or in windows that differ by sequence."""
     size, length, width = 4, 16, 6
     table = Rotary(8)(length)
     q, k, v = (random(2, length, 2, 8, seed=seed) for seed in range(3))
     whole = attend_rotated(
-        q, k, v, table, "sdpa", Masks(dense_mask(*[places_of(length, size, None, torch.device("cpu"))] * 2))
+        q, k, v, table, backend, Masks(dense_mask(*[places_of(length, size, None, torch.device("cpu"))] * 2))
     )
     cache = KeyValueCache(2, length)
     first = Window(cache, torch.zeros(2, dtype=torch.int64), length, length, start=0)
-    attend_rotated(q, k, v, table, "sdpa", Masks(cache=LayerCache(first, 0)))
+    attend_rotated(q, k, v, table, backend, Masks(cache=LayerCache(first, 0)))
     cache._layers[0][0][:, max(starts) + width :] = torch.nan  # never seen
     for rows in (torch.tensor([0, 1]), torch.tensor([1])):
         start_B = torch.tensor(starts)[rows]
         window = Window(cache, start_B, width, int(start_B.max()) + width, rows)
         own = [window.cut(x[rows]) for x in (q, k, v)]
         masks = masks_of_window(window, size, None)._replace(cache=LayerCache(window, 0))
-        found = attend_rotated(*own, table[window.columns_BW], "sdpa", masks)
+        found = attend_rotated(*own, table[window.columns_BW], backend, masks)
         visible = window.columns_BW // size * size + size <= window.end  # blocks that the window completes
         torch.testing.assert_close(found[visible], window.cut(whole[rows])[visible])
