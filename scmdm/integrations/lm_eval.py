@@ -272,10 +272,17 @@ class MaskedDiffusionLM(TemplateLM):
         keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
         if self._options.cfg:
             keys |= {"guidance": self._options.cfg + 1, "guided_by": "prompt"}
-        return read_config(SamplerConfig, keys, _WHERE)
+        return read_config(SamplerConfig, keys, _WHERE).of_model(self._block_length)
+
+    @property
+    def _block_length(self) -> int | None:
+        return self._loaded.spec.diffusion.block_length
 
     def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
-        return sampler.settings(self._loaded.spec.model.self_conditioned, self._end_ids)
+        model = self._loaded.spec.model
+        return sampler.settings(
+            model.self_conditioned, self._end_ids, block_length=self._block_length, logit_shift=model.logit_shift
+        )
 
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
         """Make a request, of which `draw` keys the draws. A long context is cut on the left."""
@@ -318,40 +325,49 @@ class MaskedDiffusionLM(TemplateLM):
         return compute_context(self._device, self._precision)
 
     def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Return tokens, masked, counted and context positions (K, L), masked fractions and weights (K,) of states."""
-        draw_key = _key(piece.context, *piece.ids)
-        states = masked_states(len(piece.ids), self._options.draws, seed=self._options.seed, key=draw_key)
+        """Return tokens, masked, weights and context positions (K, L) of states, and masked fractions (K,)."""
+        states = masked_states(
+            len(piece.ids),
+            self._options.draws,
+            seed=self._options.seed,
+            key=_key(piece.context, *piece.ids),
+            start=len(self._prefix) + len(piece.context),
+            block_length=self._block_length,
+        )
         row, tail = self._row([*piece.context, *piece.ids])
         target = self._target(piece, len(row))
-        counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
-        counted[:, target] = states.masked_KN
-        context = (~target & ~tail).expand_as(counted)
+        weight = torch.zeros(len(states.masked_KN), len(row), dtype=torch.float64)
+        weight[:, target] = states.weight_KN
+        context = (~target & ~tail).expand_as(weight)
         share = states.masked_KN.double().mean(1)
-        return row.expand_as(counted), counted | tail, counted, context, share, states.weight_K
+        return row.expand(weight.shape), (weight > 0) | tail, weight, context, share
 
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
         """Estimate an upper bound of each piece's negative log-likelihood, in nats."""
+        blocks = self._block_length
+        possible = blocks is None or self._options.cfg == 0
+        require(possible, "cfg", self._options.cfg, f"0 for likelihoods with diffusion.block_length={blocks}")
         parts = [self._states(piece) for piece in group]
-        *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         found = []
         with self._compute():
             for batch in zip(*(column.split(self._states_at_once) for column in columns), strict=True):
-                x, masked, counted, context, share = (part.to(self._device) for part in batch)
+                x, masked, weight, context, share = (part.to(self._device) for part in batch)
                 nll_B = masked_nll(
                     self._loaded.model,
                     x,
                     masked,
-                    counted,
+                    weight,
                     share,
                     schedule=self._loaded.spec.schedule,
                     mask_id=self._loaded.spec.mask_id,
                     condition=self._carry,
                     guidance=self._options.cfg + 1,
                     prompt_BL=context,
+                    model_of_blocks=blocks is not None,
                 )
                 found.append(nll_B.cpu())
-        weighted = torch.cat(found) * weight
-        return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
+        return [float(own.sum()) for own in torch.cat(found).split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
         """Return whether greedy decoding reproduces each piece; never without `is_check_greedy`."""
@@ -375,6 +391,7 @@ class MaskedDiffusionLM(TemplateLM):
                 carry=self._carry,
                 guidance=self._options.cfg + 1,
                 prompt_BL=~target & ~tail,
+                block_length=self._block_length,
             )
         return [bool(agrees) for agrees in agrees_B]
 
