@@ -51,10 +51,15 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     stored = open_model(find_model(path, Verification("share", weights=config.weights)))
     layout: PublishedLayout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
     if layout is not None:
-        check_writable(layout, stored.spec.model)
+        check_writable(layout, stored.spec)
     if config.format == "peft" and not stored.spec.model.lora_rank:
         raise UserError(
             f"format=peft: {path} has no adapters; give a run with model.lora_rank above 0, or another format"
+        )
+    if config.format == "peft" and stored.spec.diffusion.block_length is not None:
+        raise UserError(
+            f"format=peft is not possible for {path} with diffusion.block_length={stored.spec.diffusion.block_length}, "
+            "for which adapter_config.json has no place; use another format"
         )
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")
