@@ -141,14 +141,11 @@ def find_layout(source: PublishedFiles, name: str) -> PublishedLayout:
     )
 
 
-def check_writable(layout: PublishedLayout, spec: ModelSpec) -> None:
+def check_writable(layout: PublishedLayout, config: ModelConfig) -> None:
     """Raise UserError when a layout cannot represent a model."""
-    config = spec.model
     if config.kind != layout.kind:
         fitting = "|".join(name for name in LAYOUTS.names if LAYOUTS.load(name).kind == config.kind)
         raise UserError(f"format={layout.name} is not possible for model.kind={config.kind}; give format={fitting}")
     reason = layout.unsupported(config)
-    if spec.diffusion.block_length is not None:
-        reason = f"it does not state diffusion.block_length={spec.diffusion.block_length}"
     if reason is not None:
         raise UserError(f"format={layout.name} is not possible: {reason}; give format=scmdm or hub, or another layout")
