@@ -90,6 +90,10 @@ class LiveBytes(TorchDispatchMode):
             self.resize(key, storage.nbytes())
             weakref.finalize(storage, self.resize, key, 0)
 
+    def follows(self, key: int) -> bool:
+        """Return whether a storage is counted, by its `storage_id`."""
+        return key in self._sizes
+
     def resize(self, key: int, size: int) -> None:
         """Set the size in bytes of a storage, by its `storage_id`."""
         self.live += size - self._sizes.get(key, 0)
