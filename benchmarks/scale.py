@@ -51,6 +51,7 @@ _MICRO_BATCH = 2
 _CHUNK = CHUNK_BYTES  # a rank verifies whole chunks
 _MODULES = 14 * MIB  # files of Python modules and of data, which every rank reads
 _PASSES = 5  # over the headers, of whose files each rank opens its share
+_WIDTH = 140  # columns of a table in a file
 _SHARED, _EPOCH_BATCH = 4096, 32  # sequences
 _BASE_BYTES = 32 * 2**30  # of a model of 8 billion parameters
 _SLACK = 1.25  # of a count: small files, uneven shares
@@ -188,7 +189,8 @@ def report(title: str, rows: Sequence[Measurement], counts: Mapping[int, Mapping
         cells = (f"{count / row.unit:,.2f}" if unit else f"{count:,.0f}" for count in by_ranks.values())
         found = shape_of(row.compared(by_ranks), row.base) if max(by_ranks) >= row.fewest else ""
         table.add_row(row.name + unit, *cells, row.allowed, found + ("" if is_allowed(row, by_ranks) else " !"))
-    Terminal().print(table)
+    Terminal(width=None if sys.stdout.isatty() else _WIDTH).print(table)
+    sys.stdout.flush()
     save(f"scale {title}", {"counts": {str(ranks): dict(found) for ranks, found in counts.items()}})
 
 
