@@ -40,7 +40,8 @@ def start(base: str, data: str, ranks: int, tree: Path, place: Path) -> dict[str
     keys = [*_KEYS, f"base={base}", f"data.path={data}", f"run_dir={place / 'run'}", "engine=fsdp2", "device=cpu"]
     own = {_BEGIN: str(time.time()), "PYTHONPATH": str(tree), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     own["MASTER_PORT"] = str(20000 + int(time.time() * 10) % 20000)
-    rank = [sys.executable, str(Path(__file__).absolute()), str(place), "adapt", str(place / "empty.yaml"), *keys]
+    # `-P`: this file's folder has modules with names of Python's own.
+    rank = [sys.executable, "-P", str(Path(__file__).absolute()), str(place), "adapt", str(place / "empty.yaml"), *keys]
     command = ["srun", "--nodes=1", f"--ntasks={ranks}", "--overcommit", f"--output={place}/log", *rank]
     done = subprocess.run(command, env={**os.environ, **own})
     files = sorted(place.glob("rank-*.json"))

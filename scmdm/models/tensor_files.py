@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -187,23 +188,31 @@ class _Reader(HuggingFaceStorageReader):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """A tensor of a file, which may be a part of a larger one; torch's reader uses the name of this attribute."""
+class _Place:
+    """File of a chunk; torch's reader uses the name of this attribute."""
 
     relative_path: str
 
 
+_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
 _Box = tuple[list[int], list[int]]  # begins and ends of a part of a tensor, by dimension
+_Chunk = tuple[tuple[int, ...], torch.Size, str]  # where it begins in its tensor, its shape, name of its file
+_Share = dict[str, tuple[torch.Size, list[_Chunk]]]  # a tensor's whole shape, and those chunks that a rank needs
 
 
 def _own_metadata(directory: Path, into: Mapping[str, Tensor]) -> Metadata:
     """Return the description of those chunks that this rank's tensors overlap; all ranks call this together."""
     headers = _headers(directory, alone=False)
     wanted = gather_object({name: _box(name, tensor) for name, tensor in into.items()})
-    if wanted is None:
-        return scatter(None)
-    chunks = {name: _Chunks(parts) for name, parts in _shards(headers).items() if parts}
-    return scatter([_overlapping(chunks, boxes) for boxes in wanted])
+    share: _Share = scatter(None if wanted is None else _divide(_shards(headers), wanted))
+    tensors: dict[str, STORAGE_TYPES] = {}
+    places: dict[MetadataIndex, _Place] = {}
+    for name, (size, chunks) in share.items():
+        found = [ChunkStorageMetadata(torch.Size(offsets), shape) for offsets, shape, _ in chunks]
+        tensors[name] = TensorStorageMetadata(TensorProperties(), size, found)
+        files = {MetadataIndex(name, offsets): _Place(str(directory / file)) for offsets, _, file in chunks}
+        places.update(files)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
 
 def _box(name: str, tensor: Tensor) -> _Box:
@@ -213,34 +222,25 @@ def _box(name: str, tensor: Tensor) -> _Box:
     return begins, [begin + size for begin, size in zip(begins, local.shape, strict=True)]
 
 
-class _Chunks:
-    """The chunks of a tensor, which are found by overlap; D dimensions."""
-
-    def __init__(self, parts: Sequence[tuple[tuple[int, ...], StoredTensor]]) -> None:
-        self._files = [str(part.file) for _, part in parts]
-        self._begins_ND = np.array([begins for begins, _ in parts], np.int64)
-        self._sizes_ND = np.array([part.shape for _, part in parts], np.int64)
-        self._ends_ND = self._begins_ND + self._sizes_ND
-        self._size = torch.Size(self._ends_ND.max(0).tolist())
-
-    def overlapping(self, name: str, box: _Box) -> tuple[TensorStorageMetadata, dict[MetadataIndex, _Chunk]]:
-        """Return the description of the tensor with the chunks that overlap a box alone, and their files."""
-        begins_D, ends_D = box
-        found, places = [], {}
-        for number in np.flatnonzero(((self._begins_ND < ends_D) & (self._ends_ND > begins_D)).all(1)):
-            offsets = torch.Size(self._begins_ND[number].tolist())
-            found.append(ChunkStorageMetadata(offsets, torch.Size(self._sizes_ND[number].tolist())))
-            places[MetadataIndex(name, offsets)] = _Chunk(self._files[number])
-        return TensorStorageMetadata(TensorProperties(), self._size, found), places
-
-
-def _overlapping(chunks: Mapping[str, _Chunks], boxes: Mapping[str, _Box]) -> Metadata:
-    tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _Chunk] = {}
-    for name in boxes.keys() & chunks.keys():
-        tensors[name], own = chunks[name].overlapping(name, boxes[name])
-        places.update(own)
-    return Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())
+def _divide(shards: _Shards, wanted: Sequence[Mapping[str, _Box]]) -> list[_Share]:
+    """Return for each rank the chunks that overlap its boxes; N ranks, M chunks, D dimensions."""
+    shares: list[_Share] = [{} for _ in wanted]
+    names = {part.file: part.file.name for parts in shards.values() for _, part in parts}
+    for name, parts in shards.items():
+        ranks = [rank for rank, boxes in enumerate(wanted) if name in boxes]
+        if not ranks:
+            continue
+        begins_MD = np.array([begins for begins, _ in parts], np.int64)
+        ends_MD = begins_MD + np.array([part.shape for _, part in parts], np.int64)
+        box_begins_ND, box_ends_ND = (np.array([wanted[rank][name][i] for rank in ranks], np.int64) for i in (0, 1))
+        overlap_NM = ((begins_MD < box_ends_ND[:, None]) & (ends_MD > box_begins_ND[:, None])).all(2)
+        size = torch.Size(ends_MD.max(0).tolist())
+        for rank in ranks:
+            shares[rank][name] = size, []
+        for row, number in zip(*(numbers.tolist() for numbers in np.nonzero(overlap_NM)), strict=True):
+            begins, part = parts[number]
+            shares[ranks[row]][name][1].append((begins, part.shape, names[part.file]))
+    return shares
 
 
 def tensor_shapes(directory: Path, *, alone: bool = True) -> dict[str, StoredTensor]:
@@ -350,9 +350,6 @@ def _result(attempt: _Attempt[T | None]) -> T:
 def _from_rank_0(read: Callable[[], T]) -> T:
     """Return on every rank what rank 0 reads; all raise its UserError."""
     return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else _Attempt(None)))
-
-
-_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
 
 
 def _shards(headers: Mapping[Path, Header]) -> _Shards:
