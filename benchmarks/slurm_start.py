@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _ROUNDS, _BEGIN = 3, "SRUN_BEGAN"
-_KEYS = ("train.global_batch_size=16", "train.micro_batch_size=2", "train.steps=4", "train.validate_every=0")
+_KEYS = ("train.steps=4", "train.validate_every=0", "precision=float32", "engine=fsdp2", "device=cpu")
 
 
 def main(base: str, data: str, ranks: int, trees: list[Path]) -> None:
@@ -37,7 +37,8 @@ def main(base: str, data: str, ranks: int, trees: list[Path]) -> None:
 def start(base: str, data: str, ranks: int, tree: Path, place: Path) -> dict[str, float]:
     """Start the ranks once; returns the largest count of any rank."""
     (place / "empty.yaml").write_text("{}\n")
-    keys = [*_KEYS, f"base={base}", f"data.path={data}", f"run_dir={place / 'run'}", "engine=fsdp2", "device=cpu"]
+    batch = [f"train.global_batch_size={ranks}", "train.micro_batch_size=1"]
+    keys = [*_KEYS, *batch, f"base={base}", f"data.path={data}", f"run_dir={place / 'run'}"]
     own = {_BEGIN: str(time.time()), "PYTHONPATH": str(tree), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     own["MASTER_PORT"] = str(20000 + int(time.time() * 10) % 20000)
     # `-P`: this file's folder has modules with names of Python's own.
