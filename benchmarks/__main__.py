@@ -1,4 +1,7 @@
-"""`python -m benchmarks [part ...]`: run all benchmarks, or those named; `gpu` and `scale` have options."""
+"""`python -m benchmarks [part ...]`: run all benchmarks, or those named.
+
+`gpu`, `scale` and `trajectory` have options of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 
 from benchmarks import (
     attention,
+    blocks,
     checkpoint,
     engines,
     gpu,
@@ -17,6 +21,7 @@ from benchmarks import (
     scale,
     start,
     step,
+    trajectory,
 )
 
 PARTS = {
@@ -29,6 +34,7 @@ PARTS = {
     "engines": engines.main,
     "samplers": samplers.main,
     "sampler1024": samplers.thousand,
+    "blocks": blocks.main,
     "loader": loader.main,
     "preparation": preparation.main,
     "checkpoint": checkpoint.main,
@@ -44,6 +50,8 @@ def main(names: list[str]) -> int:
         return gpu.main(names[1:])
     if names[:1] == ["scale"]:
         return scale.main(names[1:])
+    if names[:1] == ["trajectory"]:
+        return trajectory.main(names[1:])
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; it must be one of {', '.join(PARTS)}")

@@ -54,17 +54,20 @@ def step_flops(
     passes: int,
     stop_gradient: bool = True,
     trained_layers: int | None = None,
+    block_length: int | None = None,
 ) -> StepFlops:
     """Count the operations per sequence of `length` tokens in one training step.
 
     `passes` is the number of passes that compute the estimate (0: vanilla training). A backward pass counts twice its
     forward pass; the output head counts at masked positions only, averaged over time. With `trained_layers`, only the
-    weights of that many last blocks have gradients (adapters are not counted).
+    weights of that many last blocks have gradients (adapters are not counted). A model of blocks of `block_length`
+    evaluates a noised and a clean copy, of which each position sees its block and those before it.
     """
     masked = length * _mean_masked(schedule)
     conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
-    products = 2.0 * config.block_matrix_elements() * length
-    attention = 4.0 * length * length * config.attention_width
+    copies, pairs = (1, length) if block_length is None else (2, length + min(block_length, length))
+    products = 2.0 * config.block_matrix_elements() * length * copies
+    attention = 4.0 * length * pairs * config.attention_width
     trunk = config.layers * (products + attention)
     logits = 2.0 * masked * config.width * vocab_size
     # Logits, then probabilities times embeddings; with top-k, the second product becomes a sum of a few rows.

@@ -70,6 +70,7 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
         workload.schedule,
         passes=workload.passes,
         trained_layers=workload.trained_layers,
+        block_length=workload.block_length,
     )
     share = workload.global_batch / layout.ranks
     forward, backward = per_sequence.forward * share, per_sequence.backward * share

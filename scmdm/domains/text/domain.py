@@ -32,8 +32,8 @@ class TextDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "text"
     Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("perplexity", "generative perplexity", "lower", 1, 2),
-        Metric("entropy", "entropy, nats", "", 1, 3),
+        Metric("perplexity", "generative perplexity", "lower", 1, 2, frontier="y"),
+        Metric("entropy", "entropy, nats", "", 1, 3, frontier="x"),
         Metric("mauve", "MAUVE", "higher", 1, 3),
         Metric("distinct_1", "distinct words", "higher", 1, 3, in_figure=False),
         Metric("distinct_2", "distinct bigrams", "higher", 1, 3),
@@ -67,7 +67,7 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         scores = self.scores(drawn) if drawn.scores is None else drawn.scores
         perplexity = SampleValues.ratio(scores["nll"], scores["weight"], exponential=True)
         values = text_values(drawn.texts, ids_NL, self._pad_id, perplexity)
-        found = evaluate_text(values, scorer, self._config.protocol).as_dict()
+        found = evaluate_text(values, scorer, self._config.protocol)
         if self._config.mauve:
             assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]
