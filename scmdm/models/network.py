@@ -9,6 +9,7 @@ Legend: B batch, L length, D width, K width of a head, V vocabulary with the mas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
-from scmdm.models.attention import masks_of
+from scmdm.models.attention import Masks, masks_of
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
@@ -60,6 +61,7 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
+        self._run_trunk: Callable[..., Tensor] = self._trunk
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
@@ -74,19 +76,21 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
+    def compile_trunk(self) -> None:
+        """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error."""
+        self._run_trunk = torch.compile(self._trunk, fullgraph=True)
+
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
 
         `dropout` applies dropout in training mode only.
         """
         packing = state.packing
-        x_BLD = self._embed_state(state)
+        x_BLD = self._embed_state(state).to(self._residual_dtype(state.z_BL.device))
         condition = self._condition(state.t_B, state.labels_B)
-        rotary, recompute = self._rotary(x_BLD.shape[1], packing), self.config.activation_checkpointing
-        masks = masks_of(packing, self.config.attention)
-        for block in self.blocks:
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
-        return self._head_input(self._align(self.output_layer(x_BLD, *condition), packing))
+        rotary, masks = self._rotary(x_BLD.shape[1], packing), masks_of(packing, self.config.attention)
+        h_BLD = self._run_trunk(x_BLD, rotary, condition, dropout and self.training, masks)
+        return self._head_input(self._align(h_BLD, packing))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
@@ -126,6 +130,22 @@ class Network(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids of any shape, (..., D)."""
         return self.vocab_embed(ids)
+
+    def _trunk(
+        self, x_BLD: Tensor, rotary: Tensor, condition: tuple[Tensor, ...], dropout: bool, masks: Masks
+    ) -> Tensor:
+        """Run blocks and output layer: from the residual stream to normalised hidden states."""
+        for block in self.blocks:
+            kind = self.config.activation_checkpointing
+            x_BLD = run_block(block, kind, x_BLD, rotary, *condition, dropout, masks)
+        h_BLD: Tensor = self.output_layer(x_BLD, *condition)
+        return h_BLD
+
+    def _residual_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the residual stream between blocks; norms compute in float32 either way."""
+        if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device.type):
+            return torch.float32
+        return torch.get_autocast_dtype(device.type)
 
     def _embed_state(self, state: State) -> Tensor:
         """Return the input (B, L, D) of the first block, in float32 for any dtype of the weights."""
