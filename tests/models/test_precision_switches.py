@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import LogLinear
@@ -26,9 +28,9 @@ DIT, DECODER = DiTConfig(**SIZES, condition_width=8), DecoderConfig(**SIZES, kv_
 MODELS = pytest.mark.parametrize("model", [DIT, DECODER], ids=["dit", "decoder"])
 
 
-def engine_of(model, dtype):
+def engine_of(model, dtype, name="single"):
     """An engine whose parameters are all drawn, and its configuration."""
-    config = RunConfig(engine="single", model=model)
+    config = RunConfig(engine=name, model=model)
     config.train.global_batch_size, config.train.micro_batch_size = BATCH, BATCH // 2
     config.self_conditioning.rate = 1.0
     spec = ModelSpec(model, config.diffusion, VOCAB, MASK, LENGTH)
@@ -36,20 +38,22 @@ def engine_of(model, dtype):
     for name, parameter in engine.model.named_parameters():
         # A product of lengths, because the names of a model differ in few letters.
         drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
-        parameter.data.copy_(0.08 * drawn + (1.0 if "norm" in name else 0.0))
+        value = 0.08 * drawn + (1.0 if "norm" in name else 0.0)
+        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).data.copy_(value)
     engine.model.train()
     set_lr(engine.optimizer, 1.0)
     return engine, config
 
 
-def step_of(model, dtype=torch.bfloat16):
+def step_of(model, dtype=torch.bfloat16, name="single"):
     """Loss and gradients of an adaptation step in two micro-batches."""
-    engine, config = engine_of(model, dtype)
+    engine, config = engine_of(model, dtype, name)
     found = {}
     clip = engine.clip_grad_norm
 
     def clip_and_copy(*arguments):
-        found.update({n: p.grad.clone() for n, p in engine.trained.items() if p.grad is not None})
+        gradients = {n: p.grad for n, p in engine.trained.items() if p.grad is not None}
+        found.update({n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in gradients.items()})
         return clip(*arguments)
 
     engine.clip_grad_norm = clip_and_copy
@@ -93,6 +97,22 @@ def test_recomputation_changes_nothing(model, kind):
     loss, gradients = step_of(model)
     other, others = step_of(dataclasses.replace(model, activation_checkpointing=kind))
     assert loss == other and all(torch.equal(gradients[name], others[name]) for name in others)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_fsdp2_multiplies_gathered_weights_in_fp8(kind, alone):
+    """Which it frees after a block and gathers again for the backward pass, as for other linear maps."""
+    model = dataclasses.replace(DECODER, matmul_precision="fp8", activation_checkpointing=kind)
+    loss, gradients = difference(step_of(model, torch.float32, "fsdp2"), step_of(model, torch.float32))
+    assert loss < 1e-6 and gradients < 1e-5
 
 
 @MODELS
