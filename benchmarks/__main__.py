@@ -1,4 +1,7 @@
-"""`python -m benchmarks [part ...]`: run all benchmarks, or those named; `gpu` has options of its own."""
+"""`python -m benchmarks [part ...]`: run all benchmarks, or those named.
+
+`gpu` and `trajectory` have options of their own.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from benchmarks import (
     scale,
     start,
     step,
+    trajectory,
 )
 
 PARTS = {
@@ -42,6 +46,8 @@ def main(names: list[str]) -> int:
     """Run the named benchmarks, or all without names; returns the exit status."""
     if names[:1] == ["gpu"]:
         return gpu.main(names[1:])
+    if names[:1] == ["trajectory"]:
+        return trajectory.main(names[1:])
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; it must be one of {', '.join(PARTS)}")

@@ -75,6 +75,7 @@ class Metric:
     benchmark: str = ""  # published benchmark that defines the metric; each benchmark has its own table and figure
     reference: float | None = None  # value of real data published with the benchmark
     maximum: float | None = None  # largest possible value
+    frontier: str = ""  # axis, x or y, in the figure of quality against diversity
 
     def reference_text(self) -> str:
         """Format the reference value; empty without one."""

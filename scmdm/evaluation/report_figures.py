@@ -104,6 +104,37 @@ def _limit(ax: Axes, panel: Panel) -> None:
         ax.set_ylim(max(low, -0.05 * high), high)
 
 
+def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Sequence[str]], path: Path) -> Path:
+    """Draw metric `y` against metric `x`, one plot per T; `lines` maps the name of a model to the arms that sample it.
+
+    A line joins the arms of a model in the order of `x`; error bars are 95 % intervals over samples.
+    """
+    steps = sorted({t for by_steps in y.values.values() for t in by_steps})
+    with plt.rc_context(STYLE):
+        columns = min(3, len(steps))
+        rows = -(-len(steps) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.9 * rows), squeeze=False)
+        for ax, t in zip(axes.flat, steps, strict=False):
+            for index, (model, arms) in enumerate(lines.items()):
+                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+                _draw_frontier(ax, x, y, [arm for arm in arms if t in y.values.get(arm, {})], t, label=model, **style)
+            ax.set(title=f"T = {t}", xlabel=x.title, ylabel=y.title)
+        for ax in list(axes.flat)[len(steps) :]:
+            ax.axis("off")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
+        figure.tight_layout(rect=(0, 0.1 / rows, 1, 1))
+        return save_figure(figure, path)
+
+
+def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int, **style: Any) -> None:
+    ordered = sorted(arms, key=lambda arm: x.values[arm][steps].estimate.value)
+    found = [[panel.values[arm][steps].estimate for arm in ordered] for panel in (x, y)]
+    at = [[estimate.value * panel.scale for estimate in own] for panel, own in zip((x, y), found, strict=True)]
+    errors = [[_error(e, panel.scale) for e in own] for panel, own in zip((x, y), found, strict=True)]
+    ax.errorbar(*at, xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style)
+
+
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
     """Draw values and 95 % intervals over samples at one T, one row per arm; a dashed line marks the first arm."""
     with plt.rc_context(STYLE):

@@ -29,7 +29,7 @@ from scmdm.evaluation.comparison import (
     trainings_table,
 )
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
-from scmdm.evaluation.report_figures import Panel, arms_figure, loss_figure, quality_figure
+from scmdm.evaluation.report_figures import Panel, arms_figure, frontier_figure, loss_figure, quality_figure
 from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
@@ -80,6 +80,7 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
         heading("Results"),
         bullets(summary.conclusions),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
+        *_frontier_picture(shown, arms, values, figures / "frontier.png"),
         table(*summary.quality, group=True),
         *([table(*summary.trainings, group=True)] if summary.trainings[1] else []),
         *(
@@ -159,6 +160,22 @@ def _quality_pictures(
         compared = arms_figure(rows, _picture_steps(samples), figures / "arms.png")
         parts.append(picture(compared, f"All models; {_MARKS}; the dashed line is {reference}."))
     return parts
+
+
+def _frontier_picture(
+    shown: Sequence[Metric], arms: Sequence[Mapping[str, Any]], values: QualityByMetric, path: Path
+) -> list[str]:
+    """Draw quality against diversity where a model is sampled in several ways, as at several temperatures."""
+    lines: dict[str, list[str]] = {}
+    labels = {arm["name"]: arm["label"] for arm in arms}
+    for arm in arms:
+        lines.setdefault(labels[arm.get("samples_of") or arm["name"]], []).append(arm["label"])
+    axes = {m.frontier: Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.frontier}
+    if len(axes) < 2 or max(map(len, lines.values())) < 2 or len(lines) > len(COLOURS):
+        return []
+    x, y = axes["x"], axes["y"]
+    caption = f"{y.title} against {x.title}; a line joins the ways in which a model is sampled; {_MARKS.split(',')[0]}."
+    return [picture(frontier_figure(x, y, lines, path), caption)]
 
 
 def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:

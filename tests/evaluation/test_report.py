@@ -214,6 +214,22 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
 
 
+def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study):
+    def as_text(content):
+        content["domain"] = "text"
+        for row in content["evaluations"]:
+            row["metrics"] = {"perplexity": 12.0 + len(row["arm"]), "entropy": 4.5, "distinct_2": 0.5}
+            del row["values_file"]
+
+    change_study(study, as_text)
+    study_report(study, study / "report.html")
+    assert not (study / "frontier.png").exists()
+    change_study(study, lambda content: content["arms"][1].update(samples_of="base", runs=[], cost=[], nelbo=[]))
+    study_report(study, study / "report.html")
+    assert (study / "frontier.png").stat().st_size > 0
+    assert (study / "report.html").read_text().count("entropy, nats") > 1
+
+
 def test_comparisons_of_one_training_are_mcnemars(study):
     """All sampling seeds count as samples; p values are adjusted over all comparisons."""
     opened = open_study(study)

@@ -32,8 +32,8 @@ class TextDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "text"
     Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("perplexity", "generative perplexity", "lower", 1, 2),
-        Metric("entropy", "entropy, nats", "", 1, 3),
+        Metric("perplexity", "generative perplexity", "lower", 1, 2, frontier="y"),
+        Metric("entropy", "entropy, nats", "", 1, 3, frontier="x"),
         Metric("mauve", "MAUVE", "higher", 1, 3),
         Metric("distinct_1", "distinct words", "higher", 1, 3, in_figure=False),
         Metric("distinct_2", "distinct bigrams", "higher", 1, 3),

@@ -1,0 +1,117 @@
+"""`python -m benchmarks.train_scorer FILE ... --out DIRECTORY`: a causal model of characters for `metrics.scorer`.
+
+Trains a LLaMA of `transformers` on text files (UTF-8), for a corpus without a published scorer of its style. Give it
+text that the judged models were not trained on. The last twentieth of each file is held out; its perplexity is printed
+and written to `scorer.json`. Interrupted training starts anew.
+
+Legend: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scmdm.diffusion.noise import keyed_uniform
+from scmdm.system.files import atomic_write_text
+
+_HELD_OUT = 20  # one of this number of parts
+_LOG_EVERY = 100
+_UNKNOWN, _END = "<unk>", "<eos>"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the scorer that the arguments describe."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_scorer")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    found = parser.parse_args(arguments)
+    texts = [path.read_text() for path in found.files]
+    tokenizer = character_tokenizer("".join(texts))
+    parts = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    train_N = torch.cat([part[: -(len(part) // _HELD_OUT)] for part in parts])
+    held_out_N = torch.cat([part[-(len(part) // _HELD_OUT) :] for part in parts])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=found.width,
+        intermediate_size=4 * found.width,
+        num_hidden_layers=found.layers,
+        num_attention_heads=found.width // 64,
+        max_position_embeddings=found.length,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    train(model, train_N, length=found.length, batch=found.batch, steps=found.steps, lr=found.lr)
+    perplexity = math.exp(held_out_loss(model, held_out_N, found.length))
+    model.save_pretrained(found.out)
+    tokenizer.save_pretrained(found.out)
+    record = {
+        "files": [path.name for path in found.files],
+        "characters": len(train_N),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "held_out_perplexity": perplexity,
+        "steps": found.steps,
+    }
+    atomic_write_text(found.out / "scorer.json", json.dumps(record, indent=1) + "\n")
+    print(record)
+
+
+def character_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the characters of a text."""
+    vocabulary = {token: index for index, token in enumerate([_UNKNOWN, _END, *sorted(set(text))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=_UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_UNKNOWN, eos_token=_END)
+
+
+def train(model: LlamaForCausalLM, tokens_N: Tensor, *, length: int, batch: int, steps: int, lr: float) -> None:
+    """Train on windows at keyed random positions, with AdamW, 200 steps of warm-up and a cosine schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    started, last = len(tokens_N) - length, time.perf_counter()
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        first_B = (keyed_uniform(0, "scorer", step, torch.arange(batch), 1)[:, 0] * started).long()
+        tokens_BL = tokens_N[first_B[:, None] + torch.arange(length)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=tokens_BL, labels=tokens_BL).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % _LOG_EVERY == 0:
+            now = time.perf_counter()
+            print(f"step {step + 1}/{steps} loss {loss.item():.4f} {(now - last) / _LOG_EVERY:.2f} s/step", flush=True)
+            last = now
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, tokens_N: Tensor, length: int) -> float:
+    """Return the mean loss of consecutive windows, nats per character."""
+    model.eval()
+    windows = tokens_N[: len(tokens_N) // length * length].view(-1, length)
+    losses = [model(input_ids=part, labels=part).loss * len(part) for part in windows.split(64)]
+    return float(torch.stack(losses).sum() / len(windows))
+
+
+if __name__ == "__main__":
+    main()
