@@ -61,7 +61,8 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
-        self._run_trunk: Callable[..., Tensor] = self._trunk
+        # Unbound: a bound method would refer to the model, whose memory would then be freed late.
+        self._run_trunk: Callable[..., Tensor] = type(self)._trunk
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
@@ -78,7 +79,7 @@ class Network(nn.Module):
 
     def compile_trunk(self) -> None:
         """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error."""
-        self._run_trunk = torch.compile(self._trunk, fullgraph=True)
+        self._run_trunk = torch.compile(type(self)._trunk, fullgraph=True)
 
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
@@ -89,7 +90,7 @@ class Network(nn.Module):
         x_BLD = self._embed_state(state).to(self._residual_dtype(state.z_BL.device))
         condition = self._condition(state.t_B, state.labels_B)
         rotary, masks = self._rotary(x_BLD.shape[1], packing), masks_of(packing, self.config.attention)
-        h_BLD = self._run_trunk(x_BLD, rotary, condition, dropout and self.training, masks)
+        h_BLD = self._run_trunk(self, x_BLD, rotary, condition, dropout and self.training, masks)
         return self._head_input(self._align(h_BLD, packing))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:

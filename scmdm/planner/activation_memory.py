@@ -33,6 +33,7 @@ from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tre
 
 _LAYERS = (2, 3)  # a single layer is atypical: it is both first and last in the backward pass
 _VOCABULARY = 8
+_SHORTEST = 16  # tokens: shorter sequences are not extrapolated from
 _CPU = torch.device("cpu")
 
 
@@ -136,7 +137,7 @@ def measure_activations(
         return dataclasses.replace(found, kept_by_block=(more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0]))
 
     short = _linear_from(model) // rows
-    if not gpu or short < 1 or length <= 3 * short:
+    if not gpu or short < _SHORTEST or length <= 3 * short:
         return measured(length)
     return measured(short).extrapolate(short, measured(2 * short), 2 * short, length)
 

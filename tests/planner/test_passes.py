@@ -98,9 +98,9 @@ def test_activations_of_a_narrow_residual_stream(kind):
     assert kept[0] < 0.95 * kept[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["none", "full"])
 def test_activations_kept_in_fp8(kind):
-    """The emulation on a CPU keeps what the GPU's kernel keeps."""
+    """The emulation on a CPU keeps what the GPU's kernel keeps, but for results that "selective" keeps in float32."""
     config = run_config(
         micro=ROWS, matmul_precision="fp8", activation_checkpointing=kind, width=128, layers=5, head_chunk=256
     )
@@ -109,9 +109,15 @@ def test_activations_kept_in_fp8(kind):
     assert planned_kept(workload, layout) == pytest.approx(kept, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["none", "full"])
-@pytest.mark.parametrize(("gathered", "passes", "rows"), [(False, 0, 1), (True, 1, 4)])
-@pytest.mark.parametrize("name", ["dit", "decoder"])
+@pytest.mark.parametrize(
+    ("name", "gathered", "passes", "rows", "kind"),
+    [
+        ("dit", False, 0, 1, "none"),
+        ("dit", True, 1, 4, "full"),
+        ("decoder", False, 1, 2, "full"),
+        ("decoder", True, 0, 1, "none"),
+    ],
+)
 def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, kind, monkeypatch):
     """What is extrapolated is what would be measured, and no trace has as many chunks of the head."""
     sizes = {"width": 64, "layers": 4, "head_chunk": 256, "dropout": 0.1}
