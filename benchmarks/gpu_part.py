@@ -136,7 +136,7 @@ PARTS: dict[str, tuple[Callable[[bool], dict[str, Any]], int]] = {  # with its l
 }
 
 
-def _switched(tiny: bool, **keys: str) -> dict[str, Any]:
+def _switched(tiny: bool, **keys: Any) -> dict[str, Any]:
     """Time adaptation steps with other keys of the model, to compare with those of the part `step 1B`."""
     shape = _TINY if tiny else BILLION_GPU
     return _steps(replace(shape, model=replace(shape.model, **keys)), vanilla=False)

@@ -189,7 +189,7 @@ class _Batch(NamedTuple):
     """This rank's share of a global batch as it was read, and the loader's position behind it."""
 
     columns: dict[str, Tensor]
-    position: dict[str, Any]
+    position: dict[str, Any] | None
 
 
 class _Lookahead:
@@ -204,7 +204,7 @@ class _Lookahead:
         self._run = run
         self._batches = itertools.islice(_batches(run), count)
         self._after = next(self._batches, None)
-        self._next: tuple[Sequences, dict[str, Any]] | None = None
+        self._next: tuple[Sequences, dict[str, Any] | None] | None = None
 
     def first(self) -> Upcoming:
         """Return what other ranks need before the first batch is prepared."""
@@ -217,7 +217,7 @@ class _Lookahead:
         self._after = next(self._batches, None)
         return Upcoming(None if self._next is None else self._next[0], self._longest())
 
-    def take(self) -> tuple[Sequences, dict[str, Any]]:
+    def take(self) -> tuple[Sequences, dict[str, Any] | None]:
         """Return the batch that was prepared last, and the loader's position behind it."""
         assert self._next is not None
         return self._next
