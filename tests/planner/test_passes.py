@@ -138,7 +138,7 @@ def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, k
     direct = measure_activations(model, length=length, gpu=True, **options)
     for field in dataclasses.fields(direct):
         found, wanted = (getattr(one, field.name) for one in (extrapolated, direct))
-        assert found == pytest.approx(wanted, rel=1e-3), field.name
+        assert found == pytest.approx(wanted, rel=5e-3), field.name
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
