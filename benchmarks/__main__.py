@@ -9,6 +9,7 @@ import sys
 
 from benchmarks import (
     attention,
+    blocks,
     checkpoint,
     engines,
     gpu,
@@ -33,6 +34,7 @@ PARTS = {
     "engines": engines.main,
     "samplers": samplers.main,
     "sampler1024": samplers.thousand,
+    "blocks": blocks.main,
     "loader": loader.main,
     "preparation": preparation.main,
     "checkpoint": checkpoint.main,

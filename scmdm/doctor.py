@@ -14,8 +14,7 @@ import torch
 from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
-from scmdm.observability.environment import installed_version
-from scmdm.system.extras import EXTRAS, PURPOSES, missing_packages
+from scmdm.system.extras import EXTRAS, PURPOSES, installed_version, missing_packages
 from scmdm.system.terminal import Terminal
 
 _BASE_PACKAGES = ("mosaicml-streaming", "deepspeed", "wandb", "transformers")

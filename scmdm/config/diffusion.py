@@ -9,7 +9,7 @@ from scmdm.config.fields import OnAdapt, key
 
 @dataclass
 class DiffusionConfig:
-    """The masking process. An adaptation takes it from its base, except for `t_min`."""
+    """The masking process. An adaptation takes it from its base, except for `t_min` and `block_length`."""
 
     schedule: str = key(
         "log_linear",
@@ -28,6 +28,14 @@ class DiffusionConfig:
         help="smallest time drawn in training; bounds the loss weight",
         at_least=1e-9,
         at_most=0.5,
+        on_adapt=OnAdapt.OWN,
+    )
+    block_length: int | None = key(
+        None,
+        help="block diffusion (BD3-LM): tokens per block; each block sees itself and earlier ones, and is generated "
+        "after them; null: no blocks, or those of the base",
+        at_least=1,
+        at_most=2**24,
         on_adapt=OnAdapt.OWN,
     )
 

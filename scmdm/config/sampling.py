@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from scmdm.config.common import (
     batch_size_key,
@@ -79,6 +79,19 @@ class SamplerConfig:
         help="where blocks are counted from: the start of the sequence, or the end of the prompt",
         choices=("sequence", "prompt"),
     )
+    cache: str = key(
+        "auto",
+        help="keys and values that are not computed again; blocks: of finished blocks, exact, for a model with "
+        "diffusion.block_length; prefix, dual: of what precedes the block, or of all but the block, from its first "
+        "step, an approximation for other models (Fast-dLLM); auto: blocks where possible",
+        choices=("auto", "none", "blocks", "prefix", "dual"),
+    )
+    cache_check: int = key(
+        64,
+        help="prefix, dual: steps between two evaluations of whole sequences that measure the difference; 0: none",
+        at_least=0,
+        at_most=2**31,
+    )
     tempered_order: bool = key(
         False,
         help="rank positions by the distribution that tokens are drawn from (temperature, top_k, top_p), as Dream does",
@@ -153,21 +166,51 @@ class SamplerConfig:
     )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
-    def settings(self, self_conditioned: bool, end_ids: tuple[int, ...] = ()) -> SamplerSettings:
+    def of_model(self, block_length: int | None) -> SamplerConfig:
+        """Return the configuration with what follows from a model, of blocks of `block_length` tokens or of none.
+
+        Raises UserError for blocks or a cache that the model does not have.
+        """
+        cache = self.cache if self.cache != "auto" else "none" if block_length is None else "blocks"
+        with_model = f"with a model of diffusion.block_length={block_length or 'null'}"
+        approximate = self.cache in ("prefix", "dual")
+        if block_length is None:
+            require(cache != "blocks", "sampler.cache", cache, f"none, prefix or dual {with_model}")
+            return replace(self, cache=cache)
+        require(not approximate, "sampler.cache", self.cache, f"blocks or none {with_model}")
+        same = self.block_length in (None, block_length)
+        require(same, "sampler.block_length", self.block_length, f"null or {block_length} {with_model}")
+        from_start = self.block_start == "sequence"
+        require(from_start, "sampler.block_start", self.block_start, f"sequence {with_model}")
+        own = replace(self, cache=cache, block_length=block_length)
+        own.validate()
+        return own
+
+    def settings(
+        self,
+        self_conditioned: bool,
+        end_ids: tuple[int, ...] = (),
+        *,
+        block_length: int | None = None,
+        logit_shift: bool = False,
+    ) -> SamplerSettings:
         """Return settings for `scmdm.diffusion.sampler.sample`.
 
-        `end_ids` are the ids of [EOS] and of `end_tokens`, in this order. Raises UserError when an estimate should be
-        carried, but the model is not self-conditioned.
+        `end_ids` are the ids of [EOS] and of `end_tokens`, in this order; `block_length` and `logit_shift` are keys of
+        the model. Raises UserError when an estimate should be carried, but the model is not self-conditioned, and as
+        `of_model` does.
         """
         if self.carry == "always" and not self_conditioned:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        settings = {**asdict(self), "carry": self_conditioned and self.carry != "never"}
+        settings = {**asdict(self.of_model(block_length)), "carry": self_conditioned and self.carry != "never"}
         for name in ("label", "cuda_graphs", "end_tokens", "logits_eos_inf", "confidence_eos_eot_inf"):
             del settings[name]  # not of the reverse process
         never = end_ids[:1] if self.logits_eos_inf else ()
-        return SamplerSettings(**settings, never_ids=never, late_ids=end_ids if self.confidence_eos_eot_inf else ())
+        late = end_ids if self.confidence_eos_eot_inf else ()
+        of_model = {"model_of_blocks": block_length is not None, "logit_shift": logit_shift}
+        return SamplerSettings(**settings, never_ids=never, late_ids=late, **of_model)
 
     @property
     def adaptive(self) -> bool:
@@ -189,9 +232,9 @@ class SamplerConfig:
         has_condition = self.label is not None or self.guided_by == "prompt"
         leaves_noise = self.kind == "ancestral" and self.eps > 0 and self.block_length is None
         needs_noise = "last_step without kind=ancestral, an eps above 0 and block_length=null"
+        needs_blocks = "auto, none or blocks with block_length=null"
         needs_threshold = "null without kind=confidence or kind=margin"
         for name, possible, wanted in (
-            ("block_length", self.block_length is None or not hits, f"null {with_kind}"),
             ("eps", self.eps == 0 or not (hits or self.adaptive), "0 without a fixed number of steps"),
             ("noise_removal", self.noise_removal == "last_step" or leaves_noise, needs_noise),
             ("transfer", self.transfer == "schedule" or ranked or self.kind == "random", f"schedule {with_kind}"),
@@ -210,6 +253,8 @@ class SamplerConfig:
                 "token with remask=never",
             ),
             ("top_p_rule", self.top_p_rule == "reaching" or self.top_p < 1, "reaching with top_p=1"),
+            ("cache", self.cache not in ("prefix", "dual") or self.block_length is not None, needs_blocks),
+            ("cuda_graphs", not self.cuda_graphs or self.cache in ("auto", "none"), f"false with cache={self.cache}"),
             ("guidance", self.guidance == 1 or has_condition, "1 without sampler.label or sampler.guided_by=prompt"),
         ):
             require(possible, f"sampler.{name}", getattr(self, name), wanted)

@@ -56,6 +56,11 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
         raise UserError(
             f"format=peft: {path} has no adapters; give a run with model.lora_rank above 0, or another format"
         )
+    if config.format == "peft" and stored.spec.diffusion.block_length is not None:
+        raise UserError(
+            f"format=peft is not possible for {path} with diffusion.block_length={stored.spec.diffusion.block_length}, "
+            "for which adapter_config.json has no place; use another format"
+        )
     if out.exists():
         raise UserError(f"{out} exists; export into a new directory, or remove it first")
     limit = int(config.shard_gb * 1e9)

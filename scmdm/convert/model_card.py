@@ -47,6 +47,11 @@ def _description(stored: StoredModel) -> str:
         f"{manifest.bos_policy}",
         f"- noise: {spec.diffusion.schedule}, eps {spec.diffusion.eps:g}",
     ]
+    if (size := spec.diffusion.block_length) is not None:
+        lines.append(
+            f"- blocks of {size} tokens, generated from left to right: attention must hide later blocks, which "
+            "programs for models without blocks do not do"
+        )
     if spec.model.self_conditioned:
         lines.append(
             "- self-conditioned (SCMDM, arXiv 2604.26985): a conditioner feeds each prediction of the clean sequence "

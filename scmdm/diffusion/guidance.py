@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scmdm.diffusion.key_value_cache import Window
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.state import NO_LABEL, State, true_positions
 
@@ -58,6 +59,7 @@ class Guided:
     guidance: float = 1.0  # g; 1: the conditioned prediction alone; above 1: away from the other one
     prompt_BL: Tensor | None = None  # bool: positions masked in the other prediction; None: it lacks the label
     packing: Packing | None = None
+    window: Window | None = None  # the sequences are this part of longer ones
 
     @property
     def evaluations(self) -> int:
@@ -70,6 +72,11 @@ class Guided:
         parts = {name: getattr(self, name) for name in ("labels_B", "prompt_BL", "packing")}
         return replace(self, **{name: part[rows_N] for name, part in parts.items() if part is not None})
 
+    def within(self, window: Window) -> Guided:
+        """Return the denoiser of a window of these sequences."""
+        prompt_BW = None if self.prompt_BL is None else window.cut(self.prompt_BL)
+        return replace(self, window=window, prompt_BL=prompt_BW)
+
     def inputs(self, z_BL: Tensor) -> list[Tensor]:
         """Return the sequences (B, L) that each prediction sees."""
         if self.evaluations == 1:
@@ -80,12 +87,14 @@ class Guided:
         """Evaluate the denoiser: hidden states (B, L, G D)."""
         labels, packing = self.labels_B, self.packing
         if self.evaluations == 1:
-            return self.denoiser.hidden(State(z_BL, t_B, estimate_BLD, packing, labels))
+            return self.denoiser.hidden(State(z_BL, t_B, estimate_BLD, packing, labels, window=self.window))
         if labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, NO_LABEL) if self.prompt_BL is None else labels])
         estimate = None if estimate_BLD is None else torch.cat(estimate_BLD.chunk(2, dim=-1))
         packing = None if packing is None else packing.repeat(2)
-        both = self.denoiser.hidden(State(torch.cat(self.inputs(z_BL)), t_B.repeat(2), estimate, packing, labels))
+        window = None if self.window is None else self.window.twice()
+        state = State(torch.cat(self.inputs(z_BL)), t_B.repeat(2), estimate, packing, labels, window=window)
+        both = self.denoiser.hidden(state)
         return torch.cat(both.chunk(2), dim=-1)
 
     def logits(self, h_ND: Tensor) -> Tensor:

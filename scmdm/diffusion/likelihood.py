@@ -46,6 +46,7 @@ def nelbo_terms(
     draws: int = 1,
     condition: bool = False,
     passes: int = 1,
+    block_length: int | None = None,
 ) -> Tensor:
     """Return the NELBO in nats and the valid tokens of each sequence, (N, 2) float64 on the CPU; see `nelbo_of`.
 
@@ -55,7 +56,8 @@ def nelbo_terms(
 
     `condition` conditions on the estimate of `passes` passes. The result is still a bound on the likelihood, because
     the estimate is a function of `z_t`. The same seed gives the same times and masks, so that two models, or both modes
-    of one model, are compared on the same noise.
+    of one model, are compared on the same noise. With `block_length`, the NELBO is the sum of those of the blocks
+    (`scmdm.diffusion.blocks`).
     """
     shared = None if strata is None else _Times(seed, t_min, strata, draws)
     terms: list[Tensor] = []
@@ -72,6 +74,8 @@ def nelbo_terms(
                 step=draw,
                 rate=1.0 if condition else 0.0,
                 noisier_state=False,
+                block_length=block_length,
+                t_min=t_min,
             )
             output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
             share_B += output.weighted_nll_B / draws

@@ -49,8 +49,8 @@ class ObjectiveOutput:
 
 def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
     """Return the loss weights `w(t) * 1[valid] * share` (B, L), float32."""
-    weight_B = loss_weight(schedule, batch.t).float()
-    return (weight_B if batch.share is None else weight_B * batch.share)[:, None] * batch.valid
+    weight = loss_weight(schedule, batch.t[:, None] if batch.block_t is None else batch.block_t).float()
+    return (weight if batch.share is None else weight * batch.share[:, None]) * batch.valid
 
 
 def clean_state_estimate(
@@ -63,7 +63,7 @@ def clean_state_estimate(
     estimate = None
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
-            state = State(batch.z_estimate, batch.t_estimate, estimate, batch.packing, batch.labels)
+            state = State(batch.z_estimate, batch.t_estimate, estimate, batch.packing, batch.labels, batch.clean)
             estimate = denoiser.estimate(state, dropout=dropout)
     assert estimate is not None
     return estimate
@@ -91,7 +91,7 @@ def self_conditioned_nelbo(
         )
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
     weight_BL = token_weights(batch, schedule)
-    state = State(batch.z, batch.t, estimate, batch.packing, batch.labels)
+    state = State(batch.z, batch.t, estimate, batch.packing, batch.labels, batch.clean)
     loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)
     share_B = (nll_BL.double() * weight_BL).sum(1)
     return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))

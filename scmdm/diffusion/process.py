@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scmdm.diffusion.blocks import spread_times, spread_uniforms
 from scmdm.diffusion.noise import keyed_permutation, keyed_uniform
 from scmdm.diffusion.packing import Packing, make_packing
 from scmdm.diffusion.schedule import Schedule
@@ -42,14 +43,20 @@ class NoisedBatch:
     packing: Packing | None = None  # several documents in each row
     labels: Tensor | None = None  # (B,) int64, labels, some replaced by NO_LABEL
     share: Tensor | None = None  # (B,) float32: factor of each sample's loss; None: 1
+    block_t: Tensor | None = None  # (B, L) float64, time of each position's block; None: `t`, no model of blocks
+
+    @property
+    def clean(self) -> Tensor | None:
+        """Tokens of the clean copy that a model of blocks sees; None for other models."""
+        return None if self.block_t is None else self.x
 
 
-def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha_B: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
-    """Draw `z_t ~ q(z_t | x)`: mask the maskable tokens whose uniform is below `1 - alpha_t`.
+def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha: Tensor, maskable_BL: Tensor, mask_id: int) -> Tensor:
+    """Draw `z_t ~ q(z_t | x)`: mask the maskable tokens whose uniform is below `1 - alpha_t`, (B, 1) or (B, L).
 
     With the same uniforms, the masks at a larger time include those at a smaller one.
     """
-    masked = (u_BL < (1 - alpha_B)[:, None]) & maskable_BL
+    masked = (u_BL < 1 - alpha) & maskable_BL
     return x_BL.masked_fill(masked, mask_id)
 
 
@@ -63,25 +70,47 @@ def noise_batch(
     step: int,
     rate: float,
     noisier_state: bool,
+    block_length: int | None = None,
+    t_min: float = 0.0,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
     `rate` is the probability that the second pass of a sample is conditioned. With `noisier_state` the first pass gets
     an earlier state of the process: its time is uniform between t and 1, with the same uniforms, hence with more masks.
     Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
+
+    For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
+    sequences' stratified times on [t_min, 1].
     """
     x_BL, valid_BL, ids_B = sequences.tokens, sequences.valid, sequences.ids
     maskable_BL = valid_BL if sequences.maskable is None else sequences.maskable
+    packing = None if sequences.documents is None else make_packing(sequences.documents)
     u_BL = keyed_uniform(seed, "mask", step, ids_B, x_BL.shape[1])
-    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t_B), maskable_BL, mask_id)
+    t, block_t = t_B[:, None], None
+    if block_length is not None:
+        own = {"seed": seed, "step": step}
+        t = block_t = spread_times(t_B, ids_B, maskable_BL, block_length, packing, t_min=t_min, **own)
+    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t), maskable_BL, mask_id)
     z_estimate, t_estimate = z_BL, t_B
     if noisier_state:
-        v_B = keyed_uniform(seed, "estimate-time", step, ids_B, 1)[:, 0]
-        t_estimate = t_B + (1 - t_B) * v_B
-        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t_estimate), maskable_BL, mask_id)
+        v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
+        t_estimate = t_B + (1 - t_B) * v[:, 0]
+        if block_length is not None:
+            v = spread_uniforms("estimate-time", ids_B, block_length, packing, x_BL.shape[1], seed=seed, step=step)
+        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t + (1 - t) * v), maskable_BL, mask_id)
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
-    packing = None if sequences.documents is None else make_packing(sequences.documents)
-    return NoisedBatch(x_BL, z_BL, t_B, valid_BL, z_estimate, t_estimate, conditioned_B, packing, sequences.labels)
+    return NoisedBatch(
+        x_BL,
+        z_BL,
+        t_B,
+        valid_BL,
+        z_estimate,
+        t_estimate,
+        conditioned_B,
+        packing,
+        sequences.labels,
+        block_t=block_t,
+    )
 
 
 def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int) -> Tensor:
@@ -89,9 +118,8 @@ def reveal_mask(z_BL: Tensor, u_BL: Tensor, probability_B: Tensor, mask_id: int)
     return (z_BL == mask_id) & (u_BL < probability_B[:, None])
 
 
-def first_hitting_position(z_BL: Tensor, u_B: Tensor, mask_id: int) -> Tensor:
+def uniform_position(masked_BL: Tensor, u_B: Tensor) -> Tensor:
     """Return a mask (B, L) of one masked position per row, chosen uniformly by `u_B`; none in a row without masks."""
-    masked = z_BL == mask_id
-    count_B = masked.sum(1)
+    count_B = masked_BL.sum(1)
     chosen_B = torch.minimum((u_B * count_B).long(), (count_B - 1).clamp(min=0))
-    return masked & ((masked.cumsum(1) - 1) == chosen_B[:, None])
+    return masked_BL & ((masked_BL.cumsum(1) - 1) == chosen_B[:, None])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.diffusion.process import first_hitting_position, reveal_mask
+from scmdm.diffusion.process import reveal_mask, uniform_position
 from scmdm.diffusion.schedule import Schedule, remask_probability, unmask_probability
 from scmdm.diffusion.token_draw import most_certain
 
@@ -38,6 +38,12 @@ class SamplerSettings:
     factor: float | None = None  # reveal as many tokens as Fast-dLLM's factor rule says, and ignore steps
     block_length: int | None = None  # positions per block, decoded left to right, with equal steps; None: one block
     block_start: str = "sequence"  # where the first block begins: "sequence" | "prompt" (at its end)
+    logit_shift: bool = False  # the denoiser predicts a position from the one before it, which a window must contain
+    model_of_blocks: bool = False  # the denoiser sees no later blocks; estimates are null outside of a step's block
+    # keys and values that evaluations do not compute again: "none" | "blocks" (finished ones, of a model of blocks:
+    # exact) | "prefix" (what precedes the block, as in its first step; Fast-dLLM) | "dual" (what follows it, too)
+    cache: str = "none"
+    cache_check: int = 0  # prefix, dual: steps between two measurements of the difference that the cache makes; 0: none
     tempered_order: bool = False  # ORDERS rank by the distribution that tokens are drawn from, not by the model's
     alg_temp: float = 0.0  # ORDERS: draw positions from softmax(confidence / alg_temp); 0: the most certain ones
     remask: str = "never"  # ancestral: "never" | "cap" | "rescale" (ReMDM)
@@ -78,10 +84,13 @@ class Step:
     greedy: bool = False  # take the most probable tokens
     remask_BL: Tensor | None = None  # positions to remask
     active_B: Tensor | None = None  # sequences that the step concerns; None: all
+    block_B: Tensor | None = None  # number of the step's block in each sequence; None: no blocks
+    first_B: Tensor | None = None  # first position of the step's block; None: no blocks
+    end_B: Tensor | None = None  # position after the step's block
 
     def at(self, rows_N: Tensor) -> Step:
         """Return the evaluation of a selection of sequences, without remasking."""
-        names = ("t_B", "candidates_BL", "count_B", "reveal_B")
+        names = ("t_B", "candidates_BL", "count_B", "reveal_B", "first_B", "end_B")
         own = {name: part[rows_N] for name in names if (part := getattr(self, name)) is not None}
         return replace(self, **own, remask_BL=None, active_B=None)
 
@@ -125,10 +134,21 @@ def make_blocks(problem: Problem, settings: SamplerSettings) -> Blocks:
 def make_plan(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
     """Plan the steps of a sampler. Raises ValueError when there are fewer steps than blocks."""
     if settings.kind == "first_hitting":
-        return _plan_first_hitting(problem)
-    if settings.adaptive:
-        return _plan_adaptive(problem, settings)
-    return _plan_on_grid(problem, settings)
+        steps = _plan_first_hitting(problem, settings)
+    elif settings.adaptive:
+        steps = _plan_adaptive(problem, settings)
+    else:
+        steps = _plan_on_grid(problem, settings)
+    return steps if settings.block_length is None else _with_places(steps, make_blocks(problem, settings))
+
+
+def _with_places(steps: Iterator[Step], blocks: Blocks) -> Iterator[Step]:
+    """Add the place of each step's block, which has the step's candidates and what it remasks."""
+    for step in steps:
+        assert step.block_B is not None
+        within_BL = blocks.number_BL == step.block_B[:, None]
+        first_B = within_BL.int().argmax(1)
+        yield replace(step, first_B=first_B, end_B=first_B + within_BL.sum(1))
 
 
 @dataclass(frozen=True)
@@ -155,12 +175,14 @@ def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]
         within_BL = blocks.number_BL == point.block_B[:, None]
         active_B = (todo_BL & within_BL).any(1)
         if bool(active_B.any()):  # a block of given tokens needs no evaluation
-            yield _grid_step(problem, settings, index, point, blocks.count_B, within_BL, active_B)
+            step = _grid_step(problem, settings, index, point, blocks.count_B, within_BL, active_B)
+            yield replace(step, block_B=point.block_B)
     masked_BL = problem.state() == problem.mask_id
     if settings.noise_removal != "last_step" and bool(masked_BL.any()):
         t_B = torch.full_like(problem.ids_B, settings.eps, dtype=torch.float64)
         greedy = settings.noise_removal == "greedy"
-        yield Step(settings.steps, t_B, masked_BL, greedy=greedy, active_B=masked_BL.any(1))
+        one_B = torch.zeros_like(problem.ids_B)  # there is a single block
+        yield Step(settings.steps, t_B, masked_BL, greedy=greedy, active_B=masked_BL.any(1), block_B=one_B)
 
 
 def _grid_point(index: int, blocks_B: Tensor, settings: SamplerSettings) -> _GridPoint:
@@ -238,24 +260,30 @@ def _plan_adaptive(problem: Problem, settings: SamplerSettings) -> Iterator[Step
         first_B = blocks.number_BL.masked_fill(~masked_BL, length).min(1).values
         candidates_BL = masked_BL & (blocks.number_BL == first_B[:, None])
         t_B = problem.schedule.inverse(1 - masked_BL.sum(1).double() / lengths_B).clamp(max=1)
-        yield Step(index, t_B, candidates_BL, candidates_BL.sum(1), active_B=masked_BL.any(1))
+        yield Step(index, t_B, candidates_BL, candidates_BL.sum(1), active_B=masked_BL.any(1), block_B=first_B)
         index += 1
 
 
-def _plan_first_hitting(problem: Problem) -> Iterator[Step]:
+def _plan_first_hitting(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
     """Plan the first-hitting sampler (arXiv 2409.02908): exact, one token per evaluation.
 
     With n masks left, the next position is revealed when the mask level has shrunk by the factor `u^(1/n)`; the
-    position is uniform.
+    position is uniform. Each block begins anew.
     """
     ids_B, schedule, mask_id = problem.ids_B, problem.schedule, problem.mask_id
-    level_B = 1 - schedule.alpha(torch.ones(len(ids_B), dtype=torch.float64, device=ids_B.device))
-    k = 0
-    while bool((problem.state() == mask_id).any()):
-        z_BL = problem.state()
+    blocks, length = make_blocks(problem, settings), problem.given_BL.shape[1]
+    start_B = 1 - schedule.alpha(torch.ones(len(ids_B), dtype=torch.float64, device=ids_B.device))
+    level_B, block_B, k = start_B, torch.full_like(ids_B, -1), 0
+    while bool((masked_BL := problem.state() == mask_id).any()):
+        first_B = blocks.number_BL.masked_fill(~masked_BL, length).min(1).values
+        masked_BL = masked_BL & (blocks.number_BL == first_B[:, None])
         u_B2 = keyed_uniform(problem.seed, "hit", k, ids_B, 2)
-        n_B = (z_BL == mask_id).sum(1)
-        level_B = level_B * u_B2[:, 0] ** (1 / n_B.clamp(min=1))
-        reveal_BL = first_hitting_position(z_BL, u_B2[:, 1], mask_id)
-        yield Step(k, schedule.inverse(1 - level_B), reveal_BL, active_B=n_B > 0)
+        n_B = masked_BL.sum(1)
+        level_B = torch.where(first_B == block_B, level_B, start_B) * u_B2[:, 0] ** (1 / n_B.clamp(min=1))
+        block_B = first_B
+        reveal_BL = uniform_position(masked_BL, u_B2[:, 1])
+        # As on a grid, the time refers to the whole sequence.
+        later_B = (blocks.count_B - block_B - 1).clamp(min=0)
+        t_B = schedule.inverse(1 - (level_B + later_B) / blocks.count_B)
+        yield Step(k, t_B, reveal_BL, active_B=n_B > 0, block_B=block_B)
         k += 1

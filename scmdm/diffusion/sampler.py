@@ -9,19 +9,23 @@ different lengths are padded at their end, and nothing attends to padding.
 By SUBS, the estimate of an unmasked position is its token. A remasked position therefore carries the embedding of its
 former token, or, with `remasked_estimate="null"`, nothing.
 
-Legend: B batch, L length, D width, V vocabulary with the mask, N selected positions.
+With a cache of keys and values (`scmdm.diffusion.cached_windows`), an evaluation computes a window of positions alone.
+Neither evaluations nor draws change. For a model of blocks, nor do the predictions, up to rounding.
+
+Legend: B batch, L length, D width, V vocabulary with the mask, N selected positions, W positions of a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scmdm.diffusion.cached_windows import CacheDeviation, CachedWindows
 from scmdm.diffusion.guidance import Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.packing import pack_padded
@@ -47,14 +51,17 @@ _LONGEST = 2**20  # tokens of a sequence whose draws must not depend on the leng
 
 @dataclass(frozen=True)
 class Samples:
-    """Result of a sampler: tokens (B, L) without masks, and denoiser evaluations of each sequence (B,), int64.
+    """Result of a sampler: tokens (B, L) without masks, and what each sequence cost (B,), int64.
 
     A step is one evaluation, guided two. Evaluations include those that were skipped because nothing would have used
-    their result, but not those of steps that concern other sequences of the batch alone.
+    their result, but not those of steps that concern other sequences of the batch alone. Positions are those that the
+    denoiser has computed: the length for each evaluation that was not skipped, with a cache its window.
     """
 
     tokens: Tensor
     evaluations_B: Tensor
+    positions_B: Tensor
+    deviation: CacheDeviation = field(default_factory=CacheDeviation)
 
     @property
     def evaluations(self) -> int:
@@ -97,16 +104,24 @@ def sample(
     sequence, which is padded with any other token than the mask. `on_step` is called after every step, and does not
     influence the result.
     """
-    z_BL, estimate, evaluations = given_BL, None, 0
+    if settings.block_length != (size := getattr(denoiser, "block_length", None)) and size is not None:
+        raise ValueError(f"the denoiser predicts blocks of {size} tokens, not of {settings.block_length}")
+    z_BL, evaluations = given_BL, 0
+    estimate: Tensor | None = None
     evaluations_B = torch.zeros_like(ids_B)
     view = _view(denoiser, given_BL, labels_B, lengths_B, settings, mask_id)
     draws = _Draws(settings, seed, given_BL.shape[1] if lengths_B is None else _LONGEST)
+    windows = CachedWindows(settings, view.evaluations, *given_BL.shape, device=given_BL.device)
     problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed, lengths_B)
+    last: Step | None = None
     for step in make_plan(problem, settings):
+        if estimate is not None and last is not None and settings.model_of_blocks:
+            estimate = _of_same_block(estimate, last, step)
+        last = step
         before_BL, seen = z_BL, estimate
         evaluations += view.evaluations
         evaluations_B += view.evaluations * (1 if step.active_B is None else step.active_B)
-        z_BL, estimate = _advance(view, z_BL, estimate, step, ids_B, draws)
+        z_BL, estimate = _advance(view, z_BL, estimate, step, ids_B, draws, windows)
         revealed_BL = (before_BL == mask_id) & (z_BL != mask_id)
         if step.remask_BL is not None:
             z_BL = z_BL.masked_fill(step.remask_BL, mask_id)
@@ -116,7 +131,16 @@ def sample(
             logits = partial(_logits_at, view, before_BL, step.t_B, seen)
             on_step(Observation(evaluations, step.t_B, z_BL, revealed_BL, logits))
     assert not bool((z_BL == mask_id).any())
-    return Samples(z_BL, evaluations_B)
+    return Samples(z_BL, evaluations_B, windows.positions_B, windows.deviation)
+
+
+def _of_same_block(estimate_BLD: Tensor, last: Step, step: Step) -> Tensor:
+    """Return the estimate that the last step has made of this step's block; null elsewhere, and in another block."""
+    parts = (last.block_B, step.block_B, step.first_B, step.end_B)
+    last_block_B, block_B, first_B, end_B = (part for part in parts if part is not None)
+    at_L = torch.arange(estimate_BLD.shape[1], device=estimate_BLD.device)
+    same_BL = (at_L >= first_B[:, None]) & (at_L < end_B[:, None]) & (block_B == last_block_B)[:, None]
+    return estimate_BLD.masked_fill(~same_BL[..., None], 0)
 
 
 def _view(
@@ -146,7 +170,13 @@ class _Draws:
 
 
 def _advance(
-    view: Guided, z_BL: Tensor, estimate_BLD: Tensor | None, step: Step, ids_B: Tensor, draws: _Draws
+    view: Guided,
+    z_BL: Tensor,
+    estimate_BLD: Tensor | None,
+    step: Step,
+    ids_B: Tensor,
+    draws: _Draws,
+    windows: CachedWindows,
 ) -> tuple[Tensor, Tensor | None]:
     """Return sequences and estimate after a step, evaluating only the sequences that need it.
 
@@ -154,12 +184,16 @@ def _advance(
     """
     carry = draws.settings.carry
     needed_B = step.active_B if carry else _reveals(step)
-    if needed_B is None or (carry and bool(needed_B.all())):
+    if not windows.cached and (needed_B is None or (carry and bool(needed_B.all()))):
+        windows.count_all()
         z_BL, h_BLD = _evaluate(view, z_BL, estimate_BLD, step, ids_B, draws)
         return z_BL, view.carried_estimate(h_BLD, z_BL) if carry else None
-    rows = needed_B.nonzero().squeeze(1)
+    rows = torch.arange(len(z_BL), device=z_BL.device) if needed_B is None else needed_B.nonzero().squeeze(1)
     if not len(rows):
         return z_BL, estimate_BLD
+    if windows.cached:
+        return _advance_windows(view, z_BL, estimate_BLD, step, ids_B, draws, windows, rows)
+    windows.count(rows, z_BL.shape[1])
     own = step.at(rows)
     seen = None if estimate_BLD is None else estimate_BLD[rows]
     part = view.at(rows)
@@ -171,6 +205,39 @@ def _advance(
     if estimate_BLD is None:  # null for the sequences that have not been evaluated
         estimate_BLD = new.new_zeros(len(z_BL), *new.shape[1:])
     return z_BL, estimate_BLD.index_copy(0, rows, new)
+
+
+def _advance_windows(
+    view: Guided,
+    z_BL: Tensor,
+    estimate_BLD: Tensor | None,
+    step: Step,
+    ids_B: Tensor,
+    draws: _Draws,
+    windows: CachedWindows,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Return sequences and estimate after a step, of whose sequences `rows` a window is evaluated."""
+    for own_rows, window in windows.of(step, rows):
+        own, own_z = step.at(own_rows), z_BL[own_rows]
+        seen = None if estimate_BLD is None else estimate_BLD[own_rows]
+        part = view.at(own_rows)
+        windowed = part.within(window)
+        h_BWD = windowed.hidden(window.cut(own_z), own.t_B, None if seen is None else window.cut(seen))
+        if windows.checks(step, window):
+            at_BL = own.candidates_BL
+            exact_ND = part.hidden(own_z, own.t_B, seen)[at_BL]
+            windows.compare(part, h_BWD[window.cut(at_BL)], exact_ND)
+        reveal_BL, drawn_N = _reveal(part, h_BWD, own, ids_B[own_rows], draws, window.start_B)
+        advanced = own_z.masked_scatter(reveal_BL, drawn_N)
+        z_BL = z_BL.index_copy(0, own_rows, advanced)
+        if not draws.settings.carry:
+            continue
+        new = windowed.carried_estimate(h_BWD, window.cut(advanced))
+        if estimate_BLD is None:
+            estimate_BLD = new.new_zeros(*z_BL.shape, new.shape[-1])
+        estimate_BLD = estimate_BLD.index_put((own_rows[:, None], window.columns_BW), new)
+    return z_BL, estimate_BLD
 
 
 def _reveals(step: Step) -> Tensor:
@@ -187,10 +254,15 @@ def _evaluate(
     return z_BL.masked_scatter(reveal_BL, drawn_N), h_BLD
 
 
-def _reveal(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
-    """Return a mask (B, L) of revealed positions, and their tokens (N,) in row-major order."""
+def _reveal(
+    view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws, start_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a mask (B, L) of revealed positions, and their tokens (N,) in row-major order.
+
+    With `start_B`, the hidden states are those of windows that begin there, and contain all candidates.
+    """
     candidates_BL, settings = step.candidates_BL, draws.settings
-    drawn_N, score_N = _draw(view, h_BLD, step, ids_B, draws)
+    drawn_N, score_N = _draw(view, h_BLD, step, ids_B, draws, start_B)
     if step.reveal_B is not None:
         revealed_N = drawn_N != view.mask_id
         return candidates_BL.masked_scatter(candidates_BL, revealed_N), drawn_N[revealed_N]
@@ -209,13 +281,16 @@ def _reveal(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draw
     return reveal_BL, drawn_N[reveal_BL[candidates_BL]]
 
 
-def _draw(view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
+def _draw(
+    view: Guided, h_BLD: Tensor, step: Step, ids_B: Tensor, draws: _Draws, start_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return tokens (N,) at the candidates, and confidence scores (empty unless ranking by confidence).
 
     Where the step has a probability to reveal a candidate, the mask in place of a token leaves it masked.
     """
     rows, columns = step.candidates_BL.nonzero(as_tuple=True)
-    h_ND, settings = h_BLD[rows, columns], draws.settings
+    h_ND = h_BLD[rows, columns if start_B is None else columns - start_B[rows]]
+    settings = draws.settings
     keys_N = ids_B[rows] * draws.stride + columns
     shape: dict[str, Any] = {name: getattr(settings, name) for name in _SHAPE}
     if step.greedy:

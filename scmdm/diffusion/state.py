@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scmdm.diffusion.key_value_cache import Window
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.packing import Packing
 
@@ -59,6 +60,8 @@ class State:
     estimate_BLD: Tensor | None = None  # expected embedding of the clean tokens; None: the null estimate
     packing: Packing | None = None  # several documents in each row
     labels_B: Tensor | None = None  # int64, label of each sequence or NO_LABEL; None: none has one
+    clean_BL: Tensor | None = None  # int64, clean copy of the sequences, for a model of blocks (`diffusion.blocks`)
+    window: Window | None = None  # the tokens are a part of longer sequences, of which the rest is in a cache
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:

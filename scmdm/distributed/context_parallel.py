@@ -47,8 +47,10 @@ class SlicedDenoiser:
 
     def _sliced(self, state: State) -> State:
         """Return the state with `z_BL` sliced; its estimate is a slice already."""
+        size = self._context.size()
+        if state.clean_BL is not None:
+            raise UserError(f"fsdp.context={size} is not possible with diffusion.block_length; set it to 1")
         if state.packing is not None:
-            size = self._context.size()
             raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
         return replace(state, z_BL=self._slice(state.z_BL))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import Tokenizer, block_text, load_tokenizer
+from scmdm.diffusion.cached_windows import CacheDeviation
 from scmdm.domains.sample_values import SampleValues
 
 
@@ -34,6 +35,8 @@ class GeneratedSamples:
     seconds: float
     labels: list[str] | None = None  # class that each sample is conditioned on
     scores: dict[str, np.ndarray] | None = None  # of `ScoringDomain.scores`, if they were computed before
+    positions: list[int] | None = None  # token positions that the denoiser computed for each sample
+    cache_deviation: CacheDeviation | None = None  # of an approximate cache
 
     @property
     def evaluations(self) -> int:
@@ -48,6 +51,7 @@ class GeneratedSamples:
             texts=[self.texts[number] for number in numbers],
             framed=[self.framed[number] for number in numbers],
             counts=[self.counts[number] for number in numbers],
+            positions=None if self.positions is None else [self.positions[number] for number in numbers],
             labels=None if self.labels is None else [self.labels[number] for number in numbers],
             scores=None,
         )
@@ -80,6 +84,11 @@ class Metric:
     def reference_text(self) -> str:
         """Format the reference value; empty without one."""
         return "" if self.reference is None else f"{self.scale * self.reference:.{self.digits}f}"
+
+
+def with_floor(metric: Metric, title: str) -> tuple[Metric, Metric]:
+    """Return a distance, and its floor, called `title`: the distance of an equal number of training samples."""
+    return metric, replace(metric, name=f"{metric.name}_floor", title=title, better="", in_figure=False)
 
 
 @dataclass(frozen=True)

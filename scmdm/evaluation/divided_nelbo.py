@@ -79,6 +79,7 @@ def divided_nelbo(
                     strata=[ids_N for ids_N in strata if bool(torch.isin(ids_N, ids_B).any())],
                     draws=settings.draws,
                     condition=condition,
+                    block_length=spec.diffusion.block_length,
                 )
             yield numbers[done : done + len(batch)], {"terms": terms_B2.numpy()}
             done += len(batch)

@@ -230,11 +230,26 @@ def _sample_quality(
                 "seed": seed,
                 "num": len(drawn.texts),
                 "evaluations": drawn.evaluations,
+                **_cost(drawn),
                 "seconds": drawn.seconds,
                 "metrics": measured.metrics,
             }
         )
     return rows, _intervals(rows, values) if rows else {}
+
+
+def _cost(drawn: GeneratedSamples) -> dict[str, Any]:
+    """Return the token positions computed per sample, and the difference that an approximate cache makes."""
+    found: dict[str, Any] = {}
+    if drawn.positions is not None:
+        found["positions"] = max(drawn.positions)
+    if (deviation := drawn.cache_deviation) is not None:
+        found["cache_deviation"] = {
+            "predictions": deviation.positions,
+            "total_variation": deviation.variation / deviation.positions,
+            "other_token": deviation.disagreements / deviation.positions,
+        }
+    return found
 
 
 def _scored(domain: ScoringDomain, drawn: GeneratedSamples | None, parts: ResultParts) -> GeneratedSamples | None:

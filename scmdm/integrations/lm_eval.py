@@ -12,6 +12,7 @@ Legend: B batch, L length, K masked states of a continuation, N tokens of a cont
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import sys
@@ -65,10 +66,15 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Options:
+class HarnessOptions:
     """Arguments of the model, except for its path, its device and the keys of the sampler."""
 
-    draws: int = key(128, help="masked states per continuation", at_least=1, at_most=2**20)
+    draws: int = key(
+        128,
+        help="masked states per continuation in the estimate of its likelihood, which is exact if it has no more",
+        at_least=1,
+        at_most=2**20,
+    )
     tail: str = key("masked", help="positions after the continuation", choices=("masked", "none"))
     seed: int = seed_key()
     weights: str = weights_key()
@@ -76,10 +82,16 @@ class _Options:
     weights_dtype: str = weights_dtype_key()
     batch_size: int | None = key(1, help="requests in a batch; null: what fits into memory", at_least=1, at_most=2**20)
     gen_length: int | None = key(
-        None, help="tokens to generate, in place of the task's number", at_least=1, at_most=2**19
+        None, help="tokens to generate; null: the task's number, at most half of the length", at_least=1, at_most=2**19
     )
     add_bos_token: bool = key(True, help="begin sequences with [BOS]")
-    cfg: float = key(0.0, help="classifier-free guidance by masking the context", at_least=0, at_most=1e6)
+    cfg: float = key(
+        0.0,
+        help="classifier-free guidance by masking the context, as `cfg` in LLaDA's evaluation: logits are "
+        "u + (cfg + 1) (l - u) with u those of the masked context",
+        at_least=0,
+        at_most=1e6,
+    )
     is_check_greedy: bool = key(True, help="decide whether greedy decoding yields the continuation")
     escape_until: bool = key(False, help="return answers beyond the task's stop strings")
 
@@ -111,77 +123,28 @@ class MaskedDiffusionLM(TemplateLM):
 
     Args:
         path: run directory, checkpoint or exported model.
-        draws: masked states per continuation in the Monte Carlo estimate of its likelihood. A continuation with
-            at most `draws` masked states is evaluated exactly.
-        tail: "masked" or "none"; see the module's docstring.
-        seed: seed of masked states and samples.
-        weights: "ema" or "raw".
-        precision: "auto", "float32" or "bfloat16".
-        weights_dtype: "float32" or "bfloat16", which needs half the memory.
-        batch_size: requests in a batch; "auto": what fits into memory.
-        gen_length: tokens to generate; None: the task's number, at most half of the model's length.
-        add_bos_token: whether sequences begin with [BOS].
-        cfg: classifier-free guidance of likelihoods and samples by masking the context, as `cfg` in LLaDA's evaluation:
-            logits are `u + (cfg + 1) (l - u)` with `u` those of the masked context.
-        is_check_greedy: whether to decide if a continuation is greedy. If not, none is.
-        escape_until: whether answers go on beyond the task's stop strings.
         device: "cpu", "cuda", or None to use a GPU if there is one.
-        sampler: keys of `scmdm.config.sampling.SamplerConfig`. They take precedence over a task's temperature, top_k
-            and top_p. `carry` also decides whether likelihoods are conditioned on the model's own estimate.
+        **keys: those of `HarnessOptions`, and of `scmdm.config.sampling.SamplerConfig`, which take precedence over a
+            task's temperature, top_k and top_p. `carry` also decides whether likelihoods are conditioned on the
+            model's own estimate. `batch_size="auto"` takes what fits into memory.
 
     Raises UserError for an argument out of range, and for a model that does not generate text.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        draws: int = 128,
-        tail: str | None = "masked",
-        seed: int = 0,
-        weights: str = "ema",
-        precision: str = "auto",
-        weights_dtype: str = "float32",
-        batch_size: int | str = 1,
-        gen_length: int | None = None,
-        add_bos_token: bool = True,
-        cfg: float = 0.0,
-        is_check_greedy: bool = True,
-        escape_until: bool = False,
-        device: str | None = None,
-        **sampler: Any,
-    ) -> None:
+    def __init__(self, path: str, *, device: str | None = None, **keys: Any) -> None:
         super().__init__()
-        given = {
-            "draws": draws,
-            "tail": tail or "none",  # which the harness's command line reads as None
-            "seed": seed,
-            "weights": weights,
-            "precision": precision,
-            "weights_dtype": weights_dtype,
-            "batch_size": None if str(batch_size).startswith("auto") else batch_size,
-            "gen_length": gen_length,
-            "add_bos_token": add_bos_token,
-            "cfg": cfg,
-            "is_check_greedy": is_check_greedy,
-            "escape_until": escape_until,
-        }
-        self._options = options = read_config(_Options, given, _WHERE)
+        own = {field.name for field in dataclasses.fields(HarnessOptions)}
+        self._options = options = _read_options({name: value for name, value in keys.items() if name in own})
+        self._given = {name: value for name, value in keys.items() if name not in own}
         for name in ("label", "guidance", "guided_by"):
-            if name in sampler:
-                raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: give cfg")
-        self._rank, self._world_size = joined_world()
-        if self._world_size != (started := current_world().size):
-            raise UserError(
-                f"WORLD_SIZE={started}, but the model was made outside of a process group; start the harness with "
-                "`torchrun ... -m scmdm.integrations.lm_eval`, or call torch.distributed.init_process_group first"
-            )
+            if name in self._given:
+                raise UserError(f"{name}={self._given[name]!r} is not possible; the harness has no labels: give cfg")
+        self._rank, self._world_size = _joined_ranks()
         precision = resolve_weights_dtype(options.weights_dtype, options.precision)
         place = _device_name(device, self._world_size)
         self._loaded = load(str(path), weights=options.weights, device=place, weights_dtype=options.weights_dtype)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
-        self._given = sampler
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
         self._carry = self._settings(self._sampler({})).carry
         # A model of conversations has seen what its chat template places first.
@@ -192,7 +155,10 @@ class MaskedDiffusionLM(TemplateLM):
             require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(precision, self._device)
-        length = self._loaded.spec.length
+        self._set_batch_sizes()
+
+    def _set_batch_sizes(self) -> None:
+        options, length = self._options, self._loaded.spec.length
         kind = {"guided": options.cfg != 0, "padded": options.tail == "none"}
         fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, **kind)
         self._states_at_once = _STATES * options.batch_size if options.batch_size else fitting
@@ -306,10 +272,17 @@ class MaskedDiffusionLM(TemplateLM):
         keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
         if self._options.cfg:
             keys |= {"guidance": self._options.cfg + 1, "guided_by": "prompt"}
-        return read_config(SamplerConfig, keys, _WHERE)
+        return read_config(SamplerConfig, keys, _WHERE).of_model(self._block_length)
+
+    @property
+    def _block_length(self) -> int | None:
+        return self._loaded.spec.diffusion.block_length
 
     def _settings(self, sampler: SamplerConfig) -> SamplerSettings:
-        return sampler.settings(self._loaded.spec.model.self_conditioned, self._end_ids)
+        model = self._loaded.spec.model
+        return sampler.settings(
+            model.self_conditioned, self._end_ids, block_length=self._block_length, logit_shift=model.logit_shift
+        )
 
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
         """Make a request, of which `draw` keys the draws. A long context is cut on the left."""
@@ -352,40 +325,49 @@ class MaskedDiffusionLM(TemplateLM):
         return compute_context(self._device, self._precision)
 
     def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Return tokens, masked, counted and context positions (K, L), masked fractions and weights (K,) of states."""
-        draw_key = _key(piece.context, *piece.ids)
-        states = masked_states(len(piece.ids), self._options.draws, seed=self._options.seed, key=draw_key)
+        """Return tokens, masked, weights and context positions (K, L) of states, and masked fractions (K,)."""
+        states = masked_states(
+            len(piece.ids),
+            self._options.draws,
+            seed=self._options.seed,
+            key=_key(piece.context, *piece.ids),
+            start=len(self._prefix) + len(piece.context),
+            block_length=self._block_length,
+        )
         row, tail = self._row([*piece.context, *piece.ids])
         target = self._target(piece, len(row))
-        counted = torch.zeros(len(states.weight_K), len(row), dtype=torch.bool)
-        counted[:, target] = states.masked_KN
-        context = (~target & ~tail).expand_as(counted)
+        weight = torch.zeros(len(states.masked_KN), len(row), dtype=torch.float64)
+        weight[:, target] = states.weight_KN
+        context = (~target & ~tail).expand_as(weight)
         share = states.masked_KN.double().mean(1)
-        return row.expand_as(counted), counted | tail, counted, context, share, states.weight_K
+        return row.expand(weight.shape), (weight > 0) | tail, weight, context, share
 
     def _nll(self, group: Sequence[_Piece]) -> list[float]:
         """Estimate an upper bound of each piece's negative log-likelihood, in nats."""
+        blocks = self._block_length
+        possible = blocks is None or self._options.cfg == 0
+        require(possible, "cfg", self._options.cfg, f"0 for likelihoods with diffusion.block_length={blocks}")
         parts = [self._states(piece) for piece in group]
-        *columns, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         found = []
         with self._compute():
             for batch in zip(*(column.split(self._states_at_once) for column in columns), strict=True):
-                x, masked, counted, context, share = (part.to(self._device) for part in batch)
+                x, masked, weight, context, share = (part.to(self._device) for part in batch)
                 nll_B = masked_nll(
                     self._loaded.model,
                     x,
                     masked,
-                    counted,
+                    weight,
                     share,
                     schedule=self._loaded.spec.schedule,
                     mask_id=self._loaded.spec.mask_id,
                     condition=self._carry,
                     guidance=self._options.cfg + 1,
                     prompt_BL=context,
+                    model_of_blocks=blocks is not None,
                 )
                 found.append(nll_B.cpu())
-        weighted = torch.cat(found) * weight
-        return [float(own.sum()) for own in weighted.split([len(part[-1]) for part in parts])]
+        return [float(own.sum()) for own in torch.cat(found).split([len(part[-1]) for part in parts])]
 
     def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
         """Return whether greedy decoding reproduces each piece; never without `is_check_greedy`."""
@@ -409,6 +391,7 @@ class MaskedDiffusionLM(TemplateLM):
                 carry=self._carry,
                 guidance=self._options.cfg + 1,
                 prompt_BL=~target & ~tail,
+                block_length=self._block_length,
             )
         return [bool(agrees) for agrees in agrees_B]
 
@@ -439,6 +422,26 @@ class MaskedDiffusionLM(TemplateLM):
             text = answer_text(tokenizer, row_L[: at + prompt.max_new_tokens], at, self._end_ids)
             texts.append(_cut(text, prompt.until))
         return texts
+
+
+def _read_options(keys: dict[str, Any]) -> HarnessOptions:
+    """Check the arguments, of which the harness's command line reads `none` as None and may give `auto:N`."""
+    if "tail" in keys:
+        keys["tail"] = keys["tail"] or "none"
+    if str(keys.get("batch_size", 1)).startswith("auto"):
+        keys["batch_size"] = None
+    return read_config(HarnessOptions, keys, _WHERE)
+
+
+def _joined_ranks() -> tuple[int, int]:
+    """Return rank and number of the processes. Raises UserError outside of their process group."""
+    rank, size = joined_world()
+    if size != (started := current_world().size):
+        raise UserError(
+            f"WORLD_SIZE={started}, but the model was made outside of a process group; start the harness with "
+            "`torchrun ... -m scmdm.integrations.lm_eval`, or call torch.distributed.init_process_group first"
+        )
+    return rank, size
 
 
 def _device_name(device: str | None, ranks: int) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from scmdm.config.sampling import SamplerConfig
 from scmdm.convert.exporter import HUB_TYPE
 from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.reveal_order import SamplerSettings
@@ -117,6 +118,8 @@ class MaskedDiffusion(PreTrainedModel):
 
         Ignore the logits at positions that are not masked: those tokens stay unchanged.
         """
+        if estimate is not None and self.network.block_length is not None:
+            raise ValueError("estimate is not possible for a model with diffusion.block_length; call `denoise`")
         t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
         next_BLD = carried_estimate(self.network, h_BLD, input_ids, self.spec.mask_id)
@@ -134,13 +137,17 @@ class MaskedDiffusion(PreTrainedModel):
 
         By default: ancestral sampling with one step per position. `labels` (B,) int64 are as in `forward`.
         """
-        carry = self.spec.model.self_conditioned
+        if settings is None:
+            model, blocks = self.spec.model, self.spec.diffusion.block_length
+            settings = SamplerConfig(steps=self.spec.length).settings(
+                model.self_conditioned, block_length=blocks, logit_shift=model.logit_shift
+            )
         return sample(
             self.network,
             input_ids,
             torch.arange(len(input_ids), device=input_ids.device),
             schedule=self.spec.schedule,
-            settings=settings or SamplerSettings(kind="ancestral", steps=self.spec.length, carry=carry),
+            settings=settings,
             mask_id=self.spec.mask_id,
             seed=seed,
             labels_B=labels,

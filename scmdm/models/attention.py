@@ -1,4 +1,4 @@
-"""Bidirectional attention: one function, several kernels.
+"""Attention without a causal mask: one function, several kernels.
 
 Keys and values may have fewer heads than queries (grouped-query attention, arXiv 2305.13245): head g of G serves the
 query heads g R to g R + R - 1, for R = H / G. They are never expanded to the query heads.
@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scmdm.diffusion.blocks import Places, both_copies, dense_mask, may_attend, places_of
+from scmdm.diffusion.fused import can_fuse
+from scmdm.diffusion.key_value_cache import LayerCache, Window
 from scmdm.diffusion.packing import Packing
 from scmdm.errors import UserError
 from scmdm.torch_private import constant_under_compile
 
-# The arguments `allowed_B1LL` and `bounds_C` of `attend`; at most one is given.
-Masks: TypeAlias = tuple[Tensor | None, Tensor | None]
-NO_MASKS: Masks = (None, None)
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class Masks(NamedTuple):
+    """What restricts the attention of a block of the network: at most one of `allowed` and `bounds_C`."""
+
+    allowed: Tensor | BlockMask | None = None  # see `attend`
+    bounds_C: Tensor | None = None
+    cache: LayerCache | None = None  # keys and values of the positions that are not evaluated
+
+
+NO_MASKS = Masks()
 
 # On a CPU in bfloat16, the backward pass of torch's fused kernel takes 15 times as long as plain matrix products at
 # L = 32, and is slower up to about this length. In float32 it is always faster (benchmarks/attention.py).
@@ -102,7 +115,68 @@ def masks_of(packing: Packing | None, backend: str) -> Masks:
     """Return the masks of `attend` that separate packed documents: bounds for varlen kernels, otherwise a mask."""
     if packing is None:
         return NO_MASKS
-    return (None, packing.bounds_C) if backend in ("flash", "varlen") else (packing.allowed_B1LL, None)
+    by_bounds = backend in ("flash", "varlen")
+    return Masks(bounds_C=packing.bounds_C) if by_bounds else Masks(packing.allowed_B1LL)
+
+
+def masks_of_blocks(
+    length: int, block_length: int, packing: Packing | None, device: torch.device, backend: str, *, copies: int
+) -> Masks:
+    """Return the masks of a model of blocks, for `copies` of each sequence: one, or two (`[z | x]`).
+
+    FlexAttention skips what is masked, where it has a backward pass: on GPUs. Elsewhere the mask is dense.
+    """
+    places_RL = places_of(length, block_length, packing, device)
+    places_RL = both_copies(places_RL) if copies == 2 else places_RL
+    return Masks(_flex_mask(places_RL) if _flex_runs(device.type, backend) else dense_mask(places_RL, places_RL))
+
+
+def masks_of_window(window: Window, block_length: int | None, packing: Packing | None) -> Masks:
+    """Return the masks of a window's queries against all keys before its end; `block_length` of a model of blocks."""
+    device = window.start_B.device
+    if block_length is None or window.sees_all:
+        if packing is None:
+            return NO_MASKS
+        documents_BL = packing.documents_BL
+        return Masks((window.cut(documents_BL)[:, :, None] == documents_BL[:, None, : window.end])[:, None])
+    places_RL = places_of(window.cache.length, block_length, packing, device)
+    rows = len(window.start_B)
+    expanded = Places(*(None if x is None else x.expand(rows, -1) for x in vars(places_RL).values()))
+    own = Places(*(None if x is None else window.cut(x) for x in vars(expanded).values()))
+    return Masks(dense_mask(own, places_RL[:, : window.end]))
+
+
+def _flex_runs(device_type: str, backend: str) -> bool:
+    return device_type == "cuda" and backend in ("auto", "flash", "varlen") and can_fuse()
+
+
+def _flex_mask(places_RL: Places) -> BlockMask:
+    """Return the mask of `dense_mask` in the form of FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, length = places_RL.block.shape
+    alone = rows == 1
+
+    def allowed(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row = 0 if alone else b
+        return may_attend(places_RL[row, q], places_RL[row, k])
+
+    device = str(places_RL.block.device)
+    return create_block_mask(allowed, None if alone else rows, None, length, length, device=device)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+def _attend_flex(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: BlockMask) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
+    out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 def attend(
@@ -110,19 +184,23 @@ def attend(
     k_BLGK: Tensor,
     v_BLGK: Tensor,
     backend: str,
-    allowed_B1LL: Tensor | None = None,
+    allowed: Tensor | BlockMask | None = None,
     bounds_C: Tensor | None = None,
     *,
     repeated: bool = False,
 ) -> Tensor:
-    """Compute bidirectional softmax attention of queries (B, L, H, K), keys and values (B, L, G, K); G divides H.
+    """Compute softmax attention of queries (B, L, H, K), keys and values (B, L, G, K); G divides H.
 
-    Scores are scaled by 1/sqrt(K). `allowed_B1LL` is a bool mask of query and key positions; `bounds_C`
-    (`Packing.bounds_C`) restricts attention to the query's document. At most one is given. `repeated`: see
-    `choose_backend`. Returns (B, L, H, K).
+    Scores are scaled by 1/sqrt(K). `allowed` is a mask of query and key positions, bool (B or 1, 1, L, L) or in the
+    form of FlexAttention; `bounds_C` (`Packing.bounds_C`) restricts attention to the query's document. At most one is
+    given. There may be more keys than queries, except with `bounds_C`. `repeated`: see `choose_backend`. Returns
+    (B, L, H, K).
     """
     if bounds_C is not None:
         return _attend_documents(q_BLHK, k_BLGK, v_BLGK, bounds_C, backend)
+    if allowed is not None and not isinstance(allowed, Tensor):
+        return _attend_flex(q_BLHK, k_BLGK, v_BLGK, allowed)
+    allowed_B1LL = allowed
     chosen = choose_backend(backend, q_BLHK.device.type, q_BLHK.dtype, q_BLHK.shape[1], repeated=repeated)
     if allowed_B1LL is not None and chosen in ("flash", "cudnn"):
         chosen = "sdpa"
@@ -141,9 +219,9 @@ def attend(
 
 def _attend_by_products(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
     """Compute attention (B, H, L, K) by matrix products, with the query heads of a group as further rows of one."""
-    groups, length = k_BGLK.shape[1:3]
+    groups, length = k_BGLK.shape[1], q_BHLK.shape[2]
     q = q_BHLK.unflatten(1, (groups, -1)).flatten(2, 3)
-    scores = (q @ k_BGLK.transpose(-1, -2) * q.shape[-1] ** -0.5).unflatten(2, (-1, length))  # (B, G, R, L, L)
+    scores = (q @ k_BGLK.transpose(-1, -2) * q.shape[-1] ** -0.5).unflatten(2, (-1, length))  # (B, G, R, L, keys)
     if allowed_B1LL is not None:
         scores = scores.masked_fill(~allowed_B1LL[:, :, None], float("-inf"))
     out = scores.softmax(-1).flatten(2, 3) @ v_BGLK

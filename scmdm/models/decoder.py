@@ -222,12 +222,20 @@ class Decoder(Network):
         self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
 
-    def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
-        """Shift hidden states by one position if `logit_shift`; the first of a document predicts itself."""
+    def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:
+        """Shift hidden states by one position if `logit_shift`; the first of a document predicts itself.
+
+        The first position of a later block is predicted from the clean copy of the block before it.
+        """
         if not self.config.logit_shift:
             return h_BLD
         assert self.context is None, "the hidden state before a slice is on another rank"
         shifted_BLD = torch.cat([h_BLD[:, :1], h_BLD[:, :-1]], dim=1)
+        if clean_BLD is not None and self.block_length is not None:
+            before_BLD = torch.cat([h_BLD[:, :1], clean_BLD[:, :-1]], dim=1)
+            at_L = torch.arange(h_BLD.shape[1], device=h_BLD.device)
+            positions = at_L if packing is None else packing.positions_BL
+            shifted_BLD = torch.where((positions % self.block_length == 0)[..., None], before_BLD, shifted_BLD)
         if packing is None:
             return shifted_BLD
         return torch.where((packing.positions_BL == 0)[..., None], h_BLD, shifted_BLD)

@@ -67,6 +67,7 @@ class ModelSpec:
                 schedule=self.schedule,
                 classes=self.classes,
             )
+            model.block_length = self.diffusion.block_length
             if self.model.lora_rank:
                 add_adapters(model.blocks, self.model)
         return model
@@ -143,13 +144,19 @@ def spec_of(content: Any, where: Path | str) -> ModelSpec:
         spec = ModelSpec(**{**vars(given), "model": model})
         validate_keys(spec)
         model.validate()
-        _validate(spec)
+        validate_spec(spec)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return spec
 
 
-def _validate(spec: ModelSpec) -> None:
+def validate_spec(spec: ModelSpec) -> None:
+    """Raise UserError for a combination of architecture, data and process that cannot work."""
+    if spec.diffusion.block_length is not None and getattr(spec.model, "time_conditioning", False):
+        raise UserError(
+            f"diffusion.block_length={spec.diffusion.block_length} is not possible with model.time_conditioning=true, "
+            "because each block has its own time; leave one of them out"
+        )
     if spec.mask_id >= spec.vocab_size:
         raise UserError(f"mask_id={spec.mask_id} is not possible; it must be below vocab_size={spec.vocab_size}")
     if spec.model.labels != (spec.classes > 0):

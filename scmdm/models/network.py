@@ -19,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.guidance import carried_estimate
+from scmdm.diffusion.key_value_cache import LayerCache, Window
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
-from scmdm.models.attention import Masks, masks_of
+from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, masks_of_window
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
@@ -63,6 +64,8 @@ class Network(nn.Module):
         self.context: DeviceMesh | None = None
         # Unbound: a bound method would refer to the model, whose memory would then be freed late.
         self._run_trunk: Callable[..., Tensor] = type(self)._trunk
+        self.block_length: int | None = None  # of a model of blocks (`scmdm.diffusion.blocks`)
+        self._last_masks: tuple[object, Masks] = None, NO_MASKS
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (V, D) and bias (V,) of the output head; bias is None if there is none."""
@@ -86,12 +89,19 @@ class Network(nn.Module):
 
         `dropout` applies dropout in training mode only.
         """
-        packing = state.packing
-        x_BLD = self._embed_state(state).to(self._residual_dtype(state.z_BL.device))
+        assert (state.clean_BL is None) or (self.block_length is not None and state.window is None)
+        packing, length = state.packing, state.z_BL.shape[1]
+        x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
-        rotary, masks = self._rotary(x_BLD.shape[1], packing), masks_of(packing, self.config.attention)
-        h_BLD = self._run_trunk(self, x_BLD, rotary, condition, dropout and self.training, masks)
-        return self._head_input(self._align(h_BLD, packing))
+        rotary = self._rotary(length, packing, state.window)
+        if state.clean_BL is not None:  # two copies, whose positions are the same
+            x_BLD = torch.cat([x_BLD, self._embed_state(State(state.clean_BL, state.t_B))], dim=1)
+            rotary = torch.cat([rotary, rotary], dim=-3)
+        x_BLD = x_BLD.to(self._residual_dtype(x_BLD.device))
+        train_dropout, masks = dropout and self.training, self._masks(state)
+        h_BLD = self._run_trunk(self, x_BLD, rotary, condition, train_dropout, masks, state.window)
+        clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
+        return self._head_input(self._align(h_BLD[:, :length], packing, clean_BLD))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
@@ -133,11 +143,19 @@ class Network(nn.Module):
         return self.vocab_embed(ids)
 
     def _trunk(
-        self, x_BLD: Tensor, rotary: Tensor, condition: tuple[Tensor, ...], dropout: bool, masks: Masks
+        self,
+        x_BLD: Tensor,
+        rotary: Tensor,
+        condition: tuple[Tensor, ...],
+        dropout: bool,
+        masks: Masks,
+        window: Window | None,
     ) -> Tensor:
         """Run blocks and output layer: from the residual stream to normalised hidden states."""
-        for block in self.blocks:
-            kind = self.config.activation_checkpointing
+        kind = self.config.activation_checkpointing
+        for number, block in enumerate(self.blocks):
+            if window is not None:
+                masks = masks._replace(cache=LayerCache(window, number))
             x_BLD = run_block(block, kind, x_BLD, rotary, *condition, dropout, masks)
         h_BLD: Tensor = self.output_layer(x_BLD, *condition)
         return h_BLD
@@ -164,16 +182,37 @@ class Network(nn.Module):
         assert labels_B is None, "this kind of denoiser has no labels"
         return ()
 
-    def _align(self, h_BLD: Tensor, packing: Packing | None) -> Tensor:
-        """Move each hidden state to the position that it predicts."""
+    def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:
+        """Move each hidden state to the position that it predicts; `clean_BLD` are those of the clean copy."""
         return h_BLD
 
     def _head_tensors(self) -> tuple[Tensor, Tensor]:
         weight_VD, bias_V = self.head()
         return weight_VD, weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V
 
-    def _rotary(self, length: int, packing: Packing | None) -> Tensor:
+    def _masks(self, state: State) -> Masks:
+        """Return the masks of an evaluation's attention; those of a model of blocks hide later blocks."""
+        if state.window is not None:
+            return masks_of_window(state.window, self.block_length, state.packing)
+        if self.block_length is None:
+            return masks_of(state.packing, self.config.attention)
+        length, device, copies = state.z_BL.shape[1], state.z_BL.device, 1 if state.clean_BL is None else 2
+        arguments = length, self.block_length, state.packing, device, self.config.attention
+        if state.packing is not None:
+            return masks_of_blocks(*arguments, copies=copies)
+        last, masks = self._last_masks
+        if last != (copies, *arguments):  # those of all batches of one shape are the same
+            masks = masks_of_blocks(*arguments, copies=copies)
+            self._last_masks = (copies, *arguments), masks
+        return masks
+
+    def _rotary(self, length: int, packing: Packing | None, window: Window | None = None) -> Tensor:
         """Return the rows of the rotary table for the positions of a batch, or of this rank's slice."""
+        if window is not None:
+            table = self.rotary_emb(window.cache.length)
+            if window.start is not None:
+                return table[window.start : window.start + window.width]
+            return table[window.columns_BW]
         if packing is not None:
             return self.rotary_emb(length)[packing.positions_BL]
         if self.context is None:

@@ -126,6 +126,8 @@ def attend_rotated(
     `choose_backend`.
     """
     (q, k), v = rotate(rotary, q_BLHK, k_BLGK), v_BLGK
+    if masks.cache is not None:
+        k, v = masks.cache.extend(k, v)
     if context is None:
-        return attend(q, k, v, backend, *masks, repeated=repeated)
+        return attend(q, k, v, backend, masks.allowed, masks.bounds_C, repeated=repeated)
     return attend_slices(q, k, v, backend, context, repeated=repeated)

@@ -19,7 +19,7 @@ from scmdm.diffusion.state import State
 
 _WARMUP = 2  # evaluations before a shape is recorded, in which kernels are chosen and compiled
 _MAX_GRAPHS = 8  # a vanilla sampler skips sequences, and therefore has many shapes
-_TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B")
+_TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B", "clean_BL")
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -39,10 +39,11 @@ class ReplayedDenoiser:
         self.recorded: dict[object, tuple[State, Replay]] = {}
         self.logits, self.embed = denoiser.logits, denoiser.embed
         self.expected_embedding = denoiser.expected_embedding
+        self.block_length: int | None = getattr(denoiser, "block_length", None)
 
     def hidden(self, state: State) -> Tensor:
         """See `Network.hidden`."""
-        if state.packing is not None:  # padded sequences
+        if state.packing is not None or state.window is not None:  # padded sequences, or a cache that grows
             return self.denoiser.hidden(state)
         key = tuple((x.shape, x.dtype) if x is not None else None for x in _tensors(state).values())
         self.seen[key] += 1
@@ -63,7 +64,7 @@ def _tensors(state: State) -> dict[str, Tensor | None]:
     return {name: getattr(state, name) for name in _TENSORS}
 
 
-assert {field.name for field in fields(State)} == {*_TENSORS, "packing"}
+assert {field.name for field in fields(State)} == {*_TENSORS, "packing", "window"}
 
 
 class CudaRecorder:

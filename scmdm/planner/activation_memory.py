@@ -119,25 +119,28 @@ def measure_activations(
     passes: int,
     trained_layers: int | None,
     gpu: bool,
+    block_length: int | None = None,
 ) -> ActivationBytes:
     """Measure one micro-batch of `rows` sequences of `length` tokens, all of them masked.
 
     `dtype` is the dtype of compute. With `gathered` weights arrive in that dtype, as FSDP2 gathers them; otherwise they
     are float32 and autocast copies them. `passes` passes compute the estimate (0: vanilla training).
-    `trained_layers` is that of `scmdm.models.flops.step_flops`.
+    `trained_layers` is that of `scmdm.models.flops.step_flops`. A model of blocks of `block_length` evaluates two
+    copies of each sequence, here with a dense mask.
     """
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
     model_json = json.dumps(asdict(dataclasses.replace(model, layers=0)))
 
     def measured(length: int) -> ActivationBytes:
-        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu)
+        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length)
         fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
         found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
         return dataclasses.replace(found, kept_by_block=(more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0]))
 
     short = _linear_from(model) // rows
-    if not gpu or short < _SHORTEST or length <= 3 * short:
+    linear = gpu and block_length is None  # a dense mask grows with the square of the length
+    if not linear or short < _SHORTEST or length <= 3 * short:
         return measured(length)
     return measured(short).extrapolate(short, measured(2 * short), 2 * short, length)
 
@@ -158,10 +161,12 @@ def _measure(
     passes: int,
     trained_layers: int | None,
     gpu: bool,
+    block_length: int | None,
 ) -> ActivationBytes:
     keys = {**json.loads(model_json), "layers": layers}
     config = DENOISERS.schema(keys["kind"])(**keys)
-    spec = ModelSpec(config, DiffusionConfig(), _VOCABULARY, _VOCABULARY - 1, length, classes=2 if config.labels else 0)
+    diffusion, classes = DiffusionConfig(block_length=block_length), 2 if config.labels else 0
+    spec = ModelSpec(config, diffusion, _VOCABULARY, _VOCABULARY - 1, length, classes=classes)
     model = spec.build().train()
     if config.matmul_precision == "fp8":
         multiply_in_fp8(model.blocks, emulated=False)
@@ -169,7 +174,7 @@ def _measure(
         _make_fake(model, dtype if gathered else torch.float32)
         _freeze(model, trained_layers)
         tracker = LiveBytes([*model.parameters(), *model.buffers()], gpu=gpu)
-        batch = _masked_batch(rows, length, labels=config.labels)
+        batch = _masked_batch(rows, length, labels=config.labels, blocks=block_length is not None)
         peaks: list[int] = []
 
         def next_interval(*_: Any) -> None:
@@ -244,10 +249,12 @@ def _freeze(model: nn.Module, trained_layers: int | None) -> None:
         parameter.requires_grad_(added or (trained_layers > 0 and name.startswith("blocks.")))
 
 
-def _masked_batch(rows: int, length: int, *, labels: bool) -> NoisedBatch:
+def _masked_batch(rows: int, length: int, *, labels: bool, blocks: bool) -> NoisedBatch:
     """Return a batch in which every position is masked, which needs the most memory."""
     x = torch.zeros((rows, length), dtype=torch.int64)
     z, t = torch.full_like(x, _VOCABULARY - 1), torch.ones(rows, dtype=torch.float64)
     conditioned = torch.ones(rows, dtype=torch.bool)
     classes = torch.zeros(rows, dtype=torch.int64) if labels else None
-    return NoisedBatch(x, z, t, torch.ones_like(x, dtype=torch.bool), z, t, conditioned, labels=classes)
+    block_t = t[:, None].expand(x.shape) if blocks else None
+    valid = torch.ones_like(x, dtype=torch.bool)
+    return NoisedBatch(x, z, t, valid, z, t, conditioned, labels=classes, block_t=block_t)

@@ -64,7 +64,11 @@ class StepTime:
 
 def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> StepTime:
     """Model one optimizer step, without data loading, validation and checkpoints."""
-    passes: dict[str, Any] = {"passes": workload.passes, "trained_layers": workload.trained_layers}
+    passes: dict[str, Any] = {
+        "passes": workload.passes,
+        "trained_layers": workload.trained_layers,
+        "block_length": workload.block_length,
+    }
     share = workload.global_batch / layout.ranks
     flops = _times(share, step_flops(workload.model, workload.vocab_size, workload.length, workload.schedule, **passes))
     blocks = _times(share, block_flops(workload.model, workload.length, **passes))

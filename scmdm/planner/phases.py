@@ -97,6 +97,7 @@ class _Phases:
             workload.schedule,
             passes=max(1, workload.passes),
             trained_layers=workload.trained_layers,
+            block_length=workload.block_length,
         )
 
     def open_base(self) -> Phase:
@@ -204,6 +205,7 @@ class _Phases:
             passes=1,
             trained_layers=workload.trained_layers,
             gpu=self._layout.gpu,
+            block_length=workload.block_length,
         )
         return found.estimate_blocks, found.estimate_head
 

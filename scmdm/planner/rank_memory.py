@@ -102,6 +102,7 @@ def _activations(workload: Workload, layout: ParallelLayout) -> ActivationBytes:
         passes=workload.passes,
         trained_layers=workload.trained_layers,
         gpu=layout.gpu,
+        block_length=workload.block_length,
     )
 
 

@@ -51,6 +51,7 @@ class Workload:
     schedule: Schedule
     trained_layers: int | None  # blocks with trained weights; None: everything is trained
     parameters: tuple[Parameter, ...] = field(repr=False)
+    block_length: int | None = None  # of a model of blocks
 
     @property
     def numel(self) -> int:
@@ -123,6 +124,7 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
         schedule=spec.schedule,
         trained_layers=config.trained_layers,
         parameters=find_parameters(model),
+        block_length=spec.diffusion.block_length,
     )
 
 

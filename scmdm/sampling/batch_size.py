@@ -59,11 +59,13 @@ def evaluation_bytes(
     bytes_per_number: int,
     predictions: int = 1,
     padded: bool = False,
+    cached: bool = False,
 ) -> int:
     """Return the memory of an evaluation of `rows` sequences beside the weights; see `batch_size_for`."""
     per_token = evaluation_bytes_per_token(model, bytes_per_number=bytes_per_number, predictions=predictions)
     mask = predictions * length * _MASK_BYTES if padded else 0
-    return fixed_bytes(model, vocab_size) + rows * length * (per_token + mask)
+    cache = 2 * model.layers * model.kv_width * bytes_per_number * predictions if cached else 0
+    return fixed_bytes(model, vocab_size) + rows * length * (per_token + mask + cache)
 
 
 def batch_size_for(
@@ -75,11 +77,13 @@ def batch_size_for(
     bytes_per_number: int,
     predictions: int = 1,
     padded: bool = False,
+    cached: bool = False,
     most: int = LARGEST_BATCH,
 ) -> int:
     """Return how many sequences of `length` tokens fit into `free_bytes` beside the weights: 1 ... `most`.
 
-    Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions.
+    Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions; `cached` ones, keys and
+    values of all layers.
     """
     none, one = (
         evaluation_bytes(
@@ -90,6 +94,7 @@ def batch_size_for(
             bytes_per_number=bytes_per_number,
             predictions=predictions,
             padded=padded,
+            cached=cached,
         )
         for rows in (0, 1)
     )
@@ -105,6 +110,7 @@ def fitting_batch_size(
     workers: int = 1,
     guided: bool = False,
     padded: bool = False,
+    cached: bool = False,
     most: int | None = None,
 ) -> int:
     """Return how many sequences a loaded model evaluates at once, in each of `workers` threads.
@@ -123,6 +129,7 @@ def fitting_batch_size(
         bytes_per_number=dtype.itemsize,
         predictions=2 if guided else 1,
         padded=padded,
+        cached=cached,
         most=most or (CPU_BATCH if device.type == "cpu" else LARGEST_BATCH),
     )
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from scmdm.config.fields import require
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import block_text, is_block, is_framed
+from scmdm.diffusion.cached_windows import CacheDeviation
 from scmdm.diffusion.sampler import Observation, Samples, StepHook, sample
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.distributed.engine import compute_context, resolve_precision
@@ -66,12 +67,15 @@ class SampleSet:
         chats: bool = False,
     ) -> None:
         spec, model = loaded.spec, loaded.model
+        blocks = spec.diffusion.block_length
+        sampler = sampler.of_model(blocks)
         self.loaded, self.sampler, self.num, self.seed = loaded, sampler, num, seed
         self.device = next(model.parameters()).device
         self.dtype = resolve_precision(precision, self.device)
         self._chats = chats
         self._end_ids = end_token_ids(loaded.tokenizer, sampler.end_tokens)
-        self._settings = sampler.settings(spec.model.self_conditioned, self._end_ids)
+        conditioned, shift = spec.model.self_conditioned, spec.model.logit_shift
+        self._settings = sampler.settings(conditioned, self._end_ids, block_length=blocks, logit_shift=shift)
         self._denoiser = _replayed(loaded, self.device) if sampler.cuda_graphs else model
         if templates_PL is None:
             require_prompt(loaded, None)
@@ -80,6 +84,8 @@ class SampleSet:
         masked_PL = templates_PL == spec.mask_id
         ends_P = torch.full((len(templates_PL),), templates_PL.shape[1]) if lengths_P is None else lengths_P
         self._starts_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
+        if blocks is not None:
+            _require_nothing_later(masked_PL, ends_P, blocks)
         sampler.check_length(int((ends_P - (self._starts_P if sampler.block_start == "prompt" else 0)).max()))
         self._labels_N = _labels(loaded, sampler, torch.arange(len(self)) % num)
         first_hitting = self._settings.kind == "first_hitting"
@@ -130,8 +136,14 @@ class SampleSet:
         def draw(ids_B: Tensor) -> Result:
             drawn = self._draw_fitting(ids_B, stepped)
             tokens_BL = torch.cat([part.tokens.cpu() for part in drawn])
-            evaluations_B = torch.cat([part.evaluations_B.cpu() for part in drawn])
-            return ids_B.tolist(), {"tokens": tokens_BL.int().numpy(), "evaluations": evaluations_B.numpy()}
+            costs = {"evaluations": "evaluations_B", "positions": "positions_B"}
+            counts = {name: torch.cat([getattr(part, of).cpu() for part in drawn]) for name, of in costs.items()}
+            # Sums over the batch stand with its first sample, because the ranks exchange columns of samples.
+            deviation_B3 = torch.zeros(len(ids_B), 3, dtype=torch.float64)
+            deviation_B3[0] = torch.tensor([list(vars(part.deviation).values()) for part in drawn]).double().sum(0)
+            columns = {name: column.numpy() for name, column in counts.items()}
+            tokens = tokens_BL.int().numpy()
+            return ids_B.tolist(), {"tokens": tokens, **columns, "cache_deviation": deviation_B3.numpy()}
 
         # torch keeps the number of threads per thread: the pool's threads compute on one core, the caller's is
         # unchanged.
@@ -149,7 +161,12 @@ class SampleSet:
         known = None
         if self._labels_N is not None and int(self._labels_N.min()) != NO_LABEL:
             known = [self.loaded.manifest.labels[label] for label in self._labels_N.tolist()]
-        return GeneratedSamples(tokens_NL, texts, framed, columns["evaluations"].tolist(), seconds, known)
+        counts = {"counts": columns["evaluations"].tolist(), "positions": columns["positions"].tolist()}
+        compared, variation, others = columns["cache_deviation"].sum(0).tolist()
+        deviation = CacheDeviation(int(compared), variation, int(others)) if compared else None
+        return GeneratedSamples(
+            tokens_NL, texts, framed, seconds=seconds, labels=known, cache_deviation=deviation, **counts
+        )
 
     def _fitting(self, workers: int) -> int:
         """Return how many sequences of a batch fit into memory."""
@@ -161,6 +178,7 @@ class SampleSet:
             workers=workers,
             guided=self._settings.guidance != 1,
             padded=self.lengths_P is not None,
+            cached=self._settings.cache != "none",
         )
 
     def _draw_fitting(self, ids_B: Tensor, on_step: StepHook) -> list[Samples]:
@@ -263,6 +281,20 @@ def _replayed(loaded: LoadedModel, device: torch.device) -> ReplayedDenoiser:
         raise UserError(f"sampler.cuda_graphs=true needs a CUDA device, not {device.type}; leave it out")
     require(loaded.is_whole, "sampler.cuda_graphs", True, "false with shards above 1")
     return ReplayedDenoiser(loaded.model)
+
+
+def _require_nothing_later(masked_PL: Tensor, ends_P: Tensor, block_length: int) -> None:
+    """Raise UserError for a template with given tokens that no earlier block of the model would see."""
+    at_L = torch.arange(masked_PL.shape[1])
+    first_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
+    seen_P = (first_P // block_length + 1) * block_length
+    later_PL = ~masked_PL & (at_L >= seen_P[:, None]) & (at_L < ends_P[:, None])
+    if bool(later_PL.any()):
+        raise UserError(
+            f"infill: position {int(later_PL.any(0).int().argmax())} is given, and follows a block with masks, but the "
+            f"model predicts blocks of diffusion.block_length={block_length} tokens from left to right and does not "
+            "see it; fill in its last block alone, or take a model without blocks"
+        )
 
 
 def _labels(loaded: LoadedModel, sampler: SamplerConfig, numbers_N: Tensor) -> Tensor | None:

@@ -36,7 +36,12 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
             print(printable(text, keep_lines=True) if sys.stdout.isatty() else text)
     place = f" -> {config.out}" if config.out else ""
     cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
+    if generated.positions is not None:
+        cost += f", {max(generated.positions)} token positions each"
     print(f"{len(generated.texts)} samples, {cost}{place}", file=sys.stderr)
+    if generated.cache_deviation is not None:
+        kind = config.sampler.cache
+        print(f"sampler.cache={kind} against none: {generated.cache_deviation.describe()}", file=sys.stderr)
 
 
 def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples | None:

@@ -23,7 +23,8 @@ _FASTA_WIDTH = 80  # letters per line
 def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> None:
     """Write samples to `path`, in the format of its suffix.
 
-    - `.jsonl`: one object per line with `text`, `framed`, `tokens`, `evaluations` and, if conditional, `label`;
+    - `.jsonl`: one object per line with `text`, `framed`, `tokens`, `evaluations`, `positions` and, if conditional,
+      `label`;
     - `.txt`: one text per line;
     - `.smi`: one molecule per line, only of framed samples;
     - `.fasta`, `.fa`: sequences;
@@ -50,6 +51,8 @@ def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:
         "tokens": generated.tokens.tolist(),
         "evaluations": generated.counts,
     }
+    if generated.positions is not None:
+        columns["positions"] = generated.positions
     if generated.labels is not None:
         columns["label"] = generated.labels
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

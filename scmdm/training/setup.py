@@ -25,7 +25,7 @@ from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.lora import freeze, is_added
-from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights
+from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights, validate_spec
 from scmdm.models.network import Network
 from scmdm.observability.run_metrics import logger
 from scmdm.system.process_group import World, machine_count
@@ -110,13 +110,17 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
     _check_padding(config, manifest)
     if config.model.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base
         raise UserError("fsdp.context is not possible with model.logit_shift=true; set it to 1")
+    if config.diffusion.block_length is not None and config.fsdp.context > 1:
+        raise UserError("fsdp.context is not possible with diffusion.block_length; set it to 1")
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
         if number % config.fsdp.context:
             raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
     classes = len(manifest.labels) if config.model.labels else 0
-    return ModelSpec(
+    spec = ModelSpec(
         config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length, classes=classes
     )
+    validate_spec(spec)
+    return spec
 
 
 def _check_labels(config: RunConfig, manifest: Manifest, base: StoredModel | None) -> None:

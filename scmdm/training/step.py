@@ -130,6 +130,8 @@ def _noise(
         step=step,
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
+        block_length=config.diffusion.block_length,
+        t_min=config.diffusion.t_min,
     )
     return replace(batch, share=share_B)
 

@@ -59,6 +59,7 @@ class TrainingRun:
             passes=conditioning.passes if conditioning.rate > 0 else 0,
             stop_gradient=conditioning.stop_gradient,
             trained_layers=self.config.trained_layers,
+            block_length=self.spec.diffusion.block_length,
         )
         return Utilization(flops, peak_flops(self.engine.device), self.engine.world_size)
 

@@ -224,6 +224,7 @@ def validation_nelbo(
             strata=chosen.strata(),
             condition=condition,
             passes=config.self_conditioning.passes,
+            block_length=spec.diffusion.block_length,
         )
     gathered = engine.all_gather(terms_N2.flatten().to(engine.device)).cpu()
     return nelbo_of(gathered.view(-1, 2)[: len(chosen)])

@@ -53,6 +53,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
+@pytest.mark.slow
 def test_module_and_script_are_the_same_program(tmp_path):
     done = subprocess.run([sys.executable, "-m", "scmdm", "report", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("scmdm: error: ") and done.stderr.count("\n") == 1
@@ -528,6 +529,7 @@ def test_study_end_to_end_and_again(base, tmp_path, capsys):
     assert len({arm["cost"][0]["tokens"] for arm in study["arms"] if arm["cost"]}) == 1
 
 
+@pytest.mark.slow
 def test_a_training_starts_without_importing_the_compiler():
     """Which takes a second; a run with model.compile imports it when it compiles."""
     code = "import sys, scmdm.training.trainer, scmdm.sampling.generation; sys.exit('torch._dynamo' in sys.modules)"

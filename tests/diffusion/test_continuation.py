@@ -8,7 +8,7 @@ import torch
 
 from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
 from scmdm.diffusion.schedule import Cosine, LogLinear
-from tests.diffusion.oracle import Oracle
+from tests.diffusion.oracle import BlockOracle, Oracle
 
 LOG_LINEAR = LogLinear()
 
@@ -16,20 +16,22 @@ LOG_LINEAR = LogLinear()
 def bound(oracle, x, given, draws, *, key=0, seed=0, condition=False, schedule=LOG_LINEAR):
     """The estimate for `x`, of which the first `given` tokens are the context."""
     n = len(x) - given
-    states = masked_states(n, draws, seed=seed, key=key)
-    counted = torch.zeros(len(states.weight_K), len(x), dtype=torch.bool)
-    counted[:, given:] = states.masked_KN
+    block_length = getattr(oracle, "block_length", None)
+    states = masked_states(n, draws, seed=seed, key=key, start=given, block_length=block_length)
+    weight = torch.zeros(len(states.masked_KN), len(x), dtype=torch.float64)
+    weight[:, given:] = states.weight_KN
     nll = masked_nll(
         oracle,
-        torch.tensor(x).expand(len(counted), -1),
-        counted,
-        counted,
+        torch.tensor(x).expand(len(weight), -1),
+        weight > 0,
+        weight,
         states.masked_KN.double().mean(1),
         schedule=schedule,
         mask_id=oracle.mask_id,
         condition=condition,
+        model_of_blocks=block_length is not None,
     )
-    return float(states.weight_K @ nll)
+    return float(nll.sum())
 
 
 def log_conditional(oracle, x, given):
@@ -48,14 +50,30 @@ def test_an_oracle_has_its_exact_conditional_likelihood(given, schedule):
         assert bound(oracle, x, given, 15, schedule=schedule) == pytest.approx(-log_conditional(oracle, x, given))
 
 
+@pytest.mark.parametrize("given", [0, 1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("condition", [False, True])
+def test_an_oracle_of_blocks_has_its_exact_conditional_likelihood(given, size, condition):
+    oracle = BlockOracle(size, length=4)
+    for x in ([0, 1, 2, 0], [2, 2, 1, 0]):
+        assert bound(oracle, x, given, 15, condition=condition) == pytest.approx(-log_conditional(oracle, x, given))
+
+
+def test_states_of_blocks_are_those_of_each():
+    states = masked_states(7, 7, seed=0, key=1, start=2, block_length=3)  # one token, two blocks of three
+    assert states.masked_KN.shape == (7, 7)
+    assert states.weight_KN.sum(0).tolist() == pytest.approx([1.0] * 7)
+    assert [len({tuple(row) for row in part.tolist()}) for part in states.masked_KN.split([1, 3, 3], 1)] == [2, 7, 7]
+
+
 def test_states_are_all_sets_or_as_many_as_asked():
     few = masked_states(3, 7, seed=0, key=1)
     assert sorted(map(tuple, few.masked_KN.tolist())) == sorted(itertools.product([False, True], repeat=3))[1:]
-    assert float(few.weight_K @ few.masked_KN.sum(1).double()) == pytest.approx(3), "each token counts once"
+    assert float(few.weight_KN.sum()) == pytest.approx(3), "each token counts once"
     many = masked_states(40, 80, seed=0, key=1)
     counts = many.masked_KN.sum(1)
     assert counts.sort().values.tolist() == [k for k in range(1, 41) for _ in range(2)], "stratified"
-    assert torch.allclose(many.weight_K, 40 / (80 * counts.double()))
+    assert torch.allclose(many.weight_KN, many.masked_KN * 40 / (80 * counts.double()[:, None]))
     again, other = masked_states(40, 80, seed=0, key=1), masked_states(40, 80, seed=0, key=2)
     assert torch.equal(many.masked_KN, again.masked_KN)
     assert not torch.equal(many.masked_KN, other.masked_KN)

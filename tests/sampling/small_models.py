@@ -16,12 +16,13 @@ TOKENIZER = CharacterTokenizer("abcdefgh ")
 LENGTH = 16
 
 
-def export(place, *, kind="dit", spread=0.3, **keys):
+def export(place, *, kind="dit", spread=0.3, block_length=None, **keys):
     """A model directory at `place`; every parameter is drawn, so that logits depend on tokens and estimate."""
     place.mkdir()
     schema = DecoderConfig if kind == "decoder" else DiTConfig
     config = schema(**{"width": 32, "layers": 2, "heads": 2, "self_conditioned": True, **keys})
-    spec = ModelSpec(config, DiffusionConfig(), TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH)
+    diffusion = DiffusionConfig(block_length=block_length)
+    spec = ModelSpec(config, diffusion, TOKENIZER.vocab_size, TOKENIZER.mask_id, LENGTH)
     model = spec.build()
     allocate(model, torch.device("cpu"))
     init_weights(model, 0)
