@@ -452,7 +452,7 @@ def test_training_mistakes_stop_before_any_work(command, keys, message, base, mo
 def test_compiling_without_a_compiler_is_refused(molecules, tmp_path, empty_yaml, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     keys = [f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", "train.steps=2", "train.validate_every=0"]
-    assert main(["train", str(empty_yaml), *keys, "model.compile=true"]) == 1
+    assert main(["train", str(empty_yaml), *keys, "model.compile=block"]) == 1
     assert "needs a C++ compiler" in capsys.readouterr().err
 
 
