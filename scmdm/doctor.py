@@ -62,7 +62,7 @@ def _examine_compute() -> Iterator[Finding]:
     yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's kernels ({reason})")
     if device.type == "cpu":
         found = cpp_compiler()
-        text = f"model.compile=true uses {found}" if found else "no C++ compiler: model.compile=true is not possible"
+        text = f"model.compile uses {found}" if found else "no C++ compiler: model.compile=none is the only choice"
         yield Finding("ok" if found else "note", "compile", text)
 
 

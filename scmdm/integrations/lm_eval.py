@@ -46,7 +46,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
 from scmdm.sampling.batch_size import fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, end_token_ids
-from scmdm.sampling.model_loading import LONGEST_WAIT, load
+from scmdm.sampling.model_loading import LONGEST_COLLECTIVE, load
 from scmdm.sampling.templates import pad_templates
 from scmdm.system.process_group import current_world, gather_object, joined_world, process_group
 
@@ -490,7 +490,7 @@ def main() -> int:
     try:
         world = current_world()
         device = resolve_device("auto", world.local_rank)
-        with process_group(world, device, needed=False, timeout=LONGEST_WAIT):
+        with process_group(world, device, needed=False, timeout=LONGEST_COLLECTIVE, heartbeat=True):
             cli_evaluate()
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)
