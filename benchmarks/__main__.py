@@ -1,6 +1,6 @@
 """`python -m benchmarks [part ...]`: run all benchmarks, or those named.
 
-`gpu` and `trajectory` have options of their own.
+`gpu`, `scale` and `trajectory` have options of their own.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main(names: list[str]) -> int:
     """Run the named benchmarks, or all without names; returns the exit status."""
     if names[:1] == ["gpu"]:
         return gpu.main(names[1:])
+    if names[:1] == ["scale"]:
+        return scale.main(names[1:])
     if names[:1] == ["trajectory"]:
         return trajectory.main(names[1:])
     unknown = [name for name in names if name not in PARTS]

@@ -5,20 +5,25 @@ The counted code is not changed: functions are wrapped in this process, before a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import resource
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
+from scmdm.models import tensor_files
 from scmdm.models.network import Network
-from scmdm.torch_private import TorchDispatchMode, tree_leaves
+from scmdm.planner.activation_memory import LiveBytes
+from scmdm.torch_private import TorchDispatchMode, storage_id, tree_leaves
 
 MIB = 2**20
 
@@ -75,11 +80,34 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class ValidatedSequences:
-    """Counts the sequences whose loss is computed in eval mode, once per mode and draw."""
+class OpenedTensorFiles:
+    """Counts openings of safetensors files, and the bytes of their headers, by this package and by safetensors."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.header_bytes = 0
+        read, safe_open = tensor_files.read_header, safetensors.safe_open
+
+        def reading(path: Path) -> Any:
+            header = read(path)
+            self.count += 1
+            self.header_bytes += header.bytes
+            return header
+
+        def opening(filename: Any, *args: Any, **options: Any) -> Any:
+            with open(filename, "rb") as file:
+                self.header_bytes += 8 + int.from_bytes(file.read(8), "little")
+            self.count += 1
+            return safe_open(filename, *args, **options)
+
+        tensor_files.read_header = reading
+        safetensors.safe_open = opening
+
+
+class ValidatedSequences:
+    """Counts the sequences whose loss is computed in eval mode, once per mode and draw, and notes the largest batch."""
+
+    def __init__(self) -> None:
+        self.count = self.largest = 0
         original = Network.weighted_nll
 
         @functools.wraps(original)
@@ -87,6 +115,7 @@ class ValidatedSequences:
             if not model.training:
                 state = args[0] if args else options["state"]
                 self.count += len(state.z_BL)
+                self.largest = max(self.largest, len(state.z_BL))
             return original(model, *args, **options)
 
         Network.weighted_nll = counted  # type: ignore[assignment, method-assign]
@@ -104,6 +133,28 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def following_resizes(live: LiveBytes) -> Iterator[None]:
+    """Count storages that FSDP2 frees and allocates again in place, too."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        key = storage_id(storage)
+        if live.follows(key) or size:
+            known = live.follows(key)
+            live.resize(key, size)
+            if not known:
+                weakref.finalize(storage, live.resize, key, 0)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 def watched(function: Callable[..., Any], before: Callable[[], object]) -> Callable[..., Any]:

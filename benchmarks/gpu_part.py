@@ -29,6 +29,7 @@ from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import peak_flops, step_flops
 from scmdm.models.initialization import init_weights
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
+from scmdm.ops.fp8 import fp8_unusable_because
 from scmdm.system.files import atomic_write_text
 
 _TINY = Shape("tiny", DiTConfig(width=32, layers=1, heads=2), 40, 16, 4, 2)
@@ -47,6 +48,25 @@ def step_170m(tiny: bool) -> dict[str, Any]:
 def step_1b(tiny: bool) -> dict[str, Any]:
     """Vanilla and adaptation steps of a billion parameters."""
     return _steps(_TINY if tiny else BILLION_GPU)
+
+
+def residual_1b(tiny: bool) -> dict[str, Any]:
+    """Adaptation steps of a billion parameters with the residual stream in bfloat16."""
+    return _switched(tiny, residual_precision="compute")
+
+
+def fp8_1b(tiny: bool) -> dict[str, Any]:
+    """Adaptation steps of a billion parameters with the products of linear maps in FP8; a CPU emulates them."""
+    if torch.cuda.is_available():
+        device = resolve_device("auto")
+        if (reason := fp8_unusable_because(device, resolve_precision("auto", device))) is not None:
+            raise AbsentError(reason)
+    return _switched(tiny, matmul_precision="fp8")
+
+
+def trunk_1b(tiny: bool) -> dict[str, Any]:
+    """Adaptation steps of a billion parameters whose blocks are compiled as one graph; a rehearsal compiles nothing."""
+    return _switched(tiny, compile="none" if tiny else "trunk")
 
 
 def samplers(tiny: bool) -> dict[str, Any]:
@@ -104,20 +124,29 @@ def gpu_tests(tiny: bool) -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[Callable[[bool], dict[str, Any]], int]] = {  # with its limit in seconds
-    "tests": (gpu_tests, 150),
-    "step 170M": (step_170m, 70),
-    "step 1B": (step_1b, 80),
-    "samplers": (samplers, 70),
-    "block cache": (block_cache, 40),
-    "attention": (attention_kernels, 50),
+    "tests": (gpu_tests, 120),
+    "step 170M": (step_170m, 45),
+    "step 1B": (step_1b, 55),
+    "samplers": (samplers, 45),
+    "block cache": (block_cache, 30),
+    "attention": (attention_kernels, 35),
+    "step 1B, bfloat16 residual": (residual_1b, 35),
+    "step 1B, FP8": (fp8_1b, 40),
+    "step 1B, trunk": (trunk_1b, 55),
 }
 
 
-def _steps(shape: Shape) -> dict[str, Any]:
+def _switched(tiny: bool, **keys: Any) -> dict[str, Any]:
+    """Time adaptation steps with other keys of the model, to compare with those of the part `step 1B`."""
+    shape = _TINY if tiny else BILLION_GPU
+    return _steps(replace(shape, model=replace(shape.model, **keys)), vanilla=False)
+
+
+def _steps(shape: Shape, *, vanilla: bool = True) -> dict[str, Any]:
     """Time the steps one after the other: memory is that of one model."""
     found: dict[str, Any] = {"config": {"shape": _described(shape), "precision": _precision()}}
     medians = {}
-    for passes, name in enumerate(("vanilla", "adaptation")):
+    for passes, name in ((0, "vanilla"), (1, "adaptation"))[0 if vanilla else 1 :]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -133,7 +162,9 @@ def _steps(shape: Shape) -> dict[str, Any]:
             "mfu": flops / seconds / peak if peak is not None else None,
             "peak_gib": peak_memory() / 2**30,
         }
-    return {**found, "adaptation over vanilla": medians["adaptation"] / medians["vanilla"]}
+    if vanilla:
+        found["adaptation over vanilla"] = medians["adaptation"] / medians["vanilla"]
+    return found
 
 
 def _rounds(timings: Mapping[str, Timing]) -> dict[str, Any]:

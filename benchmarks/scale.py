@@ -1,18 +1,23 @@
 """What each rank does, counted, for growing numbers of ranks: nothing may grow with their number.
 
-Real processes (gloo) run one adaptation with a validation and a save. Simulated ranks run one step on fake process
-groups. The number of shards that a machine reads follows from the library's own partition of the samples.
+`python -m benchmarks scale [--ranks 1,2,4,8] [--parts ranks,zero,machines,simulated,shares]` prints each table as soon
+as it is counted. Real processes (gloo) run an adaptation with a validation and a save, then an evaluation of what they
+saved. Simulated ranks run a step on fake process groups. Of many ranks, shares follow from the functions that divide
+the work, and the shards that a machine reads from the library's own partition of the samples.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +25,23 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from benchmarks.counting import MIB, Collectives
+from benchmarks.counting import MIB, Collectives, following_resizes
 from benchmarks.scale_rank import local_part
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import save
+from scmdm.checkpoint.model_verification import balance
+from scmdm.checkpoint.seal import SealedPart
+from scmdm.config.data import DataConfig
+from scmdm.data.loader import build_loader, canonical_nodes, epochs
+from scmdm.data.manifest import Manifest
+from scmdm.data.mixture import DataMixture, open_data
 from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import CharacterTokenizer
-from scmdm.system.hashing import CHUNK_BYTES
+from scmdm.planner.activation_memory import LiveBytes
+from scmdm.runtime.divided_work import share_of
+from scmdm.system.hashing import CHUNK_BYTES, chunk_ends
 from scmdm.system.terminal import Terminal
+from scmdm.training.validation import ValidationRows, ValidationSet
 
 RANKS, SIMULATED = (1, 2, 4, 8), (1, 8, 64, 256, 1024)
 CONSTANT, SHARE = "constant", "1/N"
@@ -36,6 +50,10 @@ _SHARDS, _SHARD_SAMPLES = 1024, 128  # of the data set whose shards are counted
 _MICRO_BATCH = 2
 _CHUNK = CHUNK_BYTES  # a rank verifies whole chunks
 _MODULES = 14 * MIB  # files of Python modules and of data, which every rank reads
+_PASSES = 5  # over the headers, of whose files each rank opens its share
+_WIDTH = 140  # columns of a table in a file
+_SHARED, _EPOCH_BATCH = 4096, 32  # sequences
+_BASE_BYTES = 32 * 2**30  # of a model of 8 billion parameters
 _SLACK = 1.25  # of a count: small files, uneven shares
 
 
@@ -59,6 +77,7 @@ COUNTED = (
     Measurement("read at opening", SHARE, MIB, base=_CHUNK + _MODULES),
     Measurement("hashed at the save", SHARE, MIB, base=MIB),
     Measurement("validated sequences", SHARE),
+    Measurement("sequences validated at once", CONSTANT),
     Measurement("collectives of a step", CONSTANT, fewest=2),
     Measurement("bytes of these collectives", CONSTANT, MIB, fewest=2),
     Measurement("peak memory", CONSTANT, MIB),
@@ -68,13 +87,23 @@ EVALUATED = (
     Measurement("shared weights of a rank", SHARE, MIB, base=MIB),
     Measurement("evaluated sequences", SHARE),
     Measurement("samples drawn", SHARE),
+    Measurement("files of tensors opened", CONSTANT, base=_PASSES + 1),
+    Measurement("bytes of their headers", CONSTANT, MIB, base=MIB),
+    Measurement("peak memory of an evaluation", CONSTANT, MIB),
 )
 ZERO = (Measurement("exchanged at a save, ZeRO-3", CONSTANT, MIB, base=MIB, fewest=2),)
 SIMULATION = (
     Measurement("training state of a rank", SHARE, MIB, base=MIB),
     Measurement("collectives of a step", CONSTANT, fewest=2),
     Measurement("bytes of these collectives", CONSTANT, MIB, fewest=2),
+    Measurement("peak memory of a step", CONSTANT, MIB),
 )
+SHARES = (
+    Measurement("hashed to open 32 GiB", SHARE, MIB, base=_CHUNK),
+    Measurement("validated sequences of 4,096", SHARE),
+    Measurement("samples of 4,096", SHARE),
+)
+MACHINES = (Measurement("shards downloaded", SHARE, base=2), Measurement("bytes downloaded", SHARE, MIB, base=MIB))
 DOWNLOADS = (
     Measurement("shards, N canonical nodes", SHARE, base=2),
     Measurement("shards, 1 canonical node", SHARE, base=2),
@@ -97,18 +126,56 @@ def is_allowed(measured: Measurement, counts: Mapping[int, float]) -> bool:
     return found in (SHARE, measured.allowed)
 
 
-def main() -> None:
-    """Count in real processes and on simulated ranks, and print and save the tables."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Count in real processes and on simulated ranks, and print and save the tables; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks scale", description=__doc__)
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="numbers of real processes")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is counted")
+    options = parser.parse_args(list(arguments))
+    parts, ranks = options.parts.split(","), [int(number) for number in options.ranks.split(",")]
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory(dir=".") as name:
-        base = write_base(Path(name))
-        for title, rows, count in (
-            ("counted in real processes", COUNTED, count_adaptation),
-            ("counted in evaluations", EVALUATED, count_evaluation),
-            ("counted with DeepSpeed", ZERO, count_zero),
-        ):
-            report(title, rows, {ranks: count(Path(name), base, ranks) for ranks in RANKS})
-    report("counted on simulated ranks", SIMULATION, {ranks: simulate(ranks) for ranks in SIMULATED})
+        for part in parts:
+            PARTS[part](Path(name), ranks)
+    return 0
+
+
+def _real(root: Path, ranks: Sequence[int]) -> None:
+    base = _base(root)
+    adapted = {number: count_adaptation(root, base, number) for number in ranks}
+    report("counted in real processes", COUNTED, adapted)
+    evaluated = {number: count_evaluation(root, number) for number in ranks}
+    report("counted in evaluations", EVALUATED, evaluated)
+
+
+def _zero(root: Path, ranks: Sequence[int]) -> None:
+    base = _base(root)
+    report("counted with DeepSpeed", ZERO, {number: count_zero(root, base, number) for number in ranks})
+
+
+def _machines(root: Path, ranks: Sequence[int]) -> None:
+    found = {number: count_downloads(root, number) for number in ranks}
+    report("downloads of a machine in an epoch", MACHINES, found)
+
+
+def _simulated(_root: Path, _ranks: Sequence[int]) -> None:
+    report("counted on simulated ranks", SIMULATION, {number: simulate(number) for number in SIMULATED})
+
+
+def _shares(root: Path, _ranks: Sequence[int]) -> None:
+    if not (root / "data").exists():
+        _write_data(root / "data")
+    report("shares of many ranks", SHARES, {number: shares(root, number) for number in SIMULATED})
     report("shards that one machine reads in an epoch", DOWNLOADS, {n: shards_read(n) for n in SIMULATED})
+
+
+PARTS = {"ranks": _real, "zero": _zero, "machines": _machines, "simulated": _simulated, "shares": _shares}
+
+
+def _base(root: Path) -> Path:
+    return root / "base" if (root / "base").exists() else write_base(root)
 
 
 def report(title: str, rows: Sequence[Measurement], counts: Mapping[int, Mapping[str, float]]) -> None:
@@ -122,7 +189,8 @@ def report(title: str, rows: Sequence[Measurement], counts: Mapping[int, Mapping
         cells = (f"{count / row.unit:,.2f}" if unit else f"{count:,.0f}" for count in by_ranks.values())
         found = shape_of(row.compared(by_ranks), row.base) if max(by_ranks) >= row.fewest else ""
         table.add_row(row.name + unit, *cells, row.allowed, found + ("" if is_allowed(row, by_ranks) else " !"))
-    Terminal().print(table)
+    Terminal(width=None if sys.stdout.isatty() else _WIDTH).print(table)
+    sys.stdout.flush()
     save(f"scale {title}", {"counts": {str(ranks): dict(found) for ranks, found in counts.items()}})
 
 
@@ -131,24 +199,29 @@ def count_adaptation(root: Path, base: Path, ranks: int) -> dict[str, float]:
     return _count(root / f"ranks-{ranks}", ranks, *_adaptation(root, base, ranks, "fsdp2"))
 
 
+def adapted_run(root: Path, ranks: int, engine: str = "fsdp2") -> Path:
+    """Return the directory of the adaptation on a number of ranks, each of which has written a file of tensors."""
+    return root / f"run-{engine}-{ranks}"
+
+
 def count_zero(root: Path, base: Path, ranks: int) -> dict[str, float]:
     """Adapt the base with DeepSpeed, whose stage 3 divides parameters not by rows."""
     arguments = _adaptation(root, base, ranks, "deepspeed")
     return _count(root / f"deepspeed-{ranks}", ranks, *arguments, "deepspeed.stage=3", "train.validate_every=0")
 
 
-def count_evaluation(root: Path, base: Path, ranks: int) -> dict[str, float]:
-    """Evaluate the base with weights that all ranks share."""
+def count_evaluation(root: Path, ranks: int) -> dict[str, float]:
+    """Evaluate what so many ranks have adapted, with weights that all ranks share."""
     place = root / f"evaluation-{ranks}"
     keys = [f"out={place / 'result.json'}", f"shards={ranks}", "domain=text", "split=validation", "device=cpu"]
     sizes = [f"num={_VALIDATED}", f"nelbo_samples={_VALIDATED}", "nelbo_draws=1", "sampler.steps=4", "batch_size=8"]
-    return _count(place, ranks, "evaluate", str(base), *keys, *sizes)
+    return _count(place, ranks, "evaluate", str(adapted_run(root, ranks)), *keys, *sizes)
 
 
 def _adaptation(root: Path, base: Path, ranks: int, engine: str) -> list[str]:
     # One micro-batch on each rank: accumulation would repeat its collectives.
     batch = f"train.global_batch_size={_MICRO_BATCH * ranks}"
-    run = root / f"run-{engine}-{ranks}"
+    run = adapted_run(root, ranks, engine)
     own = [f"base={base}", "self_conditioning.rate=1", f"engine={engine}", batch]
     return ["adapt", str(root / "empty.yaml"), *_keys(root, run), *own]
 
@@ -172,14 +245,19 @@ def _count(place: Path, ranks: int, *arguments: str) -> dict[str, float]:
 
 def write_base(root: Path, *, width: int = 384, layers: int = 6) -> Path:
     """Train a base, whose checkpoint is then adapted and evaluated."""
-    rows = np.random.default_rng(0).integers(4, 4 + len(_SYMBOLS), (_SAMPLES, _LENGTH)).tolist()
-    description = Description("scale", _LENGTH, "loss", "loss", {})
-    splits = {"train": rows, "validation": rows[:_VALIDATED]}
-    write_dataset(root / "data", CharacterTokenizer(_SYMBOLS), splits, description, shard_bytes=1 << 14)
+    if not (root / "data").exists():
+        _write_data(root / "data")
     (root / "empty.yaml").write_text("{}\n")
     model = [f"model.width={width}", f"model.layers={layers}", "model.heads=8", "train.validate_every=0"]
     _run(["-m", "scmdm", "train", str(root / "empty.yaml"), *_keys(root, root / "base"), *model])
     return root / "base"
+
+
+def _write_data(place: Path, *, shard_bytes: int = 1 << 14) -> None:
+    rows = np.random.default_rng(0).integers(4, 4 + len(_SYMBOLS), (_SAMPLES, _LENGTH)).tolist()
+    description = Description("scale", _LENGTH, "loss", "loss", {})
+    splits = {"train": rows, "validation": rows[:_VALIDATED]}
+    write_dataset(place, CharacterTokenizer(_SYMBOLS), splits, description, shard_bytes=shard_bytes)
 
 
 def _keys(root: Path, run: Path) -> list[str]:
@@ -222,17 +300,79 @@ def simulate(ranks: int) -> dict[str, float]:
     The model is as wide as there are ranks at most: FSDP2 pads parameters of fewer rows to one row for each rank.
     """
     with fake_ranks(ranks):
-        shape = replace(QM9, model=replace(QM9.model, width=1024, layers=2), batch=1, micro=1)
+        shape = replace(QM9, model=replace(QM9.model, width=1024, layers=4), batch=1, micro=1)
         engine, step = make_engine_step(shape, rate=1.0, engine="fsdp2", ranks=ranks)
         step()  # the first one also sets the engine up
         with Collectives() as counted:
             step()
-        held = sum(local_part(value).nbytes for value in engine.parameters().values())
+        parameters = [local_part(value) for value in engine.parameters().values()]
+        held = sum(value.nbytes for value in parameters)
+        with LiveBytes(parameters) as live, following_resizes(live):
+            step()
     return {
         SIMULATION[0].name: 4.0 * held,
         SIMULATION[1].name: counted.count,
         SIMULATION[2].name: counted.bytes,
+        SIMULATION[3].name: 3.0 * held + live.peak,  # weights and moments beside what the step allocates
     }
+
+
+def shares(root: Path, ranks: int) -> dict[str, float]:
+    """Return what the functions that divide work give the rank with the most of it."""
+    parts = [SealedPart("weights", *place, "") for place in chunk_ends(_BASE_BYTES, _CHUNK)]
+    hashed = max(sum(part.end - part.begin for part in share) for share in balance(parts, ranks, ranks))
+    rows = ValidationRows(root / "data", Manifest.read(root / "data"), range(_SHARED), 0)
+    drawn = max(len(share_of(range(_SHARED), rank, ranks)) for rank in range(ranks))
+    validated = ValidationSet("validation", (rows,)).share(ranks)
+    return {SHARES[0].name: hashed, SHARES[1].name: validated, SHARES[2].name: drawn}
+
+
+def count_downloads(root: Path, machines: int) -> dict[str, float]:
+    """Read an epoch of remote data on one machine after the other, each with a cache of its own."""
+    remote = root / "remote"
+    if not remote.exists():
+        _write_data(remote, shard_bytes=1 << 10)
+    shards, sizes = [], []
+    for rank in range(machines):
+        cache = root / f"cache-{machines}-{rank}"
+        with _only_process(rank, machines):
+            _read_epoch(open_data(DataConfig(path=str(cache), remote=str(remote))), machines)
+        found = list((cache / "train").glob("*.mds"))
+        shards.append(len(found))
+        sizes.append(sum(path.stat().st_size for path in found))
+    return {MACHINES[0].name: max(shards), MACHINES[1].name: max(sizes)}
+
+
+@contextmanager
+def _only_process(rank: int, machines: int) -> Iterator[None]:
+    """Make this process the only one of a machine; streaming waits for no other."""
+    own = {"RANK": rank, "WORLD_SIZE": machines, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _read_epoch(data: DataMixture, machines: int) -> None:
+    nodes = canonical_nodes(data, "train", machines)
+    size = _EPOCH_BATCH // machines
+    loader = build_loader(
+        data,
+        "train",
+        batch_size=size,
+        shuffle=True,
+        seed=0,
+        drop_last=True,
+        num_canonical_nodes=nodes,
+        shuffle_block=(1 << 18) // nodes,
+    )
+    steps = _SAMPLES // _EPOCH_BATCH
+    assert sum(1 for _ in islice(epochs(loader, _EPOCH_BATCH, None), steps)) == steps
 
 
 def shards_read(machines: int) -> dict[str, float]:

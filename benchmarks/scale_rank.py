@@ -14,7 +14,16 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.counting import Collectives, HashedBytes, ValidatedSequences, bytes_read, peak_memory, rank, watched
+from benchmarks.counting import (
+    Collectives,
+    HashedBytes,
+    OpenedTensorFiles,
+    ValidatedSequences,
+    bytes_read,
+    peak_memory,
+    rank,
+    watched,
+)
 
 _WINDOW = (2, 3)  # collectives are counted from the start of one of these steps to that of the other
 
@@ -46,6 +55,7 @@ class AdaptationCounts:
             **self.found,
             "hashed at the save": self._hashed.count - self.found["hashed at opening"],
             "validated sequences": self._validated.count,
+            "sequences validated at once": self._validated.largest,
             "collectives of a step": self._collectives.count,
             "bytes of these collectives": self._collectives.bytes,
             "peak memory": peak_memory(),
@@ -79,13 +89,15 @@ class EvaluationCounts:
         from scmdm.evaluation import divided_nelbo, evaluate
         from scmdm.sampling import generation
 
-        self._hashed = HashedBytes()
+        self._hashed, self._opened = HashedBytes(), OpenedTensorFiles()
         self.found = {"evaluated sequences": 0, "samples drawn": 0, "shared weights of a rank": 0}
         load, draw, terms = evaluate.load_as_configured, generation.sample, divided_nelbo.nelbo_terms
 
         def loading(*args: Any, **options: Any) -> Any:
             loaded = load(*args, **options)
             self.found["hashed to evaluate"] = self._hashed.count
+            self.found["files of tensors opened"] = self._opened.count
+            self.found["bytes of their headers"] = self._opened.header_bytes
             held = sum(local_part(parameter).nbytes for parameter in loaded.model.parameters())
             self.found["shared weights of a rank"] = held
             return loaded
@@ -107,7 +119,7 @@ class EvaluationCounts:
 
     def finish(self) -> dict[str, int]:
         """Return all counts."""
-        return self.found
+        return {**self.found, "peak memory of an evaluation": peak_memory()}
 
 
 def local_part(value: Tensor) -> Tensor:

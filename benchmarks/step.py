@@ -51,7 +51,7 @@ SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 2
 _TOP_K = 16
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
 # As in configs/text/owt-base.yaml on 8 GPUs, but without dropout.
-_COMPILED = DiTConfig(compile=True, condition_width=128)
+_COMPILED = DiTConfig(compile="block", condition_width=128)
 SMALL_GPU = Shape(
     "MDLM small on a GPU (170M, V = 50,258, L = 1024, B = 64)",
     replace(_COMPILED, width=768, layers=12, heads=12),

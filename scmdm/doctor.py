@@ -14,8 +14,7 @@ import torch
 from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
-from scmdm.observability.environment import installed_version
-from scmdm.system.extras import EXTRAS, PURPOSES, missing_packages
+from scmdm.system.extras import EXTRAS, PURPOSES, installed_version, missing_packages
 from scmdm.system.terminal import Terminal
 
 _BASE_PACKAGES = ("mosaicml-streaming", "deepspeed", "wandb", "transformers")
@@ -63,7 +62,7 @@ def _examine_compute() -> Iterator[Finding]:
     yield Finding("ok", "attention", "flash-attn" if reason is None else f"torch's kernels ({reason})")
     if device.type == "cpu":
         found = cpp_compiler()
-        text = f"model.compile=true uses {found}" if found else "no C++ compiler: model.compile=true is not possible"
+        text = f"model.compile uses {found}" if found else "no C++ compiler: model.compile=none is the only choice"
         yield Finding("ok" if found else "note", "compile", text)
 
 

@@ -23,11 +23,13 @@ __all__ = [
     "ATTENTION_OPERATORS",
     "TorchDispatchMode",
     "addmm_gelu",
+    "allow_graphs",
     "constant_under_compile",
     "default_group_timeout",
     "fake_tensors",
     "lerp_all_",
     "nccl_trace",
+    "scaled_mm",
     "storage_id",
     "tree_leaves",
 ]
@@ -50,6 +52,17 @@ def addmm_gelu(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     cuBLASLt's GELU epilogue (torch 2.14).
     """
     return torch._addmm_activation(bias_O, x_NI, weight_IO, use_gelu=True)
+
+
+def allow_graphs(number: int) -> None:
+    """Let `torch.compile` make this many graphs of a function, for other shapes and modes, before it gives up.
+
+    Sets `torch._dynamo.config.recompile_limit`, which the argument of `torch.compile` replaces in newer versions (torch
+    2.14, not 2.11).
+    """
+    import torch._dynamo.config  # slow to import
+
+    torch._dynamo.config.recompile_limit = number
 
 
 @contextlib.contextmanager
@@ -86,6 +99,15 @@ def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) 
     Uses `torch._foreach_lerp_`, as torch's optimizers and `torch.optim.swa_utils` do (torch 2.14).
     """
     torch._foreach_lerp_(list(targets), list(ends), weight)
+
+
+def scaled_mm(a_MK: Tensor, b_KP: Tensor, scale_M1: Tensor, scale_1P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `a @ b` (M, P) of FP8 matrices, multiplied by a scale per row of `a` and one per column of `b`.
+
+    `b` is the transpose of a contiguous matrix. Uses `torch._scaled_mm`: the public `torch.nn.functional.scaled_mm`
+    calls another operator, which newer versions alone have kernels for (torch 2.14).
+    """
+    return torch._scaled_mm(a_MK, b_KP, scale_a=scale_M1, scale_b=scale_1P, out_dtype=dtype)
 
 
 def fake_tensors() -> contextlib.AbstractContextManager[object]:

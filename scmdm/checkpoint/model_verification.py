@@ -1,13 +1,14 @@
 """Verify a checkpoint or export on all ranks together: each hashes its share of what is used, and all agree.
 
-Rank 0 reads the seal and compares names and sizes. Then every rank hashes about `1 / N` of the bytes, in whole chunks
-of files. One reduction tells whether a rank has found a problem; if so, all ranks have it.
+Rank 0 reads the seal and compares names and sizes. The headers of tensors' files, which say what is used, are read by
+all ranks, each its share. Then every rank hashes about `1 / N` of the bytes, in whole chunks of files. One reduction
+tells whether a rank has found a problem; if so, all ranks have it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import used_bytes
 from scmdm.models.safetensors_headers import SUFFIX
 from scmdm.observability.progress_bar import count_up
-from scmdm.system.process_group import first_found, joined_world, scatter
+from scmdm.system.process_group import broadcast, first_found, joined_world, scatter
 
 _SHOWN_FROM = 2**30  # bytes of a share whose progress is shown
 _MIB = 2**20
@@ -44,50 +45,52 @@ class Verification:
 ALONE = Verification()
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A problem that rank 0 has found, or else what a rank has to hash."""
-
-    problem: str | None = None
-    parts: tuple[SealedPart, ...] = ()
-
-
 def first_problem(path: Path, how: Verification = ALONE, *, needed: Collection[str] = ()) -> str | None:
     """Return a problem of a model directory that names the file, the same on all ranks; None if it is undamaged.
 
     `needed` files must be among those that the seal lists. All ranks call this together if `how.together` is set.
     """
     rank, ranks = joined_world() if how.together else (0, 1)
-    main = rank == 0
-    shares = _divide(path, how, needed, ranks) if main else None
-    own = scatter(shares) if ranks > 1 else (shares or [_Work()])[0]
-    if own.problem is not None:
-        return own.problem
-    problem = _hash(path, own.parts, how, shown=main)
+    found, problem = _sealed(path, needed) if rank == 0 else (None, None)
+    problem = problem if ranks == 1 else broadcast(problem)
+    if problem is not None:
+        return problem
+    used = None
+    if how.mode == "share" and how.weights is not None:
+        try:
+            used = used_bytes(path, weights=how.weights, alone=ranks == 1)
+        except UserError as error:  # the same on all ranks
+            return str(error)
+    shares = None
+    if found is not None:
+        shares = balance(_parts(found, how, used), ranks if how.mode == "share" else 1, ranks)
+    own = scatter(shares) if ranks > 1 else (shares or [[]])[0]
+    problem = _hash(path, own, how, shown=rank == 0)
     return first_found(problem) if ranks > 1 else problem
 
 
-def _divide(path: Path, how: Verification, needed: Collection[str], ranks: int) -> list[_Work]:
-    """Return each rank's work, or the problem that names and sizes show."""
+def _sealed(path: Path, needed: Collection[str]) -> tuple[Seal | None, str | None]:
+    """Return the seal, or the problem that it, names or sizes show."""
     try:
         found = read_seal(path)
         problem = next((text for _, text in find_wrong_files(path, found, needed)), None)
-        parts = [] if problem is not None or how.mode == "sizes" else _parts(path, found, how)
     except UserError as error:
-        problem, parts = str(error), []
-    if problem is not None:
-        return [_Work(problem)] * ranks
-    return [_Work(None, tuple(share)) for share in balance(parts, ranks if how.mode == "share" else 1, ranks)]
+        return None, str(error)
+    return found, problem
 
 
-def _parts(path: Path, found: Seal, how: Verification) -> list[SealedPart]:
+_Ranges = Mapping[str, Sequence[tuple[int, int]]]  # of bytes, by file
+
+
+def _parts(found: Seal, how: Verification, used: _Ranges | None) -> list[SealedPart]:
     """Return what must be hashed: everything, or the small files and the chunks of tensors that are used."""
+    if how.mode == "sizes":
+        return []
     parts = [part for name in found.files for part in found.parts(name)]
     if how.mode == "descriptions":
         return [part for part in parts if not part.name.endswith(SUFFIX)]
-    if how.mode == "full" or how.weights is None:
+    if used is None:
         return parts
-    used = used_bytes(path, weights=how.weights)
     return [part for part in parts if not part.name.endswith(SUFFIX) or _overlaps(part, used.get(part.name, ()))]
 
 
@@ -108,7 +111,7 @@ def balance(parts: Iterable[SealedPart], hashing: int, ranks: int) -> list[list[
     return shares
 
 
-def _hash(path: Path, parts: tuple[SealedPart, ...], how: Verification, *, shown: bool) -> str | None:
+def _hash(path: Path, parts: Sequence[SealedPart], how: Verification, *, shown: bool) -> str | None:
     """Hash parts until one is wrong; returns its problem."""
     total = sum(part.end - part.begin for part in parts)
     with count_up(f"verifying {path} (MiB)", max(1, total // _MIB), shown=shown and total >= _SHOWN_FROM) as advance:

@@ -8,7 +8,6 @@ file the seal holds the hash of each chunk, so that several processes can verify
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -88,29 +87,19 @@ def seal(directory: Path, written: Mapping[str, FileHash] | None = None) -> None
 def verify_checkpoint(path: Path, *, hashes: bool = True) -> list[str]:
     """List the problems of a checkpoint or export, each naming the file; empty if it is undamaged.
 
-    Without `hashes` only the existence and the size of files are checked.
-    """
-    return list(find_problems(path, hashes=hashes))
-
-
-def find_problems(path: Path, *, hashes: bool = True, needed: Collection[str] = ()) -> Iterator[str]:
-    """Yield the problems of a checkpoint or export as they are found; `needed` files must be among those listed.
-
-    Nothing is parsed but the seal. Its own hash is checked first, then names and sizes, and large files come last.
+    Without `hashes` only the existence and the size of files are checked. Nothing is parsed but the seal.
     """
     try:
         found = read_seal(path)
-        damaged = set()
-        for name, problem in find_wrong_files(path, found, needed):
-            damaged.add(name)
-            yield problem
+        problems = dict(find_wrong_files(path, found))
     except UserError as error:
-        yield str(error)
-        return
-    names = sorted(found.files.keys() - damaged, key=lambda name: found.files[name].bytes) if hashes else []
-    for name in names:
-        problems = (find_wrong_part(path, part) for part in found.parts(name))
-        yield from itertools.islice(filter(None, problems), 1)
+        return [str(error)]
+    left = sorted(found.files.keys() - problems.keys(), key=lambda name: found.files[name].bytes)
+    for name in left if hashes else ():
+        problem = next(filter(None, (find_wrong_part(path, part) for part in found.parts(name))), None)
+        if problem is not None:
+            problems[name] = problem
+    return list(problems.values())
 
 
 def find_wrong_files(path: Path, found: Seal, needed: Collection[str] = ()) -> Iterator[tuple[str, str]]:

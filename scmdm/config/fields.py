@@ -7,11 +7,12 @@ and the check of an adaptation against its base all read the field's metadata.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -218,7 +219,8 @@ def walk_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclass
             yield from walk_fields(section, f"{prefix}{field.name}.")
 
 
-def replaced_keys(schema: type) -> dict[str, str]:
+@functools.cache
+def replaced_keys(schema: type) -> Mapping[str, str]:
     """Return the remedy for each renamed or removed key, as in `write metrics.fcd`.
 
     Renamed keys are declared with `key(formerly=...)`, removed ones in the class attribute `removed_keys` of `schema`,
@@ -255,18 +257,18 @@ def shorten(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def validate_keys(config: object, prefix: str = "") -> None:
+def validate_keys(config: object) -> None:
     """Raise UserError for the first key whose value its rules do not allow."""
-    for name, rules, value in walk_keys(config, prefix):
+    for name, rules, value in walk_keys(config):
         require(value is None or rules.allows(value), name, value, rules.wanted(value))
 
 
-def describe_keys(schema: type, prefix: str = "") -> str:
+def describe_keys(schema: type) -> str:
     """List the keys of a configuration class for `--help`, each with its default, help text and choices.
 
     For a section whose class depends on a name, the keys that all names share come first, then those of each name.
     """
-    return "\n".join(_lines(dataclasses.fields(schema), prefix))
+    return "\n".join(_lines(dataclasses.fields(schema), ""))
 
 
 def _lines(fields: Iterable[dataclasses.Field[Any]], prefix: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -59,12 +60,17 @@ def _merged(
 ) -> Schema:
     """Merge layers and overrides; unless `literal`, OmegaConf interpolates the strings of the layers."""
     declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
-    config = OmegaConf.structured(schema)
+    config = copy.deepcopy(_defaults(cast(type, schema)))
     for place, content in _drop_deselected_keys(declared, schema, layers):
-        config = _merge(config, content, place, literal=literal)
+        _merge(config, content, place, literal=literal)
     for override in overrides:
-        config = _merge(config, _parse_override(override, schema), where)
+        _merge(config, _parse_override(override, schema), where)
     return _checked(schema, config)
+
+
+@functools.cache  # OmegaConf copies faster than it reads a dataclass
+def _defaults(schema: type) -> DictConfig:
+    return OmegaConf.structured(schema)
 
 
 def _choose_sections(schema: type[Schema], layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> type[Schema]:
@@ -270,10 +276,15 @@ def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
             fields = {field.name: field for field in dataclasses.fields(hint)}
             if part not in fields:
                 return None, None
-            hint, rules = get_type_hints(hint)[part], rules_of(fields[part])
+            hint, rules = _type_hints(cast(Any, hint))[part], rules_of(fields[part])
         elif hint is not Any:
             return None, None
     return hint, rules
+
+
+@functools.cache
+def _type_hints(schema: type) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _literal(value: Any) -> Any:
@@ -315,12 +326,12 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: bool = True) -> DictConfig:
+def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: bool = True) -> None:
     _reject_replaced(OmegaConf.get_type(config), content, where)
     _reject_unknown(config, content, where, prefix="")
     merged = _literal(content) if literal else content
     try:
-        return cast(DictConfig, OmegaConf.merge(config, merged))
+        config.merge_with(merged)
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         key = getattr(error, "full_key", None) or _refused_key(config, merged)
         reason = str(error).splitlines()[0]

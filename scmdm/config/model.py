@@ -12,6 +12,8 @@ from scmdm.config.fields import OnAdapt, key
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
+FP8_MULTIPLE = 16  # of the sides of a matrix, for the kernels of products in FP8
+
 DENOISERS = Registry(
     "model.kind",
     "scmdm.denoisers",
@@ -108,8 +110,26 @@ class ModelConfig:
         on_adapt=OnAdapt.OWN,
         help="recompute activations in the backward pass; selective: all but matrix products and attention",
     )
-    compile: bool = key(
-        False, on_resume=True, on_adapt=OnAdapt.OWN, help="torch.compile each block; needs a C++ compiler on a CPU"
+    compile: str = key(
+        "none",
+        choices=("none", "block", "trunk"),
+        on_resume=True,
+        on_adapt=OnAdapt.OWN,
+        help="torch.compile in training; block: each block, with one graph for all; trunk: all blocks as one graph, "
+        "which takes longer to compile; a CPU needs a C++ compiler",
+    )
+    residual_precision: str = key(
+        "float32",
+        choices=("float32", "compute"),
+        on_adapt=OnAdapt.OWN,
+        help="dtype of the residual stream between blocks; compute: that of precision; norms compute in float32",
+    )
+    matmul_precision: str = key(
+        "compute",
+        choices=("compute", "fp8"),
+        on_adapt=OnAdapt.OWN,
+        help="dtype of the products of the blocks' linear maps in training; compute: that of precision; fp8: e4m3, and "
+        "e5m2 for gradients, on a GPU of compute capability 8.9 or newer with precision=bfloat16",
     )
 
     @property
@@ -158,11 +178,28 @@ class ModelConfig:
             if self.head_width is None:
                 given = f"model.width={self.width} with model.heads={self.heads}"
             raise UserError(f"{given} is not possible; the width of a head must be even (rotary embeddings)")
-        if self.compile and self.activation_checkpointing == "selective":
+        if self.compile == "block" and self.activation_checkpointing == "selective":
             raise UserError(
-                "model.activation_checkpointing=selective is not possible with model.compile=true, which hides the "
-                "matrix products of a block; use none or full"
+                "model.activation_checkpointing=selective is not possible with model.compile=block, which hides the "
+                "matrix products of a block; use none or full, or model.compile=trunk"
             )
+        if self.matmul_precision == "fp8":
+            self._validate_fp8()
+
+    def _validate_fp8(self) -> None:
+        """Raise UserError for widths whose products have no FP8 kernel."""
+        widths = {
+            "model.width": self.width,
+            "the width of all query heads": self.attention_width,
+            "the width of all key heads": self.kv_width,
+            "the width of the MLP's hidden layer": self.inner_width,
+        }
+        for name, width in widths.items():
+            if width % FP8_MULTIPLE:
+                raise UserError(
+                    f"model.matmul_precision=fp8 is not possible with {name} = {width}; it must be a multiple of "
+                    f"{FP8_MULTIPLE}, or use matmul_precision=compute"
+                )
 
 
 def default_model() -> Any:

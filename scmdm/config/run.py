@@ -157,10 +157,16 @@ class RunConfig:
             "left out with engine=deepspeed, which cannot freeze weights; use engine=fsdp2",
         )
         require(
-            not (self.model.compile and self.deepspeed.stage == 3),
+            self.model.compile == "none" or self.deepspeed.stage < 3,
             "model.compile",
             self.model.compile,
-            "false with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2",
+            "none with deepspeed.stage=3, whose hooks cannot be compiled; use stage 1 or 2, or engine=fsdp2",
+        )
+        require(
+            self.model.matmul_precision == "compute",
+            "model.matmul_precision",
+            self.model.matmul_precision,
+            "compute with engine=deepspeed, whose autocast casts what linear maps multiply; use engine=fsdp2",
         )
 
 

@@ -75,15 +75,9 @@ def build_loader(
         UserError: the data set is smaller than a batch or damaged, or a limited cache is in use.
     """
     places = ", ".join(str(stream.root / split) for stream in data.streams)
-    samples = sum(stream.manifest.split(split, stream.root).samples for stream in data.streams)
-    needed = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
-    if samples < (needed if drop_last else 1):
-        raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
-    enough = num_canonical_nodes <= samples
-    require(enough, "data.num_canonical_nodes", num_canonical_nodes, f"at most the {samples} samples of {places}")
-    machines = machine_count()
-    even = num_canonical_nodes % machines == 0 or machines % num_canonical_nodes == 0
-    require(even, "data.num_canonical_nodes", num_canonical_nodes, f"a multiple or a divisor of {machines} machines")
+    samples, _ = _samples_and_shards(data, split)
+    batch = batch_size * int(os.environ.get("WORLD_SIZE", "1")) // replication
+    _check_sizes(samples, places, batch if drop_last else 1, num_canonical_nodes)
     claims = _claim_caches(data) if cache_limit is not None else []
     options = {
         "streams": [TokenStream(stream, split) for stream in data.streams],
@@ -111,6 +105,16 @@ def build_loader(
     for claim in claims:
         weakref.finalize(loader, claim.release)
     return loader
+
+
+def _check_sizes(samples: int, places: str, needed: int, nodes: int) -> None:
+    """Raise UserError unless there are enough samples for a batch and for the canonical nodes."""
+    if samples < needed:
+        raise UserError(f"{places} has {samples} samples, fewer than a batch of {needed}; lower the batch size")
+    machines, key = machine_count(), "data.num_canonical_nodes"
+    require(nodes <= samples, key, nodes, f"at most the {samples} samples of {places}")
+    even = nodes % machines == 0 or machines % nodes == 0
+    require(even, key, nodes, f"a multiple or a divisor of {machines} machines")
 
 
 def canonical_nodes(data: DataMixture, split: str, machines: int) -> int:
@@ -223,14 +227,14 @@ def read_split(root: Path, split: str, rows: Sequence[int] | None = None) -> np.
     return found[COLUMN] if COLUMN in found else np.zeros((0, manifest.length), manifest.dtype)
 
 
-def read_labels(root: Path, split: str, rows: Sequence[int] | None = None) -> np.ndarray:
-    """Read the labels int32 (N,) of a split, indices into the manifest's `labels`, all or those of `rows` (ascending).
+def read_labels(root: Path, split: str) -> np.ndarray:
+    """Read the labels int32 (N,) of a split, indices into the manifest's `labels`.
 
     Raises UserError when the data set has no labels, and when a file is missing or damaged.
     """
     if not Manifest.read(root).labels:
         raise UserError(f"{root} has no labels; prepare it from a source with labels")
-    found = _read(root, split, rows, (LABEL,))
+    found = _read(root, split, None, (LABEL,))
     return found[LABEL].astype(np.int32) if LABEL in found else np.zeros(0, np.int32)
 
 

@@ -119,7 +119,8 @@ def _require_mixable(one: DataStream, other: DataStream) -> None:
 def _mixed_manifest(streams: list[DataStream]) -> Manifest:
     """Make a manifest of the common properties, the summed sizes of the common splits, and the proportions."""
     first = streams[0].manifest
-    names = [name for name in first.splits if all(name in stream.manifest.splits for stream in streams)]
+    common = [name for name in first.splits if all(name in stream.manifest.splits for stream in streams)]
+    parts = {name: [stream.manifest.splits[name] for stream in streams] for name in common}
     mixed = {
         stream.key.rpartition(".")[2]: {
             "name": stream.manifest.name,
@@ -131,12 +132,11 @@ def _mixed_manifest(streams: list[DataStream]) -> Manifest:
     return dataclasses.replace(
         first,
         name="+".join(stream.manifest.name for stream in streams),
-        splits={name: _sum_sizes([stream.manifest.splits[name] for stream in streams]) for name in names},
+        splits={
+            name: SplitInfo(sum(part.samples for part in own), sum(part.tokens for part in own), [])
+            for name, own in parts.items()
+        },
         source={"streams": mixed},
         counts={},
         labels=first.labels if all(stream.manifest.labels == first.labels for stream in streams) else [],
     )
-
-
-def _sum_sizes(splits: list[SplitInfo]) -> SplitInfo:
-    return SplitInfo(sum(split.samples for split in splits), sum(split.tokens for split in splits), [])

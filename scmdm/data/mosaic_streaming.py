@@ -7,7 +7,7 @@ Streaming numbers what the processes of a data set share. It takes the first num
 start at the same moment, or a run that ends meanwhile, can make it take one in use. Here, numbers are random.
 """
 
-# ruff: noqa: E402 - the order of imports matters
+# ruff: noqa: E402, F401 - the order of imports matters, and other modules import the names from here
 
 from __future__ import annotations
 
@@ -60,17 +60,3 @@ def _take_number(
 
 assert callable(streaming.base.dataset.get_shm_prefix)
 streaming.base.dataset.get_shm_prefix = _take_number
-
-__all__ = [
-    "CloudDownloader",
-    "CloudUploader",
-    "MDSReader",
-    "MDSWriter",
-    "Reader",
-    "ShardState",
-    "Stream",
-    "StreamingDataLoader",
-    "StreamingDataset",
-    "StreamingFileInfo",
-    "bytes_to_int",
-]

@@ -19,6 +19,7 @@ from scmdm.diffusion.objective import Denoiser
 from scmdm.errors import UserError
 from scmdm.models.attention import check_backend
 from scmdm.models.network import Network
+from scmdm.ops.fp8 import fp8_unusable_because
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides the number of updates
 
@@ -219,8 +220,13 @@ def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device
     device = resolve_device(config.device, local_rank)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
-    if config.model.compile and device.type == "cpu" and not cpp_compiler():
-        raise UserError("model.compile=true needs a C++ compiler on a CPU, and none was found; install g++ or set CXX")
+    if config.model.compile != "none" and device.type == "cpu" and not cpp_compiler():
+        raise UserError(
+            f"model.compile={config.model.compile} needs a C++ compiler on a CPU, and none was found; install g++ or "
+            "set CXX"
+        )
+    if config.model.matmul_precision == "fp8" and (reason := fp8_unusable_because(device, dtype)) is not None:
+        raise UserError(f"model.matmul_precision=fp8 cannot run: {reason}; use matmul_precision=compute")
     return device, dtype
 
 

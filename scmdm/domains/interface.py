@@ -86,6 +86,11 @@ class Metric:
         return "" if self.reference is None else f"{self.scale * self.reference:.{self.digits}f}"
 
 
+def with_floor(metric: Metric, title: str) -> tuple[Metric, Metric]:
+    """Return a distance, and its floor, called `title`: the distance of an equal number of training samples."""
+    return metric, replace(metric, name=f"{metric.name}_floor", title=title, better="", in_figure=False)
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Settings of an evaluation that are common to all domains."""

@@ -132,7 +132,9 @@ def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int
     found = [[panel.values[arm][steps].estimate for arm in ordered] for panel in (x, y)]
     at = [[estimate.value * panel.scale for estimate in own] for panel, own in zip((x, y), found, strict=True)]
     errors = [[_error(e, panel.scale) for e in own] for panel, own in zip((x, y), found, strict=True)]
-    ax.errorbar(*at, xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style)
+    ax.errorbar(
+        at[0], at[1], xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style
+    )
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:
@@ -209,9 +211,9 @@ def _draw_validation(ax: Axes, rows: Sequence[Row], label: str, colour: str, mar
             ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=4, label=f"{label}, {suffix}")
 
 
-def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Centred moving mean over a window of `fraction` of the values, which is shorter at both ends."""
-    half = max(1, int(len(values) * fraction / 2))
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a window of 5 % of the values, which is shorter at both ends."""
+    half = max(1, int(len(values) * 0.05 / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
     high = np.minimum(np.arange(len(values)) + half + 1, len(values))

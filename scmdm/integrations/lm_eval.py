@@ -12,6 +12,7 @@ Legend: B batch, L length, K masked states of a continuation, N tokens of a cont
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import sys
@@ -45,7 +46,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
 from scmdm.sampling.batch_size import fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, end_token_ids
-from scmdm.sampling.model_loading import LONGEST_WAIT, load
+from scmdm.sampling.model_loading import LONGEST_COLLECTIVE, load
 from scmdm.sampling.templates import pad_templates
 from scmdm.system.process_group import current_world, gather_object, joined_world, process_group
 
@@ -65,10 +66,15 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Options:
+class HarnessOptions:
     """Arguments of the model, except for its path, its device and the keys of the sampler."""
 
-    draws: int = key(128, help="masked states per continuation", at_least=1, at_most=2**20)
+    draws: int = key(
+        128,
+        help="masked states per continuation in the estimate of its likelihood, which is exact if it has no more",
+        at_least=1,
+        at_most=2**20,
+    )
     tail: str = key("masked", help="positions after the continuation", choices=("masked", "none"))
     seed: int = seed_key()
     weights: str = weights_key()
@@ -76,10 +82,16 @@ class _Options:
     weights_dtype: str = weights_dtype_key()
     batch_size: int | None = key(1, help="requests in a batch; null: what fits into memory", at_least=1, at_most=2**20)
     gen_length: int | None = key(
-        None, help="tokens to generate, in place of the task's number", at_least=1, at_most=2**19
+        None, help="tokens to generate; null: the task's number, at most half of the length", at_least=1, at_most=2**19
     )
     add_bos_token: bool = key(True, help="begin sequences with [BOS]")
-    cfg: float = key(0.0, help="classifier-free guidance by masking the context", at_least=0, at_most=1e6)
+    cfg: float = key(
+        0.0,
+        help="classifier-free guidance by masking the context, as `cfg` in LLaDA's evaluation: logits are "
+        "u + (cfg + 1) (l - u) with u those of the masked context",
+        at_least=0,
+        at_most=1e6,
+    )
     is_check_greedy: bool = key(True, help="decide whether greedy decoding yields the continuation")
     escape_until: bool = key(False, help="return answers beyond the task's stop strings")
 
@@ -111,77 +123,28 @@ class MaskedDiffusionLM(TemplateLM):
 
     Args:
         path: run directory, checkpoint or exported model.
-        draws: masked states per continuation in the Monte Carlo estimate of its likelihood. A continuation with
-            at most `draws` masked states is evaluated exactly.
-        tail: "masked" or "none"; see the module's docstring.
-        seed: seed of masked states and samples.
-        weights: "ema" or "raw".
-        precision: "auto", "float32" or "bfloat16".
-        weights_dtype: "float32" or "bfloat16", which needs half the memory.
-        batch_size: requests in a batch; "auto": what fits into memory.
-        gen_length: tokens to generate; None: the task's number, at most half of the model's length.
-        add_bos_token: whether sequences begin with [BOS].
-        cfg: classifier-free guidance of likelihoods and samples by masking the context, as `cfg` in LLaDA's evaluation:
-            logits are `u + (cfg + 1) (l - u)` with `u` those of the masked context.
-        is_check_greedy: whether to decide if a continuation is greedy. If not, none is.
-        escape_until: whether answers go on beyond the task's stop strings.
         device: "cpu", "cuda", or None to use a GPU if there is one.
-        sampler: keys of `scmdm.config.sampling.SamplerConfig`. They take precedence over a task's temperature, top_k
-            and top_p. `carry` also decides whether likelihoods are conditioned on the model's own estimate.
+        **keys: those of `HarnessOptions`, and of `scmdm.config.sampling.SamplerConfig`, which take precedence over a
+            task's temperature, top_k and top_p. `carry` also decides whether likelihoods are conditioned on the
+            model's own estimate. `batch_size="auto"` takes what fits into memory.
 
     Raises UserError for an argument out of range, and for a model that does not generate text.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        draws: int = 128,
-        tail: str | None = "masked",
-        seed: int = 0,
-        weights: str = "ema",
-        precision: str = "auto",
-        weights_dtype: str = "float32",
-        batch_size: int | str = 1,
-        gen_length: int | None = None,
-        add_bos_token: bool = True,
-        cfg: float = 0.0,
-        is_check_greedy: bool = True,
-        escape_until: bool = False,
-        device: str | None = None,
-        **sampler: Any,
-    ) -> None:
+    def __init__(self, path: str, *, device: str | None = None, **keys: Any) -> None:
         super().__init__()
-        given = {
-            "draws": draws,
-            "tail": tail or "none",  # which the harness's command line reads as None
-            "seed": seed,
-            "weights": weights,
-            "precision": precision,
-            "weights_dtype": weights_dtype,
-            "batch_size": None if str(batch_size).startswith("auto") else batch_size,
-            "gen_length": gen_length,
-            "add_bos_token": add_bos_token,
-            "cfg": cfg,
-            "is_check_greedy": is_check_greedy,
-            "escape_until": escape_until,
-        }
-        self._options = options = read_config(_Options, given, _WHERE)
+        own = {field.name for field in dataclasses.fields(HarnessOptions)}
+        self._options = options = _read_options({name: value for name, value in keys.items() if name in own})
+        self._given = {name: value for name, value in keys.items() if name not in own}
         for name in ("label", "guidance", "guided_by"):
-            if name in sampler:
-                raise UserError(f"{name}={sampler[name]!r} is not possible; the harness has no labels: give cfg")
-        self._rank, self._world_size = joined_world()
-        if self._world_size != (started := current_world().size):
-            raise UserError(
-                f"WORLD_SIZE={started}, but the model was made outside of a process group; start the harness with "
-                "`torchrun ... -m scmdm.integrations.lm_eval`, or call torch.distributed.init_process_group first"
-            )
+            if name in self._given:
+                raise UserError(f"{name}={self._given[name]!r} is not possible; the harness has no labels: give cfg")
+        self._rank, self._world_size = _joined_ranks()
         precision = resolve_weights_dtype(options.weights_dtype, options.precision)
         place = _device_name(device, self._world_size)
         self._loaded = load(str(path), weights=options.weights, device=place, weights_dtype=options.weights_dtype)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
-        self._given = sampler
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
         self._carry = self._settings(self._sampler({})).carry
         # A model of conversations has seen what its chat template places first.
@@ -192,7 +155,10 @@ class MaskedDiffusionLM(TemplateLM):
             require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(precision, self._device)
-        length = self._loaded.spec.length
+        self._set_batch_sizes()
+
+    def _set_batch_sizes(self) -> None:
+        options, length = self._options, self._loaded.spec.length
         kind = {"guided": options.cfg != 0, "padded": options.tail == "none"}
         fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, **kind)
         self._states_at_once = _STATES * options.batch_size if options.batch_size else fitting
@@ -458,6 +424,26 @@ class MaskedDiffusionLM(TemplateLM):
         return texts
 
 
+def _read_options(keys: dict[str, Any]) -> HarnessOptions:
+    """Check the arguments, of which the harness's command line reads `none` as None and may give `auto:N`."""
+    if "tail" in keys:
+        keys["tail"] = keys["tail"] or "none"
+    if str(keys.get("batch_size", 1)).startswith("auto"):
+        keys["batch_size"] = None
+    return read_config(HarnessOptions, keys, _WHERE)
+
+
+def _joined_ranks() -> tuple[int, int]:
+    """Return rank and number of the processes. Raises UserError outside of their process group."""
+    rank, size = joined_world()
+    if size != (started := current_world().size):
+        raise UserError(
+            f"WORLD_SIZE={started}, but the model was made outside of a process group; start the harness with "
+            "`torchrun ... -m scmdm.integrations.lm_eval`, or call torch.distributed.init_process_group first"
+        )
+    return rank, size
+
+
 def _device_name(device: str | None, ranks: int) -> str:
     """Return the name of the device for `load`.
 
@@ -504,7 +490,7 @@ def main() -> int:
     try:
         world = current_world()
         device = resolve_device("auto", world.local_rank)
-        with process_group(world, device, needed=False, timeout=LONGEST_WAIT):
+        with process_group(world, device, needed=False, timeout=LONGEST_COLLECTIVE, heartbeat=True):
             cli_evaluate()
     except UserError as error:
         print(f"scmdm: error: {error}", file=sys.stderr)

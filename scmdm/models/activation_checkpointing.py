@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from scmdm.torch_private import ATTENTION_OPERATORS
 
 _aten = torch.ops.aten
 # "selective" keeps the results of matrix products and attention, which take long to compute but little memory.
-_KEPT = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, *ATTENTION_OPERATORS})
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._scaled_mm.default)
+_KEPT = frozenset({*_PRODUCTS, *ATTENTION_OPERATORS})
 
 
 def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
@@ -30,6 +31,16 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     with _no_cached_casts():
         return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+def in_float32(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """Apply a function that casts `x` to float32; the backward pass keeps `x` as it is and casts again.
+
+    A compiled graph does this of its own accord.
+    """
+    if x.dtype == torch.float32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x, *arguments)
+    return checkpoint(function, x, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextlib.contextmanager

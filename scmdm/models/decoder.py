@@ -20,6 +20,7 @@ from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.errors import UserError
+from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.linear import Linear
@@ -151,6 +152,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; the result is float32."""
+        return in_float32(self._normalise, x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
 
 

@@ -20,6 +20,7 @@ from scmdm.config.fields import key
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.schedule import Schedule, noise_level
 from scmdm.diffusion.state import NO_LABEL
+from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
 from scmdm.models.initialization import ZeroLinear
@@ -54,6 +55,9 @@ class ModulatedLayerNorm(nn.Module):
 
     def forward(self, x_BLD: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
         """Normalise the last dimension; the result is float32."""
+        return in_float32(self._normalise, x_BLD, shift_R1D, scale_R1D)
+
+    def _normalise(self, x_BLD: Tensor, shift_R1D: Tensor, scale_R1D: Tensor) -> Tensor:
         x_BLD, width, gain_D = x_BLD.float(), x_BLD.shape[-1:], self.weight.float()
         if len(shift_R1D) > 1:
             return F.layer_norm(x_BLD, width, gain_D) * (1 + scale_R1D) + shift_R1D

@@ -24,6 +24,16 @@ PEAK_FLOPS: dict[str, float] = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+# Dense FP8 FLOP/s, likewise; devices that are not listed have none.
+PEAK_FP8_FLOPS: dict[str, float] = {
+    "B200": 4500e12,
+    "H200": 1979e12,
+    "H100 PCIe": 1513e12,
+    "H100 NVL": 1671e12,
+    "H100": 1979e12,
+    "L40S": 733e12,
+    "RTX 4090": 330e12,
+}
 
 
 @dataclass(frozen=True)
@@ -63,20 +73,29 @@ def step_flops(
     weights of that many last blocks have gradients (adapters are not counted). A model of blocks of `block_length`
     evaluates a noised and a clean copy, of which each position sees its block and those before it.
     """
+    blocks = block_flops(config, length, passes=passes, trained_layers=trained_layers, block_length=block_length)
     masked = length * _mean_masked(schedule)
     conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
-    copies, pairs = (1, length) if block_length is None else (2, length + min(block_length, length))
-    products = 2.0 * config.block_matrix_elements() * length * copies
-    attention = 4.0 * length * pairs * config.attention_width
-    trunk = config.layers * (products + attention)
+    pairs = length if block_length is None else length + min(block_length, length)
+    trunk = blocks.forward + config.layers * 4.0 * length * pairs * config.attention_width
     logits = 2.0 * masked * config.width * vocab_size
     # Logits, then probabilities times embeddings; with top-k, the second product becomes a sum of a few rows.
     first = trunk + (2.0 if config.estimate_top_k is None else 1.0) * logits  # its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits
-    frozen = 0.0 if trained_layers is None else (config.layers - trained_layers) * products + logits
+    frozen = 0.0 if trained_layers is None else 2 * blocks.forward - blocks.backward + logits
     return StepFlops(forward, 2 * forward - frozen, estimate if stop_gradient else 3 * estimate)
+
+
+def block_flops(
+    config: ModelConfig, length: int, *, passes: int, trained_layers: int | None = None, block_length: int | None = None
+) -> StepFlops:
+    """Count the part of `step_flops` that is in the products of the blocks' linear maps, with `stop_gradient`."""
+    layer = 2.0 * config.block_matrix_elements() * length * (1 if block_length is None else 2)
+    forward = config.layers * layer
+    frozen = 0.0 if trained_layers is None else (config.layers - trained_layers) * layer
+    return StepFlops(forward, 2 * forward - frozen, passes * forward)
 
 
 def _mean_masked(schedule: Schedule) -> float:

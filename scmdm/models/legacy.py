@@ -2,7 +2,7 @@
 
 Earlier versions kept the keys of the decoder in a section `llama`, called that kind `llama`, wrote the keys of every
 kind into each description, and had `estimate_rank`, an approximate search for the estimate's tokens. The first ones had
-no key `kind`, only the DiT.
+no key `kind`, only the DiT. `compile` was true or false.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def upgrade_model_keys(content: dict[str, Any]) -> dict[str, Any]:
     `estimate_rank` is dropped: the estimate is then computed exactly.
     """
     keys = {"kind": "dit"} | {name: value for name, value in content.items() if name != "estimate_rank"}
+    if isinstance(compiled := keys.get("compile"), bool):
+        keys["compile"] = "block" if compiled else "none"
     if "llama" not in keys:
         return keys
     decoder_keys = keys.pop("llama")

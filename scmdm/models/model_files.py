@@ -231,7 +231,7 @@ def read_model(
     stored = open_model(directory)
     model = stored.spec.build()
     set_dtype(model, dtype)
-    found = match_weights(model, directory, weights=weights)
+    found = match_weights(model, directory, weights=weights, alone=True)
     allocate(model, device or torch.device("cpu"))
     fill_weights(model, found, alone=True)
     return LoadedModel(**vars(stored), model=model.eval())
@@ -268,14 +268,14 @@ class StoredWeights:
 
 
 def match_weights(
-    model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False
+    model: Network, directory: Path, *, weights: str = "ema", new_conditioner: bool = False, alone: bool = False
 ) -> StoredWeights:
     """Compare names, shapes and dtypes of stored weights with a built model; call this before `allocate`.
 
-    `new_conditioner` permits missing conditioner and adapters. Raises UserError when files are damaged or of another
-    architecture.
+    All ranks call this together, unless `alone`. `new_conditioner` permits missing conditioner and adapters. Raises
+    UserError when files are damaged or of another architecture.
     """
-    found = _stored(directory, weights)
+    found = _stored(directory, weights, alone=alone)
     own = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     check_fit(own, shapes, str(directory), new_conditioner=new_conditioner)
@@ -311,19 +311,20 @@ def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[
         yield names[stored_name], tensor
 
 
-def used_bytes(directory: Path, *, weights: str = "ema") -> dict[str, list[tuple[int, int]]]:
+def used_bytes(directory: Path, *, weights: str = "ema", alone: bool = True) -> dict[str, list[tuple[int, int]]]:
     """Return by file, relative to `directory`, the ranges of bytes that a reader of `weights` uses.
 
-    Optimizer state is not among them. Raises UserError when a file is damaged.
+    Optimizer state is not among them. Unless `alone`, all ranks call this together, and only rank 0 gets the ranges.
+    Raises UserError when a file is damaged.
     """
-    found = _stored(directory, weights)
-    ranges = used_ranges(found.place, found.keys.values())
+    found = _stored(directory, weights, alone=alone)
+    ranges = used_ranges(found.place, found.keys.values(), alone=alone)
     return {str((found.place / name).relative_to(directory)): used for name, used in ranges.items()}
 
 
-def _stored(directory: Path, weights: str) -> StoredWeights:
+def _stored(directory: Path, weights: str, *, alone: bool = True) -> StoredWeights:
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
-    tensors = tensor_shapes(place)
+    tensors = tensor_shapes(place, alone=alone)
     # Frozen parameters have no average: "ema" falls back to the weights, parameter by parameter.
     prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
     keys = {key.removeprefix(prefix): key for prefix in prefixes for key in tensors if key.startswith(prefix)}

@@ -9,6 +9,7 @@ Legend: B batch, L length, D width, K width of a head, V vocabulary with the mas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -61,6 +62,8 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
+        # Unbound: a bound method would refer to the model, whose memory would then be freed late.
+        self._run_trunk: Callable[..., Tensor] = type(self)._trunk
         self.block_length: int | None = None  # of a model of blocks (`scmdm.diffusion.blocks`)
         self._last_masks: tuple[object, Masks] = None, NO_MASKS
 
@@ -77,6 +80,10 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
+    def compile_trunk(self) -> None:
+        """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error."""
+        self._run_trunk = torch.compile(type(self)._trunk, fullgraph=True)
+
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
 
@@ -86,16 +93,13 @@ class Network(nn.Module):
         packing, length = state.packing, state.z_BL.shape[1]
         x_BLD = self._embed_state(state)
         condition = self._condition(state.t_B, state.labels_B)
-        rotary, recompute = self._rotary(length, packing, state.window), self.config.activation_checkpointing
+        rotary = self._rotary(length, packing, state.window)
         if state.clean_BL is not None:  # two copies, whose positions are the same
             x_BLD = torch.cat([x_BLD, self._embed_state(State(state.clean_BL, state.t_B))], dim=1)
             rotary = torch.cat([rotary, rotary], dim=-3)
-        masks = self._masks(state)
-        for number, block in enumerate(self.blocks):
-            if state.window is not None:
-                masks = masks._replace(cache=LayerCache(state.window, number))
-            x_BLD = run_block(block, recompute, x_BLD, rotary, *condition, dropout and self.training, masks)
-        h_BLD = self.output_layer(x_BLD, *condition)
+        x_BLD = x_BLD.to(self._residual_dtype(x_BLD.device))
+        train_dropout, masks = dropout and self.training, self._masks(state)
+        h_BLD = self._run_trunk(self, x_BLD, rotary, condition, train_dropout, masks, state.window)
         clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
         return self._head_input(self._align(h_BLD[:, :length], packing, clean_BLD))
 
@@ -137,6 +141,30 @@ class Network(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids of any shape, (..., D)."""
         return self.vocab_embed(ids)
+
+    def _trunk(
+        self,
+        x_BLD: Tensor,
+        rotary: Tensor,
+        condition: tuple[Tensor, ...],
+        dropout: bool,
+        masks: Masks,
+        window: Window | None,
+    ) -> Tensor:
+        """Run blocks and output layer: from the residual stream to normalised hidden states."""
+        kind = self.config.activation_checkpointing
+        for number, block in enumerate(self.blocks):
+            if window is not None:
+                masks = masks._replace(cache=LayerCache(window, number))
+            x_BLD = run_block(block, kind, x_BLD, rotary, *condition, dropout, masks)
+        h_BLD: Tensor = self.output_layer(x_BLD, *condition)
+        return h_BLD
+
+    def _residual_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the residual stream between blocks; norms compute in float32 either way."""
+        if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device.type):
+            return torch.float32
+        return torch.get_autocast_dtype(device.type)
 
     def _embed_state(self, state: State) -> Tensor:
         """Return the input (B, L, D) of the first block, in float32 for any dtype of the weights."""

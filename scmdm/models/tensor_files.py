@@ -19,25 +19,37 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 
 from scmdm.errors import UserError
 from scmdm.models.safetensors_headers import SUFFIX, Header, StoredTensor, read_header
 from scmdm.models.safetensors_writer import write_file
 from scmdm.system.hashing import FileHash
+from scmdm.system.process_group import broadcast, gather_object, joined_world, scatter
 from scmdm.system.untrusted import describe, parse_as, parse_json, reading
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 _SHARDING_INFO = "DCP_SHARDING_INFO"  # key of torch's distributed checkpoint in a file's metadata
 _REMEDY = "use another checkpoint"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,32 +164,108 @@ def _gather(written: _Written, group: dist.ProcessGroup | None, world: int) -> l
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
     """Fill the tensors of `into` in place, however they are sharded.
 
-    All ranks call this together, unless `alone`. Raises UserError when the directory is damaged or lacks a tensor.
+    All ranks call this together, unless `alone`: they share the reading of headers, and each opens those files alone
+    that hold something for it. Raises UserError when the directory is damaged or lacks a tensor.
     """
+    alone = alone or joined_world()[1] == 1
     try:
         with reading(directory, "directory of tensors", _REMEDY), _no_warnings():
-            reader = HuggingFaceStorageReader(str(directory))
-            dcp.load(dict(into), storage_reader=reader, no_dist=alone or not dist.is_initialized())
+            metadata = None if alone else _own_metadata(directory, into)
+            dcp.load(dict(into), storage_reader=_Reader(str(directory), metadata), no_dist=alone)
     except CheckpointException as error:  # not an `Exception`
         raise UserError(f"{directory} cannot be read ({describe(_cause(error))}); {_REMEDY}") from error
 
 
-def tensor_shapes(directory: Path) -> dict[str, StoredTensor]:
+class _Reader(HuggingFaceStorageReader):
+    """Reader that may know what the files hold; torch's own opens all of them on every rank to learn it."""
+
+    def __init__(self, directory: str, known: Metadata | None) -> None:
+        super().__init__(directory)
+        self._known = known
+
+    def read_metadata(self) -> Metadata:
+        return self._known if self._known is not None else super().read_metadata()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """File of a chunk; torch's reader uses the name of this attribute."""
+
+    relative_path: str
+
+
+_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
+_Box = tuple[list[int], list[int]]  # begins and ends of a part of a tensor, by dimension
+_Chunk = tuple[tuple[int, ...], torch.Size, str]  # where it begins in its tensor, its shape, name of its file
+_Share = dict[str, tuple[torch.Size, list[_Chunk]]]  # a tensor's whole shape, and those chunks that a rank needs
+
+
+def _own_metadata(directory: Path, into: Mapping[str, Tensor]) -> Metadata:
+    """Return the description of those chunks that this rank's tensors overlap; all ranks call this together."""
+    headers = _headers(directory, alone=False)
+    wanted = gather_object({name: _box(name, tensor) for name, tensor in into.items()})
+    share: _Share = scatter(None if wanted is None else _divide(_shards(headers), wanted))
+    tensors: dict[str, STORAGE_TYPES] = {}
+    places: dict[MetadataIndex, _Place] = {}
+    for name, (size, chunks) in share.items():
+        found = [ChunkStorageMetadata(torch.Size(offsets), shape) for offsets, shape, _ in chunks]
+        tensors[name] = TensorStorageMetadata(TensorProperties(), size, found)
+        files = {MetadataIndex(name, offsets): _Place(str(directory / file)) for offsets, _, file in chunks}
+        places.update(files)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+
+def _box(name: str, tensor: Tensor) -> _Box:
+    """Return where this rank's part of a tensor begins and ends."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    begins = _offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
+    return begins, [begin + size for begin, size in zip(begins, local.shape, strict=True)]
+
+
+def _divide(shards: _Shards, wanted: Sequence[Mapping[str, _Box]]) -> list[_Share]:
+    """Return for each rank the chunks that overlap its boxes; N ranks, M chunks, D dimensions."""
+    shares: list[_Share] = [{} for _ in wanted]
+    names = {part.file: part.file.name for parts in shards.values() for _, part in parts}
+    for name, parts in shards.items():
+        ranks = [rank for rank, boxes in enumerate(wanted) if name in boxes]
+        if not ranks:
+            continue
+        begins_MD = np.array([begins for begins, _ in parts], np.int64)
+        ends_MD = begins_MD + np.array([part.shape for _, part in parts], np.int64)
+        box_begins_ND, box_ends_ND = (np.array([wanted[rank][name][i] for rank in ranks], np.int64) for i in (0, 1))
+        overlap_NM = ((begins_MD < box_ends_ND[:, None]) & (ends_MD > box_begins_ND[:, None])).all(2)
+        size = torch.Size(ends_MD.max(0).tolist())
+        for rank in ranks:
+            shares[rank][name] = size, []
+        for row, number in zip(*(numbers.tolist() for numbers in np.nonzero(overlap_NM)), strict=True):
+            begins, part = parts[number]
+            shares[ranks[row]][name][1].append((begins, part.shape, names[part.file]))
+    return shares
+
+
+def tensor_shapes(directory: Path, *, alone: bool = True) -> dict[str, StoredTensor]:
     """Describe every tensor, with its whole shape, from the headers of the files alone.
 
-    Raises UserError when a file is damaged, or when the shards of a tensor do not make it up exactly.
+    Unless `alone`, all ranks call this together. Raises UserError when a file is damaged, or when the shards of a
+    tensor do not make it up exactly.
     """
-    return {name: _whole(parts) for name, parts in _shards(_headers(directory)).items()}
+    headers = _headers(directory, alone=alone)
+
+    def join() -> dict[str, StoredTensor]:
+        return {name: _whole(parts) for name, parts in _shards(headers).items()}
+
+    return join() if alone else _from_rank_0(join)
 
 
-def used_ranges(directory: Path, names: Collection[str]) -> dict[str, list[tuple[int, int]]]:
+def used_ranges(directory: Path, names: Collection[str], *, alone: bool = True) -> dict[str, list[tuple[int, int]]]:
     """Return by file the ranges of bytes that a reader of the tensors `names` uses: all headers, and those tensors.
 
-    Raises UserError when a header is damaged.
+    Unless `alone`, all ranks call this together, and only rank 0 gets the ranges. Raises UserError when a header is
+    damaged.
     """
     return {
         path.name: [(0, header.bytes), *((t.begin, t.end) for name, t in header.tensors.items() if name in names)]
-        for path, header in _headers(directory).items()
+        for path, header in _headers(directory, alone=alone).items()
     }
 
 
@@ -213,13 +301,55 @@ def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
             left = left[count:]
 
 
-def _headers(directory: Path) -> dict[Path, Header]:
+def _headers(directory: Path, *, alone: bool = True) -> dict[Path, Header]:
+    """Read the headers of all files.
+
+    Unless `alone`, each rank reads its share, and rank 0 gets all, the other ranks none; a problem is raised on all.
+    """
+    rank, ranks = (0, 1) if alone else joined_world()
+    if ranks == 1:
+        return {path: read_header(path) for path in _files(directory)}
+    own = _from_rank_0(lambda: _files(directory))[rank::ranks]
+    gathered = gather_object(_attempt(lambda: {path: read_header(path) for path in own}))
+
+    def join() -> dict[Path, Header]:
+        return dict(sorted(item for part in gathered or () for item in _result(part).items()))
+
+    problem = broadcast(_attempt(join).problem if gathered is not None else None)
+    _result(_Attempt(None, problem))
+    return join()
+
+
+def _files(directory: Path) -> list[Path]:
     with reading(directory, "directory of tensors", _REMEDY):
-        files = sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
-    return {path: read_header(path) for path in files}
+        return sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
 
 
-_Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
+@dataclasses.dataclass(frozen=True)
+class _Attempt(Generic[T]):
+    """What a rank has read, or why it could not."""
+
+    value: T
+    problem: str | None = None
+
+
+def _attempt(read: Callable[[], T]) -> _Attempt[T | None]:
+    try:
+        return _Attempt(read())
+    except UserError as error:
+        return _Attempt(None, str(error))
+
+
+def _result(attempt: _Attempt[T | None]) -> T:
+    """Return what was read. Raises UserError if there was a problem."""
+    if attempt.problem is not None:
+        raise UserError(attempt.problem)
+    return attempt.value  # type: ignore[return-value]
+
+
+def _from_rank_0(read: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 reads; all raise its UserError."""
+    return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else _Attempt(None)))
 
 
 def _shards(headers: Mapping[Path, Header]) -> _Shards:

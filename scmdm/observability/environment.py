@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from scmdm.system.extras import installed_version
 from scmdm.system.untrusted import read_json
 
 REVISION_FILE = "revision.json"  # beside a copy of the package: the git revision it was copied from
@@ -26,14 +26,6 @@ PACKAGES = (
     "rdkit",
     "fcd",
 )
-
-
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def describe_environment() -> dict[str, Any]:

@@ -131,19 +131,15 @@ def last_row(path: Path, kind: str) -> dict[str, Any] | None:
     return None
 
 
-Tracker: TypeAlias = Any  # a wandb run; wandb is optional
+Tracker: TypeAlias = Any  # a wandb run
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], run_id: str | None) -> Tracker | None:
     """Start a wandb run, or continue `run_id`; returns None if wandb is disabled. Offline mode needs no account."""
     if config.mode == "disabled":
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            f"wandb.mode={config.mode}, but wandb is not installed; run `pip install wandb`, or set wandb.mode=disabled"
-        ) from error
+    import wandb  # slowly, and few runs use it
+
     try:
         with stop_signals_blocked():  # SIGUSR1 would end wandb's service, which unblocks SIGTERM itself
             return wandb.init(

@@ -1,7 +1,8 @@
 """Activation memory of a training step, measured: the real model runs on fake tensors, and live storages are counted.
 
 Fake tensors have shapes and no memory, so that a block of an 8B model is measured in a fraction of a second. Two small
-numbers of layers are measured; every block adds the same, so more layers follow by linear extrapolation.
+numbers of layers are measured; every block adds the same, so more layers follow by linear extrapolation. Long sequences
+follow in the same way from two shorter lengths: the head has a chunk for every few thousand positions.
 
 The output head is measured with a vocabulary of a few tokens, that is, without its logits: its GPU kernels are
 compiled and cannot be traced here. `scmdm.planner.rank_memory` adds logits and gradients of the head.
@@ -25,12 +26,14 @@ from scmdm.config.model import DENOISERS, ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
+from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
 from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tree_leaves
 
 _LAYERS = (2, 3)  # a single layer is atypical: it is both first and last in the backward pass
 _VOCABULARY = 8
+_SHORTEST = 16  # tokens: shorter sequences are not extrapolated from
 _CPU = torch.device("cpu")
 
 
@@ -46,14 +49,10 @@ class ActivationBytes:
     backward: int  # in the backward pass, with the weight gradients of one block
     kept_by_block: int = 0  # part of `kept` that each block adds
 
-    def extrapolate(self, more: ActivationBytes, layers: int) -> ActivationBytes:
-        """Extrapolate to `layers` layers from `self` with `_LAYERS[0]` and `more` with `_LAYERS[1]` layers."""
-        between = _LAYERS[1] - _LAYERS[0]
+    def extrapolate(self, at: int, more: ActivationBytes, more_at: int, wanted: int) -> ActivationBytes:
+        """Extrapolate to the number `wanted` of what `self` has `at` of and `more` has `more_at` of."""
         pairs = zip(astuple(self), astuple(more), strict=True)
-        extrapolated = ActivationBytes(
-            *(one + (layers - _LAYERS[0]) * (other - one) // between for one, other in pairs)
-        )
-        return dataclasses.replace(extrapolated, kept_by_block=(more.kept - self.kept) // between)
+        return ActivationBytes(*(one + (wanted - at) * (other - one) // (more_at - at) for one, other in pairs))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,6 +88,10 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._sizes and key not in self._known:
             self.resize(key, storage.nbytes())
             weakref.finalize(storage, self.resize, key, 0)
+
+    def follows(self, key: int) -> bool:
+        """Return whether a storage is counted, by its `storage_id`."""
+        return key in self._sizes
 
     def resize(self, key: int, size: int) -> None:
         """Set the size in bytes of a storage, by its `storage_id`."""
@@ -130,13 +133,25 @@ def measure_activations(
     copies of each sequence, here with a dense mask.
     """
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
-    model = dataclasses.replace(model, compile=False, attention="sdpa" if gpu else model.attention)
+    model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
     model_json = json.dumps(asdict(dataclasses.replace(model, layers=0)))
-    fewer, more = (
-        _measure(model_json, layers, rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length)
-        for layers in _LAYERS
-    )
-    return fewer.extrapolate(more, model.layers)
+
+    def measured(length: int) -> ActivationBytes:
+        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length)
+        fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
+        found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
+        return dataclasses.replace(found, kept_by_block=(more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0]))
+
+    short = _linear_from(model) // rows
+    linear = gpu and block_length is None  # a dense mask grows with the square of the length
+    if not linear or short < _SHORTEST or length <= 3 * short:
+        return measured(length)
+    return measured(short).extrapolate(short, measured(2 * short), 2 * short, length)
+
+
+def _linear_from(model: ModelConfig) -> int:
+    """Return a number of positions from which on activations, not weights or a chunk of the head, make every peak."""
+    return max(2 * model.head_chunk, model.block_matrix_elements() // (2 * model.width))
 
 
 @functools.cache
@@ -157,6 +172,8 @@ def _measure(
     diffusion, classes = DiffusionConfig(block_length=block_length), 2 if config.labels else 0
     spec = ModelSpec(config, diffusion, _VOCABULARY, _VOCABULARY - 1, length, classes=classes)
     model = spec.build().train()
+    if config.matmul_precision == "fp8":
+        multiply_in_fp8(model.blocks, emulated=False)
     with fake_tensors():
         _make_fake(model, dtype if gathered else torch.float32)
         _freeze(model, trained_layers)

@@ -6,9 +6,10 @@ that do not overlap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
-from scmdm.models.flops import StepFlops, step_flops
+from scmdm.models.flops import StepFlops, block_flops, step_flops
 from scmdm.planner.communication import BACKWARD, ESTIMATE, LOSS, UPDATE, Collective, step_collectives
 from scmdm.planner.hardware import Assumptions, Cluster
 from scmdm.planner.sharding import rank_state
@@ -38,7 +39,7 @@ class StepTime:
     parts: dict[str, PartTime]
     tokens: int  # per global batch
     flops: StepFlops  # per rank and step, without recomputed activations
-    peak_flops: float
+    ideal: float  # seconds of these operations at the peak of the dtypes that they are in
 
     @property
     def seconds(self) -> float:
@@ -58,30 +59,26 @@ class StepTime:
     @property
     def utilisation(self) -> float:
         """Fraction of peak FLOP/s, counting all passes."""
-        return self.flops.total / self.seconds / self.peak_flops
+        return self.ideal / self.seconds
 
 
 def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> StepTime:
     """Model one optimizer step, without data loading, validation and checkpoints."""
-    per_sequence = step_flops(
-        workload.model,
-        workload.vocab_size,
-        workload.length,
-        workload.schedule,
-        passes=workload.passes,
-        trained_layers=workload.trained_layers,
-        block_length=workload.block_length,
-    )
+    passes: dict[str, Any] = {
+        "passes": workload.passes,
+        "trained_layers": workload.trained_layers,
+        "block_length": workload.block_length,
+    }
     share = workload.global_batch / layout.ranks
-    forward, backward = per_sequence.forward * share, per_sequence.backward * share
-    flops = StepFlops(forward, backward, per_sequence.estimate_passes * share)
-    peak = cluster.gpu.flops(layout.dtype)
-    again = forward if layout.activation_checkpointing == "full" else 0.0
-    speed = peak * assumed.product_efficiency(workload.model.width)
+    flops = _times(share, step_flops(workload.model, workload.vocab_size, workload.length, workload.schedule, **passes))
+    blocks = _times(share, block_flops(workload.model, workload.length, **passes))
+    ideal = _at_peak(flops, blocks, workload, cluster, layout)
+    again = ideal.forward if layout.activation_checkpointing == "full" else 0.0
+    efficiency = assumed.product_efficiency(workload.model.width)
     compute = {
-        ESTIMATE: flops.estimate_passes / speed,
-        LOSS: forward / speed,
-        BACKWARD: (backward + again) / speed,
+        ESTIMATE: ideal.estimate_passes / efficiency,
+        LOSS: ideal.forward / efficiency,
+        BACKWARD: (ideal.backward + again) / efficiency,
         UPDATE: _update_seconds(workload, layout, cluster, assumed),
     }
     collectives = step_collectives(workload, layout)
@@ -94,7 +91,23 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
         )
         for name, seconds in compute.items()
     }
-    return StepTime(parts, workload.global_batch * workload.length, flops, peak)
+    return StepTime(parts, workload.global_batch * workload.length, flops, ideal.total)
+
+
+def _times(factor: float, flops: StepFlops) -> StepFlops:
+    return StepFlops(*(factor * count for count in astuple(flops)))
+
+
+def _at_peak(
+    flops: StepFlops, blocks: StepFlops, workload: Workload, cluster: Cluster, layout: ParallelLayout
+) -> StepFlops:
+    """Return the seconds of operations, of which `blocks` are in the products of linear maps, at the peak FLOP/s."""
+    peak = block_peak = cluster.gpu.flops(layout.dtype)
+    if workload.model.matmul_precision == "fp8":
+        assert cluster.gpu.fp8_flops is not None, "`make_plan` refuses such GPUs"
+        block_peak = cluster.gpu.fp8_flops
+    pairs = zip(astuple(flops), astuple(blocks), strict=True)
+    return StepFlops(*((whole - part) / peak + part / block_peak for whole, part in pairs))
 
 
 def collective_seconds(one: Collective, cluster: Cluster, layout: ParallelLayout, assumed: Assumptions) -> float:

@@ -1,8 +1,9 @@
 """GPUs and their interconnects: vendors' figures, in bytes, operations and seconds.
 
-Sources: bfloat16 products per second are `scmdm.models.flops.PEAK_FLOPS`; memory, its bandwidth, float32 and NVLink are
-from NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of NVIDIA's DGX
-reference designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no NVLink: its link is PCIe 4.0 x16.
+Sources: products per second in bfloat16 and FP8 are those of `scmdm.models.flops`; memory, its bandwidth, float32 and
+NVLink are from NVIDIA's data sheets of H100 (SXM5), H200, A100 (80 GB SXM), B200 and L40S; the network is that of
+NVIDIA's DGX reference designs: one adapter per GPU, 200 Gb/s (A100) or 400 Gb/s. L40S has no NVLink: its link is PCIe
+4.0 x16.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from scmdm.errors import UserError
-from scmdm.models.flops import PEAK_FLOPS
+from scmdm.models.flops import PEAK_FLOPS, PEAK_FP8_FLOPS
 
 _GB = 1e9
 
@@ -25,6 +26,7 @@ class Gpu:
     name: str
     memory: float  # bytes that a process can use: the nominal size, less about 1 % that the driver keeps
     bfloat16_flops: float  # dense products a second
+    fp8_flops: float | None  # likewise; None: it has no products in FP8
     float32_flops: float  # without TensorFloat-32, which scmdm does not switch on
     memory_bandwidth: float  # bytes/s
     link: float  # bytes/s in one direction to the other GPUs of the node
@@ -39,7 +41,8 @@ class Gpu:
 def _gpu(name: str, memory_gib: float, float32: float, hbm: float, link: float, network: float, host: float) -> Gpu:
     usable = memory_gib * 2**30
     bandwidths = (x * _GB for x in (hbm, link, network, host))
-    return Gpu(name, usable, PEAK_FLOPS[name.upper()], float32 * 1e12, *bandwidths)
+    own = name.upper()
+    return Gpu(name, usable, PEAK_FLOPS[own], PEAK_FP8_FLOPS.get(own), float32 * 1e12, *bandwidths)
 
 
 #            name    GiB  TFLOP/s   GB/s: memory, link, network, host

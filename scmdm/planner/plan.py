@@ -97,6 +97,9 @@ def make_plan(
     config = resolve_config(config, base)
     workload = make_workload(config, _spec(config, base, length, vocab))
     dtype = torch.float32 if config.precision == "float32" else torch.bfloat16  # all listed GPUs support both
+    if config.model.matmul_precision == "fp8" and (dtype == torch.float32 or cluster.gpu.fp8_flops is None):
+        where = "precision=float32" if dtype == torch.float32 else f"--gpu {cluster.gpu.name}"
+        raise UserError(f"model.matmul_precision=fp8 is not possible with {where}; use matmul_precision=compute")
     layout = make_layout(config, cluster.ranks, dtype)
     refused = impossible_because(workload, layout)
     as_configured = evaluate(workload, layout, cluster, assumed) if refused is None else None

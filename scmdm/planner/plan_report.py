@@ -31,6 +31,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "vocab_size": plan.workload.vocab_size,
             "global_batch_size": plan.workload.global_batch,
             "no_grad_passes": plan.workload.passes,
+            "matmul_precision": plan.workload.model.matmul_precision,
+            "residual_precision": plan.workload.model.residual_precision,
         },
         "cluster": {**dataclasses.asdict(plan.cluster), "usable_memory": usable_memory(plan.cluster, plan.assumed)},
         "assumed": dataclasses.asdict(plan.assumed),
@@ -213,9 +215,11 @@ def _phases_table(plan: Plan, title: str, candidate: Candidate) -> Table:
 
 def _assumptions(plan: Plan) -> str:
     assumed, gpu = plan.assumed, plan.cluster.gpu
-    products = assumed.product_efficiency(plan.workload.model.width)
+    products = f"matrix products at {assumed.product_efficiency(plan.workload.model.width):.0%} of peak"
+    if plan.workload.model.matmul_precision == "fp8":
+        products += ", those of the blocks' linear maps at as much of the FP8 peak (conversions are not modelled)"
     return (
-        f"Assumed: matrix products at {products:.0%} of peak; collectives overlap with the computation of their "
+        f"Assumed: {products}; collectives overlap with the computation of their "
         f"part of the step unless listed as others; links at {assumed.link_efficiency:.0%} of "
         f"{gpu.link / _GB:.0f} GB/s within a node and of {gpu.network / _GB:.0f} GB/s per GPU between nodes, "
         f"latencies of NCCL's rings; files at {plan.settings.file_system:g} GB/s for all ranks together; the "

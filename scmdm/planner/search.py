@@ -54,6 +54,8 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
     """Return why a run with this layout would not start; None if it would."""
     if layout.engine == "single" and layout.ranks > 1:
         return f"engine=single cannot use {layout.ranks} GPUs"
+    if layout.engine == "fsdp2" and workload.model.compile == "trunk":
+        return "model.compile=trunk is not possible with engine=fsdp2"
     for key, value in (("fsdp.replicate", layout.replicate), ("fsdp.context", layout.context)):
         if layout.ranks % value:
             return f"{key}={value} does not divide {layout.ranks} GPUs"
@@ -90,7 +92,7 @@ def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed:
 
 def _layouts(workload: Workload, start: ParallelLayout, cluster: Cluster) -> Iterator[ParallelLayout]:
     sizes = [2**power for power in range(workload.global_batch.bit_length())]
-    kinds = [kind for kind in CHECKPOINTING if not (workload.model.compile and kind == "selective")]
+    kinds = [kind for kind in CHECKPOINTING if workload.model.compile != "block" or kind != "selective"]
     for size, kind, options in itertools.product(sizes, kinds, _options(workload, start, cluster)):
         yield dataclasses.replace(start, micro_batch_size=size, activation_checkpointing=kind, **options)
 
@@ -100,7 +102,7 @@ def _options(workload: Workload, start: ParallelLayout, cluster: Cluster) -> lis
     if start.engine == "single":
         return [{}]
     if start.engine == "deepspeed":
-        return [{"stage": stage} for stage in (1, 2, 3) if not (stage == 3 and workload.model.compile)]
+        return [{"stage": stage} for stage in (1, 2, 3) if stage < 3 or workload.model.compile == "none"]
     replicates = [n for n in _powers(start.ranks) if start.ranks // n == 1 or _whole_nodes(start.ranks // n, cluster)]
     contexts = _powers(min(cluster.gpus_per_node, start.ranks))
     reshards = (False, True) if workload.passes else (False,)

@@ -30,8 +30,9 @@ from scmdm.data.shard_files import disk_needs
 from scmdm.errors import UserError
 from scmdm.models.model_files import ModelSpec, StoredModel
 from scmdm.models.network import count_parameters
-from scmdm.observability.environment import PACKAGES, installed_version
+from scmdm.observability.environment import PACKAGES
 from scmdm.observability.run_metrics import logger
+from scmdm.system.extras import installed_version
 from scmdm.system.files import atomic_write_text
 from scmdm.system.process_group import World, all_gather_object, barrier, broadcast
 from scmdm.system.run_directory import CHECKPOINTS

@@ -29,6 +29,7 @@ from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE
 from scmdm.system.untrusted import describe, require_regular
 
 _TAIL = 2**18  # bytes of the log that are searched for warnings
+_SHOWN_WARNINGS = 3
 _WARNING = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 
 
@@ -75,7 +76,7 @@ class RunStatus:
     damaged: list[str]  # what could not be read of the run's files
 
 
-def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> RunStatus:
+def read_status(directory: Path, *, hashes: bool = True) -> RunStatus:
     """Read the state of the run in `directory`. Without `hashes`, checkpoints are verified by size only.
 
     Raises UserError if `directory` is not a run directory.
@@ -106,7 +107,7 @@ def read_status(directory: Path, *, hashes: bool = True, warnings: int = 3) -> R
         last_start=last_start,
         owner=owner,
         stacks=[str(path) for path in written_stacks(directory)],
-        warnings=_warnings(directory / LOG_FILE)[-warnings:],
+        warnings=_warnings(directory / LOG_FILE)[-_SHOWN_WARNINGS:],
         damaged=[text for text in (metrics.problem, starts.problem, problem, lease_problem) if text is not None],
     )
 

@@ -28,7 +28,9 @@ from scmdm.models.model_files import (
 from scmdm.runtime.divided_work import ResultParts
 from scmdm.system.process_group import current_world, joined_world, process_group
 
-LONGEST_WAIT = timedelta(days=7)  # for the slowest rank, and for metrics that rank 0 computes alone
+# Once all ranks have met, and for one evaluation of the ranks that share weights: these do not wait for each other's
+# other work.
+LONGEST_COLLECTIVE = timedelta(minutes=30)
 
 
 def load(
@@ -84,7 +86,7 @@ def evaluation_ranks(config: ModelKeys) -> Iterator[None]:
         torch.set_num_threads(config.threads)
     world = current_world()
     device = resolve_device(config.device, world.local_rank)
-    with process_group(world, device, needed=False, timeout=LONGEST_WAIT):
+    with process_group(world, device, needed=False, timeout=LONGEST_COLLECTIVE, heartbeat=True):
         yield
 
 

@@ -110,11 +110,12 @@ def _describe_arms(
         nelbo = [row["nelbo"] for row in evaluations if row["arm"] == name and row["kind"] == "nelbo"]
         arm = ArmConfig(label="base") if name == "base" else config.arms[name]
         source = own[0].arm if arm.samples_of is None else arm.samples_of
+        stored = read_stored_config(own[0].path) if source != "base" else None
         arms.append(
             {
                 "name": name,
                 "label": arm.label,
-                "rate": 0.0 if source == "base" else _rate(own[0].path),
+                "rate": 0.0 if stored is None else stored.need("self_conditioning.rate", float),
                 "from_scratch": arm.from_scratch,
                 "samples_of": arm.samples_of,
                 "runs": [str(model.run.relative_to(config.out)) for model in own if model.run is not None],
@@ -123,10 +124,6 @@ def _describe_arms(
             }
         )
     return arms
-
-
-def _rate(checkpoint: Path) -> float:
-    return read_stored_config(checkpoint).need("self_conditioning.rate", float)
 
 
 def _training_cost(checkpoint: Path) -> dict[str, Any]:

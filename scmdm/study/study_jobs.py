@@ -64,7 +64,9 @@ class StudyJobs:
         display = StudyDisplay(self._console, shown)
         with worker_processes(worker_count()) as pool, display:
             # Start the longest run first, because it would otherwise run alone at the end.
-            for model, run in sorted(runs.items(), key=lambda item: -_num_sequences(item[1])):
+            for model, run in sorted(
+                runs.items(), key=lambda item: -item[1].train.steps * item[1].train.global_batch_size
+            ):
                 run.threads = run.threads or threads
                 self._running[pool.submit(unless_stopped, _train, run, self._base.path)] = model
             self._measure(pool, self._base)
@@ -138,10 +140,6 @@ class StudyJobs:
             make = load_domain(self._domain_name)
             self._domain = make(root, Manifest.read(root), self._metrics_config, settings)
         return self._domain
-
-
-def _num_sequences(run: RunConfig) -> int:
-    return run.train.steps * run.train.global_batch_size
 
 
 def _train(run: RunConfig, base: Path) -> Path:

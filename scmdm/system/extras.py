@@ -6,6 +6,7 @@ from its source tree. A test compares them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -44,12 +45,13 @@ def extra_of_module(module: str) -> str | None:
 
 def missing_packages(extra: str) -> list[str]:
     """List the packages of an extra that are not installed."""
-    return [package for package in EXTRAS[extra] if not _is_installed(package)]
+    return [package for package in EXTRAS[extra] if installed_version(package) is None]
 
 
-def _is_installed(package: str) -> bool:
+@functools.cache  # finding it takes milliseconds
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

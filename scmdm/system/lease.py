@@ -11,7 +11,7 @@ The holder renews the lease by setting its file's modification time. Another pro
 - if the holder has not renewed it for `silence_limit_s` and SLURM does not report its job as alive. Both times are
   modification times on the same file system, so that only the file server's clock matters.
 
-A holder that was suspended for longer than that may wake up without the lease. It must call `Lease.require` before it
+A holder that was suspended for longer than that may wake up without the lease. It must call `Fence.require` before it
 commits anything; that raises `InUseError` if a higher generation exists. Processes that write on the holder's behalf,
 such as the other ranks of a run, do the same with its `Fence`.
 """
@@ -113,24 +113,11 @@ class Lease:
         self.predecessor = predecessor  # the previous holder if it did not release the lease
         self._stop = threading.Event()
 
-    @property
-    def generation(self) -> int:
-        """The generation of this holder."""
-        return self.fence.generation
-
-    def still_owned(self) -> bool:
-        """Return whether no other process has taken the lease over."""
-        return self.fence.still_owned()
-
-    def require(self) -> None:
-        """Raise InUseError if another process has taken the lease over. Call this before every commit."""
-        self.fence.require()
-
     def renew(self) -> None:
         """Renew the lease every `HEARTBEAT_S` seconds until it is released or taken over."""
         while not self._stop.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError):
-                if not self.still_owned():
+                if not self.fence.still_owned():
                     return
                 os.utime(self._path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from scmdm.errors import UserError
+from scmdm.system.rank_heartbeat import RankHeartbeat, beating, meet
 from scmdm.torch_private import default_group_timeout
 
 T = TypeVar("T")
@@ -70,11 +71,15 @@ def process_group(
     needed: bool,
     timeout: timedelta | None = None,
     arrival: timedelta = _ARRIVAL,
+    heartbeat: bool = False,
 ) -> Iterator[None]:
     """Initialize torch.distributed while the block runs: with several processes, or with one if `needed`.
 
     `timeout` is the longest that a collective may take, in groups that are created in the block, too; None means
     torch's default. Raises UserError, on every rank that is there, when a rank is missing after `arrival`.
+
+    With `heartbeat`, the ranks meet before each collective of this module, and the first one waits for the last one as
+    long as it lives (`RankHeartbeat`); `timeout` then does not include this wait.
     """
     if world.size == 1 and not needed:
         yield
@@ -82,15 +87,18 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    beats: AbstractContextManager[None] = nullcontext()
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         store = _meet(world, arrival)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        if heartbeat:
+            beats = beating(RankHeartbeat(_connect(world, arrival, serve=False), world.rank, world.size))
     try:
-        with default_group_timeout(timeout) if timeout is not None else nullcontext():
+        with beats, default_group_timeout(timeout) if timeout is not None else nullcontext():
             yield
-        barrier()  # a rank that leaves first would break connections that others still use
+            barrier()  # a rank that leaves first would break connections that others still use
     finally:
         dist.destroy_process_group()
 
@@ -105,14 +113,21 @@ def _meet(world: World, arrival: timedelta) -> dist.Store:
 
     torch's own rendezvous waits for a number of ranks, and cannot say which one is missing.
     """
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
     from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _connect(world, arrival, serve=world.is_main and not from_launcher)
+    _roll_call(store, world, arrival)
+    return store
+
+
+def _connect(world: World, arrival: timedelta, *, serve: bool) -> dist.Store:
+    """Open a connection to the launcher's store, or to rank 0's, which serves it. Raises UserError."""
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
     try:
         server = dist.TCPStore(
             address,
             int(port),
             world.size,
-            is_master=world.is_main and not from_launcher,
+            is_master=serve,
             timeout=arrival,
             wait_for_workers=False,
             multi_tenant=True,
@@ -123,9 +138,7 @@ def _meet(world: World, arrival: timedelta) -> dist.Store:
             f"MASTER_PORT={port}, within {arrival.total_seconds():.0f} s ({str(error).splitlines()[0]}); see whether "
             "rank 0 runs, and give every rank the same reachable address and a free port"
         ) from error
-    store = dist.PrefixStore(f"scmdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-    _roll_call(store, world, arrival)
-    return store
+    return dist.PrefixStore(f"scmdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
 
 
 def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
@@ -160,6 +173,7 @@ def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
+        meet()
         dist.barrier()
 
 
@@ -167,6 +181,7 @@ def broadcast(value: T) -> T:
     """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
+    meet()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -176,6 +191,7 @@ def all_gather_object(value: T) -> list[T]:
     """Return every rank's value, in rank order."""
     if not dist.is_initialized():
         return [value]
+    meet()
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
@@ -186,6 +202,7 @@ def scatter(values: Sequence[T] | None) -> T:
     if not dist.is_initialized():
         assert values is not None
         return values[0]
+    meet()
     box: list[Any] = [None]
     dist.scatter_object_list(box, list(values) if values is not None else None, src=0)
     found: T = box[0]
@@ -196,6 +213,7 @@ def first_found(value: T | None) -> T | None:
     """Return the value of the lowest rank that has one, on every rank. If none has, this costs one small reduction."""
     if not dist.is_initialized():
         return value
+    meet()
     ranks = dist.get_world_size()
     box = torch.tensor(ranks if value is None else dist.get_rank())
     dist.all_reduce(box, op=dist.ReduceOp.MIN)
@@ -210,6 +228,7 @@ def gather_object(value: T) -> list[T] | None:
     """Return every rank's value, in rank order, on rank 0; None on the other ranks."""
     if not dist.is_initialized():
         return [value]
+    meet()
     box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, box)
     return box
@@ -219,6 +238,7 @@ def all_reduce_max(value: int) -> int:
     """Return the maximum of the ranks' values."""
     if not dist.is_initialized():
         return value
+    meet()
     box = torch.tensor(value)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return int(box)

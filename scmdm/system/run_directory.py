@@ -26,8 +26,5 @@ def run_of(path: Path) -> Path | None:
         candidates.append(whole.parent)
     if whole.parent.name == CHECKPOINTS:
         candidates.append(whole.parents[1])
-    return next((place for place in candidates if _is_run(place)), None)
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in (METRICS_FILE, LOG_FILE))
+    marks = (METRICS_FILE, LOG_FILE)
+    return next((place for place in candidates if any((place / name).exists() for name in marks)), None)

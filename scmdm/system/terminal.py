@@ -30,9 +30,9 @@ def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
-def say(text: object, *, end: str = "\n") -> None:
+def say(text: object) -> None:
     """Print text that may contain what others wrote, with control characters as escapes."""
-    print(printable(text, keep_lines=True), end=end)
+    print(printable(text, keep_lines=True))
 
 
 class Terminal(Console):

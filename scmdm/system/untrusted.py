@@ -252,9 +252,9 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-def read_yaml(path: Path, what: str = "YAML file") -> Any:
+def read_yaml(path: Path) -> Any:
     """Parse a YAML file with the safe types, each key once. Raises UserError, which names file, line and column."""
-    with reading(path, what):
+    with reading(path, "YAML file"):
         return parse_yaml(read_bytes(path).decode())
 
 

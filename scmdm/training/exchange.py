@@ -1,7 +1,8 @@
 """The one collective of a step besides those of the engine: sums over this step, and the samples of the next one.
 
 A step needs the ids and the numbers of valid tokens of its whole global batch before its first pass. They come with the
-collective of the step before, together with that step's loss and with the signals that ranks have received.
+collective of the step before, together with that step's loss and with the signals that ranks have received. With
+`train.padding=batch` the valid tokens depend on the longest sample of all ranks: it comes one collective earlier.
 
 Legend: B this rank's sequences of a step, N sequences of the global batch, R ranks.
 """
@@ -15,6 +16,14 @@ from torch import Tensor
 
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import Engine
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """What this rank has read of the steps to come."""
+
+    sequences: Sequences | None  # of the next step, if there is one
+    longest_after: int = 0  # tokens of the longest sample of the step after it
 
 
 @dataclass(frozen=True)
@@ -32,24 +41,27 @@ class Exchange:
     loss: Tensor  # float32 scalar: sum over the ranks
     signal: Tensor  # float64 scalar: largest number of a signal that a rank has received; 0: none
     upcoming: GlobalBatch | None  # of the next step, if there is one
+    longest_after: Tensor  # float64 scalar: `Upcoming.longest_after`, the largest of all ranks
 
 
-def exchange(engine: Engine, upcoming: Sequences | None, loss: Tensor | None = None, signal: int = 0) -> Exchange:
-    """Exchange this rank's sum of the loss, its signal and its part of the next step's samples.
+def exchange(engine: Engine, upcoming: Upcoming, loss: Tensor | None = None, signal: int = 0) -> Exchange:
+    """Exchange this rank's sum of the loss, its signal and its part of the samples of the next steps.
 
     All ranks call this together, with an equal number of samples. The host does not wait for the device.
     """
     device, ranks = engine.device, engine.world_size
     own_loss = torch.zeros(1, dtype=torch.float64, device=device) if loss is None else loss.double().view(1)
-    # A fill, because a copy of a number to a GPU waits for it.
-    sums = torch.cat([own_loss, torch.full((1,), signal, dtype=torch.float64, device=device)])
-    samples = [] if upcoming is None else [upcoming.ids, upcoming.valid.sum(1)]
+    # Fills, because a copy of a number to a GPU waits for it.
+    numbers = (torch.full((1,), n, dtype=torch.float64, device=device) for n in (signal, upcoming.longest_after))
+    sums = torch.cat([own_loss, *numbers])
+    following = upcoming.sequences
+    samples = [] if following is None else [following.ids, following.valid.sum(1)]
     sent = torch.cat([sums.view(torch.int64), *samples])
     found_R = engine.all_gather(sent, all_ranks=True).view(ranks, -1)
-    sums_R2 = found_R[:, :2].contiguous().view(torch.float64)
+    sums_R3 = found_R[:, : len(sums)].contiguous().view(torch.float64)
     batch = None
-    if upcoming is not None:
-        parts = found_R[:: ranks // engine.data_size, 2:]
-        ids, valid_tokens = parts.split(len(upcoming), dim=1)
+    if following is not None:
+        parts = found_R[:: ranks // engine.data_size, len(sums) :]
+        ids, valid_tokens = parts.split(len(following), dim=1)
         batch = GlobalBatch(ids.flatten(), valid_tokens.flatten())
-    return Exchange(sums_R2[:, 0].sum().float(), sums_R2[:, 1].max(), batch)
+    return Exchange(sums_R3[:, 0].sum().float(), sums_R3[:, 1].max(), batch, sums_R3[:, 2].max())

@@ -23,12 +23,18 @@ from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
 from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
+from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.lora import freeze, is_added
 from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weights, match_weights, validate_spec
 from scmdm.models.network import Network
 from scmdm.observability.run_metrics import logger
 from scmdm.system.process_group import World, machine_count
+from scmdm.torch_private import allow_graphs
 from scmdm.training.optimizer import lr_factor, make_optimizer
+
+# With and without gradients, in training and evaluation, for whole and partial batches, fixed and changing lengths; by
+# default torch would stop at 8.
+_GRAPHS = 64
 
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
@@ -158,8 +164,9 @@ def build_engine(
     """
     model = spec.build()
     freeze(model, config)
-    if config.model.compile:
-        compile_blocks(model)
+    if config.model.matmul_precision == "fp8":
+        multiply_in_fp8(model.blocks, emulated=device.type != "cuda")
+    compile_model(model, config.model.compile)
     if config.engine == "fsdp2":
         shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload)
     zero_3 = config.engine == "deepspeed" and config.deepspeed.stage == 3
@@ -189,6 +196,11 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
     if engine == "deepspeed":
         require_deepspeed()
+    if engine == "fsdp2" and config.model.compile == "trunk":
+        raise UserError(
+            "model.compile=trunk is not possible with engine=fsdp2, which gathers the weights of one block after the "
+            "other; use model.compile=block"
+        )
     return dataclasses.replace(config, engine=engine)
 
 
@@ -206,9 +218,16 @@ def resolve_sample_order(config: RunConfig, data: DataMixture, checkpoint: Path 
     return dataclasses.replace(config, data=dataclasses.replace(own, num_canonical_nodes=nodes, shuffle_block=block))
 
 
-def compile_blocks(model: Network) -> None:
-    """Compile each block in place, so that one graph serves all of them and parameter names do not change."""
-    for block in model.blocks:
+def compile_model(model: Network, what: str) -> None:
+    """Compile what `model.compile` names, in place, so that names of parameters do not change.
+
+    With "block" one graph serves all blocks; with "trunk" they are one graph.
+    """
+    if what != "none":
+        allow_graphs(_GRAPHS)
+    if what == "trunk":
+        model.compile_trunk()
+    for block in model.blocks if what == "block" else ():
         block.compile()
 
 

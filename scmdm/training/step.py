@@ -21,7 +21,7 @@ from scmdm.diffusion.state import Sequences, drop_labels
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.observability.step_timer import StepTimer, TimedDenoiser
-from scmdm.training.exchange import GlobalBatch, exchange
+from scmdm.training.exchange import GlobalBatch, Upcoming, exchange
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StepResult:
     evaluations: int  # denoiser evaluations times sequences, over the global batch
     signal: int = 0  # number of a signal that a rank has received; 0: none
     upcoming: GlobalBatch | None = None  # samples of the next step
+    longest_after: int = 0  # tokens of the longest sample of the step after it, if ranks have told theirs
 
 
 def train_step(
@@ -46,7 +47,7 @@ def train_step(
     timer: StepTimer | None = None,
     *,
     everyone: GlobalBatch | None = None,
-    read_next: Callable[[], Sequences | None] = lambda: None,
+    read_next: Callable[[], Upcoming] = lambda: Upcoming(None),
     received: Callable[[], int | None] = lambda: None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and update the weights.
@@ -57,12 +58,12 @@ def train_step(
     finite; the weights are then unchanged. `timer` measures the parts of the step.
 
     All ranks meet once, after the backward pass (`scmdm.training.exchange`). `everyone` has the samples of this step,
-    as the step before has returned them (`upcoming`); None: they are exchanged now. `read_next` returns this rank's
-    part of the next step's samples, and `received` a stop signal, if there is one.
+    as the step before has returned them (`upcoming`); None: they are exchanged now. `read_next` reads this rank's
+    part of the next steps' samples, and `received` a stop signal, if there is one.
     """
     timer = timer or StepTimer(engine.device)
     if everyone is None:
-        everyone = exchange(engine, sequences).upcoming
+        everyone = exchange(engine, Upcoming(sequences)).upcoming
     assert everyone is not None
     tokens = everyone.valid_tokens.sum()
     divisor = (everyone.valid_tokens > 0).sum() if config.train.loss_per == "sample" else tokens
@@ -97,7 +98,15 @@ def train_step(
         grad_norm = engine.clip_grad_norm(config.optimizer.clip, ~loss.isfinite())
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
         evaluations = passes * len(sequences) * engine.data_size
-        result = StepResult(float(loss), float(grad_norm), int(tokens), evaluations, int(met.signal), met.upcoming)
+        result = StepResult(
+            float(loss),
+            float(grad_norm),
+            int(tokens),
+            evaluations,
+            int(met.signal),
+            met.upcoming,
+            int(met.longest_after),
+        )
     _require_finite(result, step, sequences.ids)
     return result
 

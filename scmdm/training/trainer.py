@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
@@ -35,14 +37,14 @@ from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stack
 from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
 from scmdm.system.run_directory import STACKS
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
-from scmdm.training.exchange import exchange
+from scmdm.training.exchange import Upcoming, exchange
 from scmdm.training.metrics_logger import MetricsLogger
 from scmdm.training.optimizer import lr_factor, set_lr
-from scmdm.training.padding import own_lengths
+from scmdm.training.padding import own_lengths, used_lengths
 from scmdm.training.setup import build_engine, build_spec, resolve_config, resolve_engine
 from scmdm.training.step import train_step
 from scmdm.training.training_run import TrainingRun, config_yaml, describe, resume
-from scmdm.training.validation import longest_of_all, to_device, validation_nelbo
+from scmdm.training.validation import to_device, validation_nelbo
 
 
 def run_training(config: RunConfig, base: Path | None, stop: StopRequest | None = None) -> Path:
@@ -131,10 +133,11 @@ def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> Non
 
 def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, stop: StopRequest) -> None:
     config, state, train, timer = run.config, run.state, run.config.train, metrics.timer
-    batches = _Lookahead(_batches(run))
     with timer.part("data"):
-        first = batches.read()
-    everyone = exchange(run.engine, first).upcoming
+        batches = _Lookahead(run, train.steps - state.step)
+    met = exchange(run.engine, batches.first())
+    met = exchange(run.engine, batches.read(int(met.longest_after)))
+    everyone, longest = met.upcoming, int(met.longest_after)
     profiler = Profiler(run.directory, train.profile_step, run.engine.rank, run.fence)
     while state.step < train.steps:
         profiler.before(state.step + 1)
@@ -151,10 +154,10 @@ def _loop(run: TrainingRun, writer: CheckpointWriter, metrics: MetricsLogger, st
             state.step,
             timer,
             everyone=everyone,
-            read_next=partial(batches.read, state.step + 1 < train.steps),
+            read_next=partial(batches.read, longest),
             received=lambda: stop.signal,
         )
-        everyone = result.upcoming
+        everyone, longest = result.upcoming, result.longest_after
         if run.ema is not None:
             with timer.part("optimizer"):
                 run.ema.update(run.engine)
@@ -182,26 +185,57 @@ def _leave(number: int, when: str) -> NoReturn:
     raise SystemExit(REQUEUE_EXIT)
 
 
-class _Lookahead:
-    """Batches of which the next is read during a step, with the loader's position behind each."""
+class _Batch(NamedTuple):
+    """This rank's share of a global batch as it was read, and the loader's position behind it."""
 
-    def __init__(self, batches: Iterator[tuple[Sequences, dict[str, Any] | None]]) -> None:
-        self._batches = batches
+    columns: dict[str, Tensor]
+    position: dict[str, Any] | None
+
+
+class _Lookahead:
+    """Batches of which the next is prepared during a step, when the one after it is read.
+
+    With `train.padding=batch` a batch is prepared with the length of its longest sample on any rank: ranks tell theirs
+    a step before (`Upcoming.longest_after`).
+    """
+
+    def __init__(self, run: TrainingRun, count: int) -> None:
+        """Read the first of `count` batches."""
+        self._run = run
+        self._batches = itertools.islice(_batches(run), count)
+        self._after = next(self._batches, None)
         self._next: tuple[Sequences, dict[str, Any] | None] | None = None
 
-    def read(self, wanted: bool = True) -> Sequences | None:
-        """Read the next batch if it is wanted."""
-        self._next = next(self._batches) if wanted else None
-        return self._next[0] if self._next is not None else None
+    def first(self) -> Upcoming:
+        """Return what other ranks need before the first batch is prepared."""
+        return Upcoming(None, self._longest())
+
+    def read(self, longest: int) -> Upcoming:
+        """Prepare the batch that was read last, whose longest sample has `longest` tokens, and read the one after."""
+        found = self._after
+        self._next = None if found is None else (self._prepare(found, longest), found.position)
+        self._after = next(self._batches, None)
+        return Upcoming(None if self._next is None else self._next[0], self._longest())
 
     def take(self) -> tuple[Sequences, dict[str, Any] | None]:
-        """Return the batch that was read last, and the loader's position behind it."""
+        """Return the batch that was prepared last, and the loader's position behind it."""
         assert self._next is not None
         return self._next
 
+    def _longest(self) -> int:
+        """Return the length of this rank's longest sample of the batch that was read last, where others need it."""
+        if self._after is None or self._run.config.train.padding != "batch":
+            return 0
+        return int(used_lengths(self._after.columns["tokens"], self._run.manifest).max())
 
-def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any] | None]]:
-    """Yield this rank's share of each global batch, endlessly, and the loader's position behind it."""
+    def _prepare(self, batch: _Batch, longest: int) -> Sequences:
+        config, manifest, device = self._run.config, self._run.manifest, self._run.engine.device
+        lengths_B = own_lengths(batch.columns["tokens"], manifest, config.train, lambda _: longest)
+        return to_device(batch.columns, manifest, device, labels=config.model.labels, lengths_B=lengths_B)
+
+
+def _batches(run: TrainingRun) -> Iterator[_Batch]:
+    """Yield this rank's share of each global batch, endlessly."""
     config = run.config
     loader = build_loader(
         run.data,
@@ -217,10 +251,7 @@ def _batches(run: TrainingRun) -> Iterator[tuple[Sequences, dict[str, Any] | Non
         drop_last=True,
     )
     for batch in epochs(loader, config.train.global_batch_size, run.state.loader):
-        position = loader.state_dict()
-        lengths_B = own_lengths(batch["tokens"], run.manifest, config.train, longest_of_all(run.engine))
-        labels, device = config.model.labels, run.engine.device
-        yield to_device(batch, run.manifest, device, labels=labels, lengths_B=lengths_B), position
+        yield _Batch(batch, loader.state_dict())
 
 
 def _validate(run: TrainingRun, metrics: MetricsLogger) -> float:

@@ -17,6 +17,12 @@ def small_base(tmp_path_factory):
     return root, scale.write_base(root)
 
 
+@pytest.fixture(scope="module")
+def adapted(small_base):
+    """Counts of adaptations by number of ranks; evaluations count on what these have saved."""
+    return {ranks: scale.count_adaptation(*small_base, ranks) for ranks in (1, 2, 4)}
+
+
 def assert_allowed(rows, found):
     for row in rows:
         counts = {ranks: counted[row.name] for ranks, counted in found.items()}
@@ -61,6 +67,11 @@ def test_collectives_are_counted():
     assert (counted.count, counted.bytes) == (2, 32 + 64)
 
 
+def test_shares_of_many_ranks(tmp_path):
+    scale._write_data(tmp_path / "data")
+    assert_allowed(scale.SHARES, {ranks: scale.shares(tmp_path, ranks) for ranks in scale.SIMULATED})
+
+
 @pytest.mark.slow
 def test_simulated_ranks_and_machines():
     for rows, count, numbers in (
@@ -74,23 +85,39 @@ def test_simulated_ranks_and_machines():
 
 
 @pytest.mark.slow
-def test_an_adaptation_is_divided_over_real_ranks(small_base):
-    found = {ranks: scale.count_adaptation(*small_base, ranks) for ranks in (1, 2, 4)}
-    assert_allowed(scale.COUNTED, found)
-    assert found[1]["validated sequences"] == 2 * scale._VALIDATED
-    assert found[1]["hashed at the save"] > 150 * MIB and found[1]["hashed at opening"] > 40 * MIB
+def test_machines_download_their_share(tmp_path):
+    found = {machines: scale.count_downloads(tmp_path, machines) for machines in (1, 2, 8)}
+    assert_allowed(scale.MACHINES, found)
+    name, _ = (row.name for row in scale.MACHINES)
+    assert found[1][name] > 100 and found[8][name] < 0.2 * found[1][name]
+
+
+@pytest.mark.slow
+def test_an_adaptation_is_divided_over_real_ranks(adapted):
+    assert_allowed(scale.COUNTED, adapted)
+    assert adapted[1]["validated sequences"] == 2 * scale._VALIDATED
+    assert adapted[1]["hashed at the save"] > 150 * MIB and adapted[1]["hashed at opening"] > 40 * MIB
     # Seven units are gathered and reduced, six gathered again; everything else is one reduction.
-    assert [counted["collectives of a step"] for counted in found.values()] == [1, 21, 21]
+    assert [counted["collectives of a step"] for counted in adapted.values()] == [1, 21, 21]
+    assert {counted["sequences validated at once"] for counted in adapted.values()} == {scale._MICRO_BATCH}
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_an_evaluation_is_divided_over_real_ranks(small_base):
-    found = {ranks: scale.count_evaluation(*small_base, ranks) for ranks in (1, 2, 4)}
+def test_an_evaluation_is_divided_over_real_ranks(small_base, adapted):
+    """Of a checkpoint that as many ranks have written, each a file: nobody opens all of them."""
+    found = {ranks: scale.count_evaluation(small_base[0], ranks) for ranks in adapted}
     assert_allowed(scale.EVALUATED, found)
     for ranks, counted in found.items():
-        assert counted["samples drawn"] == counted["evaluated sequences"] == scale._VALIDATED / ranks
+        assert counted["samples drawn"] == scale._VALIDATED / ranks
+        assert counted["evaluated sequences"] == 2 * scale._VALIDATED / ranks
     assert found[1]["shared weights of a rank"] > 40 * MIB
+
+
+def test_parts_and_ranks_of_the_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        scale.main(["--parts", "ranks,other"])
+    assert ended.value.code == 2 and "other" in capsys.readouterr().err
 
 
 @pytest.mark.slow

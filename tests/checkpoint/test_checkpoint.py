@@ -137,6 +137,7 @@ def test_retention_keeps_the_newest(base):
     assert (base / "checkpoints" / "latest").read_text() == "step_00000006\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
     """The kernel limits files to 64 KiB, like a full disk: EFBIG is an OSError like ENOSPC."""
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}

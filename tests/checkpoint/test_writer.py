@@ -88,6 +88,7 @@ def wait_for(run, text, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynchronous):
     """At first the kernel limits files to 64 KiB (EFBIG, an OSError like ENOSPC); then the limit is lifted."""
@@ -136,6 +137,7 @@ def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchron
     assert (checkpoints / "latest").read_text() == f"{checkpoint_name(1)}\n"
 
 
+@pytest.mark.slow
 def test_the_last_save_must_succeed(molecules, empty_yaml, tmp_path):
     process = scmdm(
         *arguments(tmp_path / "run", molecules, empty_yaml, "train.steps=4", "train.on_save_error=continue"),

@@ -57,6 +57,7 @@ def test_an_extra_is_named_for_its_module():
     assert missing_packages("demo") == []
 
 
+@pytest.mark.slow
 def test_a_missing_package_ends_a_command_in_one_line(base):
     code = "import sys; sys.modules['rdkit'] = None; from scmdm.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "evaluate", str(base), "num=4"], capture_output=True, text=True)
@@ -119,6 +120,7 @@ def adapted_keys():
     return [*(key for key in ADAPTED if not key.startswith("train.")), "self_conditioning.rate=1"]
 
 
+@pytest.mark.slow
 def test_text_imports_nothing_of_an_extra(tmp_path):
     """With a finder that refuses the imports of these packages by our own modules."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scmdm.config.evaluation import EvaluateConfig
@@ -72,6 +72,7 @@ def test_a_text_is_taken_as_it_stands(key, text):
     assert getattr(load_config(SampleConfig, None, [f"{key}={text}"]), key) == text
 
 
+@settings(max_examples=40)
 @given(st.text(st.sampled_from("\\${}?:[]'\"# ,ai1\n\ufdd0")))
 def test_any_text_is_literal_everywhere_but_in_a_file(text):
     """On the command line, in a request, in a copy with overrides, and in the YAML of a launch."""

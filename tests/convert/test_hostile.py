@@ -131,7 +131,7 @@ NESTED = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range
     "instructions",
     [
         b"}" + b"(" + NESTED.replace(b"q\x00h\x00", b"K\x01q\x00h\x00", 1) + b"K\x01u",
-        b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s",
+        b"}" + b")" + b"\x85" * 100_000 + b"K\x01s",
         b"]q\x00h\x00a",
         b"\x8b" + (10**9).to_bytes(4, "little"),
         b"\x8e" + (2**60).to_bytes(8, "little"),

@@ -16,6 +16,7 @@ import zstandard
 
 from scmdm.cli import main
 from scmdm.config.data import DataConfig
+from scmdm.data import shard_files
 from scmdm.data.loader import build_loader, read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture, open_data
@@ -152,16 +153,27 @@ def test_a_cache_downloads_the_compressed_and_keeps_the_decompressed(s3, plain, 
     assert verify_dataset(tmp_path / "cache") == []
 
 
-def test_a_limited_cache_removes_and_fetches_shards(packed, plain, tmp_path, downloads):
+def test_a_limited_cache_removes_and_fetches_shards_and_never_exceeds_its_limit(
+    packed, plain, tmp_path, downloads, monkeypatch
+):
     config = DataConfig(path=str(tmp_path / "cache"), remote=str(packed))
     largest = max(shard.raw_data.bytes + shard.zip_data.bytes for shard in read_index_of(packed).shards)
     limit = (packed / "train/index.json").stat().st_size + 4 * largest
+    sizes, decompress = [], shard_files.decompress_file
+
+    def measured(*given):
+        """The cache is largest when a shard is decompressed, and its downloaded file is still there."""
+        decompress(*given)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "cache/train").rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(shard_files, "decompress_file", measured)
     loader = reader(open_data(config), cache_limit=f"{limit}b")
     unlimited = reader(DataMixture.at(plain))
     downloads.clear()
     for _ in range(3):
         assert [batch["index"].tolist() for batch in loader] == [batch["index"].tolist() for batch in unlimited]
     assert len(downloads) > len(shards(plain)) and not stored(tmp_path / "cache")
+    assert len(sizes) == len(downloads) and limit - largest < max(sizes) <= limit
     with pytest.raises(UserError, match=r"data\.cache_limit"):
         reader(open_data(config), cache_limit="4kb")
 

@@ -215,8 +215,8 @@ def test_limits_of_caches(local, remote, tmp_path):
 def test_two_readers_share_a_cache_without_a_limit(remote, tmp_path):
     config = cached(tmp_path, remote)
     one, two = reader(config), reader(config, seed=1)
-    for a, b in zip(one, two, strict=True):
-        assert len(a["index"]) == len(b["index"])
+    batches = list(zip(one, two, strict=True))
+    assert batches and all(len(a["index"]) == len(b["index"]) for a, b in batches)
 
 
 def test_streams_may_be_local_and_remote(local, remote, tmp_path):

@@ -43,7 +43,7 @@ CASES = [
     Case("fsdp2", 2, 8, ("fsdp.reshard_after_estimate=true", "fsdp.offload=true")),
     Case("fsdp2", 4, 16, ("model.activation_checkpointing=selective",)),
     Case("fsdp2", 4, 8, ("fsdp.replicate=2",)),
-    Case("fsdp2", 2, 32, ("fsdp.context=2", "model.compile=true")),
+    Case("fsdp2", 2, 32, ("fsdp.context=2", "model.compile=block")),
     Case("fsdp2", 4, 16, ("fsdp.context=2", "fsdp.replicate=2", "model.activation_checkpointing=full")),
     Case("deepspeed", 0, 32, ("deepspeed.stage=2",)),
     Case("deepspeed", 2, 8, ("deepspeed.stage=1",)),

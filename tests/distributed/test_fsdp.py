@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.long if "model.compile=true" in case.keys else ())
+        pytest.param(case, marks=pytest.mark.long if "model.compile=block" in case.keys else ())
         for case in CASES
         if case.engine != "deepspeed"
     ],
     ids=str,
 )
 def test_losses_and_weights_do_not_depend_on_the_split(case, adapt, single, tmp_path):
-    if "model.compile=true" in case.keys and cpp_compiler() is None:
+    if "model.compile=block" in case.keys and cpp_compiler() is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none")
     status, output = launch(case.processes, *adapt(tmp_path / "run", *case.overrides))
     assert status == 0, output

@@ -10,7 +10,7 @@ from tests.distributed.launching import launch
 pytestmark = pytest.mark.slow
 
 BATCH, RANKS, LAYERS = 64, 2, 2
-SMALL = 8 * (2 * BATCH + 2 * RANKS)  # bytes: an id and a count per sample, a loss and a signal per rank
+SMALL = 8 * (2 * BATCH + 3 * RANKS)  # bytes: an id and a count per sample, a loss, a signal and a length per rank
 ROOT_AND_BLOCKS = 1 + LAYERS  # groups of FSDP2
 
 
@@ -41,9 +41,10 @@ def test_fsdp2_has_its_own_and_one_small_one(molecules, empty_yaml, tmp_path):
     assert found["all_reduce"][1] < SMALL, "a number per parameter"
 
 
-def test_the_small_collective_has_a_few_numbers_per_sample(molecules, empty_yaml, tmp_path):
+@pytest.mark.parametrize("padding", ["length", "batch"])
+def test_the_small_collective_has_a_few_numbers_per_sample(padding, molecules, empty_yaml, tmp_path):
     """With a shard group of one rank FSDP2 gathers nothing: what is left is the one collective."""
-    found = counted(RANKS, molecules, empty_yaml, tmp_path, "fsdp.replicate=2")
+    found = counted(RANKS, molecules, empty_yaml, tmp_path, "fsdp.replicate=2", f"train.padding={padding}")
     assert found.pop("_allgather_base_") == [1, SMALL]
     assert found.keys() == {"allreduce_"}
     assert found["allreduce_"][0] == ROOT_AND_BLOCKS

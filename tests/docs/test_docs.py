@@ -1,6 +1,7 @@
 """Documents: width of lines, links, and that commands and files named in them exist."""
 
 import dataclasses
+import functools
 import re
 import shlex
 import sys
@@ -106,9 +107,8 @@ def test_commands_are_found():
 )
 def test_commands_parse(page, words):
     from scmdm.cli import COMMANDS as TABLE
-    from scmdm.config.arguments import make_parser
 
-    options = make_parser("scmdm", TABLE, "", "").parse_args(words)
+    options = parser().parse_args(words)
     command = options.command
     if any(name in word for name in EXTENSIONS for word in words):
         return
@@ -119,6 +119,13 @@ def test_commands_parse(page, words):
     known = next(other for other in TABLE if other.name == name)
     problem = unknown_key(known.load_schema(), getattr(options, "config", None), overrides)
     assert problem is None, f"{page_id(page)}: {problem}"
+
+
+@functools.cache
+def parser():
+    from scmdm.cli import build_parser
+
+    return build_parser()
 
 
 def unknown_key(schema, config, overrides):

@@ -93,6 +93,7 @@ def prepare_text(run):
     run("prepare", "text.yaml")
 
 
+@pytest.mark.slow
 def test_sampler(extended):
     run = extended("sampler")
     common = ("configs/qm9/base-model", "num=4", "device=cpu", "sampler.kind=left_to_right")

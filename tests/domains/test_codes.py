@@ -10,9 +10,8 @@ from scmdm.cli import main
 from scmdm.domains.codes.metrics import (
     CodeReference,
     code_counts,
-    code_values,
     count_distance,
-    evaluate_codes,
+    measure_codes,
     pair_counts,
 )
 
@@ -52,20 +51,20 @@ def test_metrics_of_a_few_samples():
     """One code in two places of the training samples; one sample is a copy, one is not framed."""
     train, held_out = np.array([[[0, 1]], [[2, 3]]]), np.array([[[0, 1]], [[0, 1]], [[2, 3]]])
     samples = np.array([[[2, 3]], [[0, 3]], [[0, 0]]])
-    found = evaluate_codes(samples, [True, True, False], CodeReference.make(train, held_out, 8)).as_dict()
+    measured = measure_codes(samples, [True, True, False], CodeReference.make(train, held_out, 8))
+    found, values = measured.metrics, measured.values
     assert (found["num_samples"], found["num_framed"], found["num_copies"]) == (3, 2, 1)
     assert found["framed"] == pytest.approx(2 / 3) and found["copies"] == pytest.approx(1 / 3)
     assert found["codebook_used"] == 3 / 8 and found["codebook_used_floor"] == 4 / 8
     assert found["usage_distance"] == pytest.approx(jensenshannon([1, 0, 1, 2], [2, 2, 1, 1]))
     assert found["usage_distance_floor"] == pytest.approx(jensenshannon([1, 1, 1, 1], [2, 2, 1, 1]))
     assert found["pair_distance"] == pytest.approx(jensenshannon([0, 1, 1], [2, 1, 0]))
-    values = code_values(samples, [True, True, False], CodeReference.make(train, held_out, 8))
     assert values["framed"].value() == found["framed"] and values["copies"].value() == found["copies"]
     assert values["usage_distance"].array[1] == pytest.approx(jensenshannon([0, 0, 1, 1], [2, 2, 1, 1]))
     assert values["pair_distance"].array.tolist() == pytest.approx(
         [np.sqrt(np.log(2)), jensenshannon([0, 1], [2, 1]), found["pair_distance"]]
     )
-    nothing = evaluate_codes(samples, [False] * 3, CodeReference.make(train, held_out, 8)).as_dict()
+    nothing = measure_codes(samples, [False] * 3, CodeReference.make(train, held_out, 8)).metrics
     assert nothing["pair_distance"] is None and nothing["codebook_used"] == 0
 
 

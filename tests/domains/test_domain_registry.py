@@ -88,6 +88,7 @@ def pick(drawn, rows):
 
 def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("scmdm.domains.images.classifier._STEPS", 150)
     name, root = dataset
     manifest = Manifest.read(root)
     found = load_domain(domain_of(manifest))

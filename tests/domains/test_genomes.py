@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from scmdm.domains.genomes import metrics
+from scmdm.domains import letter_ngrams
 from scmdm.domains.genomes.figures import genome_figure
 from scmdm.domains.genomes.metrics import (
     GenomeReference,
     Spectrum,
     evaluate_genomes,
     gc_contents,
-    kmer_counts,
 )
 from scmdm.domains.jensen_shannon import JensenShannon
+from scmdm.domains.letter_ngrams import count_ngrams
 
 DNA = st.lists(st.text("ACGTN", max_size=12), max_size=6)
 COUNTS = st.lists(st.integers(0, 10**6), min_size=5, max_size=5).map(np.array)
@@ -26,7 +26,7 @@ COUNTS = st.lists(st.integers(0, 10**6), min_size=5, max_size=5).map(np.array)
 
 def test_kmers_by_hand():
     """ACGNAC and AC: AC three times, CG once; nothing over the N or from one sequence into the next."""
-    counts = kmer_counts(["ACGNAC", "AC", "A", ""], 2)
+    counts = count_ngrams(["ACGNAC", "AC", "A", ""], 2, "ACGT")
     assert {i: c for i, c in enumerate(counts.tolist()) if c} == {0b0001: 3, 0b0110: 1}
 
 
@@ -35,8 +35,8 @@ def test_kmers_by_enumeration(sequences, k, at_once):
     found = [s[i : i + k] for s in sequences for i in range(len(s) - k + 1)]
     every = ["".join(letters) for letters in itertools.product("ACGT", repeat=k)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_LETTERS_AT_ONCE", at_once)
-        counts = kmer_counts(sequences, k)
+        patch.setattr(letter_ngrams, "_LETTERS_AT_ONCE", at_once)
+        counts = count_ngrams(sequences, k, "ACGT")
     assert counts.tolist() == [found.count(kmer) for kmer in every]
 
 
@@ -69,7 +69,7 @@ def test_gc_leaves_out_what_is_unknown():
 def test_metrics_by_hand():
     """AAAC holds the 3-mers AAA and AAC, AAAA only AAA: as above, p = (1/2, 1/2) against q = (1, 0)."""
     reference = GenomeReference.make(["AAAA"])
-    metrics = evaluate_genomes(["AAAC", "AAAC"], [True, False], reference).as_dict()
+    metrics = evaluate_genomes(["AAAC", "AAAC"], [True, False], reference)
     assert metrics["js_divergence_3"] == pytest.approx(0.75 * math.log(4 / 3))
     assert metrics["js_distance_3"] == pytest.approx(math.sqrt(0.75 * math.log(4 / 3)))
     assert metrics["js_divergence_6"] is metrics["js_distance_6"] is None, "too short for a 6-mer"
@@ -81,23 +81,23 @@ def test_metrics_by_hand():
 def test_species_are_weighted_with_their_shares_of_the_reference():
     """Three windows of one species and one of another; samples of the first are perfect, of the second all wrong."""
     reference = GenomeReference.make(["AAAAAA", "AAAAAA", "CCCCCC", "AAAAAA"], ["a", "a", "c", "a"])
-    metrics = evaluate_genomes(["GGGGGG", "AAAAAA"], [True, True], reference, ["c", "a"]).as_dict()
+    metrics = evaluate_genomes(["GGGGGG", "AAAAAA"], [True, True], reference, ["c", "a"])
     assert metrics["species"]["a"]["js_distance_3"] == 0.0
     assert metrics["species"]["c"]["js_divergence_6"] == pytest.approx(math.log(2))
     assert metrics["species"]["c"]["gc_distance"] == 0.0
     for k in (3, 6):
         assert metrics[f"weighted_js_distance_{k}"] == pytest.approx(0.25 * math.sqrt(math.log(2)))
         assert metrics[f"weighted_js_divergence_{k}"] == pytest.approx(0.25 * math.log(2))
-    only_a = evaluate_genomes(["AAAAAA"], [True], reference, ["a"]).as_dict()
+    only_a = evaluate_genomes(["AAAAAA"], [True], reference, ["a"])
     assert set(only_a["species"]) == {"a"} and "weighted_js_distance_3" not in only_a, "nothing to say of c"
-    assert evaluate_genomes(["AAAAAA"], [True], reference).as_dict()["species"] == {}
+    assert evaluate_genomes(["AAAAAA"], [True], reference)["species"] == {}
 
 
 def test_nothing_to_compare():
-    metrics = evaluate_genomes(["", "NNN"], [False, True], GenomeReference.make(["ACGTACGT"])).as_dict()
+    metrics = evaluate_genomes(["", "NNN"], [False, True], GenomeReference.make(["ACGTACGT"]))
     assert metrics["gc_mean"] is metrics["gc_distance"] is metrics["js_distance_3"] is None
     assert metrics["unknown"] == 1.0
-    assert evaluate_genomes([], [], GenomeReference.make(["ACGT"])).as_dict()["num_samples"] == 0
+    assert evaluate_genomes([], [], GenomeReference.make(["ACGT"]))["num_samples"] == 0
 
 
 def test_figure(tmp_path):

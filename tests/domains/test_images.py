@@ -24,7 +24,7 @@ from scmdm.domains.images.inception import activations, check_inception, load_in
 from scmdm.domains.images.metrics import (
     ImageReference,
     InceptionReference,
-    evaluate_images,
+    measure_images,
     nearest_distances,
 )
 from scmdm.errors import UserError
@@ -120,24 +120,24 @@ def reference(dataset):
 
 def test_new_pictures_of_the_same_kind_are_near_and_noise_is_far(reference):
     ids_NL, _ = bars(200, 3)
-    found = evaluate_images(ids_NL, reference)
-    assert found.classifier_accuracy > 0.95
-    assert (found.num_samples, found.num_framed, found.num_distinct, found.num_copies) == (200, 200, 200, 0)
-    assert found.num_memorised == 0 and found.class_distance < 0.15
-    assert found.nearest_distance == pytest.approx(found.nearest_distance_held_out, rel=0.05)
+    found = measure_images(ids_NL, reference).metrics
+    assert found["classifier_accuracy"] > 0.95
+    assert (found["num_samples"], found["num_framed"], found["num_distinct"], found["num_copies"]) == (200, 200, 200, 0)
+    assert found["num_memorised"] == 0 and found["class_distance"] < 0.15
+    assert found["nearest_distance"] == pytest.approx(found["nearest_distance_held_out"], rel=0.05)
     noise_NL = np.concatenate([ids_NL[:, :1], np.random.default_rng(0).integers(4, 8, (200, 64))], axis=1)
-    far = evaluate_images(noise_NL, reference)
-    assert far.frechet_classifier > 20 * max(found.frechet_classifier, found.frechet_classifier_floor)
-    assert far.nearest_distance > 1.2 * far.nearest_distance_held_out
-    assert found.fid is None and "inception" in found.fid_note
-    assert json.loads(json.dumps(found.as_dict()))["framed"] == 1.0
+    far = measure_images(noise_NL, reference).metrics
+    assert far["frechet_classifier"] > 20 * max(found["frechet_classifier"], found["frechet_classifier_floor"])
+    assert far["nearest_distance"] > 1.2 * far["nearest_distance_held_out"]
+    assert found["fid"] is None and "inception" in found["fid_note"]
+    assert json.loads(json.dumps(found))["framed"] == 1.0
 
 
 def test_one_class_alone_is_seen(reference):
     ids_NL, labels_N = bars(400, 3)
-    found = evaluate_images(ids_NL[labels_N == 1], reference)
+    found = measure_images(ids_NL[labels_N == 1], reference).metrics
     shares = reference.features.classes_K
-    assert found.class_distance == pytest.approx(shares[0], abs=0.05)
+    assert found["class_distance"] == pytest.approx(shares[0], abs=0.05)
 
 
 def test_copies_are_counted(dataset, reference):
@@ -145,33 +145,33 @@ def test_copies_are_counted(dataset, reference):
     new_NL, _ = bars(30, 3)
     near_NL = train_NL[50:60].copy()
     near_NL[:, 9] = np.where(near_NL[:, 9] == 4, 5, near_NL[:, 9] - 1)
-    found = evaluate_images(np.concatenate([train_NL[:20], train_NL[:5], new_NL, near_NL]), reference)
-    assert (found.num_samples, found.num_distinct, found.num_copies) == (65, 60, 25)
-    assert found.num_memorised == 35, "also those with one other value, by one level"
-    assert found.as_dict()["copies"] == 25 / 65
+    found = measure_images(np.concatenate([train_NL[:20], train_NL[:5], new_NL, near_NL]), reference).metrics
+    assert (found["num_samples"], found["num_distinct"], found["num_copies"]) == (65, 60, 25)
+    assert found["num_memorised"] == 35, "also those with one other value, by one level"
+    assert found["copies"] == 25 / 65
 
 
 def test_the_floor_is_the_distance_of_training_pictures(dataset, reference):
     train_NL = read_split(dataset, "train").astype(int)
-    found = evaluate_images(train_NL, reference)
-    assert found.frechet_classifier == pytest.approx(found.frechet_classifier_floor, rel=1e-6)
-    assert 0 < found.frechet_classifier < 1
+    found = measure_images(train_NL, reference).metrics
+    assert found["frechet_classifier"] == pytest.approx(found["frechet_classifier_floor"], rel=1e-6)
+    assert 0 < found["frechet_classifier"] < 1
     assert reference.features.floor(1000) == reference.features.floor(400) < reference.features.floor(40)
 
 
 def test_what_is_not_framed_is_counted(reference):
     ids_NL, _ = bars(40, 3)
     ids_NL[:4, 30], ids_NL[4:6, 0], ids_NL[6, 64] = TOKENIZER.mask_id, 4, TOKENIZER.eos_id
-    assert evaluate_images(ids_NL, reference).num_framed == 33
+    assert measure_images(ids_NL, reference).metrics["num_framed"] == 33
     for wrong in (ids_NL[:1], ids_NL[:, :64]):
         with pytest.raises(UserError, match=r"num=1|length=64"):
-            evaluate_images(wrong, reference)
+            measure_images(wrong, reference)
 
 
 def test_without_labels_there_is_no_classifier(tmp_path):
     root = write_bars(tmp_path / "data", labels=())
-    found = evaluate_images(bars(40, 3)[0], ImageReference.make(root, "test", work=tmp_path / "work"))
-    assert found.frechet_classifier is None and found.classifier_accuracy is None and found.num_framed == 40
+    found = measure_images(bars(40, 3)[0], ImageReference.make(root, "test", work=tmp_path / "work")).metrics
+    assert found["frechet_classifier"] is None and found["classifier_accuracy"] is None and found["num_framed"] == 40
     assert not (tmp_path / "work").exists()
     with pytest.raises(UserError, match="has no labels"):
         read_labels(root, "train")

@@ -9,12 +9,11 @@ from scmdm.domains.molecules.domain import bare_texts
 from scmdm.domains.molecules.figures import molecule_grid
 from scmdm.domains.molecules.metrics import (
     MoleculeReference,
-    evaluate_molecules,
     invalid_reasons,
+    measure_as_published,
+    measure_molecules,
     normalised_distance,
     properties,
-    published_metrics,
-    published_values,
 )
 
 TRAIN = ["CCO", "c1ccccc1", "CC(C)C"]
@@ -22,13 +21,13 @@ HELD_OUT = ["CCN", "CCCO", "c1ccncc1", "CC=O", "C#N"]
 
 
 def evaluate(smiles, reference):
-    return evaluate_molecules(smiles, [True] * len(smiles), reference)
+    return measure_molecules(smiles, [True] * len(smiles), reference).metrics
 
 
 def test_counts_and_both_denominators():
     """Nine samples: ethanol and benzene in two spellings each, pyridine, methane, and three that are invalid."""
     samples = ["OCC", "CCO", "C1=CC=CC=C1", "c1ccccc1", "c1ccncc1", "C", "CC(C)(C)(C)C", "C1CC", ""]
-    metrics = evaluate(samples, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False)).as_dict()
+    metrics = evaluate(samples, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
     assert (metrics["num_samples"], metrics["num_valid"], metrics["num_unique"], metrics["num_novel"]) == (9, 6, 4, 2)
     assert metrics["validity"] == pytest.approx(6 / 9)
     assert metrics["uniqueness_of_valid"] == pytest.approx(4 / 6)
@@ -42,9 +41,9 @@ def test_counts_and_both_denominators():
 def test_malformed_samples_are_not_valid_whatever_their_fragment_is():
     """Ethanol whole, ethanol as a fragment of something longer, an invalid fragment, an invalid whole."""
     samples, framed = ["CCO", "CCO", "C1C", "C(("], [True, False, False, True]
-    metrics = evaluate_molecules(samples, framed, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
-    assert (metrics.num_framed, metrics.num_parsed, metrics.num_valid) == (2, 2, 1)
-    assert metrics.invalid_reasons == {"framing": 2, "parentheses": 1}
+    metrics = measure_molecules(samples, framed, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False)).metrics
+    assert (metrics["num_framed"], metrics["num_parsed"], metrics["num_valid"]) == (2, 2, 1)
+    assert metrics["invalid_reasons"] == {"framing": 2, "parentheses": 1}
 
 
 def test_both_ways_of_counting_by_hand():
@@ -68,30 +67,31 @@ def test_both_ways_of_counting_by_hand():
     ]
     bare, known = bare_texts(rows, tokenizer), frozenset(["CCO", "CCN", "CC=O"])
     assert bare == ["CCO", "OCC", "CCN", "CO", "", "CC", "C("]
-    found = published_metrics(bare, known)
+    found = measure_as_published(bare, known).metrics
     assert [found[f"published_num_{name}"] for name in ("valid", "unique", "novel")] == [5, 5, 3]
     assert [found[f"published_{name}"] for name in ("validity", "uniqueness", "novelty")] == [5 / 7, 1.0, 3 / 5]
     framed = [True, True, True, False, False, False, True]
     texts = [tokenizer.decode(row) for row in rows]
-    own = evaluate_molecules(texts, framed, MoleculeReference.make(["CCO"], ["CCN", "CC=O"], fcd=False)).as_dict()
+    own = measure_molecules(texts, framed, MoleculeReference.make(["CCO"], ["CCN", "CC=O"], fcd=False)).metrics
     assert (own["num_valid"], own["num_unique"], own["num_novel"]) == (3, 2, 1)
     assert own["validity"] == 3 / 7 and own["novelty_of_samples"] == 1 / 7
 
 
 def test_published_values_give_the_published_metrics():
     bare, known = ["CCO", "CCO", "OCC", "C(", "", "CN"], frozenset(["CCO"])
-    found, values = published_metrics(bare, known), published_values(bare, known)
+    measured = measure_as_published(bare, known)
+    found, values = measured.metrics, measured.values
     assert found["published_validity"] == 4 / 6
     assert found["published_uniqueness"] == 3 / 4 and found["published_novelty"] == 2 / 4
     for name, value in values.items():
         assert value.value() == pytest.approx(found[name])
-    nothing = published_metrics(["(", ""], known)
+    nothing = measure_as_published(["(", ""], known).metrics
     assert nothing["published_uniqueness"] == nothing["published_novelty"] == 0.0
-    assert published_values(["("], known)["published_novelty"].value() is None
+    assert measure_as_published(["("], known).values["published_novelty"].value() is None
 
 
 def test_nothing_valid():
-    metrics = evaluate(["(", "CC(C)(C)(C)C"], MoleculeReference.make(TRAIN, HELD_OUT, fcd=True)).as_dict()
+    metrics = evaluate(["(", "CC(C)(C)(C)C"], MoleculeReference.make(TRAIN, HELD_OUT, fcd=True))
     assert metrics["num_valid"] == 0 and metrics["uniqueness_of_valid"] == 0.0
     assert metrics["property_distance"] is None and metrics["fcd"] is None
 
@@ -108,7 +108,7 @@ def test_property_distance_by_hand():
     assert found["heavy atoms"].tolist() == [3, 1]
     assert found["molecular weight"] == pytest.approx([46.07, 16.04], abs=0.01)
     same = evaluate(HELD_OUT, MoleculeReference.make(TRAIN, HELD_OUT, fcd=False))
-    assert same.property_distance == pytest.approx(0.0, abs=1e-12)
+    assert same["property_distance"] == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.slow
@@ -117,12 +117,12 @@ def test_fcd_is_zero_on_itself_and_grows_with_difference(monkeypatch):
     alkanes = ["C" * n for n in range(1, 31)] + ["C" * n + "O" for n in range(1, 31)]
     aromatics = ["c1ccccc1" + "C" * n for n in range(30)] + ["c1ccncc1" + "C" * n for n in range(30)]
     reference = MoleculeReference.make(TRAIN, alkanes, fcd=True)
-    assert evaluate(alkanes, reference).fcd == pytest.approx(0.0, abs=1e-2)
-    assert evaluate(aromatics, reference).fcd > 5
+    assert evaluate(alkanes, reference)["fcd"] == pytest.approx(0.0, abs=1e-2)
+    assert evaluate(aromatics, reference)["fcd"] > 5
     # Neither invalid strings in between nor more valid molecules behind change it.
-    assert evaluate(["C(", *alkanes, *aromatics], reference).fcd == pytest.approx(0.0, abs=1e-2)
+    assert evaluate(["C(", *alkanes, *aromatics], reference)["fcd"] == pytest.approx(0.0, abs=1e-2)
     few = evaluate(alkanes[:59], reference)
-    assert few.fcd is None and few.fcd_note == "59 valid molecules, fewer than 60"
+    assert few["fcd"] is None and few["fcd_note"] == "59 valid molecules, fewer than 60"
 
 
 def test_grid_draws_valid_molecules_only(tmp_path):

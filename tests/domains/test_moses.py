@@ -19,7 +19,7 @@ from scmdm.domains.molecules.moses_metrics import (
     TRAINING_SET,
     MosesFilters,
     MosesReference,
-    SetComparison,
+    compare_sets,
     cosine_similarity,
     evaluate_moses,
     filter_rate,
@@ -199,8 +199,7 @@ def test_all_metrics_of_a_few_molecules(filters):
     """Two spellings of one training molecule, one test molecule, one not framed, one that is none."""
     reference = MosesReference.make(TRAIN, TEST, TRAIN[:2], filters, fcd=False)
     samples = [TRAIN[4], Chem.MolToSmiles(Chem.MolFromSmiles(TRAIN[4]), canonical=False), TEST[0], TEST[1], "C(("]
-    found = evaluate_moses(samples, [True, True, True, False, True], reference)
-    table = found.as_dict()
+    table = evaluate_moses(samples, [True, True, True, False, True], reference).metrics
     valid = [TRAIN[4], TRAIN[4], TEST[0]]
     assert (table["num_samples"], table["num_valid"], table["valid"]) == (5, 3, 0.6)
     assert table["Novelty"] == 0.5 and table["unique@1000"] is None and table["FCD/Test"] is None
@@ -215,7 +214,7 @@ def test_all_metrics_of_a_few_molecules(filters):
 
 
 def test_a_set_compared_with_itself(filters):
-    table = evaluate_moses(TEST, [True] * 4, MosesReference.make(TRAIN, TEST, None, filters, fcd=False)).as_dict()
+    table = evaluate_moses(TEST, [True] * 4, MosesReference.make(TRAIN, TEST, None, filters, fcd=False)).metrics
     for name in ("valid", "SNN/Test", "Frag/Test", "Scaf/Test", "Novelty"):
         assert table[name] == pytest.approx(1.0), name
     assert all(table[name] == pytest.approx(0.0) for name in PROPERTIES)
@@ -224,7 +223,7 @@ def test_a_set_compared_with_itself(filters):
 
 @pytest.mark.parametrize("samples", [[], ["C(", ""], ["CC=O", "("]])
 def test_nothing_or_one_valid_molecule(samples):
-    table = evaluate_moses(samples, [True] * len(samples), MosesReference.make(TRAIN, TEST, fcd=False)).as_dict()
+    table = evaluate_moses(samples, [True] * len(samples), MosesReference.make(TRAIN, TEST, fcd=False)).metrics
     assert table["num_valid"] == (1 if "CC=O" in samples else 0)
     assert table["IntDiv"] is None and table["SNN/Test"] is None and table["QED"] is None
 
@@ -232,8 +231,8 @@ def test_nothing_or_one_valid_molecule(samples):
 def test_uniqueness_counts_the_first_valid_ones(monkeypatch):
     monkeypatch.setattr("scmdm.domains.molecules.moses_metrics.UNIQUE_AT", (2, 4, 8))
     samples = ["(", "CCO", "OCC", "CCN", "(", "CCC"]
-    found = evaluate_moses(samples, [True] * 6, MosesReference.make(TRAIN, TEST, fcd=False))
-    assert found.unique == {2: 0.5, 4: 0.75, 8: None}
+    found = evaluate_moses(samples, [True] * 6, MosesReference.make(TRAIN, TEST, fcd=False)).metrics
+    assert [found[f"unique@{count}"] for count in (2, 4, 8)] == [0.5, 0.75, None]
 
 
 def same(a, b):
@@ -291,7 +290,7 @@ def test_statistics_of_parts_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr("scmdm.domains.molecules.set_statistics._CHUNK", 2)
     parts = describe([*TRAIN, *TEST])
     assert same(parts, whole)
-    assert SetComparison.of(parts, whole).frag == pytest.approx(1)
+    assert compare_sets(parts, whole)["Frag"] == pytest.approx(1)
     few = describe([*TRAIN, *TEST], detailed=3)
     assert few.fragments == whole.fragments and np.array_equal(few.fingerprints_NW, whole.fingerprints_NW[:3])
     assert all(np.array_equal(few.properties[name], whole.properties[name][:3]) for name in PROPERTIES)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from scmdm.cli import main
+from scmdm.domains.letter_ngrams import count_ngrams
 from scmdm.domains.proteins.domain import ProteinsDomain
-from scmdm.domains.proteins.metrics import AMINO_ACIDS, ProteinReference, evaluate_proteins, is_protein, ngram_counts
+from scmdm.domains.proteins.metrics import AMINO_ACIDS, ProteinReference, is_protein, measure_proteins
 
 SEQUENCES = st.lists(st.text(AMINO_ACIDS + "XB*", max_size=12), max_size=6)
 
@@ -21,7 +22,7 @@ def test_ngrams_by_enumeration(sequences, n):
     """No n-gram reaches from one sequence into the next, or contains a letter that is no amino acid."""
     found = [s[i : i + n] for s in sequences for i in range(len(s) - n + 1)]
     every = ["".join(letters) for letters in itertools.product(AMINO_ACIDS, repeat=n)]
-    assert ngram_counts(sequences, n).tolist() == [found.count(gram) for gram in every]
+    assert count_ngrams(sequences, n, AMINO_ACIDS).tolist() == [found.count(gram) for gram in every]
 
 
 def test_counts_by_hand():
@@ -29,20 +30,20 @@ def test_counts_by_hand():
     train, held_out = ["MKV", "ACDE", "GGGG"], ["MKVA", "ACD"]
     texts = ["MKVL", "ACDE", "ACDE", "", "MXV", "mkv", "GGG"]
     framed = [True, True, True, True, True, True, False]
-    found = evaluate_proteins(texts, framed, ProteinReference.make(train, held_out)).as_dict()
+    found = measure_proteins(texts, framed, ProteinReference.make(train, held_out)).metrics
     assert (found["num_samples"], found["num_framed"], found["num_valid"]) == (7, 6, 3)
     assert (found["num_unique"], found["num_novel"]) == (2, 1)
     assert found["validity"] == pytest.approx(3 / 7) and found["novelty_of_unique"] == 1 / 2
     assert found["mean_length"] == 4 and found["length_distance"] == pytest.approx(0.5)
-    own, real = (ngram_counts(texts, 2) for texts in (["MKVL", "ACDE", "ACDE"], held_out))
+    own, real = (count_ngrams(texts, 2, AMINO_ACIDS) for texts in (["MKVL", "ACDE", "ACDE"], held_out))
     assert found["js_distance_2"] == pytest.approx(jensenshannon(own, real))
-    floor = ngram_counts(train, 2)  # three valid samples: three training sequences
+    floor = count_ngrams(train, 2, AMINO_ACIDS)  # three valid samples: three training sequences
     assert found["js_distance_2_floor"] == pytest.approx(jensenshannon(floor, real))
     assert all(metric.name in found for metric in ProteinsDomain.metrics)
 
 
 def test_without_valid_samples():
-    found = evaluate_proteins(["X", ""], [True, True], ProteinReference.make(["MKV"], ["MKV"])).as_dict()
+    found = measure_proteins(["X", ""], [True, True], ProteinReference.make(["MKV"], ["MKV"])).metrics
     assert found["validity"] == 0 and found["js_distance_3"] is None and found["length_distance"] is None
     assert not is_protein("") and is_protein(AMINO_ACIDS) and not is_protein("AXA")
 
@@ -54,7 +55,7 @@ def test_random_sequences_are_farther_than_real_ones():
     real = ["".join(dice.choice(letters, 60, p=weights)) for _ in range(300)]
     uniform = ["".join(dice.choice(letters, 60)) for _ in range(100)]
     reference = ProteinReference.make(real[:100], real[100:200])
-    same, other = (evaluate_proteins(texts, [True] * 100, reference).as_dict() for texts in (real[200:], uniform))
+    same, other = (measure_proteins(texts, [True] * 100, reference).metrics for texts in (real[200:], uniform))
     for name in ("js_distance_1", "js_distance_2", "js_distance_3"):
         assert same[name] == pytest.approx(same[f"{name}_floor"], rel=0.3)
         assert other[name] > 1.3 * other[f"{name}_floor"]

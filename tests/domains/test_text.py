@@ -97,7 +97,7 @@ def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
     both = [generative_perplexity([text], scorer).value() for text in (long, cut)]
     assert both[0] == pytest.approx(both[1])
     values = text_values([long], np.array([[5, 6]]), 0, text_perplexity([long], scorer))
-    assert "the first 32 tokens" in evaluate_text(values, scorer).scorer
+    assert "the first 32 tokens" in evaluate_text(values, scorer)["scorer"]
 
 
 def test_scorers_that_are_not(tmp_path):
@@ -119,4 +119,4 @@ def test_entropy_and_distinct():
 def test_the_scorer_is_always_named(scorer):
     for own, named in ((load_scorer(scorer), "transformers"), (NgramScorer.fit(TEXTS, "a"), "not a neural scorer")):
         values = text_values(TEXTS, np.array([[5, 6]]), 0, text_perplexity(TEXTS, own))
-        assert named in evaluate_text(values, own).scorer
+        assert named in evaluate_text(values, own)["scorer"]

@@ -101,7 +101,7 @@ KEYS = st.sampled_from(["seed", "prompt", "infill", "sampler", "num"])
 BODY = st.dictionaries(KEYS, VALUES | st.dictionaries(st.sampled_from(SAMPLER), VALUES), max_size=3) | VALUES
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(BODY)
 def test_any_json_is_answered(port, content):
     status, found = ask(port, json.dumps(content).encode())

@@ -36,6 +36,12 @@ def test_a_decoder():
     assert spec(DECODER).build().blocks[0].attn_k.weight.shape == (32, 64)
 
 
+@pytest.mark.parametrize(("stored", "compile"), [(True, "block"), (False, "none"), ("trunk", "trunk")])
+def test_compile_was_true_or_false(stored, compile):
+    for described in (DIT, DECODER):
+        assert spec({**described, "compile": stored}).model.compile == compile
+
+
 @pytest.mark.parametrize("absent", [(), ("llama",), ("kind", "llama", "estimate_rank")])
 def test_a_dit(absent):
     keys = {name: value for name, value in DIT.items() if name not in absent}

@@ -1,5 +1,7 @@
 """Sharded and replicated tensors: every element is written by exactly one rank."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scmdm.models import tensor_files
 from scmdm.models.tensor_files import iterate_tensors, tensor_shapes
 from scmdm.system.process_group import World
+from tests.distributed.launching import launch
+from tests.models.reading_ranks import PLAIN, SHAPES
 
 WHOLE = {f"{rows}x{columns}": torch.randn(rows, columns) for rows, columns in ((8, 3), (7, 2), (1, 4), (2, 5), (0, 3))}
 MESHES = {
@@ -51,3 +55,23 @@ def test_every_element_is_written_once(kind, tmp_path):
         name: whole.shape for name, whole in expected.items()
     }
     assert all(torch.equal(tensor, expected[name]) for name, tensor in iterate_tensors(tmp_path, list(expected)))
+
+
+@pytest.mark.slow
+def test_ranks_share_the_headers_and_open_the_files_that_they_need(tmp_path):
+    """Four ranks have written a file each."""
+    status, output = launch(4, tmp_path, module="tests.models.reading_ranks")
+    assert status == 0, output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {tuple(sorted(shapes)) for shapes, _ in found["shapes"]} == {tuple(sorted([*SHAPES, PLAIN]))}
+    assert [opened for _, opened in found["shapes"]] == [1] * 4
+    for name in ("same", "columns", "replicated"):
+        assert [right for right, _ in found[name]] == [True] * 4, name
+    # A header, its own file, and the one that has the tensor which is not sharded.
+    assert all(opened <= 3 for _, opened in found["same"])
+    assert all(opened <= 5 for _, opened in found["columns"])
+    for name in ("missing", "other shape"):
+        assert all(isinstance(problem, str) and str(tmp_path) in problem for problem, _ in found[name]), name
+    for name in ("damaged", "damaged shapes"):
+        problems = {problem for problem, _ in found[name]}
+        assert len(problems) == 1 and "shard-00004-model-00001-of-00001.safetensors" in problems.pop(), name

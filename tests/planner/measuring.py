@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import typing
-import weakref
 
 import torch
 import torch.distributed as dist
@@ -20,27 +19,6 @@ from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine
 
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def following_resizes(live):
-    """Count storages that FSDP2 frees and allocates again in place, too."""
-    resize = torch.UntypedStorage.resize_
-
-    def resize_and_count(storage, size):
-        result = resize(storage, size)
-        if storage._cdata in live._sizes or size:
-            known = storage._cdata in live._sizes
-            live.resize(storage._cdata, size)
-            if not known:
-                weakref.finalize(storage, live.resize, storage._cdata, 0)
-        return result
-
-    torch.UntypedStorage.resize_ = resize_and_count
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = resize
 
 
 @contextlib.contextmanager

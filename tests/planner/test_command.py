@@ -65,6 +65,8 @@ def test_a_data_set_gives_length_and_vocabulary(capsys, base, molecules, empty_y
         (["--vocab", "1000"], "give --length"),
         (["--length", "128"], "give --vocab"),
         ([*DATA, "--gpu", "abacus"], "--gpu abacus"),
+        ([*DATA, "--gpu", "a100", "model.matmul_precision=fp8"], "--gpu a100"),
+        ([*DATA, "precision=float32", "model.matmul_precision=fp8"], "precision=float32"),
         ([*DATA, "train.global_batch_size=7", "train.micro_batch_size=7"], "choose a global batch"),
         ([*DATA, "modle.width=4"], "did you mean `model`"),
     ],

@@ -111,6 +111,8 @@ def test_one_process_sends_nothing():
 def test_what_a_rank_sends_is_less_than_the_whole():
     """Of a ring of n: (n - 1) / n of it, twice that for an all-reduce."""
     config = run_config("fsdp2", batch=4, fsdp={"replicate": 2})
-    for one in planned(config, 4, torch.float32):
+    collectives = planned(config, 4, torch.float32)
+    assert collectives
+    for one in collectives:
         assert one.ranks == 2
         assert one.sent == one.size * one.times * (2 if one.kind == "all_reduce" else 1) // 2

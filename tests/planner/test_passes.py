@@ -1,15 +1,18 @@
 """Planned activations and peak memory within a step, against passes that really run."""
 
+import dataclasses
 import gc
 
 import pytest
 import torch
 
+from benchmarks.counting import following_resizes
+from scmdm.planner import activation_memory
 from scmdm.planner.activation_memory import LiveBytes, measure_activations
 from scmdm.planner.rank_memory import rank_memory
 from scmdm.planner.sharding import gathered_weights, gathers_in_compute_dtype
 from scmdm.planner.workload import make_layout, make_workload
-from tests.planner.measuring import engine_of, fake_ranks, following_resizes, loss_of, masked_batch, run_config, spec_of
+from tests.planner.measuring import engine_of, fake_ranks, loss_of, masked_batch, run_config, spec_of
 
 VOCAB, LENGTH, ROWS = 500, 384, 2
 KINDS = ("none", "selective", "full")
@@ -83,6 +86,60 @@ def test_activations_of_a_decoder(kind, dtype):
 )
 def test_activations_of_other_dits(keys):
     check_passes(run_config(micro=ROWS, width=128, layers=4, head_chunk=256, **keys), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["dit", "decoder"])
+def test_activations_of_a_narrow_residual_stream(kind):
+    sizes = {"width": 128, "layers": 5, "head_chunk": 256}
+    narrow, wide = (
+        run_config(micro=ROWS, kind=kind, residual_precision=precision, **sizes) for precision in ("compute", "float32")
+    )
+    check_passes(narrow, torch.bfloat16, backward=0.12)
+    kept = [planned_kept(*prepared(config, 1, torch.bfloat16)) for config in (narrow, wide)]
+    assert kept[0] < 0.95 * kept[1]
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_activations_kept_in_fp8(kind):
+    """The emulation on a CPU keeps what the GPU's kernel keeps, but for results that "selective" keeps in float32."""
+    config = run_config(
+        micro=ROWS, matmul_precision="fp8", activation_checkpointing=kind, width=128, layers=5, head_chunk=256
+    )
+    workload, layout = prepared(config, 1, torch.bfloat16)
+    kept, *_ = measured(engine_of(config, VOCAB, LENGTH, torch.bfloat16), config, ROWS)
+    assert planned_kept(workload, layout) == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered", "passes", "rows", "kind"),
+    [
+        ("dit", False, 0, 1, "none"),
+        ("dit", True, 1, 4, "full"),
+        ("decoder", False, 1, 2, "full"),
+        ("decoder", True, 0, 1, "none"),
+    ],
+)
+def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, kind, monkeypatch):
+    """What is extrapolated is what would be measured, and no trace has as many chunks of the head."""
+    sizes = {"width": 64, "layers": 4, "head_chunk": 256, "dropout": 0.1}
+    model = run_config(kind=name, rate=float(passes), activation_checkpointing=kind, **sizes).model
+    traced = []
+    measure = activation_memory._measure
+
+    def recorded(described, layers, rows, length, *options):
+        traced.append(rows * length)
+        return measure(described, layers, rows, length, *options)
+
+    monkeypatch.setattr(activation_memory, "_measure", recorded)
+    options = {"rows": rows, "dtype": torch.bfloat16, "gathered": gathered, "passes": passes, "trained_layers": None}
+    length = 5 * activation_memory._linear_from(model) // rows + 7
+    extrapolated = measure_activations(model, length=length, gpu=True, **options)
+    assert max(traced) <= 2 * activation_memory._linear_from(model)
+    monkeypatch.setattr(activation_memory, "_linear_from", lambda _: 10**9)
+    direct = measure_activations(model, length=length, gpu=True, **options)
+    for field in dataclasses.fields(direct):
+        found, wanted = (getattr(one, field.name) for one in (extrapolated, direct))
+        assert found == pytest.approx(wanted, rel=5e-3), field.name
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scmdm.errors import UserError
+from scmdm.models.flops import block_flops
 from scmdm.planner import search as planner_search
 from scmdm.planner.communication import Collective
 from scmdm.planner.duration import collective_seconds, step_time
@@ -146,6 +147,13 @@ def test_what_a_run_would_refuse_is_named(change, named):
     assert named in impossible_because(workload, dataclasses.replace(layout, **change))
 
 
+def test_a_trunk_of_one_graph_is_not_sharded_by_blocks():
+    workload, layout, cluster = case(compile="trunk")
+    assert "model.compile=trunk" in impossible_because(workload, layout)
+    assert search(workload, layout, cluster, ASSUMED).best is None
+    assert impossible_because(workload, dataclasses.replace(layout, engine="deepspeed", stage=2)) is None
+
+
 def test_every_engine_is_planned():
     workload, layout, cluster = case()
     for engine in ("fsdp2", "deepspeed"):
@@ -172,6 +180,21 @@ def test_a_step_takes_what_its_products_take_when_nothing_is_sent():
     slower = step_time(workload, again, one, ASSUMED).parts["backward"].compute / time.parts["backward"].compute
     assert slower == pytest.approx(1.5)
     assert step_time(workload, again, one, make_assumptions(0.18)).seconds > 1.9 * time.seconds
+
+
+def test_products_in_fp8_take_the_time_of_the_fp8_peak():
+    """Those of the blocks' linear maps, and no others."""
+    workload, layout, _ = case(batch=8)
+    one = Cluster(GPUS["h100"], 1, 1)
+    layout = dataclasses.replace(layout, engine="single", ranks=1, micro_batch_size=8)
+    before = step_time(workload, layout, one, ASSUMED)
+    model = dataclasses.replace(workload.model, matmul_precision="fp8")
+    after = step_time(dataclasses.replace(workload, model=model), layout, one, ASSUMED)
+    blocks = 8 * block_flops(workload.model, LENGTH, passes=workload.passes).total
+    saved = blocks * (1 / 989e12 - 1 / 1979e12)
+    assert before.ideal - after.ideal == pytest.approx(saved) and 0 < saved < before.ideal / 2
+    assert before.utilisation == pytest.approx(before.flops.total / before.seconds / 989e12)
+    assert (after.flops, after.parts["update"]) == (before.flops, before.parts["update"])
 
 
 def test_a_collective_takes_its_bytes_over_the_narrowest_link():

@@ -13,7 +13,9 @@ pytest.importorskip("deepspeed")
 def cases(request):
     command = [sys.executable, "-m", "tests.planner.zero", str(request.param)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
+    assert found
+    return found
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from benchmarks.counting import following_resizes
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import draw_tokens
 from scmdm.models.network import count_parameters
@@ -23,7 +24,6 @@ from tests.planner.measuring import (
     CPU,
     engine_of,
     fake_ranks,
-    following_resizes,
     loss_of,
     masked_batch,
     run_config,

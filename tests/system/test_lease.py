@@ -27,9 +27,9 @@ print("ready", flush=True)
 sys.stdin.readline()
 try:
     with lease.acquire(directory, "run_dir=x", silence_limit_s=limit) as held:
-        print("holds", held.generation, flush=True)
+        print("holds", held.fence.generation, flush=True)
         sys.stdin.readline()
-        held.require()
+        held.fence.require()
         print("commits", flush=True)
 except InUseError as error:
     print("refused:", error, flush=True)
@@ -83,7 +83,7 @@ def leave(directory, age_s=0.0, **changes):
 def can_acquire(directory, **options):
     try:
         with acquire(directory, "run_dir=x", **options) as lease:
-            assert lease.still_owned()
+            assert lease.fence.still_owned()
             return True
     except InUseError:
         return False
@@ -112,7 +112,7 @@ def test_a_killed_holder_is_replaced_at_once(claimants, tmp_path):
     first.process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT)  # it remains a zombie
     with acquire(tmp_path / "lease", "run_dir=x") as lease:
-        assert lease.generation == 2 and lease.predecessor.pid == first.process.pid
+        assert lease.fence.generation == 2 and lease.predecessor.pid == first.process.pid
 
 
 def test_a_suspended_holder_is_replaced_after_the_limit_and_then_refused(claimants, tmp_path):
@@ -126,7 +126,7 @@ def test_a_suspended_holder_is_replaced_after_the_limit_and_then_refused(claiman
         first.proceed()
         assert first.line().startswith(f"refused: run_dir=x was taken over by process {os.getpid()} ")
         first.process.wait(10)
-        lease.require()  # its release has not disturbed the new holder
+        lease.fence.require()  # its release has not disturbed the new holder
     assert read_lease(tmp_path / "lease")[1].pid != first.process.pid
 
 
@@ -144,7 +144,7 @@ def test_a_holder_that_renews_is_not_replaced(claimants, tmp_path):
 def test_generations_increase_over_releases(tmp_path):
     for expected in (1, 2, 3):
         with acquire(tmp_path / "lease", "run_dir=x") as lease:
-            assert lease.generation == expected and lease.predecessor is None
+            assert lease.fence.generation == expected and lease.predecessor is None
     assert sorted(path.name for path in (tmp_path / "lease").iterdir()) == [f"0000000{i}.json" for i in (1, 2, 3)]
 
 
@@ -211,6 +211,6 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         assert read_lease(tmp_path / "lease")[1] is not None
         with pytest.raises(InUseError), acquire(tmp_path / "lease", "run_dir=x"):
             pass
-        held.require()
+        held.fence.require()
     with acquire(tmp_path / "lease", "run_dir=x") as again:
-        assert again.generation == held.generation + 1
+        assert again.fence.generation == held.fence.generation + 1

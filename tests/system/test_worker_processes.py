@@ -19,6 +19,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_killed_leaves_no_worker(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     command = [sys.executable, str(tmp_path / "parent.py")]
@@ -42,6 +43,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_tokenizer_that_a_worker_fits_ends_with_the_parent(tmp_path, sent):
     (tmp_path / "fitting.py").write_text(FITTING)

@@ -15,13 +15,13 @@ from scmdm.errors import UserError
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
-from scmdm.training.setup import compile_blocks
+from scmdm.training.setup import compile_model
 from scmdm.training.step import train_step
 
 MASK = 9
 
 
-def make(micro=64, rate=1.0, compiled=False, **optimizer):
+def make(micro=64, rate=1.0, compiled="none", **optimizer):
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = 64, micro
     config.self_conditioning.rate = rate
@@ -29,8 +29,7 @@ def make(micro=64, rate=1.0, compiled=False, **optimizer):
     model_config = DiTConfig(width=16, layers=2, heads=2, condition_width=8, self_conditioned=rate > 0)
     model = DiT(model_config, vocab_size=10, mask_id=MASK, schedule=LogLinear())
     init_weights(model, 0)
-    if compiled:
-        compile_blocks(model)
+    compile_model(model, compiled)
     engine = SingleEngine(model, make_optimizer(model, config.optimizer), torch.device("cpu"), torch.float32)
     set_lr(engine.optimizer, 1.0)
     return engine, config
@@ -156,7 +155,7 @@ def test_ema_follows_its_formula_and_starts_anew():
 @pytest.mark.slow
 @pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same_and_keep_their_names():
-    plain, compiled = make(), make(compiled=True)
+    plain, compiled = make(), make(compiled="block")
     for ours, theirs in zip(run(*compiled), run(*plain), strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
     assert compiled[0].parameters().keys() == plain[0].parameters().keys()

@@ -80,7 +80,7 @@ def _try_to_complete(directory: Path, task: Task) -> bool:
             if not result.is_dir():
                 with atomic_directory(result) as temporary:
                     task.run(temporary)
-                    lease.require()
+                    lease.fence.require()
     except InUseError:  # another worker holds it, or has taken it over
         return False
     except UserError:

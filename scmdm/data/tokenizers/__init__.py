@@ -31,31 +31,3 @@ from scmdm.data.tokenizers.symbol_tokenizer import (
     SymbolTokenizer,
 )
 from scmdm.data.tokenizers.tokenizer_file import load_tokenizer
-
-__all__ = [
-    "SPECIALS",
-    "ByteTokenizer",
-    "CharacterTokenizer",
-    "CodeTokenizer",
-    "Content",
-    "DnaTokenizer",
-    "GridLayout",
-    "HuggingFaceTokenizer",
-    "LevelTokenizer",
-    "ModelIds",
-    "OwnFraming",
-    "ReservedSymbol",
-    "SelfiesTokenizer",
-    "SentencePieceTokenizer",
-    "SmilesTokenizer",
-    "SymbolTokenizer",
-    "Tokenizer",
-    "UnknownSymbol",
-    "as_text",
-    "block_text",
-    "is_block",
-    "is_framed",
-    "load_tokenizer",
-    "open_model_tokenizer",
-    "text_ids",
-]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
-from scmdm.domains.codes.metrics import CodeReference, code_values, evaluate_codes
+from scmdm.domains.codes.metrics import CodeReference, measure_codes
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -17,6 +17,7 @@ from scmdm.domains.interface import (
     MetricKeys,
     WithoutFigures,
     WithoutPrompts,
+    with_floor,
 )
 from scmdm.errors import UserError
 
@@ -27,27 +28,17 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "codes"
     Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
-        Metric(
-            "pair_distance_floor", "pair distance of an equal number of training samples", "", 1, 4, in_figure=False
+        *with_floor(
+            Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
+            "pair distance of an equal number of training samples",
         ),
-        Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
-        Metric(
-            "usage_distance_floor",
+        *with_floor(
+            Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
             "frequency distance of an equal number of training samples",
-            "",
-            1,
-            4,
-            in_figure=False,
         ),
-        Metric("codebook_used", "codebook in use, %", "", 100, 1),
-        Metric(
-            "codebook_used_floor",
+        *with_floor(
+            Metric("codebook_used", "codebook in use, %", "", 100, 1),
             "codebook in use by an equal number of training samples, %",
-            "",
-            100,
-            1,
-            in_figure=False,
         ),
         Metric("framed", "framed, % of samples", "higher", 100, 1, in_figure=False),
         Metric("copies", "copies of training samples, %", "lower", 100, 2, in_figure=False),
@@ -63,5 +54,4 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
         codes_NHW = self._tokenizer.codes(drawn.tokens.numpy())
-        metrics = evaluate_codes(codes_NHW, drawn.framed, self._reference).as_dict()
-        return Measured(metrics, code_values(codes_NHW, drawn.framed, self._reference))
+        return measure_codes(codes_NHW, drawn.framed, self._reference)

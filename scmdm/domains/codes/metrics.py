@@ -9,36 +9,16 @@ Legend: N samples, H rows, W codes per row, K codes in the codebook.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
+from scmdm.domains.interface import Measured
 from scmdm.domains.jensen_shannon import JensenShannon
 from scmdm.domains.sample_values import SampleValues
 
 Counts = tuple[np.ndarray, np.ndarray]  # outcomes in ascending order, and the count of each
-
-
-@dataclass(frozen=True)
-class CodeMetrics:
-    """Metrics of the framed samples; None if there are none."""
-
-    num_samples: int
-    num_framed: int  # samples of [BOS] and codes only
-    usage_distance: float | None  # Jensen-Shannon distance of code frequencies
-    usage_distance_floor: float | None
-    pair_distance: float | None  # Jensen-Shannon distance of horizontal and vertical neighbour pairs
-    pair_distance_floor: float | None
-    codebook_used: float  # fraction of the codebook that the samples use
-    codebook_used_floor: float  # fraction that an equal number of training samples uses
-    num_copies: int  # samples equal to a training sample
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, and the fractions of framed samples and copies."""
-        count = max(1, self.num_samples)
-        return {**asdict(self), "framed": self.num_framed / count, "copies": self.num_copies / count}
 
 
 @dataclass(frozen=True)
@@ -81,31 +61,34 @@ def count_distance(a: Counts, b: Counts) -> float | None:
     return None if found is None else found.distance
 
 
-def evaluate_codes(codes_NHW: np.ndarray, framed: Sequence[bool], reference: CodeReference) -> CodeMetrics:
-    """Compute all metrics of codes (N, H, W). Samples that are not `framed` are excluded."""
-    train_NHW, whole_NHW = reference.train_NHW, codes_NHW[np.asarray(framed, bool)]
+def measure_codes(codes_NHW: np.ndarray, framed: Sequence[bool], reference: CodeReference) -> Measured:
+    """Compute all metrics of codes (N, H, W), and the values for intervals; the use of the codebook has none.
+
+    Samples that are not `framed` are excluded.
+    """
+    whole_N, train_NHW = np.array(framed, bool), reference.train_NHW
+    whole_NHW, known = codes_NHW[whole_N], {row.tobytes() for row in train_NHW.astype(np.int64)}
+    copies_N = whole_N & np.array([row.tobytes() in known for row in codes_NHW.astype(np.int64)], bool)
     chosen = np.linspace(0, len(train_NHW) - 1, min(len(whole_NHW), len(train_NHW)), dtype=np.int64)
     real_NHW = train_NHW[chosen]
-    known = {row.tobytes() for row in train_NHW.astype(np.int64)}
     (own_usage, own_pairs), (floor_usage, floor_pairs) = (reference.distances(x) for x in (whole_NHW, real_NHW))
-    return CodeMetrics(
-        num_samples=len(codes_NHW),
-        num_framed=len(whole_NHW),
-        usage_distance=own_usage,
-        usage_distance_floor=floor_usage,
-        pair_distance=own_pairs,
-        pair_distance_floor=floor_pairs,
-        codebook_used=len(np.unique(whole_NHW)) / reference.codebook,
-        codebook_used_floor=len(np.unique(real_NHW)) / reference.codebook,
-        num_copies=sum(row.tobytes() in known for row in whole_NHW.astype(np.int64)),
-    )
+    values = {"framed": SampleValues.mean(whole_N), "copies": SampleValues.mean(copies_N)}
+    metrics = {
+        "num_samples": len(codes_NHW),
+        "num_framed": int(whole_N.sum()),  # samples of [BOS] and codes only
+        "usage_distance": own_usage,
+        "usage_distance_floor": floor_usage,
+        "pair_distance": own_pairs,
+        "pair_distance_floor": floor_pairs,
+        "codebook_used": len(np.unique(whole_NHW)) / reference.codebook,
+        "codebook_used_floor": len(np.unique(real_NHW)) / reference.codebook,
+        "num_copies": int(copies_N.sum()),  # samples equal to a training sample
+        **{name: found.value() for name, found in values.items()},
+    }
+    return Measured(metrics, values | _distance_values(codes_NHW, whole_N, reference))
 
 
-def code_values(codes_NHW: np.ndarray, framed: Sequence[bool], reference: CodeReference) -> dict[str, SampleValues]:
-    """Values for intervals of the distances and fractions. The use of the codebook has none."""
-    whole_N = np.asarray(framed, bool)
-    known = {row.tobytes() for row in reference.train_NHW.astype(np.int64)}
-    copies_N = whole_N & np.array([row.tobytes() in known for row in codes_NHW.astype(np.int64)], bool)
+def _distance_values(codes_NHW: np.ndarray, whole_N: np.ndarray, reference: CodeReference) -> dict[str, SampleValues]:
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     samples = list(zip(codes_NHW, whole_N, strict=True))
     counted = {
@@ -115,7 +98,7 @@ def code_values(codes_NHW: np.ndarray, framed: Sequence[bool], reference: CodeRe
             reference.pairs,
         ),
     }
-    found = {"framed": SampleValues.mean(whole_N), "copies": SampleValues.mean(copies_N)}
+    found = {}
     for name, (rows, real) in counted.items():
         outcomes_K = np.unique(np.concatenate([real[0], *(own for own, _ in rows)]))
         rows_NK = _histograms(rows, outcomes_K)

@@ -53,7 +53,7 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
         self._reference = GenomeReference.make(decode_split(root, manifest, settings.split), species)
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        metrics = evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels).as_dict()
+        metrics = evaluate_genomes(drawn.texts, drawn.framed, self._reference, drawn.labels)
         return Measured(metrics, genome_values(drawn.texts, self._reference))
 
     @staticmethod

@@ -12,7 +12,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.domains.images.config import ImageMetricKeys
 from scmdm.domains.images.figures import image_grid
-from scmdm.domains.images.metrics import ImageReference, evaluate_images, image_values
+from scmdm.domains.images.metrics import ImageReference, measure_images
 from scmdm.domains.interface import (
     EvaluationSettings,
     GeneratedSamples,
@@ -21,6 +21,7 @@ from scmdm.domains.interface import (
     MetricKeys,
     WithoutFigures,
     WithoutPrompts,
+    with_floor,
 )
 from scmdm.system.package_data import user_cache
 
@@ -31,14 +32,9 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
     name: ClassVar[str] = "images"
     Config: ClassVar[type[MetricKeys]] = ImageMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
-        Metric(
-            "frechet_classifier_floor",
+        *with_floor(
+            Metric("frechet_classifier", "Fréchet distance in features of a classifier (not FID)", "lower", 1, 3),
             "Fréchet distance of an equal number of training images",
-            "",
-            1,
-            3,
-            in_figure=False,
         ),
         Metric("class_distance", "total variation distance of classes", "lower", 1, 3),
         Metric("fid", "FID", "lower", 1, 2),
@@ -57,8 +53,7 @@ class ImagesDomain(WithoutPrompts, WithoutFigures):
         )
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        ids_NL = drawn.tokens.numpy()
-        return Measured(evaluate_images(ids_NL, self._reference).as_dict(), image_values(ids_NL, self._reference))
+        return measure_images(drawn.tokens.numpy(), self._reference)
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:

@@ -11,7 +11,7 @@ Legend: N images, M other images, L sequence length, H height, W width, C channe
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scmdm.data.tokenizers import LevelTokenizer, load_tokenizer
 from scmdm.domains.frechet import Moments, frechet_distance
 from scmdm.domains.images.classifier import Classifier, ClassifierKey, classify, trained_classifier
 from scmdm.domains.images.inception import PROTOCOL, PROTOCOL_SAMPLES, activations, load_inception
+from scmdm.domains.interface import Measured
 from scmdm.domains.sample_values import SampleValues
 from scmdm.errors import UserError
 
@@ -31,38 +32,6 @@ COMPARED = 1024  # images whose nearest training images are searched; each searc
 MEMORISED = 1 / 3  # largest ratio of nearest to second nearest distance of a memorised image (Yoon et al. 2023)
 _CHUNK = 128
 _FLOOR_DRAWS = 8  # random sets of training images that the floor averages over
-
-
-@dataclass(frozen=True)
-class ImageMetrics:
-    """Metrics of all samples; a sample that is not framed counts as the image that it decodes to."""
-
-    num_samples: int
-    num_framed: int  # samples of [BOS] and levels only; positions without a level are decoded as black
-    num_distinct: int
-    num_copies: int  # samples equal to a training image
-    num_compared: int  # first samples, for which the nearest training images were searched
-    num_memorised: int  # compared samples much nearer to one training image than to any other: see MEMORISED
-    nearest_distance: float  # median root-mean-square distance to the nearest training image; black to white is 1
-    nearest_distance_held_out: float  # the same for held-out images; a much smaller value indicates copying
-    frechet_classifier: float | None = None  # not FID
-    frechet_classifier_floor: float | None = None  # distance of an equal number of training images
-    classifier_accuracy: float | None = None  # on held-out images
-    class_distance: float | None = None  # total variation distance of the class distributions
-    fid: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None  # over ten parts of the samples
-    fid_note: str | None = None  # sizes of the compared sets, or the reason why `fid` is None
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, and the fractions of framed, distinct, copied and memorised samples."""
-        return {
-            **asdict(self),
-            "framed": self.num_framed / self.num_samples,
-            "distinct": self.num_distinct / self.num_samples,
-            "copies": self.num_copies / self.num_samples,
-            "memorised": self.num_memorised / self.num_compared,
-        }
 
 
 @dataclass(frozen=True)
@@ -79,7 +48,7 @@ class ImageReference:
 
     @classmethod
     def make(
-        cls, root: Path, split: str, *, work: Path, inception: Path | None = None, seed: int = 0, device: str = "cpu"
+        cls, root: Path, split: str, *, work: Path, inception: Path | None = None, device: str = "cpu"
     ) -> ImageReference:
         """Read the data set at `root`; samples are compared with `split`.
 
@@ -100,7 +69,7 @@ class ImageReference:
             originals_NHWC,
             frozenset(digests),
             float(np.median(nearest_distances(compared, distinct_NHWC, device=device)[:, 0])),
-            ClassFeatures.make(root, split, manifest, train_NHWC, held_out_NHWC, work, seed, device)
+            ClassFeatures.make(root, split, manifest, train_NHWC, held_out_NHWC, work, device)
             if manifest.labels
             else None,
             InceptionReference.make(root, tokenizer, originals_NHWC, inception, device) if inception else None,
@@ -126,41 +95,38 @@ class ClassFeatures:
         train_NHWC: np.ndarray,
         held_out_NHWC: np.ndarray,
         work: Path,
-        seed: int,
         device: str,
     ) -> ClassFeatures:
         """Load the classifier from `work`, or train it."""
-        key = ClassifierKey(manifest.fingerprint(), train_NHWC.shape[3], len(manifest.labels), seed)
+        key = ClassifierKey(manifest.fingerprint(), train_NHWC.shape[3], len(manifest.labels), seed=0)
         classifier = trained_classifier(train_NHWC, read_labels(root, "train"), key, work, device=device)
         train_NF, _ = classify(classifier, train_NHWC[:: mirror_step(manifest)])
         features_NF, classes_N = classify(classifier, held_out_NHWC)
         accuracy = float((classes_N == read_labels(root, split)).mean())
         return cls(classifier, accuracy, Moments.of(features_NF), train_NF, _shares(classes_N, key.classes))
 
-    def distance(self, images_NHWC: np.ndarray) -> tuple[float, float]:
+    def measure(self, images_NHWC: np.ndarray) -> Measured:
         """Compute Frechet distance and total variation distance of classes, both to the held-out images."""
         features_NF, classes_N = classify(self.classifier, images_NHWC)
-        gap_K = _shares(classes_N, len(self.classes_K)) - self.classes_K
-        return frechet_distance(Moments.of(features_NF), self.moments), float(np.abs(gap_K).sum() / 2)
-
-    def values(self, images_NHWC: np.ndarray) -> dict[str, SampleValues]:
-        """Values for intervals of both distances."""
-        features_NF, classes_N = classify(self.classifier, images_NHWC)
-        features_NF = features_NF.astype(np.float64)
+        exact_NF, count = features_NF.astype(np.float64), len(images_NHWC)
 
         def frechet(counts_N: np.ndarray) -> float:
-            weighted_NF = features_NF * counts_N[:, None]
-            moments = Moments(int(counts_N.sum()), weighted_NF.sum(0), weighted_NF.T @ features_NF)
+            weighted_NF = exact_NF * counts_N[:, None]
+            moments = Moments(int(counts_N.sum()), weighted_NF.sum(0), weighted_NF.T @ exact_NF)
             return frechet_distance(moments, self.moments)
 
         def classes(counts_N: np.ndarray) -> float:
             shares_K = np.bincount(classes_N, counts_N, len(self.classes_K)) / counts_N.sum()
             return float(np.abs(shares_K - self.classes_K).sum() / 2)
 
-        return {
-            "frechet_classifier": SampleValues.jackknife(frechet, len(images_NHWC)),
-            "class_distance": SampleValues.jackknife(classes, len(images_NHWC)),
+        metrics = {
+            "frechet_classifier": frechet_distance(Moments.of(features_NF), self.moments),  # not FID
+            "frechet_classifier_floor": self.floor(count),  # distance of an equal number of training images
+            "classifier_accuracy": self.accuracy,  # on held-out images
+            "class_distance": classes(np.ones(count)),
         }
+        distances = {"frechet_classifier": frechet, "class_distance": classes}
+        return Measured(metrics, {name: SampleValues.jackknife(of, count) for name, of in distances.items()})
 
     def floor(self, number: int) -> float:
         """Mean Frechet distance of `number` random training images (at most all), over fixed draws.
@@ -192,7 +158,7 @@ class InceptionReference:
         return cls(network, activations(network, both).moments, len(both))
 
     def measure(self, images_NHWC: np.ndarray) -> dict[str, Any]:
-        """Compute the fields of ImageMetrics that need Inception."""
+        """Compute the metrics that need Inception; `fid_note` gives the sizes of the compared sets."""
         found = activations(self.network, images_NHWC)
         note = f"{len(images_NHWC):,} samples against {self.num_images:,} training and validation images"
         published = "" if len(images_NHWC) >= PROTOCOL_SAMPLES else f"; not comparable with the published {PROTOCOL}"
@@ -217,52 +183,53 @@ def mirror_step(manifest: Manifest) -> int:
     return 2 if manifest.source.get("options", {}).get("flips", False) else 1
 
 
-def evaluate_images(ids_NL: np.ndarray, reference: ImageReference) -> ImageMetrics:
-    """Compute all metrics of generated ids (N, L). Raises UserError for fewer than two samples."""
+def measure_images(ids_NL: np.ndarray, reference: ImageReference) -> Measured:
+    """Compute all metrics of generated ids (N, L), and the values for intervals; FID has none.
+
+    A sample that is not framed counts as the image that it decodes to: positions without a level are black. Raises
+    UserError for fewer than two samples.
+    """
     if len(ids_NL) < 2:
         raise UserError(f"num={len(ids_NL)} is not possible; distances of images need at least 2 samples")
-    tokenizer = reference.tokenizer
-    images_NHWC, digests = tokenizer.pictures(ids_NL), _digests(tokenizer.pictures(ids_NL))
+    images_NHWC = reference.tokenizer.pictures(ids_NL)
+    framed, digests = [reference.tokenizer.is_framed(row) for row in ids_NL.tolist()], _digests(images_NHWC)
     compared = images_NHWC[:COMPARED]
     nearest_N2 = nearest_distances(compared, reference.train_NHWC, device=_device_of(reference))
-    return ImageMetrics(
-        num_samples=len(ids_NL),
-        num_framed=sum(map(tokenizer.is_framed, ids_NL.tolist())),
-        num_distinct=len(set(digests)),
-        num_copies=sum(digest in reference.train_digests for digest in digests),
-        num_compared=len(compared),
-        num_memorised=int((nearest_N2[:, 0] < MEMORISED * nearest_N2[:, 1]).sum()),
-        nearest_distance=float(np.median(nearest_N2[:, 0])),
-        nearest_distance_held_out=reference.nearest_distance_held_out,
-        **_in_classes(images_NHWC, reference),
-        **(
-            reference.inception.measure(images_NHWC)
-            if reference.inception
-            else {"fid_note": "metrics.inception is not set"}
-        ),
-    )
-
-
-def image_values(ids_NL: np.ndarray, reference: ImageReference) -> dict[str, SampleValues]:
-    """Values for intervals of the fractions and of distances in the classifier's features. FID has none."""
-    images_NHWC = reference.tokenizer.pictures(ids_NL)
-    return {
-        "framed": SampleValues.mean([reference.tokenizer.is_framed(row) for row in ids_NL.tolist()]),
-        "copies": SampleValues.mean([digest in reference.train_digests for digest in _digests(images_NHWC)]),
-        **(reference.features.values(images_NHWC) if reference.features else {}),
+    memorised = int((nearest_N2[:, 0] < MEMORISED * nearest_N2[:, 1]).sum())
+    values = {
+        "framed": SampleValues.mean(framed),
+        "copies": SampleValues.mean([digest in reference.train_digests for digest in digests]),
     }
-
-
-def _in_classes(images_NHWC: np.ndarray, reference: ImageReference) -> dict[str, Any]:
-    if reference.features is None:
-        return {}
-    distance, class_distance = reference.features.distance(images_NHWC)
-    return {
-        "frechet_classifier": distance,
-        "frechet_classifier_floor": reference.features.floor(len(images_NHWC)),
-        "classifier_accuracy": reference.features.accuracy,
-        "class_distance": class_distance,
+    by_classes = reference.features.measure(images_NHWC) if reference.features else _NO_CLASSES
+    by_inception = reference.inception.measure(images_NHWC) if reference.inception else _NO_INCEPTION
+    metrics = {
+        "num_samples": len(ids_NL),
+        "num_framed": sum(framed),
+        "num_distinct": len(set(digests)),
+        "num_copies": int(values["copies"].array.sum()),  # samples equal to a training image
+        "num_compared": len(compared),  # first samples, for which the nearest training images were searched
+        "num_memorised": memorised,  # compared samples much nearer to one training image than to any other
+        # Median root-mean-square distances to the nearest training image. Black to white is 1. Samples that are much
+        # nearer than held-out images indicate copying.
+        "nearest_distance": float(np.median(nearest_N2[:, 0])),
+        "nearest_distance_held_out": reference.nearest_distance_held_out,
+        **by_classes.metrics,
+        **by_inception,
+        "framed": values["framed"].value(),
+        "distinct": len(set(digests)) / len(ids_NL),
+        "copies": values["copies"].value(),
+        "memorised": memorised / len(compared),
     }
+    return Measured(metrics, values | by_classes.values)
+
+
+_NO_CLASSES = Measured(
+    dict.fromkeys(("frechet_classifier", "frechet_classifier_floor", "classifier_accuracy", "class_distance"))
+)
+_NO_INCEPTION = {
+    **dict.fromkeys(("fid", "inception_score", "inception_score_std")),
+    "fid_note": "metrics.inception is not set",
+}
 
 
 def _device_of(reference: ImageReference) -> str:

@@ -22,15 +22,14 @@ from scmdm.domains.molecules.figures import molecule_grid
 from scmdm.domains.molecules.metrics import (
     FCD_MOLECULES,
     MoleculeReference,
-    evaluate_molecules,
-    molecule_values,
+    compute_properties,
+    measure_as_published,
+    measure_molecules,
     parse_molecule,
-    published_metrics,
-    published_values,
 )
 from scmdm.domains.molecules.moses_metrics import SAMPLES as MOSES_SAMPLES
 from scmdm.domains.molecules.moses_metrics import TRAINING_SET, UNIQUE_AT, MosesReference, evaluate_moses
-from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, properties_of
+from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions
 from scmdm.domains.plotting import distribution_figure
 from scmdm.system.worker_processes import core_count
 
@@ -114,13 +113,13 @@ class MoleculesDomain(WithoutPrompts):
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
         bare = bare_texts(drawn.tokens.tolist(), self._tokenizer)
-        found = evaluate_molecules(drawn.texts, drawn.framed, self._reference).as_dict()
-        found |= published_metrics(bare, self._known)
+        own = measure_molecules(drawn.texts, drawn.framed, self._reference)
+        published = measure_as_published(bare, self._known)
+        found = own.metrics | published.metrics
         if self._moses is not None:
-            table = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._compute).as_dict()
+            table = evaluate_moses(drawn.texts, drawn.framed, self._moses, self._compute).metrics
             found |= {f"moses_{name}": value for name, value in table.items()}
-        values = molecule_values(drawn.texts, drawn.framed, self._reference)
-        return Measured(found, values | published_values(bare, self._known))
+        return Measured(found, own.values | published.values)
 
     @staticmethod
     def draw(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, path: Path) -> str | None:
@@ -133,5 +132,6 @@ class MoleculesDomain(WithoutPrompts):
         valid = {name: [molecule for molecule in found if molecule is not None] for name, found in parsed.items()}
         if not all(valid.values()):
             return None
-        distribution_figure({name: properties_of(found) for name, found in valid.items()}, path, units={"weight": "Da"})
+        values = {name: compute_properties(found, PROPERTIES) for name, found in valid.items()}
+        distribution_figure(values, path, units={"weight": "Da"})
         return "properties of the valid molecules (SA: synthetic accessibility)"

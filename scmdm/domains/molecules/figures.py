@@ -13,18 +13,19 @@ from rdkit.Chem.Draw import rdMolDraw2D
 from scmdm.domains.molecules.metrics import parse_molecule
 from scmdm.system.files import atomic_write_bytes
 
-_WIDTH, _HEIGHT, _BOND = 320, 220, 42  # pixels
+_COLUMNS, _ROWS, _CELL = 8, 3, 180  # of the grid; a cell in pixels
+_WIDTH, _HEIGHT, _BOND = 320, 220, 42  # pixels of one structure
 
 
-def molecule_grid(smiles: Sequence[str], path: Path, *, columns: int = 8, rows: int = 3, cell: int = 180) -> int:
+def molecule_grid(smiles: Sequence[str], path: Path) -> int:
     """Draw the first distinct valid molecules, with their QED, as a PNG; returns the number drawn."""
     distinct: dict[str, Chem.Mol] = {}
     for molecule in filter(None, map(parse_molecule, smiles)):
         distinct.setdefault(Chem.MolToSmiles(molecule), molecule)
-    molecules = list(distinct.values())[: columns * rows]
+    molecules = list(distinct.values())[: _COLUMNS * _ROWS]
     legends = [f"QED {QED.qed(molecule):.2f}" for molecule in molecules]
     image = Draw.MolsToGridImage(
-        molecules or [Chem.MolFromSmiles("")], molsPerRow=columns, subImgSize=(cell, cell), legends=legends or [""]
+        molecules or [Chem.MolFromSmiles("")], molsPerRow=_COLUMNS, subImgSize=(_CELL, _CELL), legends=legends or [""]
     )
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

@@ -1,8 +1,8 @@
 """Quality of generated molecules: validity, uniqueness, novelty, property distributions, FCD.
 
 The QM9 protocol of kuleshov-group/discrete-diffusion-guidance is 1024 samples at T = 32. Papers count and normalise
-differently, so that all ways are given: see `MoleculeMetrics` for those of this project, `published_metrics` for those
-of the published QM9 table.
+differently, so that all ways are given: see `measure_molecules` for those of this project, `measure_as_published` for
+those of the published QM9 table.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import io
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from rdkit import Chem, rdBase
 from rdkit.Chem import QED, Crippen, Descriptors, rdMolDescriptors
 from scipy.stats import wasserstein_distance
 
+from scmdm.domains.interface import Measured
 from scmdm.domains.sample_values import SampleValues, first_occurrences
 from scmdm.domains.wasserstein import wasserstein_of_counts
 from scmdm.system.package_data import optional
 
-PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
+Property = Callable[[Chem.Mol], float]
+PROPERTIES: dict[str, Property] = {
     "QED": QED.qed,
     "logP": Crippen.MolLogP,  # type: ignore[attr-defined]
     "molecular weight": Descriptors.MolWt,  # type: ignore[attr-defined]
@@ -39,36 +40,6 @@ _PROBLEMS = {
     "KekulizeException": "aromaticity",
     "AtomKekulizeException": "aromaticity",  # an aromatic atom outside a ring
 }
-
-
-@dataclass(frozen=True)
-class MoleculeMetrics:
-    """Counts and ratios over `num_samples` samples."""
-
-    num_samples: int
-    num_framed: int  # samples with [BOS], [EOS] and padding placed as in the data
-    num_parsed: int  # samples whose text before the first [EOS] is a molecule
-    num_valid: int  # framed and parsed
-    num_unique: int  # distinct canonical forms among the valid
-    num_novel: int  # unique molecules that are not in the training set
-    property_distance: float | None  # mean over properties of the normalised Wasserstein distances
-    property_distances: dict[str, float] = field(default_factory=dict)
-    fcd: float | None = None
-    fcd_note: str | None = None  # reason why `fcd` is None
-    invalid_reasons: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, and the ratios between the counts; a ratio with denominator 0 is 0."""
-        return {
-            **asdict(self),
-            "validity": _ratio(self.num_valid, self.num_samples),
-            "parsed": _ratio(self.num_parsed, self.num_samples),
-            "framed": _ratio(self.num_framed, self.num_samples),
-            "uniqueness_of_valid": _ratio(self.num_unique, self.num_valid),
-            "uniqueness_of_samples": _ratio(self.num_unique, self.num_samples),
-            "novelty_of_unique": _ratio(self.num_novel, self.num_unique),
-            "novelty_of_samples": _ratio(self.num_novel, self.num_samples),
-        }
 
 
 @dataclass(frozen=True)
@@ -95,85 +66,21 @@ def parse_molecule(smiles: str) -> Chem.Mol | None:
     return molecule if molecule is not None and molecule.GetNumAtoms() else None
 
 
-def evaluate_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: MoleculeReference) -> MoleculeMetrics:
-    """Compute all metrics of generated SMILES.
+def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: MoleculeReference) -> Measured:
+    """Compute all metrics of generated SMILES, and the values for intervals; the FCD has none: it would cost too much.
 
     A sample is valid if it is `framed`, not empty, and RDKit parses and sanitises it. Samples that are not framed are
-    excluded because a fragment before a stray [EOS] is often a small valid molecule.
+    excluded because a fragment before a stray [EOS] is often a small valid molecule. A ratio with denominator 0 is 0.
     """
     parsed = [parse_molecule(text) for text in smiles]
+    framed_N, parsed_N = np.array(framed, bool), np.array([found is not None for found in parsed], bool)
+    valid_N = framed_N & parsed_N
     whole = [found if ok else None for found, ok in zip(parsed, framed, strict=True)]
     molecules = [molecule for molecule in whole if molecule is not None]
-    unparsed = [text for text, ok, found in zip(smiles, framed, parsed, strict=True) if ok and found is None]
-    not_framed = len(smiles) - sum(framed)
-    valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
-    distances = {}
-    if molecules:
-        # Use the parsed molecules, because RDKit cannot parse every canonical SMILES that it writes.
-        found = _properties(molecules)
-        distances = {name: normalised_distance(found[name], ref) for name, ref in reference.properties.items()}
-    fcd, fcd_note = _fcd(valid, reference.fcd_statistics)
-    return MoleculeMetrics(
-        num_samples=len(smiles),
-        num_framed=sum(framed),
-        num_parsed=sum(found is not None for found in parsed),
-        num_valid=len(valid),
-        num_unique=len(set(valid)),
-        num_novel=len(set(valid) - reference.train),
-        property_distance=float(np.mean(list(distances.values()))) if distances else None,
-        property_distances=distances,
-        fcd=fcd,
-        fcd_note=fcd_note,
-        invalid_reasons=({"framing": not_framed} if not_framed else {}) | invalid_reasons(unparsed),
-    )
-
-
-def published_metrics(bare: Sequence[str], known: frozenset[str]) -> dict[str, Any]:
-    """Validity, uniqueness and novelty as kuleshov-group/discrete-diffusion-guidance counts them on QM9.
-
-    `bare` are the samples without special tokens, wherever these stand: text after an early [EOS] belongs to the
-    sample. A sample is valid if it is not empty and RDKit parses it. Uniqueness and novelty compare strings, not
-    molecules, and are shares of the valid samples. A string is novel if it is not in `known`, all strings of the data
-    set (training and held-out).
-    """
-    valid = [text for text in bare if parse_molecule(text) is not None]
-    distinct = set(valid)
-    counts = {
-        "published_num_valid": len(valid),
-        "published_num_unique": len(distinct),
-        "published_num_novel": len(distinct - known),
-    }
-    return counts | {
-        "published_validity": _ratio(len(valid), len(bare)),
-        "published_uniqueness": _ratio(len(distinct), len(valid)),
-        "published_novelty": _ratio(counts["published_num_novel"], len(valid)),
-    }
-
-
-def published_values(bare: Sequence[str], known: frozenset[str]) -> dict[str, SampleValues]:
-    """Values for intervals of `published_metrics`."""
-    valid_N = np.array([parse_molecule(text) is not None for text in bare], bool)
-    first_N = first_occurrences([text if ok else None for text, ok in zip(bare, valid_N, strict=True)]) & valid_N
-    novel_N = first_N & np.array([text not in known for text in bare], bool)
-    return {
-        "published_validity": SampleValues.mean(valid_N),
-        "published_uniqueness": SampleValues.ratio(first_N, valid_N),
-        "published_novelty": SampleValues.ratio(novel_N, valid_N),
-    }
-
-
-def molecule_values(
-    smiles: Sequence[str], framed: Sequence[bool], reference: MoleculeReference
-) -> dict[str, SampleValues]:
-    """Values for intervals of the fractions and of the property distance. The FCD has none: it would cost too much."""
-    parsed = [parse_molecule(text) for text in smiles]
-    framed_N, parsed_N = np.array(framed, bool), np.array([molecule is not None for molecule in parsed], bool)
-    molecules = [molecule if ok else None for molecule, ok in zip(parsed, framed, strict=True)]
-    valid_N = framed_N & parsed_N
-    canonical = [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in molecules]
+    canonical = [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in whole]
     first_N = first_occurrences(canonical) & valid_N
     novel_N = first_N & np.array([text not in reference.train for text in canonical], bool)
-    found = {
+    values = {
         "validity": SampleValues.mean(valid_N),
         "parsed": SampleValues.mean(parsed_N),
         "framed": SampleValues.mean(framed_N),
@@ -181,27 +88,77 @@ def molecule_values(
         "novelty_of_samples": SampleValues.mean(novel_N),
         "novelty_of_unique": SampleValues.ratio(novel_N, first_N),
     }
-    if valid_N.any():
-        own = _properties([molecule for molecule in molecules if molecule is not None])
-        distances = [
-            (wasserstein_of_counts(own[name], real_M), real_M.std() or 1.0)
-            for name, real_M in reference.properties.items()
-        ]
+    # Use the parsed molecules, because RDKit cannot parse every canonical SMILES that it writes.
+    own = compute_properties(molecules, PROPERTIES) if molecules else {}
+    distances = {name: normalised_distance(own[name], reference.properties[name]) for name in own}
+    fcd, fcd_note = _fcd([text for text in canonical if text is not None], reference.fcd_statistics)
+    framing = {"framing": len(smiles) - sum(framed)} if not all(framed) else {}
+    unparsed = [text for text, ok, found in zip(smiles, framed, parsed, strict=True) if ok and found is None]
+    metrics = {
+        "num_samples": len(smiles),
+        "num_framed": int(framed_N.sum()),  # samples with [BOS], [EOS] and padding placed as in the data
+        "num_parsed": int(parsed_N.sum()),  # samples whose text before the first [EOS] is a molecule
+        "num_valid": int(valid_N.sum()),  # framed and parsed
+        "num_unique": int(first_N.sum()),  # distinct canonical forms among the valid
+        "num_novel": int(novel_N.sum()),  # unique molecules that are not in the training set
+        "property_distance": float(np.mean(list(distances.values()))) if distances else None,
+        "property_distances": distances,
+        "fcd": fcd,
+        "fcd_note": fcd_note,  # reason why `fcd` is None
+        "invalid_reasons": framing | invalid_reasons(unparsed),
+        "uniqueness_of_valid": SampleValues.ratio(first_N, valid_N).value() or 0.0,
+        **{name: found.value() or 0.0 for name, found in values.items()},
+    }
+    if own:
+        values["property_distance"] = _property_distance_values(own, valid_N, reference)
+    return Measured(metrics, values)
 
-        def distance(counts_N: np.ndarray) -> float:
-            return float(np.mean([of(counts_N[valid_N]) / scale for of, scale in distances]))
 
-        found["property_distance"] = SampleValues.jackknife(distance, len(smiles))
-    return found
+def _property_distance_values(
+    own: Mapping[str, np.ndarray], valid_N: np.ndarray, reference: MoleculeReference
+) -> SampleValues:
+    distances = [
+        (wasserstein_of_counts(own[name], real_M), real_M.std() or 1.0) for name, real_M in reference.properties.items()
+    ]
+
+    def distance(counts_N: np.ndarray) -> float:
+        return float(np.mean([of(counts_N[valid_N]) / scale for of, scale in distances]))
+
+    return SampleValues.jackknife(distance, len(valid_N))
+
+
+def measure_as_published(bare: Sequence[str], known: frozenset[str]) -> Measured:
+    """Validity, uniqueness and novelty as kuleshov-group/discrete-diffusion-guidance counts them on QM9.
+
+    `bare` are the samples without special tokens, wherever these stand: text after an early [EOS] belongs to the
+    sample. A sample is valid if it is not empty and RDKit parses it. Uniqueness and novelty compare strings, not
+    molecules, and are shares of the valid samples. A string is novel if it is not in `known`, all strings of the data
+    set (training and held-out).
+    """
+    valid_N = np.array([parse_molecule(text) is not None for text in bare], bool)
+    first_N = first_occurrences([text if ok else None for text, ok in zip(bare, valid_N, strict=True)]) & valid_N
+    novel_N = first_N & np.array([text not in known for text in bare], bool)
+    values = {
+        "published_validity": SampleValues.mean(valid_N),
+        "published_uniqueness": SampleValues.ratio(first_N, valid_N),
+        "published_novelty": SampleValues.ratio(novel_N, valid_N),
+    }
+    counts = {"valid": valid_N, "unique": first_N, "novel": novel_N}
+    metrics = {
+        **{f"published_num_{name}": int(found_N.sum()) for name, found_N in counts.items()},
+        **{name: found.value() or 0.0 for name, found in values.items()},
+    }
+    return Measured(metrics, values)
 
 
 def properties(smiles: Sequence[str]) -> dict[str, np.ndarray]:
     """Compute values (N,) float64 of each property of `PROPERTIES`."""
-    return _properties([Chem.MolFromSmiles(text) for text in smiles])
+    return compute_properties([Chem.MolFromSmiles(text) for text in smiles], PROPERTIES)
 
 
-def _properties(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
-    return {name: np.array([compute(m) for m in molecules]) for name, compute in PROPERTIES.items()}
+def compute_properties(molecules: Sequence[Chem.Mol], table: Mapping[str, Property]) -> dict[str, np.ndarray]:
+    """Compute values (N,) float64 of each property of a table."""
+    return {name: np.array([compute(m) for m in molecules], np.float64) for name, compute in table.items()}
 
 
 def normalised_distance(sample: np.ndarray, reference: np.ndarray) -> float:
@@ -262,7 +219,3 @@ def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None)
         return None, f"{len(valid)} valid molecules, fewer than {FCD_MOLECULES}"
     fcd = optional("fcd", "the Frechet ChemNet distance", "molecules")
     return float(fcd.calculate_frechet_distance(*_fcd_statistics(valid[:FCD_MOLECULES]), *statistics)), None
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0

@@ -26,7 +26,7 @@ from torch import Tensor
 from scmdm.distributed.engine import resolve_precision
 from scmdm.domains.frechet import frechet_distance
 from scmdm.domains.molecules.metrics import parse_molecule
-from scmdm.domains.molecules.set_statistics import PROPERTIES, ComputeOptions, SetStatistics, describe, in_chunks
+from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics, describe, in_chunks
 from scmdm.errors import UserError
 from scmdm.system.package_data import user_cache
 from scmdm.system.untrusted import read_bytes, reading
@@ -149,26 +149,23 @@ def _unpack(packed_NW: np.ndarray, device: str, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed_NW, axis=1)).to(device).to(dtype)
 
 
-@dataclass(frozen=True)
-class SetComparison:
-    """Comparison of valid molecules with one reference set."""
+def compare_sets(
+    found: SetStatistics | None, reference: SetStatistics | None, device: str = "cpu"
+) -> dict[str, float | None]:
+    """Compare valid molecules with a reference set, with similarities computed on `device`.
 
-    fcd: float | None  # biased upwards for small sets; None if ChemNet was not run
-    snn: float  # mean similarity to the nearest molecule of the reference
-    frag: float | None  # cosine similarity of fragment counts; None without fragments
-    scaf: float | None  # cosine similarity of scaffold counts; None without scaffolds
-
-    @classmethod
-    def of(cls, found: SetStatistics, reference: SetStatistics, compute: ComputeOptions | None = None) -> SetComparison:
-        """Compare two sets; similarities are computed on the device of `compute`."""
-        a, b = found.activations, reference.activations
-        device = (compute or ComputeOptions()).device
-        return cls(
-            frechet_distance(a, b) if a is not None and b is not None and a.count > 1 else None,
-            float(nearest_similarity(found.fingerprints_NW, reference.fingerprints_NW, device).mean()),
-            cosine_similarity(found.fragments, reference.fragments),
-            cosine_similarity(found.scaffolds, reference.scaffolds),
-        )
+    FCD (biased upwards for small sets), SNN (mean similarity to the nearest molecule of the reference), and the cosine
+    similarities Frag and Scaf of the counts of fragments and scaffolds. None where something for it is missing.
+    """
+    if found is None or reference is None:
+        return dict.fromkeys(("FCD", "SNN", "Frag", "Scaf"))
+    a, b = found.activations, reference.activations
+    return {
+        "FCD": frechet_distance(a, b) if a is not None and b is not None and a.count > 1 else None,
+        "SNN": float(nearest_similarity(found.fingerprints_NW, reference.fingerprints_NW, device).mean()),
+        "Frag": cosine_similarity(found.fragments, reference.fragments),
+        "Scaf": cosine_similarity(found.scaffolds, reference.scaffolds),
+    }
 
 
 @dataclass(frozen=True)
@@ -221,41 +218,11 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class MosesMetrics:
-    """MOSES' metrics: of all samples (`valid`) or of valid molecules, duplicates included. None: not computed."""
+class MosesResult:
+    """Metrics under the names of MOSES: of all samples (`valid`) or of valid molecules. None: not computed."""
 
-    num_samples: int
-    num_valid: int
-    unique: dict[int, float | None]  # unique@k: fraction of distinct molecules among the first k valid
-    novelty: float | None  # fraction of the distinct molecules that are not in the training set
-    filters: float | None  # fraction that passes the filters
-    int_div: float | None
-    int_div_2: float | None
-    test: SetComparison | None
-    test_scaffolds: SetComparison | None
-    property_distances: dict[str, float]  # 1-Wasserstein distance from the test set, in units of the property
-    properties: dict[str, np.ndarray]  # (N,) each, for figures
-    smiles: list[str]  # canonical SMILES of the valid molecules
-
-    def as_dict(self) -> dict[str, Any]:
-        """Metrics under the names of MOSES; without the values per molecule."""
-        comparisons = {
-            f"{label}/{suffix}": getattr(comparison, label.lower()) if comparison is not None else None
-            for suffix, comparison in (("Test", self.test), ("TestSF", self.test_scaffolds))
-            for label in ("FCD", "SNN", "Frag", "Scaf")
-        }
-        return {
-            "num_samples": self.num_samples,
-            "num_valid": self.num_valid,
-            "valid": self.num_valid / self.num_samples if self.num_samples else 0.0,
-            **{f"unique@{k}": value for k, value in self.unique.items()},
-            **comparisons,
-            "IntDiv": self.int_div,
-            "IntDiv2": self.int_div_2,
-            "Filters": self.filters,
-            **{name: self.property_distances.get(name) for name in PROPERTIES},
-            "Novelty": self.novelty,
-        }
+    metrics: dict[str, Any]
+    smiles: list[str]  # canonical SMILES of the valid molecules, duplicates included
 
 
 def evaluate_moses(
@@ -265,39 +232,42 @@ def evaluate_moses(
     compute: ComputeOptions | None = None,
     *,
     detailed: int | None = None,
-) -> MosesMetrics:
+) -> MosesResult:
     """Compute all metrics of generated SMILES.
 
-    A sample is valid if it is `framed`, not empty, and RDKit parses it. With fewer than two valid molecules only the
-    counts are computed. SNN, IntDiv, Filters and the properties use the first `detailed` valid molecules (None: all):
-    they cost N x M and, being means, change little with more molecules.
+    A sample is valid if it is `framed`, not empty, and RDKit parses it. `unique@k` is the fraction of distinct
+    molecules among the first k valid ones, `Novelty` of the distinct ones that are not in the training set; properties
+    are 1-Wasserstein distances from the test set. With fewer than two valid molecules only the counts are computed.
+    SNN, IntDiv, Filters and the properties use the first `detailed` valid molecules (None: all): they cost N x M and,
+    being means, change little with more molecules.
     """
     compute = compute or ComputeOptions()
     texts = [text if ok else "" for text, ok in zip(smiles, framed, strict=True)]
     read = [text for chunk in in_chunks("molecules read", _canonicals, texts, compute) for text in chunk]
     valid = [text for text in read if text is not None]
-    unique = {k: len(set(valid[:k])) / k if len(valid) >= k else None for k in UNIQUE_AT}
-    novelty = len(set(valid) - reference.train) / len(set(valid)) if valid else None
-    if len(valid) < 2:
-        return MosesMetrics(len(smiles), len(valid), unique, novelty, None, None, None, None, None, {}, {}, valid)
-    found = describe(valid, compute, fcd=reference.fcd, detailed=detailed)
-    others = reference.test_scaffolds
-    return MosesMetrics(
-        len(smiles),
-        len(valid),
-        unique,
-        novelty,
-        None if reference.filters is None else filter_rate(valid[:detailed], reference.filters, compute),
-        *internal_diversity(found.fingerprints_NW, compute.device),
-        SetComparison.of(found, reference.test, compute),
-        None if others is None else SetComparison.of(found, others, compute),
-        {
-            name: float(wasserstein_distance(values_N, reference.test.properties[name]))
-            for name, values_N in found.properties.items()
+    found = describe(valid, compute, fcd=reference.fcd, detailed=detailed) if len(valid) > 1 else None
+    filters, distinct = reference.filters, set(valid)
+    diversity = (None, None) if found is None else internal_diversity(found.fingerprints_NW, compute.device)
+    metrics = {
+        "num_samples": len(smiles),
+        "num_valid": len(valid),
+        "valid": len(valid) / len(smiles) if smiles else 0.0,
+        **{f"unique@{k}": len(set(valid[:k])) / k if len(valid) >= k else None for k in UNIQUE_AT},
+        **{
+            f"{name}/{suffix}": value
+            for suffix, other in (("Test", reference.test), ("TestSF", reference.test_scaffolds))
+            for name, value in compare_sets(found, other, compute.device).items()
         },
-        found.properties,
-        valid,
-    )
+        "IntDiv": diversity[0],
+        "IntDiv2": diversity[1],
+        "Filters": filter_rate(valid[:detailed], filters, compute) if found is not None and filters else None,
+        **{
+            name: None if found is None else float(wasserstein_distance(found.properties[name], values_M))
+            for name, values_M in reference.test.properties.items()
+        },
+        "Novelty": len(distinct - reference.train) / len(distinct) if distinct else None,
+    }
+    return MosesResult(metrics, valid)
 
 
 def _canonicals(smiles: Sequence[str]) -> list[str | None]:

@@ -49,7 +49,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
         smiles, framed, size = _read(Path(source), config.num)
     reference = MosesReference.published(fcd=config.fcd, compute=compute)
     found = evaluate_moses(smiles, framed, reference, compute, detailed=config.detailed)
-    result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.as_dict()}
+    result: dict[str, Any] = {"source": source, "of": size, "config": asdict(config), "metrics": found.metrics}
     if published and len(smiles) < size:
         result["whole"] = _extrapolate(found.smiles, size, config, reference, compute)
     result["seconds"] = time.perf_counter() - started

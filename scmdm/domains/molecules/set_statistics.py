@@ -23,9 +23,9 @@ from rdkit.Chem import QED, AllChem, Crippen, Descriptors, rdFingerprintGenerato
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from scmdm.domains.frechet import Moments
-from scmdm.domains.molecules.metrics import chemnet_activations
-from scmdm.observability.environment import installed_version
+from scmdm.domains.molecules.metrics import Property, chemnet_activations, compute_properties
 from scmdm.observability.progress_bar import count_up
+from scmdm.system.extras import installed_version
 from scmdm.system.npz_files import read_npz, write_npz
 from scmdm.system.package_data import optional
 from scmdm.system.untrusted import reading
@@ -48,7 +48,7 @@ def synthetic_accessibility(molecule: Chem.Mol) -> float:
     return float(sascorer.calculateScore(molecule))
 
 
-PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
+PROPERTIES: dict[str, Property] = {
     "logP": Crippen.MolLogP,  # type: ignore[attr-defined]
     "SA": synthetic_accessibility,
     "QED": QED.qed,
@@ -271,17 +271,12 @@ def _describe(smiles: Sequence[str], detailed: int) -> SetStatistics:
             fingerprints(molecules[:detailed]),
             Counter(fragment for molecule in molecules for fragment in fragments_of(molecule)),
             Counter(scaffold for molecule in molecules if (scaffold := scaffold_of(molecule)) is not None),
-            properties_of(molecules[:detailed]),
+            compute_properties(molecules[:detailed], PROPERTIES),
         )
 
 
 def _moments(smiles: Sequence[str], _detailed: int, *, device: str) -> Moments:
     return Moments.of(chemnet_activations(smiles, device))
-
-
-def properties_of(molecules: Sequence[Chem.Mol]) -> dict[str, np.ndarray]:
-    """Compute values (N,) float64 of each property of `PROPERTIES`."""
-    return {name: np.array([compute(m) for m in molecules], np.float64) for name, compute in PROPERTIES.items()}
 
 
 def fingerprints(molecules: Sequence[Chem.Mol]) -> np.ndarray:

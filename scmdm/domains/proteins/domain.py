@@ -16,14 +16,14 @@ from scmdm.domains.interface import (
     WithoutFigures,
     WithoutPrompts,
     decode_split,
+    with_floor,
 )
 from scmdm.domains.proteins.figures import protein_figure
-from scmdm.domains.proteins.metrics import ProteinReference, evaluate_proteins, is_protein, protein_values
+from scmdm.domains.proteins.metrics import ProteinReference, is_protein, measure_proteins
 
 
 def _distance(name: str, title: str, digits: int = 4) -> tuple[Metric, Metric]:
-    floor = Metric(f"{name}_floor", f"{title}, equal number of training sequences", "", 1, digits, in_figure=False)
-    return Metric(name, title, "lower", 1, digits), floor
+    return with_floor(Metric(name, title, "lower", 1, digits), f"{title}, equal number of training sequences")
 
 
 class ProteinsDomain(WithoutPrompts, WithoutFigures):
@@ -47,8 +47,7 @@ class ProteinsDomain(WithoutPrompts, WithoutFigures):
         self._reference = ProteinReference.make(train, held_out)
 
     def measure(self, drawn: GeneratedSamples) -> Measured:
-        metrics = evaluate_proteins(drawn.texts, drawn.framed, self._reference).as_dict()
-        return Measured(metrics, protein_values(drawn.texts, drawn.framed, self._reference))
+        return measure_proteins(drawn.texts, drawn.framed, self._reference)
 
     @staticmethod
     def compare(sets: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> str | None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from scmdm.domains.letter_ngrams import count_ngrams
 from scmdm.domains.plotting import COLOURS, MARKERS, REFERENCE_COLOUR, STYLE, save_figure
-from scmdm.domains.proteins.metrics import AMINO_ACIDS, ngram_counts
+from scmdm.domains.proteins.metrics import AMINO_ACIDS
 
 
 def protein_figure(sets: Mapping[str, Sequence[str]], path: Path) -> Path:
@@ -27,7 +28,7 @@ def protein_figure(sets: Mapping[str, Sequence[str]], path: Path) -> Path:
         places = np.arange(len(AMINO_ACIDS))
         for index, (label, sequences) in enumerate(sets.items()):
             lengths_N = [len(sequence) for sequence in sequences]
-            frequencies = ngram_counts(sequences, 1) / max(1, sum(lengths_N))
+            frequencies = count_ngrams(sequences, 1, AMINO_ACIDS) / max(1, sum(lengths_N))
             if index == 0:
                 left.hist(lengths_N, edges, density=True, color=REFERENCE_COLOUR, label=label)
                 right.bar(places, frequencies, color=REFERENCE_COLOUR, label=label)

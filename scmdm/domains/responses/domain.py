@@ -77,9 +77,9 @@ class ResponsesDomain(WithoutFigures):
         real_NL, given_N = _rows(self._root, self._manifest, self._settings.split, count)
         texts, ids_NL = extract_responses(drawn.tokens.numpy(), given_N, self._tokenizer)
         values = self._text_values(texts, ids_NL)
-        found = evaluate_text(values, self._scorer).as_dict()
+        found = evaluate_text(values, self._scorer)
         real_texts, real_ids_NL = extract_responses(real_NL, given_N, self._tokenizer)
-        held_out = evaluate_text(self._text_values(real_texts, real_ids_NL), self._scorer).as_dict()
+        held_out = evaluate_text(self._text_values(real_texts, real_ids_NL), self._scorer)
         found |= {f"{name}_held_out": held_out[name] for name in held_out if name not in ("num_samples", "scorer")}
         found |= {"framed": sum(drawn.framed) / count, "empty": sum(not text.strip() for text in texts)}
         if self._config.mauve:

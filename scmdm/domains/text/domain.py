@@ -67,7 +67,7 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         scores = self.scores(drawn) if drawn.scores is None else drawn.scores
         perplexity = SampleValues.ratio(scores["nll"], scores["weight"], exponential=True)
         values = text_values(drawn.texts, ids_NL, self._pad_id, perplexity)
-        found = evaluate_text(values, scorer, self._config.protocol).as_dict()
+        found = evaluate_text(values, scorer, self._config.protocol)
         if self._config.mauve:
             assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]

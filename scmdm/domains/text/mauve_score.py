@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from scmdm.domains.text.causal_scorer import SCORER_LENGTH, CausalScorer
+from scmdm.domains.text.causal_scorer import CausalScorer
 from scmdm.errors import UserError
 from scmdm.system.package_data import optional
 
@@ -23,8 +23,6 @@ def mauve(
     scorer: CausalScorer,
     *,
     device: str = "cpu",
-    batch_size: int = 16,
-    seed: int = 0,
 ) -> float:
     """Area under the divergence curve of generated and human texts, in [0, 1]; 1 for equal distributions.
 
@@ -35,10 +33,8 @@ def mauve(
         raise UserError(
             f"metrics.mauve=true needs samples and held-out texts; there are {len(texts)} and {len(references)}"
         )
-    generated, human = (
-        text_features(group, scorer, device=device, batch_size=batch_size) for group in (texts, references)
-    )
-    return mauve_of_features(generated, human, seed=seed)
+    generated, human = (text_features(group, scorer, device=device) for group in (texts, references))
+    return mauve_of_features(generated, human)
 
 
 def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: int = 0) -> float:
@@ -56,17 +52,11 @@ def mauve_of_features(generated_ND: np.ndarray, human_ND: np.ndarray, *, seed: i
 
 @torch.no_grad()
 def text_features(
-    texts: Sequence[str],
-    scorer: CausalScorer,
-    *,
-    device: str = "cpu",
-    batch_size: int = 16,
-    max_length: int = SCORER_LENGTH,
+    texts: Sequence[str], scorer: CausalScorer, *, device: str = "cpu", batch_size: int = 16
 ) -> np.ndarray:
     """Last hidden state (N, D) float32 of the scorer at the last token of each text; zeros for an empty text."""
     model, tokenizer = scorer.model.to(device), scorer.tokenizer
-    max_length = min(max_length, scorer.length)
-    rows = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    rows = [tokenizer(text, truncation=True, max_length=scorer.length)["input_ids"] for text in texts]
     features_ND = np.zeros((len(texts), model.config.hidden_size), np.float32)
     order = sorted((index for index, row in enumerate(rows) if row), key=lambda index: len(rows[index]))
     for start in range(0, len(order), batch_size):

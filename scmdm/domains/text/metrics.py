@@ -6,7 +6,7 @@ Legend: N texts, L length, M = L - 1 scored positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -22,23 +22,6 @@ from scmdm.domains.text.ngram import NgramModel
 NGRAM_ORDER = 5
 _CLEANED = (".", "?", "!", ",")  # marks that lose the space in front of them, and contractions
 _CONTRACTIONS = ("n't", "'m", "'s", "'ve", "'re")
-
-
-@dataclass(frozen=True)
-class TextMetrics:
-    """`perplexity` is per token of `scorer`. A low value with a low `entropy` indicates repetition."""
-
-    num_samples: int
-    entropy: float  # nats
-    distinct_1: float
-    distinct_2: float
-    distinct_3: float
-    perplexity: float | None  # None if no text is long enough to be scored
-    scorer: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
 
 def unigram_entropies(ids_NL: np.ndarray, pad_id: int) -> list[float]:
@@ -102,17 +85,24 @@ def text_values(
 
 def evaluate_text(
     values: Mapping[str, SampleValues], scorer: CausalScorer | NgramScorer, protocol: str = "text"
-) -> TextMetrics:
-    """Compute all metrics from the values of `text_values`. `protocol` is that of the perplexity, for its label."""
+) -> dict[str, Any]:
+    """Compute all metrics from the values of `text_values`. `protocol` is that of the perplexity, for its label.
+
+    The perplexity is per token of the scorer, and None if no text is long enough to be scored. A low one with a low
+    entropy indicates repetition.
+    """
     if isinstance(scorer, NgramScorer):
         label = scorer.label
     else:
         length = scorer.length
         label = f"{scorer.path.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
         label += "" if protocol == "text" else f", protocol {protocol}"
-    entropy = values["entropy"]
-    one, two, three = (values[f"distinct_{n}"].value() or 0.0 for n in (1, 2, 3))
-    return TextMetrics(len(entropy.array), entropy.value() or 0.0, one, two, three, values["perplexity"].value(), label)
+    return {
+        "num_samples": len(values["entropy"].array),
+        **{name: values[name].value() or 0.0 for name in ("entropy", "distinct_1", "distinct_2", "distinct_3")},
+        "perplexity": values["perplexity"].value(),
+        "scorer": label,
+    }
 
 
 def generative_perplexity(

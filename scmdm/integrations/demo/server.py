@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -90,7 +89,8 @@ def make_app(models: list[ShownModel]) -> Flask:
     @app.before_request
     def refuse_other_sites() -> Any:
         host = request.headers.get("Host", "")
-        if not is_local(host) or request.headers.get("Origin", f"http://{host}") != f"http://{host}":
+        # A page of another site can make its own name point here.
+        if not _LOCAL.fullmatch(host) or request.headers.get("Origin", f"http://{host}") != f"http://{host}":
             return jsonify({"error": "this page is served to the browser on this machine only, as localhost"}), 403
         return None
 
@@ -111,7 +111,8 @@ def make_app(models: list[ShownModel]) -> Flask:
             return jsonify({"error": f"{_MOST_WAITING} samples are being drawn already; try again"}), 503
         try:
             with busy:
-                return jsonify([_denoised(shown, config) for shown in models])
+                drawn = [(record(shown.loaded, config), shown.loaded.tokenizer) for shown in models]
+                return jsonify([describe_trajectory(*one) for one in drawn])
         finally:
             waiting.release()
 
@@ -136,15 +137,6 @@ def read_request(body: bytes) -> DenoiseConfig:
     if not isinstance(content, dict):
         raise UserError(f"the request is a {type(content).__name__}; it must be a JSON object with keys such as seed")
     return read_config(DenoiseConfig, content, "in the request")
-
-
-def is_local(host: str) -> bool:
-    """Return whether a `Host` header names this machine: a page of another site can make its own name point here."""
-    return _LOCAL.fullmatch(host) is not None
-
-
-def _denoised(shown: ShownModel, config: DenoiseConfig) -> Mapping[str, Any]:
-    return describe_trajectory(record(shown.loaded, config), shown.loaded.tokenizer)
 
 
 def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
