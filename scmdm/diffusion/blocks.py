@@ -14,7 +14,9 @@ Legend: B batch, R rows (B, or 1 if all sequences share them), L length, Q queri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +33,14 @@ class Places:
     noised: Tensor  # bool: of the noised copy
     document: Tensor | None = None  # int64; None: one document per row
 
-    def __getitem__(self, index: object) -> Places:
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Places:
+        """Return the places whose tensors are the results of a function."""
+        document = None if self.document is None else function(self.document)
+        return Places(function(self.block), function(self.noised), document)
+
+    def __getitem__(self, index: Any) -> Places:
         """Index all tensors, as in `places[..., None]`."""
-        document = None if self.document is None else self.document[index]
-        return Places(self.block[index], self.noised[index], document)
+        return self.apply(lambda values: values[index])
 
 
 def may_attend(query: Places, key: Places) -> Tensor:

@@ -298,7 +298,10 @@ def _draw(
     drawn, scores = [], []
     for h, keys, at in zip(*(x.split(_DRAW_ROWS) for x in (h_ND, keys_N, rows)), strict=True):
         logits_NV = without(view.logits(h), settings.never_ids)
-        uniform_NV = keyed_uniform(draws.seed, "token", step.index, keys, logits_NV.shape[1])
+        # At temperature 0 nothing is drawn but whether to reveal.
+        needed = step.reveal_B is not None or shape["temperature"] > 0
+        width = logits_NV.shape[1] if needed else 0
+        uniform_NV = keyed_uniform(draws.seed, "token", step.index, keys, width)
         if step.reveal_B is not None:
             drawn.append(draw_tokens_or_mask(logits_NV, uniform_NV, step.reveal_B[at], view.mask_id, **shape))
         else:

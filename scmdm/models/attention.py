@@ -146,8 +146,7 @@ def masks_of_window(window: Window, block_length: int | None, packing: Packing |
         return Masks((window.cut(documents_BL)[:, :, None] == documents_BL[:, None, : window.end])[:, None])
     places_RL = places_of(window.cache.length, block_length, packing, device)
     rows = len(window.start_B)
-    expanded = Places(*(None if x is None else x.expand(rows, -1) for x in vars(places_RL).values()))
-    own = Places(*(None if x is None else window.cut(x) for x in vars(expanded).values()))
+    own = places_RL.apply(lambda values_RL: window.cut(values_RL.expand(rows, -1)))
     return Masks(dense_mask(own, places_RL[:, : window.end]))
 
 

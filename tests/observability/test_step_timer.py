@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
+from scmdm.diffusion.blocks import both_copies, dense_mask, places_of
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.models.dit import DiT, DiTConfig
@@ -48,6 +49,16 @@ def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
     config = DiTConfig(width=512, layers=24, heads=8, self_conditioned=True)
     flops = step_flops(config, 34, 128, LogLinear(), passes=1)
     assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 99])
+def test_a_model_of_blocks_has_twice_the_products_and_the_pairs_of_its_mask(size):
+    config = DiTConfig(width=64, layers=2, heads=2)
+    plain, blocks = (step_flops(config, 34, 16, LogLinear(), passes=0, block_length=own) for own in (None, size))
+    places = both_copies(places_of(16, size, None, torch.device("cpu")))
+    pairs = int(dense_mask(places, places).sum()) - 16**2
+    more = config.layers * (2 * config.block_matrix_elements() * 16 + 4 * pairs * config.attention_width)
+    assert blocks.forward - plain.forward == pytest.approx(more)
 
 
 def test_utilization_by_hand():
