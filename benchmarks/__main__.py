@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from benchmarks import (
     attention,
@@ -24,7 +25,7 @@ from benchmarks import (
     trajectory,
 )
 
-PARTS = {
+PARTS: dict[str, Callable[[], object]] = {
     "step": step.main,
     "small": step.small,
     "billion": step.billion,

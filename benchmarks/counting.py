@@ -100,7 +100,7 @@ class OpenedTensorFiles:
             return safe_open(filename, *args, **options)
 
         tensor_files.read_header = reading
-        safetensors.safe_open = opening
+        safetensors.safe_open = opening  # type: ignore[misc, assignment]
 
 
 class ValidatedSequences:

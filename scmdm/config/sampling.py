@@ -209,8 +209,13 @@ class SamplerConfig:
             del settings[name]  # not of the reverse process
         never = end_ids[:1] if self.logits_eos_inf else ()
         late = end_ids if self.confidence_eos_eot_inf else ()
-        of_model = {"model_of_blocks": block_length is not None, "logit_shift": logit_shift}
-        return SamplerSettings(**settings, never_ids=never, late_ids=late, **of_model)
+        return SamplerSettings(
+            **settings,
+            never_ids=never,
+            late_ids=late,
+            model_of_blocks=block_length is not None,
+            logit_shift=logit_shift,
+        )
 
     @property
     def adaptive(self) -> bool:

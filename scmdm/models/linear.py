@@ -27,7 +27,8 @@ class Linear(nn.Linear):
 
         A gate (O,) is multiplied into weight and bias, which have fewer elements than the result.
         """
-        weight_OI, bias_O = self.weight, self.bias
+        weight_OI: Tensor = self.weight
+        bias_O: Tensor | None = self.bias
         if gate_O is not None:
             weight_OI, bias_O = gate_O[:, None] * weight_OI, None if bias_O is None else gate_O * bias_O
         return F.linear(x, weight_OI, bias_O) if self.fp8 is None else linear_fp8(x, weight_OI, bias_O, self.fp8)

@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -329,27 +329,28 @@ def _files(directory: Path) -> list[Path]:
 class _Attempt(Generic[T]):
     """What a rank has read, or why it could not."""
 
-    value: T
+    value: T | None
     problem: str | None = None
 
 
-def _attempt(read: Callable[[], T]) -> _Attempt[T | None]:
+def _attempt(read: Callable[[], T]) -> _Attempt[T]:
     try:
         return _Attempt(read())
     except UserError as error:
         return _Attempt(None, str(error))
 
 
-def _result(attempt: _Attempt[T | None]) -> T:
+def _result(attempt: _Attempt[T]) -> T:
     """Return what was read. Raises UserError if there was a problem."""
     if attempt.problem is not None:
         raise UserError(attempt.problem)
-    return attempt.value  # type: ignore[return-value]
+    return cast(T, attempt.value)
 
 
 def _from_rank_0(read: Callable[[], T]) -> T:
     """Return on every rank what rank 0 reads; all raise its UserError."""
-    return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else _Attempt(None)))
+    unread: _Attempt[T] = _Attempt(None)
+    return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else unread))
 
 
 def _shards(headers: Mapping[Path, Header]) -> _Shards:
