@@ -97,7 +97,7 @@ class Network(nn.Module):
         if state.clean_BL is not None:  # two copies, whose positions are the same
             x_BLD = torch.cat([x_BLD, self._embed_state(State(state.clean_BL, state.t_B))], dim=1)
             rotary = torch.cat([rotary, rotary], dim=-3)
-        x_BLD = x_BLD.to(self._residual_dtype(x_BLD.device))
+        x_BLD = self._residual_stream(x_BLD)
         train_dropout, masks = dropout and self.training, self._masks(state)
         h_BLD = self._run_trunk(self, x_BLD, rotary, condition, train_dropout, masks, state.window)
         clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
@@ -160,11 +160,12 @@ class Network(nn.Module):
         h_BLD: Tensor = self.output_layer(x_BLD, *condition)
         return h_BLD
 
-    def _residual_dtype(self, device: torch.device) -> torch.dtype:
-        """Return the dtype of the residual stream between blocks; norms compute in float32 either way."""
-        if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device.type):
-            return torch.float32
-        return torch.get_autocast_dtype(device.type)
+    def _residual_stream(self, x_BLD: Tensor) -> Tensor:
+        """Cast the input of the first block to the residual stream's dtype; norms compute in float32 either way."""
+        device = x_BLD.device.type
+        if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device):
+            return x_BLD
+        return x_BLD.to(torch.get_autocast_dtype(device))
 
     def _embed_state(self, state: State) -> Tensor:
         """Return the input (B, L, D) of the first block, in float32 for any dtype of the weights."""

@@ -60,6 +60,7 @@ def test_changing_lengths_are_one_more_graph(traced):
 def test_what_cannot_be_one_graph_is_refused():
     config = RunConfig(model=dataclasses.replace(DIT, compile="trunk"))
     assert resolve_engine(config, ONE).engine == "single"
+    config.train.micro_batch_size = config.train.global_batch_size // 2
     with pytest.raises(UserError, match=r"model\.compile=trunk .* engine=fsdp2"):
         resolve_engine(config, TWO)
     config.model = dataclasses.replace(DIT, compile="block", activation_checkpointing="selective")

@@ -139,7 +139,8 @@ def test_kernels_of_documents_agree_in_a_batch(kv_heads):
     packing = make_packing(torch.tensor([[3, 3, 4, 4], [4, 5, 5, 5], [0, 0, 0, 0]]))
     expected = attend(q, k, v, "sdpa", packing.allowed_B1LL)
     for backend in ("varlen", "flash"):
-        torch.testing.assert_close(attend(q, k, v, backend, *masks_of(packing, backend)), expected)
+        masks = masks_of(packing, backend)
+        torch.testing.assert_close(attend(q, k, v, backend, masks.allowed, masks.bounds_C), expected)
 
 
 def test_a_kernel_that_cannot_run_is_refused():
