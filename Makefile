@@ -7,7 +7,7 @@ QUICKSTART := $(VENV)/bin/scmdm study configs/qm9/quickstart.yaml $(if $(FROM_SC
 # An interpreter that has the packages already, as on a GPU machine that is lent by the minute; else .venv.
 GPU_PYTHON ?= $(VENV)/bin/python
 
-.PHONY: install quickstart test test-all lint format docs bench gpu
+.PHONY: install quickstart demo test test-all lint format docs bench gpu
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 # FROM_SCRATCH=1 trains the base first (about an hour more); ARGS='key=value ...' changes the study.
 quickstart: $(STAMP)
 	$(QUICKSTART)
+
+# The page at http://localhost:7860 shows one sample of a base and of its adaptation, step by step.
+demo: $(STAMP)
+	$(VENV)/bin/scmdm demo configs/qm9/long-scmdm --base configs/qm9/long-base
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
