@@ -49,13 +49,13 @@ def _description(stored: StoredModel) -> str:
     ]
     if (size := spec.diffusion.block_length) is not None:
         lines.append(
-            f"- blocks of {size} tokens, generated from left to right: attention must hide later blocks, which "
-            "programs for models without blocks do not do"
+            f"- blocks of {size} tokens, generated from left to right: attention must hide later blocks, which\n"
+            "  programs for models without blocks do not do"
         )
     if spec.model.self_conditioned:
         lines.append(
-            "- self-conditioned (SCMDM, arXiv 2604.26985): a conditioner feeds each prediction of the clean sequence "
-            f"to the next denoising step ({spec.model.conditioner}); without it the weights are a plain model"
+            "- self-conditioned (SCMDM, arXiv 2604.26985): a conditioner feeds each prediction of the clean sequence\n"
+            f"  to the next denoising step ({spec.model.conditioner}); without it the weights are a plain model"
         )
     return "\n".join(lines)
 
