@@ -49,11 +49,19 @@ class CacheDeviation:
 class CachedWindows:
     """Windows of the sequences of a batch, step by step; without a cache, only their cost is counted.
 
-    `predictions` is 2 with guidance, whose predictions have keys and values of their own.
+    `predictions` is 2 with guidance, whose predictions have keys and values of their own. `lengths_B` are the tokens of
+    each sequence without padding, which is not counted: the cost of a sample does not depend on its batch.
     """
 
     def __init__(
-        self, settings: SamplerSettings, predictions: int, rows: int, length: int, *, device: torch.device
+        self,
+        settings: SamplerSettings,
+        predictions: int,
+        rows: int,
+        length: int,
+        *,
+        device: torch.device,
+        lengths_B: Tensor | None = None,
     ) -> None:
         self._kind, self._every = settings.cache, settings.cache_check
         self._before = 1 if settings.logit_shift else 0  # positions that are evaluated again, to predict the first
@@ -61,7 +69,9 @@ class CachedWindows:
         self._cache = KeyValueCache(predictions * rows, length)
         # "blocks": the number of positions in the cache; otherwise the block for which whole sequences were evaluated.
         self._done_B = torch.full((rows,), 0 if settings.cache == "blocks" else -1, device=device)
-        self.positions_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        whole_B = torch.full((rows,), length, dtype=torch.int64, device=device)
+        self._lengths_B = whole_B if lengths_B is None else lengths_B.to(device)
+        self.positions_B = torch.zeros_like(whole_B)
         self.deviation = CacheDeviation()
 
     @property
@@ -71,11 +81,13 @@ class CachedWindows:
 
     def count_all(self) -> None:
         """Count an evaluation of all sequences."""
-        self.positions_B += self._predictions * self._length
+        self.positions_B += self._predictions * self._lengths_B
 
-    def count(self, rows: Tensor, width: int) -> None:
-        """Count an evaluation of `width` positions of some sequences."""
-        self.positions_B[rows] += self._predictions * width
+    def count(self, rows: Tensor, width: int, start_B: Tensor | None = None) -> None:
+        """Count an evaluation of `width` positions of some sequences, from `start_B` or from the first."""
+        first_B = torch.zeros_like(rows) if start_B is None else start_B
+        end_B = torch.minimum(first_B + width, self._lengths_B[rows])
+        self.positions_B[rows] += self._predictions * (end_B - first_B).clamp(min=0)
 
     def of(self, step: Step, rows: Tensor) -> Iterator[tuple[Tensor, Window]]:
         """Yield the windows of a step, each with its sequences among `rows`: those of one width together."""
@@ -94,7 +106,7 @@ class CachedWindows:
         for width in width_B.unique().tolist():
             chosen_B = width_B == width
             own_rows, own_start = rows[chosen_B], start_B[chosen_B]
-            self.count(own_rows, width)
+            self.count(own_rows, width, own_start)
             yield own_rows, self._window(own_rows, own_start, first_B[chosen_B], width)
             self._done_B[own_rows] = first_B[chosen_B]
 

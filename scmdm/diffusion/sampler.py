@@ -55,7 +55,8 @@ class Samples:
 
     A step is one evaluation, guided two. Evaluations include those that were skipped because nothing would have used
     their result, but not those of steps that concern other sequences of the batch alone. Positions are those that the
-    denoiser has computed: the length for each evaluation that was not skipped, with a cache its window.
+    denoiser has computed: its length, or with a cache its window, for each evaluation that was not skipped; padding is
+    not counted.
     """
 
     tokens: Tensor
@@ -111,7 +112,7 @@ def sample(
     evaluations_B = torch.zeros_like(ids_B)
     view = _view(denoiser, given_BL, labels_B, lengths_B, settings, mask_id)
     draws = _Draws(settings, seed, given_BL.shape[1] if lengths_B is None else _LONGEST)
-    windows = CachedWindows(settings, view.evaluations, *given_BL.shape, device=given_BL.device)
+    windows = CachedWindows(settings, view.evaluations, *given_BL.shape, device=given_BL.device, lengths_B=lengths_B)
     problem = Problem(lambda: z_BL, given_BL, ids_B, schedule, mask_id, seed, lengths_B)
     last: Step | None = None
     for step in make_plan(problem, settings):

@@ -126,7 +126,6 @@ def _fasta_head(number, row):
         (["out={tmp}/a.docx"], "a name that ends in one of .jsonl"),
         (["sampler.block_length=2", "sampler.steps=3"], "has 12 blocks"),
         (["sampler.kind=entropy", "sampler.remask=cap"], "sampler.remask='cap' is not possible"),
-        (["sampler.kind=first_hitting", "sampler.block_length=2"], "null with kind=first_hitting"),
         (["sampler.top_k=0"], "sampler.top_k=0 is not possible"),
     ],
 )
