@@ -93,6 +93,7 @@ def test_machines_download_their_share(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_adaptation_is_divided_over_real_ranks(adapted):
     assert_allowed(scale.COUNTED, adapted)
     assert adapted[1]["validated sequences"] == 2 * scale._VALIDATED

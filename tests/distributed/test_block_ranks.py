@@ -24,7 +24,7 @@ def alone(tmp_path_factory, adapt):
     return run
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_split_does_not_matter(processes, alone, adapt, tmp_path):
     status, output = launch(processes, *adapt(tmp_path / "run", "train.micro_batch_size=8", *KEYS), timeout=600)
     assert status == 0, output
@@ -32,6 +32,7 @@ def test_the_split_does_not_matter(processes, alone, adapt, tmp_path):
     assert nelbos(tmp_path / "run") == pytest.approx(nelbos(alone), rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_number_of_ranks_may_change_at_every_restart(alone, adapt, tmp_path):
     for processes, steps in ((0, 6), (2, 9), (4, 15), (0, STEPS)):
         keys = ["train.micro_batch_size=16", f"train.steps={steps}", *KEYS]

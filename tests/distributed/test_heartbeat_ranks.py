@@ -60,6 +60,7 @@ def wait_for(path, processes):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_waited_for_beyond_every_limit(base, molecules, tmp_path):
     """It computes for three times as long as a collective may take, and longer than a rank may be silent."""
     with evaluation(2, 1, 15, base, molecules, tmp_path) as processes:
@@ -69,7 +70,12 @@ def test_a_slow_rank_is_waited_for_beyond_every_limit(base, molecules, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("lost", "by"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (0, signal.SIGSTOP)], ids=["kill1", "kill0", "stop0"]
+    ("lost", "by"),
+    [
+        pytest.param(1, signal.SIGKILL, id="kill1"),
+        pytest.param(0, signal.SIGKILL, id="kill0", marks=pytest.mark.long),
+        pytest.param(0, signal.SIGSTOP, id="stop0", marks=pytest.mark.long),
+    ],
 )
 def test_a_dead_rank_ends_the_others_which_name_it(base, molecules, tmp_path, lost, by):
     """Rank 0 serves the store: without it, or while it is stopped, nothing answers."""

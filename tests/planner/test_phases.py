@@ -157,7 +157,9 @@ def test_a_configuration_fits_the_hardware_that_it_names(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.long if path.stem not in ("170m", "8b") else ()) for path in SCALE]
+)
 def test_a_configuration_is_what_a_plan_proposes(path):
     options = named_hardware(path)
     length, vocab = int(options["length"]), int(options["vocab"])

@@ -76,6 +76,7 @@ def autoregressive_model(texts, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_makes_a_diffusion_model_of_an_autoregressive_one(tmp_path):
     """The shipped recipe at the size of this model: the loss falls, below that of a model that is not pretrained."""
     texts = list(dict.fromkeys(sentences(3000)))
