@@ -113,6 +113,7 @@ def test_from_scratch_trains_the_base_first(study):
     assert len(measured(out)) == 3 * 5 + 4
 
 
+@pytest.mark.long
 def test_arms_from_scratch_and_arms_that_only_sample(study):
     """`only` trains what it needs; an arm from scratch sees what base and adaptation have seen, one that samples trains
     nothing."""

@@ -223,6 +223,7 @@ def ids_of_ranks(processes, sets, count, state=None):
     return [json.loads(line) for line in output.stdout.splitlines() if line.startswith("[[")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_global_batches_do_not_depend_on_the_ranks_also_at_the_end_of_an_epoch(tmp_path):
     """143 samples are one batch of 72; 2 ranks could make a second one of 71 samples and a repeated one, 3 as well."""

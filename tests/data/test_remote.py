@@ -256,6 +256,7 @@ def test_prepare_uploads(s3, tmp_path, capsys):
     assert "is up to date" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_fill_one_cache_and_take_the_same_steps(local, remote, tmp_path, empty_yaml):
     keys = ["train.micro_batch_size=32", "threads=1"]

@@ -11,6 +11,7 @@ from tests.distributed.launching import launch
 from tests.distributed.parity import STEPS, assert_same
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("padding", "policy", "loss_per"),

@@ -71,6 +71,7 @@ def kill_all(process):
     process.communicate()
 
 
+@pytest.mark.long
 def test_killed_sampling_goes_on_with_another_number_of_ranks(exported, tmp_path, monkeypatch):
     keys = ["device=cpu", "precision=float32", "num=60", "batch_size=2", "sampler.steps=32"]
     out = tmp_path / "out.jsonl"

@@ -13,7 +13,7 @@ def row(run):
     return found
 
 
-@pytest.mark.parametrize("padding", ["length", "batch"])
+@pytest.mark.parametrize("padding", [pytest.param("length", marks=pytest.mark.long), "batch"])
 def test_ranks_and_engines_find_one_nelbo(adapt, tmp_path, padding):
     """37 sequences: not divisible by any of the splits. The learning rate is small, for weights that stay the same."""
     keys = [

@@ -306,6 +306,7 @@ def test_progress_is_shown_of_long_work_alone(monkeypatch, capsys):
     assert "molecules described: 2 of 4\n" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path, monkeypatch, filters):
     """Not a bit, ChemNet's rounding neither."""

@@ -94,6 +94,7 @@ def test_a_signal_saves_and_the_next_launch_continues(local, tmp_path, undisturb
     assert len({path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")}) == 1
 
 
+@pytest.mark.long
 def test_a_signal_during_start_up_is_not_lost(local, tmp_path):
     process = local()
     ranks = []
@@ -107,6 +108,7 @@ def test_a_signal_during_start_up_is_not_lost(local, tmp_path):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_is_reported_and_the_next_attempt_continues(local, tmp_path, undisturbed):
     process = local(options=("--attempts", "2"))
     wait_for_step(process, tmp_path / "run", 12)
