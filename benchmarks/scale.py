@@ -211,7 +211,7 @@ def count_zero(root: Path, base: Path, ranks: int) -> dict[str, float]:
 
 
 def count_evaluation(root: Path, ranks: int) -> dict[str, float]:
-    """Evaluate what so many ranks have adapted, with weights that all ranks share."""
+    """Evaluate a model that this number of ranks has adapted; the ranks share its weights."""
     place = root / f"evaluation-{ranks}"
     keys = [f"out={place / 'result.json'}", f"shards={ranks}", "domain=text", "split=validation", "device=cpu"]
     sizes = [f"num={_VALIDATED}", f"nelbo_samples={_VALIDATED}", "nelbo_draws=1", "sampler.steps=4", "batch_size=8"]

@@ -106,7 +106,7 @@ def test_an_adaptation_is_divided_over_real_ranks(adapted):
 @pytest.mark.slow
 @pytest.mark.long
 def test_an_evaluation_is_divided_over_real_ranks(small_base, adapted):
-    """Of a checkpoint that as many ranks have written, each a file: nobody opens all of them."""
+    """The checkpoint has one file of each rank; no rank opens all files."""
     found = {ranks: scale.count_evaluation(small_base[0], ranks) for ranks in adapted}
     assert_allowed(scale.EVALUATED, found)
     for ranks, counted in found.items():

@@ -160,7 +160,7 @@ def test_a_shard_that_goes_bad_while_reading_is_named(molecules, tmp_path):
 
 
 def test_names_of_other_runs_are_not_taken(molecules):
-    """Of two numbers some names each: streaming's own search takes the second, of which `locals` is in use."""
+    """Two numbers are partly in use. Streaming's own search takes the second, whose name `locals` is in use."""
     free = next(n for n in itertools.count() if not list(Path("/dev/shm").glob(f"{n:06}_*")))
     remains = [Path(f"/dev/shm/{free:06}_barrier"), Path(f"/dev/shm/{free + 1:06}_locals")]
     try:
