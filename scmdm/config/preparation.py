@@ -29,6 +29,7 @@ SOURCES = Registry(
         "genomes": "data_prep.genomes:GenomeSource",
         "proteins": "data_prep.proteins:ProteinSource",
         "cifar10": "data_prep.images:Cifar10Source",
+        "idx": "data_prep.idx_images:IdxSource",
         "images": "data_prep.images:ImageSource",
         "digits": "data_prep.images:DigitSource",
         "codes": "data_prep.codes:CodeSource",
