@@ -63,6 +63,7 @@ class State:
     clean_BL: Tensor | None = None  # int64, clean copy of the sequences, for a model of blocks (`diffusion.blocks`)
     window: Window | None = None  # the tokens are a part of longer sequences, of which the rest is in a cache
     visible_LL: Tensor | None = None  # bool, pairs of a query and a key that it sees, besides `packing`; None: all
+    lower_BLD: Tensor | None = None  # result of `Denoiser.lower` for this state, with both copies; None: not computed
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:
