@@ -21,8 +21,10 @@ from scmdm.models.initialization import init_weights
 from scmdm.models.lora import add_adapters, freeze
 from scmdm.models.model_files import spec_of
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
+from scmdm.planner.activation_memory import LiveBytes
 from scmdm.system.process_group import World
 from scmdm.training.setup import compile_model, resolve_engine
+from tests.planner.measuring import engine_of, loss_of, masked_batch, run_config
 
 VOCAB, MASK, LENGTH, LAYERS, INJECTED = 12, 11, 12, 4, 3
 DIT = {"kind": "dit", "condition_width": 8}
@@ -246,6 +248,22 @@ def test_an_evaluation_of_a_sampler_runs_every_block_once():
         for _ in range(4):
             assert torch.equal(replayed.hidden(seen), whole)
         assert len(replayed.recorded) == 1
+
+
+@pytest.mark.parametrize("inject_layer", [0, 3])
+def test_an_adaptation_step_needs_no_more_memory_than_a_plain_one(inject_layer):
+    """Peak bytes of both passes and the backward pass, gradients included; within 2 %."""
+    peaks = []
+    for rate in (0.0, 1.0):
+        keys = {"width": 64, "layers": 6, "inject_layer": inject_layer if rate else 0}
+        config = run_config(rate=rate, micro=16, **keys)
+        engine = engine_of(config, 600, 64)
+        engine.model.train()
+        batch = masked_batch(16, 64, 600)
+        with LiveBytes([*engine.model.parameters(), *engine.model.buffers()]) as bytes_:
+            engine.backward(loss_of(engine, config, batch), last=True)
+        peaks.append(bytes_.peak)
+    assert peaks[1] <= 1.02 * peaks[0]
 
 
 @pytest.mark.slow
