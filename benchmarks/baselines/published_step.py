@@ -114,11 +114,11 @@ def loss_of(model: PublishedDiT, x_BL: Tensor, z_BL: Tensor, t_B: Tensor, mask_i
 
 
 def make_published_step(
-    config: DiTConfig, vocab_size: int, x_BL: Tensor, *, decay: float = 0.9999
+    config: DiTConfig, vocab_size: int, x_BL: Tensor, *, lr: float = 3e-4, decay: float = 0.9999
 ) -> Callable[[], float]:
     """Return a function that runs one step on the sequences (B, L), whose last id of the vocabulary is the mask."""
     model, mask_id = PublishedDiT(config, vocab_size).train(), vocab_size - 1
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     averages, valid_BL = [parameter.detach().clone() for parameter in model.parameters()], torch.ones(x_BL.shape)
     metric, updates = torch.zeros(2, dtype=torch.float64), itertools.count(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import Schedule, loss_weight
-from scmdm.diffusion.state import State
+from scmdm.diffusion.state import ResidualStream, State
 
 
 class Denoiser(Protocol):
@@ -24,7 +24,7 @@ class Denoiser(Protocol):
     """
 
     def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
-        """Return the residual stream (B, L, D) before the block at which the estimate enters, for `State.lower_BLD`.
+        """Return the residual stream (B, L, D) before the block at which the estimate enters, for `State.lower`.
 
         It does not depend on the estimate, so that all passes on one state share it. None if the estimate enters at the
         input, or if the denoiser shares nothing.
@@ -74,13 +74,19 @@ def clean_state_estimate(
     With `stop_gradient` the passes run without gradients; otherwise the gradient of the loss flows through all of them.
     """
     estimate = None
-    if stop_gradient and state.lower_BLD is not None:
-        state = replace(state, lower_BLD=state.lower_BLD.detach())
+    if stop_gradient and state.lower is not None:
+        state = replace(state, lower=state.lower.detach())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
             estimate = denoiser.estimate(replace(state, estimate_BLD=estimate), dropout=dropout)
     assert estimate is not None
     return estimate
+
+
+def with_lower(denoiser: Denoiser, state: State, *, dropout: bool = False) -> State:
+    """Return the state with the result of `Denoiser.lower`, if the denoiser shares it between passes."""
+    lower_BLD = denoiser.lower(state, dropout=dropout)
+    return state if lower_BLD is None else replace(state, lower=ResidualStream(lower_BLD))
 
 
 def self_conditioned_nelbo(
@@ -106,7 +112,7 @@ def self_conditioned_nelbo(
         first = replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)
         if share_lower:
             assert batch.same_state
-            first = state = replace(state, lower_BLD=denoiser.lower(state, dropout=True))
+            first = state = with_lower(denoiser, state, dropout=True)
         options = {"passes": passes, "dropout": estimate_dropout, "stop_gradient": stop_gradient}
         # Without a name, so that the unmasked estimate is freed before the second pass.
         estimate = torch.where(batch.conditioned[:, None, None], clean_state_estimate(denoiser, first, **options), 0)

@@ -106,7 +106,7 @@ class Network(nn.Module):
         `dropout` applies dropout in training mode only.
         """
         inputs, length = self._block_inputs(state, dropout), state.z_BL.shape[1]
-        x_BLD = self._before_estimate(state, inputs) if state.lower_BLD is None else state.lower_BLD
+        x_BLD = self._before_estimate(state, inputs) if state.lower is None else state.lower.x_BLD
         x_BLD = self._residual_stream(self._add_estimate(x_BLD, state))
         h_BLD = self._run_upper(self, x_BLD, inputs)
         clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None

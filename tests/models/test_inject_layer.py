@@ -190,7 +190,7 @@ def test_both_passes_share_the_dropout_of_the_lower_blocks():
         method = getattr(model, name)
 
         def noted(state, *args, method=method, **options):
-            lower.append(state.lower_BLD)
+            lower.append(state.lower.x_BLD)
             return method(state, *args, **options)
 
         setattr(model, name, noted)
