@@ -1,8 +1,8 @@
 """The output head on a CPU, tiled along positions and along the vocabulary.
 
-A tile of logits is transformed in place while it is in the second-level cache, and all chunks use one buffer, because
-new memory costs a page fault per 4 KiB. The softmax is accumulated over the tiles of the
-vocabulary as in FlashAttention (arXiv 2205.14135).
+A tile of logits is transformed in place while it is in the cache, and all chunks use one buffer, because new memory
+costs a page fault for every 4 KiB. The softmax is accumulated over the tiles of the vocabulary as in FlashAttention
+(arXiv 2205.14135).
 
 Legend: N masked positions, D width, V vocabulary (with the mask), C positions of a chunk, T tokens of a tile.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scmdm.ops.top_k import chunked_top_k_embedding
 
-_TILE = 1024  # tokens
+_TILE = 4096  # tokens
 _CHUNK = 1 << 24  # logits of a chunk: 64 MiB in float32
 
 
