@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[[], object]] = {
     "step": step.main,
     "small": step.small,
     "billion": step.billion,
+    "published": step.published,
     "memory": memory.main,
     "head": step.head,
     "attention": attention.main,

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.dense import DenseDenoiser
-from benchmarks.timing import Timing, interleave, show
+from benchmarks.baselines.published_step import make_published_step
+from benchmarks.timing import Timing, interleave, ratios, show, show_figures
 from scmdm.config.run import RunConfig
+from scmdm.config.training import EmaConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
+from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import Engine, resolve_device, resolve_precision
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import peak_flops, step_flops
@@ -50,6 +53,8 @@ _SMALL = DiTConfig(width=768, layers=12, heads=12, condition_width=128)
 SMALL = Shape("MDLM small (170M, V = 50,258, L = 256, B = 1)", _SMALL, 50_258, 256, 1)
 _TOP_K = 16
 _VANILLA, _ADAPTATION = "vanilla step (rate 0)", "adaptation step (rate 1)"
+_PUBLISHED = "MDLM's published step"
+_HALF = "adaptation step, inject_layer at half depth"
 # As in configs/text/owt-base.yaml on 8 GPUs, but without dropout.
 _COMPILED = DiTConfig(compile="block", condition_width=128)
 SMALL_GPU = Shape(
@@ -98,10 +103,41 @@ def _compare(shape: Shape, rounds: int) -> None:
     steps: dict[str, Callable[[], object]] = {
         _VANILLA: make_engine_step(shape, rate=0.0)[1],
         _ADAPTATION: make_engine_step(shape, rate=1.0)[1],
+        _HALF: make_engine_step(shape, rate=1.0, inject_layer=shape.model.layers // 2)[1],
         f"adaptation step, top-{_TOP_K} estimate": make_engine_step(shape, rate=1.0, top_k=_TOP_K)[1],
         "dense vanilla step": dense_step,
     }
     show(f"step: {shape.name}", interleave(steps, rounds=rounds), _VANILLA)
+
+
+def published() -> None:
+    """Print a step with the work of MDLM's published code over ours, in float32, each with averaged weights."""
+    shape, layers, rounds = TEXT, TEXT.model.layers, 7
+    tokens = torch.randint(0, shape.vocab - 1, (shape.batch, shape.length))
+    steps: dict[str, Callable[[], object]] = {
+        _VANILLA: _averaged_step(shape, rate=0.0),
+        _ADAPTATION: _averaged_step(shape, rate=1.0),
+        _HALF: _averaged_step(shape, rate=1.0, inject_layer=layers // 2),
+        _PUBLISHED: make_published_step(shape.model, shape.vocab, tokens),
+    }
+    timings = interleave(steps, rounds=rounds)
+    show(f"published step: {shape.name}, float32", timings, _VANILLA)
+    found = {
+        name: [1 / ratio for ratio in ratios(timings, _PUBLISHED)[name]] for name in (_VANILLA, _ADAPTATION, _HALF)
+    }
+    texts = {name: f"{statistics.median(values):.2f}" for name, values in found.items()}
+    show_figures(f"published step over ours: {shape.name}, float32", texts, found)
+
+
+def _averaged_step(shape: Shape, *, rate: float, inject_layer: int = 0) -> Callable[[], object]:
+    engine, step = make_engine_step(shape, rate=rate, inject_layer=inject_layer, precision="float32")
+    ema = Ema(engine, EmaConfig())
+
+    def averaged() -> None:
+        step()
+        ema.update(engine)
+
+    return averaged
 
 
 def _compare_alone(shape: Shape) -> None:
@@ -155,7 +191,14 @@ def _liger(shape: Shape) -> Callable[[], object]:
 
 
 def make_engine_step(
-    shape: Shape, *, rate: float, engine: str = "single", top_k: int | None = None, ranks: int = 1
+    shape: Shape,
+    *,
+    rate: float,
+    engine: str = "single",
+    top_k: int | None = None,
+    ranks: int = 1,
+    inject_layer: int = 0,
+    precision: str = "auto",
 ) -> tuple[Engine, Callable[[], object]]:
     """Return an engine, and a function that runs one optimizer step on random tokens, `shape.batch` on each rank."""
     device = resolve_device("auto")
@@ -163,10 +206,12 @@ def make_engine_step(
     config.train.global_batch_size = shape.batch * ranks
     config.train.micro_batch_size = shape.micro or shape.batch
     config.self_conditioning.rate = rate
-    model_config = replace(shape.model, self_conditioned=rate > 0, estimate_top_k=top_k)
+    model_config = replace(
+        shape.model, self_conditioned=rate > 0, estimate_top_k=top_k, inject_layer=inject_layer if rate > 0 else 0
+    )
     config.engine, config.model = engine, model_config
     spec = ModelSpec(model_config, config.diffusion, shape.vocab, shape.vocab - 1, shape.length)
-    built = build_engine(config, spec, None, device, resolve_precision("auto", device))
+    built = build_engine(config, spec, None, device, resolve_precision(precision, device))
     built.model.train()
     set_lr(built.optimizer, 1.0)
     tokens = torch.randint(0, shape.vocab - 1, (shape.batch, shape.length), device=device)

@@ -36,6 +36,9 @@ class DenseDenoiser:
         given_BLV = torch.full_like(log_p_BLV, -torch.inf).scatter_(2, z_BL[..., None], 0.0)
         return torch.where((z_BL == model.mask_id)[..., None], log_p_BLV, given_BLV)
 
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        return self._model.lower(state, dropout=dropout)
+
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         return self.embed(self.log_probabilities(state, dropout=dropout).exp())
 

@@ -52,7 +52,16 @@ class ModelConfig:
         "projection",
         choices=("projection", "norm", "mlp"),
         on_adapt=OnAdapt.CONDITIONER,
-        help="how the estimate is mapped before it is added to the embedding",
+        help="how the estimate is mapped before it is added to the residual stream",
+    )
+    inject_layer: int = key(
+        0,
+        at_least=0,
+        at_most=1023,
+        on_adapt=OnAdapt.CONDITIONER,
+        help="block before which the mapped estimate is added to the residual stream, counted from 0; 0: to the "
+        "embedding. Training runs the blocks below it once for both passes, unless these differ in state "
+        "(self_conditioning.estimate_from=noisier_state) or in dropout (estimate_dropout=false): then twice",
     )
     inject_at: str = key(
         "all", choices=("all", "masked"), on_adapt=OnAdapt.CONDITIONER, help="positions at which the estimate is added"

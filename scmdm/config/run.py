@@ -87,6 +87,13 @@ class RunConfig:
         return 0 if self.model.lora_rank else self.train.last_layers
 
     @property
+    def shared_layers(self) -> int:
+        """Number of first blocks that run once for both passes: the passes see the same state, with equal dropout."""
+        own = self.self_conditioning
+        equal = own.estimate_from == "same_state" and (own.estimate_dropout or not self.model.dropout)
+        return self.model.inject_layer if own.rate > 0 and equal else 0
+
+    @property
     def _partial_key(self) -> str:
         """Key that restricts training to a part of the weights."""
         return "model.lora_rank" if self.model.lora_rank else "train.last_layers"

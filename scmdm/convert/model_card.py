@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from scmdm.config.conversion import ExportConfig
+from scmdm.config.model import ModelConfig
 from scmdm.config.stored import read_stored_config
 from scmdm.convert.layout import PublishedLayout
 from scmdm.models.model_files import StoredModel
@@ -55,9 +56,13 @@ def _description(stored: StoredModel) -> str:
     if spec.model.self_conditioned:
         lines.append(
             "- self-conditioned (SCMDM, arXiv 2604.26985): a conditioner feeds each prediction of the clean sequence\n"
-            f"  to the next denoising step ({spec.model.conditioner}); without it the weights are a plain model"
+            f"  to the next denoising step ({_way_in(spec.model)}); without it the weights are a plain model"
         )
     return "\n".join(lines)
+
+
+def _way_in(model: ModelConfig) -> str:
+    return model.conditioner + (f", before block {model.inject_layer}" if model.inject_layer else "")
 
 
 def _loading(stored: StoredModel, config: ExportConfig, layout: PublishedLayout | None) -> str:

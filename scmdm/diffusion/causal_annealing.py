@@ -45,6 +45,10 @@ class CausalDenoiser:
     denoiser: Denoiser
     visible_LL: Tensor
 
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        """See `Denoiser.lower`."""
+        return self.denoiser.lower(self._masked(state), dropout=dropout)
+
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
         return self.denoiser.estimate(self._masked(state), dropout=dropout)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from scmdm.diffusion.guidance import Guided, SamplingDenoiser
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.diffusion.objective import Denoiser
+from scmdm.diffusion.objective import Denoiser, with_lower
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import certainty, most_certain
@@ -116,9 +116,10 @@ def masked_nll(
         view = Guided(denoiser, mask_id, None, guidance, prompt_BL)
         assert not model_of_blocks
         return _guided_nll(view, z_BL, t_B, x_BL, weight_BL, condition=condition)
-    clean_BL = x_BL if model_of_blocks else None
-    estimate = denoiser.estimate(State(z_BL, t_B, clean_BL=clean_BL)) if condition else None
-    state = State(z_BL, t_B, estimate, clean_BL=clean_BL)
+    state = State(z_BL, t_B, clean_BL=x_BL if model_of_blocks else None)
+    if condition:
+        state = with_lower(denoiser, state)
+        state = replace(state, estimate_BLD=denoiser.estimate(state))
     _, nll_BL = denoiser.weighted_nll(state, x_BL, weight_BL.float())
     return (nll_BL.double() * weight_BL).sum(1)
 

@@ -77,7 +77,9 @@ def nelbo_terms(
                 block_length=block_length,
                 t_min=t_min,
             )
-            output = self_conditioned_nelbo(denoiser, noised, schedule, condition=condition, passes=passes)
+            output = self_conditioned_nelbo(
+                denoiser, noised, schedule, condition=condition, passes=passes, share_lower=True
+            )
             share_B += output.weighted_nll_B / draws
         terms.append(torch.stack([share_B, batch.valid.sum(1).double()], 1).cpu())
     return torch.cat(terms)

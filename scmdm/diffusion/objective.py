@@ -5,7 +5,7 @@ Legend: B batch, L length, D width, N masked positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import Schedule, loss_weight
-from scmdm.diffusion.state import State
+from scmdm.diffusion.state import ResidualStream, State
 
 
 class Denoiser(Protocol):
@@ -22,6 +22,14 @@ class Denoiser(Protocol):
     The mask's logit is minus infinity, and only masked positions are predicted. Others carry over: their loss is 0, and
     their estimate is the embedding of the token.
     """
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        """Return the residual stream (B, L, D) before the block at which the estimate enters, for `State.lower`.
+
+        It does not depend on the estimate, so that all passes on one state share it. None if the estimate enters at the
+        input, or if the denoiser shares nothing.
+        """
+        ...
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """Return the expected embedding (B, L, D) of the clean tokens.
@@ -54,19 +62,31 @@ def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
 
 
 def clean_state_estimate(
-    denoiser: Denoiser, batch: NoisedBatch, *, passes: int, dropout: bool, stop_gradient: bool = True
+    denoiser: Denoiser,
+    state: State,
+    *,
+    passes: int,
+    dropout: bool,
+    stop_gradient: bool = True,
 ) -> Tensor:
     """Return the estimate (B, L, D) after `passes` passes, each conditioned on the previous one's (the first: null).
 
     With `stop_gradient` the passes run without gradients; otherwise the gradient of the loss flows through all of them.
     """
     estimate = None
+    if stop_gradient and state.lower is not None:
+        state = replace(state, lower=state.lower.detach())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
         for _ in range(passes):
-            state = State(batch.z_estimate, batch.t_estimate, estimate, batch.packing, batch.labels, batch.clean)
-            estimate = denoiser.estimate(state, dropout=dropout)
+            estimate = denoiser.estimate(replace(state, estimate_BLD=estimate), dropout=dropout)
     assert estimate is not None
     return estimate
+
+
+def with_lower(denoiser: Denoiser, state: State, *, dropout: bool = False) -> State:
+    """Return the state with the result of `Denoiser.lower`, if the denoiser shares it between passes."""
+    lower_BLD = denoiser.lower(state, dropout=dropout)
+    return state if lower_BLD is None else replace(state, lower=ResidualStream(lower_BLD))
 
 
 def self_conditioned_nelbo(
@@ -78,20 +98,26 @@ def self_conditioned_nelbo(
     passes: int = 1,
     estimate_dropout: bool = True,
     stop_gradient: bool = True,
+    share_lower: bool = False,
 ) -> ObjectiveOutput:
     """Return the NELBO of the second pass, conditioned on the estimate of the first where `batch.conditioned` is true.
 
     `condition=False` (rate 0) skips the first pass: the vanilla objective of masked diffusion. All ranks must pass the
-    same value, because sharded ranks run the same collectives.
+    same value, because sharded ranks run the same collectives. With `share_lower` the blocks below the one at which the
+    estimate enters run once for all passes (`Denoiser.lower`), with the second pass's dropout and gradient; the first
+    pass must see the same state.
     """
-    estimate = None
+    state = State(batch.z, batch.t, None, batch.packing, batch.labels, batch.clean)
     if condition:
-        estimate = clean_state_estimate(
-            denoiser, batch, passes=passes, dropout=estimate_dropout, stop_gradient=stop_gradient
-        )
-        estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)
+        first = replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)
+        if share_lower:
+            assert batch.same_state
+            first = state = with_lower(denoiser, state, dropout=True)
+        options = {"passes": passes, "dropout": estimate_dropout, "stop_gradient": stop_gradient}
+        # Without a name, so that the unmasked estimate is freed before the second pass.
+        estimate = torch.where(batch.conditioned[:, None, None], clean_state_estimate(denoiser, first, **options), 0)
+        state = replace(state, estimate_BLD=estimate)
     weight_BL = token_weights(batch, schedule)
-    state = State(batch.z, batch.t, estimate, batch.packing, batch.labels, batch.clean)
     loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)
     share_B = (nll_BL.double() * weight_BL).sum(1)
     return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))

@@ -46,6 +46,11 @@ class NoisedBatch:
     block_t: Tensor | None = None  # (B, L) float64, time of each position's block; None: `t`, no model of blocks
 
     @property
+    def same_state(self) -> bool:
+        """Return whether both passes see the same noised tokens."""
+        return self.z_estimate is self.z and self.t_estimate is self.t
+
+    @property
     def clean(self) -> Tensor | None:
         """Tokens of the clean copy that a model of blocks sees; None for other models."""
         return None if self.block_t is None else self.x

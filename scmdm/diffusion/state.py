@@ -51,6 +51,21 @@ class Sequences:
         return replace(self, tokens=tokens_BL, valid=valid, documents=documents_BL, maskable=maskable)
 
 
+class ResidualStream:
+    """A residual stream (B, L, D) that all passes on one state share; (B, 2 L, D) with a clean copy.
+
+    This is no dataclass, so that FSDP2 does not find the tensor among the arguments of a call: it would reduce the
+    gradients of the outermost weights when the backward pass arrives there, and again after the shared blocks.
+    """
+
+    def __init__(self, x_BLD: Tensor) -> None:
+        self.x_BLD = x_BLD
+
+    def detach(self) -> ResidualStream:
+        """Return the stream without its gradient."""
+        return ResidualStream(self.x_BLD.detach())
+
+
 @dataclass(frozen=True)
 class State:
     """Input of a denoiser evaluation."""
@@ -63,6 +78,7 @@ class State:
     clean_BL: Tensor | None = None  # int64, clean copy of the sequences, for a model of blocks (`diffusion.blocks`)
     window: Window | None = None  # the tokens are a part of longer sequences, of which the rest is in a cache
     visible_LL: Tensor | None = None  # bool, pairs of a query and a key that it sees, besides `packing`; None: all
+    lower: ResidualStream | None = None  # result of `Denoiser.lower` for this state; None: not computed
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:

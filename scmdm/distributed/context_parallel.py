@@ -31,11 +31,14 @@ def make_context(ranks: int, device: torch.device) -> DeviceMesh | None:
 class SlicedDenoiser:
     """Denoiser that takes whole sequences and computes this rank's slice.
 
-    Estimates are returned as slices (B, L / ranks, D), NLLs as whole sequences (B, L).
+    Estimates and residual streams are returned as slices (B, L / ranks, D), NLLs as whole sequences (B, L).
     """
 
     def __init__(self, denoiser: Denoiser, context: DeviceMesh) -> None:
         self._denoiser, self._context = denoiser, context
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        return self._denoiser.lower(self._sliced(state), dropout=dropout)
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         return self._denoiser.estimate(self._sliced(state), dropout=dropout)
@@ -46,7 +49,7 @@ class SlicedDenoiser:
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
 
     def _sliced(self, state: State) -> State:
-        """Return the state with `z_BL` sliced; its estimate is a slice already."""
+        """Return the state with `z_BL` sliced; estimate and residual stream are slices already."""
         size = self._context.size()
         if state.clean_BL is not None:
             raise UserError(f"fsdp.context={size} is not possible with diffusion.block_length; set it to 1")

@@ -172,7 +172,7 @@ class DeepspeedEngine(ParallelEngine):
             for parameter in dict.fromkeys((model.vocab_embed.embedding, *model.head())):  # a tied head only once
                 if parameter is not None:
                     deepspeed.zero.register_external_parameter(entry, parameter)
-        self.denoiser = _Denoiser(self._deepspeed)
+        self.denoiser = _Denoiser(self._deepspeed, model.inject_layer)
         self._fragments = self._find_fragments()
         self._mesh = init_device_mesh(device.type, (self.world_size,))
 
@@ -292,8 +292,13 @@ class _EntryPoints(nn.Module):
 class _Denoiser:
     """Denoiser that calls the model through DeepSpeed's engine."""
 
-    def __init__(self, deepspeed: Any) -> None:
-        self._deepspeed = deepspeed
+    def __init__(self, deepspeed: Any, inject_layer: int) -> None:
+        self._deepspeed, self._inject_layer = deepspeed, inject_layer
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        if not self._inject_layer:
+            return None
+        return self._deepspeed(method="lower", state=state, dropout=dropout)
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         return self._deepspeed(method="estimate", state=state, dropout=dropout)

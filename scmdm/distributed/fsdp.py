@@ -32,7 +32,7 @@ from scmdm.distributed.context_parallel import SlicedDenoiser, make_context
 from scmdm.distributed.engine import ParallelEngine
 from scmdm.models.network import Network
 
-ENTRY_POINTS = ("estimate", "weighted_nll")
+ENTRY_POINTS = ("lower", "estimate", "weighted_nll")
 
 
 def make_mesh(config: FsdpConfig, device: torch.device) -> DeviceMesh:
@@ -110,6 +110,11 @@ class _TwoPassDenoiser:
 
     def __init__(self, model: Network, reshard_after_estimate: bool) -> None:
         self._model, self._reshard = model, reshard_after_estimate
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        if not self._model.inject_layer:  # a call would gather weights
+            return None
+        return self._model.lower(state, dropout=dropout)
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         self._free_blocks(self._reshard)

@@ -53,6 +53,7 @@ class ShardedEvaluations:
         self._model, self._group, self._device, self._dtype = model, group, device, dtype
         self._hidden: Callable[..., Tensor] = model.hidden
         model.hidden = self.hidden  # type: ignore[method-assign]
+        model.lower = lambda *_, **__: None  # type: ignore[method-assign]  # peers take part in whole evaluations
 
     def hidden(self, state: State, **options: Any) -> Tensor:
         """See `Network.hidden`."""

@@ -21,7 +21,6 @@ from scmdm.config.fields import key
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
-from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
@@ -299,9 +298,8 @@ class Decoder(Network):
         self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
 
-    def _embed_state(self, state: State) -> Tensor:
-        """Multiply embedding and mapped estimate alike, so that the conditioner works at the embedding's own scale."""
-        x_BLD = super()._embed_state(state)
+    def _scaled(self, x_BLD: Tensor) -> Tensor:
+        """Multiply by `embedding_multiplier`."""
         return x_BLD if self.config.embedding_multiplier == 1 else self.config.embedding_multiplier * x_BLD
 
     def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:

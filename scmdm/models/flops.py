@@ -65,37 +65,57 @@ def step_flops(
     stop_gradient: bool = True,
     trained_layers: int | None = None,
     block_length: int | None = None,
+    shared_layers: int = 0,
 ) -> StepFlops:
     """Count the operations per sequence of `length` tokens in one training step.
 
     `passes` is the number of passes that compute the estimate (0: vanilla training). A backward pass counts twice its
     forward pass; the output head counts at masked positions only, averaged over time. With `trained_layers`, only the
     weights of that many last blocks have gradients (adapters are not counted). A model of blocks of `block_length`
-    evaluates a noised and a clean copy, of which each position sees its block and those before it.
+    evaluates a noised and a clean copy, of which each position sees its block and those before it. `shared_layers` is
+    the number of first blocks that only the pass of the loss runs (`RunConfig.shared_layers`).
     """
-    blocks = block_flops(config, length, passes=passes, trained_layers=trained_layers, block_length=block_length)
+    own = {"passes": passes, "trained_layers": trained_layers, "shared_layers": shared_layers}
+    blocks = block_flops(config, length, block_length=block_length, **own)
     masked = length * _mean_masked(schedule)
     conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
     pairs = length if block_length is None else length + min(block_length, length)
-    trunk = blocks.forward + config.layers * 4.0 * length * pairs * config.attention_width
+    attention = 4.0 * length * pairs * config.attention_width
+    trunk = blocks.forward + config.layers * attention
     logits = 2.0 * masked * config.width * vocab_size
     # Logits, then probabilities times embeddings; with top-k, the second product becomes a sum of a few rows.
-    first = trunk + (2.0 if config.estimate_top_k is None else 1.0) * logits  # its input is the null estimate
+    upper = trunk * (config.layers - shared_layers) / config.layers
+    first = upper + (2.0 if config.estimate_top_k is None else 1.0) * logits  # its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits
     frozen = 0.0 if trained_layers is None else 2 * blocks.forward - blocks.backward + logits
+    frozen += 2 * attention * _untouched_layers(config, trained_layers)
     return StepFlops(forward, 2 * forward - frozen, estimate if stop_gradient else 3 * estimate)
 
 
 def block_flops(
-    config: ModelConfig, length: int, *, passes: int, trained_layers: int | None = None, block_length: int | None = None
+    config: ModelConfig,
+    length: int,
+    *,
+    passes: int,
+    trained_layers: int | None = None,
+    block_length: int | None = None,
+    shared_layers: int = 0,
 ) -> StepFlops:
     """Count the part of `step_flops` that is in the products of the blocks' linear maps, with `stop_gradient`."""
     layer = 2.0 * config.block_matrix_elements() * length * (1 if block_length is None else 2)
     forward = config.layers * layer
     frozen = 0.0 if trained_layers is None else (config.layers - trained_layers) * layer
-    return StepFlops(forward, 2 * forward - frozen, passes * forward)
+    frozen += layer * _untouched_layers(config, trained_layers)
+    return StepFlops(forward, 2 * forward - frozen, passes * (config.layers - shared_layers) * layer)
+
+
+def _untouched_layers(config: ModelConfig, trained_layers: int | None) -> int:
+    """Count the first blocks without a backward pass: nothing is trained there, and the estimate enters after them."""
+    if trained_layers is None or config.lora_rank or not config.self_conditioned:
+        return 0
+    return min(config.inject_layer, config.layers - trained_layers)
 
 
 def _mean_masked(schedule: Schedule) -> float:

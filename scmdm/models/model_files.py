@@ -164,6 +164,11 @@ def validate_spec(spec: ModelSpec) -> None:
             f"classes={spec.classes} is not possible with model.labels={str(spec.model.labels).lower()}; it must be "
             f"{'above 0' if spec.model.labels else '0'}"
         )
+    if spec.model.inject_layer >= spec.model.layers:
+        raise UserError(
+            f"model.inject_layer={spec.model.inject_layer} is not possible; it must be below model.layers="
+            f"{spec.model.layers}"
+        )
     top_k = spec.model.estimate_top_k
     if top_k is not None and top_k > spec.vocab_size:
         raise UserError(f"model.estimate_top_k={top_k} is not possible; it must be at most {spec.vocab_size} tokens")

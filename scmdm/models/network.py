@@ -10,7 +10,7 @@ Legend: B batch, L length, D width, K width of a head, V vocabulary with the mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,16 @@ class TokenEmbedding(nn.Module):
         return F.embedding(ids, self.embedding)
 
 
+class BlockInputs(NamedTuple):
+    """What all blocks of an evaluation get besides the residual stream."""
+
+    rotary: Tensor  # table of `Rotary`
+    condition: tuple[Tensor, ...]
+    dropout: bool
+    masks: Masks
+    window: Window | None
+
+
 class Network(nn.Module):
     """A denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
 
@@ -62,8 +72,10 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
+        self.inject_layer = config.inject_layer if config.self_conditioned else 0
         # Unbound: a bound method would refer to the model, whose memory would then be freed late.
-        self._run_trunk: Callable[..., Tensor] = type(self)._trunk
+        self._run_lower: Callable[..., Tensor] = type(self)._lower_blocks
+        self._run_upper: Callable[..., Tensor] = type(self)._upper_blocks
         self.block_length: int | None = None  # of a model of blocks (`scmdm.diffusion.blocks`)
         self._last_masks: tuple[object, Masks] = None, NO_MASKS
 
@@ -81,27 +93,30 @@ class Network(nn.Module):
             module.context = context
 
     def compile_trunk(self) -> None:
-        """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error."""
-        self._run_trunk = torch.compile(type(self)._trunk, fullgraph=True)
+        """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error.
+
+        If the estimate enters at a later block, the blocks below it are a graph of their own.
+        """
+        self._run_lower = torch.compile(type(self)._lower_blocks, fullgraph=True)
+        self._run_upper = torch.compile(type(self)._upper_blocks, fullgraph=True)
 
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
 
         `dropout` applies dropout in training mode only.
         """
-        assert (state.clean_BL is None) or (self.block_length is not None and state.window is None)
-        packing, length = state.packing, state.z_BL.shape[1]
-        x_BLD = self._embed_state(state)
-        condition = self._condition(state.t_B, state.labels_B)
-        rotary = self._rotary(length, packing, state.window)
-        if state.clean_BL is not None:  # two copies, whose positions are the same
-            x_BLD = torch.cat([x_BLD, self._embed_state(State(state.clean_BL, state.t_B))], dim=1)
-            rotary = torch.cat([rotary, rotary], dim=-3)
-        x_BLD = self._residual_stream(x_BLD)
-        train_dropout, masks = dropout and self.training, self._masks(state)
-        h_BLD = self._run_trunk(self, x_BLD, rotary, condition, train_dropout, masks, state.window)
+        inputs, length = self._block_inputs(state, dropout), state.z_BL.shape[1]
+        x_BLD = self._before_estimate(state, inputs) if state.lower is None else state.lower.x_BLD
+        x_BLD = self._residual_stream(self._add_estimate(x_BLD, state))
+        h_BLD = self._run_upper(self, x_BLD, inputs)
         clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
-        return self._head_input(self._align(h_BLD[:, :length], packing, clean_BLD))
+        return self._head_input(self._align(h_BLD[:, :length], state.packing, clean_BLD))
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        """See `Denoiser.lower`."""
+        if not self.inject_layer:
+            return None
+        return self._before_estimate(state, self._block_inputs(state, dropout))
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
@@ -142,41 +157,68 @@ class Network(nn.Module):
         """Embed token ids of any shape, (..., D)."""
         return self.vocab_embed(ids)
 
-    def _trunk(
-        self,
-        x_BLD: Tensor,
-        rotary: Tensor,
-        condition: tuple[Tensor, ...],
-        dropout: bool,
-        masks: Masks,
-        window: Window | None,
-    ) -> Tensor:
-        """Run blocks and output layer: from the residual stream to normalised hidden states."""
-        kind = self.config.activation_checkpointing
-        for number, block in enumerate(self.blocks):
-            if window is not None:
-                masks = masks._replace(cache=LayerCache(window, number))
-            x_BLD = run_block(block, kind, x_BLD, rotary, *condition, dropout, masks)
-        h_BLD: Tensor = self.output_layer(x_BLD, *condition)
+    def _block_inputs(self, state: State, dropout: bool) -> BlockInputs:
+        """Return what all blocks get besides the residual stream."""
+        assert (state.clean_BL is None) or (self.block_length is not None and state.window is None)
+        condition = self._condition(state.t_B, state.labels_B)
+        rotary = self._rotary(state.z_BL.shape[1], state.packing, state.window)
+        if state.clean_BL is not None:  # two copies, whose positions are the same
+            rotary = torch.cat([rotary, rotary], dim=-3)
+        return BlockInputs(rotary, condition, dropout and self.training, self._masks(state), state.window)
+
+    def _before_estimate(self, state: State, inputs: BlockInputs) -> Tensor:
+        """Return the residual stream to which the mapped estimate is added, of both copies."""
+        ids_BL = state.z_BL if state.clean_BL is None else torch.cat([state.z_BL, state.clean_BL], dim=1)
+        x_BLD = self._embed_tokens(ids_BL)
+        return self._run_lower(self, self._residual_stream(x_BLD), inputs) if self.inject_layer else x_BLD
+
+    def _lower_blocks(self, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run the blocks below the one at which the estimate enters."""
+        return self._run_blocks(range(self.inject_layer), x_BLD, inputs)
+
+    def _upper_blocks(self, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run the other blocks and the output layer: normalised hidden states."""
+        x_BLD = self._run_blocks(range(self.inject_layer, len(self.blocks)), x_BLD, inputs)
+        h_BLD: Tensor = self.output_layer(x_BLD, *inputs.condition)
         return h_BLD
 
+    def _run_blocks(self, numbers: range, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        kind, masks = self.config.activation_checkpointing, inputs.masks
+        for number in numbers:
+            if inputs.window is not None:
+                masks = masks._replace(cache=LayerCache(inputs.window, number))
+            own = inputs.rotary, *inputs.condition, inputs.dropout, masks
+            x_BLD = run_block(self.blocks[number], kind, x_BLD, *own)
+        return x_BLD
+
     def _residual_stream(self, x_BLD: Tensor) -> Tensor:
-        """Cast the input of the first block to the residual stream's dtype; norms compute in float32 either way."""
+        """Cast a block's input to the residual stream's dtype; norms compute in float32 either way."""
         device = x_BLD.device.type
         if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device):
             return x_BLD
         return x_BLD.to(torch.get_autocast_dtype(device))
 
-    def _embed_state(self, state: State) -> Tensor:
-        """Return the input (B, L, D) of the first block, in float32 for any dtype of the weights."""
-        x_BLD = self.vocab_embed(state.z_BL).float()
+    def _embed_tokens(self, ids_BL: Tensor) -> Tensor:
+        """Return the token embeddings (B, L, D) in float32 for any dtype of the weights."""
+        return self._scaled(self.vocab_embed(ids_BL).float())
+
+    def _add_estimate(self, x_BLD: Tensor, state: State) -> Tensor:
+        """Add the mapped estimate to the residual stream, but not to that of the clean copy."""
         if state.estimate_BLD is None:
             return x_BLD
         assert self.conditioner is not None, "the model has no conditioner"
         estimate_BLD = state.estimate_BLD
         if self.config.inject_at == "masked":
             estimate_BLD = estimate_BLD.masked_fill((state.z_BL != self.mask_id)[..., None], 0)
-        return x_BLD + self.conditioner(estimate_BLD)
+        term_BLD = self._scaled(self.conditioner(estimate_BLD))
+        if state.clean_BL is None:
+            return x_BLD + term_BLD
+        length = state.z_BL.shape[1]
+        return torch.cat([x_BLD[:, :length] + term_BLD, x_BLD[:, length:]], dim=1)
+
+    def _scaled(self, x_BLD: Tensor) -> Tensor:
+        """Scale token embeddings and mapped estimates alike, so that the conditioner works at the embedding's scale."""
+        return x_BLD
 
     def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
         """Return the tensors that condition blocks and output layer, besides the residual stream."""

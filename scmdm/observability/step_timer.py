@@ -25,7 +25,8 @@ from scmdm.system.run_directory import PROFILE
 from scmdm.system.untrusted import describe
 
 # Parts of a step. `data`, the read of the next step's batch, and `sync`, the wait for the other ranks, come after
-# `backward`. `pass_2` contains the output head's backward pass, which runs together with its forward pass.
+# `backward`. `pass_2` contains the blocks that both passes share, and the output head's backward pass,
+# which runs together with its forward pass.
 PARTS = ("data", "sync", "pass_1", "pass_2", "backward", "optimizer", "checkpoint")
 PROFILED_STEPS = 3
 logger = logging.getLogger("scmdm")
@@ -77,6 +78,10 @@ class TimedDenoiser:
 
     def __init__(self, denoiser: Denoiser, timer: StepTimer) -> None:
         self._denoiser, self._timer = denoiser, timer
+
+    def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
+        with self._timer.part("pass_2"):
+            return self._denoiser.lower(state, dropout=dropout)
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         with self._timer.part("pass_1"):

@@ -20,6 +20,7 @@ from scmdm.diffusion.state import State
 _WARMUP = 2  # evaluations before a shape is recorded, in which kernels are chosen and compiled
 _MAX_GRAPHS = 8  # a vanilla sampler skips sequences, and therefore has many shapes
 _TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B", "clean_BL")
+_NOT_RECORDED = ("packing", "window", "visible_LL", "lower")
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -44,7 +45,7 @@ class ReplayedDenoiser:
     def hidden(self, state: State) -> Tensor:
         """See `Network.hidden`."""
         # Padded sequences, a cache that grows, and what only training has.
-        if state.packing is not None or state.window is not None or state.visible_LL is not None:
+        if any(getattr(state, name) is not None for name in _NOT_RECORDED):
             return self.denoiser.hidden(state)
         key = tuple((x.shape, x.dtype) if x is not None else None for x in _tensors(state).values())
         self.seen[key] += 1
@@ -65,7 +66,7 @@ def _tensors(state: State) -> dict[str, Tensor | None]:
     return {name: getattr(state, name) for name in _TENSORS}
 
 
-assert {field.name for field in fields(State)} == {*_TENSORS, "packing", "window", "visible_LL"}
+assert {field.name for field in fields(State)} == {*_TENSORS, *_NOT_RECORDED}
 
 
 class CudaRecorder:

@@ -1,7 +1,8 @@
 """The output head on a CPU, tiled along positions and along the vocabulary.
 
-A tile of logits is transformed in place while it is in the cache. The softmax is accumulated over the tiles of the
-vocabulary as in FlashAttention (arXiv 2205.14135).
+A tile of logits is transformed in place while it is in the cache, and all chunks use one buffer, because new memory
+costs a page fault for every 4 KiB. The softmax is accumulated over the tiles of the vocabulary as in FlashAttention
+(arXiv 2205.14135).
 
 Legend: N masked positions, D width, V vocabulary (with the mask), C positions of a chunk, T tokens of a tile.
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from scmdm.ops.subs_logits import subs_logits
 from scmdm.ops.top_k import chunked_top_k_embedding
 
 _TILE = 4096  # tokens
@@ -40,19 +41,21 @@ def nll_and_gradients(
     d_h = torch.empty_like(h_ND) if need_gradient else None
     d_weight = torch.zeros_like(weight_VD, dtype=subs_bias_V.dtype) if train_head else None
     d_bias = torch.zeros_like(subs_bias_V) if train_head else None
+    buffer = _buffer(len(h_ND), len(subs_bias_V) if need_gradient else _TILE, chunk, subs_bias_V)
     for rows in _chunks(len(h_ND), len(subs_bias_V), chunk):
         own = _Gradients(d_h[rows], d_weight, d_bias) if d_h is not None else None
-        nll_N[rows] = _chunk_nll(h_ND[rows], weight_VD, subs_bias_V, x_N[rows, None], w_N[rows, None], own)
+        nll_N[rows] = _chunk_nll(h_ND[rows], weight_VD, subs_bias_V, x_N[rows, None], w_N[rows, None], own, buffer)
     return nll_N, d_h, d_weight, d_bias
 
 
 def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
     """Return `softmax(W h + b) @ E` (N, D) without gradients, in the dtype of `embedding_VD`."""
     chunks = [_Estimate(h_ND[rows], subs_bias_V) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
+    buffer = _buffer(len(h_ND), _TILE, chunk, subs_bias_V)
     for tile in _tiles(len(subs_bias_V)):
         weight_TD, embedding_TD = weight_VD[tile].to(h_ND.dtype), embedding_VD[tile].to(h_ND.dtype)
         for own in chunks:
-            own.add(weight_TD, subs_bias_V[tile], embedding_TD)
+            own.add(weight_TD, subs_bias_V[tile], embedding_TD, buffer)
     parts = [own.mean_CD() for own in chunks]
     return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
 
@@ -83,6 +86,19 @@ def _tiles(vocab_size: int) -> list[slice]:
     return [slice(start, min(start + _TILE, vocab_size)) for start in range(0, vocab_size, _TILE)]
 
 
+def _buffer(rows: int, columns: int, chunk: int, like: Tensor) -> Tensor:
+    """Allocate memory for logits of one chunk."""
+    return like.new_empty(min(rows, chunk_rows(chunk, len(like))) * min(columns, len(like)))
+
+
+def _logits(h_CD: Tensor, weight_TD: Tensor, bias_T: Tensor, buffer: Tensor) -> Tensor:
+    """Return `subs_logits` of a tile (C, T) in the first elements of `buffer`."""
+    out_CT = buffer[: len(h_CD) * len(bias_T)].view(len(h_CD), len(bias_T))
+    if h_CD.dtype == out_CT.dtype:
+        return torch.addmm(bias_T, h_CD, weight_TD.T, out=out_CT)
+    return out_CT.copy_(F.linear(h_CD, weight_TD)).add_(bias_T)
+
+
 class _RunningSoftmax:
     """Softmax statistics of rows whose logits arrive in tiles: running maximum, and sum of `exp(logit - maximum)`."""
 
@@ -107,8 +123,8 @@ class _Estimate:
         self.h_CD, self.softmax = h_CD, _RunningSoftmax(len(h_CD), like)
         self.sum_CD = torch.zeros_like(h_CD, dtype=like.dtype)
 
-    def add(self, weight_TD: Tensor, bias_T: Tensor, embedding_TD: Tensor) -> None:
-        tile_CT = subs_logits(self.h_CD, weight_TD, bias_T)
+    def add(self, weight_TD: Tensor, bias_T: Tensor, embedding_TD: Tensor, buffer: Tensor) -> None:
+        tile_CT = _logits(self.h_CD, weight_TD, bias_T, buffer)
         self.sum_CD *= self.softmax.add(tile_CT)
         _add_product(self.sum_CD, tile_CT.to(self.h_CD.dtype), embedding_TD)
 
@@ -126,13 +142,21 @@ class _Gradients:
 
 
 def _chunk_nll(
-    h_CD: Tensor, weight_VD: Tensor, bias_V: Tensor, x_C1: Tensor, w_C1: Tensor, gradients: _Gradients | None
+    h_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    x_C1: Tensor,
+    w_C1: Tensor,
+    gradients: _Gradients | None,
+    buffer: Tensor,
 ) -> Tensor:
     """Return the negative log-likelihoods (C,) of a chunk; add their gradients, weighted by `w_C1`, to `gradients`."""
     softmax, own_C1 = _RunningSoftmax(len(h_CD), bias_V), torch.zeros_like(x_C1, dtype=bias_V.dtype)
     kept = []
     for tile in _tiles(len(bias_V)):
-        logits_CT = subs_logits(h_CD, weight_VD[tile], bias_V[tile])
+        # All tiles are kept for the gradients, one after the other.
+        free = buffer if gradients is None else buffer[len(h_CD) * tile.start :]
+        logits_CT = _logits(h_CD, weight_VD[tile].to(h_CD.dtype), bias_V[tile], free)
         inside_C1, at_C1 = _within(tile, x_C1)
         own_C1 = torch.where(inside_C1, logits_CT.gather(1, at_C1), own_C1)
         softmax.add(logits_CT)

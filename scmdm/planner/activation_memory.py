@@ -124,23 +124,32 @@ def measure_activations(
     trained_layers: int | None,
     gpu: bool,
     block_length: int | None = None,
+    shared_layers: int = 0,
 ) -> ActivationBytes:
     """Measure one micro-batch of `rows` sequences of `length` tokens, all of them masked.
 
     `dtype` is the dtype of compute. With `gathered` weights arrive in that dtype, as FSDP2 gathers them; otherwise they
     are float32 and autocast copies them. `passes` passes compute the estimate (0: vanilla training).
     `trained_layers` is that of `scmdm.models.flops.step_flops`. A model of blocks of `block_length` evaluates two
-    copies of each sequence, here with a dense mask.
+    copies of each sequence, here with a dense mask. The first `shared_layers` blocks run before the passes that compute
+    the estimate, which keep their activations.
     """
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
-    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0)))
+    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)))
 
     def measured(length: int) -> ActivationBytes:
         options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length)
         fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
         found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
-        return dataclasses.replace(found, kept_by_block=(more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0]))
+        by_block = (more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0])
+        shared = shared_layers * by_block if passes else 0
+        return dataclasses.replace(
+            found,
+            estimate_blocks=found.estimate_blocks + shared,
+            estimate_head=found.estimate_head + shared,
+            kept_by_block=by_block,
+        )
 
     short = _linear_from(model) // rows
     linear = gpu and block_length is None  # a dense mask grows with the square of the length

@@ -11,6 +11,7 @@ from scmdm.models.attention import exchanged_kv_heads
 from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
 from scmdm.planner.workload import ParallelLayout, Workload
 
+_EXTERNAL = ("vocab_embed.", "output_layer.linear.")  # weights that ZeRO-3 gathers in every call of the model
 ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step
 
 
@@ -45,16 +46,17 @@ def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     weights, layers = gathered_weights(workload, layout), workload.model.layers
     shards, batches = layout.shards, layout.micro_batches(workload)
     block = weights.blocks // layers
-    rounds = {ESTIMATE: 0, LOSS: 1, BACKWARD: 1}
+    gathers = {ESTIMATE: 0, LOSS: layers, BACKWARD: layers}
     if workload.passes:
+        upper = layers - workload.shared_layers
         # If weights stay gathered after the first pass, all forward passes use them.
-        rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 1}
+        gathers = {ESTIMATE: workload.passes * upper, LOSS: layers, BACKWARD: layers}
         if not layout.reshard_after_estimate:
-            rounds = {ESTIMATE: 1, LOSS: 0, BACKWARD: 1}
+            gathers = {ESTIMATE: upper, LOSS: workload.shared_layers, BACKWARD: layers}
     first = ESTIMATE if workload.passes else LOSS
     found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]
-    for part, times in rounds.items():
-        found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * layers * batches))
+    for part, times in gathers.items():
+        found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * batches))
     # Adapters are in every block. Otherwise the last blocks are trained, or none.
     trained = (workload.trained_layers or layers) if weights.block_reduction else 0
     for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
@@ -83,17 +85,26 @@ def _zero_3(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     width = {p: layout.width if p.plain_linear else FLOAT32 for p in workload.parameters}
     large = [p for p in workload.parameters if p.numel > layout.param_persistence_threshold]
     gathered = sum(padded[p] * width[p] for p in large)
+    shared = {p for p in large if p.block is not None and p.block < workload.shared_layers}
+    upper = gathered - sum(padded[p] * width[p] for p in shared)
     persistent = sum(padded[p] * width[p] for p in workload.parameters if p.numel <= layout.param_persistence_threshold)
     reduced = sum(padded[p] * width[p] for p in workload.parameters)
     overlaps = not workload.passes  # with several passes DeepSpeed prefetches nothing
     # The backward pass of a vanilla step reuses the weights that its forward pass gathered, up to a limit.
     again = 0 if not workload.passes and workload.numel <= ZERO_LIVE else 1
     found = [
-        Collective("all_gather", "weights", part, "shard", ranks, gathered, times * batches, overlaps=overlaps)
-        for part, times in ((ESTIMATE, workload.passes), (LOSS, 1), (BACKWARD, again))
+        Collective("all_gather", "weights", part, "shard", ranks, size, times * batches, overlaps=overlaps)
+        for part, size, times in (
+            (ESTIMATE, upper, workload.passes),
+            (LOSS, gathered, 1),
+            (BACKWARD, gathered, again),
+        )
     ]
+    # The shared blocks run in a call of their own, for which DeepSpeed gathers embedding and head, too.
+    rest = sum(padded[p] * width[p] for p in large if p.block is None and p.name.startswith(_EXTERNAL))
     return [
         *found,
+        Collective("all_gather", "rest", LOSS, "shard", ranks, rest, batches if shared else 0, overlaps=overlaps),
         Collective("reduce_scatter", "gradients", BACKWARD, "shard", ranks, reduced, batches),
         Collective("all_gather", "small weights", UPDATE, "shard", ranks, persistent, 1, overlaps=False),
     ]
@@ -107,7 +118,8 @@ def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     model, per_channel = workload.model, layout.tokens(workload) * layout.width
     kv_heads = exchanged_kv_heads(model.heads, model.kv_width // model.head_dim, layout.context)
     channels = {"q, k, v": model.attention_width + 2 * kv_heads * model.head_dim, "attention": model.attention_width}
-    rounds = {ESTIMATE: workload.passes, LOSS: 1, BACKWARD: 2 if again else 1}
+    upper, layers = model.layers - workload.shared_layers, model.layers
+    rounds = {ESTIMATE: workload.passes * upper, LOSS: layers, BACKWARD: 2 * layers if again else layers}
     return [
         Collective(
             "all_to_all",
@@ -116,7 +128,7 @@ def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
             "context",
             layout.context,
             number * per_channel,
-            times * model.layers * batches,
+            times * batches,
             overlaps=False,
         )
         for part, times in rounds.items()

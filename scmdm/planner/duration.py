@@ -68,6 +68,7 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
         "passes": workload.passes,
         "trained_layers": workload.trained_layers,
         "block_length": workload.block_length,
+        "shared_layers": workload.shared_layers,
     }
     share = workload.global_batch / layout.ranks
     flops = _times(share, step_flops(workload.model, workload.vocab_size, workload.length, workload.schedule, **passes))

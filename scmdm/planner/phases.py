@@ -98,6 +98,7 @@ class _Phases:
             passes=max(1, workload.passes),
             trained_layers=workload.trained_layers,
             block_length=workload.block_length,
+            shared_layers=workload.model.inject_layer,  # the modes of a likelihood see the same state
         )
 
     def open_base(self) -> Phase:

@@ -103,6 +103,7 @@ def _activations(workload: Workload, layout: ParallelLayout) -> ActivationBytes:
         trained_layers=workload.trained_layers,
         gpu=layout.gpu,
         block_length=workload.block_length,
+        shared_layers=workload.shared_layers,
     )
 
 

@@ -52,6 +52,7 @@ class Workload:
     trained_layers: int | None  # blocks with trained weights; None: everything is trained
     parameters: tuple[Parameter, ...] = field(repr=False)
     block_length: int | None = None  # of a model of blocks
+    shared_layers: int = 0  # first blocks that run once for all passes
 
     @property
     def numel(self) -> int:
@@ -125,6 +126,7 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
         trained_layers=config.trained_layers,
         parameters=find_parameters(model),
         block_length=spec.diffusion.block_length,
+        shared_layers=config.shared_layers,
     )
 
 

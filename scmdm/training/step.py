@@ -86,6 +86,7 @@ def train_step(
                 passes=config.self_conditioning.passes,
                 estimate_dropout=config.self_conditioning.estimate_dropout,
                 stop_gradient=config.self_conditioning.stop_gradient,
+                share_lower=config.shared_layers > 0,
             )
         with timer.part("backward"):
             engine.backward(output.loss / divisor, last=start + size >= len(sequences))

@@ -60,6 +60,7 @@ class TrainingRun:
             stop_gradient=conditioning.stop_gradient,
             trained_layers=self.config.trained_layers,
             block_length=self.spec.diffusion.block_length,
+            shared_layers=self.config.shared_layers,
         )
         return Utilization(flops, peak_flops(self.engine.device), self.engine.world_size)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.baselines import published_step
 from benchmarks.baselines.dense import DenseDenoiser, sample_dense
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.schedule import LogLinear
@@ -60,3 +61,17 @@ def test_dense_sampler_has_the_distribution_of_ours(carry, cached):
         generator=torch.Generator().manual_seed(0),
     )
     assert chi_squared(oracle, tokens, exact_distribution(oracle, LogLinear(), SamplerSettings(steps=steps))) > 1e-3
+
+
+def test_the_published_step_is_subs_and_trains():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    z = torch.tensor([[6, 0, 6, 3, 6], [1, 6, 2, 6, 5]])
+    found = published_step.log_probabilities(logits.clone(), z, 6)
+    torch.testing.assert_close(found[z == 6][:, :6], logits[z == 6][:, :6].log_softmax(1))
+    given = z != 6
+    assert bool((found[given].gather(1, z[given][:, None]) == 0).all()) and bool((found[z == 6][:, 6] < -1e5).all())
+    torch.manual_seed(0)
+    config = DiTConfig(width=16, layers=2, heads=2, condition_width=8)
+    step = published_step.make_published_step(config, 7, torch.randint(0, 2, (8, 5)), lr=1e-2)
+    losses = [step() for _ in range(60)]
+    assert sum(losses[-20:]) < sum(losses[:20])

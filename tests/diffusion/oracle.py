@@ -42,6 +42,9 @@ class Oracle:
     def embed(self, ids):
         return torch.nn.functional.one_hot(ids, self.vocab).double()
 
+    def lower(self, state, *, dropout=False):
+        return None
+
     def estimate(self, state, *, dropout=False):
         masked = (state.z_BL == self.mask_id)[..., None]
         return torch.where(masked, self.conditionals(state.z_BL), self.embed(state.z_BL))

@@ -106,6 +106,10 @@ class Counting:
     def __init__(self, model):
         self.model, self.calls = model, []
 
+    def lower(self, state, *, dropout=False):
+        self.calls.append(("lower", state.z_BL, state.estimate_BLD, torch.is_grad_enabled(), dropout))
+        return self.model.lower(state, dropout=dropout)
+
     def estimate(self, state, *, dropout=False):
         self.calls.append(("estimate", state.z_BL, state.estimate_BLD, torch.is_grad_enabled(), dropout))
         return self.model.estimate(state, dropout=dropout)

@@ -8,12 +8,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
+from scmdm.config.run import RunConfig
 from scmdm.diffusion.blocks import both_copies, dense_mask, places_of
+from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.process import NoisedBatch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.flops import StepFlops, step_flops
 from scmdm.models.initialization import init_weights
+from scmdm.models.lora import freeze
 from scmdm.observability import step_timer
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.observability.step_timer import PARTS, LoggingWindow, StepTimer, Utilization, summarize_parts
@@ -49,6 +53,32 @@ def test_an_adaptation_step_is_four_thirds_of_a_vanilla_one_in_a_deep_trunk():
     config = DiTConfig(width=512, layers=24, heads=8, self_conditioned=True)
     flops = step_flops(config, 34, 128, LogLinear(), passes=1)
     assert flops.total / flops.loss_pass == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_entering_at_half_depth_is_seven_sixths():
+    config = DiTConfig(width=512, layers=24, heads=8, self_conditioned=True, inject_layer=12)
+    flops = step_flops(config, 34, 128, LogLinear(), passes=1, shared_layers=12)
+    assert flops.total / flops.loss_pass == pytest.approx(7 / 6, rel=0.01)
+
+
+@pytest.mark.parametrize(("last_layers", "inject_layer"), [(None, 2), (1, 2), (2, 1), (0, 2)])
+def test_flops_of_shared_and_of_frozen_blocks_agree_with_torchs_counter(last_layers, inject_layer):
+    keys = {"width": 64, "layers": 3, "heads": 2, "condition_width": 2, "attention": "matmul"}
+    config = RunConfig(model=DiTConfig(self_conditioned=True, inject_layer=inject_layer, **keys))
+    config.train.last_layers, config.self_conditioning.rate = last_layers, 1.0
+    model = DiT(config.model, vocab_size=VOCAB, mask_id=MASK, schedule=LogLinear())
+    init_weights(model, 0)
+    freeze(model, config)
+    x = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
+    z, t = x.clone(), torch.full((BATCH,), 0.5).double()
+    z[:, ::2] = MASK
+    batch = NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(BATCH).bool())
+    with FlopCounterMode(display=False) as counter:
+        share = config.shared_layers > 0
+        self_conditioned_nelbo(model, batch, LogLinear(), condition=True, share_lower=share).loss.backward()
+    more = {"trained_layers": last_layers, "shared_layers": config.shared_layers}
+    expected = step_flops(config.model, VOCAB, LENGTH, LogLinear(), passes=1, **more)
+    assert expected.total == pytest.approx(counter.get_total_flops() / BATCH, rel=0.05)
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 99])

@@ -69,6 +69,7 @@ def loss_of(engine, config, batch):
             engine.model.schedule,
             condition=config.self_conditioning.rate > 0,
             passes=config.self_conditioning.passes,
+            share_lower=config.shared_layers > 0,
         ).loss
 
 

@@ -38,6 +38,8 @@ def counted(collectives):
         (1.0, 2, 1, {"reshard_after_estimate": True}, {"head_precision": "float32"}),
         (1.0, 1, 2, {"reshard_after_estimate": True}, {}),
         (1.0, 1, 2, {"replicate": 2}, {}),
+        (1.0, 1, 2, {}, {"inject_layer": 2}),
+        (1.0, 2, 1, {"reshard_after_estimate": True}, {"inject_layer": 1, "activation_checkpointing": "full"}),
     ],
 )
 def test_fsdp2_sends_what_is_planned_to_the_byte(rate, passes, batches, fsdp, model, dtype):
@@ -51,6 +53,24 @@ def test_fsdp2_sends_what_is_planned_to_the_byte(rate, passes, batches, fsdp, mo
             for index in range(batches):
                 engine.backward(loss_of(engine, config, batch), last=index == batches - 1)
     assert counted(planned(config, ranks, dtype)) == sent.seen
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_lower_blocks_are_gathered_once_for_all_forward_passes(reshard):
+    """Of four blocks, the two below the estimate; and once more for the backward pass, as in a vanilla step."""
+    blocks = []
+    for inject_layer, rate in ((2, 1.0), (0, 1.0), (0, 0.0)):
+        fsdp = {"reshard_after_estimate": reshard}
+        config = run_config("fsdp2", rate=rate, batch=4, fsdp=fsdp, inject_layer=inject_layer, layers=4)
+        with fake_ranks(4):
+            engine = engine_of(config, VOCAB, LENGTH)
+            with CommDebugMode() as counter:
+                loss = loss_of(engine, config, masked_batch(1, LENGTH, VOCAB))
+            forward = counter.get_total_counts()
+            with CommDebugMode() as counter:
+                engine.backward(loss, last=True)
+        blocks.append((forward - 1, counter.get_comm_counts()[torch.ops.c10d._allgather_base_]))
+    assert blocks == [(6, 4) if reshard else (4, 4), (8, 4) if reshard else (4, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("reshard", [False, True])

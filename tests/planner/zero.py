@@ -27,13 +27,14 @@ from tests.planner.measuring import (
 
 VOCAB, LENGTH = 61, 16
 BATCHES = 2
-CASES = [(stage, dtype, 1.0) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)]
-CASES.append((3, torch.bfloat16, 0.0))
+CASES = [(stage, dtype, 1.0, 0) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(3, torch.bfloat16, 0.0, 0), (3, torch.bfloat16, 1.0, 2)]
 
 
-def compare(stage, dtype, rate, ranks):
+def compare(stage, dtype, rate, inject_layer, ranks):
     keys = {"stage": stage, "param_persistence_threshold": 0}
     config = run_config("deepspeed", rate=rate, batch=ranks * BATCHES, deepspeed=keys, width=64, layers=4)
+    config.model.inject_layer = inject_layer
     engine = engine_of(config, VOCAB, LENGTH, dtype)
     workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
     layout = make_layout(config, ranks, dtype)
