@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,7 +125,7 @@ def compare_quality(trained: _Trained) -> None:
     ids = torch.arange(trained.samples, device=device)
     start = torch.full((trained.samples, spec.length), spec.mask_id, device=device)
     start[:, 0] = loaded.tokenizer.bos_id
-    keys = {"schedule": spec.schedule, "mask_id": spec.mask_id, "seed": 0}
+    keys: dict[str, Any] = {"schedule": spec.schedule, "mask_id": spec.mask_id, "seed": 0}
 
     def run(settings: SamplerSettings) -> Samples:
         return sample(loaded.model, start, ids, settings=settings, **keys)
