@@ -37,6 +37,7 @@ PARTS: dict[str, Callable[[], object]] = {
     "samplers": samplers.main,
     "sampler1024": samplers.thousand,
     "blocks": blocks.main,
+    "caches": blocks.quality,
     "loader": loader.main,
     "preparation": preparation.main,
     "checkpoint": checkpoint.main,

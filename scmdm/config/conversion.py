@@ -62,6 +62,13 @@ class ImportConfig:
         help="decoder: predict a position from the one before it; null: as the files say (autoregressive models and "
         "Dream: true, LLaDA and dllm's A2D: false)",
     )
+    block_length: int | None = key(
+        None,
+        help="tokens per block of a model that was trained for block diffusion (BD3-LM); null: as the files say "
+        "(SDAR), otherwise no blocks",
+        at_least=1,
+        at_most=2**24,
+    )
     ignore: list[str] = key(
         factory=list,
         help="fields of the model's configuration to take no notice of, dotted; unknown fields are refused otherwise",

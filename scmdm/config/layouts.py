@@ -15,6 +15,7 @@ LAYOUTS = Registry(
         "mistral": "scmdm.convert.families.decoders:MISTRAL",
         "qwen2": "scmdm.convert.families.decoders:QWEN2",
         "qwen3": "scmdm.convert.families.decoders:QWEN3",
+        "sdar": "scmdm.convert.families.decoders:SDAR",
         "granite": "scmdm.convert.families.decoders:GRANITE",
     },
 )

@@ -66,6 +66,8 @@ class Family:
         rows: Fields of the number of rows of the embedding.
         scaled: Whether the original code scales rotary angles as `transformers` does.
         shifted: The only `logit_shift` that programs of this layout support; None: both, and exports state it.
+        block_field: Field of the tokens per block; None: the layout has no place for it.
+        of_blocks: Whether all models of the family are models of blocks.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Family:
     rows: tuple[str, ...] = ("vocab_size",)
     scaled: bool = True
     shifted: bool | None = None
+    block_field: str | None = "block_length"
+    of_blocks: bool = False
 
 
 def decoder_layout(family: Family) -> PublishedLayout:
@@ -98,6 +102,8 @@ def decoder_layout(family: Family) -> PublishedLayout:
         unsupported=partial(_unsupported, family),
         logit_shift=partial(_shift, family),
         lengths=(family.length,),
+        block_field=family.block_field,
+        of_blocks=family.of_blocks,
         derived=("rotary_emb.inv_freq",),
         card_note=_causal_note if family.shifted is None else lambda _: "",
     )
@@ -125,6 +131,7 @@ def _architecture(family: Family, source: PublishedFiles) -> DecoderConfig:
         keys |= dict.fromkeys(published.keys, _read(config, name, published))
     if family.scaled:
         keys |= read_rotary(config, source)
+    config.get(family.block_field or "")  # the import reads it
     config.refuse_unknown(family.harmless)
     return validated(DecoderConfig(**_completed(keys)), source)
 
@@ -172,7 +179,9 @@ def _shift(family: Family, source: PublishedFiles, has_mask: bool) -> bool | Non
 def _describe(family: Family, spec: ModelSpec, ids: TokenIds) -> dict[str, Any]:
     config = spec.model
     assert isinstance(config, DecoderConfig)
-    stated = {} if family.shifted is not None else {"logit_shift": config.logit_shift}
+    stated: dict[str, Any] = {} if family.shifted is not None else {"logit_shift": config.logit_shift}
+    if family.block_field is not None and spec.diffusion.block_length is not None:
+        stated[family.block_field] = spec.diffusion.block_length
     return {
         "architectures": [family.architecture],
         "model_type": family.model_types[0],

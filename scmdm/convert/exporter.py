@@ -51,7 +51,7 @@ def export_model(path: Path, out: Path, config: ExportConfig) -> Path:
     stored = open_model(find_model(path, Verification("share", weights=config.weights)))
     layout: PublishedLayout | None = LAYOUTS.load(config.format) if config.format in LAYOUTS.names else None
     if layout is not None:
-        check_writable(layout, stored.spec.model)
+        check_writable(layout, stored.spec)
     if config.format == "peft" and not stored.spec.model.lora_rank:
         raise UserError(
             f"format=peft: {path} has no adapters; give a run with model.lora_rank above 0, or another format"

@@ -21,6 +21,8 @@ from scmdm.config.conversion import ImportConfig
 from scmdm.config.fields import shorten, validate_keys
 from scmdm.config.model import DENOISERS
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
+from scmdm.convert.other_networks import refuse_other_networks
+from scmdm.convert.published_blocks import read_block_length
 from scmdm.convert.published_config import matrix_shape
 from scmdm.convert.published_files import PublishedFiles, open_source
 from scmdm.data.manifest import Manifest
@@ -34,6 +36,7 @@ from scmdm.models.model_files import (
     check_fit,
     open_model,
     tokenizer_file,
+    validate_spec,
     write_model_files,
 )
 from scmdm.models.safetensors_headers import SINGLE_FILE
@@ -78,10 +81,14 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     if out.exists():
         raise UserError(f"{out} exists; import into a new directory, or remove it first")
     source = open_source(path, config.weights)
+    refuse_other_networks(source)
     layout = find_layout(source, config.format)
     with tempfile.TemporaryDirectory() as scratch, atomic_directory(out) as temporary:
         is_export = (path / SUBDIRECTORY).is_dir()
-        plan = _plan_restore(path / SUBDIRECTORY) if is_export else _plan_new(source, layout, config, Path(scratch))
+        if is_export:
+            plan = _plan_restore(path / SUBDIRECTORY, config)
+        else:
+            plan = _plan_new(source, layout, config, Path(scratch))
         if plan.spec.model.kind != layout.kind or plan.spec.model.layers > len(source.tensors.shapes()):
             raise UserError(
                 f"{path}: {SUBDIRECTORY}/model.json describes another model than the weights; export it again"
@@ -94,8 +101,15 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     return Imported(layout.name, plan.spec, parameters, plan.notes)
 
 
-def _plan_restore(exported: Path) -> _ImportPlan:
-    """Plan the import of a directory that `scmdm export` wrote."""
+def _plan_restore(exported: Path, config: ImportConfig) -> _ImportPlan:
+    """Plan the import of a directory that `scmdm export` wrote. Raises UserError for keys without effect."""
+    default = ImportConfig()
+    for name in (field.name for field in dataclasses.fields(config) if field.name not in ("format", "weights")):
+        if getattr(config, name) != getattr(default, name):
+            raise UserError(
+                f"{name}={getattr(config, name)} is not possible for {exported.parent}, an export of scmdm, whose "
+                f"model is restored as it was; leave it out, or remove {exported} to import the layout alone"
+            )
     stored = open_model(exported)
     conditioner = open_source(exported / CONDITIONER_FILE, "raw") if stored.spec.model.self_conditioned else None
     file = tokenizer_file(exported, stored.manifest)
@@ -107,6 +121,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
     with reading(source.path, f"model of the layout {layout.name}", "download it again"):
         source = _with_overrides(source, layout, config)
         model, diffusion = layout.architecture(source), layout.diffusion(source)
+        diffusion = dataclasses.replace(diffusion, block_length=read_block_length(source, layout, config))
         rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
@@ -115,6 +130,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
         changed: dict[str, Any] = {"logit_shift": shift}  # a key of this kind alone
         model = dataclasses.replace(model, **changed)
         notes.append(f"logit_shift={str(shift).lower()}")
+    notes.append(f"block_length={diffusion.block_length or 'null'}")
     if "time_conditioning" in _keys_of(layout):
         notes.append(f"time_conditioning={str(vars(model)['time_conditioning']).lower()}")
     added = tokenizer.vocab_size - rows
@@ -123,6 +139,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
     spec = ModelSpec(model, diffusion, tokenizer.vocab_size, tokenizer.mask_id, length)
     try:
         validate_keys(spec)
+        validate_spec(spec)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from error
     file = tokenizer.save(scratch)

@@ -66,6 +66,8 @@ class PublishedLayout:
             architecture that scmdm does not implement.
         describe: Makes the content of `config.json`.
         unsupported: Explains why a model of `kind` cannot be written in this layout; None if it can.
+        block_field: Field of the configuration for the tokens per block; None: no place for it.
+        of_blocks: Whether all models of this layout are models of blocks.
         logit_shift: Returns whether a position is predicted from the one before it, given a source and whether its
             files name a mask token; None if they do not say.
         diffusion: Reads the process that the model was trained for.
@@ -84,6 +86,8 @@ class PublishedLayout:
     describe: Callable[[ModelSpec, TokenIds], dict[str, Any]]
     unsupported: Callable[[ModelConfig], str | None]
     lengths: tuple[str, ...]
+    block_field: str | None = None
+    of_blocks: bool = False
     diffusion: Callable[[PublishedFiles], DiffusionConfig] = log_linear
     logit_shift: Callable[[PublishedFiles, bool], bool | None] = _no_shift
     derived: tuple[str, ...] = ()
@@ -141,11 +145,21 @@ def find_layout(source: PublishedFiles, name: str) -> PublishedLayout:
     )
 
 
-def check_writable(layout: PublishedLayout, config: ModelConfig) -> None:
+def check_writable(layout: PublishedLayout, spec: ModelSpec) -> None:
     """Raise UserError when a layout cannot represent a model."""
+    config = spec.model
     if config.kind != layout.kind:
         fitting = "|".join(name for name in LAYOUTS.names if LAYOUTS.load(name).kind == config.kind)
         raise UserError(f"format={layout.name} is not possible for model.kind={config.kind}; give format={fitting}")
-    reason = layout.unsupported(config)
+    reason = _other_blocks(layout, spec.diffusion.block_length) or layout.unsupported(config)
     if reason is not None:
         raise UserError(f"format={layout.name} is not possible: {reason}; give format=scmdm or hub, or another layout")
+
+
+def _other_blocks(layout: PublishedLayout, block_length: int | None) -> str | None:
+    """Explain why a layout cannot state the blocks of a model; None if it can."""
+    if block_length is not None and layout.block_field is None:
+        return f"it has no place for diffusion.block_length={block_length}, without which a program hides no block"
+    if block_length is None and layout.of_blocks:
+        return "its models have blocks, but this one has diffusion.block_length=null"
+    return None

@@ -62,11 +62,6 @@ class Window:
         at_B1 = torch.arange(len(values_BL), device=values_BL.device)[:, None]
         return values_BL[at_B1, self.columns_BW]
 
-    def paste(self, values_BL: Tensor, part_BW: Tensor) -> Tensor:
-        """Return values (B, L, ...) with the window's part replaced."""
-        at_B1 = torch.arange(len(values_BL), device=values_BL.device)[:, None]
-        return values_BL.index_put((at_B1, self.columns_BW), part_BW)
-
     def exchange(self, stored_ALGK: Tensor, new_BWGK: Tensor) -> Tensor:
         """Write the window's values into a cache; return all values before `end` of its sequences."""
         if self.rows_B is None and self.start is not None:

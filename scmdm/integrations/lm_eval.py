@@ -3,22 +3,16 @@
 `python -m scmdm.integrations.lm_eval` is the harness's command line with an additional model, `scmdm`. Under torchrun
 the harness divides the documents of each task over the ranks.
 
-A sequence is `[BOS] context continuation tail`, without [BOS] if `add_bos_token=false`. The tail fills the sequence up
-to the model's length and is masked, as during sampling; with `tail=none` there is no tail, as in the evaluation of
-LLaDA.
-
-Legend: B batch, L length, K masked states of a continuation, N tokens of a continuation.
+Legend: B batch, L length.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,24 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scmdm.config.common import (
-    precision_key,
-    resolve_weights_dtype,
-    seed_key,
-    weights_dtype_key,
-    weights_key,
-)
-from scmdm.config.fields import key, require
+from scmdm.config.common import resolve_weights_dtype
+from scmdm.config.fields import require
 from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import OwnFraming, UnknownSymbol
 from scmdm.data.tokenizers.chat_template import Turn, UnusableChat, marked_parts
-from scmdm.diffusion.continuation import greedy_agrees, masked_nll, masked_states
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.zero_shot import encode_text
+from scmdm.integrations.harness_likelihood import ContinuationScorer, Piece, request_key, windows
+from scmdm.integrations.harness_options import WHERE, HarnessOptions, read_options
 from scmdm.sampling.batch_size import fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, end_token_ids
 from scmdm.sampling.model_loading import LONGEST_COLLECTIVE, load
@@ -61,48 +50,7 @@ except ModuleNotFoundError as error:
 
 _STATES = 32  # masked states per request in a batch
 _SAMPLER: dict[str, Any] = {"kind": "confidence", "steps": 64}  # LLaDA's order of tokens
-_WHERE = "in the arguments of the model scmdm"
 T = TypeVar("T")
-
-
-@dataclass
-class HarnessOptions:
-    """Arguments of the model, except for its path, its device and the keys of the sampler."""
-
-    draws: int = key(
-        128,
-        help="masked states per continuation in the estimate of its likelihood, which is exact if it has no more",
-        at_least=1,
-        at_most=2**20,
-    )
-    tail: str = key("masked", help="positions after the continuation", choices=("masked", "none"))
-    seed: int = seed_key()
-    weights: str = weights_key()
-    precision: str = precision_key()
-    weights_dtype: str = weights_dtype_key()
-    batch_size: int | None = key(1, help="requests in a batch; null: what fits into memory", at_least=1, at_most=2**20)
-    gen_length: int | None = key(
-        None, help="tokens to generate; null: the task's number, at most half of the length", at_least=1, at_most=2**19
-    )
-    add_bos_token: bool = key(True, help="begin sequences with [BOS]")
-    cfg: float = key(
-        0.0,
-        help="classifier-free guidance by masking the context, as `cfg` in LLaDA's evaluation: logits are "
-        "u + (cfg + 1) (l - u) with u those of the masked context",
-        at_least=0,
-        at_most=1e6,
-    )
-    is_check_greedy: bool = key(True, help="decide whether greedy decoding yields the continuation")
-    escape_until: bool = key(False, help="return answers beyond the task's stop strings")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a continuation that fits into a sequence, with as much context as fits before it."""
-
-    request: int
-    context: list[int]
-    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -134,7 +82,7 @@ class MaskedDiffusionLM(TemplateLM):
     def __init__(self, path: str, *, device: str | None = None, **keys: Any) -> None:
         super().__init__()
         own = {field.name for field in dataclasses.fields(HarnessOptions)}
-        self._options = options = _read_options({name: value for name, value in keys.items() if name in own})
+        self._options = options = read_options({name: value for name, value in keys.items() if name in own})
         self._given = {name: value for name, value in keys.items() if name not in own}
         for name in ("label", "guidance", "guided_by"):
             if name in self._given:
@@ -146,7 +94,6 @@ class MaskedDiffusionLM(TemplateLM):
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
-        self._carry = self._settings(self._sampler({})).carry
         # A model of conversations has seen what its chat template places first.
         has_bos = options.add_bos_token and self._loaded.manifest.framing != "chats"
         self._prefix = [self._loaded.tokenizer.bos_id] if has_bos else []
@@ -155,15 +102,24 @@ class MaskedDiffusionLM(TemplateLM):
             require(possible, "gen_length", options.gen_length, f"at most {self.max_length}, the model's length")
         self._device = next(self._loaded.model.parameters()).device
         self._precision = resolve_precision(precision, self._device)
-        self._set_batch_sizes()
+        states_at_once = self._set_batch_sizes()
+        self._scorer = ContinuationScorer(
+            self._loaded,
+            options,
+            self._prefix,
+            carry=self._settings(self._sampler({})).carry,
+            precision=self._precision,
+            states_at_once=states_at_once,
+        )
 
-    def _set_batch_sizes(self) -> None:
+    def _set_batch_sizes(self) -> int:
+        """Set the numbers of requests in a batch; returns the number of masked states in one."""
         options, length = self._options, self._loaded.spec.length
         kind = {"guided": options.cfg != 0, "padded": options.tail == "none"}
         fitting = fitting_batch_size(self._loaded, self._device, self._precision, length, **kind)
-        self._states_at_once = _STATES * options.batch_size if options.batch_size else fitting
         self._scored_at_once = options.batch_size or max(1, fitting // _STATES)
         self._generated_at_once = options.batch_size or fitting
+        return _STATES * options.batch_size if options.batch_size else fitting
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return this rank's value for every rank.
@@ -230,10 +186,10 @@ class MaskedDiffusionLM(TemplateLM):
         pieces = []
         for number, (_texts, context, ids) in enumerate(requests):
             known = context[1:] if context[:1] == [self.prefix_token_id] else context
-            pieces += [_Piece(number, *window) for window in windows(known, ids, self.max_length)]
+            pieces += [Piece(number, *window) for window in windows(known, ids, self.max_length)]
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
-        for group in self._groups(pieces, _length, disable_tqdm, self._scored_at_once):
-            for piece, nll, agrees in zip(group, self._nll(group), self._greedy(group), strict=True):
+        for group in self._groups(pieces, lambda own: own.length, disable_tqdm, self._scored_at_once):
+            for piece, nll, agrees in zip(group, self._scorer.nll(group), self._scorer.greedy(group), strict=True):
                 totals[piece.request] -= nll
                 greedy[piece.request] &= agrees
         return list(zip(totals, greedy, strict=True))
@@ -243,10 +199,10 @@ class MaskedDiffusionLM(TemplateLM):
         pieces = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            pieces += [_Piece(number, *window) for window in windows([], ids, self.max_length)]
+            pieces += [Piece(number, *window) for window in windows([], ids, self.max_length)]
         totals = [0.0] * len(requests)
-        for group in self._groups(pieces, _length, disable_tqdm, self._scored_at_once):
-            for piece, nll in zip(group, self._nll(group), strict=True):
+        for group in self._groups(pieces, lambda own: own.length, disable_tqdm, self._scored_at_once):
+            for piece, nll in zip(group, self._scorer.nll(group), strict=True):
                 totals[piece.request] -= nll
         return totals
 
@@ -272,7 +228,7 @@ class MaskedDiffusionLM(TemplateLM):
         keys = {**_SAMPLER, **task, "top_k": options.get("top_k") or None, **self._given}
         if self._options.cfg:
             keys |= {"guidance": self._options.cfg + 1, "guided_by": "prompt"}
-        return read_config(SamplerConfig, keys, _WHERE).of_model(self._block_length)
+        return read_config(SamplerConfig, keys, WHERE).of_model(self._block_length)
 
     @property
     def _block_length(self) -> int | None:
@@ -290,7 +246,7 @@ class MaskedDiffusionLM(TemplateLM):
         max_new_tokens = self._options.gen_length or min(options["max_gen_toks"], self._loaded.spec.length // 2)
         ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
         until = [] if self._options.escape_until else options["until"]
-        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), _key(ids, *draw))
+        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), request_key(ids, *draw))
 
     def _groups(
         self,
@@ -308,105 +264,18 @@ class MaskedDiffusionLM(TemplateLM):
                     yield group
                     bar.update(len(group))
 
-    def _row(self, ids: list[int], masks: int = 0) -> tuple[Tensor, Tensor]:
-        """Return a sequence (L,) of prefix, ids, masks and tail, and a bool mask (L,) of the tail."""
-        tokenizer = self._loaded.tokenizer
-        row = torch.tensor([*self._prefix, *ids, *[tokenizer.mask_id] * masks], dtype=torch.int64)
-        rest = self._loaded.spec.length - len(row) if self._options.tail == "masked" else 0
-        tail = torch.arange(len(row) + rest) >= len(row)
-        return torch.cat([row, row.new_full((rest,), tokenizer.eos_id)]), tail
-
-    def _target(self, piece: _Piece, length: int) -> Tensor:
-        """Return a mask (L,) of the positions of a piece's continuation."""
-        at_L, start = torch.arange(length), len(self._prefix) + len(piece.context)
-        return (at_L >= start) & (at_L < start + len(piece.ids))
-
-    def _compute(self) -> AbstractContextManager[Any]:
-        return compute_context(self._device, self._precision)
-
-    def _states(self, piece: _Piece) -> tuple[Tensor, ...]:
-        """Return tokens, masked, weights and context positions (K, L) of states, and masked fractions (K,)."""
-        states = masked_states(
-            len(piece.ids),
-            self._options.draws,
-            seed=self._options.seed,
-            key=_key(piece.context, *piece.ids),
-            start=len(self._prefix) + len(piece.context),
-            block_length=self._block_length,
-        )
-        row, tail = self._row([*piece.context, *piece.ids])
-        target = self._target(piece, len(row))
-        weight = torch.zeros(len(states.masked_KN), len(row), dtype=torch.float64)
-        weight[:, target] = states.weight_KN
-        context = (~target & ~tail).expand_as(weight)
-        share = states.masked_KN.double().mean(1)
-        return row.expand(weight.shape), (weight > 0) | tail, weight, context, share
-
-    def _nll(self, group: Sequence[_Piece]) -> list[float]:
-        """Estimate an upper bound of each piece's negative log-likelihood, in nats."""
-        blocks = self._block_length
-        possible = blocks is None or self._options.cfg == 0
-        require(possible, "cfg", self._options.cfg, f"0 for likelihoods with diffusion.block_length={blocks}")
-        parts = [self._states(piece) for piece in group]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        found = []
-        with self._compute():
-            for batch in zip(*(column.split(self._states_at_once) for column in columns), strict=True):
-                x, masked, weight, context, share = (part.to(self._device) for part in batch)
-                nll_B = masked_nll(
-                    self._loaded.model,
-                    x,
-                    masked,
-                    weight,
-                    share,
-                    schedule=self._loaded.spec.schedule,
-                    mask_id=self._loaded.spec.mask_id,
-                    condition=self._carry,
-                    guidance=self._options.cfg + 1,
-                    prompt_BL=context,
-                    model_of_blocks=blocks is not None,
-                )
-                found.append(nll_B.cpu())
-        return [float(own.sum()) for own in torch.cat(found).split([len(part[-1]) for part in parts])]
-
-    def _greedy(self, group: Sequence[_Piece]) -> list[bool]:
-        """Return whether greedy decoding reproduces each piece; never without `is_check_greedy`."""
-        if not self._options.is_check_greedy:
-            return [False] * len(group)
-        rows, targets, tails = [], [], []
-        for piece in group:
-            row, tail = self._row([*piece.context, *piece.ids])
-            rows.append(row)
-            targets.append(self._target(piece, len(row)))
-            tails.append(tail)
-        x, target, tail = (torch.stack(parts).to(self._device) for parts in (rows, targets, tails))
-        with self._compute():
-            agrees_B = greedy_agrees(
-                self._loaded.model,
-                x,
-                target,
-                tail,
-                schedule=self._loaded.spec.schedule,
-                mask_id=self._loaded.spec.mask_id,
-                carry=self._carry,
-                guidance=self._options.cfg + 1,
-                prompt_BL=~target & ~tail,
-                block_length=self._block_length,
-            )
-        return [bool(agrees) for agrees in agrees_B]
-
     def _generate(self, group: Sequence[_Prompt]) -> list[str]:
         """Generate the text of each prompt."""
         spec, tokenizer, sampler = self._loaded.spec, self._loaded.tokenizer, group[0].sampler
         templates = []
         for prompt in group:
-            row, tail = self._row(prompt.context, prompt.max_new_tokens)
+            row, tail = self._scorer.row(prompt.context, prompt.max_new_tokens)
             templates.append(row.masked_fill(tail, spec.mask_id))
         templates_BL, lengths_B = pad_templates(templates, tokenizer)
         from_prompt = sampler.block_start == "prompt"
         starts = [len(self._prefix) + len(prompt.context) for prompt in group]
         sampler.check_length(max(len(row) - from_prompt * at for row, at in zip(templates, starts, strict=True)))
-        with self._compute():
+        with compute_context(self._device, self._precision):
             drawn = sample(
                 self._loaded.model,
                 templates_BL.to(self._device),
@@ -422,15 +291,6 @@ class MaskedDiffusionLM(TemplateLM):
             text = answer_text(tokenizer, row_L[: at + prompt.max_new_tokens], at, self._end_ids)
             texts.append(_cut(text, prompt.until))
         return texts
-
-
-def _read_options(keys: dict[str, Any]) -> HarnessOptions:
-    """Check the arguments, of which the harness's command line reads `none` as None and may give `auto:N`."""
-    if "tail" in keys:
-        keys["tail"] = keys["tail"] or "none"
-    if str(keys.get("batch_size", 1)).startswith("auto"):
-        keys["batch_size"] = None
-    return read_config(HarnessOptions, keys, _WHERE)
 
 
 def _joined_ranks() -> tuple[int, int]:
@@ -454,30 +314,8 @@ def _device_name(device: str | None, ranks: int) -> str:
     return "cuda" if device.startswith("cuda") and ranks > 1 else device
 
 
-def windows(context: list[int], continuation: list[int], size: int) -> list[tuple[list[int], list[int]]]:
-    """Split a continuation into pieces of at most `size` ids, each with the ids before it as its context.
-
-    Context and piece together have at most `size` ids; a longer context is cut on the left.
-    """
-    found, known = [], list(context)
-    for at in range(0, len(continuation), size):
-        piece = continuation[at : at + size]
-        found.append((known[max(0, len(known) + len(piece) - size) :], piece))
-        known += piece
-    return found
-
-
-def _length(piece: _Piece) -> int:
-    return len(piece.context) + len(piece.ids)
-
-
 def _prompt_length(prompt: _Prompt) -> int:
     return len(prompt.context) + prompt.max_new_tokens
-
-
-def _key(context: list[int], *more: int) -> int:
-    """Key of a request's random draws, independent of other requests; 40 bits, because samplers multiply it by L."""
-    return int.from_bytes(hashlib.sha256(repr((context, more)).encode()).digest()[:5], "little")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -299,11 +299,6 @@ def fill_weights(model: Network, found: StoredWeights, *, alone: bool = False) -
     require_finite_all(((name, own[name].detach()) for name in found.keys), found.place)
 
 
-def weights_of(directory: Path, *, weights: str = "ema") -> dict[str, Tensor]:
-    """Return the whole tensors of a model directory by name, on the CPU; `weights` as in `read_model`."""
-    return dict(iterate_weights(directory, weights=weights))
-
-
 def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:
     """Iterate over the tensors of a model directory in the order of their names, in their stored dtype.
 
@@ -334,19 +329,6 @@ def _stored(directory: Path, weights: str, *, alone: bool = True) -> StoredWeigh
     prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)
     keys = {key.removeprefix(prefix): key for prefix in prefixes for key in tensors if key.startswith(prefix)}
     return StoredWeights(place, keys, {name: tensors[key] for name, key in keys.items()})
-
-
-def load_weights(model: Network, weights: dict[str, Tensor], origin: str, *, new_conditioner: bool = False) -> None:
-    """Copy weights into a model. Raises UserError, which names a missing, unknown or misshapen tensor.
-
-    With `new_conditioner` the conditioner and adapters keep their values where `weights` has none.
-    """
-    expected = dict(model.named_parameters())
-    shapes = {name: value.shape for name, value in weights.items()}
-    check_fit({n: p.shape for n, p in expected.items()}, shapes, origin, new_conditioner=new_conditioner)
-    with torch.no_grad():
-        for name, value in weights.items():
-            expected[name].copy_(value)
 
 
 def check_fit(

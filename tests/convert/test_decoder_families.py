@@ -22,9 +22,9 @@ from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
 from scmdm.models.decoder import DecoderConfig
-from scmdm.models.model_files import ModelSpec, read_spec, weights_of
+from scmdm.models.model_files import ModelSpec, read_spec
 from tests.convert.published import WORDS, write_tokenizer
-from tests.models.test_decoder import see_everything
+from tests.weights import weights_of
 
 LENGTH = 48
 SIZES = {
@@ -107,9 +107,12 @@ def random_ids(length=LENGTH):
     return torch.randint(0, len(WORDS), (2, length), generator=torch.Generator().manual_seed(0))
 
 
-def their_logits(model, ids):
+def their_logits(model, ids, block_length=None):
+    """Logits with a mask that hides later blocks; without blocks, nothing."""
+    blocks = torch.arange(ids.shape[1]) // (block_length or ids.shape[1])
+    hidden = (blocks[None] > blocks[:, None]).float() * torch.finfo().min
     with torch.no_grad():
-        return model(ids, attention_mask=see_everything(ids.shape[1])).logits[..., : len(WORDS)]
+        return model(ids, attention_mask=hidden[None, None]).logits[..., : len(WORDS)]
 
 
 def our_logits(directory, ids, packing=None):
@@ -121,6 +124,16 @@ def our_logits(directory, ids, packing=None):
         return model.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)[..., : len(WORDS)]
 
 
+def assert_parity(name, directory, theirs, block_length=None):
+    """Compare the logits of an imported model with those of the original, but for the mask's, and print the largest
+    difference (pytest -s)."""
+    ids, mask = random_ids(), read_spec(directory).mask_id
+    kept = torch.arange(len(WORDS)) != mask
+    found, expected = our_logits(directory, ids)[..., kept], their_logits(theirs, ids, block_length)[..., kept]
+    print(f"{name}: {float((found - expected).abs().max()):.1e} of {float(expected.abs().max()):.0f}")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_computes_what_transformers_does_and_goes_back(tmp_path, name):
     kind, changes = MODELS[name]
@@ -129,12 +142,10 @@ def test_a_family_computes_what_transformers_does_and_goes_back(tmp_path, name):
     assert main(["import", str(source), str(tmp_path / "ours"), f"length={LENGTH}"]) == 0
     assert read_spec(tmp_path / "ours").model.logit_shift
     ids = random_ids()
-    expected, found = their_logits(theirs, ids), our_logits(tmp_path / "ours", ids)
-    plain = their_logits(their_model("llama"), ids)
+    expected, plain = their_logits(theirs, ids), their_logits(their_model("llama"), ids)
     same = name in ("llama", "mistral", "llama: dynamic")
     assert torch.allclose(expected, plain, atol=1e-2) == same, "the changes do not matter"
-    print(f"{name}: {float((found - expected).abs().max()):.1e} of {float(expected.abs().max()):.0f}")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_parity(name, tmp_path / "ours", theirs)
 
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), f"format={kind}"]) == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
@@ -169,18 +180,18 @@ def test_what_others_made_of_a_family(tmp_path, layout, kind, changes, stated, s
     assert main(["import", str(source), str(tmp_path / "ours")]) == 0
     spec = read_spec(tmp_path / "ours")
     assert spec.model.logit_shift is shift and spec.length == LENGTH
-    kept = torch.arange(len(WORDS)) != spec.mask_id
-    found, expected = our_logits(tmp_path / "ours", random_ids()), their_logits(theirs, random_ids())
-    torch.testing.assert_close(found[..., kept], expected[..., kept], rtol=1e-5, atol=1e-5)
+    assert_parity(stated["model_type"], tmp_path / "ours", theirs)
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), f"format={layout}"]) == 0
 
 
 def test_open_dcoder_is_qwen2_with_a_mask_and_says_nothing_of_its_shift(tmp_path, capsys):
-    source = save(their_model("qwen2"), tmp_path / "there", mask_token_id=3)
+    theirs = their_model("qwen2", rope_theta=1e6, tie_word_embeddings=True)
+    source = save(theirs, tmp_path / "there", mask_token_id=3)
     assert main(["import", str(source), str(tmp_path / "no")]) == 1
     assert "logit_shift=" in capsys.readouterr().err
     assert main(["import", str(source), str(tmp_path / "ours"), "logit_shift=true"]) == 0
     assert read_spec(tmp_path / "ours").model.logit_shift and read_spec(tmp_path / "ours").mask_id == 3
+    assert_parity("open-dcoder", tmp_path / "ours", theirs)
 
 
 def test_llada_computes_what_llama_does(tmp_path):
@@ -213,9 +224,7 @@ def test_llada_computes_what_llama_does(tmp_path):
     }
     (source / "config.json").write_text(json.dumps(described))
     assert main(["import", str(source), str(tmp_path / "ours")]) == 0
-    found, expected = our_logits(tmp_path / "ours", random_ids()), their_logits(theirs, random_ids())
-    print(f"llada: {float((found - expected).abs().max()):.1e}")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_parity("llada", tmp_path / "ours", theirs)
 
 
 class _Shapes:

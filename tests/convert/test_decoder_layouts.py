@@ -15,11 +15,12 @@ from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.diffusion.state import State
 from scmdm.models.decoder import DecoderConfig
-from scmdm.models.model_files import ModelSpec, read_spec, weights_of
+from scmdm.models.model_files import ModelSpec, read_spec
 from scmdm.models.safetensors_shards import write_shards
 from tests.conftest import ROOT
 from tests.convert.published import MASK, VOCAB, WORDS, write_tokenizer
 from tests.models.test_decoder import see_everything, their_model
+from tests.weights import weights_of
 
 LLADA = {
     "model_type": "llada",

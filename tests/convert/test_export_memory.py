@@ -12,10 +12,11 @@ import torch
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import seal, verify_checkpoint
 from scmdm.cli import main
-from scmdm.models.model_files import TENSORS, open_model, weights_of
+from scmdm.models.model_files import TENSORS, open_model
 from scmdm.models.safetensors_headers import published_tensors
 from scmdm.models.safetensors_writer import write_file
 from tests.conftest import ROOT
+from tests.weights import weights_of
 
 RANKS = 4
 

@@ -13,7 +13,7 @@ from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.state import State
-from scmdm.models.model_files import read_spec, weights_of
+from scmdm.models.model_files import read_spec
 from tests.conftest import ADAPTED
 from tests.convert.published import (
     CONDITION,
@@ -27,6 +27,7 @@ from tests.convert.published import (
     write_mdlm,
     write_texts,
 )
+from tests.weights import weights_of
 
 
 def tensors(directory):

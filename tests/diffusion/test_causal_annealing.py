@@ -12,7 +12,7 @@ from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.models.decoder import Decoder, DecoderConfig
-from scmdm.models.model_files import load_weights
+from tests.weights import load_weights
 
 LENGTH, VOCAB = 24, 20
 CPU = torch.device("cpu")

@@ -56,7 +56,7 @@ def _step_outcomes(oracle, state, schedule, settings, t, t_next, drawn):
     if settings.kind in ORDERS:
         left = 0 if t_next == 0 else round(len(drawn) * float(1 - schedule.alpha(t_next)))
         for tokens in itertools.product(range(oracle.tokens), repeat=len(masked)):
-            score = {i: _certainty(settings.kind, p[i], v) for i, v in zip(masked, tokens, strict=True)}
+            score = {i: certainty_of(settings.kind, p[i], v) for i, v in zip(masked, tokens, strict=True)}
             chosen = sorted(masked, key=lambda i: -score[i])[: len(masked) - left]
             result = [v if i not in masked else oracle.mask_id for i, v in enumerate(state)]
             for i, v in zip(masked, tokens, strict=True):
@@ -76,7 +76,7 @@ def _step_outcomes(oracle, state, schedule, settings, t, t_next, drawn):
     yield from outcomes
 
 
-def _certainty(kind, p_V, token):
+def certainty_of(kind, p_V, token):
     if kind == "confidence":
         return float(p_V[token])
     ordered = sorted(p_V.tolist(), reverse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from scmdm.checkpoint.reader import find_model
-from scmdm.models.model_files import weights_of
 from scmdm.observability.run_metrics import read_metrics
 from tests.conftest import ADAPTED, small_base
 from tests.distributed.launching import launch
+from tests.weights import weights_of
 
 STEPS, BATCH = 20, 64
 

@@ -13,13 +13,14 @@ from scmdm.config.run import RunConfig
 from scmdm.convert.exporter import export_model
 from scmdm.distributed.deepspeed import deepspeed_json
 from scmdm.errors import UserError
-from scmdm.models.model_files import WEIGHTS_FILE, weights_of
+from scmdm.models.model_files import WEIGHTS_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.process_group import World
 from scmdm.training.setup import resolve_engine
 from tests.distributed.launching import launch
 from tests.distributed.parity import CASES, STEPS, assert_same
+from tests.weights import weights_of
 
 installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TWO = World(rank=0, size=2, local_rank=0)

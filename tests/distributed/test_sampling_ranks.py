@@ -135,19 +135,30 @@ def test_an_evaluation_does_not_depend_on_ranks_and_kills(base, molecules, tmp_p
 
 
 @pytest.mark.long
-def test_the_harness_finds_the_same_on_several_ranks(exported, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "arguments", "ranks", "names"),
+    [
+        (None, "steps=4", 3, list(TASKS)),
+        (4, "threshold=0.3,cache=blocks", 2, ["generation"]),
+        (None, "steps=8,cache=dual,block_length=4", 2, ["generation"]),
+    ],
+    ids=["plain", "blocks", "dual"],
+)
+def test_the_harness_finds_the_same_on_several_ranks(tmp_path, size, arguments, ranks, names):
     """Two of the documents are equal: their draws are not, on whichever ranks they are."""
+    exported = export(tmp_path / "model", width=64, layers=3, block_length=size)
     docs = [*DOCS, DOCS[0]]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    for name, (*lines, metric) in TASKS.items():
+    for name in names:
+        *lines, metric = TASKS[name]
         more = "\n".join([*lines, f"metric_list: [{{{metric}}}]"])
         text = TASK.format(name=name, data=tmp_path / "docs.jsonl", cache=tmp_path / "cache", more=more)
         (tmp_path / f"{name}.yaml").write_text(text.replace("max_gen_toks: 4", "max_gen_toks: 4, temperature: 2.0"))
-    model = f"path={exported},draws=7,precision=float32,steps=4,escape_until=True"
+    model = f"path={exported},draws=7,precision=float32,escape_until=True,{arguments}"
 
     def responses(ranks, *more):
         place = tmp_path / f"results{ranks}"
-        keys = ["--model", "scmdm", "--model_args", model, "--tasks", ",".join(TASKS), "--include_path", tmp_path]
+        keys = ["--model", "scmdm", "--model_args", model, "--tasks", ",".join(names), "--include_path", tmp_path]
         keys += ["--output_path", place, "--log_samples", "--device", "cpu", *more]
         status, output = launch(ranks, *keys, module="scmdm.integrations.lm_eval", timeout=400)
         assert status == 0, output
@@ -157,8 +168,8 @@ def test_the_harness_finds_the_same_on_several_ranks(exported, tmp_path):
         return json.loads(file.read_text())["results"], by_doc
 
     one, asked = responses(0)
-    three, again = responses(3, "--batch_size", "auto")
-    assert all(same(one[task], three[task]) for task in TASKS)
+    several, again = responses(ranks, "--batch_size", "auto")
+    assert all(same(one[task], several[task]) for task in names)
     assert asked.keys() == again.keys()
     for key, value in asked.items():
         assert json.dumps(value)[:40] == json.dumps(again[key])[:40]

@@ -17,7 +17,7 @@ from scmdm.diffusion.state import Sequences, State
 from scmdm.models.conditioner import CONDITIONERS
 from scmdm.models.decoder import Decoder, DecoderConfig
 from scmdm.models.initialization import init_weights
-from scmdm.models.model_files import load_weights
+from tests.weights import load_weights
 
 MASK, VOCAB = 36, 37
 TIME = torch.full((2,), 0.5).double()

@@ -12,8 +12,8 @@ from scmdm.models.attention import attend, check_backend, choose_backend
 from scmdm.models.conditioner import CONDITIONERS
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
-from scmdm.models.model_files import load_weights
 from scmdm.models.rotary import rotate
+from tests.weights import load_weights
 
 MASK, VOCAB = 12, 13
 

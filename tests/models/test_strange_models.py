@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from scmdm.checkpoint.seal import SEAL, seal
 from scmdm.cli import main
 from scmdm.errors import UserError
-from scmdm.models.model_files import read_model, weights_of
+from scmdm.models.model_files import read_model
 from scmdm.models.safetensors_headers import read_header
 from scmdm.models.tensor_files import tensor_shapes
 from tests.convert.published import write_mdlm
+from tests.weights import weights_of
 
 WEIGHTS, NAME = "weights.safetensors", "blocks.1.attn_out.weight"
 BAD = [

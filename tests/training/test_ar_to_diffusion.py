@@ -33,7 +33,11 @@ def test_a_run_that_stops_amid_the_annealing_continues_exactly(tmp_path, base, m
 
 @pytest.mark.parametrize(
     ("command", "overrides", "named"),
-    [("train", [], "train.causal_steps"), ("adapt", ["fsdp.context=2"], "train.causal_steps")],
+    [
+        ("train", [], "train.causal_steps"),
+        ("adapt", ["fsdp.context=2"], "train.causal_steps"),
+        ("adapt", ["diffusion.block_length=4"], "train.causal_steps"),
+    ],
 )
 def test_where_there_is_no_annealing_it_is_refused(
     tmp_path, base, molecules, empty_yaml, capsys, command, overrides, named

@@ -14,9 +14,10 @@ from scmdm.errors import UserError
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.lora import add_adapters, freeze, is_added, merged
-from scmdm.models.model_files import load_weights, read_model, weights_of
+from scmdm.models.model_files import read_model
 from scmdm.models.tensor_files import tensor_shapes
 from tests.conftest import ADAPTED
+from tests.weights import load_weights, weights_of
 
 MASK = 9
 LORA = ["model.lora_rank=4", "model.lora_alpha=16", "optimizer.lr=0.02"]

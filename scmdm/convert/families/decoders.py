@@ -1,4 +1,4 @@
-"""The table of decoders: LLaMA, Mistral, Qwen2, Qwen3, Granite, Dream, LLaDA, and what other projects made of them.
+"""The table of decoders: LLaMA, Mistral, Qwen2, Qwen3, Granite, Dream, LLaDA, SDAR, and what others made of them.
 
 A family is one entry, see `scmdm.convert.decoder_family`, and a line in `scmdm.config.layouts`. dllm's A2D models have
 types of their own; Open-dCoder has Qwen2's.
@@ -106,19 +106,29 @@ QWEN2 = decoder_layout(
         harmless=_HARMLESS | _WINDOWED | any_value("attention_bias"),
     )
 )
+_qwen3 = partial(
+    _TRANSFORMERS,
+    fields=_SIZES
+    | {
+        "head_dim": sets("head_width", absent=128),
+        "attention_bias": sets("attention_bias", "output_bias", absent=False),
+    },
+    keys={"qk_norm": True},
+    expected={"hidden_act": "silu", "use_sliding_window": False},
+)
 QWEN3 = decoder_layout(
-    _TRANSFORMERS(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        ("qwen3", "a2d-qwen3"),
-        fields=_SIZES
-        | {
-            "head_dim": sets("head_width", absent=128),
-            "attention_bias": sets("attention_bias", "output_bias", absent=False),
-        },
-        keys={"qk_norm": True},
-        expected={"hidden_act": "silu", "use_sliding_window": False},
-        harmless=_HARMLESS | _WINDOWED,
+    _qwen3("qwen3", "Qwen3ForCausalLM", ("qwen3", "a2d-qwen3"), harmless=_HARMLESS | _WINDOWED),
+)
+SDAR = decoder_layout(
+    _qwen3(
+        "sdar",
+        "SDARForCausalLM",
+        ("sdar",),
+        harmless=_HARMLESS | _WINDOWED | any_value("fuse_cross_entropy"),
+        written={"fuse_cross_entropy": False},  # the original code has no default
+        shifted=False,
+        block_field="block_size",
+        of_blocks=True,
     )
 )
 GRANITE = decoder_layout(
@@ -147,6 +157,7 @@ DREAM = decoder_layout(
         expected={"hidden_act": "silu", "use_sliding_window": False},
         harmless=_HARMLESS | _WINDOWED | any_value("attention_bias"),
         shifted=True,
+        block_field=None,
     )
 )
 LLADA = decoder_layout(
@@ -197,5 +208,6 @@ LLADA = decoder_layout(
         length="max_sequence_length",
         scaled=False,
         shifted=False,
+        block_field=None,
     )
 )
