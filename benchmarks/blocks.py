@@ -56,9 +56,9 @@ def main() -> None:
                 compare(model, caches, carry=carry, device=device)
 
 
-def make_model(device: torch.device) -> DiT:
+def make_model(device: torch.device, config: DiTConfig = _MODEL, vocab: int = _VOCAB) -> DiT:
     """Make a model whose weights are not zero, so that tokens depend on all that is computed."""
-    model = DiT(_MODEL, vocab_size=_VOCAB, mask_id=_VOCAB - 1, schedule=LogLinear())
+    model = DiT(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear())
     init_weights(model, 0)
     dice = torch.Generator().manual_seed(0)
     with torch.no_grad():

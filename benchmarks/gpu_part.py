@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import statistics
@@ -10,19 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import attention
+from benchmarks import attention, blocks
 from benchmarks.counting import peak_memory
 from benchmarks.step import BILLION_GPU, SMALL_GPU, Shape, make_engine_step
 from benchmarks.timing import Timing, interleave
-from scmdm.config.sampling import SamplerConfig
 from scmdm.diffusion.guidance import SamplingDenoiser
 from scmdm.diffusion.reveal_order import SamplerSettings
-from scmdm.diffusion.sampler import sample
+from scmdm.diffusion.sampler import Samples, sample
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
 from scmdm.models.dit import DiT, DiTConfig
@@ -34,6 +33,7 @@ from scmdm.system.files import atomic_write_text
 
 _TINY = Shape("tiny", DiTConfig(width=32, layers=1, heads=2), 40, 16, 4, 2)
 _SAMPLER_STEPS, _SAMPLER_BATCH = 128, 16
+_BLOCK, _STEPS_OF_BLOCK = 32, 2
 
 
 class AbsentError(Exception):
@@ -97,11 +97,42 @@ def samplers(tiny: bool) -> dict[str, Any]:
 
 
 def block_cache(tiny: bool) -> dict[str, Any]:
-    """Sampling with cached keys and values of finished blocks."""
-    keys = [field.name for field in dataclasses.fields(SamplerConfig) if "cache" in field.name]
-    if not keys:
-        raise AbsentError("no key of the sampler is named after a cache")
-    raise AbsentError(f"sampler.{keys[0]} exists, and this kit does not measure it yet")
+    """Samples of a model of blocks of MDLM's size with whole evaluations, and with cached keys and values."""
+    shape = _TINY if tiny else SMALL_GPU
+    block, batch = (4, 2) if tiny else (_BLOCK, _SAMPLER_BATCH)
+    # One kernel for both: FlexAttention would compile for longer than this part may take.
+    shape = replace(shape, model=replace(shape.model, self_conditioned=True, attention="sdpa"))
+    device = resolve_device("auto")
+    model = blocks.make_model(device, shape.model, shape.vocab)
+    model.block_length = block
+    steps = _STEPS_OF_BLOCK * shape.length // block
+    plain = SamplerSettings(
+        kind="confidence", temperature=0.0, steps=steps, block_length=block, model_of_blocks=True, carry=True
+    )
+    start = torch.full((batch, shape.length), shape.vocab - 1, device=device)
+    drawn: dict[str, Samples] = {}
+
+    def run(cache: str) -> None:
+        drawn[cache] = sample(
+            model,
+            start,
+            torch.arange(batch, device=device),
+            schedule=LogLinear(),
+            settings=replace(plain, cache=cache),
+            mask_id=shape.vocab - 1,
+            seed=0,
+        )
+
+    with compute_context(device, resolve_precision("auto", device)):
+        timings = interleave({cache: partial(run, cache) for cache in ("none", "blocks")}, warmup=1, rounds=2)
+    settings = {"steps": steps, "block_length": block, "batch": batch, "precision": _precision()}
+    return {
+        "config": {**settings, "shape": _described(shape)},
+        "rounds": _rounds(timings),
+        "samples_per_s": {name: batch / statistics.median(timing.wall) for name, timing in timings.items()},
+        "positions": {cache: int(own.positions_B.sum()) for cache, own in drawn.items()},
+        "equal_tokens": float((drawn["blocks"].tokens == drawn["none"].tokens).double().mean()),
+    }
 
 
 def attention_kernels(tiny: bool) -> dict[str, Any]:

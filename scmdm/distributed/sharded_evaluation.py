@@ -61,7 +61,7 @@ class ShardedEvaluations:
         return self._hidden(state, **options)
 
     @torch.no_grad()
-    def await_peers(self) -> None:
+    def await_peers(self, on_evaluation: Callable[[], None]) -> None:
         """Take part in the evaluations of the other ranks until all ranks of the group call this."""
         z_BL = torch.full((1, _SHORTEST), self._model.mask_id, device=self._device)
         t_B = torch.ones(1, dtype=torch.float64, device=self._device)
@@ -69,6 +69,7 @@ class ShardedEvaluations:
         with compute_context(self._device, self._dtype):
             while int(self._announce(0)):
                 self._hidden(State(z_BL, t_B, labels_B=labels_B))
+                on_evaluation()
 
     def _announce(self, evaluations: int) -> Tensor:
         """Return the sum of all ranks' `evaluations`. The host waits for it only where it reads the result."""

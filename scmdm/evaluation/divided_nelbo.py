@@ -14,6 +14,7 @@ from scmdm.diffusion.state import Sequences
 from scmdm.distributed.engine import compute_context, resolve_precision
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import Columns, ResultParts, compute_divided
+from scmdm.runtime.watchdog import report_progress
 from scmdm.sampling.batch_size import LARGEST_NELBO_BATCH, even_batch_size, fitting_batch_size
 
 
@@ -83,7 +84,7 @@ def divided_nelbo(
                 )
             yield numbers[done : done + len(batch)], {"terms": terms_B2.numpy()}
             done += len(batch)
-        loaded.await_peers()
+        loaded.await_peers(report_progress)
 
     own = {"condition": condition, "draws": settings.draws, "t_min": settings.t_min, "noise": settings.seed}
     kept = None if parts is None else parts.of(**own, count=len(held_out), precision=str(dtype))

@@ -44,6 +44,8 @@ class Masks(NamedTuple):
 
 
 NO_MASKS = Masks()
+# With these, FlexAttention computes the attention of a model of blocks on a GPU, without a dense mask.
+FLEX_BACKENDS = ("auto", "flash", "varlen")
 
 # On a CPU in bfloat16, the backward pass of torch's fused kernel takes 15 times as long as plain matrix products at
 # L = 32, and is slower up to about this length. In float32 it is always faster (benchmarks/attention.py).
@@ -151,7 +153,7 @@ def masks_of_window(window: Window, block_length: int | None, packing: Packing |
 
 
 def _flex_runs(device_type: str, backend: str) -> bool:
-    return device_type == "cuda" and backend in ("auto", "flash", "varlen") and can_fuse()
+    return device_type == "cuda" and backend in FLEX_BACKENDS and can_fuse()
 
 
 def _flex_mask(places_RL: Places) -> BlockMask:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +86,7 @@ class StoredModel:
 class JointEvaluation(Protocol):
     """Evaluations that several ranks begin together."""
 
-    def await_peers(self) -> None:
+    def await_peers(self, on_evaluation: Callable[[], None]) -> None:
         """Take part in the evaluations of the other ranks until all ranks call this."""
         ...
 
@@ -103,10 +103,13 @@ class LoadedModel(StoredModel):
         """Return whether this process holds all weights."""
         return self.joint is None
 
-    def await_peers(self) -> None:
-        """Wait until the ranks that share the weights have done their parts of some evaluations, as this one has."""
+    def await_peers(self, on_evaluation: Callable[[], None]) -> None:
+        """Wait until the ranks that share the weights have done their parts of some evaluations, as this one has.
+
+        `on_evaluation` is called after each of theirs.
+        """
         if self.joint is not None:
-            self.joint.await_peers()
+            self.joint.await_peers(on_evaluation)
 
 
 def write_model_files(directory: Path, spec: ModelSpec, manifest: Manifest, tokenizer: Path) -> None:

@@ -264,8 +264,8 @@ def used_ranges(directory: Path, names: Collection[str], *, alone: bool = True) 
     damaged.
     """
     return {
-        path.name: [(0, header.bytes), *((t.begin, t.end) for name, t in header.tensors.items() if name in names)]
-        for path, header in _headers(directory, alone=alone).items()
+        path.name: [(0, file.bytes), *((t.begin, t.end) for name, t in file.tensors.items() if name in names)]
+        for path, file in _headers(directory, alone=alone).items()
     }
 
 
@@ -301,18 +301,32 @@ def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
             left = left[count:]
 
 
-def _headers(directory: Path, *, alone: bool = True) -> dict[Path, Header]:
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """What the header of a file says; ranks exchange this rather than its text."""
+
+    tensors: dict[str, StoredTensor]
+    bytes: int  # before the first tensor
+    offsets: dict[str, tuple[int, ...]]  # see `_offsets`
+
+
+def _describe(path: Path) -> _Described:
+    header = read_header(path)
+    return _Described(header.tensors, header.bytes, _offsets(path, header))
+
+
+def _headers(directory: Path, *, alone: bool = True) -> dict[Path, _Described]:
     """Read the headers of all files.
 
     Unless `alone`, each rank reads its share, and rank 0 gets all, the other ranks none; a problem is raised on all.
     """
     rank, ranks = (0, 1) if alone else joined_world()
     if ranks == 1:
-        return {path: read_header(path) for path in _files(directory)}
+        return {path: _describe(path) for path in _files(directory)}
     own = _from_rank_0(lambda: _files(directory))[rank::ranks]
-    gathered = gather_object(_attempt(lambda: {path: read_header(path) for path in own}))
+    gathered = gather_object(_attempt(lambda: {path: _describe(path) for path in own}))
 
-    def join() -> dict[Path, Header]:
+    def join() -> dict[Path, _Described]:
         return dict(sorted(item for part in gathered or () for item in _result(part).items()))
 
     problem = broadcast(_attempt(join).problem if gathered is not None else None)
@@ -353,12 +367,11 @@ def _from_rank_0(read: Callable[[], T]) -> T:
     return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else unread))
 
 
-def _shards(headers: Mapping[Path, Header]) -> _Shards:
+def _shards(files: Mapping[Path, _Described]) -> _Shards:
     found: _Shards = {}
-    for path, header in headers.items():
-        offsets = _offsets(path, header)
-        for name, tensor in header.tensors.items():
-            found.setdefault(name, []).append((offsets.get(name, (0,) * len(tensor.shape)), tensor))
+    for file in files.values():
+        for name, tensor in file.tensors.items():
+            found.setdefault(name, []).append((file.offsets.get(name, (0,) * len(tensor.shape)), tensor))
     return found
 
 

@@ -1,8 +1,8 @@
 """Activation memory of a training step, measured: the real model runs on fake tensors, and live storages are counted.
 
 Fake tensors have shapes and no memory, so that a block of an 8B model is measured in a fraction of a second. Two small
-numbers of layers are measured; every block adds the same, so more layers follow by linear extrapolation. Long sequences
-follow in the same way from two shorter lengths: the head has a chunk for every few thousand positions.
+numbers of layers are measured; every block adds the same, so more layers follow by linear extrapolation. Many positions
+follow in the same way from two smaller numbers of them, in one sequence: the head has a chunk for every few thousand.
 
 The output head is measured with a vocabulary of a few tokens, that is, without its logits: its GPU kernels are
 compiled and cannot be traced here. `scmdm.planner.rank_memory` adds logits and gradients of the head.
@@ -26,6 +26,7 @@ from scmdm.config.model import DENOISERS, ModelConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
+from scmdm.models.attention import FLEX_BACKENDS, NO_MASKS
 from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
@@ -33,7 +34,6 @@ from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tre
 
 _LAYERS = (2, 3)  # a single layer is atypical: it is both first and last in the backward pass
 _VOCABULARY = 8
-_SHORTEST = 16  # tokens: shorter sequences are not extrapolated from
 _CPU = torch.device("cpu")
 
 
@@ -131,15 +131,16 @@ def measure_activations(
     `dtype` is the dtype of compute. With `gathered` weights arrive in that dtype, as FSDP2 gathers them; otherwise they
     are float32 and autocast copies them. `passes` passes compute the estimate (0: vanilla training).
     `trained_layers` is that of `scmdm.models.flops.step_flops`. A model of blocks of `block_length` evaluates two
-    copies of each sequence, here with a dense mask. The first `shared_layers` blocks run before the passes that compute
-    the estimate, which keep their activations.
+    copies of each sequence, with a dense mask where FlexAttention does not run. The first `shared_layers` blocks run
+    before the passes that compute the estimate, which keep their activations.
     """
+    masked = block_length is not None and not (gpu and model.attention in FLEX_BACKENDS)
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
     model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)))
 
-    def measured(length: int) -> ActivationBytes:
-        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length)
+    def measured(rows: int, length: int) -> ActivationBytes:
+        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length, masked)
         fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
         found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
         by_block = (more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0])
@@ -151,11 +152,11 @@ def measure_activations(
             kept_by_block=by_block,
         )
 
-    short = _linear_from(model) // rows
-    linear = gpu and block_length is None  # a dense mask grows with the square of the length
-    if not linear or short < _SHORTEST or length <= 3 * short:
-        return measured(length)
-    return measured(short).extrapolate(short, measured(2 * short), 2 * short, length)
+    # Dense masks, and probabilities of a CPU's kernels, grow with the square of the length.
+    positions, few = rows * length, _linear_from(model)
+    if masked or not gpu or positions <= 3 * few:
+        return measured(rows, length)
+    return measured(1, few).extrapolate(few, measured(1, 2 * few), 2 * few, positions)
 
 
 def _linear_from(model: ModelConfig) -> int:
@@ -175,12 +176,15 @@ def _measure(
     trained_layers: int | None,
     gpu: bool,
     block_length: int | None,
+    masked: bool,
 ) -> ActivationBytes:
     keys = {**json.loads(model_json), "layers": layers}
     config = DENOISERS.schema(keys["kind"])(**keys)
     diffusion, classes = DiffusionConfig(block_length=block_length), 2 if config.labels else 0
     spec = ModelSpec(config, diffusion, _VOCABULARY, _VOCABULARY - 1, length, classes=classes)
     model = spec.build().train()
+    if not masked:
+        model._masks = lambda _: NO_MASKS  # type: ignore[method-assign]
     if config.matmul_precision == "fp8":
         multiply_in_fp8(model.blocks, emulated=False)
     with fake_tensors():

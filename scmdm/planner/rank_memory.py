@@ -22,8 +22,6 @@ from scmdm.planner.sharding import (
 )
 from scmdm.planner.workload import ParallelLayout, Workload
 
-_NOTHING = ActivationBytes(0, 0, 0, 0, 0, 0)
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -70,8 +68,15 @@ def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
 
 
 def least_peak(workload: Workload, layout: ParallelLayout) -> int:
-    """Return a lower bound of the peak of `rank_memory`, without activations, of which nothing is measured."""
-    return _rank_memory(workload, layout, _NOTHING).peak.total
+    """Return a lower bound of the peak of `rank_memory` of which nothing is measured.
+
+    Of the activations, it has the inputs of all blocks, which every kind of checkpointing keeps.
+    """
+    kept = 0
+    if workload.trained_layers is None:
+        width = FLOAT32 if workload.model.residual_precision == "float32" else layout.width
+        kept = workload.model.layers * layout.tokens(workload) * workload.model.width * width
+    return _rank_memory(workload, layout, ActivationBytes(0, 0, kept, kept, kept, kept)).peak.total
 
 
 def _rank_memory(workload: Workload, layout: ParallelLayout, found: ActivationBytes) -> RankMemory:

@@ -62,8 +62,10 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
     for what, number in (("the length", workload.length), ("model.heads", workload.model.heads)):
         if number % layout.context:
             return f"fsdp.context={layout.context} does not divide {what} = {number}"
-    if workload.model.logit_shift and layout.context > 1:
+    if layout.context > 1 and workload.model.logit_shift:
         return f"fsdp.context={layout.context} is not possible with model.logit_shift=true"
+    if layout.context > 1 and workload.block_length is not None:
+        return f"fsdp.context={layout.context} is not possible with diffusion.block_length={workload.block_length}"
     parts = layout.ranks // layout.context * layout.micro_batch_size
     if workload.global_batch % parts:
         return (
@@ -173,8 +175,8 @@ def _why_none_fits(
 
 def _least_memory(workload: Workload, layouts: Sequence[ParallelLayout]) -> RankMemory:
     """Return the smallest memory of all layouts; those whose lower bound is larger are not measured."""
-    bounds = {layout: least_peak(workload, layout) for layout in layouts}
-    ordered = sorted(layouts, key=bounds.__getitem__)
+    bounds = {layout: least_peak(workload, layout) for layout in layouts if _recomputes(layout)}
+    ordered = sorted(bounds, key=bounds.__getitem__)
     least = rank_memory(workload, ordered[0])
     for layout in ordered[1:]:
         if bounds[layout] >= least.peak.total:
@@ -197,6 +199,11 @@ def _remedy(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed
 
 def _any_fits(workload: Workload, layouts: Sequence[ParallelLayout], usable: float) -> bool:
     """Whether a layout fits; small ones, which are measured quickly and fit best, come first."""
-    bounds = {layout: least_peak(workload, layout) for layout in layouts}
-    possible = sorted((layout for layout in layouts if bounds[layout] <= usable), key=bounds.__getitem__)
+    bounds = {layout: least_peak(workload, layout) for layout in layouts if _recomputes(layout)}
+    possible = sorted((layout for layout, bound in bounds.items() if bound <= usable), key=bounds.__getitem__)
     return any(rank_memory(workload, layout).peak.total <= usable for layout in possible)
+
+
+def _recomputes(layout: ParallelLayout) -> bool:
+    """Whether a layout recomputes whole blocks, which needs the least memory of all kinds of checkpointing."""
+    return layout.activation_checkpointing == "full"

@@ -6,6 +6,7 @@ is written, so that a job that was killed goes on, with any number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from scmdm.runtime.watchdog import report_progress, set_aside_stacks, watching_share
 from scmdm.system.files import json_text, remove_tree
 from scmdm.system.npz_files import read_npz, write_npz
-from scmdm.system.process_group import broadcast, gather_object, joined_world
+from scmdm.system.process_group import World, broadcast, gather_object, joined_world
 
 logger = logging.getLogger("scmdm")
 T = TypeVar("T")
@@ -81,16 +83,21 @@ def compute_divided(
     """Return the results of items 0 ... total - 1, in this order, on rank 0; None on the other ranks.
 
     `compute` is called with the numbers of a rank's items, and yields results of some of them at a time, which `parts`
-    keeps. Items that `parts` has already are not computed again. All ranks call this together.
+    keeps. Items that `parts` has already are not computed again. A watchdog ends a job with `parts` when a rank hangs.
+    All ranks call this together.
     """
     rank, size = joined_world()
+    if parts is not None and rank == 0:
+        set_aside_stacks(parts.directory)
     done, kept = parts.read() if parts is not None and rank == 0 else ([], {})
     if done and parts is not None:
         logger.warning("%d of %d results are those of an earlier start, in %s", len(done), total, parts.directory)
     finished = set(broadcast(done))
     missing = [number for number in range(total) if number not in finished]
     share = share_of(missing, rank, size)
-    own = list(_kept(compute(share), parts, least=-(-len(share) // _MOST_FILES)))
+    watched = watching_share(parts.directory, World(rank, size, 0)) if parts is not None else contextlib.nullcontext()
+    with watched:
+        own = list(_kept(compute(share), parts, least=-(-len(share) // _MOST_FILES)))
     gathered = gather_object(own)
     if gathered is None:
         return None
@@ -105,6 +112,7 @@ def _kept(results: Iterable[Result], parts: ResultParts | None, *, least: int) -
     """Join results to at least `least` items each, write and yield them."""
     waiting: list[Result] = []
     for result in results:
+        report_progress()
         waiting.append(result)
         if sum(len(numbers) for numbers, _ in waiting) >= least:
             yield _written(_joined(waiting), parts)

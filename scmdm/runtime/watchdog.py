@@ -2,6 +2,8 @@
 
 Progress means that a part of a step has begun or ended (`StepTimer`), or that a batch of a validation is done. For
 start-up, the first step (which may compile), checkpoints and the end of a run the limit is `PATIENCE` times as long.
+Sampling and evaluation are watched while a rank computes its share (`scmdm.runtime.divided_work`), always with the
+longer limit: progress is a step of a sampler or a batch.
 
 A rank that waits for another one in a collective makes no progress either. The first rank that exceeds the limit leaves
 an alarm file in the run directory; the others find it and write their stacks, too, and on GPUs NCCL's flight recorder.
@@ -26,7 +28,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,9 +38,11 @@ from scmdm.runtime.flight_recorder import dump_flight_recorder, written_records
 from scmdm.system.lease import Fence
 from scmdm.system.process_group import World
 from scmdm.system.run_directory import STACKS
+from scmdm.system.signals import stop_signals
 
-HANG_EXIT = 86  # exit status: no progress for train.watchdog_minutes
+HANG_EXIT = 86  # exit status: no progress for train.watchdog_minutes, or for `PATIENCE` times _SHARE_MINUTES
 PATIENCE = 4.0
+_SHARE, _SHARE_MINUTES = "its share of the work", 10.0
 _PATIENT_PARTS = ("start", "checkpoint", "end")
 _ALARM, _SUMMARIZED = ".hang", ".summed"
 _HEADER = "=== "
@@ -56,6 +60,8 @@ class _Progress:
     limit_s: float  # seconds until the next progress
 
     def __str__(self) -> str:
+        if self.part == _SHARE:
+            return f"in {_SHARE}"
         return f"in {self.part}, {'before the first step' if self.step is None else f'last step {self.step}'}"
 
 
@@ -111,7 +117,10 @@ class Watchdog:
             self._place.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")  # open it now: later the disk may be full or hang
             # Loader processes inherit this handler, so that they can write their stacks, too.
-            self._stack_signal = signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+            # Unless it stops this process: what is sampled or evaluated has no handler of stop signals.
+            self._stack_signal = (
+                signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL and signal.SIGUSR2 not in stop_signals()
+            )
             if self._stack_signal:
                 faulthandler.register(signal.SIGUSR2, file=self._file)
             self._own_crashes = not faulthandler.is_enabled()
@@ -202,6 +211,28 @@ class Watchdog:
                 os.kill(child.pid, signal.SIGUSR2)
                 time.sleep(0.2)
             child.kill()
+
+
+_of_share: Watchdog | None = None
+
+
+@contextlib.contextmanager
+def watching_share(directory: Path, world: World) -> Iterator[None]:
+    """Watch this rank while it computes its share of a job's work; stacks are written into `directory`."""
+    global _of_share
+    with Watchdog(directory, world, _SHARE_MINUTES) as watchdog:
+        _of_share = watchdog
+        report_progress()
+        try:
+            yield
+        finally:
+            _of_share = None
+
+
+def report_progress() -> None:
+    """Report progress of this rank's share, in any thread."""
+    if (watchdog := _of_share) is not None:
+        watchdog.beat(_SHARE)
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -32,6 +32,7 @@ from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.runtime.divided_work import Columns, Result, ResultParts, compute_divided
+from scmdm.runtime.watchdog import report_progress
 from scmdm.sampling.batch_size import even_batch_size, fitting_batch_size
 from scmdm.sampling.end_tokens import answer_text, cut_at_end, end_token_ids, is_framed_answer
 from scmdm.sampling.templates import make_model_template, require_prompt
@@ -130,6 +131,7 @@ class SampleSet:
             if ended.is_set():
                 raise CancelledError
             bar.advance(task)
+            report_progress()
             if on_step is not None:
                 on_step(observation)
 
@@ -270,7 +272,7 @@ def generate_divided(
 
     def draw(numbers: Sequence[int]) -> Iterator[Result]:
         yield from samples.draw(numbers, batch_size=batch_size, progress=is_main)
-        samples.loaded.await_peers()
+        samples.loaded.await_peers(report_progress)
 
     columns = compute_divided(len(samples), draw, None if parts is None else parts.of(**samples.key()))
     return None if columns is None else samples.describe(columns, time.perf_counter() - started)

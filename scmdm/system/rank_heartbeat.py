@@ -5,9 +5,10 @@ they live. So that a collective does not have to wait, all ranks meet before it 
 launcher's store. Meanwhile a thread of each rank writes a sign of life there every `BEAT_S` seconds. Rank 0 reads those
 of all ranks, and the others read rank 0's, so that the cost of the others does not grow with the number of ranks.
 
-A rank without a new sign of life for `SILENCE_LIMIT_S` seconds is dead: its process was killed or stopped, or its
-machine is gone. Then all other ranks end with `LOST_RANK_EXIT`, whatever they do, and name it. A second thread decides
-this, because the store does not answer while the process that serves it is stopped.
+A rank without a new sign of life for `SILENCE_LIMIT_S` seconds is dead: its process was killed or stopped, its machine
+is gone, or its main thread hung and its watchdog has ended it (`scmdm.runtime.watchdog`). Then all other ranks end with
+`LOST_RANK_EXIT`, whatever they do, and name it. A second thread decides this, because the store does not answer while
+the process that serves it is stopped.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ class RankHeartbeat:
     def _end(self, lost: list[int], found: dict[int, Beat]) -> None:
         hosts = sorted({found[rank].host for rank in lost if rank in found})
         logger.error(
-            "rank %s of %d%s gave no sign of life for %.0f s: killed, stopped, or its machine is gone; this is rank %d "
-            "on %s, which ends with exit status %d; start the command again, finished results are kept",
+            "rank %s of %d%s gave no sign of life for %.0f s: killed, stopped, ended by its watchdog, or its machine "
+            "is gone; this is rank %d on %s, which ends with exit status %d; start the command again, finished results "
+            "are kept",
             _listed(lost),
             self._size,
             f" on {', '.join(hosts)}" if hosts else "",

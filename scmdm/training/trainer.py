@@ -193,17 +193,18 @@ class _Batch(NamedTuple):
 
 
 class _Lookahead:
-    """Batches of which the next is prepared during a step, when the one after it is read.
+    """Batches of which the next is read and prepared during a step.
 
     With `train.padding=batch` a batch is prepared with the length of its longest sample on any rank: ranks tell theirs
-    a step before (`Upcoming.longest_after`).
+    a step before (`Upcoming.longest_after`), and a batch is read a step earlier than it is prepared.
     """
 
     def __init__(self, run: TrainingRun, count: int) -> None:
-        """Read the first of `count` batches."""
+        """Read the first of `count` batches if others need its length."""
         self._run = run
         self._batches = itertools.islice(_batches(run), count)
-        self._after = next(self._batches, None)
+        self._early = run.config.train.padding == "batch"
+        self._after = next(self._batches, None) if self._early else None
         self._next: tuple[Sequences, dict[str, Any] | None] | None = None
 
     def first(self) -> Upcoming:
@@ -211,10 +212,11 @@ class _Lookahead:
         return Upcoming(None, self._longest())
 
     def read(self, longest: int) -> Upcoming:
-        """Prepare the batch that was read last, whose longest sample has `longest` tokens, and read the one after."""
-        found = self._after
+        """Prepare the next batch, whose longest sample has `longest` tokens, after the one after it has been read."""
+        found = next(self._batches, None)
+        if self._early:
+            found, self._after = self._after, found
         self._next = None if found is None else (self._prepare(found, longest), found.position)
-        self._after = next(self._batches, None)
         return Upcoming(None if self._next is None else self._next[0], self._longest())
 
     def take(self) -> tuple[Sequences, dict[str, Any] | None]:
@@ -224,7 +226,7 @@ class _Lookahead:
 
     def _longest(self) -> int:
         """Return the length of this rank's longest sample of the batch that was read last, where others need it."""
-        if self._after is None or self._run.config.train.padding != "batch":
+        if self._after is None:
             return 0
         return int(used_lengths(self._after.columns["tokens"], self._run.manifest).max())
 

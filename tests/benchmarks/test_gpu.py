@@ -34,7 +34,9 @@ def test_the_rehearsal_measures_every_part(tmp_path):
     assert {"date", "revision", "gpu", "driver", "cuda", "cores", "python", "packages", "tiny"} < record.keys()
     assert "torch" in record["packages"] and record["parts"].keys() == PARTS.keys()
     statuses = {name: part["status"] for name, part in record["parts"].items()}
-    assert set(statuses.values()) <= {"ok", "absent"} and statuses["step 170M"] == "ok"
+    assert set(statuses.values()) <= {"ok", "absent"} and statuses["step 170M"] == statuses["block cache"] == "ok"
+    cached = record["parts"]["block cache"]["result"]
+    assert cached["positions"]["blocks"] < cached["positions"]["none"] and cached["equal_tokens"] > 0.9
     for name, part in record["parts"].items():
         assert part["status"] == "absent" or part["result"]["config"], name
     step = record["parts"]["step 1B"]["result"]

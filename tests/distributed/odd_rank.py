@@ -22,13 +22,13 @@ def another_key(override, arguments):
 
 
 def blocked_read(fifo, arguments):
-    """Its disk hangs: the 180th sample is read from a pipe without a writer."""
+    """Its disk hangs: the 150th sample is read from a pipe without a writer."""
     from scmdm.data.dataset import TokenDataset
 
     read, count = TokenDataset.__getitem__, itertools.count(1)
 
     def read_from_a_disk_that_hangs(dataset, at):
-        if next(count) == 180:
+        if next(count) == 150:
             with open(fifo) as pipe:
                 pipe.read()
         return read(dataset, at)

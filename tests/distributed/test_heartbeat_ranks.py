@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from scmdm.runtime.watchdog import HANG_EXIT
 from scmdm.system.rank_heartbeat import LOST_RANK_EXIT
 
 pytestmark = pytest.mark.slow
@@ -89,3 +90,14 @@ def test_a_dead_rank_ends_the_others_which_name_it(base, molecules, tmp_path, lo
             assert f"rank {lost} " in output
         assert time.monotonic() - died < BOUND_S
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_rank_that_hangs_ends_with_its_stacks_and_the_others_name_it(base, molecules, tmp_path, monkeypatch):
+    """Its heartbeat goes on. The other rank has done its share and waits."""
+    monkeypatch.setenv("HANG_MINUTES", "0.1")
+    with evaluation(2, 1, 600, base, molecules, tmp_path) as processes:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [LOST_RANK_EXIT, HANG_EXIT], outputs
+    assert "rank 1 " in outputs[0] and "rank 1 " in outputs[1]
+    (stacks,) = tmp_path.glob(".out.json.parts/stacks/rank_1.txt")
+    assert "quick_heartbeat.py" in stacks.read_text() and not (tmp_path / "out.json").exists()

@@ -10,7 +10,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.model import DENOISERS
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
@@ -46,19 +45,20 @@ def run_config(engine="single", *, rate=1.0, micro=1, batch=None, fsdp=None, dee
 
 
 def spec_of(config, vocab, length):
-    return ModelSpec(config.model, DiffusionConfig(), vocab, vocab - 1, length)
+    return ModelSpec(config.model, config.diffusion, vocab, vocab - 1, length)
 
 
 def engine_of(config, vocab, length, dtype=torch.float32):
     return build_engine(config, spec_of(config, vocab, length), None, CPU, dtype)
 
 
-def masked_batch(rows, length, vocab):
-    """A batch of which every position is masked: the most that a pass can need."""
+def masked_batch(rows, length, vocab, *, blocks=False):
+    """A batch of which every position is masked: the most that a pass can need; with `blocks`, of a model of blocks."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, vocab - 1, (rows, length), generator=generator)
     z, t = torch.full_like(x, vocab - 1), torch.ones(rows).double()
-    return NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(rows).bool())
+    block_t = t[:, None].expand(x.shape) if blocks else None
+    return NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(rows).bool(), block_t=block_t)
 
 
 def loss_of(engine, config, batch):

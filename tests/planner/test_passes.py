@@ -27,7 +27,7 @@ def prepared(config, ranks, dtype):
 
 def measured(engine, config, rows):
     """Bytes that live between the passes, and the most before and after."""
-    batch = masked_batch(rows, LENGTH, VOCAB)
+    batch = masked_batch(rows, LENGTH, VOCAB, blocks=config.diffusion.block_length is not None)
     with LiveBytes([*engine.model.parameters(), *engine.model.buffers()]) as bytes_:
         loss = loss_of(engine, config, batch)
         gc.collect()
@@ -47,6 +47,7 @@ def planned_kept(workload, layout):
         passes=workload.passes,
         trained_layers=workload.trained_layers,
         gpu=layout.gpu,
+        block_length=workload.block_length,
     )
     return found.kept + VOCAB * workload.model.width * 4
 
@@ -99,6 +100,32 @@ def test_activations_of_a_narrow_residual_stream(kind):
     assert kept[0] < 0.95 * kept[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), [("dit", "none", torch.float32), ("decoder", "full", torch.bfloat16)]
+)
+def test_activations_of_a_model_of_blocks(name, kind, dtype):
+    """Two copies of each sequence, and on a CPU a dense mask of both."""
+    sizes = {"kind": name, "width": 128, "layers": 5, "head_chunk": 256}
+    config = run_config(micro=ROWS, activation_checkpointing=kind, **sizes)
+    config.diffusion.block_length = 32
+    check_passes(config, dtype, backward=0.12)
+
+
+def test_blocks_need_no_dense_mask_on_a_gpu():
+    """FlexAttention computes their attention, unless another kernel is named; long sequences are extrapolated."""
+    found = {}
+    for attention, block_length in (("auto", None), ("auto", 32), ("sdpa", 32)):
+        model = run_config(attention=attention, head_chunk=256).model
+        options = {"dtype": torch.bfloat16, "gathered": True, "passes": 1, "trained_layers": None, "gpu": True}
+        for length in (1024, 4096):
+            found[attention, block_length, length] = measure_activations(
+                model, rows=1, length=length, block_length=block_length, **options
+            ).kept
+    assert found["auto", 32, 4096] == pytest.approx(2 * found["auto", None, 4096], rel=0.1)
+    assert found["auto", 32, 4096] == pytest.approx(4 * found["auto", 32, 1024], rel=0.1)
+    assert found["sdpa", 32, 4096] - found["auto", 32, 4096] >= (2 * 4096) ** 2
+
+
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_activations_kept_in_fp8(kind):
     """The emulation on a CPU keeps what the GPU's kernel keeps, but for results that "selective" keeps in float32."""
@@ -120,7 +147,10 @@ def test_activations_kept_in_fp8(kind):
     ],
 )
 def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, kind, monkeypatch):
-    """What is extrapolated is what would be measured, and no trace has as many chunks of the head."""
+    """What is extrapolated is what would be measured, and no trace has as many chunks of the head.
+
+    Traces have one sequence, whose rotary table is longer than that of several: 2 % of the activations at this width.
+    """
     sizes = {"width": 64, "layers": 4, "head_chunk": 256, "dropout": 0.1}
     model = run_config(kind=name, rate=float(passes), activation_checkpointing=kind, **sizes).model
     traced = []
@@ -139,7 +169,7 @@ def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, k
     direct = measure_activations(model, length=length, gpu=True, **options)
     for field in dataclasses.fields(direct):
         found, wanted = (getattr(one, field.name) for one in (extrapolated, direct))
-        assert found == pytest.approx(wanted, rel=5e-3), field.name
+        assert found == pytest.approx(wanted, rel=5e-3 if rows == 1 else 3e-2), field.name
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -7,11 +7,13 @@ import torch
 
 from scmdm.errors import UserError
 from scmdm.models.flops import block_flops
+from scmdm.planner import activation_memory
 from scmdm.planner import search as planner_search
 from scmdm.planner.communication import Collective
 from scmdm.planner.duration import collective_seconds, step_time
 from scmdm.planner.hardware import GPUS, Assumptions, Cluster, make_assumptions, make_cluster
 from scmdm.planner.search import evaluate, impossible_because, search, usable_memory
+from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import run_config, spec_of
 
@@ -80,6 +82,19 @@ def test_few_layouts_are_measured(monkeypatch):
     assert 0 < len(measured) < tried / 10
 
 
+def test_a_length_at_which_nothing_fits_is_traced_few_times(monkeypatch):
+    """Layouts whose kept inputs alone do not fit are not measured, and many positions are one sequence of them."""
+    traced = set()
+    measure = activation_memory._measure
+    monkeypatch.setattr(activation_memory, "_measure", lambda *given: traced.add(given) or measure(*given))
+    workload, layout, cluster = case(ranks=8, batch=64)
+    workload = dataclasses.replace(workload, length=2**20)
+    state = rank_state(workload, layout).total
+    tiny = with_memory(cluster, state + 2**19 * workload.model.width)
+    assert search(workload, layout, tiny, ASSUMED).best is None
+    assert len(traced) == 4, "two numbers of layers, and two lengths"
+
+
 def test_less_memory_means_slower_layouts_with_recomputation_and_offloading_last():
     workload, layout, cluster = case()
     largest = search(workload, layout, cluster, ASSUMED).best
@@ -145,6 +160,13 @@ def test_what_a_run_would_refuse_is_named(change, named):
     workload, layout, _ = case()
     workload = dataclasses.replace(workload, model=dataclasses.replace(workload.model, heads=4))
     assert named in impossible_because(workload, dataclasses.replace(layout, **change))
+
+
+def test_sequences_of_a_model_of_blocks_are_not_shared():
+    workload, layout, cluster = case()
+    workload = dataclasses.replace(workload, block_length=8)
+    assert "diffusion.block_length" in impossible_because(workload, dataclasses.replace(layout, context=2))
+    assert search(workload, layout, cluster, ASSUMED).best.layout.context == 1
 
 
 def test_a_trunk_of_one_graph_is_not_sharded_by_blocks():

@@ -1,10 +1,15 @@
 """Division of work over ranks, and parts of results that outlive a killed job."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from scmdm.errors import UserError
 from scmdm.runtime.divided_work import _MOST_FILES, ResultParts, compute_divided, share_of
+from scmdm.runtime.watchdog import HANG_EXIT, report_progress, watching_share
+from scmdm.system.process_group import World
 
 
 @pytest.mark.parametrize("items", [0, 1, 7, 64])
@@ -73,3 +78,47 @@ def test_the_number_of_files_is_bounded(tmp_path):
     found = compute_divided(2000, Job(), parts)
     assert len(found["square"]) == 2000
     assert _MOST_FILES / 2 < len(list(parts.directory.iterdir())) <= _MOST_FILES
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from scmdm.runtime import watchdog
+from scmdm.runtime.divided_work import ResultParts, compute_divided
+
+watchdog._SHARE_MINUTES = 0.5 / 60  # PATIENCE times as long
+
+def work(numbers):
+    for number in numbers:
+        time.sleep(0.7)  # four of these are longer than the limit
+        if number == 4:
+            time.sleep(600)
+        yield [number], {"square": np.array([number**2])}
+
+compute_divided(5, work, ResultParts.beside(Path(sys.argv[1]), seed=3))
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_hangs_ends_with_its_stacks_and_goes_on_at_the_next_start(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HANGS, tmp_path / "out.json"], capture_output=True, timeout=400)
+    assert done.returncode == HANG_EXIT, done.stderr
+    parts = ResultParts.beside(tmp_path / "out.json", seed=3)
+    assert "in work" in (parts.directory / "stacks/rank_0.txt").read_text()
+    job = Job()
+    assert compute_divided(5, job, parts)["square"].tolist() == [0, 1, 4, 9, 16] and job.computed == [4]
+    assert "in work" in (parts.directory / "stacks.before/rank_0.txt").read_text()
+    assert not (parts.directory / "stacks").exists()
+
+
+def test_every_result_is_progress(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr("scmdm.runtime.watchdog.Watchdog.beat", lambda self, part: beats.append(part))
+    compute_divided(9, Job(), ResultParts.beside(tmp_path / "out.json", seed=3))
+    assert beats == ["start", *["its share of the work"] * (1 + 9 // 3)]
+    with watching_share(tmp_path, World(0, 1, 0)):
+        pass
+    before = len(beats)
+    report_progress()
+    assert len(beats) == before, "nothing is watched"
