@@ -70,7 +70,7 @@ def launch(processes, *arguments, timeout=240, module="scmdm"):
             ranks.append(_forks().Process(target=_run, args=given))
             ranks[-1].start()
         try:
-            _wait(ranks, time.monotonic() + timeout)
+            assert _wait(ranks, time.monotonic() + timeout), Path(output.name).read_text(errors="replace")
         finally:
             _end(ranks)
         return _status(ranks, processes), Path(output.name).read_text(errors="replace")
@@ -119,16 +119,15 @@ def _end_with_the_tests():
 
 
 def _wait(ranks, end):
-    """Until all have ended, or one has failed."""
+    """Return whether all have ended, or one has failed, in time."""
     running = {rank.sentinel: rank for rank in ranks}
     while running:
-        ended = multiprocessing.connection.wait(running, end - time.monotonic())
-        assert ended, "the ranks have not ended in time"
-        for sentinel in ended:
-            rank = running.pop(sentinel)
+        ended = [running.pop(one) for one in multiprocessing.connection.wait(running, end - time.monotonic())]
+        for rank in ended:
             rank.join()
-            if rank.exitcode != 0:
-                return
+        if not ended or any(rank.exitcode for rank in ended):
+            return bool(ended)
+    return True
 
 
 def _end(ranks):

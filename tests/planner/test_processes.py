@@ -11,7 +11,7 @@ from tests.distributed.launching import launch
 @pytest.mark.parametrize("processes", [2, 3])
 def test_real_ranks_hold_and_gather_what_is_planned(processes):
     """After a real step: weights, gradients, moments, averages of rank 0; no other rank holds more."""
-    status, output = launch(processes, module="tests.planner.shards")
+    status, output = launch(processes, module="tests.planner.shards", timeout=300)
     assert status == 0, output[-2000:]
     found = json.loads(next(x for x in output.splitlines() if x.startswith("RESULT")).removeprefix("RESULT"))
     assert found["state"][0] == found["planned"]

@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed")
 
 @pytest.fixture(scope="module", params=[3, 64])
 def cases(request):
-    status, output = launch(0, request.param, module="tests.planner.zero")
+    status, output = launch(0, request.param, module="tests.planner.zero", timeout=300)
     assert status == 0, output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
     assert found
