@@ -1,7 +1,8 @@
 """Names of mosaicml-streaming that scmdm uses, imported without the package's ready-made data sets.
 
-`import streaming` also imports readers of C4, WebVid, ADE20K and others, and with them transformers, scikit-learn and
-torchvision, which takes seconds in every process. Here, empty modules stand in for these readers during the import.
+`import streaming` also imports readers of C4, WebVid, ADE20K and others, and with them scikit-learn and torchvision. It
+imports transformers for two classes of an `isinstance`. Both take seconds in every process. During the import, empty
+modules stand in for the readers, and the base class of the two classes for these.
 
 Streaming numbers what the processes of a data set share. It takes the first number that is free, so that two runs that
 start at the same moment, or a run that ends meanwhile, can make it take one in use. Here, numbers are random.
@@ -13,22 +14,39 @@ from __future__ import annotations
 
 import sys
 import uuid
+from collections import UserDict
 from collections.abc import Sequence
 from types import ModuleType
 
 from scmdm.system.process_group import all_gather_object, barrier
 
 _READERS = ("multimodal", "text", "vision")
-_left_out = () if "streaming" in sys.modules else _READERS
-for _name in _left_out:
-    sys.modules[f"streaming.{_name}"] = ModuleType(f"streaming.{_name}")
+_CLASSES = {
+    "transformers.feature_extraction_utils": "BatchFeature",
+    "transformers.tokenization_utils_base": "BatchEncoding",
+}
+
+
+def _stand_in(package: str, names: Sequence[str]) -> list[str]:
+    """Put empty modules in the place of those of a package that is not imported yet, and return their names."""
+    found = [] if package in sys.modules else list(names)
+    sys.modules.update({name: ModuleType(name) for name in found})
+    return found
+
+
+_left_out = _stand_in("streaming", [f"streaming.{name}" for name in _READERS])
+_left_out += _stand_in("transformers", ["transformers", *_CLASSES])
+for _module, _name in _CLASSES.items():
+    if _module in _left_out:
+        setattr(sys.modules[_module], _name, UserDict)
 
 import streaming
 import streaming.base.dataset
 
-for _name in _left_out:
-    del sys.modules[f"streaming.{_name}"]
-    delattr(streaming, _name)
+for _module in _left_out:
+    del sys.modules[_module]
+    if _module.startswith("streaming."):
+        delattr(streaming, _module.removeprefix("streaming."))
 
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import LOCALS

@@ -15,7 +15,7 @@ from scmdm.domains.sample_values import read_values
 from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
-from tests.distributed.launching import are_gone
+from tests.distributed.launching import are_gone, launch
 
 pytestmark = pytest.mark.slow
 
@@ -63,9 +63,8 @@ def write_study(tmp_path, molecules, base):
 
 
 def finish(path, *overrides):
-    process = scmdm("study", path, *overrides)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    status, output = launch(0, "study", path, *overrides, timeout=300)
+    assert status == 0, output
     return output
 
 

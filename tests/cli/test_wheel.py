@@ -1,6 +1,5 @@
 """What is installed from the wheel finds its configurations and base models, from any directory."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -60,9 +59,9 @@ def test_every_shipped_file_is_listed(work):
 
 
 @pytest.mark.slow
-def test_a_plan_with_a_chain_of_files(work):
-    found = run(work, "plan", "configs/text/lm1b-base.yaml", "--vocab", 100, "--length", 128, "--json")
-    assert json.loads(found)
+def test_a_chain_of_files(work):
+    error = run(work, "train", "configs/text/lm1b-base.yaml", "data.path=nothing", "run_dir=run", status=1)
+    assert "nothing" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

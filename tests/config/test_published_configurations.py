@@ -142,6 +142,8 @@ DATA_OF = {
     "images/cifar10": "cifar10_published",
 }
 
+NUMBERS = ("text/lm1b-base", "text/text8-base", "qm9/full-base")  # differ from text/owt-base in numbers only
+
 
 def values_of(config, names):
     found = {}
@@ -196,7 +198,9 @@ def test_networks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in NUMBERS else ()) for name in RUNS]
+)
 def test_plans(name, capsys):
     """The arithmetic of a plan takes the configuration, without its data."""
     _, length, vocab = RUNS[name]

@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -26,8 +24,8 @@ from scmdm.data.shard_files import disk_needs
 from scmdm.data.shard_index import read_index
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
-from tests.conftest import ROOT
 from tests.data.sets import write_texts
+from tests.distributed.launching import launch
 
 SAMPLES = 480
 
@@ -409,11 +407,8 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_the_ranks_of_a_machine_decompress_each_shard_once(data, tmp_path):
     (tmp_path / "count.py").write_text(COUNTING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(tmp_path / "count.py"), str(data), str(tmp_path / "log")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, output = launch(2, data, tmp_path / "log", module=str(tmp_path / "count.py"))
+    assert status == 0, output
     found = sorted((tmp_path / "log").read_text().split())
     assert found == sorted([*shards(data), *shards(data, "validation")])
     assert len(shards(data)) == len(stored(data)) and not shards(data, "test")

@@ -1,9 +1,6 @@
 """Several streams: proportions, ids, order, resume, epoch boundaries, and what cannot be mixed."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import islice
 
@@ -19,8 +16,9 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import open_data
 from scmdm.errors import UserError
 from scmdm.training.validation import ValidationSet
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
 from tests.data.sets import write_texts
+from tests.distributed.launching import launch
 
 BATCH = 32
 
@@ -213,14 +211,12 @@ dist.destroy_process_group()
 
 
 def ids_of_ranks(processes, sets, count, state=None):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = sets["large"].parent / "print_ids.py"
     script.write_text(PRINT_IDS)
-    arguments = [str(script), str(sets["large"]), str(sets["small"]), str(count), json.dumps(state)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    output = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    assert output.returncode == 0, output.stderr
-    return [json.loads(line) for line in output.stdout.splitlines() if line.startswith("[[")]
+    arguments = [sets["large"], sets["small"], count, json.dumps(state)]
+    status, output = launch(processes, *arguments, module=str(script))
+    assert status == 0, output
+    return [json.loads(line) for line in output.splitlines() if line.startswith("[[")]
 
 
 @pytest.mark.long
@@ -240,12 +236,9 @@ def test_global_batches_do_not_depend_on_the_ranks_also_at_the_end_of_an_epoch(t
 def test_a_run_on_streams_goes_on_with_another_number_of_ranks(sets, tmp_path):
     assert main(train(tmp_path / "single", sets, "train.steps=12", "threads=1")) == 0
     run = tmp_path / "elastic"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scmdm"]
-    for command, steps in (([sys.executable, "-m", "scmdm"], 4), (launcher, 9), ([sys.executable, "-m", "scmdm"], 12)):
-        arguments = train(run, sets, f"train.steps={steps}", "threads=1")
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+    for processes, steps in ((0, 4), (2, 9), (0, 12)):
+        status, output = launch(processes, *train(run, sets, f"train.steps={steps}", "threads=1"))
+        assert status == 0, output
     expected = {step: loss for step, loss, _ in rows(tmp_path / "single") if loss is not None}
     found = {step: loss for step, loss, _ in rows(run) if loss is not None}
     assert list(found) == list(expected)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,8 +16,9 @@ from scmdm.data.mixture import open_data
 from scmdm.data.remote import upload_dataset
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
 from tests.data.sets import write_texts
+from tests.distributed.launching import launch
 
 URL = "s3://bucket/texts"
 
@@ -261,12 +260,9 @@ def test_prepare_uploads(s3, tmp_path, capsys):
 def test_two_ranks_fill_one_cache_and_take_the_same_steps(local, remote, tmp_path, empty_yaml):
     keys = ["train.micro_batch_size=32", "threads=1"]
     assert main(train(tmp_path / "local", empty_yaml, f"data.path={local}", *keys)) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scmdm"]
     cache = [f"data.path={tmp_path / 'cache'}", f"data.remote={remote}", "data.cache_limit=1mb"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [*launcher, *train(tmp_path / "ranks", empty_yaml, *cache, *keys)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    status, output = launch(2, *train(tmp_path / "ranks", empty_yaml, *cache, *keys))
+    assert status == 0, output
     expected, found = losses(tmp_path / "local"), losses(tmp_path / "ranks")
     assert [step for step, *_ in found] == [step for step, *_ in expected]
     for ours, theirs in zip(found, expected, strict=True):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from scmdm.runtime.watchdog import HANG_EXIT
-from tests.distributed.launching import are_gone, launch, start, workers
+from tests.distributed.launching import are_gone, launch, start, torchrun, workers
 from tests.distributed.test_fsdp import wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_rank_that_hangs_in_a_read_ends_all_ranks_with_their_stacks(adapt, tmp
     run, fifo = tmp_path / "run", tmp_path / "fifo"
     os.mkfifo(fifo)
     odd = ["blocked_read", fifo, *adapt(run, *HALVED)]
-    status, output = launch(2, *odd, module="tests.distributed.odd_rank")
+    status, output = torchrun(2, *odd, module="tests.distributed.odd_rank")
     assert status != 0 and f"exitcode  : {HANG_EXIT}" in output, output
     found = stacks(run)
     assert set(found) == {"rank_0", "rank_1"}

@@ -12,7 +12,7 @@ import pytest
 from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.system.signals import REQUEUE_EXIT
 from tests.conftest import scmdm
-from tests.distributed.launching import launch
+from tests.distributed.launching import torchrun
 from tests.kills import adapt_arguments, last_step, train_rows
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, base, molecules, empty_yaml):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    status, output = launch(2, *adapt_arguments(run, base, molecules, empty_yaml, f"train.steps={STEPS}"))
+    status, output = torchrun(2, *adapt_arguments(run, base, molecules, empty_yaml, f"train.steps={STEPS}"))
     assert status == 0, output
     return run
 

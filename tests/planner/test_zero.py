@@ -1,18 +1,18 @@
 """Planned state and traffic of DeepSpeed's stages, against DeepSpeed with a fake process group."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.distributed.launching import launch
 
 pytest.importorskip("deepspeed")
 
 
 @pytest.fixture(scope="module", params=[3, 64])
 def cases(request):
-    command = [sys.executable, "-m", "tests.planner.zero", str(request.param)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    status, output = launch(0, request.param, module="tests.planner.zero", timeout=300)
+    assert status == 0, output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
     assert found
     return found

@@ -18,7 +18,7 @@ from scmdm.system.lease import LeaseHolder, acquire, holder_lives
 from scmdm.system.liveness import job_state
 from tests.data.preparation.test_prepare import files
 from tests.data.preparation.test_prepare_parallel import write_corpus
-from tests.distributed.launching import launch
+from tests.distributed.launching import torchrun
 from tests.kills import adapt_arguments
 from tests.slurm import cluster
 from tests.slurm.cluster import saved_state, slurm, steps_and_losses, submit, wandb_ids
@@ -52,7 +52,7 @@ def adapt(base, molecules, empty_yaml):
 def undisturbed(tmp_path_factory, adapt):
     """Reference run: two ranks under plain torchrun."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    status, output = launch(2, *adapt(run, LONG, "train.checkpoint_every=1000"), timeout=900)
+    status, output = torchrun(2, *adapt(run, LONG, "train.checkpoint_every=1000"), timeout=900)
     assert status == 0, output
     rows = steps_and_losses(run)
     assert [step for step, *_ in rows] == list(range(1, LONG + 1))

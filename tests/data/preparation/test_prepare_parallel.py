@@ -16,7 +16,7 @@ from scmdm.cli import main
 from scmdm.data.manifest import Manifest
 from scmdm.data.verification import verify_dataset
 from tests.data.preparation.test_prepare import files
-from tests.distributed.launching import are_gone, wait_for_descendants
+from tests.distributed.launching import are_gone, launch, wait_for_descendants
 
 KEYS = (
     "source.name=text",
@@ -67,19 +67,25 @@ def alone(corpus, tmp_path_factory):
     return out
 
 
-def command(yaml, corpus, out, *keys):
-    return [sys.executable, "-m", "scmdm", "prepare", yaml, *KEYS, f"source.path={corpus}", f"out={out}", *keys]
+def arguments(yaml, corpus, out, *keys):
+    return ["prepare", yaml, *KEYS, f"source.path={corpus}", f"out={out}", *keys]
 
 
-def prepared(yaml, corpus, out, *keys):
-    return subprocess.run(command(yaml, corpus, out, *keys), capture_output=True, text=True)
+def command(*given):
+    return [sys.executable, "-m", "scmdm", *arguments(*given)]
+
+
+def prepare(*given):
+    """Run to the end in a process of its own; returns the output."""
+    status, output = launch(0, *arguments(*given))
+    assert status == 0, output
+    return output
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_make_the_same_bytes(corpus, alone, tmp_path, empty_yaml):
-    done = prepared(empty_yaml, corpus, tmp_path / "data", "workers=2")
-    assert done.returncode == 0, done.stderr
+    prepare(empty_yaml, corpus, tmp_path / "data", "workers=2")
     assert files(tmp_path / "data") == files(alone) and os.listdir(tmp_path) == ["data"]
 
 
@@ -94,11 +100,10 @@ def test_one_machine_of_two_does_all_when_the_other_never_comes(corpus, alone, t
 @pytest.mark.slow
 def test_four_machines_at_once_make_the_same_bytes(corpus, alone, tmp_path, empty_yaml):
     def take(index):
-        return prepared(empty_yaml, corpus, tmp_path / "data", "workers=1", f"slice={index}/4")
+        prepare(empty_yaml, corpus, tmp_path / "data", "workers=1", f"slice={index}/4")
 
     with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(take, range(4)))
-    assert [process.returncode for process in done] == [0] * 4, [process.stderr for process in done]
+        list(pool.map(take, range(4)))
     assert files(tmp_path / "data") == files(alone) and os.listdir(tmp_path) == ["data"]
 
 
@@ -114,9 +119,7 @@ def test_killed_and_resumed_it_makes_the_same_bytes(corpus, alone, tmp_path, emp
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists() and len(list(tmp_path.glob(f".data.*.work/{phase}-?????"))) < 5
-    done = prepared(empty_yaml, corpus, out, "workers=1")
-    assert done.returncode == 0, done.stderr
-    assert "continuing from" in done.stdout
+    assert "continuing from" in prepare(empty_yaml, corpus, out, "workers=1")
     assert files(out) == files(alone) and os.listdir(tmp_path) == ["data"]
 
 
