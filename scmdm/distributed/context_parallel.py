@@ -55,7 +55,8 @@ class SlicedDenoiser:
             raise UserError(f"fsdp.context={size} is not possible with diffusion.block_length; set it to 1")
         if state.packing is not None:
             raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
-        return replace(state, z_BL=self._slice(state.z_BL))
+        next_BL = None if state.next_BL is None else self._slice(state.next_BL)
+        return replace(state, z_BL=self._slice(state.z_BL), next_BL=next_BL)
 
     def _slice(self, x_BL: Tensor) -> Tensor:
         return x_BL.chunk(self._context.size(), dim=1)[self._context.get_local_rank()]

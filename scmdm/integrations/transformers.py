@@ -19,7 +19,6 @@ from transformers.utils import ModelOutput
 
 from scmdm.config.sampling import SamplerConfig
 from scmdm.convert.exporter import HUB_TYPE
-from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.state import State
@@ -122,7 +121,7 @@ class MaskedDiffusion(PreTrainedModel):
             raise ValueError("estimate is not possible for a model with diffusion.block_length; call `denoise`")
         t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
-        next_BLD = carried_estimate(self.network, h_BLD, input_ids, self.spec.mask_id)
+        next_BLD = self.network.carried(h_BLD, input_ids)
         return Prediction(self.network.logits(h_BLD.flatten(0, 1)).unflatten(0, input_ids.shape), next_BLD)
 
     @torch.no_grad()

@@ -135,7 +135,8 @@ class _Phases:
 
     def sampling(self) -> Phase:
         """Draw this rank's share of the samples."""
-        evaluation = self._flops.estimate_passes if self._conditioned() else self._flops.forward
+        flops = self._flops
+        evaluation = max(flops.estimate_passes, flops.forward) if self._conditioned() else flops.forward
         count = self._settings.samples
         return self._of_a_model("sampling", count, evaluation * self._settings.sampler_steps, LARGEST_BATCH)
 

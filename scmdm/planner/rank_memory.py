@@ -153,7 +153,8 @@ class _StepParts:
     def estimate(self) -> Moment:
         """Peak of the last pass that computes the estimate: in its blocks, or in its head."""
         gathered, found = self._gathered, self._activations
-        logits = head_logits(self._workload, self._layout)
+        hidden = self._workload.model.carried == "hidden"
+        logits = 0 if hidden else head_logits(self._workload, self._layout)
         in_head = found.estimate_head + logits >= found.estimate_blocks
         return self.moment(
             gradients=self._earlier_gradients,
