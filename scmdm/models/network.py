@@ -120,7 +120,11 @@ class Network(nn.Module):
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
         h_BLD = self.hidden(state, dropout=dropout)
-        return self.carried(h_BLD, state.z_BL if state.next_BL is None else state.next_BL)
+        z_BL = state.z_BL if state.next_BL is None else state.next_BL
+        carried_BLC = self.carried(h_BLD, z_BL)
+        if state.perturbation_BLD is None:
+            return carried_BLC
+        return carried_BLC + self._perturbation(carried_BLC, state.perturbation_BLD, z_BL).to(carried_BLC.dtype)
 
     def carried(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
         """See `SamplingDenoiser.carried`.
@@ -135,6 +139,17 @@ class Network(nn.Module):
         if self.config.mixing == "interpolated":
             known_BLC = F.pad(known_BLC, (0, 1), value=1.0)
         return known_BLC.flatten(0, 1).index_copy(0, at_N, predicted_NC).unflatten(0, z_BL.shape)
+
+    def _perturbation(self, carried_BLC: Tensor, noise_BLD: Tensor, z_BL: Tensor) -> Tensor:
+        """Scale noise to the root mean square of embeddings or of each hidden state.
+
+        Estimates are perturbed at masked positions alone: those of tokens are exact. A confidence is not perturbed.
+        """
+        if self.config.carried == "hidden":
+            return noise_BLD * carried_BLC.float().square().mean(-1, keepdim=True).sqrt()
+        scale = self.vocab_embed.embedding.float().square().mean().sqrt()
+        perturbation_BLD = (noise_BLD * scale).masked_fill((z_BL != self.mask_id)[..., None], 0)
+        return F.pad(perturbation_BLD, (0, carried_BLC.shape[-1] - noise_BLD.shape[-1]))
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""

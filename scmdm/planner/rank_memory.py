@@ -148,7 +148,7 @@ class _StepParts:
     def moment(self, **parts: int) -> Moment:
         """A moment with the training state, except gradients, and these parts."""
         state = self._state
-        return Moment(weights=state.weights, moments=state.moments, averages=state.averages, **parts)
+        return Moment(weights=state.weights + state.base, moments=state.moments, averages=state.averages, **parts)
 
     def estimate(self) -> Moment:
         """Peak of the last pass that computes the estimate: in its blocks, or in its head."""

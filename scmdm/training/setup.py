@@ -63,11 +63,13 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; it must be at most "
             f"{base.spec.model.layers}, the number of blocks of base={base.path}"
         )
-    return replace_sections(
+    resolved = replace_sections(
         config,
         model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
         diffusion=_adapted("diffusion", config.diffusion, base),
     )
+    resolved.check_preset()  # a base with a conditioner decides what is carried, and how it is mixed
+    return resolved
 
 
 def _adapted(section: str, given: Any, base: StoredModel) -> Any:

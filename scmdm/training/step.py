@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.causal_annealing import causally_annealed
-from scmdm.diffusion.noise import keyed_int
+from scmdm.diffusion.noise import keyed_int, keyed_normal
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
@@ -133,10 +133,20 @@ def _noise(
         step=step,
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
+        rollout_steps=config.self_conditioning.rollout_steps,
         block_length=config.diffusion.block_length,
         t_min=config.diffusion.t_min,
     )
-    return replace(batch, share=share_B)
+    return replace(batch, share=share_B, perturbation=_perturbation(config, batch.x, sequences.ids, step))
+
+
+def _perturbation(config: RunConfig, x_BL: Tensor, ids_B: Tensor, step: int) -> Tensor | None:
+    """Draw the noise (B, L, D) of what is carried; None if it is not perturbed."""
+    own, width = config.self_conditioning, config.model.width
+    if own.perturbation == 0 or own.rate == 0:
+        return None
+    noise_BN = keyed_normal(config.seed, "perturbation", step, ids_B, x_BL.shape[1] * width)
+    return own.perturbation * noise_BN.view(*x_BL.shape, width)
 
 
 def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:
