@@ -19,6 +19,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
+from scmdm.distributed.base_estimate import EstimatedByBase
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.observability.step_timer import StepTimer, TimedDenoiser
@@ -71,7 +72,8 @@ def train_step(
     t_N = stratified_times(config.seed, step, everyone.ids, config.diffusion.t_min)
     t_B = t_N[engine.data_rank * len(sequences) :][: len(sequences)]
     opened = {"seed": config.seed, "step": step, "steps": config.train.causal_steps}
-    denoiser = causally_annealed(TimedDenoiser(engine.denoiser, timer), sequences.tokens, **opened)
+    own = engine.denoiser if engine.base is None else EstimatedByBase(engine.denoiser, engine.base)
+    denoiser = causally_annealed(TimedDenoiser(own, timer), sequences.tokens, **opened)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(sequences), size):
