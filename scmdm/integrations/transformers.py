@@ -44,7 +44,7 @@ class Prediction(ModelOutput):
     """Output of one denoiser evaluation."""
 
     logits: Tensor | None = None  # (B, L, V) float32, minus infinity at the mask id
-    estimate: Tensor | None = None  # (B, L, D): `p @ E` at masked positions, else the token's embedding
+    estimate: Tensor | None = None  # what `model.carried` and `model.mixing` say, for the next step
 
 
 class MaskedDiffusion(PreTrainedModel):
@@ -111,7 +111,7 @@ class MaskedDiffusion(PreTrainedModel):
 
         Args:
             input_ids: tokens (B, L) int64, with the mask id at masked positions.
-            estimate: `Prediction.estimate` of the previous step (B, L, D); None: no conditioning.
+            estimate: `Prediction.estimate` of the previous step; None: no conditioning.
             t: time (B,) float64, for models with time conditioning; by default the fraction of masked positions.
             labels: classes (B,) int64, for models with labels; -1: no label.
 

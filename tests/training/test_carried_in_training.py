@@ -15,6 +15,10 @@ from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
+from scmdm.models.flops import step_flops
+from scmdm.models.model_files import ModelSpec
+from scmdm.planner.sharding import rank_state
+from scmdm.planner.workload import make_layout, make_workload
 from scmdm.training.step import _noise
 from tests.models.test_carrying import (
     DIT,
@@ -23,6 +27,7 @@ from tests.models.test_carrying import (
     KEYS,
     LENGTH,
     MASK,
+    VOCAB,
     dense_carried,
     dense_hidden,
     dense_nll,
@@ -194,3 +199,50 @@ def test_a_default_of_a_preset_is_overridden_and_its_definition_contradicted(tmp
 def test_the_last_preset_given_is_the_one(tmp_path):
     config = loaded(tmp_path, "self_conditioning: {preset: loopholing}", "self_conditioning.preset=soft_masking")
     assert (config.model.carried, config.model.mixing) == ("estimate", "interpolated")
+
+
+def test_the_plan_knows_further_passes_and_the_copy_of_the_base():
+    def planned(*given):
+        config = load_config(RunConfig, None, [*KEYS, "base=b", "model.width=32", *given])
+        config = resolved(config)
+        spec = ModelSpec(config.model, config.diffusion, VOCAB, MASK, LENGTH)
+        return make_workload(config, spec), config
+
+    plain, _ = planned()
+    rolled, config = planned("self_conditioning.rollout_steps=3")
+    assert (plain.passes, rolled.passes, config.estimate_passes) == (1, 3, 3)
+    copied, config = planned("self_conditioning.carried_from=base")
+    layout = make_layout(config, 2, torch.float32)
+    without, with_copy = rank_state(plain, layout), rank_state(copied, layout)
+    assert with_copy.base == with_copy.weights == without.weights and without.base == 0
+    assert with_copy.total == without.total + without.weights
+    adapters, config = planned("self_conditioning.carried_from=base", "model.lora_rank=2")
+    assert not adapters.copies_base and rank_state(adapters, layout).base == 0
+    none, config = planned("self_conditioning.rate=0", "self_conditioning.rollout_steps=3")
+    assert none.passes == config.estimate_passes == 0
+
+
+def resolved(config):
+    conditioned = config.self_conditioning.rate > 0
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
+
+
+def test_passes_that_differ_share_no_blocks():
+    def shared(*given):
+        return load_config(RunConfig, None, [*KEYS, "model.inject_layer=2", *given]).shared_layers
+
+    assert shared() == shared("self_conditioning.perturbation=1") == shared("model.carried=hidden") == 2
+    assert shared("self_conditioning.rollout_steps=1") == 0
+    assert shared("self_conditioning.carried_from=base") == 0
+
+
+def test_a_hidden_state_saves_the_products_with_the_vocabulary():
+    config = make(inject_layer=0).config
+    count = {"vocab_size": 50_000, "length": 64, "schedule": LogLinear(), "passes": 1}
+    own, hidden, top_k = (
+        step_flops(dataclasses.replace(config, **keys), **count)
+        for keys in ({}, {"carried": "hidden"}, {"estimate_top_k": 3})
+    )
+    logits = own.estimate_passes - top_k.estimate_passes
+    assert own.estimate_passes - hidden.estimate_passes == pytest.approx(2 * logits)
+    assert own.loss_pass == hidden.loss_pass

@@ -91,7 +91,7 @@ def test_the_base_is_frozen_and_no_part_of_the_run(base, molecules, empty_yaml, 
 
 
 def test_the_copy_has_the_weights_of_the_base_and_no_conditioner(base, molecules, empty_yaml, tmp_path):
-    given = arguments(base, molecules, empty_yaml, tmp_path / "run", "train.steps=1", "model.dropout=0.5")
+    given = arguments(base, molecules, empty_yaml, tmp_path / "run", "train.steps=2", "model.dropout=0.5")
     config = load_config(RunConfig, empty_yaml, given[1:])
     stored = open_model(find_model(base))
     config = resolve_config(config, stored)
@@ -104,7 +104,7 @@ def test_the_copy_has_the_weights_of_the_base_and_no_conditioner(base, molecules
 
 
 def test_what_has_no_base_is_refused(base, molecules, empty_yaml, tmp_path, capsys):
-    keys = [f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", "train.steps=1", *KEYS]
+    keys = [f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", "train.steps=2", *KEYS]
     assert main(["train", str(empty_yaml), *keys]) == 1
     assert "self_conditioning.carried_from" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"self_conditioning\.carried_from=.*engine=deepspeed"):
