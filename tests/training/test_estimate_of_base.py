@@ -91,7 +91,9 @@ def test_the_base_is_frozen_and_no_part_of_the_run(base, molecules, empty_yaml, 
 
 
 def test_the_copy_has_the_weights_of_the_base_and_no_conditioner(base, molecules, empty_yaml, tmp_path):
-    given = arguments(base, molecules, empty_yaml, tmp_path / "run", "train.steps=2", "model.dropout=0.5")
+    given = arguments(
+        base, molecules, empty_yaml, tmp_path / "run", "train.steps=2", "model.dropout=0.5", "engine=single"
+    )
     config = load_config(RunConfig, empty_yaml, given[1:])
     stored = open_model(find_model(base))
     config = resolve_config(config, stored)
