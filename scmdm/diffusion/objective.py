@@ -129,9 +129,8 @@ def self_conditioned_nelbo(
             assert batch.same_state
             state = with_lower(denoiser, state, dropout=True)
         states = _states_of_estimate(batch, state, passes)
-        options = {"dropout": estimate_dropout, "stop_gradient": stop_gradient}
-        # Without a name, so that the unmasked estimate is freed before the second pass.
-        estimate = torch.where(batch.conditioned[:, None, None], clean_state_estimate(denoiser, states, **options), 0)
+        estimate = clean_state_estimate(denoiser, states, dropout=estimate_dropout, stop_gradient=stop_gradient)
+        estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)  # under one name: the other is freed
         state = replace(state, estimate_BLD=estimate)
     weight_BL = token_weights(batch, schedule)
     loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)
