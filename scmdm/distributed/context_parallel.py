@@ -8,6 +8,7 @@ noise, keyed on the sample. Sequences are sliced here, so that objective and tra
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,8 @@ class SlicedDenoiser:
             raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
         names = ("z_BL", "next_BL", "perturbation_BLD")
         whole = {name: getattr(state, name) for name in names}
-        return replace(state, **{name: self._slice(x) for name, x in whole.items() if x is not None})
+        slices: dict[str, Any] = {name: self._slice(x) for name, x in whole.items() if x is not None}
+        return replace(state, **slices)
 
     def _slice(self, x_BL: Tensor) -> Tensor:
         return x_BL.chunk(self._context.size(), dim=1)[self._context.get_local_rank()]
