@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scmdm.config.fields import OnAdapt, key
+from scmdm.config.presets import PRESETS
 
 
 @dataclass
@@ -44,6 +45,11 @@ class DiffusionConfig:
 class SelfConditioningConfig:
     """How training conditions the model on its own estimate of the clean tokens."""
 
+    preset: str | None = key(
+        None,
+        choices=tuple(PRESETS),
+        help="published method, which sets the keys that define it and gives others another default; null: none",
+    )
     rate: float = key(
         0.0,
         help="probability that the second pass is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM",
@@ -54,6 +60,26 @@ class SelfConditioningConfig:
         "same_state",
         help="noised tokens that the estimate is made from: those of the second pass, or noisier ones",
         choices=("same_state", "noisier_state"),
+    )
+    carried_from: str = key(
+        "own",
+        help="whose evaluation makes what training conditions on: the model's own, or its frozen base's (adapters are "
+        "switched off; without adapters, a copy of the base's weights is kept). Sampling carries the model's own",
+        choices=("own", "base"),
+    )
+    rollout_steps: int = key(
+        0,
+        help="evaluations of a short rollout that makes the estimate: from a noisier state to that of the loss pass, "
+        "each conditioned on the last, without gradients; 0: no rollout",
+        at_least=0,
+        at_most=64,
+    )
+    perturbation: float = key(
+        0.0,
+        help="standard deviation of Gaussian noise that training adds to what is carried, at masked positions relative "
+        "to the root mean square of the token embeddings, or to that of each hidden state",
+        at_least=0,
+        at_most=100,
     )
     passes: int = key(1, help="passes that make the estimate", at_least=1, at_most=64)
     estimate_dropout: bool = key(True, help="apply dropout in the passes that make the estimate")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
+from scmdm.config.presets import Preset
 from scmdm.config.shipped import explain_missing, locate, open_input, shipped_names
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
@@ -61,11 +62,26 @@ def _merged(
     """Merge layers and overrides; unless `literal`, OmegaConf interpolates the strings of the layers."""
     declared, schema = schema, _choose_sections(schema, [content for _, content in layers], overrides)
     config = copy.deepcopy(_defaults(cast(type, schema)))
+    given = [_parse_override(override, schema) for override in overrides]
+    for name, value in _preset_values(schema, [*(content for _, content in layers), *given]):
+        _merge(config, _nest(name, value), "in the preset")
     for place, content in _drop_deselected_keys(declared, schema, layers):
         _merge(config, content, place, literal=literal)
-    for override in overrides:
-        _merge(config, _parse_override(override, schema), where)
+    for content in given:
+        _merge(config, content, where)
     return _checked(schema, config)
+
+
+def _preset_values(schema: type, contents: Sequence[dict[str, Any]]) -> Iterator[tuple[str, object]]:
+    """Yield keys and values of the last preset that is given, for a schema with presets.
+
+    The schema's attribute `presets` maps keys, dotted, to presets by name.
+    """
+    presets: dict[str, dict[str, Preset]] = getattr(schema, "presets", {})
+    for key, known in presets.items():
+        names = [value for content in contents for _, value in _values_of([key], content)]
+        if names and isinstance(names[-1], str) and names[-1] in known:
+            yield from known[names[-1]].values.items()
 
 
 @functools.cache  # OmegaConf copies faster than it reads a dataclass

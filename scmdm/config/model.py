@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scmdm.config.fields import OnAdapt, key
+from scmdm.config.fields import OnAdapt, key, require
 from scmdm.config.registry import Registry
 from scmdm.errors import UserError
 
@@ -48,6 +48,27 @@ class ModelConfig:
         on_adapt=OnAdapt.OWN,
         help="whether the model has a conditioner; do not set it: it follows from self_conditioning.rate",
     )
+    carried: str = key(
+        "estimate",
+        choices=("estimate", "hidden"),
+        on_adapt=OnAdapt.CONDITIONER,
+        help="what an evaluation passes on to the next: the estimate of the clean tokens as an expected embedding, or "
+        "the last hidden state of every position",
+    )
+    mixing: str = key(
+        "added",
+        choices=("added", "interpolated"),
+        on_adapt=OnAdapt.CONDITIONER,
+        help="how it enters: through the conditioner, added; or, at masked positions, interpolated with the embedding "
+        "of the mask, with a learned share that depends on the confidence of the prediction",
+    )
+    confidence: str = key(
+        "entropy",
+        choices=("entropy", "top1"),
+        on_adapt=OnAdapt.CONDITIONER,
+        help="mixing=interpolated: confidence of a prediction; entropy: 1 - entropy / log(tokens); top1: the largest "
+        "probability",
+    )
     conditioner: str = key(
         "projection",
         choices=("projection", "norm", "mlp"),
@@ -72,6 +93,13 @@ class ModelConfig:
         at_most=2**31,
         on_adapt=OnAdapt.CONDITIONER,
         help="compute the estimate from the k most probable tokens, renormalised; null: from all",
+    )
+    estimate_temperature: float = key(
+        1.0,
+        at_least=0.01,
+        at_most=100,
+        on_adapt=OnAdapt.CONDITIONER,
+        help="temperature of the probabilities from which estimate and confidence are computed",
     )
     lora_rank: int = key(
         0,
@@ -196,6 +224,24 @@ class ModelConfig:
             )
         if self.matmul_precision == "fp8":
             self._validate_fp8()
+        self._validate_carrying()
+
+    def _validate_carrying(self) -> None:
+        """Raise UserError for keys that have no effect or no meaning with what is carried, and how it is mixed."""
+        defaults = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
+
+        def require_default(reason: str, *names: str) -> None:
+            for name in names:
+                value, default = getattr(self, name), defaults[name]
+                shown = "null" if default is None else default
+                require(value == default, f"model.{name}", value, f"{shown} with {reason}")
+
+        if self.carried == "hidden":
+            require_default("model.carried=hidden", "mixing", "estimate_top_k", "estimate_temperature")
+        if self.mixing == "interpolated":
+            require_default("model.mixing=interpolated", "conditioner", "inject_at", "inject_layer")
+        else:
+            require_default("model.mixing=added", "confidence")
 
     def _validate_fp8(self) -> None:
         """Raise UserError for widths whose products have no FP8 kernel."""

@@ -13,6 +13,7 @@ from scmdm.config.diffusion import DiffusionConfig, SelfConditioningConfig
 from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
 from scmdm.config.fields import PathKind, key, require
 from scmdm.config.model import DENOISERS, ModelConfig, default_model
+from scmdm.config.presets import PRESETS, Preset
 from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig, TrainConfig, WandbConfig
 from scmdm.errors import UserError
 
@@ -25,6 +26,8 @@ class RunConfig:
         "model.llama": "write its keys in `model`, as in model.kv_heads, with model.kind=decoder",
         "model.estimate_rank": "leave it out; the top-k estimate needs no preview",
     }
+
+    presets: ClassVar[dict[str, dict[str, Preset]]] = {"self_conditioning.preset": PRESETS}
 
     run_dir: str = key(MISSING, path=PathKind.OUTPUT, help="directory of checkpoints, metrics and logs", on_resume=True)
     base: str | None = key(
@@ -61,6 +64,8 @@ class RunConfig:
         self.data.validate()
         self._validate_model()
         self._validate_training()
+        self._validate_self_conditioning()
+        self.check_preset()
         if self.engine == "deepspeed":
             self._validate_deepspeed()
 
@@ -70,6 +75,8 @@ class RunConfig:
             raise UserError(f"base={self.base} is for `scmdm adapt`; `scmdm train` starts from scratch: leave base out")
         if command == "adapt" and self.base is None:
             raise UserError("key `base` is not set; give a run, a checkpoint or an export to adapt as base=PATH")
+        if command == "train" and self.self_conditioning.carried_from == "base":
+            raise UserError("self_conditioning.carried_from=base is for `scmdm adapt`, which has a base; set it to own")
         if command == "train" and not self.ema.reset:
             raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
         if command == "train" and self.train.causal_steps:
@@ -91,7 +98,20 @@ class RunConfig:
         """Number of first blocks that run once for both passes: the passes see the same state, with equal dropout."""
         own = self.self_conditioning
         equal = own.estimate_from == "same_state" and (own.estimate_dropout or not self.model.dropout)
+        equal = equal and own.carried_from == "own" and not own.rollout_steps
         return self.model.inject_layer if own.rate > 0 and equal else 0
+
+    @property
+    def estimate_passes(self) -> int:
+        """Number of passes per step that compute the estimate."""
+        own = self.self_conditioning
+        return (own.rollout_steps or own.passes) if own.rate > 0 else 0
+
+    @property
+    def copies_base(self) -> bool:
+        """Whether a run keeps a frozen copy of its base, which makes the estimate."""
+        own = self.self_conditioning
+        return own.rate > 0 and own.carried_from == "base" and not self.model.lora_rank
 
     @property
     def _partial_key(self) -> str:
@@ -152,6 +172,25 @@ class RunConfig:
             "null with model.lora_rank: only the adapters are trained",
         )
 
+    def _validate_self_conditioning(self) -> None:
+        own = self.self_conditioning
+        wanted: dict[str, object] = {}
+        if own.rollout_steps:
+            wanted = {"passes": 1, "estimate_from": "same_state"}
+            reason = f"self_conditioning.rollout_steps={own.rollout_steps}, which has states and passes of its own"
+        if own.carried_from == "base":
+            wanted = {"passes": 1, "rollout_steps": 0, "stop_gradient": True}
+            reason = "self_conditioning.carried_from=base, whose weights are frozen and see no estimate"
+        for name, value in wanted.items():
+            found = getattr(own, name)
+            require(found == value, f"self_conditioning.{name}", found, f"{str(value).lower()} with {reason}")
+
+    def check_preset(self) -> None:
+        """Raise UserError when a key contradicts the preset, of which it is a part of the definition."""
+        name = self.self_conditioning.preset
+        for part, value in PRESETS[name].defining.items() if name is not None else ():
+            require(_get(self, part) == value, part, _get(self, part), f"{value} with self_conditioning.preset={name}")
+
     def _validate_schedule(self) -> None:
         schedule, steps = self.schedule, self.train.steps
         warmup, end = schedule.warmup_steps, schedule.steps
@@ -173,6 +212,12 @@ class RunConfig:
             self._partial_key,
             _get(self, self._partial_key),
             "left out with engine=deepspeed, which cannot freeze weights; use engine=fsdp2",
+        )
+        require(
+            self.self_conditioning.carried_from == "own",
+            "self_conditioning.carried_from",
+            self.self_conditioning.carried_from,
+            "own with engine=deepspeed, which would keep a whole copy of the base on each rank; use engine=fsdp2",
         )
         require(
             self.model.compile == "none" or self.deepspeed.stage < 3,

@@ -62,7 +62,10 @@ def _description(stored: StoredModel) -> str:
 
 
 def _way_in(model: ModelConfig) -> str:
-    return model.conditioner + (f", before block {model.inject_layer}" if model.inject_layer else "")
+    if model.mixing == "interpolated":
+        return f"interpolated with the mask by {model.confidence}"
+    carried = "last hidden state, " if model.carried == "hidden" else ""
+    return carried + model.conditioner + (f", before block {model.inject_layer}" if model.inject_layer else "")
 
 
 def _loading(stored: StoredModel, config: ExportConfig, layout: PublishedLayout | None) -> str:

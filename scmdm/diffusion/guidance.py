@@ -19,22 +19,10 @@ from torch import Tensor
 
 from scmdm.diffusion.key_value_cache import Window
 from scmdm.diffusion.packing import Packing
-from scmdm.diffusion.state import NO_LABEL, State, true_positions
+from scmdm.diffusion.state import NO_LABEL, State
 
 
-class Embedder(Protocol):
-    """Maps of a network from which an estimate is computed."""
-
-    def expected_embedding(self, h_ND: Tensor) -> Tensor:
-        """Return the expected embedding (N, D) of the predicted token."""
-        ...
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Embed token ids of any shape, (..., D)."""
-        ...
-
-
-class SamplingDenoiser(Embedder, Protocol):
+class SamplingDenoiser(Protocol):
     """The interface of a network that the samplers use."""
 
     def hidden(self, state: State) -> Tensor:
@@ -43,6 +31,13 @@ class SamplingDenoiser(Embedder, Protocol):
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Return float32 logits (N, V), minus infinity at the mask."""
+        ...
+
+    def carried(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
+        """Return what the next evaluation, whose input is `z_BL`, sees of the one with these hidden states.
+
+        It is a tensor (B, L, C) for `State.estimate_BLD`, in which zeros are the null estimate.
+        """
         ...
 
 
@@ -108,14 +103,4 @@ class Guided:
     def carried_estimate(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
         """Return the estimates (B, L, G D) for the next evaluation, whose input is `z_BL`."""
         parts = zip(h_BLD.chunk(self.evaluations, dim=-1), self.inputs(z_BL), strict=True)
-        return torch.cat([carried_estimate(self.denoiser, h, z, self.mask_id) for h, z in parts], dim=-1)
-
-
-def carried_estimate(denoiser: Embedder, h_BLD: Tensor, z_BL: Tensor, mask_id: int) -> Tensor:
-    """Return the estimate (B, L, D) for the next evaluation, whose input is `z_BL`.
-
-    It is the expected embedding where `z_BL` is masked, predicted from `h_BLD`, and the token's embedding elsewhere.
-    """
-    at_N = true_positions(z_BL == mask_id)
-    predicted_ND = denoiser.expected_embedding(h_BLD.flatten(0, 1)[at_N])
-    return denoiser.embed(z_BL).flatten(0, 1).index_copy(0, at_N, predicted_ND).unflatten(0, z_BL.shape)
+        return torch.cat([self.denoiser.carried(h, z) for h, z in parts], dim=-1)

@@ -72,6 +72,16 @@ def keyed_uniform(seed: int, purpose: str, step: int, ids_B: Tensor, n: int) -> 
     return _uniform(*keyed_words(seed, purpose, step, ids_B, (n + 1) // 2))[:, :n]
 
 
+def keyed_normal(seed: int, purpose: str, step: int, ids_B: Tensor, n: int) -> Tensor:
+    """Return standard normal draws (B, n), float32; the first of a sample do not depend on `n`."""
+    draws_Bn = torch.empty(len(ids_B), n, device=ids_B.device)
+    for row, draws_n in zip(ids_B.split(1), draws_Bn, strict=True):  # a draw takes some 100 bytes
+        radius, angle = keyed_uniform(seed, purpose, step, row, n + n % 2)[0].unflatten(0, (-1, 2)).unbind(1)
+        radius, angle = (-2 * radius.log()).sqrt(), 2 * torch.pi * angle  # Box and Muller
+        draws_n.copy_(torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:n])
+    return draws_Bn
+
+
 def keyed_permutation(seed: int, purpose: str, step: int, ids_N: Tensor) -> Tensor:
     """Return the rank (N,) of each id in a random order that depends on the set of ids, not on their order.
 

@@ -5,6 +5,7 @@ Legend: B batch, L length, D width, N masked positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -63,24 +64,37 @@ def token_weights(batch: NoisedBatch, schedule: Schedule) -> Tensor:
 
 def clean_state_estimate(
     denoiser: Denoiser,
-    state: State,
+    states: Sequence[State],
     *,
-    passes: int,
     dropout: bool,
     stop_gradient: bool = True,
 ) -> Tensor:
-    """Return the estimate (B, L, D) after `passes` passes, each conditioned on the previous one's (the first: null).
+    """Return the estimate (B, L, C) after a pass on each state, conditioned on the previous pass's (the first: null).
 
     With `stop_gradient` the passes run without gradients; otherwise the gradient of the loss flows through all of them.
     """
     estimate = None
-    if stop_gradient and state.lower is not None:
-        state = replace(state, lower=state.lower.detach())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
-        for _ in range(passes):
-            estimate = denoiser.estimate(replace(state, estimate_BLD=estimate), dropout=dropout)
+        for state in states:
+            lower = state.lower.detach() if stop_gradient and state.lower is not None else state.lower
+            estimate = denoiser.estimate(replace(state, estimate_BLD=estimate, lower=lower), dropout=dropout)
     assert estimate is not None
     return estimate
+
+
+def _states_of_estimate(batch: NoisedBatch, state: State, passes: int) -> list[State]:
+    """Return the states whose passes make the estimate for `state`; all but the last are not perturbed."""
+    if batch.rollout:
+        following = [*(z_BL for z_BL, _ in batch.rollout[1:]), batch.z]
+        states = [
+            replace(state, z_BL=z_BL, t_B=t_B, next_BL=next_BL)
+            for (z_BL, t_B), next_BL in zip(batch.rollout, following, strict=True)
+        ]
+    elif batch.same_state:
+        states = [state] * passes
+    else:
+        states = [replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)] * passes
+    return [*states[:-1], replace(states[-1], perturbation_BLD=batch.perturbation)]
 
 
 def with_lower(denoiser: Denoiser, state: State, *, dropout: bool = False) -> State:
@@ -105,20 +119,20 @@ def self_conditioned_nelbo(
     `condition=False` (rate 0) skips the first pass: the vanilla objective of masked diffusion. All ranks must pass the
     same value, because sharded ranks run the same collectives. With `share_lower` the blocks below the one at which the
     estimate enters run once for all passes (`Denoiser.lower`), with the second pass's dropout and gradient; the first
-    pass must see the same state.
+    pass must see the same state. With a rollout (`NoisedBatch.rollout`), the estimate comes from a pass on each of its
+    states, made for the tokens of the next one, as in sampling.
     """
     state = State(batch.z, batch.t, None, batch.packing, batch.labels, batch.clean)
+    states: list[State] = []
     if condition:
-        first = replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)
         if share_lower:
             assert batch.same_state
-            first = state = with_lower(denoiser, state, dropout=True)
-        estimate = clean_state_estimate(
-            denoiser, first, passes=passes, dropout=estimate_dropout, stop_gradient=stop_gradient
-        )
+            state = with_lower(denoiser, state, dropout=True)
+        states = _states_of_estimate(batch, state, passes)
+        estimate = clean_state_estimate(denoiser, states, dropout=estimate_dropout, stop_gradient=stop_gradient)
         estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)  # under one name: the other is freed
         state = replace(state, estimate_BLD=estimate)
     weight_BL = token_weights(batch, schedule)
     loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)
     share_B = (nll_BL.double() * weight_BL).sum(1)
-    return ObjectiveOutput(loss, share_B, passes=1 + (passes if condition else 0))
+    return ObjectiveOutput(loss, share_B, passes=1 + len(states))

@@ -44,11 +44,13 @@ class NoisedBatch:
     labels: Tensor | None = None  # (B,) int64, labels, some replaced by NO_LABEL
     share: Tensor | None = None  # (B,) float32: factor of each sample's loss; None: 1
     block_t: Tensor | None = None  # (B, L) float64, time of each position's block; None: `t`, no model of blocks
+    rollout: tuple[tuple[Tensor, Tensor], ...] = ()  # earlier states (B, L) with their times (B,), the noisiest first
+    perturbation: Tensor | None = None  # (B, L, D) float32, noise of what is carried, see `State.perturbation_BLD`
 
     @property
     def same_state(self) -> bool:
         """Return whether both passes see the same noised tokens."""
-        return self.z_estimate is self.z and self.t_estimate is self.t
+        return not self.rollout and self.z_estimate is self.z and self.t_estimate is self.t
 
     @property
     def clean(self) -> Tensor | None:
@@ -75,6 +77,7 @@ def noise_batch(
     step: int,
     rate: float,
     noisier_state: bool,
+    rollout_steps: int = 0,
     block_length: int | None = None,
     t_min: float = 0.0,
 ) -> NoisedBatch:
@@ -82,6 +85,7 @@ def noise_batch(
 
     `rate` is the probability that the second pass of a sample is conditioned. With `noisier_state` the first pass gets
     an earlier state of the process: its time is uniform between t and 1, with the same uniforms, hence with more masks.
+    With `rollout_steps` it is preceded by that many earlier states, at equal distances between such a time and t.
     Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
 
     For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
@@ -96,13 +100,16 @@ def noise_batch(
         own = {"seed": seed, "step": step}
         t = block_t = spread_times(t_B, ids_B, maskable_BL, block_length, packing, t_min=t_min, **own)
     z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t), maskable_BL, mask_id)
-    z_estimate, t_estimate = z_BL, t_B
-    if noisier_state:
-        v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
-        t_estimate = t_B + (1 - t_B) * v[:, 0]
+    earlier: list[tuple[Tensor, Tensor]] = []
+    if noisier_state or rollout_steps:
+        v_B1 = v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
         if block_length is not None:
             v = spread_uniforms("estimate-time", ids_B, block_length, packing, x_BL.shape[1], seed=seed, step=step)
-        z_estimate = mask_tokens(x_BL, u_BL, schedule.alpha(t + (1 - t) * v), maskable_BL, mask_id)
+        states = max(1, rollout_steps)
+        for part in (k / states for k in range(states, 0, -1)):
+            z = mask_tokens(x_BL, u_BL, schedule.alpha(t + (1 - t) * part * v), maskable_BL, mask_id)
+            earlier.append((z, t_B + (1 - t_B) * part * v_B1[:, 0]))
+    z_estimate, t_estimate = earlier[0] if noisier_state else (z_BL, t_B)
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     return NoisedBatch(
         x_BL,
@@ -115,6 +122,7 @@ def noise_batch(
         packing,
         sequences.labels,
         block_t=block_t,
+        rollout=tuple(earlier) if rollout_steps else (),
     )
 
 

@@ -79,6 +79,8 @@ class State:
     window: Window | None = None  # the tokens are a part of longer sequences, of which the rest is in a cache
     visible_LL: Tensor | None = None  # bool, pairs of a query and a key that it sees, besides `packing`; None: all
     lower: ResidualStream | None = None  # result of `Denoiser.lower` for this state; None: not computed
+    next_BL: Tensor | None = None  # int64, tokens for which `Denoiser.estimate` makes the estimate; None: `z_BL`
+    perturbation_BLD: Tensor | None = None  # added by `Denoiser.estimate`, in units of the root mean square
 
 
 def drop_labels(labels_B: Tensor, ids_B: Tensor, *, rate: float, seed: int, step: int) -> Tensor:

@@ -8,6 +8,7 @@ noise, keyed on the sample. Sequences are sliced here, so that objective and tra
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,13 +50,16 @@ class SlicedDenoiser:
         return total, DTensor.from_local(nll_BL, self._context, (Shard(1),), run_check=False).full_tensor()
 
     def _sliced(self, state: State) -> State:
-        """Return the state with `z_BL` sliced; estimate and residual stream are slices already."""
+        """Return the state with its sequences sliced; estimate and residual stream are slices already."""
         size = self._context.size()
         if state.clean_BL is not None:
             raise UserError(f"fsdp.context={size} is not possible with diffusion.block_length; set it to 1")
         if state.packing is not None:
             raise UserError(f"fsdp.context={size} is not possible with packed samples (framing=packed); set it to 1")
-        return replace(state, z_BL=self._slice(state.z_BL))
+        names = ("z_BL", "next_BL", "perturbation_BLD")
+        whole = {name: getattr(state, name) for name in names}
+        slices: dict[str, Any] = {name: self._slice(x) for name, x in whole.items() if x is not None}
+        return replace(state, **slices)
 
     def _slice(self, x_BL: Tensor) -> Tensor:
         return x_BL.chunk(self._context.size(), dim=1)[self._context.get_local_rank()]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import Denoiser
+from scmdm.distributed.base_estimate import Estimator, WithoutAdapters
 from scmdm.errors import UserError
 from scmdm.models.attention import check_backend
 from scmdm.models.network import Network
@@ -35,6 +36,14 @@ class Engine(Protocol):
     model: Network
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser  # the model as the objective calls it
+    base: Estimator | None  # frozen base, which makes the estimates of training; None: the model does
+
+    def add_base(self, base: Network | None) -> None:
+        """Let a frozen base make the estimates of training: a copy of it, or None for the model without adapters.
+
+        A copy is sharded as the model is.
+        """
+        ...
 
     def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
         """Concatenate a 1-D tensor over the parts of the batch in order, or over all ranks."""
@@ -104,9 +113,13 @@ class SingleEngine:
     ) -> None:
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
         self.denoiser: Denoiser = model
+        self.base: Estimator | None = None
         own = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
         self._frozen = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
+
+    def add_base(self, base: Network | None) -> None:
+        self.base = WithoutAdapters(self.denoiser, self.model) if base is None else base
 
     def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
         return values

@@ -84,9 +84,20 @@ class FsdpEngine(ParallelEngine):
         assert isinstance(model, FSDPModule)
         self.sharded: FSDPModule = model
         self.denoiser: Denoiser = _TwoPassDenoiser(model, config.reshard_after_estimate)
-        if (context := make_context(config.context, device)) is not None:
-            model.slice_sequences(context)
-            self.denoiser = SlicedDenoiser(self.denoiser, context)
+        self._context = make_context(config.context, device)
+        if self._context is not None:
+            model.slice_sequences(self._context)
+            self.denoiser = SlicedDenoiser(self.denoiser, self._context)
+
+    def add_base(self, base: Network | None) -> None:
+        if base is None:
+            super().add_base(None)
+            return
+        frozen = _FrozenDenoiser(base, reshard_after_estimate=True)
+        self.base = frozen
+        if self._context is not None:
+            base.slice_sequences(self._context)
+            self.base = SlicedDenoiser(frozen, self._context)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)
@@ -131,3 +142,14 @@ class _TwoPassDenoiser:
         for block in self._model.blocks:
             assert isinstance(block, FSDPModule)
             block.set_reshard_after_forward(after_forward)
+
+
+class _FrozenDenoiser(_TwoPassDenoiser):
+    """A sharded model without a backward pass, after whose estimate all gathered weights are freed."""
+
+    def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
+        try:
+            return super().estimate(state, dropout=dropout)
+        finally:
+            assert isinstance(self._model, FSDPModule)
+            self._model.reshard()

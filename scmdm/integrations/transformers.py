@@ -19,7 +19,6 @@ from transformers.utils import ModelOutput
 
 from scmdm.config.sampling import SamplerConfig
 from scmdm.convert.exporter import HUB_TYPE
-from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.state import State
@@ -45,7 +44,7 @@ class Prediction(ModelOutput):
     """Output of one denoiser evaluation."""
 
     logits: Tensor | None = None  # (B, L, V) float32, minus infinity at the mask id
-    estimate: Tensor | None = None  # (B, L, D): `p @ E` at masked positions, else the token's embedding
+    estimate: Tensor | None = None  # what `model.carried` and `model.mixing` say, for the next step
 
 
 class MaskedDiffusion(PreTrainedModel):
@@ -112,7 +111,7 @@ class MaskedDiffusion(PreTrainedModel):
 
         Args:
             input_ids: tokens (B, L) int64, with the mask id at masked positions.
-            estimate: `Prediction.estimate` of the previous step (B, L, D); None: no conditioning.
+            estimate: `Prediction.estimate` of the previous step; None: no conditioning.
             t: time (B,) float64, for models with time conditioning; by default the fraction of masked positions.
             labels: classes (B,) int64, for models with labels; -1: no label.
 
@@ -122,7 +121,7 @@ class MaskedDiffusion(PreTrainedModel):
             raise ValueError("estimate is not possible for a model with diffusion.block_length; call `denoise`")
         t_B = (input_ids == self.spec.mask_id).double().mean(1) if t is None else t
         h_BLD = self.network.hidden(State(input_ids, t_B, estimate, labels_B=labels))
-        next_BLD = carried_estimate(self.network, h_BLD, input_ids, self.spec.mask_id)
+        next_BLD = self.network.carried(h_BLD, input_ids)
         return Prediction(self.network.logits(h_BLD.flatten(0, 1)).unflatten(0, input_ids.shape), next_BLD)
 
     @torch.no_grad()

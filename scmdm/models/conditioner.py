@@ -1,4 +1,7 @@
-"""The conditioner, through which the clean-state estimate enters the network: `h0 = E[z] + g(s)`, `g(null) = 0`.
+"""The conditioner, through which what is carried from the last evaluation enters the network.
+
+Added: `h0 = E[z] + g(s)`, `g(null) = 0`. Interpolated, at masked positions: `h0 = E[m] + share(c) (s - E[m])`, where
+`c` is the confidence of the prediction that `s` comes from.
 
 No kind has biases, so that the null estimate is `s = 0`. In each, exactly one factor starts at zero: the adapted model
 equals the base bitwise, and that factor has a gradient at the first step.
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmdm.config.model import ModelConfig
 from scmdm.models.initialization import ZeroLinear
 
 CONDITIONERS = ("projection", "norm", "mlp")
@@ -43,3 +47,32 @@ class Conditioner(nn.Module):
         if self.kind == "norm":
             return self.gain * F.layer_norm(h.float(), h.shape[-1:])
         return self.out(F.gelu(h)) if self.kind == "mlp" else h
+
+
+class Interpolation(nn.Module):
+    """The share of the estimate in a masked position, `strength * sigmoid(slope * (c - threshold))`.
+
+    These are the three numbers that Soft-Masking learns (arXiv 2510.17206); there `strength` and `slope` are bounded,
+    and `c` is the negative entropy. A negative slope gives uncertain positions the larger share, as residual context
+    does (arXiv 2601.22954).
+    """
+
+    starts_at = {"strength": 0.0, "slope": 5.0, "threshold": 0.5}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.starts_at:
+            self.register_parameter(name, nn.Parameter(torch.empty(1)))
+
+    def forward(self, confidence_BL1: Tensor) -> Tensor:
+        """Return the share (B, L, 1), float32; 0 where the confidence is 0, which is that of the null estimate."""
+        strength, slope, threshold = (self.get_parameter(name).float() for name in self.starts_at)
+        share_BL1 = strength * torch.sigmoid(slope * (confidence_BL1.float() - threshold))
+        return torch.where(confidence_BL1 > 0, share_BL1, 0)
+
+
+def make_conditioner(config: ModelConfig) -> Conditioner | Interpolation | None:
+    """Make the conditioner of a model; None for one that is not self-conditioned."""
+    if not config.self_conditioned:
+        return None
+    return Interpolation() if config.mixing == "interpolated" else Conditioner(config.width, config.conditioner)

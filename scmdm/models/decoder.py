@@ -24,7 +24,7 @@ from scmdm.diffusion.schedule import Schedule
 from scmdm.errors import UserError
 from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
-from scmdm.models.conditioner import Conditioner
+from scmdm.models.conditioner import make_conditioner
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network, TokenEmbedding
 from scmdm.models.rotary import Rotary, RotaryScaling, attend_rotated
@@ -296,7 +296,7 @@ class Decoder(Network):
         self.rotary_emb = Rotary(config.head_dim, config.rotary_base, config.scaling)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.output_layer = DecoderOutput(config, vocab_size)
-        self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
+        self.conditioner = make_conditioner(config)
 
     def _scaled(self, x_BLD: Tensor) -> Tensor:
         """Multiply by `embedding_multiplier`."""

@@ -22,7 +22,7 @@ from scmdm.diffusion.schedule import Schedule, noise_level
 from scmdm.diffusion.state import NO_LABEL
 from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
-from scmdm.models.conditioner import Conditioner
+from scmdm.models.conditioner import make_conditioner
 from scmdm.models.initialization import ZeroLinear
 from scmdm.models.linear import Linear, linear_gelu
 from scmdm.models.network import Network, TokenEmbedding
@@ -172,7 +172,7 @@ class DiT(Network):
         self.rotary_emb = Rotary(config.head_dim)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.output_layer = DiTOutput(config, vocab_size)
-        self.conditioner = Conditioner(config.width, config.conditioner) if config.self_conditioned else None
+        self.conditioner = make_conditioner(config)
 
     def _condition(self, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
         c_RC = F.silu(self.sigma_map(self._noise_level(t_B)))

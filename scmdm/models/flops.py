@@ -84,14 +84,16 @@ def step_flops(
         shared_layers=shared_layers,
     )
     masked = length * _mean_masked(schedule)
-    conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
+    mapped = config.self_conditioned and config.mixing == "added"
+    conditioner = 2.0 * config.width**2 * length if mapped else 0.0
     pairs = length if block_length is None else length + min(block_length, length)
     attention = 4.0 * length * pairs * config.attention_width
     trunk = blocks.forward + config.layers * attention
     logits = 2.0 * masked * config.width * vocab_size
     # Logits, then probabilities times embeddings; with top-k, the second product becomes a sum of a few rows.
     upper = trunk * (config.layers - shared_layers) / config.layers
-    first = upper + (2.0 if config.estimate_top_k is None else 1.0) * logits  # its input is the null estimate
+    products = 0.0 if config.carried == "hidden" else 2.0 if config.estimate_top_k is None else 1.0
+    first = upper + products * logits  # its input is the null estimate
     later = first + conditioner
     estimate = first + (passes - 1) * later if passes else 0.0
     forward = trunk + conditioner + logits

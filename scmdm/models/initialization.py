@@ -21,20 +21,20 @@ class ZeroLinear(nn.Linear):
 def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda _: True) -> None:
     """Fill parameters, whole or sharded (DTensor), with draws keyed on the seed and the parameter's name.
 
-    Parameters of a module with the attribute `starts_at` get that constant. Others are uniform within
-    1 / sqrt(width of the input), as in `torch.nn.Linear` (kaiming_uniform with a = sqrt(5)). `only` selects parameters
-    by name.
+    Parameters of a module with the attribute `starts_at` get that constant, or theirs of a mapping.
+    Others are uniform within 1 / sqrt(width of the input), as in `torch.nn.Linear` (kaiming_uniform with a = sqrt(5)).
+    `only` selects parameters by name.
     """
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        constant: float | None = getattr(module, "starts_at", None)
+        constants: float | dict[str, float] | None = getattr(module, "starts_at", None)
         for name, parameter in own.items():
             full_name = f"{path}.{name}"
             if not only(full_name):
                 continue
             value = torch.empty(parameter.shape, dtype=parameter.dtype)
-            if constant is not None:
-                value.fill_(constant)
+            if constants is not None:
+                value.fill_(constants[name] if isinstance(constants, dict) else constants)
             else:
                 bound = next(iter(own.values())).shape[-1] ** -0.5
                 generator = torch.Generator().manual_seed(keyed_int(seed, f"init/{full_name}", 0))

@@ -8,6 +8,7 @@ Legend: R rank, I width of a map's input, O of its output.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -31,9 +32,12 @@ class LoraLinear(Linear):
         self.lora_A = nn.Linear(width, rank, bias=False)
         self.lora_B = ZeroLinear(rank, out, bias=False)
         self.scale = alpha / rank
+        self.adapted = True  # false: as without an adapter
 
     def forward(self, x: Tensor, gate_O: Tensor | None = None) -> Tensor:
         """See `Linear.forward`; the gate also multiplies the adapter's output."""
+        if not self.adapted:
+            return super().forward(x, gate_O)
         added = self.scale * self.lora_B(self.lora_A(x))
         return super().forward(x, gate_O) + (added if gate_O is None else gate_O * added)
 
@@ -55,6 +59,19 @@ def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
         options: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
         adapted = LoraLinear(module.in_features, module.out_features, bias=module.bias is not None, **options)
         setattr(blocks.get_submodule(parent), own, adapted)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model as it is without its adapters. There must be no gradients through it."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in adapted:
+        module.adapted = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.adapted = True
 
 
 def is_added(name: str) -> bool:

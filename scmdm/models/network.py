@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.model import ModelConfig
-from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.key_value_cache import LayerCache, Window
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
 from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, masks_of_window
-from scmdm.models.conditioner import Conditioner
+from scmdm.models.conditioner import Conditioner, Interpolation
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
 from scmdm.ops.subs_logits import subs_bias, subs_logits
@@ -66,7 +65,7 @@ class Network(nn.Module):
     rotary_emb: Rotary
     blocks: nn.ModuleList
     output_layer: nn.Module  # its attribute `linear` is the output head, or None if the embedding is tied
-    conditioner: Conditioner | None
+    conditioner: Conditioner | Interpolation | None
 
     def __init__(self, config: ModelConfig, *, mask_id: int, schedule: Schedule) -> None:
         super().__init__()
@@ -120,7 +119,37 @@ class Network(nn.Module):
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
         """See `Denoiser.estimate`."""
-        return carried_estimate(self, self.hidden(state, dropout=dropout), state.z_BL, self.mask_id)
+        h_BLD = self.hidden(state, dropout=dropout)
+        z_BL = state.z_BL if state.next_BL is None else state.next_BL
+        carried_BLC = self.carried(h_BLD, z_BL)
+        if state.perturbation_BLD is None:
+            return carried_BLC
+        return carried_BLC + self._perturbation(carried_BLC, state.perturbation_BLD, z_BL).to(carried_BLC.dtype)
+
+    def carried(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
+        """See `SamplingDenoiser.carried`.
+
+        By SUBS, the estimate of a position where `z_BL` is not masked is its token, with certainty.
+        """
+        if self.config.carried == "hidden":
+            return h_BLD
+        at_N = true_positions(z_BL == self.mask_id)
+        predicted_NC = self.expected_embedding(h_BLD.flatten(0, 1)[at_N])
+        known_BLC = self.embed(z_BL)
+        if self.config.mixing == "interpolated":
+            known_BLC = F.pad(known_BLC, (0, 1), value=1.0)
+        return known_BLC.flatten(0, 1).index_copy(0, at_N, predicted_NC).unflatten(0, z_BL.shape)
+
+    def _perturbation(self, carried_BLC: Tensor, noise_BLD: Tensor, z_BL: Tensor) -> Tensor:
+        """Scale noise to the root mean square of embeddings or of each hidden state.
+
+        Estimates are perturbed at masked positions alone: those of tokens are exact. A confidence is not perturbed.
+        """
+        if self.config.carried == "hidden":
+            return noise_BLD * carried_BLC.float().square().mean(-1, keepdim=True).sqrt()
+        scale = self.vocab_embed.embedding.float().square().mean().sqrt()
+        perturbation_BLD = (noise_BLD * scale).masked_fill((z_BL != self.mask_id)[..., None], 0)
+        return F.pad(perturbation_BLD, (0, carried_BLC.shape[-1] - noise_BLD.shape[-1]))
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:
         """See `Denoiser.weighted_nll`."""
@@ -143,7 +172,10 @@ class Network(nn.Module):
             return subs_logits(h_ND, weight_VD, subs_bias(bias_V, self.mask_id))
 
     def expected_embedding(self, h_ND: Tensor) -> Tensor:
-        """Return the expected embedding (N, D) of the predicted token for hidden states (N, D)."""
+        """Return the expected embedding (N, D) of the predicted token for hidden states (N, D).
+
+        With `mixing=interpolated` one more column is the confidence of the prediction.
+        """
         return expected_embedding(
             h_ND,
             *self._head_tensors(),
@@ -151,6 +183,8 @@ class Network(nn.Module):
             mask_id=self.mask_id,
             chunk=self.config.head_chunk,
             top_k=self.config.estimate_top_k,
+            temperature=self.config.estimate_temperature,
+            confidence=self.config.confidence if self.config.mixing == "interpolated" else None,
         )
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -203,18 +237,25 @@ class Network(nn.Module):
         return self._scaled(self.vocab_embed(ids_BL).float())
 
     def _add_estimate(self, x_BLD: Tensor, state: State) -> Tensor:
-        """Add the mapped estimate to the residual stream, but not to that of the clean copy."""
+        """Mix what is carried into the residual stream, but not into that of the clean copy."""
         if state.estimate_BLD is None:
             return x_BLD
         assert self.conditioner is not None, "the model has no conditioner"
-        estimate_BLD = state.estimate_BLD
-        if self.config.inject_at == "masked":
-            estimate_BLD = estimate_BLD.masked_fill((state.z_BL != self.mask_id)[..., None], 0)
-        term_BLD = self._scaled(self.conditioner(estimate_BLD))
+        carried_BLC, length = state.estimate_BLD, state.z_BL.shape[1]
+        if self.config.inject_at == "masked" or self.config.mixing == "interpolated":
+            carried_BLC = carried_BLC.masked_fill((state.z_BL != self.mask_id)[..., None], 0)
         if state.clean_BL is None:
-            return x_BLD + term_BLD
-        length = state.z_BL.shape[1]
-        return torch.cat([x_BLD[:, :length] + term_BLD, x_BLD[:, length:]], dim=1)
+            return x_BLD + self._term(x_BLD, carried_BLC)
+        own_BLD, clean_BLD = x_BLD[:, :length], x_BLD[:, length:]
+        return torch.cat([own_BLD + self._term(own_BLD, carried_BLC), clean_BLD], dim=1)
+
+    def _term(self, x_BLD: Tensor, carried_BLC: Tensor) -> Tensor:
+        """Return what is added to the residual stream: the mapped estimate, or a step of the mask towards it."""
+        assert self.conditioner is not None
+        if self.config.mixing == "added":
+            return self._scaled(self.conditioner(carried_BLC))
+        share_BL1 = self.conditioner(carried_BLC[..., -1:])
+        return share_BL1 * (self._scaled(carried_BLC[..., :-1].float()) - x_BLD)
 
     def _scaled(self, x_BLD: Tensor) -> Tensor:
         """Scale token embeddings and mapped estimates alike, so that the conditioner works at the embedding's scale."""

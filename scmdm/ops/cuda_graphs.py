@@ -20,7 +20,7 @@ from scmdm.diffusion.state import State
 _WARMUP = 2  # evaluations before a shape is recorded, in which kernels are chosen and compiled
 _MAX_GRAPHS = 8  # a vanilla sampler skips sequences, and therefore has many shapes
 _TENSORS = ("z_BL", "t_B", "estimate_BLD", "labels_B", "clean_BL")
-_NOT_RECORDED = ("packing", "window", "visible_LL", "lower")
+_NOT_RECORDED = ("packing", "window", "visible_LL", "lower", "next_BL", "perturbation_BLD")
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -38,8 +38,7 @@ class ReplayedDenoiser:
         self.denoiser, self.record = denoiser, record or CudaRecorder()
         self.seen: Counter[object] = Counter()
         self.recorded: dict[object, tuple[State, Replay]] = {}
-        self.logits, self.embed = denoiser.logits, denoiser.embed
-        self.expected_embedding = denoiser.expected_embedding
+        self.logits, self.carried = denoiser.logits, denoiser.carried
         self.block_length: int | None = getattr(denoiser, "block_length", None)
 
     def hidden(self, state: State) -> Tensor:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from scmdm.ops import output_head_cpu, output_head_gpu
+from scmdm.ops.confidence import confidence_of
 from scmdm.ops.subs_logits import subs_bias, subs_logits
 from scmdm.ops.top_k import top_k_embedding
 
@@ -32,10 +33,19 @@ def dense_weighted_nll_sum(
 
 
 def dense_expected_embedding(
-    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, *, mask_id: int, top_k: int | None = None
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    embedding_VD: Tensor,
+    *,
+    mask_id: int,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    confidence: str | None = None,
 ) -> Tensor:
     """Compute the reference of `expected_embedding`: all logits (N, V) at once, gradients by autograd."""
-    return _dense_estimate(h_ND, weight_VD, subs_bias(bias_V, mask_id), embedding_VD, top_k)
+    h_ND, bias = _tempered(h_ND, subs_bias(bias_V, mask_id), temperature)
+    return _dense_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, confidence)
 
 
 def weighted_nll_sum(
@@ -71,21 +81,29 @@ def expected_embedding(
     mask_id: int,
     chunk: int,
     top_k: int | None = None,
+    temperature: float = 1.0,
+    confidence: str | None = None,
 ) -> Tensor:
-    """Return `softmax(W h + b) @ E` (N, D) in the dtype of `embedding_VD`: the clean-state estimate as an embedding.
+    """Return the clean-state estimate `softmax((W h + b) / temperature) @ E` (N, D) in the dtype of `embedding_VD`.
 
     With `top_k` only the `top_k` most probable tokens count, with renormalised probabilities; a sum of `top_k` rows
-    then replaces the second product with the vocabulary. Differentiable: the backward pass computes the logits again,
-    at most `chunk` positions at a time.
+    then replaces the second product with the vocabulary. With `confidence`, one more column is the confidence of that
+    kind (`scmdm.ops.confidence`), over all tokens. Differentiable: the backward pass computes the logits again, at most
+    `chunk` positions at a time.
     """
     with torch.autocast(h_ND.device.type, enabled=False):
-        bias = subs_bias(bias_V, mask_id)
+        h_ND, bias = _tempered(h_ND, subs_bias(bias_V, mask_id), temperature)
         if torch.is_grad_enabled():
-            return _checkpointed_estimate(h_ND, weight_VD, bias, embedding_VD, chunk, top_k)
+            return _checkpointed_estimate(h_ND, weight_VD, bias, embedding_VD, chunk, top_k, confidence)
         kernels = _kernels(h_ND.device)
         if top_k is not None:
-            return kernels.top_k_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, chunk=chunk)
-        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, chunk=chunk)
+            return kernels.top_k_estimate(h_ND, weight_VD, bias, embedding_VD, top_k, confidence, chunk=chunk)
+        return kernels.estimate(h_ND, weight_VD, bias, embedding_VD, confidence, chunk=chunk)
+
+
+def _tempered(h_ND: Tensor, subs_bias_V: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return states and bias whose logits are divided by the temperature."""
+    return (h_ND, subs_bias_V) if temperature == 1 else (h_ND / temperature, subs_bias_V / temperature)
 
 
 def _kernels(device: torch.device) -> ModuleType:
@@ -134,21 +152,36 @@ class _WeightedNLL(torch.autograd.Function):
 
 
 def _checkpointed_estimate(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, chunk: int, top_k: int | None
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    chunk: int,
+    top_k: int | None,
+    confidence: str | None,
 ) -> Tensor:
     if h_ND.device.type == "cpu":
         chunk = output_head_cpu.chunk_rows(chunk, len(subs_bias_V))
     parts = [
-        checkpoint(_dense_estimate, h_CD, weight_VD, subs_bias_V, embedding_VD, top_k, use_reentrant=False)
+        checkpoint(_dense_estimate, h_CD, weight_VD, subs_bias_V, embedding_VD, top_k, confidence, use_reentrant=False)
         for h_CD in h_ND.split(chunk)
     ]
     return torch.cat(parts)
 
 
 def _dense_estimate(
-    h_CD: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int | None
+    h_CD: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int | None,
+    confidence: str | None,
 ) -> Tensor:
     logits_CV = subs_logits(h_CD, weight_VD, subs_bias_V)
     if top_k is not None:
-        return top_k_embedding(logits_CV, embedding_VD, top_k)
-    return (logits_CV.softmax(1).to(h_CD.dtype) @ embedding_VD.to(h_CD.dtype)).to(embedding_VD.dtype)
+        mean_CD = top_k_embedding(logits_CV, embedding_VD, top_k)
+    else:
+        mean_CD = (logits_CV.softmax(1).to(h_CD.dtype) @ embedding_VD.to(h_CD.dtype)).to(embedding_VD.dtype)
+    if confidence is None:
+        return mean_CD
+    return torch.cat([mean_CD, confidence_of(logits_CV, confidence, len(embedding_VD) - 1).to(mean_CD.dtype)], 1)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scmdm.ops.confidence import bounded, relative_entropy
 from scmdm.ops.top_k import chunked_top_k_embedding
 
 _TILE = 4096  # tokens
@@ -48,20 +49,40 @@ def nll_and_gradients(
     return nll_N, d_h, d_weight, d_bias
 
 
-def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
-    """Return `softmax(W h + b) @ E` (N, D) without gradients, in the dtype of `embedding_VD`."""
-    chunks = [_Estimate(h_ND[rows], subs_bias_V) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
+def estimate(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    confidence: str | None = None,
+    *,
+    chunk: int,
+) -> Tensor:
+    """Return `softmax(W h + b) @ E` (N, D) without gradients, in the dtype of `embedding_VD`.
+
+    With `confidence` one more column is the confidence of that kind (`scmdm.ops.confidence`).
+    """
+    chunks = [_Estimate(h_ND[rows], subs_bias_V, confidence) for rows in _chunks(len(h_ND), len(subs_bias_V), chunk)]
     buffer = _buffer(len(h_ND), _TILE, chunk, subs_bias_V)
     for tile in _tiles(len(subs_bias_V)):
         weight_TD, embedding_TD = weight_VD[tile].to(h_ND.dtype), embedding_VD[tile].to(h_ND.dtype)
         for own in chunks:
             own.add(weight_TD, subs_bias_V[tile], embedding_TD, buffer)
-    parts = [own.mean_CD() for own in chunks]
-    return torch.cat(parts).to(embedding_VD.dtype) if parts else embedding_VD.new_zeros(0, embedding_VD.shape[1])
+    parts = [own.result() for own in chunks]
+    if not parts:
+        return embedding_VD.new_zeros(0, embedding_VD.shape[1] + (confidence is not None))
+    return torch.cat(parts).to(embedding_VD.dtype)
 
 
 def top_k_estimate(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    confidence: str | None = None,
+    *,
+    chunk: int,
 ) -> Tensor:
     """Compute `estimate` over the `top_k` most probable tokens, with renormalised probabilities.
 
@@ -69,7 +90,7 @@ def top_k_estimate(
     """
     weight_VD, bias_V = weight_VD.to(h_ND.dtype), subs_bias_V.to(h_ND.dtype)
     chunk = max(64, chunk_rows(chunk, len(bias_V)) // 4)  # a smaller buffer maps fewer new pages
-    return chunked_top_k_embedding(h_ND, weight_VD, bias_V, embedding_VD, top_k, chunk=chunk)
+    return chunked_top_k_embedding(h_ND, weight_VD, bias_V, embedding_VD, top_k, confidence, chunk=chunk)
 
 
 def chunk_rows(chunk: int, vocab_size: int) -> int:
@@ -100,27 +121,40 @@ def _logits(h_CD: Tensor, weight_TD: Tensor, bias_T: Tensor, buffer: Tensor) -> 
 
 
 class _RunningSoftmax:
-    """Softmax statistics of rows whose logits arrive in tiles: running maximum, and sum of `exp(logit - maximum)`."""
+    """Softmax statistics of rows whose logits arrive in tiles: running maximum, and sum of `exp(logit - maximum)`.
 
-    def __init__(self, rows: int, like: Tensor) -> None:
+    With `entropy`, also the sum of `-e log e` over these exponentials `e`.
+    """
+
+    def __init__(self, rows: int, like: Tensor, *, entropy: bool = False) -> None:
         # Finite, because a tile may hold only the mask, whose logit is minus infinity.
         self.top_C1 = like.new_full((rows, 1), torch.finfo(like.dtype).min)
         self.sum_C1 = torch.zeros_like(self.top_C1)
+        self.entropy_sum_C1 = torch.zeros_like(self.top_C1) if entropy else None
 
     def add(self, tile_CT: Tensor) -> Tensor:
         """Replace a tile by `exp(logit - maximum)` and return the factor (C, 1) that rescales earlier tiles."""
         top_C1 = torch.maximum(self.top_C1, tile_CT.amax(1, keepdim=True))
         factor_C1 = (self.top_C1 - top_C1).exp_()
         tile_CT.sub_(top_C1).exp_()
+        if self.entropy_sum_C1 is not None:
+            rescaled_C1 = self.entropy_sum_C1 * factor_C1 + self.sum_C1 * torch.special.entr(factor_C1)
+            self.entropy_sum_C1 = rescaled_C1 + torch.special.entr(tile_CT).sum(1, keepdim=True)
         self.top_C1, self.sum_C1 = top_C1, self.sum_C1 * factor_C1 + tile_CT.sum(1, keepdim=True)
         return factor_C1
+
+    def entropy_C1(self) -> Tensor:
+        """Return the entropy (C, 1) of the rows."""
+        assert self.entropy_sum_C1 is not None
+        return self.sum_C1.log() + self.entropy_sum_C1 / self.sum_C1
 
 
 class _Estimate:
     """Expected embedding of a chunk, accumulated over tiles of the vocabulary."""
 
-    def __init__(self, h_CD: Tensor, like: Tensor) -> None:
-        self.h_CD, self.softmax = h_CD, _RunningSoftmax(len(h_CD), like)
+    def __init__(self, h_CD: Tensor, like: Tensor, confidence: str | None) -> None:
+        self.h_CD, self.confidence, self.tokens = h_CD, confidence, len(like) - 1
+        self.softmax = _RunningSoftmax(len(h_CD), like, entropy=confidence == "entropy")
         self.sum_CD = torch.zeros_like(h_CD, dtype=like.dtype)
 
     def add(self, weight_TD: Tensor, bias_T: Tensor, embedding_TD: Tensor, buffer: Tensor) -> None:
@@ -128,8 +162,15 @@ class _Estimate:
         self.sum_CD *= self.softmax.add(tile_CT)
         _add_product(self.sum_CD, tile_CT.to(self.h_CD.dtype), embedding_TD)
 
-    def mean_CD(self) -> Tensor:
-        return self.sum_CD / self.softmax.sum_C1
+    def result(self) -> Tensor:
+        mean_CD = self.sum_CD / self.softmax.sum_C1
+        if self.confidence is None:
+            return mean_CD
+        if self.confidence == "top1":
+            found_C1 = 1 / self.softmax.sum_C1
+        else:
+            found_C1 = relative_entropy(self.softmax.entropy_C1(), self.tokens)
+        return torch.cat([mean_CD, bounded(found_C1)], 1)
 
 
 @dataclass(frozen=True)

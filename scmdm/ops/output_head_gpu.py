@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scmdm.diffusion.fused import fused
+from scmdm.ops.confidence import confidence_of
 from scmdm.ops.top_k import chunked_top_k_embedding
 
 _MULTIPLE = 64
@@ -52,23 +53,42 @@ def nll_and_gradients(
     return nll_N, d_h, d_weight[:vocab_size], d_bias[:vocab_size]
 
 
-def estimate(h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, *, chunk: int) -> Tensor:
+def estimate(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    confidence: str | None = None,
+    *,
+    chunk: int,
+) -> Tensor:
     """See `scmdm.ops.output_head_cpu.estimate`."""
     weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V)
     embedding_PD = weight_PD if embedding_VD is weight_VD else _widen(embedding_VD, h_ND.dtype)
     estimate_ND = torch.empty_like(h_ND)
+    found_N1 = bias_P.new_empty(len(h_ND), 1) if confidence is not None else None
     for rows in _chunks(len(h_ND), chunk):
-        p_CP = _to_probabilities(h_ND[rows] @ weight_PD.T, bias_P)
-        torch.mm(p_CP, embedding_PD, out=estimate_ND[rows])
-    return estimate_ND.to(embedding_VD.dtype)
+        logits_CP = h_ND[rows] @ weight_PD.T
+        if found_N1 is not None and confidence is not None:
+            found_N1[rows] = _confidence(logits_CP, bias_P, confidence, len(embedding_VD) - 1)
+        torch.mm(_to_probabilities(logits_CP, bias_P), embedding_PD, out=estimate_ND[rows])
+    estimate_ND = estimate_ND.to(embedding_VD.dtype)
+    return estimate_ND if found_N1 is None else torch.cat([estimate_ND, found_N1.to(estimate_ND.dtype)], 1)
 
 
 def top_k_estimate(
-    h_ND: Tensor, weight_VD: Tensor, subs_bias_V: Tensor, embedding_VD: Tensor, top_k: int, *, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    subs_bias_V: Tensor,
+    embedding_VD: Tensor,
+    top_k: int,
+    confidence: str | None = None,
+    *,
+    chunk: int,
 ) -> Tensor:
     """See `scmdm.ops.output_head_cpu.top_k_estimate`."""
     weight_PD, bias_P = _widen(weight_VD, h_ND.dtype), _pad_bias(subs_bias_V).to(h_ND.dtype)
-    return chunked_top_k_embedding(h_ND, weight_PD, bias_P, embedding_VD, top_k, chunk=chunk)
+    return chunked_top_k_embedding(h_ND, weight_PD, bias_P, embedding_VD, top_k, confidence, chunk=chunk)
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:
@@ -109,6 +129,12 @@ def _to_gradient(logits_CP: Tensor, bias_P: Tensor, log_sum_C: Tensor, x_C: Tens
     p_CP = (logits_CP + bias_P).sub_(log_sum_C[:, None]).exp_()
     own_CP = torch.arange(len(bias_P), device=x_C.device) == x_C[:, None]
     return logits_CP.copy_(p_CP.sub_(own_CP.float()).mul_(w_C[:, None]))
+
+
+@fused
+def _confidence(logits_CP: Tensor, bias_P: Tensor, kind: str, tokens: int) -> Tensor:
+    """Return the confidence (C, 1) of predictions, in float32."""
+    return confidence_of(logits_CP + bias_P, kind, tokens)
 
 
 @fused

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scmdm.ops.confidence import confidence_of
+
 _BLOCK = 64  # tokens of a block
 
 
@@ -51,15 +53,26 @@ def top_k_embedding(logits_NV: Tensor, embedding_VD: Tensor, k: int) -> Tensor:
 
 
 def chunked_top_k_embedding(
-    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, embedding_VD: Tensor, k: int, *, chunk: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    embedding_VD: Tensor,
+    k: int,
+    confidence: str | None = None,
+    *,
+    chunk: int,
 ) -> Tensor:
     """Compute `top_k_embedding` (N, D) of the logits `W h + b`, `chunk` positions at a time, without gradients.
 
-    States, weight and bias have one dtype; weight and bias may be padded beyond the rows of the embedding.
+    With `confidence` one more column is the confidence of that kind. States, weight and bias have one dtype; weight and
+    bias may be padded beyond the rows of the embedding.
     """
     # All chunks share one buffer of logits: on a CPU, mapping new pages takes half as long as the product.
     buffer_CV, parts = h_ND.new_empty(min(chunk, len(h_ND)), len(bias_V)), []
     for h_CD in h_ND.split(chunk):
         logits_CV = torch.addmm(bias_V, h_CD, weight_VD.T, out=buffer_CV[: len(h_CD)])
         parts.append(top_k_embedding(logits_CV[:, : len(embedding_VD)], embedding_VD, k))
+        if confidence is not None:
+            found_C1 = confidence_of(logits_CV, confidence, len(embedding_VD) - 1)
+            parts[-1] = torch.cat([parts[-1], found_C1.to(embedding_VD.dtype)], 1)
     return torch.cat(parts)

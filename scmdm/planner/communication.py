@@ -51,7 +51,7 @@ def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
         upper = layers - workload.shared_layers
         # If weights stay gathered after the first pass, all forward passes use them.
         gathers = {ESTIMATE: workload.passes * upper, LOSS: layers, BACKWARD: layers}
-        if not layout.reshard_after_estimate:
+        if not layout.reshard_after_estimate and not workload.copies_base:
             gathers = {ESTIMATE: upper, LOSS: workload.shared_layers, BACKWARD: layers}
     first = ESTIMATE if workload.passes else LOSS
     found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]

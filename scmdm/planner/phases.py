@@ -88,7 +88,7 @@ class _Phases:
         self._workload, self._layout, self._settings = workload, layout, settings
         self._cluster, self._assumed = cluster, assumed
         state = rank_state(workload, layout)
-        self._state = dataclasses.replace(state, weights=0, moments=0, averages=0) if layout.offload else state
+        self._state = dataclasses.replace(state, weights=0, moments=0, averages=0, base=0) if layout.offload else state
         self._kept = state.weights + state.moments + state.averages  # in a checkpoint, of this rank's shard
         self._flops = step_flops(
             workload.model,
@@ -135,7 +135,8 @@ class _Phases:
 
     def sampling(self) -> Phase:
         """Draw this rank's share of the samples."""
-        evaluation = self._flops.estimate_passes if self._conditioned() else self._flops.forward
+        flops = self._flops
+        evaluation = max(flops.estimate_passes, flops.forward) if self._conditioned() else flops.forward
         count = self._settings.samples
         return self._of_a_model("sampling", count, evaluation * self._settings.sampler_steps, LARGEST_BATCH)
 
@@ -214,7 +215,7 @@ class _Phases:
         return head_logits(self._workload, dataclasses.replace(self._layout, micro_batch_size=rows))
 
     def _resident(self) -> int:
-        return self._state.weights + self._state.moments + self._state.averages
+        return self._state.weights + self._state.moments + self._state.averages + self._state.base
 
     def _conditioned(self) -> bool:
         return self._workload.passes > 0

@@ -148,12 +148,13 @@ class _StepParts:
     def moment(self, **parts: int) -> Moment:
         """A moment with the training state, except gradients, and these parts."""
         state = self._state
-        return Moment(weights=state.weights, moments=state.moments, averages=state.averages, **parts)
+        return Moment(weights=state.weights + state.base, moments=state.moments, averages=state.averages, **parts)
 
     def estimate(self) -> Moment:
         """Peak of the last pass that computes the estimate: in its blocks, or in its head."""
         gathered, found = self._gathered, self._activations
-        logits = head_logits(self._workload, self._layout)
+        hidden = self._workload.model.carried == "hidden"
+        logits = 0 if hidden else head_logits(self._workload, self._layout)
         in_head = found.estimate_head + logits >= found.estimate_blocks
         return self.moment(
             gradients=self._earlier_gradients,

@@ -27,11 +27,12 @@ class TrainingState:
     gradients: int
     moments: int
     averages: int
+    base: int = 0  # weights of a frozen copy of the base, which no checkpoint contains
 
     @property
     def total(self) -> int:
-        """Sum of all four."""
-        return self.weights + self.gradients + self.moments + self.averages
+        """Sum of all parts."""
+        return self.weights + self.gradients + self.moments + self.averages + self.base
 
 
 def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
@@ -43,7 +44,8 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
         for parameters in (workload.parameters, workload.trained)
     )
     moments = 2 * trained + _COUNTER * len(workload.trained)
-    return TrainingState(held, trained, moments, trained if workload.averaged else 0)
+    copied = held if workload.copies_base else 0  # the conditioner, which is small, is none of the base's
+    return TrainingState(held, trained, moments, trained if workload.averaged else 0, copied)
 
 
 def held_elements(parameter: Parameter, shards: int) -> int:

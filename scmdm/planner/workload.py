@@ -53,6 +53,7 @@ class Workload:
     parameters: tuple[Parameter, ...] = field(repr=False)
     block_length: int | None = None  # of a model of blocks
     shared_layers: int = 0  # first blocks that run once for all passes
+    copies_base: bool = False  # keeps a frozen copy of the base, which makes the estimate
 
     @property
     def numel(self) -> int:
@@ -112,7 +113,6 @@ class ParallelLayout:
 
 def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
     """Make the workload of a resolved configuration."""
-    passes = config.self_conditioning.passes if config.self_conditioning.rate > 0 else 0
     model = spec.build()
     freeze(model, config)
     return Workload(
@@ -120,13 +120,14 @@ def make_workload(config: RunConfig, spec: ModelSpec) -> Workload:
         vocab_size=spec.vocab_size,
         length=spec.length,
         global_batch=config.train.global_batch_size,
-        passes=passes,
+        passes=config.estimate_passes,
         averaged=config.ema.decay > 0,
         schedule=spec.schedule,
         trained_layers=config.trained_layers,
         parameters=find_parameters(model),
         block_length=spec.diffusion.block_length,
         shared_layers=config.shared_layers,
+        copies_base=config.copies_base,
     )
 
 

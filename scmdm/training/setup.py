@@ -63,11 +63,13 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; it must be at most "
             f"{base.spec.model.layers}, the number of blocks of base={base.path}"
         )
-    return replace_sections(
+    resolved = replace_sections(
         config,
         model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
         diffusion=_adapted("diffusion", config.diffusion, base),
     )
+    resolved.check_preset()  # a base with a conditioner decides what is carried, and how it is mixed
+    return resolved
 
 
 def _adapted(section: str, given: Any, base: StoredModel) -> Any:
@@ -163,7 +165,37 @@ def build_engine(
     """Build the model, with new weights or the base's, its optimizer and its engine.
 
     For FSDP2 and ZeRO stage 3 the model is sharded on the meta device, and each rank then fills only its own shards.
+    With `self_conditioning.carried_from=base` the engine also gets the frozen base.
     """
+    engine = _engine_of_model(config, spec, base, device, dtype)
+    if config.copies_base:
+        assert base is not None
+        engine.add_base(_frozen_base(config, spec, base, device, dtype))
+    elif config.self_conditioning.rate > 0 and config.self_conditioning.carried_from == "base":
+        engine.add_base(None)
+    return engine
+
+
+def _frozen_base(
+    config: RunConfig, spec: ModelSpec, base: StoredModel, device: torch.device, dtype: torch.dtype
+) -> Network:
+    """Build the base without gradients, computed and sharded as the trained model, in evaluation mode."""
+    conditioned = base.spec.model.self_conditioned
+    own = dataclasses.replace(spec.model, self_conditioned=conditioned, lora_rank=0, matmul_precision="compute")
+    model = dataclasses.replace(spec, model=own).build().requires_grad_(False).eval()
+    compile_model(model, config.model.compile)
+    offload = config.engine == "fsdp2" and config.fsdp.offload
+    if config.engine == "fsdp2":
+        shard(model, make_mesh(config.fsdp, device), dtype, offload=offload)
+    found = match_weights(model, base.path)
+    allocate(model, device, weights_on=torch.device("cpu") if offload else None)
+    fill_weights(model, found)
+    return model
+
+
+def _engine_of_model(
+    config: RunConfig, spec: ModelSpec, base: StoredModel | None, device: torch.device, dtype: torch.dtype
+) -> Engine:
     model = spec.build()
     freeze(model, config)
     if config.model.matmul_precision == "fp8":

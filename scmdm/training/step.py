@@ -14,11 +14,12 @@ from torch import Tensor
 
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.causal_annealing import causally_annealed
-from scmdm.diffusion.noise import keyed_int
+from scmdm.diffusion.noise import keyed_int, keyed_normal
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
+from scmdm.distributed.base_estimate import EstimatedByBase
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
 from scmdm.observability.step_timer import StepTimer, TimedDenoiser
@@ -71,7 +72,8 @@ def train_step(
     t_N = stratified_times(config.seed, step, everyone.ids, config.diffusion.t_min)
     t_B = t_N[engine.data_rank * len(sequences) :][: len(sequences)]
     opened = {"seed": config.seed, "step": step, "steps": config.train.causal_steps}
-    denoiser = causally_annealed(TimedDenoiser(engine.denoiser, timer), sequences.tokens, **opened)
+    own = engine.denoiser if engine.base is None else EstimatedByBase(engine.denoiser, engine.base)
+    denoiser = causally_annealed(TimedDenoiser(own, timer), sequences.tokens, **opened)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(sequences), size):
@@ -133,10 +135,20 @@ def _noise(
         step=step,
         rate=config.self_conditioning.rate,
         noisier_state=config.self_conditioning.estimate_from == "noisier_state",
+        rollout_steps=config.self_conditioning.rollout_steps,
         block_length=config.diffusion.block_length,
         t_min=config.diffusion.t_min,
     )
-    return replace(batch, share=share_B)
+    return replace(batch, share=share_B, perturbation=_perturbation(config, batch.x, sequences.ids, step))
+
+
+def _perturbation(config: RunConfig, x_BL: Tensor, ids_B: Tensor, step: int) -> Tensor | None:
+    """Draw the noise (B, L, D) of what is carried; None if it is not perturbed."""
+    own, width = config.self_conditioning, config.model.width
+    if own.perturbation == 0 or own.rate == 0:
+        return None
+    noise_BN = keyed_normal(config.seed, "perturbation", step, ids_B, x_BL.shape[1] * width)
+    return own.perturbation * noise_BN.view(*x_BL.shape, width)
 
 
 def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:

@@ -56,7 +56,7 @@ class TrainingRun:
             self.spec.vocab_size,
             self.spec.length,
             self.spec.schedule,
-            passes=conditioning.passes if conditioning.rate > 0 else 0,
+            passes=self.config.estimate_passes,
             stop_gradient=conditioning.stop_gradient,
             trained_layers=self.config.trained_layers,
             block_length=self.spec.diffusion.block_length,

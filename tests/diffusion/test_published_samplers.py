@@ -15,7 +15,6 @@ import torch
 from scipy import stats
 
 from scmdm.config.sampling import SamplerConfig
-from scmdm.diffusion.guidance import carried_estimate
 from scmdm.diffusion.noise import keyed_uniform
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
@@ -54,7 +53,7 @@ class Predictor:
         z = torch.tensor([x])
         estimate = None
         if self.carry and self.h is not None:
-            estimate = carried_estimate(self.model, self.h, z, MASK)
+            estimate = self.model.carried(self.h, z)
         h = self.model.hidden(State(z, torch.ones(1), estimate))
         if self.shift:  # the published code shifts logits to the right, and repeats the first
             h = torch.cat([h[:, :1], h[:, :-1]], 1)

@@ -13,7 +13,7 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
-from scmdm.ops import output_head_gpu
+from scmdm.ops import output_head_cpu, output_head_gpu
 from scmdm.ops.output_head import (
     dense_expected_embedding,
     dense_weighted_nll_sum,
@@ -69,6 +69,40 @@ def test_expected_embedding_equals_the_dense_one(problem, chunk, top_k, gradient
     expected = dense_expected_embedding(h, weight, bias, embedding, mask_id=MASK, top_k=top_k)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert ours.requires_grad == gradients
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["entropy", "top1"])
+@pytest.mark.parametrize(("top_k", "chunk", "temperature"), [(None, 5, 1.0), (None, 1000, 0.3), (3, 5, 2.0)])
+def test_the_confidence_is_that_of_all_logits(problem, kind, top_k, chunk, temperature, gradients, tile):
+    h, weight, bias, _, _, embedding = problem
+    options = {"mask_id": MASK, "top_k": top_k, "temperature": temperature}
+    with torch.set_grad_enabled(gradients):
+        ours = expected_embedding(h, weight, bias, embedding, chunk=chunk, confidence=kind, **options)
+    logits = dense_logits(h, weight, bias)
+    p = (torch.cat([logits[:, :MASK], logits[:, MASK + 1 :]], 1) / temperature).softmax(1)
+    expected = p.amax(1) if kind == "top1" else 1 + torch.xlogy(p, p).sum(1) / math.log(p.shape[1])
+    torch.testing.assert_close(ours[:, -1], expected, rtol=1e-5, atol=1e-5)
+    alone = dense_expected_embedding(h, weight, bias, embedding, **options)
+    torch.testing.assert_close(ours[:, :-1], alone, rtol=1e-5, atol=1e-5)
+    both = dense_expected_embedding(h, weight, bias, embedding, confidence=kind, **options)
+    torch.testing.assert_close(ours, both, rtol=1e-5, atol=1e-5)
+    if gradients:
+        through, plain = (torch.autograd.grad(x.sum(), (h, weight, bias)) for x in (ours[:, -1], expected))
+        for a, b in zip(through, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [output_head_cpu, output_head_gpu], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["entropy", "top1"])
+def test_a_certain_or_a_uniform_prediction_is_not_the_null_one(kernels, kind):
+    """Confidence 0 is that of the null estimate; a uniform prediction has the least above it, a certain one 1."""
+    bias = torch.zeros(70).index_fill(0, torch.tensor([MASK]), float("-inf"))
+    weight, embedding = torch.zeros(70, 4), torch.ones(70, 4)
+    weight[3] = 1e4
+    found = kernels.estimate(torch.tensor([[0.0] * 4, [1.0] * 4]), weight, bias, embedding, kind, chunk=8)[:, -1]
+    assert 0 < found[0] <= 1 / 69 + 1e-6 and found[1] == 1
+    assert kernels.estimate(torch.zeros(0, 4), weight, bias, embedding, kind, chunk=8).shape == (0, 5)
 
 
 def test_the_reference_is_softmax_without_the_mask(problem):

@@ -67,7 +67,7 @@ def slopes(function, model, h=1e-5):
 def test_without_stop_gradient_the_gradient_is_that_of_the_whole_loss(settings, passes, in_float64):
     """Float64 finite differences of the loss with the estimate made anew, and with the estimate held."""
     model, batch = small_model(head_chunk=5, **settings).double(), make_batch()
-    held = clean_state_estimate(model, State(batch.z, batch.t), passes=passes, dropout=False)
+    held = clean_state_estimate(model, [State(batch.z, batch.t)] * passes, dropout=False)
 
     def whole():
         return self_conditioned_nelbo(model, batch, LogLinear(), condition=True, passes=passes).loss
