@@ -29,6 +29,7 @@ __all__ = [
     "fake_tensors",
     "grouped_mm",
     "has_grouped_mm",
+    "is_fake",
     "lerp_all_",
     "nccl_trace",
     "scaled_mm",
@@ -110,6 +111,13 @@ def scaled_mm(a_MK: Tensor, b_KP: Tensor, scale_M1: Tensor, scale_1P: Tensor, dt
     calls another operator, which newer versions alone have kernels for (torch 2.14).
     """
     return torch._scaled_mm(a_MK, b_KP, scale_a=scale_M1, scale_b=scale_1P, out_dtype=dtype)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of `fake_tensors`, whose values cannot be read (torch 2.14)."""
+    from torch._subclasses.fake_tensor import FakeTensor  # slow to import
+
+    return isinstance(tensor, FakeTensor)
 
 
 def has_grouped_mm() -> bool:

@@ -236,7 +236,7 @@ def _value(config: DecoderConfig, key: str) -> Any:
         "head_width": config.head_dim,
         "kv_heads": config.kv_heads or config.heads,
         "mlp_width": config.inner_width,
-        "expert_width": config.expert_inner_width,
+        "expert_width": config.expert_inner_width if config.experts else None,
         "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
         "dropout": config.dropout or 0.0,
     }
@@ -255,7 +255,8 @@ def _unsupported(family: Family, config: ModelConfig) -> str | None:
     architecture = [name for name, rules, _ in walk_keys(default) if rules.on_adapt is OnAdapt.FROM_BASE]
     stated_together = [published.keys for published in family.fields.values()]
     covered = {"layers", "mlp_ratio", *(key for keys in stated_together for key in keys)}
-    covered |= {name for name in architecture if name.startswith("rotary_") and name != "rotary_scaling"}
+    own_keys = ("rotary_scaling", "rotary_fraction")
+    covered |= {name for name in architecture if name.startswith("rotary_") and name not in own_keys}
     covered |= {"rotary_scaling"} if family.scaled else set()
     covered |= {"dense_layers"} if family.expert_flags is not None else set()
     covered |= {"logit_shift"} if family.shifted is None else set()

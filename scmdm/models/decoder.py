@@ -27,7 +27,7 @@ from scmdm.errors import UserError
 from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import Conditioner
-from scmdm.models.experts.mixture import ExpertMixture
+from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.router import Router
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network, TokenEmbedding

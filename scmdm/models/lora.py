@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
-from scmdm.models.experts.mixture import ExpertLinear
+from scmdm.models.experts.expert_block import ExpertLinear
 from scmdm.models.initialization import ZeroLinear
 from scmdm.models.linear import Linear
 

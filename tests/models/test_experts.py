@@ -15,7 +15,7 @@ from scmdm.distributed.engine import SingleEngine
 from scmdm.errors import UserError
 from scmdm.models.decoder import Decoder, DecoderConfig
 from scmdm.models.experts.balance import load_summary, update_balance
-from scmdm.models.experts.mixture import sort_by_expert
+from scmdm.models.experts.expert_block import sort_by_expert
 from scmdm.models.experts.router import attach_record, routers_of
 from scmdm.models.initialization import init_weights
 from scmdm.models.lora import add_adapters, freeze, is_trained, merged
