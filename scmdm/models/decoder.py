@@ -203,6 +203,12 @@ class DecoderConfig(ModelConfig):
         return self.expert_width or self.inner_width
 
     @property
+    def mlp_numbers(self) -> int:
+        """See `ModelConfig`: of experts, the copies of a position, their hidden layers and results, and scores."""
+        routed = self.experts_per_token * 3 * (self.width + self.expert_inner_width) + 2 * self.experts
+        return max(super().mlp_numbers, routed) if self.experts else super().mlp_numbers
+
+    @property
     def rotated_width(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.head_dim * self.rotary_fraction)
