@@ -54,8 +54,8 @@ class _Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BC)[:, None].chunk(6, dim=2)
         qkv = self.qkv(_modulated(self.norm1(x_BLD), shift1, scale1))
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
-        q, k = (_rotated(part, cos, sin) for part in (q, k))
-        h = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x_BLD = x_BLD + gate1 * self.out(h.transpose(1, 2).flatten(2))
         return x_BLD + gate2 * self.mlp(_modulated(self.norm2(x_BLD), shift2, scale2))
 

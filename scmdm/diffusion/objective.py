@@ -113,9 +113,10 @@ def self_conditioned_nelbo(
         if share_lower:
             assert batch.same_state
             first = state = with_lower(denoiser, state, dropout=True)
-        options = {"passes": passes, "dropout": estimate_dropout, "stop_gradient": stop_gradient}
-        # Without a name, so that the unmasked estimate is freed before the second pass.
-        estimate = torch.where(batch.conditioned[:, None, None], clean_state_estimate(denoiser, first, **options), 0)
+        estimate = clean_state_estimate(
+            denoiser, first, passes=passes, dropout=estimate_dropout, stop_gradient=stop_gradient
+        )
+        estimate = torch.where(batch.conditioned[:, None, None], estimate, 0)  # under one name: the other is freed
         state = replace(state, estimate_BLD=estimate)
     weight_BL = token_weights(batch, schedule)
     loss, nll_BL = denoiser.weighted_nll(state, batch.x, weight_BL)

@@ -48,6 +48,7 @@ class StudySummary:
     title: str
     protocol: str
     quality: TextTable
+    figure_metrics: TextTable  # the columns of `quality` whose metrics are in the figures
     trainings: TextTable  # without rows if each arm was trained once
     benchmarks: dict[str, TextTable]  # by name of the benchmark
     cost: TextTable
@@ -76,9 +77,9 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     summary = _summarize(study, domain.metrics[0], shown, values, labels)
     figures = out.parent
     parts = [
+        bullets(summary.conclusions),
         paragraph(summary.protocol),
         heading("Results"),
-        bullets(summary.conclusions),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
         *_frontier_picture(shown, arms, values, figures / "frontier.png"),
         table(*summary.quality, group=True),
@@ -129,6 +130,7 @@ def _summarize(
         study.record.title,
         describe_protocol(samples, arms, found),
         quality_table(values, own, labels, samples),
+        quality_table(values, [metric for metric in own if metric.in_figure], labels, samples),
         trainings_table(values[main.name], main),
         benchmarks,
         cost_table(arms, samples),
@@ -186,12 +188,13 @@ def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path:
 
 
 def print_summary(summary: StudySummary) -> None:
-    """Print the tables and conclusions of a study."""
+    """Print the conclusions of a study, then its tables, with the metrics of the figures alone."""
     console = Terminal()
     width = None if console.is_terminal else 160
     console = Terminal(width=width)
+    _print_list(console, summary.conclusions)
     trainings = {"Trainings": summary.trainings} if summary.trainings[1] else {}
-    tables = {summary.title: summary.quality, **trainings, **summary.benchmarks, "Cost": summary.cost}
+    tables = {summary.title: summary.figure_metrics, **trainings, **summary.benchmarks, "Cost": summary.cost}
     for title, (header, rows) in tables.items():
         shown = Table(title=title)
         for index, name in enumerate(header):
@@ -203,7 +206,11 @@ def print_summary(summary: StudySummary) -> None:
             previous = row[0]
             shown.add_row(*row)
         console.print(shown)
-    for statement in (summary.protocol, *summary.conclusions, *summary.problems):
+    _print_list(console, [summary.protocol, *summary.problems])
+
+
+def _print_list(console: Terminal, statements: Sequence[str]) -> None:
+    for statement in statements:
         console.print(f"- {statement}")
 
 

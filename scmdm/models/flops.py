@@ -75,8 +75,14 @@ def step_flops(
     evaluates a noised and a clean copy, of which each position sees its block and those before it. `shared_layers` is
     the number of first blocks that only the pass of the loss runs (`RunConfig.shared_layers`).
     """
-    own = {"passes": passes, "trained_layers": trained_layers, "shared_layers": shared_layers}
-    blocks = block_flops(config, length, block_length=block_length, **own)
+    blocks = block_flops(
+        config,
+        length,
+        passes=passes,
+        trained_layers=trained_layers,
+        block_length=block_length,
+        shared_layers=shared_layers,
+    )
     masked = length * _mean_masked(schedule)
     conditioner = 2.0 * config.width**2 * length if config.self_conditioned else 0.0
     pairs = length if block_length is None else length + min(block_length, length)

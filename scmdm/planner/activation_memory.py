@@ -190,7 +190,7 @@ def _measure(
     spec = ModelSpec(config, diffusion, _VOCABULARY, _VOCABULARY - 1, length, classes=classes)
     model = spec.build().train()
     if not masked:
-        model._masks = lambda _: NO_MASKS  # type: ignore[method-assign]
+        model._masks = lambda state: NO_MASKS  # type: ignore[method-assign]
     if config.matmul_precision == "fp8":
         multiply_in_fp8(model.blocks, emulated=False)
     with fake_tensors():

@@ -306,6 +306,13 @@ def test_evaluations_of_earlier_versions_have_no_intervals(study, capsys):
     assert len(summary.conclusions) == 4 and not any("p = " in line for line in summary.conclusions)
 
 
+def test_conclusions_come_first(study, capsys):
+    summary = study_report(study, study / "report.html")
+    print_summary(summary)
+    assert capsys.readouterr().out.startswith(f"- {summary.conclusions[0][:60]}")
+    assert set(summary.figure_metrics[0]) < set(summary.quality[0])
+
+
 @pytest.mark.parametrize("damage", ["missing", "text", "pickle", "shape", "kind"])
 def test_damaged_values_are_named(study, damage):
     path = study / "samples" / "base_T8_s0.npz"
