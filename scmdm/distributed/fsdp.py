@@ -56,8 +56,8 @@ def shard(model: Network, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool
     for router in routers_of(model):
         # Its weight is gathered in float32, in which it computes. The bias has no gradient: each rank holds all of it.
         whole = set() if router.balance is None else set(router.balance.parameters())
-        own = {"mp_policy": _policy(torch.float32), "offload_policy": offloading, "ignored_params": whole}
-        fully_shard(router, mesh=mesh, **own)
+        policy = _policy(torch.float32)
+        fully_shard(router, mesh=mesh, mp_policy=policy, offload_policy=offloading, ignored_params=whole)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=offloading)
     rest = _policy(torch.float32 if model.config.head_precision == "float32" else dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.models.decoder import DecoderConfig
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
 from scmdm.models.model_files import ModelSpec
@@ -65,10 +66,11 @@ class Workload:
     @property
     def active_numel(self) -> int:
         """Number of parameters that a token meets: all, but of experts only those that it goes to."""
-        if not (experts := getattr(self.model, "experts", 0)):
+        model = self.model
+        if not isinstance(model, DecoderConfig) or not model.experts:
             return self.numel
         routed = sum(p.numel for p in self.parameters if _ROUTED.search(p.name) is not None)
-        return self.numel - routed + routed * self.model.experts_per_token // experts
+        return self.numel - routed + routed * model.experts_per_token // model.experts
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
