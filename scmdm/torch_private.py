@@ -27,6 +27,9 @@ __all__ = [
     "constant_under_compile",
     "default_group_timeout",
     "fake_tensors",
+    "grouped_mm",
+    "has_grouped_mm",
+    "is_fake",
     "lerp_all_",
     "nccl_trace",
     "scaled_mm",
@@ -108,6 +111,28 @@ def scaled_mm(a_MK: Tensor, b_KP: Tensor, scale_M1: Tensor, scale_1P: Tensor, dt
     calls another operator, which newer versions alone have kernels for (torch 2.14).
     """
     return torch._scaled_mm(a_MK, b_KP, scale_a=scale_M1, scale_b=scale_1P, out_dtype=dtype)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of `fake_tensors`, whose values cannot be read (torch 2.14)."""
+    from torch._subclasses.fake_tensor import FakeTensor  # slow to import
+
+    return isinstance(tensor, FakeTensor)
+
+
+def has_grouped_mm() -> bool:
+    """Return whether torch has the product of groups of rows with a matrix each."""
+    return hasattr(torch, "_grouped_mm") or hasattr(torch.nn.functional, "grouped_mm")
+
+
+def grouped_mm(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply consecutive groups of rows, which end at `ends_E`, with a matrix each, (P, O).
+
+    Uses `torch._grouped_mm` where the public `torch.nn.functional.grouped_mm` is missing (torch 2.14 has it).
+    """
+    function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    product: Tensor = function(x_PI, weight_EIO, offs=ends_E)
+    return product
 
 
 def fake_tensors() -> contextlib.AbstractContextManager[object]:

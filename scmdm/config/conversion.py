@@ -65,9 +65,18 @@ class ImportConfig:
     block_length: int | None = key(
         None,
         help="tokens per block of a model that was trained for block diffusion (BD3-LM); null: as the files say "
-        "(SDAR), otherwise no blocks",
+        "(SDAR), otherwise no blocks (LLaDA2: give it)",
         at_least=1,
         at_most=2**24,
+    )
+    experts: int | None = key(
+        None,
+        help="upcycling: replace the gated MLP of each block by this many copies and a new router; null: no experts",
+        at_least=2,
+        at_most=2**16,
+    )
+    experts_per_token: int = key(
+        2, help="with experts: experts that each token goes to, with weights of sum 1", at_least=1, at_most=2**16
     )
     ignore: list[str] = key(
         factory=list,

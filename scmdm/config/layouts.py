@@ -16,6 +16,8 @@ LAYOUTS = Registry(
         "qwen2": "scmdm.convert.families.decoders:QWEN2",
         "qwen3": "scmdm.convert.families.decoders:QWEN3",
         "sdar": "scmdm.convert.families.decoders:SDAR",
+        "llada_moe": "scmdm.convert.families.mixtures:LLADA_MOE",
+        "llada2": "scmdm.convert.families.mixtures:LLADA2",
         "granite": "scmdm.convert.families.decoders:GRANITE",
     },
 )

@@ -192,6 +192,11 @@ class ModelConfig:
         return self.mlp_ratio * self.width
 
     @property
+    def mlp_numbers(self) -> int:
+        """Numbers per position that an evaluation of a block's MLP holds at once."""
+        return self.width + 3 * self.inner_width
+
+    @property
     def labels(self) -> bool:
         """Return whether the network is conditioned on labels of samples; a key of kinds that support labels."""
         return False

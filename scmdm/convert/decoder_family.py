@@ -19,6 +19,7 @@ from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds
 from scmdm.convert.published_config import Allowed, PublishedConfig, count_blocks, validated
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.convert.published_rotary import describe_rotary, read_rotary
+from scmdm.errors import UserError
 from scmdm.models.decoder import DecoderConfig
 from scmdm.models.model_files import ModelSpec
 
@@ -68,6 +69,9 @@ class Family:
         shifted: The only `logit_shift` that programs of this layout support; None: both, and exports state it.
         block_field: Field of the tokens per block; None: the layout has no place for it.
         of_blocks: Whether all models of the family are models of blocks.
+        of_experts: Whether all models of the family have experts.
+        expert_flags: Field that lists for each block whether it has experts (1) or not (0).
+        impossible: Explains why the family has no such model; None if it can have it.
     """
 
     name: str
@@ -88,6 +92,9 @@ class Family:
     shifted: bool | None = None
     block_field: str | None = "block_length"
     of_blocks: bool = False
+    of_experts: bool = False
+    expert_flags: str | None = None
+    impossible: Callable[[DecoderConfig], str | None] = lambda _: None
 
 
 def decoder_layout(family: Family) -> PublishedLayout:
@@ -104,6 +111,7 @@ def decoder_layout(family: Family) -> PublishedLayout:
         lengths=(family.length,),
         block_field=family.block_field,
         of_blocks=family.of_blocks,
+        of_experts=family.of_experts,
         derived=("rotary_emb.inv_freq",),
         card_note=_causal_note if family.shifted is None else lambda _: "",
     )
@@ -131,9 +139,33 @@ def _architecture(family: Family, source: PublishedFiles) -> DecoderConfig:
         keys |= dict.fromkeys(published.keys, _read(config, name, published))
     if family.scaled:
         keys |= read_rotary(config, source)
+    if family.expert_flags is not None:
+        keys["dense_layers"] = _dense_layers(config, family.expert_flags, layers)
     config.get(family.block_field or "")  # the import reads it
     config.refuse_unknown(family.harmless)
-    return validated(DecoderConfig(**_completed(keys)), source)
+    model = validated(DecoderConfig(**_completed(keys)), source)
+    if (reason := _impossible(family, model)) is not None:
+        raise UserError(f"{source.path}: it is not a model of the layout {family.name}: {reason}")
+    return model
+
+
+def _dense_layers(config: PublishedConfig, name: str, layers: int) -> int:
+    """Return the number of first blocks without experts, from a flag for each block."""
+    flags = config.get(name)
+    dense = flags.count(0) if isinstance(flags, list) else 0
+    if flags != _flags(layers, dense):
+        raise config.refusal(name, flags, f"scmdm implements only {layers} flags, first 0 and then 1")
+    return dense
+
+
+def _flags(layers: int, dense: int) -> list[int]:
+    return [0] * dense + [1] * (layers - dense)
+
+
+def _impossible(family: Family, model: DecoderConfig) -> str | None:
+    if family.of_experts and not model.experts:
+        return "its models have experts, but this one has model.experts=0"
+    return family.impossible(model)
 
 
 def _read(config: PublishedConfig, name: str, published: PublishedField) -> Any:
@@ -194,6 +226,7 @@ def _describe(family: Family, spec: ModelSpec, ids: TokenIds) -> dict[str, Any]:
         **dict.fromkeys(family.rows, spec.vocab_size),
         **ids.as_fields(),
         **stated,
+        **({family.expert_flags: _flags(config.layers, config.dense_layers)} if family.expert_flags else {}),
     }
 
 
@@ -203,6 +236,7 @@ def _value(config: DecoderConfig, key: str) -> Any:
         "head_width": config.head_dim,
         "kv_heads": config.kv_heads or config.heads,
         "mlp_width": config.inner_width,
+        "expert_width": config.expert_inner_width if config.experts else None,
         "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
         "dropout": config.dropout or 0.0,
     }
@@ -221,8 +255,10 @@ def _unsupported(family: Family, config: ModelConfig) -> str | None:
     architecture = [name for name, rules, _ in walk_keys(default) if rules.on_adapt is OnAdapt.FROM_BASE]
     stated_together = [published.keys for published in family.fields.values()]
     covered = {"layers", "mlp_ratio", *(key for keys in stated_together for key in keys)}
-    covered |= {name for name in architecture if name.startswith("rotary_") and name != "rotary_scaling"}
+    own_keys = ("rotary_scaling", "rotary_fraction")
+    covered |= {name for name in architecture if name.startswith("rotary_") and name not in own_keys}
     covered |= {"rotary_scaling"} if family.scaled else set()
+    covered |= {"dense_layers"} if family.expert_flags is not None else set()
     covered |= {"logit_shift"} if family.shifted is None else set()
     fixed = {name: _value(default, name) for name in architecture} | dict(family.keys)
     fixed |= {"head_width": config.width // config.heads, "logit_shift": family.shifted}
@@ -233,4 +269,4 @@ def _unsupported(family: Family, config: ModelConfig) -> str | None:
         for other in others:
             if getattr(config, first) != getattr(config, other):
                 return f"it states model.{first} and model.{other} together, but in this model they differ"
-    return None
+    return _impossible(family, config)

@@ -24,6 +24,7 @@ from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRE
 from scmdm.convert.layout import PublishedLayout, TokenIds, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE
+from scmdm.convert.regrouped_tensors import ungrouped
 from scmdm.data.tokenizers import HuggingFaceTokenizer
 from scmdm.errors import UserError
 from scmdm.models.lora import adapted_modules, is_added, merged
@@ -93,7 +94,13 @@ def _write_description(stored: StoredModel, to: Path) -> None:
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
     """Write adapters and conditioner in the format of `peft`."""
     model = stored.spec.model
+    experts = getattr(stored.spec.model, "experts", 0)
     added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
+    if experts and any(value.dim() > 2 for value in added.values()):
+        raise UserError(
+            f"format=peft is not possible for {stored.path}, whose experts have adapters: peft has none for stacked "
+            "matrices; use another format, or adapt with model.lora_targets=[attn_q,attn_k,attn_v,attn_out]"
+        )
     content = {
         "peft_type": "LORA",
         "task_type": None,
@@ -143,9 +150,9 @@ def _write_published(stored: StoredModel, layout: PublishedLayout, to: Path, con
 def _published_weights(
     stored: StoredModel, layout: PublishedLayout, config: ExportConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, value in _weights(stored, config):
-        if not name.startswith(CONDITIONER_PREFIX):
-            yield layout.published_name(name), value
+    own = (item for item in _weights(stored, config) if not item[0].startswith(CONDITIONER_PREFIX))
+    named = ((layout.published_name(name), value) for name, value in own)
+    yield from ungrouped(named) if layout.of_experts else named
     yield from layout.derived_tensors(stored.spec.model)
 
 

@@ -25,6 +25,8 @@ from scmdm.convert.other_networks import refuse_other_networks
 from scmdm.convert.published_blocks import read_block_length
 from scmdm.convert.published_config import matrix_shape
 from scmdm.convert.published_files import PublishedFiles, open_source
+from scmdm.convert.regrouped_tensors import regrouped
+from scmdm.convert.upcycling import upcycled_model, upcycled_weights
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
 from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer
@@ -39,6 +41,7 @@ from scmdm.models.model_files import (
     validate_spec,
     write_model_files,
 )
+from scmdm.models.network import count_parameters
 from scmdm.models.safetensors_headers import SINGLE_FILE
 from scmdm.models.safetensors_shards import write_shards
 from scmdm.system.files import atomic_directory
@@ -93,18 +96,26 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
             raise UserError(
                 f"{path}: {SUBDIRECTORY}/model.json describes another model than the weights; export it again"
             )
+        if layout.of_experts:
+            source = regrouped(source, plan.spec.model)
         names = layout.our_names(source.tensors.shapes(), plan.spec.model)
         parameters = _check_shapes(source, names, plan)
         _check_left_out(source, layout, names, plan.spec)
-        write_model_files(temporary, plan.spec, plan.manifest, plan.tokenizer_file)
-        seal(temporary, write_shards(temporary / WEIGHTS_FILE, _weights(source, names, plan), shard_bytes))
-    return Imported(layout.name, plan.spec, parameters, plan.notes)
+        spec, weights = plan.spec, _weights(source, names, plan)
+        if config.experts is not None:
+            spec = dataclasses.replace(spec, model=upcycled_model(spec.model, config))
+            weights = upcycled_weights(weights, config.experts)
+            parameters = count_parameters(spec.build())
+        write_model_files(temporary, spec, plan.manifest, plan.tokenizer_file)
+        seal(temporary, write_shards(temporary / WEIGHTS_FILE, weights, shard_bytes))
+    return Imported(layout.name, spec, parameters, plan.notes)
 
 
 def _plan_restore(exported: Path, config: ImportConfig) -> _ImportPlan:
     """Plan the import of a directory that `scmdm export` wrote. Raises UserError for keys without effect."""
     default = ImportConfig()
-    for name in (field.name for field in dataclasses.fields(config) if field.name not in ("format", "weights")):
+    allowed = ("format", "weights", "experts", "experts_per_token")
+    for name in (field.name for field in dataclasses.fields(config) if field.name not in allowed):
         if getattr(config, name) != getattr(default, name):
             raise UserError(
                 f"{name}={getattr(config, name)} is not possible for {exported.parent}, an export of scmdm, whose "

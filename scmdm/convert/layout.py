@@ -75,6 +75,8 @@ class PublishedLayout:
         derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
         derived_tensors: Returns names and values of such tensors, for writing.
         bos_policy: `bos_policy` that models of this layout were trained with.
+        of_experts: Whether all models of this layout have experts, whose tensors files hold one by one
+            (`scmdm.convert.regrouped_tensors`).
         card_note: Sentence on the model card about programs that read this layout; may be empty.
     """
 
@@ -93,6 +95,7 @@ class PublishedLayout:
     derived: tuple[str, ...] = ()
     derived_tensors: Callable[[ModelConfig], Iterable[tuple[str, Tensor]]] = _no_tensors
     bos_policy: str = "given"
+    of_experts: bool = False
     card_note: Callable[[ModelConfig], str] = lambda _: ""
 
     def our_names(self, published: Iterable[str], config: ModelConfig) -> dict[str, str]:
@@ -120,7 +123,7 @@ def renamed(block: Mapping[str, str], blocks: str, outer: Mapping[str, str]) -> 
     def published_name(ours: str) -> str:
         if (match := _BLOCK.match(ours)) is None:
             return outer[ours]
-        module, _, parameter = ours[match.end() :].partition(".")
+        module, _, parameter = ours[match.end() :].rpartition(".")
         return f"{blocks}.{match[1]}.{block[module]}.{parameter}"
 
     return published_name

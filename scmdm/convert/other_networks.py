@@ -10,7 +10,7 @@ import re
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
 
-_DENSE = "import a dense model instead (LLaDA 8B, Dream 7B, SDAR 1.7B to 8B, Qwen3)"
+_DENSE = "import LLaDA-MoE or LLaDA2 instead, or a dense model (LLaDA 8B, Dream 7B, SDAR 1.7B to 8B, Qwen3)"
 _DECODER = "import a decoder instead (configs/text/ar-to-diffusion.yaml), or train a base of that size"
 _MIXTURE = "it is a mixture of experts"
 # By a pattern of `model_type`: what scmdm has no layer for, and what to do.
@@ -24,12 +24,15 @@ _TYPES = {
     r"deberta.*": ("its attention scores depend on relative positions", _DECODER),
     r"gemma.*": ("it has soft-capped logits or norms with an offset, and further norms", _DECODER),
 }
+_MIXTURES = ("llada", "llada2_moe")  # of the layouts with experts, which name what they lack themselves
 _EXPERT = re.compile(r"\.experts?[._]")
 
 
 def refuse_other_networks(source: PublishedFiles) -> None:
     """Raise UserError, which names the network and the reason, for a network that scmdm knows not to implement."""
     kind = str(source.config.get("model_type")).lower()
+    if kind in _MIXTURES:
+        return
     experts = next((name for name in source.tensors.shapes() if _EXPERT.search(name)), None)
     if experts is not None:
         reason, remedy = f"{_MIXTURE} ({experts})", _DENSE

@@ -30,6 +30,7 @@ from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.distributed.context_parallel import SlicedDenoiser, make_context
 from scmdm.distributed.engine import ParallelEngine
+from scmdm.models.experts.router import routers_of
 from scmdm.models.network import Network
 
 ENTRY_POINTS = ("lower", "estimate", "weighted_nll")
@@ -52,6 +53,11 @@ def shard(model: Network, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool
     single engine. `offload` keeps shards, gradients and optimizer state in host memory.
     """
     offloading = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    for router in routers_of(model):
+        # Its weight is gathered in float32, in which it computes. The bias has no gradient: each rank holds all of it.
+        whole = set() if router.balance is None else set(router.balance.parameters())
+        policy = _policy(torch.float32)
+        fully_shard(router, mesh=mesh, mp_policy=policy, offload_policy=offloading, ignored_params=whole)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=offloading)
     rest = _policy(torch.float32 if model.config.head_precision == "float32" else dtype)

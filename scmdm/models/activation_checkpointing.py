@@ -15,7 +15,13 @@ from scmdm.torch_private import ATTENTION_OPERATORS
 
 _aten = torch.ops.aten
 # "selective" keeps the results of matrix products and attention, which take long to compute but little memory.
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._scaled_mm.default)
+_PRODUCTS = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_mm.default,
+    _aten._grouped_mm.default,
+)
 _KEPT = frozenset({*_PRODUCTS, *ATTENTION_OPERATORS})
 
 

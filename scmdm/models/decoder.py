@@ -4,6 +4,8 @@ RMS norms, rotary positions, grouped-query attention, a gated MLP (SwiGLU), no t
 computes what LLaMA, Mistral, Qwen2, Qwen3 and Granite in `transformers` compute; `scmdm.convert.families.decoders`
 maps their configurations and the names of their weights.
 
+Blocks may have a mixture of experts in place of the gated MLP, as in LLaDA-MoE and LLaDA2 (`scmdm.models.experts`).
+
 Legend: B batch, L length, D width, H heads, G heads of keys and values, K width of a head, I width of the MLP.
 """
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmdm.config.fields import key
+from scmdm.config.fields import OnAdapt, key
 from scmdm.config.model import ModelConfig
 from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
@@ -25,6 +27,8 @@ from scmdm.errors import UserError
 from scmdm.models.activation_checkpointing import in_float32
 from scmdm.models.attention import NO_MASKS, Masks
 from scmdm.models.conditioner import make_conditioner
+from scmdm.models.experts.expert_block import ExpertMixture
+from scmdm.models.experts.router import Router
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network, TokenEmbedding
 from scmdm.models.rotary import Rotary, RotaryScaling, attend_rotated
@@ -97,6 +101,9 @@ class DecoderConfig(ModelConfig):
     rotary_truncate: bool = key(
         True, help="rotary_scaling=yarn: interpolate between whole indices of angles (gpt-oss: false)"
     )
+    rotary_fraction: float = key(
+        1.0, above=0, at_most=1, help="part of a head's channels that is rotated, the first ones (LLaDA2: 0.5)"
+    )
     norm_eps: float = key(
         1e-5,
         at_least=0,
@@ -123,6 +130,57 @@ class DecoderConfig(ModelConfig):
     )
     logits_divisor: float = key(1.0, above=0, at_most=1e4, help="divisor of the logits (Granite: logits_scaling)")
     tied: bool = key(False, formerly=("model.llama.tied",), help="use the token embedding as the output head")
+    experts: int = key(
+        0,
+        at_least=0,
+        at_most=2**16,
+        help="routed experts of a block, each a gated MLP, in place of its MLP; 0: none",
+    )
+    experts_per_token: int = key(1, at_least=1, at_most=2**16, help="experts that each token goes to")
+    expert_width: int | None = key(
+        None, at_least=1, at_most=2**20, help="width of an expert's hidden layer; null: that of the gated MLP"
+    )
+    shared_experts: int = key(
+        0, at_least=0, at_most=2**16, help="further experts, to which all tokens go; one MLP of their joint width"
+    )
+    dense_layers: int = key(0, at_least=0, at_most=1024, help="first blocks with a gated MLP instead of experts")
+    router: str = key(
+        "softmax", choices=("softmax", "sigmoid"), help="scores of experts: softmax (LLaDA-MoE) or sigmoid (LLaDA2)"
+    )
+    router_groups: int = key(
+        1, at_least=1, at_most=2**15, help="groups of experts; with router_top_groups, a token goes to some groups only"
+    )
+    router_top_groups: int = key(
+        1, at_least=1, at_most=2**15, help="groups whose experts a token may go to: those with the best two experts"
+    )
+    router_scale: float = key(
+        1.0, above=0, at_most=1e4, help="factor of the weights of experts (routed_scaling_factor)"
+    )
+    router_renormalise: bool = key(True, help="divide the weights of a token's experts by their sum")
+    router_bias: bool = key(
+        False, help="choose experts by score plus a bias that balances their loads; it is updated without a gradient"
+    )
+    router_bias_rate: float = key(
+        1e-3,
+        at_least=0,
+        at_most=1,
+        on_adapt=OnAdapt.OWN,
+        help="change of each expert's router_bias per step, up or down; 0: the bias stays as it is",
+    )
+    router_loss: float = key(
+        0.0,
+        at_least=0,
+        at_most=1e3,
+        on_adapt=OnAdapt.OWN,
+        help="factor of the loss that balances the experts' loads within each sequence (1 per position when balanced)",
+    )
+    router_z_loss: float = key(
+        0.0,
+        at_least=0,
+        at_most=1e3,
+        on_adapt=OnAdapt.OWN,
+        help="factor of the squared log-sum-exp of the router's logits, per position",
+    )
     logit_shift: bool = key(
         False,
         formerly=("model.llama.logit_shift",),
@@ -138,6 +196,27 @@ class DecoderConfig(ModelConfig):
     def inner_width(self) -> int:
         """Width of the gated MLP's hidden layer."""
         return self.mlp_width or self.mlp_ratio * self.width
+
+    @property
+    def expert_inner_width(self) -> int:
+        """Width of an expert's hidden layer."""
+        return self.expert_width or self.inner_width
+
+    @property
+    def mlp_numbers(self) -> int:
+        """See `ModelConfig`: of experts, the copies of a position, their hidden layers and results, and scores."""
+        routed = self.experts_per_token * 3 * (self.width + self.expert_inner_width) + 2 * self.experts
+        return max(super().mlp_numbers, routed) if self.experts else super().mlp_numbers
+
+    @property
+    def rotated_width(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of blocks with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
 
     @property
     def scaling(self) -> RotaryScaling | None:
@@ -163,8 +242,14 @@ class DecoderConfig(ModelConfig):
         return 1.0 if self.attention_multiplier is None else self.attention_multiplier * math.sqrt(self.head_dim)
 
     def block_matrix_elements(self) -> int:
-        """Count the elements of the projections of attention and of the three maps of the gated MLP."""
-        return self.width * (2 * self.attention_width + 2 * self.kv_width + 3 * self.inner_width)
+        """Count the elements of the projections of attention and of the three maps of the gated MLP.
+
+        Of experts, those that a token goes to count, and the router; with `dense_layers` it is the mean of all blocks.
+        """
+        dense = 3 * self.inner_width
+        active = 3 * (self.experts_per_token + self.shared_experts) * self.expert_inner_width + self.experts
+        mlp = (dense * (self.layers - self.expert_layers) + active * self.expert_layers) * self.width // self.layers
+        return self.width * (2 * self.attention_width + 2 * self.kv_width) + mlp
 
     def validate(self) -> None:
         """Raise UserError for keys that exclude each other; see also `ModelConfig.validate`."""
@@ -174,6 +259,48 @@ class DecoderConfig(ModelConfig):
                 f"model.kv_heads={self.kv_heads} is not possible; it must be a divisor of model.heads={self.heads}"
             )
         self._validate_rotary()
+        self._validate_experts()
+
+    def _validate_experts(self) -> None:
+        if not self.experts:
+            defaults = DecoderConfig()
+            for name in _EXPERT_KEYS:
+                if (value := getattr(self, name)) != getattr(defaults, name):
+                    raise UserError(f"model.{name}={value} is not possible with model.experts=0; set model.experts")
+            return
+        if self.dense_layers >= self.layers:
+            raise UserError(
+                f"model.dense_layers={self.dense_layers} is not possible; it must be below model.layers={self.layers}"
+            )
+        if self.experts % self.router_groups or (self.router_groups > 1 and self.experts < 2 * self.router_groups):
+            raise UserError(
+                f"model.router_groups={self.router_groups} is not possible; it must divide model.experts="
+                f"{self.experts} into groups of at least 2"
+            )
+        if self.router_top_groups > self.router_groups:
+            raise UserError(
+                f"model.router_top_groups={self.router_top_groups} is not possible; it must be at most "
+                f"model.router_groups={self.router_groups}"
+            )
+        reachable = self.experts // self.router_groups * self.router_top_groups
+        if self.experts_per_token > reachable:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token} is not possible; it must be at most {reachable}, "
+                "the experts of the groups that a token may go to"
+            )
+        for name, value, possible in (
+            ("mlp_bias", self.mlp_bias, False),
+            ("matmul_precision", self.matmul_precision, "compute"),
+        ):
+            if value != possible:
+                raise UserError(
+                    f"model.{name}={value} is not possible with model.experts={self.experts}; use {possible}"
+                )
+        if self.compile == "trunk":
+            raise UserError(
+                f"model.compile=trunk is not possible with model.experts={self.experts}, whose groups of tokens change "
+                "from step to step; use model.compile=block"
+            )
 
     def _validate_rotary(self) -> None:
         kind = self.rotary_scaling
@@ -197,11 +324,34 @@ class DecoderConfig(ModelConfig):
                 f"model.rotary_base={self.rotary_base:g} is not possible with model.rotary_scaling=yarn; it must be "
                 "above 1"
             )
-        if kind == "dynamic" and self.head_dim <= 2:
+        if kind == "dynamic" and self.rotated_width <= 2:
             raise UserError(
-                f"model.rotary_scaling=dynamic is not possible with heads of width {self.head_dim}; they must be wider "
-                "than 2"
+                f"model.rotary_scaling=dynamic is not possible with heads of which {self.rotated_width} channels are "
+                "rotated; it needs more than 2"
             )
+        if self.rotated_width % 2 or not self.rotated_width:
+            raise UserError(
+                f"model.rotary_fraction={self.rotary_fraction:g} is not possible with heads of width {self.head_dim}; "
+                "an even number of channels must be rotated"
+            )
+
+
+# Keys that need model.experts.
+_EXPERT_KEYS = (
+    "experts_per_token",
+    "expert_width",
+    "shared_experts",
+    "dense_layers",
+    "router",
+    "router_groups",
+    "router_top_groups",
+    "router_scale",
+    "router_renormalise",
+    "router_bias",
+    "router_bias_rate",
+    "router_loss",
+    "router_z_loss",
+)
 
 
 class RMSNorm(nn.Module):
@@ -223,9 +373,9 @@ class RMSNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Grouped-query attention and a gated MLP, each after an RMS norm and added to the residual stream."""
+    """Grouped-query attention and a gated MLP or experts, each after an RMS norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, number: int = 0) -> None:
         super().__init__()
         width, bias = config.width, config.attention_bias
         self.head_dim, self.attention = config.head_dim, config.attention
@@ -240,6 +390,10 @@ class DecoderBlock(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.attn_out = Linear(config.attention_width, width, bias=config.output_bias)
         self.norm2 = RMSNorm(width, config.norm_eps)
+        self.experts = None
+        if config.experts and number >= config.dense_layers:
+            self.experts = expert_mixture(config)
+            return
         self.mlp_gate = Linear(width, config.inner_width, bias=config.mlp_bias)
         self.mlp_up = Linear(width, config.inner_width, bias=config.mlp_bias)
         self.mlp_down = Linear(config.inner_width, width, bias=config.mlp_bias)
@@ -249,8 +403,12 @@ class DecoderBlock(nn.Module):
         h_BLD = self._attend(self.norm1(x_BLD), rotary, masks)
         x_BLD = x_BLD + self._scaled(F.dropout(h_BLD, self.dropout, dropout))
         h_BLD = self.norm2(x_BLD)
-        h_BLI = F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD)
-        return x_BLD + self._scaled(F.dropout(self.mlp_down(h_BLI), self.dropout, dropout))
+        h_BLD = self._gated_mlp(h_BLD) if self.experts is None else self.experts(h_BLD)
+        return x_BLD + self._scaled(F.dropout(h_BLD, self.dropout, dropout))
+
+    def _gated_mlp(self, h_BLD: Tensor) -> Tensor:
+        mapped: Tensor = self.mlp_down(F.silu(self.mlp_gate(h_BLD)) * self.mlp_up(h_BLD))
+        return mapped
 
     def _scaled(self, h_BLD: Tensor) -> Tensor:
         return h_BLD if self.residual_multiplier == 1 else self.residual_multiplier * h_BLD
@@ -264,6 +422,23 @@ class DecoderBlock(nn.Module):
             q = self.query_multiplier * q
         out_BLHK = attend_rotated(q, k, v, rotary, self.attention, masks, self.context, repeated=self.training)
         return self.attn_out(out_BLHK.flatten(2))
+
+
+def expert_mixture(config: DecoderConfig) -> ExpertMixture:
+    """Make the experts of a block."""
+    router = Router(
+        config.width,
+        config.experts,
+        config.experts_per_token,
+        sigmoid=config.router == "sigmoid",
+        groups=config.router_groups,
+        top_groups=config.router_top_groups,
+        scale=config.router_scale,
+        renormalise=config.router_renormalise,
+        balanced=config.router_bias,
+    )
+    inner = config.expert_inner_width
+    return ExpertMixture(router, width=config.width, expert_width=inner, shared_width=config.shared_experts * inner)
 
 
 class DecoderOutput(nn.Module):
@@ -293,8 +468,8 @@ class Decoder(Network):
         assert not classes, "this kind of denoiser has no labels"
         super().__init__(config, mask_id=mask_id, schedule=schedule)
         self.vocab_embed = TokenEmbedding(vocab_size, config.width)
-        self.rotary_emb = Rotary(config.head_dim, config.rotary_base, config.scaling)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
+        self.rotary_emb = Rotary(config.rotated_width, config.rotary_base, config.scaling)
+        self.blocks = nn.ModuleList(DecoderBlock(config, number) for number in range(config.layers))
         self.output_layer = DecoderOutput(config, vocab_size)
         self.conditioner = make_conditioner(config)
 

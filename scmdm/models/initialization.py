@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,27 @@ def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = l
             full_name = f"{path}.{name}"
             if not only(full_name):
                 continue
-            value = torch.empty(parameter.shape, dtype=parameter.dtype)
             if constants is not None:
-                value.fill_(constants[name] if isinstance(constants, dict) else constants)
+                constant = constants[name] if isinstance(constants, dict) else constants
+                value = torch.full(parameter.shape, constant, dtype=parameter.dtype)
             else:
-                bound = next(iter(own.values())).shape[-1] ** -0.5
-                generator = torch.Generator().manual_seed(keyed_int(seed, f"init/{full_name}", 0))
-                value.uniform_(-bound, bound, generator=generator)
+                width = next(iter(own.values())).shape[-1]
+                value = initial_value(full_name, parameter.shape, seed=seed, width=width, dtype=parameter.dtype)
             _assign(parameter, value)
+
+
+def initial_value(
+    name: str,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw a parameter of a linear map whose input has `width` channels (None: the last dimension of the shape)."""
+    bound = (width or shape[-1]) ** -0.5
+    generator = torch.Generator().manual_seed(keyed_int(seed, f"init/{name}", 0))
+    return torch.empty(*shape, dtype=dtype, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:

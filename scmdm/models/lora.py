@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
+from scmdm.models.experts.expert_block import ExpertLinear
 from scmdm.models.initialization import ZeroLinear
 from scmdm.models.linear import Linear
 
+EXPERT_BIAS = ".balance.expert_bias"
 _ADAPTER = re.compile(r"(.*)\.lora_[AB]\.weight")
 
 
@@ -42,12 +44,32 @@ class LoraLinear(Linear):
         return super().forward(x, gate_O) + (added if gate_O is None else gate_O * added)
 
 
+class ZeroExpertLinear(ExpertLinear):
+    """A linear map per expert that starts at zero."""
+
+    starts_at = 0.0
+
+
+class LoraExpertLinear(ExpertLinear):
+    """A linear map per expert, each with an adapter of its own."""
+
+    def __init__(self, experts: int, width: int, out: int, *, rank: int, alpha: float) -> None:
+        super().__init__(experts, width, out)
+        self.lora_A = ExpertLinear(experts, width, rank)
+        self.lora_B = ZeroExpertLinear(experts, rank, out)
+        self.scale = alpha / rank
+
+    def forward(self, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+        """See `ExpertLinear.forward`."""
+        return super().forward(x_PI, ends_E) + self.scale * self.lora_B(self.lora_A(x_PI, ends_E), ends_E)
+
+
 def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
-    """Replace every `Linear` of `blocks`, or those in `config.lora_targets`, by `LoraLinear`.
+    """Replace every `Linear` and `ExpertLinear` of `blocks`, or those in `config.lora_targets`, by `LoraLinear`.
 
     Call this before the model has weights. Raises UserError when a target is not a linear map of a block.
     """
-    found = {name: module for name, module in blocks.named_modules() if type(module) is Linear}
+    found = {name: module for name, module in blocks.named_modules() if type(module) in (Linear, ExpertLinear)}
     names = sorted({name.partition(".")[2] for name in found})
     for target in config.lora_targets:
         if target not in names:
@@ -56,9 +78,15 @@ def add_adapters(blocks: nn.Module, config: ModelConfig) -> None:
         if config.lora_targets and name.partition(".")[2] not in config.lora_targets:
             continue
         parent, _, own = name.rpartition(".")
-        options: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
-        adapted = LoraLinear(module.in_features, module.out_features, bias=module.bias is not None, **options)
-        setattr(blocks.get_submodule(parent), own, adapted)
+        setattr(blocks.get_submodule(parent), own, _adapted(module, config))
+
+
+def _adapted(module: nn.Module, config: ModelConfig) -> nn.Module:
+    options: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+    if isinstance(module, ExpertLinear):
+        return LoraExpertLinear(module.experts, module.in_features, module.out_features, **options)
+    assert isinstance(module, Linear)
+    return LoraLinear(module.in_features, module.out_features, bias=module.bias is not None, **options)
 
 
 @contextlib.contextmanager
@@ -81,6 +109,8 @@ def is_added(name: str) -> bool:
 
 def is_trained(name: str, config: RunConfig) -> bool:
     """Return whether a run trains this parameter; `train.last_layers` and adapters restrict it."""
+    if name.endswith(EXPERT_BIAS):  # has no gradient, see `update_balance`
+        return False
     layers = config.trained_layers
     if layers is None or is_added(name):
         return True

@@ -33,6 +33,7 @@ from scmdm.system.untrusted import name_inside, parse_as, read_json
 MODEL_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 TENSORS = "tensors"  # directory of a checkpoint with sharded weights, averages and optimizer state
 WEIGHTS_PREFIX, EMA_PREFIX = "weights.", "ema."
+ROUTER = ".experts.router."  # in the names of its parameters
 LONGEST = 2**24  # tokens of a sample
 _FORMAT = 1
 _LARGEST_DESCRIPTION = 2**20  # bytes of `model.json`
@@ -248,10 +249,13 @@ def read_model(
 def set_dtype(model: Network, dtype: torch.dtype) -> None:
     """Set the dtype in which a model that is not yet allocated holds its parameters.
 
+    Routers stay in float32.
     With `model.head_precision=float32`, those outside of blocks stay in float32: the output head, the embedding that
     may be tied to it, and what little is beside them.
     """
     for name, parameter in model.named_parameters():
+        if ROUTER in name:  # chooses in float32
+            continue
         if model.config.head_precision != "float32" or name.startswith("blocks."):
             parameter.data = parameter.data.to(dtype)
 

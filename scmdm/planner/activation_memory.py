@@ -27,6 +27,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
 from scmdm.models.attention import FLEX_BACKENDS, NO_MASKS
+from scmdm.models.decoder import DecoderConfig
 from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
@@ -137,7 +138,7 @@ def measure_activations(
     masked = block_length is not None and not (gpu and model.attention in FLEX_BACKENDS)
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
-    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)))
+    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)) | _dense(model))
 
     def measured(rows: int, length: int) -> ActivationBytes:
         options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length, masked)
@@ -157,6 +158,11 @@ def measure_activations(
     if masked or not gpu or positions <= 3 * few:
         return measured(rows, length)
     return measured(1, few).extrapolate(few, measured(1, 2 * few), 2 * few, positions)
+
+
+def _dense(model: ModelConfig) -> dict[str, int]:
+    """One block without experts at most, so that each further block has experts, as most of a model's do."""
+    return {"dense_layers": min(1, model.dense_layers)} if isinstance(model, DecoderConfig) else {}
 
 
 def _linear_from(model: ModelConfig) -> int:

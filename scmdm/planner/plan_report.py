@@ -27,6 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "note": NOTE,
         "workload": {
             "parameters": plan.workload.numel,
+            "active_parameters": plan.workload.active_numel,
             "length": plan.workload.length,
             "vocab_size": plan.workload.vocab_size,
             "global_batch_size": plan.workload.global_batch,
@@ -102,6 +103,7 @@ def print_plan(plan: Plan, console: Terminal) -> None:
     kind = f"adaptation ({work.passes} no-grad pass{'es' if work.passes > 1 else ''})" if work.passes else "vanilla"
     trained = sum(parameter.numel for parameter in work.trained)
     part = f" ({trained / 1e6:,.1f}M trained)" if work.trained_layers is not None else ""
+    part += f" ({work.active_numel / 1e6:,.1f}M active)" if work.active_numel != work.numel else ""
     console.print(
         f"{work.numel / 1e6:,.1f}M parameters{part}, {kind}, {work.global_batch} sequences of {work.length} tokens per "
         f"step, vocabulary {work.vocab_size}; {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}",

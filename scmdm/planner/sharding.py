@@ -100,7 +100,8 @@ def gathered_weights(workload: Workload, layout: ParallelLayout) -> GatheredWeig
     width = layout.width
     rest_width = head_width(workload, layout)
     units = workload.units()
-    rest, block = (_padded(unit, layout.shards) for unit in units[:2])
+    rest, *own = (_padded(unit, layout.shards) for unit in units)
+    block = max(own)  # blocks with experts are larger than those without
     # With train.last_layers only the last blocks have gradients.
     rest_trained, block_trained = (
         _padded(tuple(p for p in unit if p.trained), layout.shards) for unit in (units[0], units[-1])
@@ -108,7 +109,7 @@ def gathered_weights(workload: Workload, layout: ParallelLayout) -> GatheredWeig
     return GatheredWeights(
         rest=rest * rest_width,
         block=block * width,
-        blocks=block * width * workload.model.layers,
+        blocks=sum(own) * width,
         buffers=block * width,  # prefetch of the next block in either direction
         block_reduction=block_trained * FLOAT32,
         rest_gradients=rest_trained * rest_width,

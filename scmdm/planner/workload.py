@@ -6,6 +6,7 @@ Both are plain values; everything else in `scmdm.planner` is a pure function of 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +15,14 @@ from torch import nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.models.decoder import DecoderConfig
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
 from scmdm.training.optimizer import is_decayed
+
+_ROUTED = re.compile(r"\.experts\.(gate|up|down)\.")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class Workload:
     def numel(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def active_numel(self) -> int:
+        """Number of parameters that a token meets: all, but of experts only those that it goes to."""
+        model = self.model
+        if not isinstance(model, DecoderConfig) or not model.experts:
+            return self.numel
+        routed = sum(p.numel for p in self.parameters if _ROUTED.search(p.name) is not None)
+        return self.numel - routed + routed * model.experts_per_token // model.experts
 
     @property
     def trained(self) -> tuple[Parameter, ...]:

@@ -26,10 +26,10 @@ def evaluation_bytes_per_token(model: ModelConfig, *, bytes_per_number: int, pre
     It is that of a block, and of what lives beside it: the residual stream and the estimate in float32. `predictions`
     is 2 with guidance, whose evaluations share a batch.
     """
-    width, inner, heads = model.width, model.inner_width, model.attention_width
+    width, heads = model.width, model.attention_width
     stream = 4 * width * 3  # the residual stream, its sum with a branch, a normalised copy
     attention = bytes_per_number * (width + 3 * heads + 3 * heads + heads)  # input, projections, rotated copies, output
-    mlp = bytes_per_number * (width + 3 * inner)
+    mlp = bytes_per_number * model.mlp_numbers
     carried = 4 * width * 4 if model.self_conditioned else 4 * width  # hidden states, estimates of two steps
     noise = 8 * 16  # words and uniforms of the positions to reveal
     return predictions * (stream + max(attention, mlp) + carried) + noise

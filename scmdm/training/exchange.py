@@ -42,10 +42,17 @@ class Exchange:
     signal: Tensor  # float64 scalar: largest number of a signal that a rank has received; 0: none
     upcoming: GlobalBatch | None  # of the next step, if there is one
     longest_after: Tensor  # float64 scalar: `Upcoming.longest_after`, the largest of all ranks
+    counts: Tensor | None = None  # int64: sums over the ranks
 
 
-def exchange(engine: Engine, upcoming: Upcoming, loss: Tensor | None = None, signal: int = 0) -> Exchange:
-    """Exchange this rank's sum of the loss, its signal and its part of the samples of the next steps.
+def exchange(
+    engine: Engine,
+    upcoming: Upcoming,
+    loss: Tensor | None = None,
+    signal: int = 0,
+    counts: Tensor | None = None,
+) -> Exchange:
+    """Exchange this rank's sum of the loss, its signal, its part of the samples of the next steps, and other counts.
 
     All ranks call this together, with an equal number of samples. The host does not wait for the device.
     """
@@ -56,12 +63,15 @@ def exchange(engine: Engine, upcoming: Upcoming, loss: Tensor | None = None, sig
     sums = torch.cat([own_loss, *numbers])
     following = upcoming.sequences
     samples = [] if following is None else [following.ids, following.valid.sum(1)]
-    sent = torch.cat([sums.view(torch.int64), *samples])
+    counted = [] if counts is None else [counts.flatten()]
+    sent = torch.cat([sums.view(torch.int64), *counted, *samples])
     found_R = engine.all_gather(sent, all_ranks=True).view(ranks, -1)
     sums_R3 = found_R[:, : len(sums)].contiguous().view(torch.float64)
+    start = len(sums) + sum(map(len, counted))
+    summed = None if counts is None else found_R[:, len(sums) : start].sum(0).view_as(counts)
     batch = None
     if following is not None:
-        parts = found_R[:: ranks // engine.data_size, len(sums) :]
+        parts = found_R[:: ranks // engine.data_size, start:]
         ids, valid_tokens = parts.split(len(following), dim=1)
         batch = GlobalBatch(ids.flatten(), valid_tokens.flatten())
-    return Exchange(sums_R3[:, 0].sum().float(), sums_R3[:, 1].max(), batch, sums_R3[:, 2].max())
+    return Exchange(sums_R3[:, 0].sum().float(), sums_R3[:, 1].max(), batch, sums_R3[:, 2].max(), summed)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scmdm.diffusion.likelihood import Nelbo
+from scmdm.models.experts.balance import load_summary
 from scmdm.observability.progress_bar import StepDisplay
 from scmdm.observability.run_metrics import (
     MetricsFile,
@@ -90,6 +91,7 @@ class MetricsLogger:
             **summarize_parts(self.timer.read(), window.steps),
             **run.utilization.at(window.steps * train.global_batch_size / seconds),
             "peak_memory_gib": peak_memory_gib(run.engine.device),
+            **({} if result.expert_tokens is None else load_summary(result.expert_tokens)),
         }
         self._write("train", row)
         self._window = LoggingWindow()

@@ -21,6 +21,7 @@ from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deep
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
+from scmdm.models.experts.router import attach_record
 from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.linear import multiply_in_fp8
@@ -197,6 +198,7 @@ def _engine_of_model(
     config: RunConfig, spec: ModelSpec, base: StoredModel | None, device: torch.device, dtype: torch.dtype
 ) -> Engine:
     model = spec.build()
+    _record_routing(model, config)
     freeze(model, config)
     if config.model.matmul_precision == "fp8":
         multiply_in_fp8(model.blocks, emulated=device.type != "cuda")
@@ -222,6 +224,19 @@ def _engine_of_model(
     if config.engine == "deepspeed":
         return DeepspeedEngine(model, optimizer, device, dtype, config)
     return FsdpEngine(model, optimizer, device, dtype, config.fsdp)
+
+
+def _record_routing(model: Network, config: RunConfig) -> None:
+    """Let the routers of a model with experts record their decisions in training."""
+    losses = {name: getattr(config.model, name, 0.0) for name in ("router_loss", "router_z_loss")}
+    record = attach_record(model, balance_loss=losses["router_loss"], z_loss=losses["router_z_loss"])
+    if record is not None and config.engine == "deepspeed":
+        raise UserError("engine=deepspeed is not possible with model.experts; use engine=fsdp2")
+    if losses["router_loss"] and config.fsdp.context > 1:
+        raise UserError(
+            "fsdp.context is not possible with model.router_loss, which balances whole sequences; set it to 1, or use "
+            "model.router_bias=true"
+        )
 
 
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:

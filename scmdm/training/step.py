@@ -5,6 +5,7 @@ Legend: B this rank's sequences of the step, L length, N sequences of the global
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from scmdm.diffusion.state import Sequences, drop_labels
 from scmdm.distributed.base_estimate import EstimatedByBase
 from scmdm.distributed.engine import Engine
 from scmdm.errors import UserError
+from scmdm.models.experts.balance import update_balance
+from scmdm.models.experts.router import record_of
 from scmdm.observability.step_timer import StepTimer, TimedDenoiser
 from scmdm.training.exchange import GlobalBatch, Upcoming, exchange
 
@@ -37,6 +40,7 @@ class StepResult:
     signal: int = 0  # number of a signal that a rank has received; 0: none
     upcoming: GlobalBatch | None = None  # samples of the next step
     longest_after: int = 0  # tokens of the longest sample of the step after it, if ranks have told theirs
+    expert_tokens: Tensor | None = None  # (layers, experts): tokens of the global batch that went to each expert
 
 
 def train_step(
@@ -75,11 +79,12 @@ def train_step(
     own = engine.denoiser if engine.base is None else EstimatedByBase(engine.denoiser, engine.base)
     denoiser = causally_annealed(TimedDenoiser(own, timer), sequences.tokens, **opened)
     torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
+    record = record_of(engine.model)
     size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
     for start in range(0, len(sequences), size):
         rows = slice(start, start + size)
         batch = _noise(config, schedule, mask_id, sequences[rows], t_B[rows], step)
-        with engine.compute():
+        with engine.compute(), record.recording() if record is not None else contextlib.nullcontext():
             output = self_conditioned_nelbo(
                 denoiser,
                 batch,
@@ -90,18 +95,23 @@ def train_step(
                 stop_gradient=config.self_conditioning.stop_gradient,
                 share_lower=config.shared_layers > 0,
             )
+        routing_loss = None if record is None else record.take_loss()
         with timer.part("backward"):
-            engine.backward(output.loss / divisor, last=start + size >= len(sequences))
+            loss_sum = output.loss if routing_loss is None else output.loss + routing_loss
+            engine.backward(loss_sum / divisor, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
     with timer.part("data"):
         following = read_next()
     with timer.part("sync"):
-        met = exchange(engine, following, total, received() or 0)
+        counts = None if record is None else record.take_counts()
+        met = exchange(engine, following, total, received() or 0, counts)
     with timer.part("optimizer"):
         loss = met.loss / divisor
         grad_norm = engine.clip_grad_norm(config.optimizer.clip, ~loss.isfinite())
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
+        if met.counts is not None:
+            update_balance(engine.model, met.counts, getattr(config.model, "router_bias_rate", 0.0))
         evaluations = passes * len(sequences) * engine.data_size
         result = StepResult(
             float(loss),
@@ -111,6 +121,7 @@ def train_step(
             int(met.signal),
             met.upcoming,
             int(met.longest_after),
+            met.counts,
         )
     _require_finite(result, step, sequences.ids)
     return result

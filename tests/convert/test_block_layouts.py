@@ -145,8 +145,7 @@ def test_keys_without_effect_on_an_export_of_scmdm_are_refused(tmp_path, capsys,
 @pytest.mark.parametrize(
     ("kind", "tensor", "named"),
     [
-        ("llada2_moe", "model.layers.1.mlp.experts.0.gate_proj.weight", "experts"),
-        ("llada", "model.layers.0.mlp.experts.3.up_proj.weight", "experts"),  # LLaDA-MoE
+        ("llada2_moe_veomni", "model.layers.1.mlp.experts.gate_proj", "experts"),  # merged by dFactory
         ("sdar_moe", "model.layers.0.mlp.gate.weight", "sdar_moe"),
         ("qwen3_moe", "model.layers.0.mlp.gate.weight", "qwen3_moe"),
         ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", "mixtral"),

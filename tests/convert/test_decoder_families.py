@@ -297,7 +297,8 @@ def test_an_unknown_field_is_refused_by_name(tmp_path_factory, layout, data):
 @functools.cache
 def _described(layout):
     """A model that an export of this layout describes, without values of its tensors."""
-    model = DecoderConfig(width=32, layers=2, heads=4, mlp_width=88)
+    experts = {"experts": 4, "experts_per_token": 2} if layout.of_experts else {}
+    model = DecoderConfig(width=32, layers=2, heads=4, mlp_width=88, **experts)
     described = layout.describe(ModelSpec(model, DiffusionConfig(), 13, 12, LENGTH), TokenIds(0, (0,), 0, 12))
     tensors = {layout.published_name(name): torch.empty(0) for name in parameter_names(model)}
     return PublishedFiles(Path("there"), described, _Shapes(tensors))

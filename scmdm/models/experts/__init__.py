@@ -1,0 +1,1 @@
+"""Mixtures of experts: router, expert block, expert parallelism."""

@@ -1,0 +1,115 @@
+"""Mixture of experts in place of the gated MLP of a decoder's block: routed experts, and experts that all tokens share.
+
+The weights of all experts are stacked, so that one product serves them. Each token is copied once per expert that it
+goes to, the copies are sorted by expert, and the results are summed with the router's weights in the token's order: no
+token is dropped, memory is proportional to tokens times experts per token, and nothing depends on the order in which a
+device adds. An expert without tokens has zero gradients.
+
+Legend: B sequences, L length, N tokens, D width, E experts, T experts per token, P rows (copies of tokens, with those
+that align groups), O width of a map's output, I of its input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from scmdm.models.experts.router import Router
+from scmdm.models.linear import Linear
+from scmdm.ops.grouped_product import group_alignment, grouped_product
+
+
+class ExpertLinear(nn.Module):
+    """A linear map per expert, without bias."""
+
+    def __init__(self, experts: int, width: int, out: int) -> None:
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts, width, out
+        self.weight = nn.Parameter(torch.empty(experts, out, width))
+
+    def forward(self, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+        """Map rows (P, I), sorted by expert, to (P, O); expert e's end at row `ends_E[e]`."""
+        return grouped_product(x_PI, self.weight, ends_E)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Rows sorted by expert."""
+
+    row_NT: Tensor  # int64; the row of each copy of a token
+    token_P: Tensor  # int64; the token of each row
+    ends_E: Tensor  # int32; the row at which each expert's end
+
+
+def sort_by_expert(experts_NT: Tensor, experts: int, alignment: int) -> Order:
+    """Sort the copies of tokens by expert, each expert's by token.
+
+    Each expert gets a multiple of `alignment` rows. The number of rows depends on shapes alone, so that the host does
+    not wait for the device: there are rows after the last expert, which are copies of token 0 without effect.
+    """
+    chosen = experts_NT.flatten()
+    order = chosen.argsort(stable=True)
+    counts_E = torch.zeros(experts, dtype=torch.int64, device=chosen.device).scatter_add_(
+        0, chosen, torch.ones_like(chosen)
+    )
+    rows_E = (counts_E + alignment - 1) // alignment * alignment
+    ends_E = rows_E.cumsum(0)
+    shift_E = (ends_E - rows_E) - (counts_E.cumsum(0) - counts_E)
+    row = torch.empty_like(chosen)
+    row[order] = torch.arange(len(chosen), device=chosen.device) + shift_E[chosen[order]]
+    total = len(chosen) + (experts * (alignment - 1) if alignment > 1 else 0)
+    token_P = torch.zeros(total, dtype=torch.int64, device=chosen.device)
+    token_P[row] = torch.arange(len(chosen), device=chosen.device) // experts_NT.shape[1]
+    return Order(row.view_as(experts_NT), token_P, ends_E.to(torch.int32))
+
+
+class _CopyRows(torch.autograd.Function):
+    """Copy each token to its rows; the backward pass sums in the token's order, without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_P: Tensor, row_NT: Tensor) -> Tensor:
+        ctx.save_for_backward(row_NT)
+        return x_ND.index_select(0, token_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_PD: Tensor) -> tuple[Tensor, None, None]:
+        (row_NT,) = ctx.saved_tensors
+        return d_PD.index_select(0, row_NT.flatten()).unflatten(0, row_NT.shape).sum(1), None, None
+
+
+class ExpertMixture(nn.Module):
+    """Routed gated MLPs, and optionally one that all tokens share, without biases."""
+
+    def __init__(self, router: Router, *, width: int, expert_width: int, shared_width: int) -> None:
+        super().__init__()
+        experts = len(router.weight)
+        self.router = router
+        self.gate = ExpertLinear(experts, width, expert_width)
+        self.up = ExpertLinear(experts, width, expert_width)
+        self.down = ExpertLinear(experts, expert_width, width)
+        self.shared_gate = Linear(width, shared_width, bias=False) if shared_width else None
+        self.shared_up = Linear(width, shared_width, bias=False) if shared_width else None
+        self.shared_down = Linear(shared_width, width, bias=False) if shared_width else None
+
+    @torch.compiler.disable
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Map the normalised residual stream to what the mixture adds to it."""
+        experts_NT, weights_NT = self.router(x_BLD)
+        y_BLD = self._routed(x_BLD.flatten(0, 1), experts_NT, weights_NT).view_as(x_BLD)
+        if self.shared_gate is None or self.shared_up is None or self.shared_down is None:
+            return y_BLD
+        return y_BLD + self.shared_down(F.silu(self.shared_gate(x_BLD)) * self.shared_up(x_BLD))
+
+    def _routed(self, x_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor) -> Tensor:
+        order = sort_by_expert(experts_NT, self.gate.experts, group_alignment(x_ND))
+        x_PD = _CopyRows.apply(x_ND, order.token_P, order.row_NT)
+        h_PI = F.silu(self.gate(x_PD, order.ends_E)) * self.up(x_PD, order.ends_E)
+        y_PD = self.down(h_PI, order.ends_E)
+        y_NTD = y_PD.index_select(0, order.row_NT.flatten()).unflatten(0, experts_NT.shape)
+        return (weights_NT[..., None].to(y_NTD.dtype) * y_NTD).sum(1)

@@ -1,0 +1,60 @@
+"""Product of consecutive groups of rows with one matrix per group, as the experts of a mixture need it.
+
+On a GPU in bfloat16 one kernel computes all groups, and the host does not wait for their sizes. Elsewhere a loop over
+the groups does, which is also the reference for the tests.
+
+Legend: P rows, E groups (experts), I width of the input, O of the output.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scmdm.torch_private import grouped_mm, has_grouped_mm, is_fake
+
+_KERNEL_ROWS = 8  # the kernel needs groups that begin at multiples of 16 bytes of bfloat16
+
+
+def group_alignment(x: Tensor) -> int:
+    """Return the number of which sizes of groups must be multiples for the product of `x`."""
+    return _KERNEL_ROWS if _uses_kernel(x) else 1
+
+
+def grouped_product(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply the rows of each group with the transposed matrix of the group, (P, O), in autocast's dtype.
+
+    Args:
+        x_PI: Rows, sorted by group. Those after the last group have an undefined result.
+        weight_EOI: A matrix per group, which may be empty.
+        ends_E: int32; the row at which each group ends.
+    """
+    if _uses_kernel(x_PI):
+        dtype = _compute_dtype(x_PI)
+        if is_fake(x_PI):  # the same shapes, and gradients of the same sizes
+            return F.linear(x_PI.to(dtype), weight_EOI.to(dtype)[0])
+        return grouped_mm(x_PI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), ends_E)
+    return grouped_product_loop(x_PI, weight_EOI, ends_E)
+
+
+def grouped_product_loop(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute `grouped_product` with a product per group; rows after the last group are zeros."""
+    bounds = [0, *ends_E.tolist()]
+    # `unbind` instead of indices: its backward pass makes the gradient of the stack once.
+    parts = [
+        F.linear(x_PI[a:b], weight_OI) for (a, b), weight_OI in zip(pairwise(bounds), weight_EOI.unbind(), strict=True)
+    ]
+    rest = len(x_PI) - bounds[-1]
+    return torch.cat([*parts, parts[0].new_zeros(rest, weight_EOI.shape[1])] if rest else parts)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _uses_kernel(x: Tensor) -> bool:
+    return is_fake(x) or (x.device.type == "cuda" and _compute_dtype(x) == torch.bfloat16 and has_grouped_mm())
