@@ -149,7 +149,7 @@ def test_activations_kept_in_fp8(kind):
 def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, kind, monkeypatch):
     """What is extrapolated is what would be measured, and no trace has as many chunks of the head.
 
-    Traces have one sequence, whose rotary table is longer than that of several: 2 % of the activations at this width.
+    Traces have one sequence, whose rotary table is longer than that of several: 3 % of the activations at this width.
     """
     sizes = {"width": 64, "layers": 4, "head_chunk": 256, "dropout": 0.1}
     model = run_config(kind=name, rate=float(passes), activation_checkpointing=kind, **sizes).model
@@ -169,7 +169,7 @@ def test_long_sequences_follow_from_shorter_ones(name, gathered, passes, rows, k
     direct = measure_activations(model, length=length, gpu=True, **options)
     for field in dataclasses.fields(direct):
         found, wanted = (getattr(one, field.name) for one in (extrapolated, direct))
-        assert found == pytest.approx(wanted, rel=5e-3 if rows == 1 else 3e-2), field.name
+        assert found == pytest.approx(wanted, rel=5e-3 if rows == 1 else 4e-2), field.name
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

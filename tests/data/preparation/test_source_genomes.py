@@ -372,7 +372,7 @@ def test_records_without_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"apt-get, which is not installed; give a folder of FASTA as source\.path="):
         debian_source("ragout-examples")
-    assert not os.listdir(tmp_path / "scmdm")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
