@@ -21,6 +21,7 @@ from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deep
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
 from scmdm.errors import UserError
+from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.router import attach_record
 from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
@@ -276,6 +277,9 @@ def compile_model(model: Network, what: str) -> None:
         allow_graphs(_GRAPHS)
     if what == "trunk":
         model.compile_trunk()
+    for module in model.modules() if what == "block" else ():
+        if isinstance(module, ExpertMixture):
+            module.leave_out_of_graphs()
     for block in model.blocks if what == "block" else ():
         block.compile()
 

@@ -22,6 +22,7 @@ from scmdm.models.lora import add_adapters, freeze, is_trained, merged
 from scmdm.ops.grouped_product import grouped_product_loop
 from scmdm.torch_private import TorchDispatchMode, grouped_mm, tree_leaves
 from scmdm.training.optimizer import make_optimizer
+from scmdm.training.setup import compile_model
 from scmdm.training.step import train_step
 
 VOCAB, MASK, LENGTH = 19, 18, 12
@@ -288,6 +289,18 @@ def test_the_summary_of_loads():
 def test_what_does_not_fit_is_refused(key, changes):
     with pytest.raises(UserError, match=f"model.{key}"):
         config_of(**changes).validate()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_route_as_the_model_as_written():
+    ids_BL = torch.arange(2 * LENGTH).view(2, -1) % VOCAB
+    state = State(ids_BL.masked_fill(ids_BL % 3 == 0, MASK), torch.rand(2).double())
+    plain, compiled = model_of(config_of()), model_of(config_of())
+    compile_model(compiled, "block")
+    for model in (plain, compiled):
+        model.hidden(state).square().sum().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert (other.grad - one.grad).norm() <= 1e-5 * one.grad.norm()
 
 
 @pytest.mark.parametrize("targets", [[], ["attn_q", "attn_v"], ["experts.gate", "experts.down"]])

@@ -97,7 +97,10 @@ class ExpertMixture(nn.Module):
         self.shared_up = Linear(width, shared_width, bias=False) if shared_width else None
         self.shared_down = Linear(shared_width, width, bias=False) if shared_width else None
 
-    @torch.compiler.disable
+    def leave_out_of_graphs(self) -> None:
+        """Run uncompiled within a compiled block: the number of tokens of an expert differs from batch to batch."""
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign]
+
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Map the normalised residual stream to what the mixture adds to it."""
         experts_NT, weights_NT = self.router(x_BLD)
