@@ -226,7 +226,7 @@ def test_the_command_ends_on_ctrl_c_while_it_draws(adapted):
             client.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=180)
         for client in clients:
             client.close()
         assert process.returncode == 130 and not error.strip()
