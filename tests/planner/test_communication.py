@@ -57,7 +57,7 @@ def test_fsdp2_sends_what_is_planned_to_the_byte(rate, passes, batches, fsdp, mo
 
 @pytest.mark.parametrize("reshard", [False, True])
 def test_lower_blocks_are_gathered_once_for_all_forward_passes(reshard):
-    """Of four blocks, the two below the estimate; and once more for the backward pass, as in a vanilla step."""
+    """The two lower blocks, of four, are gathered once for both forward passes, and once more for the backward pass."""
     blocks = []
     for inject_layer, rate in ((2, 1.0), (0, 1.0), (0, 0.0)):
         fsdp = {"reshard_after_estimate": reshard}
