@@ -16,7 +16,7 @@ from torch import Tensor
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.causal_annealing import causally_annealed
 from scmdm.diffusion.noise import keyed_int, keyed_normal
-from scmdm.diffusion.objective import self_conditioned_nelbo
+from scmdm.diffusion.objective import Denoiser, ObjectiveOutput, self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
@@ -60,8 +60,8 @@ def train_step(
 
     The loss is the sum over the global batch divided by its valid tokens; with `train.loss_per=sample` it is the mean
     over the samples of each one's sum divided by its valid tokens. All noise is keyed on the samples. Neither depends
-    on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not
-    finite; the weights are then unchanged. `timer` measures the parts of the step.
+    on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not finite; the weights
+    are then unchanged. `timer` measures the parts of the step.
 
     All ranks meet once, after the backward pass (`scmdm.training.exchange`). `everyone` has the samples of this step,
     as the step before has returned them (`upcoming`); None: they are exchanged now. `read_next` reads this rank's
@@ -85,16 +85,7 @@ def train_step(
         rows = slice(start, start + size)
         batch = _noise(config, schedule, mask_id, sequences[rows], t_B[rows], step)
         with engine.compute(), record.recording() if record is not None else contextlib.nullcontext():
-            output = self_conditioned_nelbo(
-                denoiser,
-                batch,
-                schedule,
-                condition=config.self_conditioning.rate > 0,
-                passes=config.self_conditioning.passes,
-                estimate_dropout=config.self_conditioning.estimate_dropout,
-                stop_gradient=config.self_conditioning.stop_gradient,
-                share_lower=config.shared_layers > 0,
-            )
+            output = _objective(config, schedule, denoiser, batch)
         routing_loss = None if record is None else record.take_loss()
         with timer.part("backward"):
             loss_sum = output.loss if routing_loss is None else output.loss + routing_loss
@@ -125,6 +116,20 @@ def train_step(
         )
     _require_finite(result, step, sequences.ids)
     return result
+
+
+def _objective(config: RunConfig, schedule: Schedule, denoiser: Denoiser, batch: NoisedBatch) -> ObjectiveOutput:
+    own = config.self_conditioning
+    return self_conditioned_nelbo(
+        denoiser,
+        batch,
+        schedule,
+        condition=own.rate > 0,
+        passes=own.passes,
+        estimate_dropout=own.estimate_dropout,
+        stop_gradient=own.stop_gradient,
+        share_lower=config.shared_layers > 0,
+    )
 
 
 def _noise(
