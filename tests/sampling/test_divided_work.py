@@ -8,7 +8,7 @@ import pytest
 
 from scmdm.errors import UserError
 from scmdm.runtime.divided_work import _MOST_FILES, ResultParts, compute_divided, share_of
-from scmdm.runtime.watchdog import HANG_EXIT, report_progress, watching_share
+from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, report_progress, watching_share
 from scmdm.system.process_group import World
 
 
@@ -113,8 +113,8 @@ def test_a_job_that_hangs_ends_with_its_stacks_and_goes_on_at_the_next_start(tmp
 
 
 def test_every_result_is_progress(tmp_path, monkeypatch):
-    beats = []
-    monkeypatch.setattr("scmdm.runtime.watchdog.Watchdog.beat", lambda self, part: beats.append(part))
+    beats, beat = [], Watchdog.beat
+    monkeypatch.setattr(Watchdog, "beat", lambda self, part: beats.append(part) or beat(self, part))
     compute_divided(9, Job(), ResultParts.beside(tmp_path / "out.json", seed=3))
     assert beats == ["start", *["its share of the work"] * (1 + 9 // 3)]
     with watching_share(tmp_path, World(0, 1, 0)):
