@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,7 @@ __all__ = [
     "grouped_mm",
     "has_grouped_mm",
     "is_fake",
+    "leave_profiler_out_of_checkpoints",
     "lerp_all_",
     "nccl_trace",
     "scaled_mm",
@@ -94,6 +96,18 @@ def constant_under_compile(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def leave_profiler_out_of_checkpoints() -> None:
+    """Let selective checkpointing run again what marks its parts for the profiler more often than the forward pass.
+
+    FSDP2 does so for a group within a checkpointed block; torch would refuse it. Changes
+    `torch.utils.checkpoint.SAC_IGNORED_OPS`, for which there is no public setting (torch 2.14).
+    """
+    marks = torch.ops.profiler
+    torch.utils.checkpoint.SAC_IGNORED_OPS.update(
+        {marks._record_function_enter_new.default, marks._record_function_exit._RecordFunction}
+    )
 
 
 def lerp_all_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:

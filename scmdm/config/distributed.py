@@ -35,6 +35,13 @@ class FsdpConfig:
         at_most=65536,
         on_resume=True,
     )
+    experts: int = key(
+        1,
+        help="expert parallelism: consecutive ranks that share the experts of each layer; must divide model.experts",
+        at_least=1,
+        at_most=65536,
+        on_resume=True,
+    )
 
 
 @dataclass

@@ -127,6 +127,8 @@ class RunConfig:
         for name in ("replicate", "context"):
             value = getattr(self.fsdp, name)
             require(size % value == 0, f"fsdp.{name}", value, f"a divisor of the number of processes = {size}")
+        shards, own = size // self.fsdp.replicate, self.fsdp.experts
+        require(shards % own == 0, "fsdp.experts", own, f"a divisor of processes / fsdp.replicate = {shards}")
         train, parts = self.train, size // self.fsdp.context
         if train.global_batch_size % (parts * train.micro_batch_size):
             raise UserError(

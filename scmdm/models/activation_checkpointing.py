@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from scmdm.torch_private import ATTENTION_OPERATORS
+from scmdm.torch_private import ATTENTION_OPERATORS, leave_profiler_out_of_checkpoints
 
 _aten = torch.ops.aten
 # "selective" keeps the results of matrix products and attention, which take long to compute but little memory.
@@ -34,6 +34,7 @@ def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
         return block(*arguments)
     if kind == "full":
         return checkpoint(block, *arguments, use_reentrant=False)
+    leave_profiler_out_of_checkpoints()
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     with _no_cached_casts():
         return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmdm.diffusion.noise import keyed_int
+from scmdm.models.experts.expert_block import whole_parameters
+from scmdm.models.tensor_files import first_row, local_part
+
+_DRAWN_AT_ONCE = 2**20  # elements
 
 
 class ZeroLinear(nn.Linear):
@@ -23,22 +27,22 @@ def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = l
 
     Parameters of a module with the attribute `starts_at` get that constant, or theirs of a mapping.
     Others are uniform within 1 / sqrt(width of the input), as in `torch.nn.Linear` (kaiming_uniform with a = sqrt(5)).
-    `only` selects parameters by name.
+    `only` selects parameters by name. A rank has memory for its own part of a parameter alone.
     """
+    whole = whole_parameters(model)
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         constants: float | dict[str, float] | None = getattr(module, "starts_at", None)
-        for name, parameter in own.items():
+        for name in own:
             full_name = f"{path}.{name}"
             if not only(full_name):
                 continue
+            parameter = whole[full_name.removeprefix(".")]
             if constants is not None:
-                constant = constants[name] if isinstance(constants, dict) else constants
-                value = torch.full(parameter.shape, constant, dtype=parameter.dtype)
+                local_part(parameter).fill_(constants[name] if isinstance(constants, dict) else constants)
             else:
                 width = next(iter(own.values())).shape[-1]
-                value = initial_value(full_name, parameter.shape, seed=seed, width=width, dtype=parameter.dtype)
-            _assign(parameter, value)
+                _draw(parameter, full_name, seed, width)
 
 
 def initial_value(
@@ -50,15 +54,27 @@ def initial_value(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw a parameter of a linear map whose input has `width` channels (None: the last dimension of the shape)."""
-    bound = (width or shape[-1]) ** -0.5
+    value = torch.empty(*shape, dtype=dtype, device="cpu")
+    _draw(value, name, seed, width or shape[-1])
+    return value
+
+
+def _draw(parameter: Tensor, name: str, seed: int, width: int) -> None:
+    """Fill this rank's rows of a parameter; the draws of the rows before them are made in pieces and dropped."""
+    local, bound = local_part(parameter), width**-0.5
     generator = torch.Generator().manual_seed(keyed_int(seed, f"init/{name}", 0))
-    return torch.empty(*shape, dtype=dtype, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    def draw(count: int) -> Tensor:
+        piece = torch.empty(count, dtype=parameter.dtype, device="cpu")
+        return piece.uniform_(-bound, bound, generator=generator)
+
+    for size in _pieces(first_row(name, parameter) * math.prod(parameter.shape[1:]) if local.numel() else 0):
+        draw(size)
+    left = local.view(-1)
+    for size in _pieces(len(left)):
+        left[:size].copy_(draw(size))
+        left = left[size:]
 
 
-def _assign(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        # Every rank has drawn the same values, so that nothing needs to be sent.
-        value = distribute_tensor(
-            value.to(parameter.to_local().device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(value)
+def _pieces(count: int) -> list[int]:
+    return [_DRAWN_AT_ONCE] * (count // _DRAWN_AT_ONCE) + [count % _DRAWN_AT_ONCE]

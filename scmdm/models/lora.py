@@ -58,9 +58,12 @@ class LoraExpertLinear(ExpertLinear):
         self.lora_A = ExpertLinear(experts, width, rank)
         self.lora_B = ZeroExpertLinear(experts, rank, out)
         self.scale = alpha / rank
+        self.adapted = True  # false: as without adapters
 
     def forward(self, x_PI: Tensor, ends_E: Tensor) -> Tensor:
         """See `ExpertLinear.forward`."""
+        if not self.adapted:
+            return super().forward(x_PI, ends_E)
         return super().forward(x_PI, ends_E) + self.scale * self.lora_B(self.lora_A(x_PI, ends_E), ends_E)
 
 
@@ -92,7 +95,7 @@ def _adapted(module: nn.Module, config: ModelConfig) -> nn.Module:
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Run a block with the model as it is without its adapters. There must be no gradients through it."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    adapted = [module for module in model.modules() if isinstance(module, (LoraLinear, LoraExpertLinear))]
     for module in adapted:
         module.adapted = False
     try:

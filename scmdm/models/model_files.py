@@ -22,6 +22,7 @@ from scmdm.data.manifest import MANIFEST_FILE, Manifest
 from scmdm.data.tokenizers import Tokenizer, load_tokenizer
 from scmdm.diffusion.schedule import Schedule, make_schedule
 from scmdm.errors import UserError
+from scmdm.models.experts.expert_block import whole_parameters
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.lora import add_adapters, is_added
 from scmdm.models.network import Network
@@ -288,7 +289,7 @@ def match_weights(
     UserError when files are damaged or of another architecture.
     """
     found = _stored(directory, weights, alone=alone)
-    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    own = {name: parameter.shape for name, parameter in whole_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     check_fit(own, shapes, str(directory), new_conditioner=new_conditioner)
     for tensor in found.tensors.values():
@@ -301,9 +302,9 @@ def fill_weights(model: Network, found: StoredWeights, *, alone: bool = False) -
 
     All ranks call this together, unless `alone`. Raises UserError for files that changed, and for NaN or infinity.
     """
-    own = dict(model.named_parameters())
-    read_tensors(found.place, {key: own[name].detach() for name, key in found.keys.items()}, alone=alone)
-    require_finite_all(((name, own[name].detach()) for name in found.keys), found.place)
+    own = whole_parameters(model)
+    read_tensors(found.place, {key: own[name] for name, key in found.keys.items()}, alone=alone)
+    require_finite_all(((name, own[name]) for name in found.keys), found.place)
 
 
 def iterate_weights(directory: Path, *, weights: str = "ema") -> Iterator[tuple[str, Tensor]]:

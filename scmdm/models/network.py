@@ -10,7 +10,7 @@ Legend: B batch, L length, D width, K width of a head, V vocabulary with the mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
 from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, masks_of_window
 from scmdm.models.conditioner import Conditioner, Interpolation
+from scmdm.models.experts.expert_block import whole_parameters
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
 from scmdm.ops.subs_logits import subs_bias, subs_logits
@@ -53,6 +54,18 @@ class BlockInputs(NamedTuple):
     window: Window | None
 
 
+class AroundBlocks(Protocol):
+    """What an engine does around each block, outside of what activation checkpointing runs again."""
+
+    def before(self, number: int) -> None:
+        """Prepare a block's forward pass."""
+        ...
+
+    def after(self, number: int, x_BLD: Tensor) -> None:
+        """End it; `x_BLD` is its result."""
+        ...
+
+
 class Network(nn.Module):
     """A denoiser: implements `scmdm.diffusion.objective.Denoiser` and `scmdm.diffusion.sampler.SamplingDenoiser`.
 
@@ -71,6 +84,7 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.mask_id, self.schedule = config, mask_id, schedule
         self.context: DeviceMesh | None = None
+        self.around_blocks: AroundBlocks | None = None
         self.inject_layer = config.inject_layer if config.self_conditioned else 0
         # Unbound: a bound method would refer to the model, whose memory would then be freed late.
         self._run_lower: Callable[..., Tensor] = type(self)._lower_blocks
@@ -222,7 +236,11 @@ class Network(nn.Module):
             if inputs.window is not None:
                 masks = masks._replace(cache=LayerCache(inputs.window, number))
             own = inputs.rotary, *inputs.condition, inputs.dropout, masks
+            if self.around_blocks is not None:
+                self.around_blocks.before(number)
             x_BLD = run_block(self.blocks[number], kind, x_BLD, *own)
+            if self.around_blocks is not None:
+                self.around_blocks.after(number, x_BLD)
         return x_BLD
 
     def _residual_stream(self, x_BLD: Tensor) -> Tensor:
@@ -313,5 +331,7 @@ class Network(nn.Module):
 
 def count_parameters(model: nn.Module, *, trained: bool = False) -> int:
     """Count the parameters of the whole, possibly sharded, model; with `trained`, those that need gradients."""
+    whole = whole_parameters(model)
     # DeepSpeed stage 3 empties parameters and keeps their size in `ds_numel`.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
+    counted = [(name, p) for name, p in model.named_parameters() if p.requires_grad or not trained]
+    return sum(getattr(p, "ds_numel", whole[name].numel()) for name, p in counted)

@@ -113,7 +113,7 @@ def _write_part(
     for number, name in enumerate(sorted(tensors)):
         if _is_ours(tensors[name], number, rank, world):
             value = (tensors if values is None else values)[name]
-            own[name] = value.to_local() if isinstance(value, DTensor) else value
+            own[name] = local_part(value)
             offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
     if not own:
         return _Written()
@@ -215,9 +215,22 @@ def _own_metadata(directory: Path, into: Mapping[str, Tensor]) -> Metadata:
     return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(name: str, tensor: Tensor) -> int:
+    """Return at which row this rank's part of a tensor begins, of which it holds whole rows."""
+    begins, ends = _box(name, tensor)
+    assert tuple(begins[1:]) == (0,) * (tensor.dim() - 1)
+    assert tuple(ends[1:]) == tuple(tensor.shape[1:])
+    return begins[0]
+
+
 def _box(name: str, tensor: Tensor) -> _Box:
     """Return where this rank's part of a tensor begins and ends."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     begins = _offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
     return begins, [begin + size for begin, size in zip(begins, local.shape, strict=True)]
 

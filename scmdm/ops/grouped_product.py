@@ -33,7 +33,7 @@ def grouped_product(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         ends_E: int32; the row at which each group ends.
     """
     if _uses_kernel(x_PI):
-        dtype = _compute_dtype(x_PI)
+        dtype = compute_dtype(x_PI)
         if is_fake(x_PI):  # the same shapes, and gradients of the same sizes
             return F.linear(x_PI.to(dtype), weight_EOI.to(dtype)[0])
         return grouped_mm(x_PI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), ends_E)
@@ -51,10 +51,11 @@ def grouped_product_loop(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Te
     return torch.cat([*parts, parts[0].new_zeros(rest, weight_EOI.shape[1])] if rest else parts)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products of `x` are computed: autocast's, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _uses_kernel(x: Tensor) -> bool:
-    return is_fake(x) or (x.device.type == "cuda" and _compute_dtype(x) == torch.bfloat16 and has_grouped_mm())
+    return is_fake(x) or (x.device.type == "cuda" and compute_dtype(x) == torch.bfloat16 and has_grouped_mm())

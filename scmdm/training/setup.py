@@ -19,9 +19,10 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deepspeed, shard_rows
 from scmdm.distributed.engine import Engine, SingleEngine
-from scmdm.distributed.fsdp import FsdpEngine, make_mesh, shard
+from scmdm.distributed.fsdp import FsdpEngine, make_expert_mesh, make_mesh, shard
 from scmdm.errors import UserError
 from scmdm.models.experts.expert_block import ExpertMixture
+from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.experts.router import attach_record
 from scmdm.models.initialization import init_weights
 from scmdm.models.legacy import upgrade_model_keys
@@ -121,6 +122,8 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
     for what, number in ((f"the length of {config.data.label}", manifest.length), ("model.heads", config.model.heads)):
         if number % config.fsdp.context:
             raise UserError(f"fsdp.context={config.fsdp.context} is not possible; it must divide {what} = {number}")
+    if (reason := expert_ranks_refused(config.model, config.fsdp.experts)) is not None:
+        raise UserError(reason)
     classes = len(manifest.labels) if config.model.labels else 0
     spec = ModelSpec(
         config.model, config.diffusion, manifest.vocab_size, manifest.mask_id, manifest.length, classes=classes
@@ -188,7 +191,7 @@ def _frozen_base(
     compile_model(model, config.model.compile)
     offload = config.engine == "fsdp2" and config.fsdp.offload
     if config.engine == "fsdp2":
-        shard(model, make_mesh(config.fsdp, device), dtype, offload=offload)
+        _shard(model, config, device, dtype)
     found = match_weights(model, base.path)
     allocate(model, device, weights_on=torch.device("cpu") if offload else None)
     fill_weights(model, found)
@@ -205,7 +208,7 @@ def _engine_of_model(
         multiply_in_fp8(model.blocks, emulated=device.type != "cuda")
     compile_model(model, config.model.compile)
     if config.engine == "fsdp2":
-        shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload)
+        _shard(model, config, device, dtype)
     zero_3 = config.engine == "deepspeed" and config.deepspeed.stage == 3
     if zero_3:
         shard_rows(model, device)
@@ -225,6 +228,11 @@ def _engine_of_model(
     if config.engine == "deepspeed":
         return DeepspeedEngine(model, optimizer, device, dtype, config)
     return FsdpEngine(model, optimizer, device, dtype, config.fsdp)
+
+
+def _shard(model: Network, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    experts = make_expert_mesh(config.fsdp, device)
+    shard(model, make_mesh(config.fsdp, device), dtype, offload=config.fsdp.offload, experts=experts)
 
 
 def _record_routing(model: Network, config: RunConfig) -> None:
