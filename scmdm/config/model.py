@@ -202,6 +202,26 @@ class ModelConfig:
         return False
 
     @property
+    def experts(self) -> int:
+        """Return the number of routed experts of a block; a key of kinds that support them, as the next three."""
+        return 0
+
+    @property
+    def router_bias_rate(self) -> float:
+        """Return by how much training moves the bias of an expert in a step."""
+        return 0.0
+
+    @property
+    def router_loss(self) -> float:
+        """Return the factor of the loss that balances experts."""
+        return 0.0
+
+    @property
+    def router_z_loss(self) -> float:
+        """Return the factor of the squared log-sum-exp of the router's logits."""
+        return 0.0
+
+    @property
     def logit_shift(self) -> bool:
         """Return whether a position is predicted from the one before it; a key of kinds that support this."""
         return False

@@ -28,6 +28,8 @@ from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
 from scmdm.models.attention import FLEX_BACKENDS, NO_MASKS
 from scmdm.models.decoder import DecoderConfig
+from scmdm.models.experts.expert_block import ExpertMixture
+from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.linear import multiply_in_fp8
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
@@ -126,6 +128,7 @@ def measure_activations(
     gpu: bool,
     block_length: int | None = None,
     shared_layers: int = 0,
+    experts: int = 1,
 ) -> ActivationBytes:
     """Measure one micro-batch of `rows` sequences of `length` tokens, all of them masked.
 
@@ -133,7 +136,8 @@ def measure_activations(
     are float32 and autocast copies them. `passes` passes compute the estimate (0: vanilla training).
     `trained_layers` is that of `scmdm.models.flops.step_flops`. A model of blocks of `block_length` evaluates two
     copies of each sequence, with a dense mask where FlexAttention does not run. The first `shared_layers` blocks run
-    before the passes that compute the estimate, which keep their activations.
+    before the passes that compute the estimate, which keep their activations. `experts` ranks share the experts of each
+    layer, with balanced loads.
     """
     masked = block_length is not None and not (gpu and model.attention in FLEX_BACKENDS)
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
@@ -141,7 +145,7 @@ def measure_activations(
     model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)) | _dense(model))
 
     def measured(rows: int, length: int) -> ActivationBytes:
-        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length, masked)
+        options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length, masked, experts)
         fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
         found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
         by_block = (more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0])
@@ -183,12 +187,15 @@ def _measure(
     gpu: bool,
     block_length: int | None,
     masked: bool,
+    experts: int,
 ) -> ActivationBytes:
     keys = {**json.loads(model_json), "layers": layers}
     config = DENOISERS.schema(keys["kind"])(**keys)
     diffusion, classes = DiffusionConfig(block_length=block_length), 2 if config.labels else 0
     spec = ModelSpec(config, diffusion, _VOCABULARY, _VOCABULARY - 1, length, classes=classes)
     model = spec.build().train()
+    for mixture in (one for one in model.modules() if experts > 1 and isinstance(one, ExpertMixture)):
+        mixture.share_experts(_PretendedGroup(experts), None)
     if not masked:
         model._masks = lambda state: NO_MASKS  # type: ignore[method-assign]
     if config.matmul_precision == "fp8":
@@ -219,6 +226,16 @@ def _measure(
             kept, tracker.peak = tracker.live, tracker.live
             loss.backward()
         return _by_phase(peaks, passes, kept, tracker.peak)
+
+
+class _PretendedGroup(ExpertGroup):
+    """Ranks that send as much as they receive; fake tensors have no values to send."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.rank = ranks, 0
+
+    def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Do nothing: buffers exist."""
 
 
 def _by_phase(peaks: list[int], passes: int, kept: int, backward: int) -> ActivationBytes:

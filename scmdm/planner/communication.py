@@ -5,13 +5,16 @@ Small collectives (token counts, sample ids, times, loss, gradient norm) are lef
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from scmdm.models.attention import exchanged_kv_heads
-from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, gathered_weights
+from scmdm.models.decoder import DecoderConfig
+from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, GatheredGroup, block_groups, gathered_weights
 from scmdm.planner.workload import ParallelLayout, Workload
 
 _EXTERNAL = ("vocab_embed.", "output_layer.linear.")  # weights that ZeRO-3 gathers in every call of the model
+_COUNT = 8  # bytes of a number of rows
 ESTIMATE, LOSS, BACKWARD, UPDATE = "estimate", "loss pass", "backward", "update"  # parts of a step
 
 
@@ -22,7 +25,7 @@ class Collective:
     kind: str  # all_gather | reduce_scatter | all_reduce | all_to_all
     what: str
     part: str
-    group: str  # shard | replicate | context
+    group: str  # shard | replicate | context | experts | holders (of the same experts)
     ranks: int  # size of the group
     size: int  # bytes of the whole tensor; all_to_all: bytes that a rank exchanges
     times: int  # per optimizer step
@@ -38,32 +41,40 @@ class Collective:
 def step_collectives(workload: Workload, layout: ParallelLayout) -> tuple[Collective, ...]:
     """Return the collectives of one step in the order of its parts."""
     found = {"single": lambda *_: [], "fsdp2": _fsdp, "deepspeed": _zero}[layout.engine](workload, layout)
-    found += _context(workload, layout)
+    found += _context(workload, layout) + _experts(workload, layout)
     return tuple(one for one in found if one.ranks > 1 and one.times)
 
 
 def _fsdp(workload: Workload, layout: ParallelLayout) -> list[Collective]:
     weights, layers = gathered_weights(workload, layout), workload.model.layers
-    shards, batches = layout.shards, layout.micro_batches(workload)
-    block = weights.blocks // layers
-    gathers = {ESTIMATE: 0, LOSS: layers, BACKWARD: layers}
+    shards, batches, blocks = layout.shards, layout.micro_batches(workload), block_groups(workload, layout)
+    gathers = {ESTIMATE: 0, LOSS: 1, BACKWARD: 1}
+    shared = dict(gathers)  # of the blocks that run once for all passes
     if workload.passes:
-        upper = layers - workload.shared_layers
         # If weights stay gathered after the first pass, all forward passes use them.
-        gathers = {ESTIMATE: workload.passes * upper, LOSS: layers, BACKWARD: layers}
-        if not layout.reshard_after_estimate and not workload.copies_base:
-            gathers = {ESTIMATE: upper, LOSS: workload.shared_layers, BACKWARD: layers}
+        kept = not layout.reshard_after_estimate and not workload.copies_base
+        gathers = {ESTIMATE: 1 if kept else workload.passes, LOSS: 0 if kept else 1, BACKWARD: 1}
     first = ESTIMATE if workload.passes else LOSS
     found = [Collective("all_gather", "rest", first, "shard", shards, weights.rest, batches)]
-    for part, times in gathers.items():
-        found.append(Collective("all_gather", "blocks", part, "shard", shards, block, times * batches))
+    for part in gathers:
+        times = Counter[GatheredGroup]()
+        for number, groups in enumerate(blocks):
+            for group in groups:
+                times[group] += (shared if number < workload.shared_layers else gathers)[part]
+        for group, count in times.items():
+            by = "holders" if group.what == "experts" else "shard"
+            found.append(Collective("all_gather", group.what, part, by, group.ranks, group.weights, count * batches))
     # Adapters are in every block. Otherwise the last blocks are trained, or none.
-    trained = (workload.trained_layers or layers) if weights.block_reduction else 0
-    for what, size, times in (("rest", weights.rest_reduction, 1), ("blocks", weights.block_reduction, trained)):
-        found.append(Collective("reduce_scatter", what, BACKWARD, "shard", shards, size, times))
-        shard = size // shards
-        found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, shard, times))
-    return found
+    trained = blocks[layers - (workload.trained_layers or layers) :]
+    reduced = Counter(group for groups in trained for group in groups)
+    rest = GatheredGroup("rest", shards, weights.rest, weights.rest_reduction)
+    for group, times_reduced in [(rest, 1), *reduced.items()]:
+        by = "holders" if group.what == "experts" else "shard"
+        size, what = group.gradients, group.what
+        found.append(Collective("reduce_scatter", what, BACKWARD, by, group.ranks, size, times_reduced))
+        shard = size // group.ranks
+        found.append(Collective("all_reduce", what, BACKWARD, "replicate", layout.replicate, shard, times_reduced))
+    return [one for one in found if one.size]
 
 
 def _zero(workload: Workload, layout: ParallelLayout) -> list[Collective]:
@@ -133,4 +144,35 @@ def _context(workload: Workload, layout: ParallelLayout) -> list[Collective]:
         )
         for part, times in rounds.items()
         for what, number in channels.items()
+    ]
+
+
+def _experts(workload: Workload, layout: ParallelLayout) -> list[Collective]:
+    """All-to-alls of expert parallelism: numbers of rows, rows to the experts, and results back, with balanced loads.
+
+    The backward pass sends gradients the same ways, and repeats the forward pass where activations are not kept.
+    """
+    if layout.experts == 1:
+        return []
+    model, again = workload.model, layout.activation_checkpointing != "none"
+    assert isinstance(model, DecoderConfig)
+    mixtures = range(model.dense_layers, model.layers)
+    upper, backward = (
+        sum(number >= first for number in mixtures) for first in (workload.shared_layers, workload.backward_from)
+    )
+    forward = {ESTIMATE: workload.passes * upper, LOSS: len(mixtures), BACKWARD: backward if again else 0}
+    copies = layout.tokens(workload) * (1 if workload.block_length is None else 2) * model.experts_per_token
+    rows, counts = copies * model.width * layout.width, model.experts * _COUNT
+
+    def exchanged(what: str, part: str, size: int, times: int) -> Collective:
+        batches = layout.micro_batches(workload)
+        return Collective("all_to_all", what, part, "experts", layout.experts, size, times * batches, overlaps=False)
+
+    return [
+        one
+        for part, times in forward.items()
+        for one in (
+            exchanged("expert counts", part, counts, times),
+            exchanged("tokens", part, rows, 2 * (times + (backward if part == BACKWARD else 0))),
+        )
     ]

@@ -131,7 +131,7 @@ def collective_seconds(one: Collective, cluster: Cluster, layout: ParallelLayout
 
 def _placement(one: Collective, cluster: Cluster, layout: ParallelLayout) -> tuple[int, int]:
     """Return the number of nodes that a group spans, and the number of its ranks per node."""
-    stride = layout.shards if one.group == "replicate" else 1
+    stride = {"replicate": layout.shards, "holders": layout.experts}.get(one.group, 1)
     per_node = max(1, min(one.ranks, cluster.gpus_per_node // stride))
     return -(-one.ranks // per_node), per_node
 
@@ -162,10 +162,10 @@ def _host_seconds(
     if not layout.offload:
         return 0.0
     shard = rank_state(workload, layout).weights
-    gathers = {
-        one.part: one.times / (workload.model.layers * layout.micro_batches(workload))
+    times = sum(
+        one.times
         for one in step_collectives(workload, layout)
-        if one.kind == "all_gather" and one.what == "blocks"
-    }
-    copies = gathers.get(part, 0.0) * layout.micro_batches(workload) + (1 if part == BACKWARD else 0)
+        if (one.kind, one.what, one.part) == ("all_gather", "blocks", part)
+    )
+    copies = times / workload.model.layers + (1 if part == BACKWARD else 0)
     return copies * shard / (cluster.gpu.host_link * assumed.link_efficiency)

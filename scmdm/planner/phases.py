@@ -208,6 +208,7 @@ class _Phases:
             trained_layers=workload.trained_layers,
             gpu=self._layout.gpu,
             block_length=workload.block_length,
+            experts=self._layout.experts,
         )
         return found.estimate_blocks, found.estimate_head
 
@@ -237,7 +238,7 @@ class _Phases:
         """Seconds to gather all weights for one batch."""
         batches = self._layout.micro_batches(self._workload)
         collectives = step_collectives(self._workload, self._layout)
-        gathers = [one for one in collectives if one.kind == "all_gather" and one.group == "shard"]
+        gathers = [one for one in collectives if one.kind == "all_gather"]
         first = next((one.part for one in gathers if one.part != BACKWARD), None)
         return sum(
             collective_seconds(one, self._cluster, self._layout, self._assumed) / batches

@@ -86,6 +86,7 @@ def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
         own |= {
             "fsdp.replicate": layout.replicate,
             "fsdp.context": layout.context,
+            "fsdp.experts": layout.experts,
             "fsdp.reshard_after_estimate": layout.reshard_after_estimate,
             "fsdp.offload": layout.offload,
         }

@@ -109,6 +109,7 @@ def _activations(workload: Workload, layout: ParallelLayout) -> ActivationBytes:
         gpu=layout.gpu,
         block_length=workload.block_length,
         shared_layers=workload.shared_layers,
+        experts=layout.experts,
     )
 
 
@@ -135,7 +136,8 @@ class _StepParts:
         accumulates = layout.micro_batches(workload) > 1
         # Engines that do not reduce after every micro-batch accumulate whole gradients in float32.
         zero = layout.engine == "deepspeed"
-        trained = sum(parameter.numel for parameter in workload.trained) * FLOAT32
+        held = [p.numel // layout.experts if p.routed else p.numel for p in workload.trained]
+        trained = sum(held) * FLOAT32
         whole = trained if layout.engine == "fsdp2" or (zero and layout.stage == 1) else 0
         self._accumulated = whole if accumulates else 0
         self._gradients_at_end = whole if zero else self._accumulated

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.planner.duration import StepTime, step_time
 from scmdm.planner.hardware import Assumptions, Cluster
 from scmdm.planner.rank_memory import RankMemory, least_peak, rank_memory
@@ -59,6 +60,10 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
     for key, value in (("fsdp.replicate", layout.replicate), ("fsdp.context", layout.context)):
         if layout.ranks % value:
             return f"{key}={value} does not divide {layout.ranks} GPUs"
+    if (reason := expert_ranks_refused(workload.model, layout.experts)) is not None:
+        return reason
+    if layout.shards % layout.experts:
+        return f"fsdp.experts={layout.experts} does not divide the {layout.shards} GPUs of a replica"
     for what, number in (("the length", workload.length), ("model.heads", workload.model.heads)):
         if number % layout.context:
             return f"fsdp.context={layout.context} does not divide {what} = {number}"
@@ -78,7 +83,8 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
 def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> SearchResult:
     """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
 
-    Offloading is tried only if no other layout fits. Engine, precision and compilation stay as in `start`.
+    Offloading is tried only if no other layout fits. Engine, precision, compilation and expert parallelism stay as in
+    `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
     if not layouts:

@@ -6,10 +6,12 @@ so no rank holds more than rank 0. FSDP2 pads every shard to the size of the fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from scmdm.models.lora import EXPERT_BIAS
 from scmdm.planner.workload import ParallelLayout, Parameter, Workload
 
 FLOAT32 = 4  # bytes; weights, gradients, moments and averages are float32 in every engine and precision
@@ -40,7 +42,7 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
     if layout.engine == "deepspeed":
         return _zero_3_state(workload, layout) if layout.stage == 3 else _zero_state(workload, layout)
     held, trained = (
-        sum(held_elements(parameter, layout.shards) for parameter in parameters) * FLOAT32
+        sum(held_elements(parameter, layout) for parameter in parameters) * FLOAT32
         for parameters in (workload.parameters, workload.trained)
     )
     moments = 2 * trained + _COUNTER * len(workload.trained)
@@ -48,10 +50,14 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
     return TrainingState(held, trained, moments, trained if workload.averaged else 0, copied)
 
 
-def held_elements(parameter: Parameter, shards: int) -> int:
-    """Elements of a parameter on rank 0 if its rows are distributed as by `torch.chunk`."""
-    rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel // rows)
+def held_elements(parameter: Parameter, layout: ParallelLayout) -> int:
+    """Elements of a parameter on rank 0 if its rows are distributed as by `torch.chunk`, those of experts twice."""
+    if layout.engine == "fsdp2" and parameter.name.endswith(EXPERT_BIAS):  # whole on each rank
+        return parameter.numel
+    rows, shards, row = parameter.shape[0], layout.shards, parameter.numel // parameter.shape[0]
+    if parameter.routed:
+        rows, shards = rows // layout.experts, layout.holders
+    return -(-rows // shards) * row
 
 
 def _zero_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
@@ -93,34 +99,69 @@ def head_width(workload: Workload, layout: ParallelLayout) -> int:
     return FLOAT32 if workload.model.head_precision == "float32" else layout.width
 
 
+@dataclass(frozen=True)
+class GatheredGroup:
+    """Parameters that FSDP2 gathers and reduces together."""
+
+    what: str  # rest | blocks | routers | experts
+    ranks: int
+    weights: int  # bytes that are gathered
+    gradients: int  # bytes in float32 that are reduced
+
+
+def block_groups(workload: Workload, layout: ParallelLayout) -> list[list[GatheredGroup]]:
+    """Return the groups of each block: its own, and those within it."""
+    return [_groups_of(unit, layout) for unit in workload.units()[1:]]
+
+
+def _groups_of(unit: tuple[Parameter, ...], layout: ParallelLayout) -> list[GatheredGroup]:
+    own: dict[tuple[str, str], list[Parameter]] = {}
+    for parameter in unit:
+        own.setdefault(_group_of(parameter, layout), []).append(parameter)
+    widths = {"routers": FLOAT32}
+    return [_group(what, part, layout, widths.get(what, layout.width)) for (what, _), part in own.items() if what]
+
+
+def _group_of(parameter: Parameter, layout: ParallelLayout) -> tuple[str, str]:
+    """Return the kind of the group of a block's parameter, and which of that kind; an empty one is not gathered."""
+    if parameter.name.endswith(EXPERT_BIAS):
+        return "", ""
+    if parameter.of_router:
+        return "routers", ""
+    if parameter.routed and layout.experts > 1:  # a map of all experts, with its adapters
+        return "experts", parameter.name.partition(".experts.")[2].partition(".")[0]
+    return "blocks", ""
+
+
+def _group(what: str, parameters: Sequence[Parameter], layout: ParallelLayout, width: int) -> GatheredGroup:
+    """Every shard is as large as rank 0's."""
+    ranks = layout.holders if what == "experts" else layout.shards
+    whole, trained = (
+        ranks * sum(held_elements(p, layout) for p in found)
+        for found in (parameters, [p for p in parameters if p.trained])
+    )
+    return GatheredGroup(what, ranks, whole * width, trained * FLOAT32)
+
+
 def gathered_weights(workload: Workload, layout: ParallelLayout) -> GatheredWeights:
     """Return what the engine gathers and reduces on one rank."""
     if layout.engine != "fsdp2":
         return _zero_gathered(workload, layout)
-    width = layout.width
     rest_width = head_width(workload, layout)
-    units = workload.units()
-    rest, *own = (_padded(unit, layout.shards) for unit in units)
-    block = max(own)  # blocks with experts are larger than those without
-    # With train.last_layers only the last blocks have gradients.
-    rest_trained, block_trained = (
-        _padded(tuple(p for p in unit if p.trained), layout.shards) for unit in (units[0], units[-1])
-    )
+    rest, blocks = _group("rest", workload.units()[0], layout, rest_width), block_groups(workload, layout)
+    sizes = [sum(group.weights for group in groups) for groups in blocks]
     return GatheredWeights(
-        rest=rest * rest_width,
-        block=block * width,
-        blocks=sum(own) * width,
-        buffers=block * width,  # prefetch of the next block in either direction
-        block_reduction=block_trained * FLOAT32,
-        rest_gradients=rest_trained * rest_width,
-        rest_reduction=rest_trained * FLOAT32,
+        rest=rest.weights,
+        block=max(sizes),  # blocks with experts are larger than those without
+        blocks=sum(sizes),
+        # Prefetch of the next group in either direction.
+        buffers=max(group.weights for groups in blocks for group in groups),
+        # With train.last_layers only the last blocks have gradients.
+        block_reduction=max(group.gradients for group in blocks[-1]),
+        rest_gradients=rest.gradients // FLOAT32 * rest_width,
+        rest_reduction=rest.gradients,
         rest_width=rest_width,
     )
-
-
-def _padded(unit: tuple[Parameter, ...], shards: int) -> int:
-    """Elements of parameters if every shard is as large as rank 0's."""
-    return sum(held_elements(parameter, shards) * shards for parameter in unit)
 
 
 def _zero_gathered(workload: Workload, layout: ParallelLayout) -> GatheredWeights:

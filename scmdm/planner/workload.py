@@ -18,7 +18,7 @@ from scmdm.diffusion.schedule import Schedule
 from scmdm.models.decoder import DecoderConfig
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
-from scmdm.models.model_files import ModelSpec
+from scmdm.models.model_files import ROUTER, ModelSpec
 from scmdm.models.network import Network
 from scmdm.training.optimizer import is_decayed
 
@@ -40,6 +40,16 @@ class Parameter:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is a stack of experts to which tokens are routed."""
+        return _ROUTED.search(self.name) is not None
+
+    @property
+    def of_router(self) -> bool:
+        """Whether it belongs to a router."""
+        return ROUTER in self.name
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,19 @@ class Workload:
         model = self.model
         if not isinstance(model, DecoderConfig) or not model.experts:
             return self.numel
-        routed = sum(p.numel for p in self.parameters if _ROUTED.search(p.name) is not None)
+        routed = sum(p.numel for p in self.parameters if p.routed)
         return self.numel - routed + routed * model.experts_per_token // model.experts
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
         """Parameters that have gradients, moments and averages."""
         return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    @property
+    def backward_from(self) -> int:
+        """The first block that has a backward pass."""
+        trained = [p.block for p in self.trained if p.block is not None]
+        return min([*trained, *([self.model.inject_layer] if self.passes else []), self.model.layers])
 
     def units(self) -> tuple[tuple[Parameter, ...], ...]:
         """Parameters that FSDP2 gathers together: first those outside of the blocks, then each block's."""
@@ -99,6 +115,7 @@ class ParallelLayout:
     activation_checkpointing: str = "none"
     replicate: int = 1
     context: int = 1
+    experts: int = 1
     reshard_after_estimate: bool = False
     offload: bool = False
     stage: int = 2
@@ -114,6 +131,11 @@ class ParallelLayout:
     def shards(self) -> int:
         """Ranks over which one copy of the weights is sharded."""
         return self.ranks // self.replicate if self.engine == "fsdp2" else 1
+
+    @property
+    def holders(self) -> int:
+        """Ranks over which one copy of an expert is sharded."""
+        return self.shards // self.experts
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches of an optimizer step on each rank."""
@@ -176,6 +198,7 @@ def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool 
         activation_checkpointing=config.model.activation_checkpointing,
         replicate=config.fsdp.replicate,
         context=config.fsdp.context,
+        experts=config.fsdp.experts,
         reshard_after_estimate=config.fsdp.reshard_after_estimate,
         offload=config.fsdp.offload and engine == "fsdp2",
         stage=config.deepspeed.stage,

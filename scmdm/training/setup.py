@@ -237,11 +237,11 @@ def _shard(model: Network, config: RunConfig, device: torch.device, dtype: torch
 
 def _record_routing(model: Network, config: RunConfig) -> None:
     """Let the routers of a model with experts record their decisions in training."""
-    losses = {name: getattr(config.model, name, 0.0) for name in ("router_loss", "router_z_loss")}
-    record = attach_record(model, balance_loss=losses["router_loss"], z_loss=losses["router_z_loss"])
+    own = config.model
+    record = attach_record(model, balance_loss=own.router_loss, z_loss=own.router_z_loss)
     if record is not None and config.engine == "deepspeed":
         raise UserError("engine=deepspeed is not possible with model.experts; use engine=fsdp2")
-    if losses["router_loss"] and config.fsdp.context > 1:
+    if own.router_loss and config.fsdp.context > 1:
         raise UserError(
             "fsdp.context is not possible with model.router_loss, which balances whole sequences; set it to 1, or use "
             "model.router_bias=true"

@@ -102,7 +102,7 @@ def train_step(
         grad_norm = engine.clip_grad_norm(config.optimizer.clip, ~loss.isfinite())
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
         if met.counts is not None:
-            update_balance(engine.model, met.counts, getattr(config.model, "router_bias_rate", 0.0))
+            update_balance(engine.model, met.counts, config.model.router_bias_rate)
         evaluations = passes * len(sequences) * engine.data_size
         result = StepResult(
             float(loss),

@@ -76,7 +76,12 @@ def loss_of(engine, config, batch):
 class Collectives(TorchDispatchMode):
     """Counts torch.distributed's collectives by kind and the bytes of their whole tensor."""
 
-    KINDS: typing.ClassVar = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
+    KINDS: typing.ClassVar = {
+        "allgather": "all_gather",
+        "reduce_scatter": "reduce_scatter",
+        "allreduce": "all_reduce",
+        "alltoall": "all_to_all",
+    }
 
     def __init__(self):
         super().__init__()
@@ -86,7 +91,9 @@ class Collectives(TorchDispatchMode):
         if str(function).startswith("c10d."):
             kind = next((kind for name, kind in self.KINDS.items() if name in str(function)), None)
             tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
-            if kind and max(tensor.numel() for tensor in tensors) > 1:  # not single numbers, such as a norm
+            if kind == "all_to_all":  # what is sent
+                self.seen[kind, tensors[1].nbytes] += 1
+            elif kind and max(tensor.numel() for tensor in tensors) > 1:  # not single numbers, such as a norm
                 self.seen[kind, max(tensor.nbytes for tensor in tensors)] += 1
         return function(*args, **(kwargs or {}))
 

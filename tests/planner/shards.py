@@ -1,6 +1,10 @@
-"""State and traffic of real processes beside the plan; started by torchrun, rank 0 prints JSON."""
+"""State and traffic of real processes beside the plan; started by torchrun, rank 0 prints JSON.
+
+With the argument `experts`, the ranks share the experts of a mixture.
+"""
 
 import json
+import sys
 
 import torch
 import torch.distributed as dist
@@ -12,11 +16,13 @@ from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import Collectives, engine_of, loss_of, masked_batch, run_config, spec_of, storage_bytes
 
 VOCAB, LENGTH = 61, 16
+MIXTURE = {"kind": "decoder", "width": 32, "layers": 2, "heads": 4, "mlp_width": 48, "experts": 12, "expert_width": 16}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
-    config = run_config("fsdp2", batch=ranks)
+    shared = sys.argv[1:] == ["experts"]
+    config = run_config("fsdp2", batch=ranks, fsdp={"experts": ranks if shared else 1}, **MIXTURE if shared else {})
     workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
     layout = make_layout(config, ranks, torch.float32)
     engine = engine_of(config, VOCAB, LENGTH)
@@ -42,6 +48,8 @@ if __name__ == "__main__":
             "planned": [state.weights, state.gradients, state.moments, state.averages],
             "all_gathered": sent.bytes("all_gather"),
             "planned_gathered": sum(size * times for kind, size, times in collectives if kind == "all_gather"),
+            "exchanged": sent.bytes("all_to_all"),
+            "planned_exchanged": sum(size * times for kind, size, times in collectives if kind == "all_to_all"),
         }
         print("RESULT", json.dumps(found))
     dist.barrier()  # who leaves first would tear the connection under the other

@@ -1,5 +1,6 @@
-"""Plans of mixtures of experts: parameters that a token meets, and memory measured on fake tensors."""
+"""Plans of mixtures of experts: parameters that a token meets, memory measured on fake tensors, and what ranks send."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -7,11 +8,25 @@ import torch
 
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
+from scmdm.distributed import fsdp
+from scmdm.distributed.ema import Ema
 from scmdm.models.decoder import DecoderConfig
+from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.model_files import ModelSpec
 from scmdm.planner.activation_memory import measure_activations
+from scmdm.planner.communication import step_collectives
 from scmdm.planner.sharding import gathered_weights, rank_state
 from scmdm.planner.workload import make_layout, make_workload
+from tests.planner.measuring import (
+    Collectives,
+    engine_of,
+    fake_ranks,
+    loss_of,
+    masked_batch,
+    run_config,
+    spec_of,
+    storage_bytes,
+)
 
 MODEL = DecoderConfig(
     width=64, layers=4, heads=4, mlp_width=96, experts=16, experts_per_token=2, expert_width=32, dense_layers=2
@@ -54,3 +69,59 @@ def test_activations_grow_with_the_experts_of_a_token_not_with_all():
     tokens, rows = 2 * 256, 2 * 256 * 2
     assert many - few <= 16 * tokens * 4 * 3 + 16 * 8 * 2 * 2 * (64 + 3 * 32) * 2  # scores, and rows that align groups
     assert more_each - few >= rows * (2 * 64 + 3 * 32) * 2
+
+
+class Echo(ExpertGroup):
+    """A group of pretended ranks, each of which sends what this one does."""
+
+    def all_to_all(self, received, sent, received_sizes, sent_sizes):
+        super().all_to_all(received, sent, received_sizes, sent_sizes)
+        received.copy_(sent)
+
+
+SMALL = {"kind": "decoder", "width": 16, "layers": 3, "heads": 2, "mlp_width": 24, "dense_layers": 1}
+SMALL |= {"experts": 8, "experts_per_token": 2, "expert_width": 12, "shared_experts": 1, "router_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("experts", "fsdp_keys", "model", "batches"),
+    [
+        (1, {}, {}, 1),
+        (2, {}, {}, 1),
+        (4, {"reshard_after_estimate": True}, {"activation_checkpointing": "full"}, 2),
+        (2, {}, {"activation_checkpointing": "selective", "inject_layer": 2}, 1),
+        (2, {"replicate": 2}, {"lora_rank": 2}, 1),
+        (8, {}, {}, 1),
+    ],
+)
+def test_ranks_hold_and_send_what_is_planned_to_the_byte(experts, fsdp_keys, model, batches, monkeypatch):
+    monkeypatch.setattr(fsdp, "ExpertGroup", Echo)
+    ranks, vocab, length, dtype = 8, 19, 8, torch.bfloat16
+    config = run_config("fsdp2", batch=ranks * batches, fsdp={"experts": experts, **fsdp_keys}, **SMALL, **model)
+    workload, layout = make_workload(config, spec_of(config, vocab, length)), make_layout(config, ranks, dtype)
+    with fake_ranks(ranks):
+        engine = engine_of(config, vocab, length, dtype)
+        averages = storage_bytes(Ema(engine, config.ema).average.values())
+        held = storage_bytes([*engine.parameters().values(), *engine.frozen().values()])
+        engine.moments()
+        moments = storage_bytes([value for state in engine.optimizer.state.values() for value in state.values()])
+        with Collectives() as sent:
+            for index in range(batches):
+                loss = loss_of(engine, config, masked_batch(1, length, vocab))
+                engine.backward(loss, last=index == batches - 1)
+    state, planned = rank_state(workload, layout), collections.Counter()
+    assert (state.weights, state.moments, state.averages) == (held, moments, averages)
+    for one in step_collectives(workload, layout):
+        planned[one.kind, one.size] += one.times
+    assert planned == sent.seen
+
+
+def test_activations_are_those_of_a_share_of_the_experts():
+    """With balanced loads a rank computes as many rows as without expert parallelism, and casts fewer weights."""
+    options = {"rows": 2, "length": 256, "dtype": torch.bfloat16, "gathered": True, "passes": 1}
+    options |= {"trained_layers": None, "gpu": True}
+    model = dataclasses.replace(MODEL, self_conditioned=True, dense_layers=0)
+    alone, shared = (measure_activations(model, **options, experts=ranks) for ranks in (1, 4))
+    assert 0.8 * alone.kept < shared.kept < 1.2 * alone.kept
+    rows = 2 * 256 * 2
+    assert shared.backward - shared.kept < alone.backward - alone.kept + 4 * rows * 64 * 2

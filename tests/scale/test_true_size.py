@@ -1,4 +1,4 @@
-"""Steps of models of 8 and 30 billion parameters, sharded over ranks that do not exist, on tensors without memory.
+"""Steps of models of 8 to 100 billion parameters, sharded over ranks that do not exist, on tensors without memory.
 
 The process is rank 0. Its model, engine, collectives' shapes and passes are those of a run; storages are counted.
 """
@@ -11,15 +11,18 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from benchmarks.counting import following_resizes
+from scmdm.config.loading import load_config
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import draw_tokens
 from scmdm.models.network import count_parameters
 from scmdm.ops import output_head_cpu
-from scmdm.planner.activation_memory import LiveBytes, _EverythingMasked
+from scmdm.planner.activation_memory import LiveBytes, _EverythingMasked, _PretendedGroup
+from scmdm.planner.plan import PlanConfig
 from scmdm.planner.rank_memory import rank_memory
 from scmdm.planner.workload import make_layout, make_workload
 from scmdm.torch_private import fake_tensors, tree_leaves
 from scmdm.training import setup
+from tests.conftest import ROOT
 from tests.planner.measuring import (
     CPU,
     engine_of,
@@ -127,3 +130,37 @@ def test_no_step_holds_a_whole_model_or_all_logits(shape, monkeypatch):
     assert 0 < max(rows.values()) <= max(output_head_cpu.chunk_rows(2**31, VOCAB), LENGTH // STEPS)
     assert found["adapt"] == pytest.approx(allowed, rel=0.1)
     assert max(found.values()) <= 1.1 * allowed < whole
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "ranks", "experts"), [("16b-a1b", 16, 8), ("16b-a1b", 64, 8), ("100b-a6b", 256, 8)])
+def test_no_rank_of_a_mixture_holds_all_experts(name, ranks, experts, monkeypatch):
+    """Rank 0 of as many GPUs: opening, and a step of one sequence with balanced loads."""
+    shape = load_config(PlanConfig, ROOT / f"configs/model/{name}.yaml").model
+    keys = {key: value for key, value in vars(shape).items() if key not in ("attention", "self_conditioned")}
+    keys |= {"activation_checkpointing": "full"}
+    fsdp = {"experts": experts, "reshard_after_estimate": True}
+    config = run_config("fsdp2", batch=ranks, fsdp=fsdp, **keys)
+    workload = make_workload(config, spec_of(config, VOCAB, LENGTH))
+    layout = make_layout(config, ranks, torch.bfloat16, gpu=False)
+    plan, routed = rank_memory(workload, layout), sum(p.numel for p in workload.parameters if p.routed)
+    monkeypatch.setattr(output_head_cpu, "_TILE", 2**15)
+    with fake_ranks(ranks):
+        mesh, shares = setup.make_mesh(config.fsdp, CPU), setup.make_expert_mesh(config.fsdp, CPU)
+        monkeypatch.setattr(setup, "make_mesh", lambda *_: mesh)
+        monkeypatch.setattr(setup, "make_expert_mesh", lambda *_: shares._replace(group=_PretendedGroup(experts)))
+        with fake_tensors(), _EverythingMasked():
+            with Storages(0) as opening:
+                engine = engine_of(config, VOCAB, LENGTH, torch.bfloat16)
+            assert count_parameters(engine.model) == workload.numel
+            held = [value.to_local().numel() for name, value in engine.trained.items() if name in engine._experts]
+            assert sum(held) * ranks == routed
+            assert opening.peak < 1.01 * workload.numel * 4 / ranks + 2**26
+
+            def adapt():
+                engine.backward(loss_of(engine, config, masked_batch(1, LENGTH, VOCAB)), last=True)
+
+            found, _ = watched(engine, adapt)
+    allowed = plan.peak.total - plan.state.moments - plan.state.averages
+    print(name, ranks, f"{found / 2**30:.2f} GiB, plan {allowed / 2**30:.2f} GiB")
+    assert found == pytest.approx(allowed, rel=0.1)

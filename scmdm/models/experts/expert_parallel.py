@@ -28,11 +28,10 @@ def expert_ranks_refused(model: ModelConfig, experts: int) -> str | None:
     """Return why the ranks of `fsdp.experts` cannot share the experts of a model; None if they can."""
     if experts == 1:
         return None
-    stacked = getattr(model, "experts", 0)
-    if not stacked:
+    if not model.experts:
         return f"fsdp.experts={experts} is not possible with model.experts=0; set it to 1"
-    if stacked % experts:
-        return f"fsdp.experts={experts} is not possible; it must divide model.experts={stacked}"
+    if model.experts % experts:
+        return f"fsdp.experts={experts} is not possible; it must divide model.experts={model.experts}"
     return None
 
 
