@@ -18,7 +18,7 @@ from scmdm.models.experts.balance import load_summary, update_balance
 from scmdm.models.experts.expert_block import sort_by_expert
 from scmdm.models.experts.router import attach_record, routers_of
 from scmdm.models.initialization import init_weights
-from scmdm.models.lora import add_adapters, freeze, is_trained, merged
+from scmdm.models.lora import adapters_off, add_adapters, freeze, is_trained, merged
 from scmdm.ops.grouped_product import grouped_product_loop
 from scmdm.torch_private import TorchDispatchMode, grouped_mm, tree_leaves
 from scmdm.training.optimizer import make_optimizer
@@ -329,7 +329,10 @@ def test_adapters_of_experts_begin_at_zero_and_merge(targets):
         for name, value in merged(sorted(adapted.named_parameters()), config):
             plain.get_parameter(name).copy_(value)
         torch.testing.assert_close(adapted.hidden(state), plain.hidden(state), rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(adapted.hidden(state), model_of(plain.config).hidden(state), atol=1e-2)
+        base = model_of(plain.config).hidden(state)
+        assert not torch.allclose(adapted.hidden(state), base, atol=1e-2)
+        with adapters_off(adapted):
+            assert torch.equal(adapted.hidden(state), base)
 
 
 def test_a_step_updates_the_bias_and_reports_the_load_of_the_global_batch():
