@@ -68,7 +68,7 @@ def _draw(parameter: Tensor, name: str, seed: int, width: int) -> None:
         piece = torch.empty(count, dtype=parameter.dtype, device="cpu")
         return piece.uniform_(-bound, bound, generator=generator)
 
-    for size in _pieces(first_row(name, parameter) * math.prod(parameter.shape[1:]) if local.numel() else 0):
+    for size in _pieces(first_row(parameter) * math.prod(parameter.shape[1:]) if local.numel() else 0):
         draw(size)
     left = local.view(-1)
     for size in _pieces(len(left)):

@@ -220,12 +220,19 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(name: str, tensor: Tensor) -> int:
+def first_row(tensor: Tensor) -> int:
     """Return at which row this rank's part of a tensor begins, of which it holds whole rows."""
-    begins, ends = _box(name, tensor)
-    assert tuple(begins[1:]) == (0,) * (tensor.dim() - 1)
-    assert tuple(ends[1:]) == tuple(tensor.shape[1:])
-    return begins[0]
+    if not isinstance(tensor, DTensor):
+        return 0
+    begin, rows, mesh = 0, tensor.shape[0], tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for place, ranks, at in zip(tensor.placements, mesh.shape, coordinate, strict=True):
+        assert place.is_shard(0) or place.is_replicate()
+        if place.is_shard():  # as `torch.chunk` divides what the dimensions before leave
+            part = -(-rows // ranks)
+            begin, rows = begin + min(at * part, rows), max(0, min(part, rows - at * part))
+    return begin
 
 
 def _box(name: str, tensor: Tensor) -> _Box:

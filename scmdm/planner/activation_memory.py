@@ -142,13 +142,16 @@ def measure_activations(
     masked = block_length is not None and not (gpu and model.attention in FLEX_BACKENDS)
     # The kernels that `auto` selects on a CPU for short sequences keep probabilities; GPUs have fused attention.
     model = dataclasses.replace(model, compile="none", attention="sdpa" if gpu else model.attention)
-    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)) | _dense(model))
+    dense = _dense(model)
+    model_json = json.dumps(asdict(dataclasses.replace(model, layers=0, inject_layer=0)) | dense)
+    # In each of them two blocks with experts at least, if there are any: the first one is both first and last, too.
+    few_layers, more_layers = (layers + sum(dense.values()) for layers in _LAYERS)
 
     def measured(rows: int, length: int) -> ActivationBytes:
         options = (rows, length, dtype, gathered, min(passes, 2), trained_layers, gpu, block_length, masked, experts)
-        fewer, more = (_measure(model_json, layers, *options) for layers in _LAYERS)
-        found = fewer.extrapolate(_LAYERS[0], more, _LAYERS[1], model.layers)
-        by_block = (more.kept - fewer.kept) // (_LAYERS[1] - _LAYERS[0])
+        fewer, more = (_measure(model_json, layers, *options) for layers in (few_layers, more_layers))
+        found = fewer.extrapolate(few_layers, more, more_layers, model.layers)
+        by_block = (more.kept - fewer.kept) // (more_layers - few_layers)
         shared = shared_layers * by_block if passes else 0
         return dataclasses.replace(
             found,

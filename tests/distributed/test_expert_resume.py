@@ -89,8 +89,8 @@ def compare(run, single):
 
 
 def used(run, place):
-    assert main(["sample", str(run), "num=4", "steps=4", f"out={place / 'samples.jsonl'}"]) == 0
-    few = ["num=4", "steps=4", "nelbo_samples=4", "nelbo_draws=1"]
+    assert main(["sample", str(run), "num=4", "sampler.steps=4", f"out={place / 'samples.jsonl'}"]) == 0
+    few = ["num=4", "sampler.steps=4", "nelbo_samples=4", "nelbo_draws=1"]
     assert main(["evaluate", str(run), *few, f"out={place / 'evaluation.json'}"]) == 0
     assert main(["export", str(run), str(place / "export")]) == 0
     assert main(["checkpoint", "verify", str(place / "export")]) == 0

@@ -152,7 +152,7 @@ def test_a_configuration_fits_the_hardware_that_it_names(path):
     )
     assert [phase.name for phase in phases if not phase.fits] == []
     (held,) = {phase.weights.partition(",")[0] for phase in phases if phase.weights}
-    assert held == ("bfloat16" if path.stem in ("16b-a1b", "30b") else "float32")
+    assert held == ("bfloat16" if path.stem in ("100b-a6b", "16b-a1b", "30b") else "float32")
     assert config.data.num_canonical_nodes % cluster.nodes == 0
 
 
