@@ -166,4 +166,4 @@ def test_no_rank_of_a_mixture_holds_all_experts(name, ranks, experts, monkeypatc
             found, _ = watched(engine, adapt)
     allowed = plan.peak.total - plan.state.moments - plan.state.averages
     print(name, ranks, f"{found / 2**30:.2f} GiB, plan {allowed / 2**30:.2f} GiB")
-    assert found == pytest.approx(allowed, rel=0.1)
+    assert 0.65 * allowed < found <= allowed
