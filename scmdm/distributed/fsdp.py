@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -101,9 +101,8 @@ def shard(
         whole = set() if router.balance is None else set(router.balance.parameters())
         policy = _policy(torch.float32)
         fully_shard(router, mesh=mesh, mp_policy=policy, offload_policy=offloading, ignored_params=whole)
-    for mixture in (module for module in model.modules() if experts is not None and isinstance(module, ExpertMixture)):
-        mixture.share_experts(experts.group, experts.held)
-        for part in (mixture.gate, mixture.up, mixture.down):
+    if experts is not None:
+        for part in _shared_maps(model, experts):
             fully_shard(part, mesh=experts.holders, mp_policy=_policy(dtype), offload_policy=offloading)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=_policy(dtype), offload_policy=offloading)
@@ -116,6 +115,14 @@ def shard(
     model.around_blocks = _NestedGroups(model)
     for name in ENTRY_POINTS:
         register_fsdp_forward_method(model, name)
+
+
+def _shared_maps(model: Network, experts: ExpertMesh) -> list[nn.Module]:
+    """Give each rank its experts; returns their maps."""
+    mixtures = [module for module in model.modules() if isinstance(module, ExpertMixture)]
+    for mixture in mixtures:
+        mixture.share_experts(experts.group, experts.held)
+    return [part for mixture in mixtures for part in (mixture.gate, mixture.up, mixture.down)]
 
 
 class _NestedGroups:

@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_with_other_shares_of_the_experts(tmp_path, molecul
         compare(tmp_path / run, tmp_path / "single")
     assert stored_experts(find_model(tmp_path / "killed")) == [2, 2, 2, 2]
     used(tmp_path / "killed", tmp_path)
+    adapted(tmp_path, empty_yaml, molecules)
 
 
 def compare(run, single):
@@ -96,3 +97,20 @@ def used(run, place):
     assert main(["checkpoint", "verify", str(place / "export")]) == 0
     found, expected = weights_of(place / "export"), weights_of(find_model(run))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def adapted(place, empty_yaml, molecules):
+    """An adaptation from the export, with a frozen copy of it that makes the estimates."""
+    keys = [f"base={place / 'export'}", f"data.path={molecules}", "self_conditioning.carried_from=base", "seed=4"]
+    keys += ["self_conditioning.rate=0.5"]
+    keys += ["train.global_batch_size=16", "train.steps=3", "train.log_every=1", "train.validate_every=0"]
+    keys += ["precision=float32", "optimizer.lr=3e-3", "device=cpu"]
+    for run, ranks, own in (
+        ("adapted-single", 0, ["train.micro_batch_size=16"]),
+        ("adapted", 2, ["train.micro_batch_size=8", "fsdp.experts=2"]),
+    ):
+        status, output = launch(ranks, "adapt", str(empty_yaml), f"run_dir={place / run}", *keys, *own)
+        assert status == 0, output
+    for a, b in zip(rows(place / "adapted"), rows(place / "adapted-single"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), a["step"]

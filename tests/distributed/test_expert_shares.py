@@ -13,7 +13,7 @@ from scmdm.models.decoder import DecoderConfig
 from scmdm.models.experts.expert_block import whole_parameters
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.network import count_parameters
-from scmdm.models.tensor_files import local_part
+from scmdm.models.tensor_files import _box, local_part
 from tests.planner.measuring import engine_of, fake_ranks, run_config, storage_bytes
 from tests.scale.test_true_size import Storages
 
@@ -56,6 +56,8 @@ def test_a_rank_holds_its_experts_as_one_process_draws_them(ranks, experts, repl
         for name, value in packed.items():
             assert isinstance(value, DTensor) and value.shape == expected[name].shape
             assert torch.equal(local_part(value), expected[name][first:last]), name
+            if last > first:  # what is written and read
+                assert _box(name, value) == ([first, 0, 0], [last, *value.shape[1:]])
     part = sum(value.nbytes for value in expected.values()) * (last - first) // 8
     assert all(sum(local_part(x).nbytes for x in found.values()) == part for found in (held, averages, *moments))
 
