@@ -242,16 +242,6 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def all_gather_object(value: T) -> list[T]:
-    """Return every rank's value, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    meet()
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box
-
-
 def scatter(values: Sequence[T] | None) -> T:
     """Return to each rank its element of rank 0's `values`; the other ranks pass None."""
     if not dist.is_initialized():

@@ -13,7 +13,8 @@ PROGRAM = """
 from datetime import timedelta
 import torch
 from scmdm.errors import UserError
-from scmdm.system.process_group import all_gather_object, current_world, process_group
+from scmdm.system.process_group import current_world, process_group
+from tests.distributed.gathering import all_gather_object
 try:
     with process_group(current_world(), torch.device("cpu"), needed=True, arrival=timedelta(seconds=8)):
         print("ranks", all_gather_object(current_world().rank))
