@@ -45,7 +45,7 @@ def write_small(place, molecules, base):
 
 
 def run(ranks, path, *overrides):
-    status, output = launch(ranks, "study", path, *overrides, timeout=280)
+    status, output = launch(ranks, "study", path, *overrides, timeout=900)
     assert status == 0, output
     return output
 
@@ -89,7 +89,7 @@ def test_a_killed_study_of_two_ranks_goes_on(alone, study, tmp_path):
     """Base and arm are trained by both ranks, in process groups that follow each other."""
     out = tmp_path / "study"
     process = start(2, "study", study, "from_scratch=true")
-    metrics, end = out / "scmdm-0" / METRICS_FILE, time.monotonic() + 200
+    metrics, end = out / "scmdm-0" / METRICS_FILE, time.monotonic() + 600
     while (row := last_row(metrics, "train")) is None or row["step"] < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -122,7 +122,7 @@ def test_a_killed_study_of_two_ranks_goes_on(alone, study, tmp_path):
     ids=["plan", "training"],
 )
 def test_a_mistake_ends_all_ranks_with_one_line(study, ranks, keys, named):
-    status, output = launch(ranks, "study", study, *keys)
+    status, output = launch(ranks, "study", study, *keys, timeout=600)
     errors = [line for line in output.splitlines() if line.startswith("scmdm: error:")]
     assert status == 1 and len(errors) == 1 and named in errors[0], output
     assert "Traceback" not in output

@@ -53,7 +53,7 @@ def test_groups_follow_each_other(tmp_path, served):
         output = "".join(start([0, 1, 2], 3, PROGRAM))
     else:
         (tmp_path / "program.py").write_text(PROGRAM)
-        status, output = launch(3, module=str(tmp_path / "program.py"))
+        status, output = launch(3, module=str(tmp_path / "program.py"), timeout=600)
         assert status == 0, output
     lines = [line for line in output.splitlines() if line.startswith(("told", "silent", "own"))]
     assert sorted(lines) == [*(f"own of rank {rank}" for rank in range(3)), "silent 75", "silent 75", "told 75 in use"]
