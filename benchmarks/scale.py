@@ -15,7 +15,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -331,7 +331,10 @@ def gathered(ranks: int) -> dict[str, float]:
     """Count what a rank other than 0 holds when rank 0 gathers numbers or reports of all ranks."""
     found = {}
     seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
-    actions = (lambda: summarize_parts(seconds, 1), lambda: gather_object(("a-host", 0.0, [])))
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: summarize_parts(seconds, 1),
+        lambda: gather_object(("a-host", 0.0, [])),
+    )
     with fake_ranks(ranks, rank=1):
         for row, action in zip(GATHERED, actions, strict=True):
             with Collectives() as counted:
