@@ -144,6 +144,29 @@ def test_guidance_padding_and_batches(guided_by, carry, trained):
         assert int(alone.positions_B) == int(cached.positions_B[row])
 
 
+@pytest.mark.parametrize("kind", ["dit", "decoder", "shifted"])
+@pytest.mark.parametrize("cache", ["blocks", "prefix", "dual"])
+def test_sequences_of_different_lengths_with_a_cache(cache, kind):
+    """Padded sequences in one batch have the tokens that each has alone, also where positions are shifted."""
+    model = small_model(kind, SIZE if cache == "blocks" else None)
+    lengths = torch.tensor([14, 11, 5, 12, 9, 14, 13, 7])
+    given = prompts()
+    given[:, 0] = 0  # in a sequence of masks, all positions of a decoder are equally certain
+    given[torch.arange(LENGTH) >= lengths[:, None]] = 0
+    settings = settings_of("confidence", cache, carry=True, cache_check=1, logit_shift=kind == "shifted")
+    together = draw(model, settings, given, lengths_B=lengths)
+    if cache == "blocks":
+        whole = draw(model, replace(settings, cache="none"), given, lengths_B=lengths)
+        assert torch.equal(together.tokens, whole.tokens)
+    for row, length in enumerate(lengths.tolist()):
+        own = torch.tensor([row])
+        alone = sample(
+            model, given[row : row + 1, :length], own, schedule=LogLinear(), settings=settings, mask_id=MASK, seed=0,
+            lengths_B=lengths[own],
+        )  # fmt: skip
+        assert torch.equal(alone.tokens[0], together.tokens[row, :length])
+
+
 @pytest.mark.parametrize("cache", ["none", "blocks"])
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "float32"])  # which is not exact
