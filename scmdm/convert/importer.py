@@ -33,6 +33,7 @@ from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer
 from scmdm.errors import UserError
 from scmdm.models.model_files import (
     LONGEST,
+    MODEL_FILE,
     WEIGHTS_FILE,
     ModelSpec,
     check_fit,
@@ -83,6 +84,8 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     """
     if out.exists():
         raise UserError(f"{out} exists; import into a new directory, or remove it first")
+    if (path / MODEL_FILE).is_file():
+        raise UserError(f"{path} is a model of scmdm already ({MODEL_FILE}); give it to the other commands as it is")
     source = open_source(path, config.weights)
     refuse_other_networks(source)
     layout = find_layout(source, config.format)

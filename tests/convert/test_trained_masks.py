@@ -89,6 +89,13 @@ def test_a_folder_without_a_tokenizer_is_named_with_the_files_that_it_lacks(tmp_
     assert code == 1 and "tokenizer=" in said and "tokenizer.json" in said
 
 
+def test_a_model_of_scmdm_needs_no_import(tmp_path, capsys):
+    source = save(their_model("llama"), tmp_path / "there")
+    assert main(["import", str(source), str(tmp_path / "ours")]) == 0
+    code, said = imported(tmp_path / "ours", capsys)
+    assert code == 1 and "model.json" in said
+
+
 def test_a_layout_is_not_proposed_for_another_network(tmp_path, capsys):
     source = save(their_model("llama"), tmp_path / "there", model_type="phi3")
     code, said = imported(source, capsys)
