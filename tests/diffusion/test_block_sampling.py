@@ -280,6 +280,25 @@ def test_approximate_caches(cache, carry):
     assert 0 < drawn.deviation.variation < drawn.deviation.positions
 
 
+@pytest.mark.parametrize("every", [2, 64])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_an_approximate_cache_is_measured_however_many_steps_a_block_has(cache, every):
+    """Also where each multiple of `every` is the first step of a block; and independently of the batch."""
+    model = small_model("dit")
+    settings = settings_of("confidence", cache, steps=8, cache_check=every)  # two for each of four blocks
+    given = torch.full((4, LENGTH), MASK)
+    together = draw(model, settings, given).deviation
+    assert together.positions > 0
+    ids = torch.arange(4)
+    each = [
+        sample(
+            model, given[:1], ids[row : row + 1], schedule=LogLinear(), settings=settings, mask_id=MASK, seed=0
+        ).deviation.positions
+        for row in range(4)
+    ]
+    assert sum(each) == together.positions and min(each) > 0
+
+
 @pytest.mark.parametrize("kind", ["decoder", "shifted"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_caches_are_exact_for_a_model_without_attention(cache, kind):
