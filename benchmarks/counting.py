@@ -63,11 +63,14 @@ class _Counted:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives of torch.distributed and the bytes of their largest tensor, in this thread."""
+    """Counts collectives of torch.distributed and the bytes of their largest tensor, in this thread.
+
+    `all_bytes` are those of all their tensors: of a gather, one for each rank where it ends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.bytes = 0
+        self.count = self.bytes = self.all_bytes = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -77,6 +80,7 @@ class Collectives(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             self.count += 1
             self.bytes += max((tensor.nbytes for tensor in tensors), default=0)
+            self.all_bytes += sum(tensor.nbytes for tensor in tensors)
         return function(*args, **(kwargs or {}))
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -37,9 +38,12 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture, open_data
 from scmdm.data.preparation.shard_writer import Description, write_dataset
 from scmdm.data.tokenizers import CharacterTokenizer
+from scmdm.observability.step_timer import PARTS as PARTS_OF_A_STEP
+from scmdm.observability.step_timer import summarize_parts
 from scmdm.planner.activation_memory import LiveBytes
 from scmdm.runtime.divided_work import share_of
 from scmdm.system.hashing import CHUNK_BYTES, chunk_ends
+from scmdm.system.process_group import gather_object
 from scmdm.system.terminal import Terminal
 from scmdm.training.validation import ValidationRows, ValidationSet
 
@@ -98,10 +102,15 @@ SIMULATION = (
     Measurement("bytes of these collectives", CONSTANT, MIB, fewest=2),
     Measurement("peak memory of a step", CONSTANT, MIB),
 )
+GATHERED = (
+    Measurement("bytes gathered by a log row", CONSTANT),
+    Measurement("bytes gathered at the start", CONSTANT),
+)
 SHARES = (
     Measurement("hashed to open 32 GiB", SHARE, MIB, base=_CHUNK),
     Measurement("validated sequences of 4,096", SHARE),
     Measurement("samples of 4,096", SHARE),
+    Measurement("sent by rank 0 to divide 32 GiB", CONSTANT, MIB, base=MIB),
 )
 MACHINES = (Measurement("shards downloaded", SHARE, base=2), Measurement("bytes downloaded", SHARE, MIB, base=MIB))
 DOWNLOADS = (
@@ -162,6 +171,7 @@ def _machines(root: Path, ranks: Sequence[int]) -> None:
 
 def _simulated(_root: Path, _ranks: Sequence[int]) -> None:
     report("counted on simulated ranks", SIMULATION, {number: simulate(number) for number in SIMULATED})
+    report("held by a rank while rank 0 gathers", GATHERED, {number: gathered(number) for number in SIMULATED[1:]})
 
 
 def _shares(root: Path, _ranks: Sequence[int]) -> None:
@@ -283,11 +293,11 @@ def _run(arguments: list[str]) -> None:
 
 
 @contextmanager
-def fake_ranks(size: int) -> Iterator[None]:
-    """Make this process rank 0 of `size` ranks that do not exist."""
+def fake_ranks(size: int, rank: int = 0) -> Iterator[None]:
+    """Make this process `rank` of `size` ranks, of which the others do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield
     finally:
@@ -317,14 +327,32 @@ def simulate(ranks: int) -> dict[str, float]:
     }
 
 
+def gathered(ranks: int) -> dict[str, float]:
+    """Count what a rank other than 0 holds when rank 0 gathers numbers or reports of all ranks."""
+    found = {}
+    seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: summarize_parts(seconds, 1),
+        lambda: gather_object(("a-host", 0.0, [])),
+    )
+    with fake_ranks(ranks, rank=1):
+        for row, action in zip(GATHERED, actions, strict=True):
+            with Collectives() as counted:
+                action()
+            found[row.name] = float(counted.all_bytes)
+    return found
+
+
 def shares(root: Path, ranks: int) -> dict[str, float]:
     """Return what the functions that divide work give the rank with the most of it."""
-    parts = [SealedPart("weights", *place, "") for place in chunk_ends(_BASE_BYTES, _CHUNK)]
-    hashed = max(sum(part.end - part.begin for part in share) for share in balance(parts, ranks, ranks))
+    parts = [SealedPart("weights", *place, f"{place[0]:064x}") for place in chunk_ends(_BASE_BYTES, _CHUNK)]
+    divided = balance(parts, ranks, ranks)
+    hashed = max(sum(part.end - part.begin for part in share) for share in divided)
+    sent = ranks * max(len(pickle.dumps(share)) for share in divided)  # a scatter pads them to the largest
     rows = ValidationRows(root / "data", Manifest.read(root / "data"), range(_SHARED), 0)
     drawn = max(len(share_of(range(_SHARED), rank, ranks)) for rank in range(ranks))
     validated = ValidationSet("validation", (rows,)).share(ranks)
-    return {SHARES[0].name: hashed, SHARES[1].name: validated, SHARES[2].name: drawn}
+    return dict(zip((row.name for row in SHARES), (hashed, validated, drawn, sent), strict=True))
 
 
 def count_downloads(root: Path, machines: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ It imports torch alone, so that every layer but `scmdm.diffusion`, which uses pu
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "constant_under_compile",
     "default_group_timeout",
     "fake_tensors",
+    "forget_meshes",
     "grouped_mm",
     "has_grouped_mm",
     "is_fake",
@@ -86,6 +88,19 @@ def default_group_timeout(timeout: timedelta) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(distributed_c10d, name, value)
+
+
+def forget_meshes() -> None:
+    """Forget what DTensor has cached of device meshes, whose process groups have been destroyed.
+
+    Uses `torch.distributed.tensor.debug._clear_sharding_prop_cache`, no public function does it. Meshes of one
+    shape are equal, so that results of later operators would otherwise refer to groups of an earlier mesh (torch 2.14).
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
 
 
 def constant_under_compile(function: _Function) -> _Function:

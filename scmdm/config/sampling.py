@@ -88,7 +88,8 @@ class SamplerConfig:
     )
     cache_check: int = key(
         64,
-        help="prefix, dual: steps between two evaluations of whole sequences that measure the difference; 0: none",
+        help="prefix, dual: steps with the cache between two evaluations of whole sequences that measure the "
+        "difference; 0: none",
         at_least=0,
         at_most=2**31,
     )

@@ -108,6 +108,7 @@ def decoder_layout(family: Family) -> PublishedLayout:
         describe=partial(_describe, family),
         unsupported=partial(_unsupported, family),
         logit_shift=partial(_shift, family),
+        names_mask=partial(_names_mask, family),
         lengths=(family.length,),
         block_field=family.block_field,
         of_blocks=family.of_blocks,
@@ -200,12 +201,21 @@ def _shift(family: Family, source: PublishedFiles, has_mask: bool) -> bool | Non
     stated, architectures = source.config.get("logit_shift"), source.config.get("architectures")
     if isinstance(stated, bool):
         return stated
-    if str(source.config.get("model_type")).lower().startswith(_CONVERTED):
+    if _is_converted(source):
         return False
     if family.shifted:
         return True if architectures in (None, [family.architecture]) else None
     trained_further = has_mask or source.config.get("auto_map") or source.config.get("is_causal") is False
     return True if architectures == [family.architecture] and not trained_further else None
+
+
+def _names_mask(family: Family, source: PublishedFiles) -> bool:
+    """Return whether it is a diffusion model: the vocabulary of an autoregressive one has no mask."""
+    return family.shifted is not None or _is_converted(source)
+
+
+def _is_converted(source: PublishedFiles) -> bool:
+    return str(source.config.get("model_type")).lower().startswith(_CONVERTED)
 
 
 def _describe(family: Family, spec: ModelSpec, ids: TokenIds) -> dict[str, Any]:

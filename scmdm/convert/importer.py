@@ -33,6 +33,7 @@ from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer
 from scmdm.errors import UserError
 from scmdm.models.model_files import (
     LONGEST,
+    MODEL_FILE,
     WEIGHTS_FILE,
     ModelSpec,
     check_fit,
@@ -83,6 +84,8 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     """
     if out.exists():
         raise UserError(f"{out} exists; import into a new directory, or remove it first")
+    if (path / MODEL_FILE).is_file():
+        raise UserError(f"{path} is a model of scmdm already ({MODEL_FILE}); give it to the other commands as it is")
     source = open_source(path, config.weights)
     refuse_other_networks(source)
     layout = find_layout(source, config.format)
@@ -136,6 +139,8 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
         rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
+    if layout.names_mask(source):
+        _check_trained_mask(source, config, tokenizer, rows)
     if "logit_shift" in _keys_of(layout):
         shift = _logit_shift(source, layout, config, tokenizer)
         changed: dict[str, Any] = {"logit_shift": shift}  # a key of this kind alone
@@ -230,20 +235,40 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
     """Return a tokenizer with an id per row of the embedding, or one more for the mask, and notes."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
-    mask = config.mask_id if config.mask_id is not None else _id(source, "mask_token_id")
+    begin, ends = _published_ids(source)
     if config.bos_id is not None and config.bos_id >= rows:
         raise UserError(f"bos_id={config.bos_id} is not possible; the model's embedding has {rows} rows")
-    tokenizer = open_model_tokenizer(given, ModelIds(rows, mask, config.bos_id, *_published_ids(source)))
+    ids = ModelIds(rows, config.mask_id, config.bos_id, begin, ends, _id(source, "mask_token_id"))
+    tokenizer = open_model_tokenizer(given, ids)
     if tokenizer.vocab_size > rows + 1 or (tokenizer.vocab_size > rows and tokenizer.mask_id != rows):
         raise UserError(
             f"tokenizer={given} has {tokenizer.vocab_size} tokens with the mask (id {tokenizer.mask_id}), but the "
             f"model's embedding has {rows} rows; give the tokenizer that the model was trained with"
         )
-    bos, eos = tokenizer.tokens([tokenizer.bos_id, tokenizer.eos_id])
+    ends_named = ", ".join(_named(tokenizer, end) for end in tokenizer.end_ids)
     return tokenizer, [
-        f"mask id {tokenizer.mask_id} of {tokenizer.vocab_size}",
-        f"a sample begins with {bos!r} (id {tokenizer.bos_id}) and ends with {eos!r} (id {tokenizer.eos_id})",
+        f"mask {_named(tokenizer, tokenizer.mask_id)} of {tokenizer.vocab_size}",
+        f"a sample begins with {_named(tokenizer, tokenizer.bos_id)} and ends with {ends_named}",
     ]
+
+
+def _named(tokenizer: Tokenizer, id_: int) -> str:
+    return f"{tokenizer.tokens([id_])[0]!r} (id {id_})"
+
+
+def _check_trained_mask(source: PublishedFiles, config: ImportConfig, tokenizer: Tokenizer, rows: int) -> None:
+    """Raise UserError unless the mask of a model that was trained with one is known, and has an embedding."""
+    stated = config.mask_id is not None or _id(source, "mask_token_id") is not None
+    if not stated and not getattr(tokenizer, "names_mask", True):
+        raise UserError(
+            f"{source.path} was trained with a mask, but neither its configuration (mask_token_id) nor its tokenizer "
+            "names it; give mask_id=NUMBER"
+        )
+    if tokenizer.mask_id >= rows:
+        raise UserError(
+            f"{source.path} was trained with a mask, but mask_id={tokenizer.mask_id} has none of the {rows} rows of "
+            "its embedding; give mask_id=NUMBER"
+        )
 
 
 def _id(source: PublishedFiles, name: str) -> int | None:

@@ -53,6 +53,10 @@ def _no_shift(_: PublishedFiles, has_mask: bool) -> bool:
     return False
 
 
+def _no_mask_needed(_: PublishedFiles) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class PublishedLayout:
     """Tensor names and architecture description of a published model.
@@ -70,6 +74,8 @@ class PublishedLayout:
         of_blocks: Whether all models of this layout are models of blocks.
         logit_shift: Returns whether a position is predicted from the one before it, given a source and whether its
             files name a mask token; None if they do not say.
+        names_mask: Returns whether a model was trained with a mask whose id cannot be inferred, so that its files or
+            the user must give it.
         diffusion: Reads the process that the model was trained for.
         lengths: Fields of the configuration that state the length of a sample, dotted.
         derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
@@ -90,6 +96,7 @@ class PublishedLayout:
     lengths: tuple[str, ...]
     block_field: str | None = None
     of_blocks: bool = False
+    names_mask: Callable[[PublishedFiles], bool] = _no_mask_needed
     diffusion: Callable[[PublishedFiles], DiffusionConfig] = log_linear
     logit_shift: Callable[[PublishedFiles, bool], bool | None] = _no_shift
     derived: tuple[str, ...] = ()
@@ -141,11 +148,10 @@ def find_layout(source: PublishedFiles, name: str) -> PublishedLayout:
         if candidate.recognises(source):
             found: PublishedLayout = candidate
             return found
-    example = next(iter(source.tensors.shapes()), "no tensor")
-    raise UserError(
-        f"{source.path} is in no layout that scmdm reads (model_type {source.config.get('model_type')}, {example}); "
-        f"give format={'|'.join(LAYOUTS.names)}"
-    )
+    example, kind = next(iter(source.tensors.shapes()), "no tensor"), source.config.get("model_type")
+    layouts = "|".join(LAYOUTS.names)
+    remedy = f"give format={layouts}" if kind is None else f"import a model of {layouts}"
+    raise UserError(f"{source.path} is in no layout that scmdm reads (model_type {kind}, {example}); {remedy}")
 
 
 def check_writable(layout: PublishedLayout, spec: ModelSpec) -> None:

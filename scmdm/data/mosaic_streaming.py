@@ -5,7 +5,8 @@ imports transformers for two classes of an `isinstance`. Both take seconds in ev
 modules stand in for the readers, and the base class of the two classes for these.
 
 Streaming numbers what the processes of a data set share. It takes the first number that is free, so that two runs that
-start at the same moment, or a run that ends meanwhile, can make it take one in use. Here, numbers are random.
+start at the same moment, or a run that ends meanwhile, can make it take one in use. Here, numbers are random; nodes
+that share a machine in a test have different ones.
 """
 
 # ruff: noqa: E402, F401 - the order of imports matters, and other modules import the names from here
@@ -18,7 +19,7 @@ from collections import UserDict
 from collections.abc import Sequence
 from types import ModuleType
 
-from scmdm.system.process_group import all_gather_object, barrier
+from scmdm.system.process_group import barrier, broadcast
 
 _READERS = ("multimodal", "text", "vision")
 _CLASSES = {
@@ -64,10 +65,8 @@ from streaming.base.world import World
 def _take_number(
     streams_local: list[str], streams_remote: Sequence[str | None], world: World, retry: int = 0
 ) -> tuple[int, SharedMemory]:
-    """Return the number that the first rank of this node has drawn, with the shared memory that records it."""
-    drawn = uuid.uuid4().int >> 80 if world.is_local_leader else None
-    drawn_by_node = {node: number for node, number in all_gather_object((world.node, drawn)) if number is not None}
-    number = drawn_by_node[world.node]
+    """Return the number that rank 0 has drawn, plus that of this node, with the shared memory that records it."""
+    number = broadcast(uuid.uuid4().int >> 80) + world.node
     name, record = _get_path(number, LOCALS), _pack_locals(streams_local, number)
     if world.is_local_leader:
         memory = SharedMemory(name, create=True, size=len(record))

@@ -71,7 +71,7 @@ class CachedWindows:
         self._done_B = torch.full((rows,), 0 if settings.cache == "blocks" else -1, device=device)
         whole_B = torch.full((rows,), length, dtype=torch.int64, device=device)
         self._lengths_B = whole_B if lengths_B is None else lengths_B.to(device)
-        self.positions_B = torch.zeros_like(whole_B)
+        self.positions_B, self._approximated_B = torch.zeros_like(whole_B), torch.zeros_like(whole_B)
         self.deviation = CacheDeviation()
 
     @property
@@ -119,10 +119,17 @@ class CachedWindows:
         alone = self._kind != "blocks" or (aligned and bool((first_B == start_B).all()))
         return Window(self._cache, start_B, width, end, None if whole else rows, start, alone)
 
-    def checks(self, step: Step, window: Window) -> bool:
-        """Whether to compare a window's predictions with those of whole sequences."""
-        approximate = self._kind in ("prefix", "dual") and window.width < self._length
-        return approximate and self._every > 0 and step.index % self._every == 0
+    def to_check(self, rows: Tensor, window: Window) -> Tensor:
+        """Return which of a window's sequences (N,) to compare with predictions without the cache.
+
+        These are the first approximate step of a sequence and every `cache_check`-th after it. The number of the step
+        would not do: where it is a multiple of the steps per block, all sequences are evaluated as a whole.
+        """
+        if self._kind not in ("prefix", "dual") or window.width >= self._length or not self._every:
+            return rows[:0]
+        due_B = self._approximated_B[rows] % self._every == 0
+        self._approximated_B[rows] += 1
+        return due_B.nonzero().squeeze(1)
 
     def compare(self, view: Guided, cached_ND: Tensor, exact_ND: Tensor) -> None:
         """Add the difference between predictions with and without the cache."""

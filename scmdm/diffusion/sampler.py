@@ -225,10 +225,12 @@ def _advance_windows(
         part = view.at(own_rows)
         windowed = part.within(window)
         h_BWD = windowed.hidden(window.cut(own_z), own.t_B, None if seen is None else window.cut(seen))
-        if windows.checks(step, window):
-            at_BL = own.candidates_BL
-            exact_ND = part.hidden(own_z, own.t_B, seen)[at_BL]
-            windows.compare(part, h_BWD[window.cut(at_BL)], exact_ND)
+        checked_N = windows.to_check(own_rows, window)
+        if len(checked_N):
+            estimates = None if seen is None else seen[checked_N]
+            exact_NLD = part.at(checked_N).hidden(own_z[checked_N], own.t_B[checked_N], estimates)
+            exact_ND = exact_NLD[own.candidates_BL[checked_N]]
+            windows.compare(part, h_BWD[checked_N][window.cut(own.candidates_BL)[checked_N]], exact_ND)
         reveal_BL, drawn_N = _reveal(part, h_BWD, own, ids_B[own_rows], draws, window.start_B)
         advanced = own_z.masked_scatter(reveal_BL, drawn_N)
         z_BL = z_BL.index_copy(0, own_rows, advanced)

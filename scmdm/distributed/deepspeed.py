@@ -37,6 +37,7 @@ from scmdm.distributed.engine import MOMENTS, ParallelEngine
 from scmdm.errors import UserError
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network
+from scmdm.system.process_group import destroy_with
 
 
 def deepspeed_json(config: RunConfig, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -89,6 +90,12 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def _join_group(deepspeed: Any) -> None:
+    """Let DeepSpeed take over the group of torch.distributed, and forget its own groups when that one is destroyed."""
+    deepspeed.init_distributed()
+    destroy_with(deepspeed.comm.destroy_process_group)
+
+
 def shard_rows(model: nn.Module, device: torch.device) -> None:
     """Replace the parameters of a model on the meta device by rows of them (DTensor), still without memory."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -103,7 +110,7 @@ def shard_rows(model: nn.Module, device: torch.device) -> None:
 def partition(model: nn.Module, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Convert a model that `shard_rows` has sharded, and that was filled, to partitions of ZeRO stage 3."""
     deepspeed, ranks = _import_deepspeed(device), dist.get_world_size()
-    deepspeed.init_distributed()  # takes over the group of torch.distributed
+    _join_group(deepspeed)
     # An empty module, because `Init` would allocate and broadcast the parameters of a whole one.
     context = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_json(config, ranks, dtype))
     own = [(module, *named) for module in model.modules() for named in module.named_parameters(recurse=False)]
@@ -163,6 +170,7 @@ class DeepspeedEngine(ParallelEngine):
                 "gathers weights in bfloat16; use head_precision=compute, stage 1 or 2, or precision=float32"
             )
         deepspeed = _import_deepspeed(device)
+        _join_group(deepspeed)
         self._stage, self._clip = config.deepspeed.stage, config.optimizer.clip
         entry = _EntryPoints(model)
         self._deepspeed, self._zero, _, _ = deepspeed.initialize(

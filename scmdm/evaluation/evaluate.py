@@ -217,9 +217,7 @@ def _sample_quality(
             lengths_P=lengths_N,
             precision=resolve_weights_dtype(config.weights_dtype, config.precision),
         )
-        drawn = generate_divided(samples, batch_size=config.batch_size, parts=parts)
-        if isinstance(domain, ScoringDomain):
-            drawn = _scored(domain, drawn, parts.of(**samples.key(), metrics=config.metrics))
+        drawn = draw_and_score(samples, domain, metrics=config.metrics, parts=parts, batch_size=config.batch_size)
         if drawn is None:
             continue
         assert domain is not None
@@ -252,7 +250,27 @@ def _cost(drawn: GeneratedSamples) -> dict[str, Any]:
     return found
 
 
-def _scored(domain: ScoringDomain, drawn: GeneratedSamples | None, parts: ResultParts) -> GeneratedSamples | None:
+def draw_and_score(
+    samples: SampleSet,
+    domain: Domain | None,
+    *,
+    metrics: dict[str, Any],
+    parts: ResultParts | None,
+    batch_size: int | None = None,
+) -> GeneratedSamples | None:
+    """Draw samples and, if all ranks have a domain that scores them, score them, both divided over the ranks.
+
+    Returns them on rank 0, None on the other ranks, which call this together. Scores depend on the keys `metrics`.
+    """
+    drawn = generate_divided(samples, batch_size=batch_size, parts=parts)
+    if not isinstance(domain, ScoringDomain):
+        return drawn
+    return _scored(domain, drawn, None if parts is None else parts.of(**samples.key(), metrics=metrics))
+
+
+def _scored(
+    domain: ScoringDomain, drawn: GeneratedSamples | None, parts: ResultParts | None
+) -> GeneratedSamples | None:
     """Score the samples, which rank 0 has, on all ranks; returns them with their scores on rank 0."""
     every = broadcast(drawn)
     assert every is not None

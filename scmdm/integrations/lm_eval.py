@@ -26,6 +26,7 @@ from scmdm.config.loading import read_config
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.tokenizers import OwnFraming, UnknownSymbol
 from scmdm.data.tokenizers.chat_template import Turn, UnusableChat, marked_parts
+from scmdm.diffusion.cached_windows import CacheDeviation
 from scmdm.diffusion.reveal_order import SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.distributed.engine import compute_context, resolve_device, resolve_precision
@@ -217,10 +218,13 @@ class MaskedDiffusionLM(TemplateLM):
             prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), draw))
             seen[same] += 1
         texts = [""] * len(requests)
-        size = self._generated_at_once
+        size, self._deviation = self._generated_at_once, CacheDeviation()
         for group in self._groups(prompts, lambda own: repr(own.sampler), disable_tqdm, size, order=_prompt_length):
             for prompt, text in zip(group, self._generate(group), strict=True):
                 texts[prompt.request] = text
+        if self._deviation.positions:
+            cache = self._sampler({}).cache
+            print(f"rank {self._rank}: cache={cache} against none: {self._deviation.describe()}", file=sys.stderr)
         return texts
 
     def _sampler(self, options: dict[str, Any]) -> SamplerConfig:
@@ -286,6 +290,7 @@ class MaskedDiffusionLM(TemplateLM):
                 seed=self._options.seed,
                 lengths_B=lengths_B.to(self._device) if self._options.tail == "none" else None,
             )
+        self._deviation += drawn.deviation
         texts = []
         for prompt, at, row_L in zip(group, starts, drawn.tokens.tolist(), strict=True):
             text = answer_text(tokenizer, row_L[: at + prompt.max_new_tokens], at, self._end_ids)

@@ -28,10 +28,11 @@ from scmdm.data.preparation.source import make_source
 from scmdm.errors import UserError
 from scmdm.launch.rank import TRAINING
 from scmdm.observability.environment import REVISION_FILE, git_revision
+from scmdm.study.study_plan import StudyPlan
 from scmdm.system.files import atomic_write_text
 from scmdm.system.run_directory import EVALUATIONS, LAUNCH, STACKS, run_of
 
-ONE_PROCESS = ("study", "export")  # commands that ranks cannot share
+ONE_PROCESS = ("export",)  # commands that ranks cannot share
 _PACKAGES = ("scmdm", "data_prep")
 _LEFT_OUT = ("configs",)  # a wheel has the shipped configurations in the package
 
@@ -120,7 +121,7 @@ def resolve(
         raise UserError(f"--config {config} is not possible with {command}, whose YAML file is {subject}")
     if command in _OF_MODELS and not later:
         find_model(subject)
-    return _RESOLVERS[command](_Given(command, subject, tuple(words), keys, config, ranks))
+    return _RESOLVERS[command](_Given(command, subject, tuple(words), keys, config, ranks, later))
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class _Given:
     keys: list[str]
     config: Path | None
     ranks: int
+    later: bool
 
 
 def _training(given: _Given) -> ResolvedLaunch:
@@ -151,6 +153,8 @@ def _preparation(given: _Given) -> ResolvedLaunch:
 
 def _study(given: _Given) -> ResolvedLaunch:
     config = load_config(StudyConfig, given.subject, given.keys)
+    data = load_config(PrepareConfig, Path(config.prepare)).out
+    StudyPlan(config.selected(), Path(config.out), Path(data)).check(given.ranks, later=given.later)
     return _output("study", config, config.out)
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with suppress(OSError):  # the ranks report a directory that cannot be written
         options.stacks.mkdir(parents=True, exist_ok=True)
-    os.environ.update(recorder_environment(options.stacks, os.environ))
+    os.environ.update(recorder_environment(os.environ, options.stacks))
     if options.starter == "srun":
         _become_rank(options)
     status = 1
@@ -145,7 +145,8 @@ def _explain(node: SlurmNode, ended: Mapping[int, int], logs: Path) -> int:
 
 def exit_status(codes: Iterable[int]) -> int:
     """Combined exit status of ranks: 85 if all of them were stopped by a signal, else that of the likely cause."""
-    stopped = {REQUEUE_EXIT, *(-number for number in stop_signals())}
+    # A process that ends its own worker processes on a signal ends with 128 plus its number.
+    stopped = {REQUEUE_EXIT, *(-number for number in stop_signals()), *(128 + number for number in stop_signals())}
     failed = [code for code in codes if code not in stopped]
     if not failed:
         return REQUEUE_EXIT

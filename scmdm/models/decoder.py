@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmdm.config.fields import OnAdapt, key
 from scmdm.config.model import ModelConfig
-from scmdm.diffusion.packing import Packing
 from scmdm.diffusion.schedule import Schedule
 from scmdm.errors import UserError
 from scmdm.models.activation_checkpointing import in_float32
@@ -477,7 +476,7 @@ class Decoder(Network):
         """Multiply by `embedding_multiplier`."""
         return x_BLD if self.config.embedding_multiplier == 1 else self.config.embedding_multiplier * x_BLD
 
-    def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:
+    def _align(self, h_BLD: Tensor, positions_BL: Tensor | None, clean_BLD: Tensor | None = None) -> Tensor:
         """Shift hidden states by one position if `logit_shift`; the first of a document predicts itself.
 
         The first position of a later block is predicted from the clean copy of the block before it.
@@ -489,8 +488,8 @@ class Decoder(Network):
         if clean_BLD is not None and self.block_length is not None:
             before_BLD = torch.cat([h_BLD[:, :1], clean_BLD[:, :-1]], dim=1)
             at_L = torch.arange(h_BLD.shape[1], device=h_BLD.device)
-            positions = at_L if packing is None else packing.positions_BL
+            positions = at_L if positions_BL is None else positions_BL
             shifted_BLD = torch.where((positions % self.block_length == 0)[..., None], before_BLD, shifted_BLD)
-        if packing is None:
+        if positions_BL is None:
             return shifted_BLD
-        return torch.where((packing.positions_BL == 0)[..., None], h_BLD, shifted_BLD)
+        return torch.where((positions_BL == 0)[..., None], h_BLD, shifted_BLD)

@@ -123,7 +123,7 @@ class Network(nn.Module):
         x_BLD = self._residual_stream(self._add_estimate(x_BLD, state))
         h_BLD = self._run_upper(self, x_BLD, inputs)
         clean_BLD = h_BLD[:, length:] if state.clean_BL is not None else None
-        return self._head_input(self._align(h_BLD[:, :length], state.packing, clean_BLD))
+        return self._head_input(self._align(h_BLD[:, :length], _positions(state), clean_BLD))
 
     def lower(self, state: State, *, dropout: bool = False) -> Tensor | None:
         """See `Denoiser.lower`."""
@@ -284,8 +284,11 @@ class Network(nn.Module):
         assert labels_B is None, "this kind of denoiser has no labels"
         return ()
 
-    def _align(self, h_BLD: Tensor, packing: Packing | None, clean_BLD: Tensor | None = None) -> Tensor:
-        """Move each hidden state to the position that it predicts; `clean_BLD` are those of the clean copy."""
+    def _align(self, h_BLD: Tensor, positions_BL: Tensor | None, clean_BLD: Tensor | None = None) -> Tensor:
+        """Move each hidden state to the position that it predicts; `clean_BLD` are those of the clean copy.
+
+        `positions_BL` are those of packed documents.
+        """
         return h_BLD
 
     def _head_tensors(self) -> tuple[Tensor, Tensor]:
@@ -327,6 +330,14 @@ class Network(nn.Module):
         if self.config.head_precision == "float32" or not torch.is_autocast_enabled(h_BLD.device.type):
             return h_BLD.to(self.head()[0].dtype)
         return h_BLD.to(torch.get_autocast_dtype(h_BLD.device.type))
+
+
+def _positions(state: State) -> Tensor | None:
+    """Return the position of each evaluated token in its document; None if sequences are not packed."""
+    if state.packing is None:
+        return None
+    positions_BL = state.packing.positions_BL
+    return positions_BL if state.window is None else state.window.cut(positions_BL)
 
 
 def count_parameters(model: nn.Module, *, trained: bool = False) -> int:

@@ -20,7 +20,7 @@ from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.models.flops import StepFlops
 from scmdm.system.lease import Fence
-from scmdm.system.process_group import all_gather_object
+from scmdm.system.process_group import gather_numbers
 from scmdm.system.run_directory import PROFILE
 from scmdm.system.untrusted import describe
 
@@ -133,16 +133,18 @@ class Utilization:
 
 
 def summarize_parts(seconds: dict[str, float], steps: int) -> dict[str, float | int | None]:
-    """Return seconds per step of each part (mean over ranks), and the slowest rank. All ranks call this together.
+    """Return, on rank 0, seconds per step of each part (mean over ranks), and the slowest rank; {} on the others.
 
-    All ranks wait for each other after the backward pass and the read of the next batch (`sync`), so the slowest rank
-    waits least. Its lag is the median rank's wait minus its own.
+    All ranks call this together, and each sends a number for each part. They wait for each other after the backward
+    pass and the read of the next batch (`sync`), so the slowest rank waits least. Its lag is the median rank's wait
+    minus its own.
     """
-    seconds_by_rank = all_gather_object(seconds)
-    found: dict[str, float | int | None] = {
-        f"{name}_s": statistics.fmean(rank[name] for rank in seconds_by_rank) / steps for name in PARTS
-    }
-    waits = [rank["sync"] / steps for rank in seconds_by_rank]
+    gathered = gather_numbers([seconds[name] / steps for name in PARTS])
+    if gathered is None:
+        return {}
+    by_part = dict(zip(PARTS, zip(*gathered, strict=True), strict=True))
+    found: dict[str, float | int | None] = {f"{name}_s": statistics.fmean(by_part[name]) for name in PARTS}
+    waits = by_part["sync"]
     alone = len(waits) == 1
     found["slowest_rank"] = None if alone else waits.index(min(waits))
     found["slowest_rank_lag_s"] = None if alone else statistics.median(waits) - min(waits)

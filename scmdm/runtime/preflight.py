@@ -34,7 +34,7 @@ from scmdm.observability.environment import PACKAGES
 from scmdm.observability.run_metrics import logger
 from scmdm.system.extras import installed_version
 from scmdm.system.files import atomic_write_text
-from scmdm.system.process_group import World, all_gather_object, barrier, broadcast
+from scmdm.system.process_group import World, barrier, broadcast, gather_object, on_rank_0
 from scmdm.system.run_directory import CHECKPOINTS
 
 # Kinds of values that must be equal on all ranks, and remedies. Earlier differences explain later ones.
@@ -87,15 +87,15 @@ class PreflightProblem:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Result of the checks, for the log and for `starts.jsonl`."""
+    """Result of the checks, for the log and for `starts.jsonl`, which rank 0 writes."""
 
-    hosts: tuple[str, ...]  # one per rank
+    hosts: tuple[str, ...]  # one per rank; on rank 0 alone
     source_sha256: str
     seconds: float
-    skew_s: float
+    skew_s: float  # the largest of any rank; on rank 0 alone
     all_reduce_gb_per_s: float | None  # bus bandwidth, which does not depend on the number of ranks; None: one process
     all_reduce_latency_us: float | None
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # on rank 0 alone
 
 
 def run_preflight(
@@ -116,20 +116,22 @@ def run_preflight(
     barrier()
     report = replace(report, clock=time.time())
     first = broadcast(report)
-    found = all_gather_object((report.host, report.clock - first.clock, compare(first, report)))
+    gathered = gather_object((report.host, report.clock - first.clock, compare(first, report)))
+    found = gathered or []  # of rank 0
     if world.is_main:
         (directory / _MARK).unlink(missing_ok=True)
-    warnings = _refuse_fatal([problem for _, _, problems in found for problem in problems])
+    problems = [problem for _, _, of_rank in found for problem in of_rank]
+    on_rank_0(lambda: _refuse_fatal(problems))
     speed, latency = _measure_all_reduce(device) if world.size > 1 else (None, None)
     source = hashlib.sha256(repr(sorted(report.same["source file"].items())).encode()).hexdigest()
     return PreflightReport(
         hosts=tuple(host for host, *_ in found),
         source_sha256=source,
         seconds=time.perf_counter() - began,
-        skew_s=max(abs(skew) for _, skew, _ in found),
+        skew_s=max((abs(skew) for _, skew, _ in found), default=0.0),
         all_reduce_gb_per_s=speed,
         all_reduce_latency_us=latency,
-        warnings=warnings,
+        warnings=tuple(problem.text for problem in problems),
     )
 
 
@@ -197,12 +199,11 @@ def _shortages(own: RankReport) -> Iterator[PreflightProblem]:
             )
 
 
-def _refuse_fatal(problems: list[PreflightProblem]) -> tuple[str, ...]:
-    """Return the texts of warnings. Raises UserError if a problem is fatal."""
+def _refuse_fatal(problems: list[PreflightProblem]) -> None:
+    """Raise UserError if a problem is fatal."""
     fatal = [problem.text for problem in problems if problem.fatal]
     if fatal:
         raise UserError(fatal[0] + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""))
-    return tuple(problem.text for problem in problems)
 
 
 def log_preflight(report: PreflightReport) -> None:

@@ -34,7 +34,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
-from scmdm.runtime.flight_recorder import dump_flight_recorder, written_records
+from scmdm.runtime.flight_recorder import dump_flight_recorder, dumping_to, written_records
 from scmdm.system.lease import Fence
 from scmdm.system.process_group import World
 from scmdm.system.run_directory import STACKS
@@ -218,9 +218,12 @@ _of_share: Watchdog | None = None
 
 @contextlib.contextmanager
 def watching_share(directory: Path, world: World) -> Iterator[None]:
-    """Watch this rank while it computes its share of a job's work; stacks are written into `directory`."""
+    """Watch this rank while it computes its share of a job's work.
+
+    Stacks, and NCCL's records beside them, are written into `directory`.
+    """
     global _of_share
-    with Watchdog(directory, world, _SHARE_MINUTES) as watchdog:
+    with Watchdog(directory, world, _SHARE_MINUTES) as watchdog, dumping_to(directory / STACKS):
         _of_share = watchdog
         report_progress()
         try:

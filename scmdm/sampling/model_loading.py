@@ -26,6 +26,7 @@ from scmdm.models.model_files import (
     set_dtype,
 )
 from scmdm.runtime.divided_work import ResultParts
+from scmdm.runtime.flight_recorder import enable_flight_recorder
 from scmdm.system.process_group import current_world, joined_world, process_group
 
 # Once all ranks have met, and for one evaluation of the ranks that share weights: these do not wait for each other's
@@ -86,6 +87,7 @@ def evaluation_ranks(config: ModelKeys) -> Iterator[None]:
         torch.set_num_threads(config.threads)
     world = current_world()
     device = resolve_device(config.device, world.local_rank)
+    enable_flight_recorder()
     with process_group(world, device, needed=False, timeout=LONGEST_COLLECTIVE, heartbeat=True):
         yield
 

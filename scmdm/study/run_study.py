@@ -1,7 +1,7 @@
 """`scmdm study`: prepare data, train a base, adapt it in several arms, sample, evaluate, report.
 
-Finished parts are skipped, so the same command continues an interrupted study. Training and sampling are jobs of worker
-processes, one per core; samples are evaluated in the main process.
+Finished parts are skipped, so the same command continues an interrupted study. In one process, training and sampling
+are jobs of worker processes, one per core. Under torchrun the ranks share every job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scmdm.checkpoint.reader import find_model, read_state
+from scmdm.checkpoint.reader import read_state
 from scmdm.config.loading import load_config, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.stored import read_stored_config
@@ -23,16 +23,16 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
 from scmdm.domains.domain_registry import domain_of, metrics_config
 from scmdm.domains.interface import decode_split
-from scmdm.errors import UserError
 from scmdm.evaluation.study_record import STUDY_FILE, TrainingCost
 from scmdm.evaluation.study_report import print_summary, study_report
 from scmdm.observability.environment import describe_environment
+from scmdm.sampling.model_loading import evaluation_ranks
 from scmdm.study.study_jobs import StudyJobs
 from scmdm.study.study_plan import StudyModel, StudyPlan
+from scmdm.study.study_ranks import RANKS, RankedStudyJobs
 from scmdm.system.files import atomic_write_bytes, atomic_write_text, json_text
-from scmdm.system.process_group import current_world
+from scmdm.system.process_group import current_world, on_rank_0
 from scmdm.system.terminal import Terminal
-from scmdm.training.trainer import run_training
 
 _MAX_HELD_OUT = 4096  # held-out sequences that are kept for the report's figures
 
@@ -43,30 +43,41 @@ def run_study(config: StudyConfig) -> Path:
     Raises UserError before anything is trained if a run's configuration, the split or a key of `metrics` is not
     possible.
     """
-    if (world := current_world()).size > 1:
-        raise UserError(
-            f"WORLD_SIZE={world.size}: a study starts its own processes, each of which would take itself for a rank; "
-            "start it once, without torchrun"
-        )
-    started = time.perf_counter()
+    started, ranks = time.perf_counter(), current_world().size
     console = Terminal()
     config = config.selected()
-    out = Path(config.out)
     prepare_config = load_config(PrepareConfig, Path(config.prepare))
-    plan = StudyPlan(config, out, Path(prepare_config.out))
-    plan.check()
-    out.mkdir(parents=True, exist_ok=True)
+    plan = StudyPlan(config, Path(config.out), Path(prepare_config.out))
+    with evaluation_ranks(RANKS):
+        on_rank_0(lambda: _open(plan, prepare_config, ranks))
+        manifest = Manifest.read(plan.data)
+        manifest.split(config.split, plan.data)
+        domain = domain_of(manifest)
+        metrics = metrics_config(domain, config.metrics)
+    make = RankedStudyJobs if ranks > 1 else StudyJobs
+    models, evaluations = make(plan, domain, metrics, console).run()
+    with evaluation_ranks(RANKS):
+        on_rank_0(lambda: _write(plan, manifest, models, evaluations))
+        if current_world().is_main:
+            minutes = (time.perf_counter() - started) / 60
+            console.print(f"report: {plan.out / 'report.html'} ({minutes:.1f} minutes)", soft_wrap=True)
+    return plan.out
+
+
+def _open(plan: StudyPlan, prepare_config: PrepareConfig, ranks: int) -> None:
+    """Check the configurations of all runs, and prepare the data."""
+    plan.check(ranks)
+    plan.out.mkdir(parents=True, exist_ok=True)
     prepare(prepare_config)
-    manifest = Manifest.read(plan.data)
-    manifest.split(config.split, plan.data)
-    domain = domain_of(manifest)
-    metrics = metrics_config(domain, config.metrics)
-    models, evaluations = StudyJobs(plan, _base(plan), domain, metrics, console).run()
-    tokenizer = manifest.tokenizer.file
+
+
+def _write(plan: StudyPlan, manifest: Manifest, models: list[StudyModel], evaluations: list[dict[str, Any]]) -> None:
+    """Write `study.json` and the report, and print its summary."""
+    config, out, tokenizer = plan.config, plan.out, manifest.tokenizer.file
     atomic_write_bytes(out / tokenizer, (plan.data / tokenizer).read_bytes())
     study = {
         "title": config.title,
-        "domain": domain,
+        "domain": domain_of(manifest),
         "tokenizer": tokenizer,
         "held_out": _write_held_out(plan.data, manifest, config.split, out),
         "config": to_yaml(config),
@@ -77,18 +88,6 @@ def run_study(config: StudyConfig) -> Path:
     }
     atomic_write_text(out / STUDY_FILE, json_text(study, indent=1))
     print_summary(study_report(out, out / "report.html"))
-    minutes = (time.perf_counter() - started) / 60
-    console.print(f"report: {out / 'report.html'} ({minutes:.1f} minutes)", soft_wrap=True)
-    return out
-
-
-def _base(plan: StudyPlan) -> StudyModel:
-    """Return the base, after training it if the study has no `base`."""
-    if not plan.config.from_scratch:
-        return StudyModel("base", 0, find_model(Path(plan.config.base)), None)
-    run = plan.base_run()
-    run_training(run, None)
-    return StudyModel("base", 0, find_model(Path(run.run_dir)), Path(run.run_dir))
 
 
 def _write_held_out(root: Path, manifest: Manifest, split: str, out: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
@@ -20,6 +21,7 @@ from scmdm.models.model_files import open_model
 from scmdm.system.untrusted import parse_json, read_bytes, reading
 
 logger = logging.getLogger("scmdm")
+_DESCRIPTIONS = Verification("descriptions")  # weights are hashed when they are used
 _STUDY_KEYS = ("run_dir", "data.path", "base", "seed")  # keys of a run that the study sets
 _EARLIER_METRIC_KEYS = ("fcd", "moses", "scorer", "mauve", "inception")  # of rows without `metrics_config`
 
@@ -57,30 +59,44 @@ class StudyPlan:
     out: Path
     data: Path  # directory of the data set
 
-    def trained_arms(self) -> list[tuple[str, int]]:
+    def check(self, ranks: int = 1, *, later: bool = False) -> None:
+        """Load the configuration of every run on `ranks` ranks: a mistake is reported before the first run starts.
+
+        The base may be missing if it is made `later`. Raises UserError, which names the arm.
+        """
+        if self.config.from_scratch:
+            self.base_run().check_ranks(ranks)
+        elif not later:
+            find_model(Path(self.config.base), _DESCRIPTIONS)
+        known = self.config.from_scratch or not later
+        for arm, seed in self._trained_arms():
+            if known or not self.config.arms[arm].from_scratch:
+                self.arm_run(arm, seed, self.config.base, ranks)
+
+    def _trained_arms(self) -> list[tuple[str, int]]:
         """Arm and seed of every model that is trained."""
         arms = [name for name, arm in self.config.arms.items() if arm.samples_of is None]
         return [(arm, seed) for seed in self.config.adaptation_seeds for arm in arms]
 
-    def check(self) -> None:
-        """Load the configuration of every run, so that a mistake is reported before the first run starts.
+    def base_model(self) -> tuple[StudyModel, RunConfig | None]:
+        """Return the base, which may be a run directory, and the configuration of its training if there is one."""
+        if not self.config.from_scratch:
+            return StudyModel("base", 0, Path(self.config.base), None), None
+        run = self.base_run()
+        return StudyModel("base", 0, Path(run.run_dir), Path(run.run_dir)), run
 
-        Raises UserError, which names the arm.
-        """
-        if self.config.from_scratch:
-            self.base_run()
-        else:
-            find_model(Path(self.config.base))
-        for arm, seed in self.trained_arms():
-            self.arm_run(arm, seed, self.config.base)
+    def adaptations(self, base: Path) -> list[tuple[StudyModel, RunConfig]]:
+        """Return every model that is trained after the base, which is at `base`, and the configuration of its run."""
+        runs = [(arm, seed, self.arm_run(arm, seed, str(base))) for arm, seed in self._trained_arms()]
+        return [(StudyModel(arm, seed, Path(run.run_dir), Path(run.run_dir)), run) for arm, seed, run in runs]
 
     def base_run(self) -> RunConfig:
         """Configuration of the training of the base."""
         overrides = [f"run_dir={self.out / 'base'}", f"data.path={self.data}", *self.config.base_overrides]
         return load_config(RunConfig, Path(self.config.base_config), overrides)
 
-    def arm_run(self, arm: str, seed: int, base: str) -> RunConfig:
-        """Configuration of the training of an arm. Raises UserError, which names the arm."""
+    def arm_run(self, arm: str, seed: int, base: str, ranks: int = 1) -> RunConfig:
+        """Configuration of the training of an arm on `ranks` ranks. Raises UserError, which names the arm."""
         config, chosen = self.config, self.config.arms[arm]
         own = [f"run_dir={self.out / f'{arm}-{seed}'}", f"data.path={self.data}", f"seed={seed}"]
         try:
@@ -91,11 +107,13 @@ class StudyPlan:
             adaptation = load_config(RunConfig, Path(config.adapt_config), overrides)
             if not chosen.from_scratch:
                 adaptation.check_command("adapt")
+                adaptation.check_ranks(ranks)
                 return adaptation
             steps = self._steps_from_scratch(adaptation, base)
             overrides = [*own, *config.base_overrides, f"train.steps={steps}", *chosen.overrides]
             run = load_config(RunConfig, Path(config.base_config), overrides)
             run.check_command("train")
+            run.check_ranks(ranks)
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from error
         return run
@@ -103,7 +121,9 @@ class StudyPlan:
     def _steps_from_scratch(self, adaptation: RunConfig, base: str) -> int:
         """Steps at the base's batch size that process as many sequences as base and adaptation together."""
         trained = self.base_run().train
-        done = trained.steps if self.config.from_scratch else open_model(find_model(Path(base))).spec.step
+        done = (
+            trained.steps if self.config.from_scratch else open_model(find_model(Path(base), _DESCRIPTIONS)).spec.step
+        )
         return done + -(-adaptation.train.steps * adaptation.train.global_batch_size // trained.global_batch_size)
 
     def measurements(self, model: StudyModel, data_fingerprint: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,29 +1,36 @@
 """The processes of a run, and collectives outside of the training step.
 
 Without torchrun, or another launcher that sets RANK and WORLD_SIZE, there is one process, and collectives return their
-argument.
+argument. Ranks may join several process groups, one after the other: those of a study train and evaluate in turn.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scmdm.errors import UserError
 from scmdm.system.rank_heartbeat import RankHeartbeat, beating, meet
-from scmdm.torch_private import default_group_timeout
+from scmdm.torch_private import default_group_timeout, forget_meshes
 
 T = TypeVar("T")
 _ARRIVAL = timedelta(minutes=15)  # images are pulled and packages are read from slow file systems at a start
 _ANSWER = timedelta(seconds=10)  # between rank 0 and the others
+_numbers = itertools.count()  # of the groups of this process: all ranks join the same ones in the same order
+_servers: dict[tuple[str, int], dist.Store] = {}  # stores that this process serves until it ends
+_destroy: Callable[[], None] = dist.destroy_process_group
 
 
 @dataclass(frozen=True)
@@ -80,27 +87,55 @@ def process_group(
 
     With `heartbeat`, the ranks meet before each collective of this module, and the first one waits for the last one as
     long as it lives (`RankHeartbeat`); `timeout` then does not include this wait.
+
+    A UserError that several ranks raise leaves the block on the first of them; the others exit with its status, so that
+    a user reads it once.
     """
     if world.size == 1 and not needed:
         yield
         return
+    global _destroy
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     beats: AbstractContextManager[None] = nullcontext()
+    store: dist.Store | None = None
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        store = _meet(world, arrival)
+        number = next(_numbers)
+        if number > 0:
+            forget_meshes()
+        store = _meet(world, arrival, number)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         if heartbeat:
-            beats = beating(RankHeartbeat(_connect(world, arrival, serve=False), world.rank, world.size))
+            own = _connect(world, arrival, number, serve=False)
+            beats = beating(RankHeartbeat(own, world.rank, world.size))
     try:
         with beats, default_group_timeout(timeout) if timeout is not None else nullcontext():
             yield
             barrier()  # a rank that leaves first would break connections that others still use
+    except UserError as error:
+        if store is None or _is_first_to_tell(store, error):
+            raise
+        raise SystemExit(error.status) from None
     finally:
-        dist.destroy_process_group()
+        _destroy()
+        _destroy = dist.destroy_process_group
+
+
+def destroy_with(function: Callable[[], None]) -> None:
+    """Destroy the present process group by `function`, of a library that keeps groups of its own."""
+    global _destroy
+    _destroy = function
+
+
+def _is_first_to_tell(store: dist.Store, error: UserError) -> bool:
+    """Return whether no other rank has raised the same error before."""
+    try:
+        return store.add(f"told/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
+    except (dist.DistError, RuntimeError):  # the rank that served the store has ended
+        return True
 
 
 def joined_world() -> tuple[int, int]:
@@ -108,19 +143,22 @@ def joined_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _meet(world: World, arrival: timedelta) -> dist.Store:
-    """Connect to the launcher's store and wait for all ranks.
+def _meet(world: World, arrival: timedelta, number: int) -> dist.Store:
+    """Connect to the launcher's store and wait for all ranks to join the group `number`.
 
     torch's own rendezvous waits for a number of ranks, and cannot say which one is missing.
     """
     from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _connect(world, arrival, serve=world.is_main and not from_launcher)
+    store = _connect(world, arrival, number, serve=world.is_main and not from_launcher)
     _roll_call(store, world, arrival)
     return store
 
 
-def _connect(world: World, arrival: timedelta, *, serve: bool) -> dist.Store:
-    """Open a connection to the launcher's store, or to rank 0's, which serves it. Raises UserError."""
+def _connect(world: World, arrival: timedelta, number: int, *, serve: bool) -> dist.Store:
+    """Open a connection to the launcher's store, or to rank 0's, which serves it. Raises UserError.
+
+    Each group has its own keys in the store.
+    """
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
     try:
         server = dist.TCPStore(
@@ -138,7 +176,10 @@ def _connect(world: World, arrival: timedelta, *, serve: bool) -> dist.Store:
             f"MASTER_PORT={port}, within {arrival.total_seconds():.0f} s ({str(error).splitlines()[0]}); see whether "
             "rank 0 runs, and give every rank the same reachable address and a free port"
         ) from error
-    return dist.PrefixStore(f"scmdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    if serve:
+        # The other ranks may join the next group before this one has left the last.
+        _servers.setdefault((address, int(port)), server)
+    return dist.PrefixStore(f"scmdm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}", server)
 
 
 def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
@@ -187,14 +228,18 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def all_gather_object(value: T) -> list[T]:
-    """Return every rank's value, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    meet()
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box
+def on_rank_0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone; return its result, or raise its UserError, on every rank."""
+    found: T | UserError | None = None
+    if joined_world()[0] == 0:
+        try:
+            found = function()
+        except UserError as error:
+            found = error
+    result: Any = broadcast(found)
+    if isinstance(result, UserError):
+        raise result
+    return cast(T, result)
 
 
 def scatter(values: Sequence[T] | None) -> T:
@@ -225,12 +270,36 @@ def first_found(value: T | None) -> T | None:
 
 
 def gather_object(value: T) -> list[T] | None:
-    """Return every rank's value, in rank order, on rank 0; None on the other ranks."""
+    """Return every rank's value, in rank order, on rank 0; None on the other ranks.
+
+    The other ranks send their own value, padded to the size of the largest. torch's function gathers the sizes of all
+    values on every rank.
+    """
     if not dist.is_initialized():
         return [value]
     meet()
-    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, box)
+    own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    size = torch.tensor(len(own))
+    dist.all_reduce(size, op=dist.ReduceOp.MAX)
+    padded = torch.zeros(int(size), dtype=torch.uint8)
+    padded[: len(own)] = own
+    gathered = _gather(padded)
+    return None if gathered is None else [pickle.loads(part.numpy().tobytes()) for part in gathered]
+
+
+def gather_numbers(values: Sequence[float]) -> list[list[float]] | None:
+    """Return every rank's numbers, as many on each, in rank order, on rank 0; None on the other ranks."""
+    if not dist.is_initialized():
+        return [list(values)]
+    meet()
+    gathered = _gather(torch.tensor(values, dtype=torch.float64))
+    return None if gathered is None else [part.tolist() for part in gathered]
+
+
+def _gather(own: Tensor) -> list[Tensor] | None:
+    ranks = dist.get_world_size()
+    box = [torch.empty_like(own) for _ in range(ranks)] if dist.get_rank() == 0 else None
+    dist.gather(own, box)
     return box
 
 

@@ -29,7 +29,7 @@ from scmdm.distributed.engine import check_hardware
 from scmdm.models.model_files import StoredModel, open_model
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
-from scmdm.runtime.flight_recorder import enable_flight_recorder
+from scmdm.runtime.flight_recorder import dumping_to, enable_flight_recorder
 from scmdm.runtime.preflight import log_preflight, run_preflight
 from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
@@ -63,8 +63,9 @@ def run_training(config: RunConfig, base: Path | None, stop: StopRequest | None 
     signals = StopRequest() if stop is None else contextlib.nullcontext(stop)
     # The timeout exceeds the watchdog's limits, because only the watchdog writes the stacks of all ranks.
     timeout = collective_timeout(config.train.watchdog_minutes)
-    enable_flight_recorder(Path(config.run_dir) / STACKS)
-    with signals as stop, process_group(world, device, needed=config.engine != "single", timeout=timeout):
+    enable_flight_recorder()
+    joined = process_group(world, device, needed=config.engine != "single", timeout=timeout)
+    with signals as stop, dumping_to(Path(config.run_dir) / STACKS), joined:
         try:
             return _run(config, base, stop, world, device, dtype)
         except SystemExit:

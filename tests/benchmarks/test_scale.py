@@ -72,6 +72,12 @@ def test_shares_of_many_ranks(tmp_path):
     assert_allowed(scale.SHARES, {ranks: scale.shares(tmp_path, ranks) for ranks in scale.SIMULATED})
 
 
+def test_what_rank_0_gathers_costs_no_other_rank_more():
+    found = {ranks: scale.gathered(ranks) for ranks in scale.SIMULATED[1:]}
+    assert_allowed(scale.GATHERED, found)
+    assert 0 < max(max(counted.values()) for counted in found.values()) < 300
+
+
 @pytest.mark.slow
 def test_simulated_ranks_and_machines():
     for rows, count, numbers in (

@@ -21,7 +21,8 @@ from scmdm.config.training import TrainConfig
 from scmdm.errors import UserError
 from scmdm.models import tensor_files
 from scmdm.system.hashing import COUNTS
-from scmdm.system.process_group import all_gather_object, barrier, current_world, process_group
+from scmdm.system.process_group import barrier, current_world, process_group
+from tests.distributed.gathering import all_gather_object
 
 GROUPS = ("weights.", "ema.", "exp_avg.", "exp_avg_sq.")
 ROWS, WIDTH, PARAMETERS = 1024, 2048, 4  # 32 MiB of each group

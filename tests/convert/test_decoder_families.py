@@ -159,19 +159,22 @@ def test_a_family_computes_what_transformers_does_and_goes_back(tmp_path, name):
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
+MASK = {"mask_token_id": 3}
+
+
 @pytest.mark.parametrize(
     ("layout", "kind", "changes", "stated", "shift"),
     [
-        ("dream", "qwen2", {}, {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 3}, True),
+        ("dream", "qwen2", {}, {"model_type": "Dream", "architectures": ["DreamModel"], **MASK}, True),
         (
             "qwen3",
             "qwen3",
             {"head_dim": 16},
-            {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], "mask_token_id": 3},
+            {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], **MASK},
             False,
         ),
-        ("qwen2", "qwen2", {}, {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}, False),
-        ("llama", "llama", {}, {"model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"]}, False),
+        ("qwen2", "qwen2", {}, {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"], **MASK}, False),
+        ("llama", "llama", {}, {"model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], **MASK}, False),
     ],
 )
 def test_what_others_made_of_a_family(tmp_path, layout, kind, changes, stated, shift):
@@ -221,6 +224,7 @@ def test_llada_computes_what_llama_does(tmp_path):
         "weight_tying": False,
         "max_sequence_length": LENGTH,
         "vocab_size": len(WORDS),
+        **MASK,
     }
     (source / "config.json").write_text(json.dumps(described))
     assert main(["import", str(source), str(tmp_path / "ours")]) == 0

@@ -146,7 +146,7 @@ def llada2_tensors(theirs):
 
 def write(directory, described, tensors):
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(described))
+    (directory / "config.json").write_text(json.dumps({"mask_token_id": 3, **described}))
     save_file(tensors, directory / "model.safetensors")
     write_tokenizer(directory / "tokenizer.json")
     return directory

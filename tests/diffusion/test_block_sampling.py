@@ -144,6 +144,29 @@ def test_guidance_padding_and_batches(guided_by, carry, trained):
         assert int(alone.positions_B) == int(cached.positions_B[row])
 
 
+@pytest.mark.parametrize("kind", ["dit", "decoder", "shifted"])
+@pytest.mark.parametrize("cache", ["blocks", "prefix", "dual"])
+def test_sequences_of_different_lengths_with_a_cache(cache, kind):
+    """Padded sequences in one batch have the tokens that each has alone, also where positions are shifted."""
+    model = small_model(kind, SIZE if cache == "blocks" else None)
+    lengths = torch.tensor([14, 11, 5, 12, 9, 14, 13, 7])
+    given = prompts()
+    given[:, 0] = 0  # in a sequence of masks, all positions of a decoder are equally certain
+    given[torch.arange(LENGTH) >= lengths[:, None]] = 0
+    settings = settings_of("confidence", cache, carry=True, cache_check=1, logit_shift=kind == "shifted")
+    together = draw(model, settings, given, lengths_B=lengths)
+    if cache == "blocks":
+        whole = draw(model, replace(settings, cache="none"), given, lengths_B=lengths)
+        assert torch.equal(together.tokens, whole.tokens)
+    for row, length in enumerate(lengths.tolist()):
+        own = torch.tensor([row])
+        alone = sample(
+            model, given[row : row + 1, :length], own, schedule=LogLinear(), settings=settings, mask_id=MASK, seed=0,
+            lengths_B=lengths[own],
+        )  # fmt: skip
+        assert torch.equal(alone.tokens[0], together.tokens[row, :length])
+
+
 @pytest.mark.parametrize("cache", ["none", "blocks"])
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "float32"])  # which is not exact
@@ -255,6 +278,25 @@ def test_approximate_caches(cache, carry):
     compared = 3 if cache == "prefix" else 4  # blocks, of which half is left; prefix evaluates the first as a whole
     assert drawn.deviation.positions == 4 * (2 * compared - 1)
     assert 0 < drawn.deviation.variation < drawn.deviation.positions
+
+
+@pytest.mark.parametrize("every", [2, 64])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_an_approximate_cache_is_measured_however_many_steps_a_block_has(cache, every):
+    """Also where each multiple of `every` is the first step of a block; and independently of the batch."""
+    model = small_model("dit")
+    settings = settings_of("confidence", cache, steps=8, cache_check=every)  # two for each of four blocks
+    given = torch.full((4, LENGTH), MASK)
+    together = draw(model, settings, given).deviation
+    assert together.positions > 0
+    ids = torch.arange(4)
+    each = [
+        sample(
+            model, given[:1], ids[row : row + 1], schedule=LogLinear(), settings=settings, mask_id=MASK, seed=0
+        ).deviation.positions
+        for row in range(4)
+    ]
+    assert sum(each) == together.positions and min(each) > 0
 
 
 @pytest.mark.parametrize("kind", ["decoder", "shifted"])

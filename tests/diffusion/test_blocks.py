@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from scmdm.diffusion.state import Sequences, State
 from scmdm.models.decoder import Decoder, DecoderConfig
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
+from scmdm.planner.activation_memory import LiveBytes
 from tests.diffusion.oracle import BlockOracle
 
 VOCAB = 6
@@ -205,3 +207,23 @@ def test_times_of_blocks_are_stratified_keyed_and_independent_of_the_batch():
     torch.testing.assert_close(spread_times(t_B[7:9], ids[7:9], maskable[7:9], 2, None, **keys), t[7:9], rtol=0, atol=0)
     longer = torch.nn.functional.pad(maskable, (0, 6))  # padding
     torch.testing.assert_close(spread_times(t_B, ids, longer, 2, None, **keys)[:, :8], t, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_memory_of_training_and_evaluation_has_no_canvas_times_vocabulary(kind):
+    """Both passes of a step with its gradients, and the NELBO; half of the positions are masked."""
+    vocab, length = 20_000, 128
+    make, config = CONFIGS[kind]
+    config = replace(config, head_chunk=4)
+    model = make(config, vocab_size=vocab, mask_id=vocab - 1, schedule=LogLinear()).train()
+    init_weights(model, 0)
+    model.block_length = 16
+    x = tokens(1, length)
+    with LiveBytes(model.parameters()) as live:
+        batch = noised(x, 16, mask_id=vocab - 1)
+        self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
+    assert live.peak < length * vocab * 4 / 2
+    keys = {"mask_id": vocab - 1, "seed": 0, "t_min": 1e-3, "condition": True, "block_length": 16}
+    with LiveBytes(model.parameters()) as live:
+        nelbo_of(nelbo_terms(model.eval(), [sequences(x)], LogLinear(), **keys))
+    assert live.peak < length * vocab * 4 / 2

@@ -13,7 +13,8 @@ PROGRAM = """
 from datetime import timedelta
 import torch
 from scmdm.errors import UserError
-from scmdm.system.process_group import all_gather_object, current_world, process_group
+from scmdm.system.process_group import current_world, process_group
+from tests.distributed.gathering import all_gather_object
 try:
     with process_group(current_world(), torch.device("cpu"), needed=True, arrival=timedelta(seconds=8)):
         print("ranks", all_gather_object(current_world().rank))
@@ -22,14 +23,14 @@ except UserError as error:
 """
 
 
-def start(ranks, size):
+def start(ranks, size, program=PROGRAM):
     """Start some ranks of a group of `size` as SLURM does; returns their outputs."""
     port = str(free_port())
     processes = []
     for rank in ranks:
         variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen([sys.executable, "-c", PROGRAM], env={**os.environ, **variables}, **options))
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **variables}, **options))
     return [process.communicate(timeout=120)[0] for process in processes]
 
 

@@ -49,7 +49,7 @@ def test_blocks_of_one_token_have_the_autoregressive_likelihood(carry, places):
     assert isinstance(greedy, bool) and (greedy == best or carry == "auto")
 
 
-def test_generation_does_not_depend_on_the_cache(places):
+def test_generation_does_not_depend_on_the_cache(places, capsys):
     """GSM8K-type requests: prompts of several lengths in one batch, and threshold decoding."""
     requests = asked("generate_until", *((text, {"until": ["h"], "max_gen_toks": 6}) for text in ("ab", "abcde", "c")))
     for keys in ({}, {"threshold": 0.4}, {"tail": "none"}):
@@ -57,8 +57,9 @@ def test_generation_does_not_depend_on_the_cache(places):
             model(places[4], cache=cache, batch_size=3, **keys).generate_until(requests) for cache in ("auto", "none")
         ]
         assert found[0] == found[1] and len(found[0]) == 3
+    assert "cache=" not in capsys.readouterr().err
     texts = model(places[None], cache="dual", block_length=4, batch_size=3).generate_until(requests)
-    assert len(texts) == 3
+    assert len(texts) == 3 and "cache=dual" in capsys.readouterr().err  # what the approximation changes
 
 
 def test_guided_likelihoods_of_blocks_are_refused(places):

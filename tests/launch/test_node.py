@@ -20,6 +20,7 @@ from scmdm.system.signals import REQUEUE_EXIT, stop_signals
         ([85, 85], 85),
         ([85, -signal.SIGTERM], 85),  # before its handler was installed, or after its last line
         ([-signal.SIGUSR1], 85),
+        ([128 + signal.SIGINT, -signal.SIGTERM], 85),  # a rank that has first ended its own processes
         ([1], 1),
         ([75, 75], 75),
         ([85, 1], 1),

@@ -209,7 +209,7 @@ LATER = ["--after", "12"]  # the model need not exist yet
         (["evaluate", "model", "other", *LATER], "'other'"),
         (["export", "model", *LATER], "[]"),
         (["export", "model", "exported", "--nodes", "2", *LATER], "export"),
-        (["study", "configs/qm9/quickstart.yaml", "--nodes", "2"], "study"),
+        (["study", str(ROOT / "configs/qm9/quickstart.yaml"), "only=[nope]"], "only"),
         (["evaluate", "model", "sampler.stepps=3", *LATER], "sampler.steps"),
         (["adapt", "configs/qm9/adapt.yaml", "--config", "other.yaml"], "other.yaml"),
         (["evaluate", "model", "--after", "12;rm"], "--after='12;rm'"),
@@ -248,7 +248,35 @@ def test_commands_with_a_model(capsys, tmp_path, monkeypatch, options, target, w
     assert "--dependency=afterok:12" in script and "#SBATCH --dependency" not in script
 
 
-def test_a_study_is_one_process(capsys, tmp_path, monkeypatch):
+def test_a_study_takes_nodes_and_gpus(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["launch", "slurm", "study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}"]
+    ranks = ["--nodes", "2", "--gpus-per-node", "2"]
+    assert main([*command, "overrides=[train.micro_batch_size=16]", *ranks, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --gpus-per-node=2" in script and "--ranks-per-node 2" in script
+    (launched,) = (line.strip() for line in script.splitlines() if line.strip().startswith("-- "))
+    assert shlex.split(launched) == ["--", "study", "$launch/config.yaml"]
+    # A batch that the ranks of a run cannot share is named with the arm, as is a run's mistake.
+    for keys, named in ((["--nodes", "3"], "global_batch_size"), (["overrides=[train.stepps=2]"], "stepps")):
+        assert main([*command, *keys, "--dry-run"]) == 1
+        error = capsys.readouterr().err
+        assert "arms." in error and named in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_of_a_model_that_an_earlier_job_makes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["launch", "slurm", "study", "configs/qm9/ablations.yaml", f"out={tmp_path / 'study'}"]
+    command += [f"base={tmp_path / 'later'}", "--dry-run"]
+    assert main([*command, *LATER]) == 0
+    capsys.readouterr()
+    assert main(command) == 1
+    assert str(tmp_path / "later") in capsys.readouterr().err
+
+
+def test_a_study_on_one_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = ["launch", "local", "study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}"]
     assert main([*command, "--dry-run"]) == 0

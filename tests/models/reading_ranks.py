@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from benchmarks.counting import OpenedTensorFiles
 from scmdm.errors import UserError
 from scmdm.models.tensor_files import read_tensors, tensor_shapes, write_tensors
-from scmdm.system.process_group import all_gather_object, barrier, current_world, process_group
+from scmdm.system.process_group import barrier, current_world, process_group
+from tests.distributed.gathering import all_gather_object
 
 SHAPES = {"even": (12, 4), "uneven": (7, 3), "few": (2, 5), "empty": (0, 3), "deep": (6, 4, 2)}
 PLAIN = "plain"

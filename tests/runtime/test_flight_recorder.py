@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from scmdm.runtime.flight_recorder import enable_flight_recorder
+from scmdm.runtime.flight_recorder import dumping_to, enable_flight_recorder, recorder_environment
+from scmdm.runtime.watchdog import watching_share
+from scmdm.system.process_group import World
 
 RECORD = """
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from scmdm.runtime.flight_recorder import dump_flight_recorder, enable_flight_recorder
-enable_flight_recorder(Path(sys.argv[1]))
+enable_flight_recorder()
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(8, device="cuda"))
 torch.cuda.synchronize()
@@ -24,16 +26,46 @@ dist.destroy_process_group()
 """
 
 
-def test_variables_that_the_user_has_set_are_kept(tmp_path, monkeypatch):
-    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
-    for name in (*names, "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
-        monkeypatch.delenv(name, raising=False)
+NAMES = (
+    "TORCH_FR_BUFFER_SIZE",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    PLACE := "TORCH_FR_DUMP_TEMP_FILE",
+    "SCMDM_FR_DUMP_TEMP_FILE",
+)
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that what the test sets is undone
+        monkeypatch.delenv(name)
+
+
+def test_variables_that_the_user_has_set_are_kept(tmp_path, monkeypatch, unset):
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    monkeypatch.chdir(tmp_path)
-    enable_flight_recorder(tmp_path.relative_to(tmp_path) / "stacks")
+    enable_flight_recorder()
     assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7" and "TORCH_FR_BUFFER_SIZE" not in os.environ
-    assert int(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == 1
-    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/stacks/nccl_trace_rank_"
+    assert int(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == 1 and PLACE not in os.environ
+    for name in (PLACE, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "mine")
+        with dumping_to(tmp_path):
+            assert os.environ[name] == "mine" and os.environ.get(PLACE, "mine") == "mine"
+        monkeypatch.delenv(name)
+
+
+def test_a_record_is_written_beside_the_stacks_of_each_part(tmp_path, monkeypatch, unset):
+    """The launcher's place is that of the launch; each training, and each share of an evaluation, has its own."""
+    monkeypatch.chdir(tmp_path)
+    os.environ.update(recorder_environment({}, tmp_path / "launch"))
+    launched = os.environ[PLACE]
+    with dumping_to((tmp_path / "run").relative_to(tmp_path)):
+        assert os.environ[PLACE] == f"{tmp_path}/run/nccl_trace_rank_"
+        with watching_share(tmp_path / "parts", World(0, 1, 0)):
+            (stacks,) = (tmp_path / "parts").rglob("rank_0.txt")
+            assert os.environ[PLACE] == f"{stacks.parent}/nccl_trace_rank_"
+        assert os.environ[PLACE] == f"{tmp_path}/run/nccl_trace_rank_"
+    assert os.environ[PLACE] == launched == f"{tmp_path}/launch/nccl_trace_rank_"
 
 
 @pytest.mark.gpu

@@ -73,7 +73,8 @@ class ModelIds:
 
     Attributes:
         rows: Rows of the embedding.
-        mask: Id of the mask; None: that of the tokenizer, or the first unused id.
+        mask: Id of the mask; None: `stated_mask`, that of the tokenizer, or the first unused id.
+        stated_mask: Id of the mask in the model's configuration, from which that of the tokenizer must not differ.
         bos: Id of the token that begins a sample; None: that of the tokenizer.
         default_bos: Id of the token that begins a sample where the tokenizer has none. [EOS] is used unless this is
             a special token.
@@ -85,6 +86,7 @@ class ModelIds:
     bos: int | None = None
     default_bos: int | None = None
     ends: tuple[int, ...] = ()
+    stated_mask: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class HuggingFaceTokenizer(Tokenizer):
             rows, others = (0, ()) if model is None else (model.rows, model.ends)
             added = library.get_added_tokens_decoder()  # some configurations name a token of text, by default
             ends = tuple(dict.fromkeys(id_ for id_ in (*ends, *others) if id_ in added and id_ != specials.eos))
+            if specials.mask in ends:
+                raise ValueError(f"the mask {specials.mask} is one of the model's end tokens (eos_token_id)")
             opened = cls(pipeline, specials, rows, template, ends)
             check_ids(opened)
         return opened
@@ -268,7 +272,8 @@ def open_model_tokenizer(path: Path, model: ModelIds) -> Tokenizer:
     if path.suffix != ".model" and not is_tokenizer_file(path):
         return HuggingFaceTokenizer.from_files(path, padded=False, model=model, named="tokenizer")
     saved = load_tokenizer(path)
-    for role, wanted, found in (("mask", model.mask, saved.mask_id), ("BOS", model.bos, saved.bos_id)):
+    mask = model.stated_mask if model.mask is None else model.mask
+    for role, wanted, found in (("mask", mask, saved.mask_id), ("BOS", model.bos, saved.bos_id)):
         if wanted is not None and wanted != found:
             raise UserError(f"tokenizer={path} has the {role} id {found}, the model {wanted}; give its tokenizer")
     return saved
@@ -331,7 +336,8 @@ def _special_ids(
     # Many tokenizers without a mask or padding token name another special for it.
     ids = {r: i for r, i in ids.items() if r not in ("mask", "pad") or i not in (ids.get("bos"), ids.get("eos"))}
     if model is not None:
-        ids |= {role: id_ for role, id_ in (("mask", model.mask), ("bos", model.bos)) if id_ is not None}
+        mask = _agreed_mask(model, ids.get("mask"), names.get("mask"))
+        ids |= {role: id_ for role, id_ in (("mask", mask), ("bos", model.bos)) if id_ is not None}
         if "bos" not in ids and (substitute := _substitute(tokenizer, ids, model)) is not None:
             ids["bos"] = substitute
         if "eos" not in ids and "bos" in ids:
@@ -343,6 +349,16 @@ def _special_ids(
             ids[role] = end if appended else ids["eos"]
             end += appended
     return SpecialIds(**ids)
+
+
+def _agreed_mask(model: ModelIds, named: int | None, name: str | None) -> int | None:
+    """Return the id of the mask that the model gives. Raises UserError when configuration and tokenizer differ."""
+    if model.mask is None and model.stated_mask is not None and named not in (None, model.stated_mask):
+        raise UserError(
+            f"the configuration of the model has mask_token_id={model.stated_mask}, but the mask of its tokenizer is "
+            f"{name!r} (id {named}); give mask_id=NUMBER, the one that the model was trained with"
+        )
+    return model.stated_mask if model.mask is None else model.mask
 
 
 def _substitute(tokenizer: tokenizers.Tokenizer, ids: Mapping[str, int], model: ModelIds) -> int | None:

@@ -21,6 +21,7 @@ PIPELINE_FILE, SETTINGS_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.jso
 ROLES = ("mask", "bos", "eos", "pad")
 _BERT_ROLES = {"bos": "cls", "eos": "sep"}
 _OTHER_ROLES = ("unk", "sep", "cls")
+_FILES = {PIPELINE_FILE, SETTINGS_FILE, MAP_FILE, "vocab.json"}
 _REMEDY = "give another folder"
 
 
@@ -30,8 +31,10 @@ def read_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]
     `named` is the configuration key of `path`.
     """
     files = {file.name: read_json(file, "JSON file of a tokenizer", remedy=_REMEDY) for file in _json_files(path)}
-    if not files and not any(path.glob("*.model")):
-        raise UserError(f"{named}={path} holds no tokenizer.json and no tokenizer_config.json; give another folder")
+    if not _FILES & files.keys() and not any(path.glob("*.model")):
+        raise UserError(
+            f"{named}={path} holds no file of a tokenizer ({', '.join(sorted(_FILES))}, *.model); give another folder"
+        )
     settings, names = (_mapping(files.get(name, {}), path / name) for name in (SETTINGS_FILE, MAP_FILE))
     with reading(f"{named}={path}", "folder of a transformers tokenizer", _advice(settings, files)), panics_as_errors():
         if PIPELINE_FILE in files and not _is_known(settings):
