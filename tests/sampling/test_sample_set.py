@@ -175,9 +175,3 @@ def test_texts_have_the_same_nelbo_in_any_batches(model):
 def test_keys_that_are_not_possible(exported, capsys, keys, name):
     assert main(["sample", str(exported), "num=2", "device=cpu", *keys]) == 1
     assert name in capsys.readouterr().err
-
-
-def test_a_study_is_not_started_on_several_ranks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}"]) == 1
-    assert "WORLD_SIZE=2" in capsys.readouterr().err and not list(tmp_path.iterdir())
