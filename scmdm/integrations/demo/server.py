@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -153,14 +154,14 @@ def make_page_server(app: Flask, port: int) -> BaseWSGIServer:
 
 
 def run_demo(path: Path, base: Path | None, port: int) -> None:
-    """Serve the page until interrupted, then end the process."""
+    """Serve the page until interrupted, which ends the process."""
     models = open_models(path, base)
     server = make_page_server(make_app(models), port)
+    # Threads may be drawing samples then. At exit Python waits for a step, which can take minutes, or ends them inside
+    # of torch, which aborts the process. Nothing is written here, so that nothing is lost.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     if len(models) == 1 and models[0].name == "adapted":
         say("the base of this model is unknown or no longer exists; give --base MODEL to see both side by side")
     say(f"http://localhost:{server.port} shows {' and '.join(shown.path for shown in models)}")
     sys.stdout.flush()
-    server.serve_forever()  # returns after Ctrl-C
-    # Threads may still draw samples. At exit Python waits for a step, which can take minutes, or ends them inside of
-    # torch, which aborts the process. Nothing is written here, so that nothing is lost.
-    os._exit(_INTERRUPTED)
+    server.serve_forever()
