@@ -43,10 +43,10 @@ def stuck_library(step, arguments):
 
     train_step, count = trainer.train_step, itertools.count(1)
 
-    def call_a_library_that_hangs(*given):
+    def call_a_library_that_hangs(*given, **keys):
         if next(count) == int(step):
             ctypes.PyDLL(None).sleep(3600)
-        return train_step(*given)
+        return train_step(*given, **keys)
 
     trainer.train_step = call_a_library_that_hangs
     return scmdm(arguments)
