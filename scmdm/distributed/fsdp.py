@@ -55,14 +55,15 @@ class ExpertMesh(NamedTuple):
     """Ranks of a run with expert parallelism."""
 
     group: ExpertGroup  # ranks that share the experts of each layer
-    holders: (
-        DeviceMesh  # of those that hold the same experts: "shard", with "replicate" before it if there are replicas
-    )
-    held: DeviceMesh  # of all ranks, in the order of what they hold (`whole_experts`)
+    holders: DeviceMesh  # ranks that hold the same experts: "shard", after "replicate" if there are replicas
+    held: DeviceMesh  # all ranks, in the order of what they hold (`whole_experts`)
 
 
 def make_expert_mesh(config: FsdpConfig, device: torch.device) -> ExpertMesh | None:
-    """Make the meshes of `fsdp.experts` > 1, of so many consecutive ranks; None otherwise. All ranks call this."""
+    """Make the meshes of expert parallelism, in which each `fsdp.experts` consecutive ranks share the experts.
+
+    Returns None for `fsdp.experts=1`. All ranks call this together.
+    """
     if config.experts == 1:
         return None
     shape = config.replicate, dist.get_world_size() // (config.replicate * config.experts), config.experts

@@ -43,12 +43,12 @@ class Parameter:
 
     @property
     def routed(self) -> bool:
-        """Whether it is a stack of experts to which tokens are routed."""
+        """Whether this parameter is a stack of experts to which tokens are routed."""
         return _ROUTED.search(self.name) is not None
 
     @property
     def of_router(self) -> bool:
-        """Whether it belongs to a router."""
+        """Whether this parameter belongs to a router."""
         return ROUTER in self.name
 
 
