@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.common import LARGEST_SEED
+from scmdm.config.common import LARGEST_SEED, shards_key, weights_dtype_key
 from scmdm.config.evaluation import MOVED_METRIC_KEYS, require_distinct
 from scmdm.config.fields import PathKind, key, require
 from scmdm.config.loading import with_overrides
@@ -63,6 +63,8 @@ class StudyConfig:
     num: int = key(1024, help="samples per seed", at_least=1, at_most=2**24)
     nelbo_samples: int = key(2048, help="sequences for the NELBO", at_least=1, at_most=2**40)
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
+    weights_dtype: str = weights_dtype_key()
+    shards: int = shards_key()
     metrics: dict[str, Any] = key(
         factory=dict,
         help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text",

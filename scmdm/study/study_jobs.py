@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scmdm.checkpoint.reader import find_model
+from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.run import RunConfig
 from scmdm.data.manifest import Manifest
 from scmdm.distributed.engine import resolve_device
 from scmdm.domains.domain_registry import load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, MetricKeys
-from scmdm.sampling.model_loading import load
+from scmdm.sampling.model_loading import load_as_configured
 from scmdm.study.study_display import StudyDisplay
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan
 from scmdm.study.study_rows import StudyRows, compute_measurement
@@ -75,8 +77,9 @@ class StudyJobs:
 
     def _measure(self, pool: Executor, model: StudyModel) -> None:
         """Submit the missing measurements of a model and of the arms that sample from it."""
+        measure = partial(_measure, root=self._plan.data, domain=self._domain_name, keys=self._plan.evaluation())
         for task in self._rows.missing(model):
-            self._running[pool.submit(unless_stopped, _measure, task, self._plan.data, self._domain_name)] = task
+            self._running[pool.submit(unless_stopped, measure, task)] = task
 
     def _load_domain(self) -> Domain:
         if self._domain is None:
@@ -92,7 +95,7 @@ def _train(run: RunConfig, base: Path) -> Path:
     return find_model(run_training(run, base if run.base is not None else None))
 
 
-def _measure(task: Measurement, root: Path, domain: str) -> dict[str, Any] | None:
+def _measure(task: Measurement, root: Path, domain: str, keys: EvaluateConfig) -> dict[str, Any] | None:
     """Estimate the NELBO, or draw and write samples, in a worker."""
     torch.set_num_threads(1)
-    return compute_measurement(load(task.model), task, root, domain)
+    return compute_measurement(load_as_configured(task.model, keys), task, root, domain, keys)

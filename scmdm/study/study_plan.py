@@ -11,6 +11,8 @@ from typing import Any
 
 from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
+from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.fields import require
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SamplerConfig
@@ -64,6 +66,8 @@ class StudyPlan:
 
         The base may be missing if it is made `later`. Raises UserError, which names the arm.
         """
+        shards = self.config.shards
+        require(ranks % shards == 0, "shards", shards, f"a divisor of the number of processes, which is {ranks}")
         if self.config.from_scratch:
             self.base_run().check_ranks(ranks)
         elif not later:
@@ -77,6 +81,10 @@ class StudyPlan:
         """Arm and seed of every model that is trained."""
         arms = [name for name, arm in self.config.arms.items() if arm.samples_of is None]
         return [(arm, seed) for seed in self.config.adaptation_seeds for arm in arms]
+
+    def evaluation(self) -> EvaluateConfig:
+        """Return how models are loaded and evaluated."""
+        return EvaluateConfig(weights_dtype=self.config.weights_dtype, shards=self.config.shards)
 
     def base_model(self) -> tuple[StudyModel, RunConfig | None]:
         """Return the base, which may be a run directory, and the configuration of its training if there is one."""
@@ -137,6 +145,7 @@ class StudyPlan:
             "adaptation_seed": model.seed,
             "split": config.split,
             "data_fingerprint": data_fingerprint,
+            "weights_dtype": config.weights_dtype,
         }
         found = []
         if model.arm == "base" or config.arms[model.arm].samples_of is None:
@@ -171,6 +180,7 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except UserError as error:
         logger.warning("%s; it is measured again", error)
         return None
+    row.setdefault("weights_dtype", "float32")  # of earlier versions
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
     sampler = row.get("sampler")

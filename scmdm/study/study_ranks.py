@@ -23,7 +23,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.domains.domain_registry import load_domain
 from scmdm.domains.interface import Domain, EvaluationSettings, MetricKeys, ScoringDomain
 from scmdm.runtime.divided_work import ResultParts
-from scmdm.sampling.model_loading import evaluation_ranks, load, rank_device
+from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, rank_device
 from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan
 from scmdm.study.study_rows import StudyRows, compute_measurement
 from scmdm.system.process_group import current_world, on_rank_0
@@ -78,10 +78,13 @@ class RankedStudyJobs:
 
     def _compute(self, path: Path, tasks: list[Measurement]) -> None:
         """Compute measurements of the model at `path`."""
-        loaded, domain = load(path), self._load_domain()
+        keys, domain = self._plan.evaluation(), self._load_domain()
+        loaded = load_as_configured(path, keys)
         for task in tasks:
-            parts = ResultParts.beside(task.row, model=task.settings["model_sha256"])
-            result = compute_measurement(loaded, task, self._plan.data, self._domain_name, domain=domain, parts=parts)
+            model = {"model": task.settings["model_sha256"], "weights_dtype": keys.weights_dtype}
+            parts = ResultParts.beside(task.row, **model)
+            place = self._plan.data, self._domain_name
+            result = compute_measurement(loaded, task, *place, keys, domain=domain, parts=parts)
             line = on_rank_0(partial(self._finish, task, result, parts))
             if self._is_main:
                 self._console.print(line, soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scmdm.checkpoint.seal import sha256_of_model
+from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.manifest import Manifest
@@ -94,6 +95,7 @@ def compute_measurement(
     task: Measurement,
     root: Path,
     domain_name: str,
+    keys: EvaluateConfig,
     *,
     domain: Domain | None = None,
     parts: ResultParts | None = None,
@@ -101,11 +103,11 @@ def compute_measurement(
     """Estimate the NELBO, or draw, score and write samples, divided over the ranks, which call this together.
 
     Returns the result on rank 0, None on the other ranks. `domain`, if it scores samples, must be given on all ranks;
-    without one, the samples are not scored.
+    without one, the samples are not scored. `loaded` was loaded as `keys` say.
     """
     settings = task.settings
     if settings["kind"] == "nelbo":
-        config = EvaluateConfig(split=settings["split"], nelbo_samples=settings["num"])
+        config = dataclasses.replace(keys, split=settings["split"], nelbo_samples=settings["num"])
         found = model_nelbo(loaded, root, config, parts)
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}} if found else None
     num = settings["num"]
@@ -116,6 +118,7 @@ def compute_measurement(
         num=num if templates_NL is None else 1,
         seed=settings["sampling_seed"],
         templates_PL=templates_NL,
+        precision=resolve_weights_dtype(keys.weights_dtype, keys.precision),
     )
     drawn = draw_and_score(samples, domain, metrics=settings["metrics_config"], parts=parts)
     if drawn is None:

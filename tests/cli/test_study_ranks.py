@@ -85,6 +85,26 @@ def test_rows_and_samples_do_not_depend_on_the_ranks(alone, study, tmp_path, ran
     assert (out / "report.html").stat().st_size > 50_000
 
 
+def test_ranks_share_the_weights_of_what_they_measure(alone, study, tmp_path):
+    out = tmp_path / "study"
+    for model in ("base", "scmdm-0"):
+        shutil.copytree(alone / model, out / model)
+    run(2, study, "from_scratch=true", "shards=2", "weights_dtype=bfloat16")
+    expected, found = rows(alone), rows(out)
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        assert row["weights_dtype"] == "bfloat16"
+        for mode, value in row.get("nelbo", {}).items():
+            other = expected[name]["nelbo"][mode]["mean"]
+            assert value["mean"] != other and value["mean"] == pytest.approx(other, rel=0.02)
+    before = modified(out)
+    run(0, study, "from_scratch=true", "weights_dtype=bfloat16")
+    assert modified(out) == before
+    run(0, study, "from_scratch=true")
+    assert rows(out).keys() == expected.keys()
+    assert {row["weights_dtype"] for row in rows(out).values()} == {"float32"}
+
+
 def test_a_killed_study_of_two_ranks_goes_on(alone, study, tmp_path):
     """Base and arm are trained by both ranks, in process groups that follow each other."""
     out = tmp_path / "study"
@@ -117,9 +137,10 @@ def test_a_killed_study_of_two_ranks_goes_on(alone, study, tmp_path):
     ("ranks", "keys", "named"),
     [
         (3, [], "arms.scmdm"),  # the batch cannot be shared
+        (2, ["shards=3"], "shards=3"),
         (2, ["overrides=" + json.dumps([*ADAPTED, *SMALL, "train.steps=4", "model.width=48"])], "model.width"),
     ],
-    ids=["plan", "training"],
+    ids=["plan", "shards", "training"],
 )
 def test_a_mistake_ends_all_ranks_with_one_line(study, ranks, keys, named):
     status, output = launch(ranks, "study", study, *keys, timeout=600)
