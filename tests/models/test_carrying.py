@@ -65,7 +65,8 @@ def dense_hidden(model, state, carried):
             x = torch.cat([x[:, :LENGTH] + term, x[:, LENGTH:]], 1)
         x = block(x, inputs.rotary, *inputs.condition, False, inputs.masks)
     h = model.output_layer(x, *inputs.condition)
-    return model._align(h[:, :LENGTH], state.packing, None if state.clean_BL is None else h[:, LENGTH:])
+    positions = None if state.packing is None else state.packing.positions_BL
+    return model._align(h[:, :LENGTH], positions, None if state.clean_BL is None else h[:, LENGTH:])
 
 
 def dense_nll(model, h, batch):

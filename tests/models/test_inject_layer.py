@@ -69,6 +69,10 @@ def step(model, batch, *, share, **options):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def positions(packing):
+    return None if packing is None else packing.positions_BL
+
+
 def reference(model, batch, passes=1):
     """Loss of dense passes over all blocks, each written out, with `p @ E` from all logits."""
     masked, state = batch.z == MASK, State(batch.z, batch.t, None, batch.packing, batch.labels, batch.clean)
@@ -85,7 +89,7 @@ def reference(model, batch, passes=1):
                 x = x + term
             x = block(x, inputs.rotary, *inputs.condition, False, inputs.masks)
         h = model.output_layer(x, *inputs.condition)
-        h = model._align(h[:, :LENGTH], batch.packing, None if batch.clean is None else h[:, LENGTH:])
+        h = model._align(h[:, :LENGTH], positions(batch.packing), None if batch.clean is None else h[:, LENGTH:])
         weight, bias = model.head()
         logits = h @ weight.T + (0 if bias is None else bias)
         return torch.cat([logits[..., :MASK], torch.full_like(logits[..., MASK:], -torch.inf)], -1).log_softmax(-1)
