@@ -81,10 +81,10 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
 
 
 def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> SearchResult:
-    """Search over micro-batch size, activation checkpointing, sharding and context parallelism.
+    """Search over micro-batch size, activation checkpointing, sharding, context and expert parallelism.
 
-    Offloading is tried only if no other layout fits. Engine, precision, compilation and expert parallelism stay as in
-    `start`.
+    Offloading is tried only if no other layout fits. Ranks that share experts or sequences are those of one node, or as
+    many as in `start`. Engine, precision and compilation stay as in `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
     if not layouts:
@@ -112,12 +112,15 @@ def _options(workload: Workload, start: ParallelLayout, cluster: Cluster) -> lis
     if start.engine == "deepspeed":
         return [{"stage": stage} for stage in (1, 2, 3) if stage < 3 or workload.model.compile == "none"]
     replicates = [n for n in _powers(start.ranks) if start.ranks // n == 1 or _whole_nodes(start.ranks // n, cluster)]
-    contexts = _powers(min(cluster.gpus_per_node, start.ranks))
-    reshards = (False, True) if workload.passes else (False,)
-    return [
-        {"replicate": replicate, "context": context, "reshard_after_estimate": reshard, "offload": offload}
-        for replicate, context, reshard, offload in itertools.product(replicates, contexts, reshards, (False, True))
-    ]
+    within_node = _powers(min(cluster.gpus_per_node, start.ranks))
+    tried = {
+        "replicate": replicates,
+        "context": within_node,
+        "experts": sorted({*within_node, start.experts}) if workload.model.experts else [start.experts],
+        "reshard_after_estimate": (False, True) if workload.passes else (False,),
+        "offload": (False, True),
+    }
+    return [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
 
 
 def _powers(limit: int) -> list[int]:
@@ -155,12 +158,12 @@ def _simplest(
 
 def _complexity(layout: ParallelLayout) -> tuple[int, ...]:
     kind = CHECKPOINTING.index(layout.activation_checkpointing)
-    order = (layout.context, layout.replicate, kind, layout.reshard_after_estimate, -layout.micro_batch_size)
-    return tuple(map(int, order))
+    split = (layout.context, layout.experts, layout.replicate)
+    return (*split, kind, int(layout.reshard_after_estimate), -layout.micro_batch_size)
 
 
 def _why_none_is_possible(workload: Workload, start: ParallelLayout) -> str:
-    smallest = dataclasses.replace(start, micro_batch_size=1, replicate=1, context=1)
+    smallest = dataclasses.replace(start, micro_batch_size=1, replicate=1, context=1, experts=1)
     reason = impossible_because(workload, smallest)
     return f"no layout is possible: {reason}; choose a global batch that {start.ranks} ranks can share, or fewer GPUs"
 

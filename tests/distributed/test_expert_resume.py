@@ -14,6 +14,7 @@ from scmdm.cli import main
 from scmdm.models.safetensors_headers import read_header
 from tests.distributed.launching import launch, start, workers
 from tests.distributed.parity import rows
+from tests.distributed.recorded_noise import recorded
 from tests.distributed.test_expert_ranks import EXPERTS
 from tests.kills import last_step
 from tests.weights import weights_of
@@ -47,30 +48,37 @@ def state_of(run):
 
 
 def test_a_killed_run_goes_on_with_other_shares_of_the_experts(tmp_path, molecules, empty_yaml):
-    """The same samples, noise and losses as those of a run of one process; then it is evaluated and exported."""
+    """The same samples, noise and losses as those of a run of one process; then it is evaluated and exported.
+
+    Samples and noise are equal bit for bit.
+    """
     keys = [f"data.path={molecules}", *EXPERTS, "self_conditioning.rate=0.5", "precision=float32", "seed=3"]
     keys += ["train.global_batch_size=16", "optimizer.lr=3e-3", "ema.decay=0.9", "train.log_every=1"]
     keys += ["train.validate_every=0", f"train.steps={STEPS}", "train.checkpoint_every=2", "schedule.kind=constant"]
     keys += ["train.keep_last=9", "device=cpu"]
 
     def arguments(run, *own):
-        return ["train", str(empty_yaml), f"run_dir={tmp_path / run}", *keys, *own]
+        return [tmp_path / f"{run}-noise", "train", str(empty_yaml), f"run_dir={tmp_path / run}", *keys, *own]
 
-    status, output = launch(0, *arguments("single", "train.micro_batch_size=16"))
+    recording = {"module": "tests.distributed.recorded_noise"}
+    status, output = launch(0, *arguments("single", "train.micro_batch_size=16"), **recording)
     assert status == 0, output
-    process = start(2, *arguments("killed", "train.micro_batch_size=4", "fsdp.experts=2"))
+    process = start(2, *arguments("killed", "train.micro_batch_size=4", "fsdp.experts=2"), **recording)
     stored = kill_a_rank(process, tmp_path / "killed", 3)
     assert 2 <= stored < STEPS
     newest = list_checkpoints(tmp_path / "killed/checkpoints")[-1]
     assert stored_experts(newest) == [4, 4]
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    for kind in ("", "-noise"):
+        shutil.copytree(tmp_path / f"killed{kind}", tmp_path / f"alone{kind}")
     for run, ranks, own in (
         ("killed", 4, ["train.micro_batch_size=2", "fsdp.experts=4"]),
         ("alone", 2, ["train.micro_batch_size=8"]),
     ):
-        status, output = launch(ranks, *arguments(run, *own))
+        status, output = launch(ranks, *arguments(run, *own), **recording)
         assert status == 0, output
         compare(tmp_path / run, tmp_path / "single")
+        noise = recorded(tmp_path / f"{run}-noise")
+        assert len(noise) == STEPS * 16 and noise == recorded(tmp_path / "single-noise")
     assert stored_experts(find_model(tmp_path / "killed")) == [2, 2, 2, 2]
     used(tmp_path / "killed", tmp_path)
     adapted(tmp_path, empty_yaml, molecules)

@@ -13,8 +13,11 @@ from scmdm.distributed.ema import Ema
 from scmdm.models.decoder import DecoderConfig
 from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.model_files import ModelSpec
+from scmdm.planner import search as planner_search
 from scmdm.planner.activation_memory import measure_activations
 from scmdm.planner.communication import step_collectives
+from scmdm.planner.hardware import GPUS, Assumptions, Cluster
+from scmdm.planner.search import evaluate, impossible_because, search
 from scmdm.planner.sharding import gathered_weights, rank_state
 from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import (
@@ -125,3 +128,21 @@ def test_activations_are_those_of_a_share_of_the_experts():
     assert 0.8 * alone.kept < shared.kept < 1.2 * alone.kept
     rows = 2 * 256 * 2
     assert shared.backward - shared.kept < alone.backward - alone.kept + 4 * rows * 64 * 2
+
+
+def test_the_search_shares_experts_where_sending_tokens_costs_less_than_gathering_weights():
+    model = dataclasses.replace(MODEL, width=256, expert_width=1024, experts=64, dense_layers=0)
+    config, cluster = RunConfig(model=model, engine="fsdp2"), Cluster(GPUS["h100"], 1, 8)
+    shared = {}
+    for length in (32, 8192):
+        workload = make_workload(config, ModelSpec(model, DiffusionConfig(), 50, 49, length))
+        start = make_layout(config, 8, torch.bfloat16)
+        best = search(workload, start, cluster, Assumptions()).best
+        assert best.fits and impossible_because(workload, best.layout) is None
+        for experts in (1, 2, 4, 8):
+            other = evaluate(workload, dataclasses.replace(best.layout, experts=experts), cluster, Assumptions())
+            assert best.time.seconds <= 1.01 * other.time.seconds or not other.fits
+        shared[length] = best.layout.experts
+    assert shared[32] > 1 and shared[8192] == 1
+    dense, start = workload_of(DecoderConfig(width=64, layers=4, heads=4, mlp_width=96))
+    assert {one.experts for one in planner_search._layouts(dense, start, cluster)} == {1}
