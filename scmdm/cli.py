@@ -154,7 +154,7 @@ COMMANDS = (
     ),
     Command(
         "import",
-        "Convert a published model: MDLM (UDLM, Duo), LLaDA, Dream, LLaMA, Qwen2.",
+        "Convert a published model: MDLM, Duo, LLaDA, Dream, SDAR, LLaDA2, LLaMA, Qwen and others.",
         "convert.convert_command:run_import",
         (argument("source", "directory of safetensors, one such file, or a Lightning checkpoint", Path), _OUT),
         "config.conversion:ImportConfig",

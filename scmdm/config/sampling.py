@@ -238,7 +238,7 @@ class SamplerConfig:
         has_condition = self.label is not None or self.guided_by == "prompt"
         leaves_noise = self.kind == "ancestral" and self.eps > 0 and self.block_length is None
         needs_noise = "last_step without kind=ancestral, an eps above 0 and block_length=null"
-        needs_blocks = "auto, none or blocks with block_length=null"
+        needs_blocks = "auto, none or blocks without sampler.block_length, which prefix and dual need"
         needs_threshold = "null without kind=confidence or kind=margin"
         for name, possible, wanted in (
             ("eps", self.eps == 0 or not (hits or self.adaptive), "0 without a fixed number of steps"),
