@@ -263,15 +263,18 @@ def draw_and_score(
     Returns them on rank 0, None on the other ranks, which call this together. Scores depend on the keys `metrics`.
     """
     drawn = generate_divided(samples, batch_size=batch_size, parts=parts)
+    return score_divided(domain, drawn, None if parts is None else parts.of(**samples.key(), metrics=metrics))
+
+
+def score_divided(
+    domain: Domain | None, drawn: GeneratedSamples | None, parts: ResultParts | None
+) -> GeneratedSamples | None:
+    """Score the samples, which rank 0 has, on all ranks, if their domain does; returns them on rank 0.
+
+    All ranks call this together. `parts` holds what was scored before, of these samples and metrics alone.
+    """
     if not isinstance(domain, ScoringDomain):
         return drawn
-    return _scored(domain, drawn, None if parts is None else parts.of(**samples.key(), metrics=metrics))
-
-
-def _scored(
-    domain: ScoringDomain, drawn: GeneratedSamples | None, parts: ResultParts | None
-) -> GeneratedSamples | None:
-    """Score the samples, which rank 0 has, on all ranks; returns them with their scores on rank 0."""
     every = broadcast(drawn)
     assert every is not None
 

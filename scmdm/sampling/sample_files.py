@@ -16,8 +16,10 @@ from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_bytes, atomic_write_text
+from scmdm.system.untrusted import parse_json_row, read_bytes, reading
 
 _FASTA_WIDTH = 80  # letters per line
+_LARGEST_FILE = 2**34
 
 
 def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> None:
@@ -41,6 +43,25 @@ def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer)
         atomic_write_bytes(path, _codes(path, generated, tokenizer))
     else:
         atomic_write_text(path, "".join(line + "\n" for line in _lines(path.suffix, rows)))
+
+
+def read_samples(path: Path, seconds: float) -> GeneratedSamples:
+    """Read a `.jsonl` file of `write_samples`, whose samples took `seconds` to draw.
+
+    Raises UserError for a file that is damaged.
+    """
+    with reading(path, "file of samples"):
+        rows = [parse_json_row(line) for line in read_bytes(path, limit=_LARGEST_FILE).decode().splitlines()]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return GeneratedSamples(
+            tokens=torch.tensor(columns["tokens"], dtype=torch.int64),
+            texts=columns["text"],
+            framed=columns["framed"],
+            counts=columns["evaluations"],
+            seconds=seconds,
+            labels=columns.get("label"),
+            positions=columns.get("positions"),
+        )
 
 
 def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from scmdm.config.study import StudyConfig
 from scmdm.errors import UserError
 from scmdm.evaluation.study_record import is_sample_row
 from scmdm.models.model_files import open_model
+from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import parse_json, read_bytes, reading
 
 logger = logging.getLogger("scmdm")
@@ -51,6 +52,7 @@ class Measurement:
     settings: dict[str, Any]  # everything that the result depends on
     row: Path  # JSON file of the settings and the result
     samples: Path  # file of the samples
+    drawn: dict[str, Any] | None = None  # row of the samples in the file, which differs in its metrics alone
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ class StudyPlan:
         return found
 
 
-def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the row of a finished measurement with exactly these settings, or None: it is then measured again."""
+def stored_row(path: Path) -> dict[str, Any] | None:
+    """Return the row of a finished measurement, with settings that earlier versions did not write; None without one."""
     if not os.path.lexists(path):
         return None
     try:
@@ -180,12 +182,24 @@ def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except UserError as error:
         logger.warning("%s; it is measured again", error)
         return None
-    row.setdefault("weights_dtype", "float32")  # of earlier versions
+    row.setdefault("weights_dtype", "float32")
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
     sampler = row.get("sampler")
-    if isinstance(sampler, dict):  # a row of an earlier version lacks the keys that were added since
+    if isinstance(sampler, dict):  # it lacks the keys that were added since
         if sampler.get("gumbel") == "float32" and "noise_removal" not in sampler:
             return None  # drawn before the mask took part in the draw
         row["sampler"] = dataclasses.asdict(SamplerConfig()) | sampler
-    return row if all(row.get(key) == value for key, value in settings.items()) else None
+    return row
+
+
+def has_settings(row: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a row was measured with exactly these settings."""
+    return all(row.get(key) == value for key, value in settings.items())
+
+
+def has_samples(row: dict[str, Any], settings: dict[str, Any], samples: Path) -> bool:
+    """Whether `samples` is the file of a row that was measured with these settings, besides those of its metrics."""
+    drawing = {key: value for key, value in settings.items() if key != "metrics_config"}
+    same = settings["kind"] == "samples" and has_settings(row, drawing) and samples.is_file()
+    return same and row.get("samples_sha256") == sha256_file(samples)

@@ -15,13 +15,14 @@ from scmdm.data.manifest import Manifest
 from scmdm.domains.domain_registry import changed_keys, load_domain
 from scmdm.domains.interface import Domain, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
-from scmdm.evaluation.evaluate import draw_and_score, model_nelbo
+from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, score_divided
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import ResultParts
 from scmdm.sampling.generation import SampleSet
-from scmdm.sampling.sample_files import write_samples
-from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, finished_row
-from scmdm.system.files import atomic_write_text, json_text
+from scmdm.sampling.sample_files import read_samples, write_samples
+from scmdm.study.study_plan import Measurement, StudyModel, StudyPlan, has_samples, has_settings, stored_row
+from scmdm.system.files import atomic_write_text, json_text, sha256_file
+from scmdm.system.process_group import joined_world
 
 
 class StudyRows:
@@ -43,12 +44,13 @@ class StudyRows:
             self._models[measured.key] = measured
             for own in self._settings(measured):
                 name, settings = own["name"], {**own, "model_sha256": sha256}
-                path = out / "evaluations" / f"{name}.json"
-                row = finished_row(path, settings)
-                if row is None:
-                    found.append(Measurement(model.path, settings, path, out / "samples" / f"{name}.jsonl"))
-                else:
+                path, samples = out / "evaluations" / f"{name}.json", out / "samples" / f"{name}.jsonl"
+                row = stored_row(path)
+                if row is not None and has_settings(row, settings):
                     self._rows[name] = row
+                    continue
+                drawn = row if row is not None and has_samples(row, settings, samples) else None
+                found.append(Measurement(model.path, settings, path, samples, drawn))
         return found
 
     def finish(self, task: Measurement, result: dict[str, Any], domain: Callable[[], Domain]) -> str:
@@ -73,6 +75,7 @@ class StudyRows:
             "seconds": drawn.seconds,
             "metrics": measured.metrics,
             "samples_file": str(task.samples.relative_to(self._plan.out)),
+            "samples_sha256": sha256_file(task.samples),
             "values_file": str(values_file.relative_to(self._plan.out)),
         }
         value = measured.metrics[first.name]
@@ -102,14 +105,20 @@ def compute_measurement(
 ) -> dict[str, Any] | None:
     """Estimate the NELBO, or draw, score and write samples, divided over the ranks, which call this together.
 
-    Returns the result on rank 0, None on the other ranks. `domain`, if it scores samples, must be given on all ranks;
-    without one, the samples are not scored. `loaded` was loaded as `keys` say.
+    Samples that the task's file has already are read instead. Returns the result on rank 0, None on the other ranks.
+    `domain`, if it scores samples, must be given on all ranks; without one, the samples are not scored. `loaded` was
+    loaded as `keys` say.
     """
     settings = task.settings
     if settings["kind"] == "nelbo":
         config = dataclasses.replace(keys, split=settings["split"], nelbo_samples=settings["num"])
         found = model_nelbo(loaded, root, config, parts)
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}} if found else None
+    if task.drawn is not None:
+        known = read_samples(task.samples, task.drawn["seconds"]) if joined_world()[0] == 0 else None
+        own = {"samples": task.drawn["samples_sha256"], "metrics": settings["metrics_config"]}
+        known = score_divided(domain, known, None if parts is None else parts.of(**own))
+        return None if known is None else {"drawn": known}
     num = settings["num"]
     templates_NL = load_domain(domain_name).templates(root, Manifest.read(root), settings["split"], num)
     samples = SampleSet(

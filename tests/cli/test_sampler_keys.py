@@ -9,7 +9,7 @@ import pytest
 import scmdm
 from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
-from scmdm.study.study_plan import finished_row
+from scmdm.study.study_plan import has_settings, stored_row
 
 LLADA = ["sampler.kind=confidence", "sampler.transfer=even", "sampler.block_start=prompt", "sampler.temperature=0"]
 
@@ -110,6 +110,11 @@ def test_confidence_decides_how_many_steps_there_are(base, tmp_path):
 def test_mistakes(base, capsys, keys, name):
     assert main(["sample", str(base), *keys]) == 1
     assert name in capsys.readouterr().err
+
+
+def finished_row(path, settings):
+    row = stored_row(path)
+    return row if row is not None and has_settings(row, settings) else None
 
 
 def test_measurements_of_before_these_keys_are_kept(tmp_path):

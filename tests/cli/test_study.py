@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -102,6 +103,25 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     assert (out / "report.html").stat().st_size > 50_000
     assert "scmdm-0_T4_s1" not in finish(path)  # nothing is measured twice
     assert measured(out) == measured(undisturbed)
+
+
+def test_samples_are_not_drawn_again_for_other_metrics(undisturbed, tmp_path):
+    """But they are where their file was changed."""
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    for path in out.glob("evaluations/*.json"):
+        row = json.loads(path.read_text())
+        if row["kind"] == "samples":
+            path.write_text(json.dumps(row | {"metrics_config": {"fcd": True}, "metrics": {}}))
+    changed = out / "samples/base_T2_s0.jsonl"
+    changed.write_text(changed.read_text().replace("C", "N", 1))
+    written = {path.name: path.stat().st_mtime_ns for path in out.glob("samples/*.jsonl")}
+    finish(undisturbed.parent / "study.yaml", f"out={out}")
+    assert measured(out) == measured(undisturbed)
+    again = {path.name for path in out.glob("samples/*.jsonl") if path.stat().st_mtime_ns != written[path.name]}
+    assert again == {changed.name}
+    for path in out.glob("samples/*.jsonl"):
+        assert path.read_bytes() == (undisturbed / "samples" / path.name).read_bytes()
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from scmdm.evaluation.report_figures import quality_figure
 from scmdm.evaluation.significance import Estimate, Trainings, holm
 from scmdm.evaluation.study_record import open_study
 from scmdm.evaluation.study_report import print_summary, study_report
-from scmdm.study.study_plan import finished_row
+from scmdm.study.study_plan import has_settings, stored_row
 
 ARMS = {
     "base": ("base", 0.0, 0.50),
@@ -415,6 +415,11 @@ def test_any_text_in_place_of_a_study(study, capsys, text):
     assert main(["report", str(study)]) == 1
     error = capsys.readouterr().err
     assert "study.json" in error and error.count("\n") == 1
+
+
+def finished_row(path, settings):
+    row = stored_row(path)
+    return row if row is not None and has_settings(row, settings) else None
 
 
 def test_a_damaged_measurement_is_measured_again(tmp_path, caplog):
