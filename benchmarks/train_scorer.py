@@ -2,7 +2,7 @@
 
 Trains a LLaMA of `transformers` on text files (UTF-8), for a corpus without a published scorer of its style. Give it
 text that the judged models were not trained on. The last twentieth of each file is held out; its perplexity is printed
-and written to `scorer.json`. Interrupted training starts anew.
+and written to `scorer.json`. The same command continues an interrupted training.
 
 Legend: B batch, L length.
 """
@@ -10,6 +10,7 @@ Legend: B batch, L length.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import time
@@ -22,10 +23,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scmdm.diffusion.noise import keyed_uniform
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_bytes, atomic_write_text
 
 _HELD_OUT = 20  # one of this number of parts
-_LOG_EVERY = 100
+_LOG_EVERY, _KEEP_EVERY = 100, 250
 _UNKNOWN, _END = "<unk>", "<eos>"
 
 
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    train(model, train_N, length=found.length, batch=found.batch, steps=found.steps, lr=found.lr)
+    found.out.mkdir(parents=True, exist_ok=True)
+    state = found.out / "training.pt"
+    train(model, train_N, state, length=found.length, batch=found.batch, steps=found.steps, lr=found.lr)
     perplexity = math.exp(held_out_loss(model, held_out_N, found.length))
     model.save_pretrained(found.out)
     tokenizer.save_pretrained(found.out)
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps": found.steps,
     }
     atomic_write_text(found.out / "scorer.json", json.dumps(record, indent=1) + "\n")
+    state.unlink(missing_ok=True)
     print(record)
 
 
@@ -82,12 +86,22 @@ def character_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_UNKNOWN, eos_token=_END)
 
 
-def train(model: LlamaForCausalLM, tokens_N: Tensor, *, length: int, batch: int, steps: int, lr: float) -> None:
-    """Train on windows at keyed random positions, with AdamW, 200 steps of warm-up and a cosine schedule."""
+def train(
+    model: LlamaForCausalLM, tokens_N: Tensor, state: Path, *, length: int, batch: int, steps: int, lr: float
+) -> None:
+    """Train on windows at keyed random positions, with AdamW, 200 steps of warm-up and a cosine schedule.
+
+    Weights and moments are kept in the file `state`, from which training goes on.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    started, last = len(tokens_N) - length, time.perf_counter()
+    started, last, done = len(tokens_N) - length, time.perf_counter(), 0
+    if state.is_file():
+        kept = torch.load(state, weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        done = kept["step"]
     model.train()
-    for step in range(steps):
+    for step in range(done, steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         first_B = (keyed_uniform(0, "scorer", step, torch.arange(batch), 1)[:, 0] * started).long()
@@ -102,6 +116,11 @@ def train(model: LlamaForCausalLM, tokens_N: Tensor, *, length: int, batch: int,
             now = time.perf_counter()
             print(f"step {step + 1}/{steps} loss {loss.item():.4f} {(now - last) / _LOG_EVERY:.2f} s/step", flush=True)
             last = now
+        if (step + 1) % _KEEP_EVERY == 0:
+            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            buffer = io.BytesIO()
+            torch.save(kept, buffer)
+            atomic_write_bytes(state, buffer.getvalue())
 
 
 @torch.no_grad()

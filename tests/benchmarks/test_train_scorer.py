@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import train_scorer
 from benchmarks.train_scorer import main
 from scmdm.domains.text.causal_scorer import check_scorer, load_scorer
 
@@ -19,3 +20,27 @@ def test_a_trained_scorer_scores_text(tmp_path):
     scorer = load_scorer(tmp_path / "scorer")
     assert scorer.length == 32
     assert scorer.tokenizer.decode(scorer.tokenizer.encode("to be, or")) == "to be, or"
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be: that is the question.\n" * 20)
+    size = ["--width", "64", "--layers", "1", "--length", "16", "--batch", "2", "--steps", "30"]
+    main([str(text), "--out", str(tmp_path / "whole"), *size])
+    monkeypatch.setattr(train_scorer, "_KEEP_EVERY", 10)
+    drawn = train_scorer.keyed_uniform
+
+    def interrupted(seed, purpose, step, *given):
+        if step == 25:
+            raise KeyboardInterrupt
+        return drawn(seed, purpose, step, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_scorer, "keyed_uniform", interrupted)
+        main([str(text), "--out", str(tmp_path / "parts"), *size])
+    main([str(text), "--out", str(tmp_path / "parts"), *size])
+    files = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert files == {path.name for path in (tmp_path / "whole").iterdir()}
+    for name in ("scorer.json", "model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
