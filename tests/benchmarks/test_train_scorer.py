@@ -36,9 +36,10 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return drawn(seed, purpose, step, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_scorer, "keyed_uniform", interrupted)
+    monkeypatch.setattr(train_scorer, "keyed_uniform", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         main([str(text), "--out", str(tmp_path / "parts"), *size])
+    monkeypatch.setattr(train_scorer, "keyed_uniform", drawn)
     main([str(text), "--out", str(tmp_path / "parts"), *size])
     files = {path.name for path in (tmp_path / "parts").iterdir()}
     assert files == {path.name for path in (tmp_path / "whole").iterdir()}
