@@ -335,7 +335,7 @@ class DecoderConfig(ModelConfig):
             )
 
 
-# Keys that need model.experts.
+# Keys that need model.experts. Those that an adaptation sets anew (BALANCE_KEYS) are checked once its base is known.
 _EXPERT_KEYS = (
     "experts_per_token",
     "expert_width",
@@ -347,10 +347,8 @@ _EXPERT_KEYS = (
     "router_scale",
     "router_renormalise",
     "router_bias",
-    "router_bias_rate",
-    "router_loss",
-    "router_z_loss",
 )
+BALANCE_KEYS = ("router_bias_rate", "router_loss", "router_z_loss")
 
 
 class RMSNorm(nn.Module):

@@ -21,6 +21,7 @@ from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deep
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_expert_mesh, make_mesh, shard
 from scmdm.errors import UserError
+from scmdm.models.decoder import BALANCE_KEYS
 from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.experts.router import attach_record
@@ -51,6 +52,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             "model.self_conditioned=true is not possible with self_conditioning.rate=0; set the rate above 0"
         )
     if base is None:
+        _check_balance(config)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
     if base.spec.model.self_conditioned and not conditioned:
         raise UserError(
@@ -71,8 +73,19 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
         model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
         diffusion=_adapted("diffusion", config.diffusion, base),
     )
+    _check_balance(resolved)
     resolved.check_preset()  # a base with a conditioner decides what is carried, and how it is mixed
     return resolved
+
+
+def _check_balance(config: RunConfig) -> None:
+    """Raise UserError for a key that balances experts which the model does not have."""
+    if config.model.experts:
+        return
+    defaults = type(config.model)()
+    for name in BALANCE_KEYS:
+        if (value := getattr(config.model, name)) != getattr(defaults, name):
+            raise UserError(f"model.{name}={value} is not possible with model.experts=0; leave it out")
 
 
 def _adapted(section: str, given: Any, base: StoredModel) -> Any:
