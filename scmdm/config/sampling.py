@@ -165,6 +165,12 @@ class SamplerConfig:
         help="condition each step on the estimate of the previous one; auto: if the model is self-conditioned",
         choices=("auto", "always", "never"),
     )
+    idle_steps: str = key(
+        "evaluate",
+        help="steps that reveal nothing in a sequence; evaluate: refine its carried estimate, skip: keep the estimate "
+        "of the last evaluation, which saves evaluations; without a carried estimate they are always skipped",
+        choices=("evaluate", "skip"),
+    )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
     def of_model(self, block_length: int | None) -> SamplerConfig:

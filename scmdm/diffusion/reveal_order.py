@@ -59,7 +59,8 @@ class SamplerSettings:
     guided_by: str = "label"  # the condition: "label" | "prompt"
     never_ids: tuple[int, ...] = ()  # tokens that are never drawn
     late_ids: tuple[int, ...] = ()  # tokens that ORDERS give no confidence, so that they are revealed last
-    carry: bool = False  # condition each step on the previous step's estimate
+    carry: bool = False  # condition each step on the estimate of the last evaluation
+    idle_steps: str = "evaluate"  # with `carry`, of a sequence in which a step reveals nothing: "evaluate" | "skip"
 
     @property
     def adaptive(self) -> bool:

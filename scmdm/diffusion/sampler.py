@@ -3,8 +3,8 @@
 The state is `(z, s)`: tokens and, for a self-conditioned model, the estimate of the last evaluation, which costs no
 further evaluation. All draws are keyed, so that a sample does not depend on its batch. Unless positions are ranked by
 confidence, or race with the mask, those to reveal are chosen first, and logits are computed only there and for the
-estimate. Without a carried estimate, sequences in which a step reveals nothing are not evaluated. Sequences of
-different lengths are padded at their end, and nothing attends to padding.
+estimate. Without a carried estimate, or with `idle_steps="skip"`, sequences in which a step reveals nothing are not
+evaluated. Sequences of different lengths are padded at their end, and nothing attends to padding.
 
 By SUBS, the estimate of an unmasked position is its token. A remasked position therefore carries the embedding of its
 former token, or, with `remasked_estimate="null"`, nothing.
@@ -181,10 +181,11 @@ def _advance(
 ) -> tuple[Tensor, Tensor | None]:
     """Return sequences and estimate after a step, evaluating only the sequences that need it.
 
-    With a carried estimate these are all that the step concerns, otherwise those in which it reveals a position.
+    With a carried estimate that idle steps refine, these are all that the step concerns, otherwise those in which it
+    reveals a position.
     """
     carry = draws.settings.carry
-    needed_B = step.active_B if carry else _reveals(step)
+    needed_B = step.active_B if carry and draws.settings.idle_steps == "evaluate" else _reveals(step)
     if not windows.cached and (needed_B is None or (carry and bool(needed_B.all()))):
         windows.count_all()
         z_BL, h_BLD = _evaluate(view, z_BL, estimate_BLD, step, ids_B, draws)

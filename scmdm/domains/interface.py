@@ -43,6 +43,11 @@ class GeneratedSamples:
         """Denoiser evaluations per sample: the maximum, because blocks that a prompt fills need none."""
         return max(self.counts)
 
+    @property
+    def computed_evaluations(self) -> float | None:
+        """Evaluations of whole sequences that the denoiser has computed per sample, on average; None if not counted."""
+        return None if self.positions is None else sum(self.positions) / self.tokens.numel()
+
     def at(self, numbers: Sequence[int]) -> GeneratedSamples:
         """Return some of the samples, without scores."""
         return replace(

@@ -94,7 +94,7 @@ def quality_table(
     samples: Sequence[Json],
 ) -> TextTable:
     """Return header and rows of the main table: a row for each T and arm, a column for each metric."""
-    header = ["T", "model", "evaluations", "samples", *(metric.title for metric in shown)]
+    header = ["T", "model", "evaluations (computed)", "samples", *(metric.title for metric in shown)]
     rows = []
     for steps in sorted({row["steps"] for row in samples}):
         for arm, label in labels.items():
@@ -103,8 +103,16 @@ def quality_table(
                 continue
             cells = [_cell(values[metric.name].get(label, {}).get(steps), metric) for metric in shown]
             drawn = f"{len(own)} x {own[0]['num']}"
-            rows.append([str(steps), label, str(own[0]["evaluations"]), drawn, *cells])
+            rows.append([str(steps), label, evaluations_text(own), drawn, *cells])
     return header, rows
+
+
+def evaluations_text(rows: Sequence[Json]) -> str:
+    """Return the evaluations per sample, and in brackets those that were not skipped, where the rows have them."""
+    computed = [row.get("computed_evaluations") for row in rows]
+    known = [value for value in computed if isinstance(value, int | float)]
+    text = str(rows[0]["evaluations"])
+    return f"{text} ({np.mean(known):.1f})" if known and len(known) == len(computed) else text
 
 
 def _cell(quality: Quality | None, metric: Metric) -> str:
@@ -284,9 +292,10 @@ def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequ
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
         f"{_training_protocol(arms)} All arms are sampled with the same number of denoiser evaluations "
-        "and the same noise. Intervals are 95 % over samples, with the trainings as given: they do not cover the "
-        "randomness of training, which the values of each training show. Metrics without an interval have none: it "
-        "would cost too much, or the samples' values were not kept. Differences are paired by noise. "
+        "and the same noise; without a carried estimate, evaluations that reveal nothing are not computed. "
+        "Intervals are 95 % over samples, with the trainings as given: they do not cover the randomness of training, "
+        "which the values of each training show. Metrics without an interval have none: it would cost too much, or "
+        "the samples' values were not kept. Differences are paired by noise. "
         f"There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them together."
     )
 

@@ -237,10 +237,11 @@ def _sample_quality(
 
 
 def _cost(drawn: GeneratedSamples) -> dict[str, Any]:
-    """Return the token positions computed per sample, and the difference that an approximate cache makes."""
+    """Return what was computed per sample, and the difference that an approximate cache makes."""
     found: dict[str, Any] = {}
     if drawn.positions is not None:
         found["positions"] = max(drawn.positions)
+        found["computed_evaluations"] = drawn.computed_evaluations
     if (deviation := drawn.cache_deviation) is not None:
         found["cache_deviation"] = {
             "predictions": deviation.positions,

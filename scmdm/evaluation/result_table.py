@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from scmdm.domains.interface import Metric
+from scmdm.evaluation.comparison import evaluations_text
 from scmdm.evaluation.significance import Estimate
 from scmdm.system.terminal import Terminal
 
@@ -34,7 +35,7 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
             table.add_row("scorer", rows[0]["metrics"]["scorer"])
             table.add_row("precision of the Gumbel noise", result["config"]["sampler"]["gumbel"])
         table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}; 95 % intervals over samples")
-        table.add_row("denoiser evaluations per sample", str(rows[0]["evaluations"]))
+        table.add_row("denoiser evaluations per sample (computed)", evaluations_text(rows))
     Terminal().print(table)
 
 

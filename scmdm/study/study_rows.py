@@ -72,6 +72,7 @@ class StudyRows:
         write_values(values_file, measured.values)
         result = {
             "evaluations": drawn.evaluations,
+            "computed_evaluations": drawn.computed_evaluations,
             "seconds": drawn.seconds,
             "metrics": measured.metrics,
             "samples_file": str(task.samples.relative_to(self._plan.out)),

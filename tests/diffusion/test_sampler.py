@@ -261,9 +261,14 @@ def test_sequences_that_reveal_nothing_are_not_evaluated(settings):
     for (z, t), (expected, time) in zip(oracle.seen, changed, strict=True):
         assert torch.equal(z, expected) and torch.allclose(t, torch.tensor(time).double())
     assert 50 < sum(len(z) for z, _ in oracle.seen) <= 150
-    # The oracle knows no estimate: to carry one changes nothing but that every sequence is evaluated in every step.
+    # The oracle knows no estimate: to carry one changes nothing but that every sequence is evaluated in every step,
+    # unless idle steps are skipped.
     always = sample(Oracle(), given, ids, **{**kwargs, "settings": replace(settings, carry=True)})
     assert torch.equal(always.tokens, drawn.tokens)
+    assert bool((always.positions_B == 3 * 40).all())
+    skipping = replace(settings, carry=True, idle_steps="skip")
+    idle = sample(Oracle(), given, ids, **{**kwargs, "settings": skipping})
+    assert torch.equal(idle.tokens, drawn.tokens) and torch.equal(idle.positions_B, drawn.positions_B)
 
 
 def test_what_is_carried():
@@ -287,6 +292,17 @@ def test_what_is_carried():
         expected = torch.where(masked, oracle.conditionals(seen[k - 1]), oracle.embed(seen[k]))
         torch.testing.assert_close(oracle.estimates[k], expected)
     assert draw(Oracle(), SamplerSettings(steps=2), n=4).evaluations == 2
+
+
+def test_a_skipped_step_keeps_the_estimate_of_the_last_evaluation():
+    oracle, settings = Counting(), SamplerSettings(steps=40, carry=True, idle_steps="skip")
+    given = torch.full((1, 3), oracle.mask_id)
+    sample(oracle, given, torch.arange(1), schedule=LogLinear(), settings=settings, mask_id=oracle.mask_id, seed=0)
+    seen = [z_BL for z_BL, _ in oracle.seen]
+    assert len(seen) == 3 and oracle.estimates[0] is None
+    for before, after, estimate in zip(seen, seen[1:], oracle.estimates[1:], strict=False):
+        masked = (after == oracle.mask_id)[..., None]
+        torch.testing.assert_close(estimate, torch.where(masked, oracle.conditionals(before), oracle.embed(after)))
 
 
 def test_temperature_and_nucleus():

@@ -153,6 +153,19 @@ def test_conclusions_come_from_the_numbers(study):
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
+def test_the_table_has_the_evaluations_that_were_computed(study):
+    content = json.loads((study / "study.json").read_text())
+    for row in content["evaluations"]:
+        if row["arm"] == "scmdm":
+            row["computed_evaluations"] = row["steps"] - 0.25
+    (study / "study.json").write_text(json.dumps(content))
+    header, rows = study_report(study, study / "report.html").quality
+    at = header.index("evaluations (computed)")
+    found = {row[at] for row in rows if row[1] == ARMS["scmdm"][0]}
+    assert found == {f"{row[0]} ({int(row[0]) - 0.25:.1f})" for row in rows}
+    assert {row[at] for row in rows if row[1] == ARMS["vanilla"][0]} == {row[0] for row in rows}
+
+
 def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     """A row for each, beside the published row of real data."""
     content = json.loads((study / "study.json").read_text())
