@@ -35,7 +35,7 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
             table.add_row("scorer", rows[0]["metrics"]["scorer"])
             table.add_row("precision of the Gumbel noise", result["config"]["sampler"]["gumbel"])
         table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}; 95 % intervals over samples")
-        table.add_row("denoiser evaluations per sample (computed)", evaluations_text(rows))
+        table.add_row("denoiser evaluations (computed)", evaluations_text(rows))
     Terminal().print(table)
 
 
