@@ -30,6 +30,8 @@ SAMPLERS = {
     "margins": {"kind": "margin", "threshold": 0.2},
     "factor": {"kind": "confidence", "factor": 1.0},
     "float32": {"steps": 9, "gumbel": "float32"},
+    "idle steps skipped": {"steps": 40, "idle_steps": "skip"},
+    "idle steps skipped, ranked": {"kind": "confidence", "steps": 40, "idle_steps": "skip"},
 }
 
 
