@@ -45,7 +45,10 @@ class GeneratedSamples:
 
     @property
     def computed_evaluations(self) -> float | None:
-        """Evaluations of whole sequences that the denoiser has computed per sample, on average; None if not counted."""
+        """Evaluations that the denoiser has computed per sample, on average; None if not counted.
+
+        Those of windows count as the part of the sequence that they are. Samples must not be padded.
+        """
         return None if self.positions is None else sum(self.positions) / self.tokens.numel()
 
     def at(self, numbers: Sequence[int]) -> GeneratedSamples:

@@ -228,7 +228,7 @@ def _sample_quality(
                 "seed": seed,
                 "num": len(drawn.texts),
                 "evaluations": drawn.evaluations,
-                **_cost(drawn),
+                **_cost(drawn, padded=lengths_N is not None),
                 "seconds": drawn.seconds,
                 "metrics": measured.metrics,
             }
@@ -236,12 +236,15 @@ def _sample_quality(
     return rows, _intervals(rows, values) if rows else {}
 
 
-def _cost(drawn: GeneratedSamples) -> dict[str, Any]:
-    """Return what was computed per sample, and the difference that an approximate cache makes."""
+def _cost(drawn: GeneratedSamples, *, padded: bool) -> dict[str, Any]:
+    """Return what was computed per sample, and the difference that an approximate cache makes.
+
+    `padded` samples have lengths of their own, so that no number of positions is that of an evaluation.
+    """
     found: dict[str, Any] = {}
     if drawn.positions is not None:
         found["positions"] = max(drawn.positions)
-        found["computed_evaluations"] = drawn.computed_evaluations
+        found["computed_evaluations"] = None if padded else drawn.computed_evaluations
     if (deviation := drawn.cache_deviation) is not None:
         found["cache_deviation"] = {
             "predictions": deviation.positions,

@@ -83,8 +83,8 @@ def impossible_because(workload: Workload, layout: ParallelLayout) -> str | None
 def search(workload: Workload, start: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> SearchResult:
     """Search over micro-batch size, activation checkpointing, sharding, context and expert parallelism.
 
-    Offloading is tried only if no other layout fits. Ranks that share experts or sequences are those of one node, or as
-    many as in `start`. Engine, precision and compilation stay as in `start`.
+    Offloading is tried only if no other layout fits. Ranks of one node share experts and sequences; experts may also
+    be shared by as many as in `start`. Engine, precision and compilation stay as in `start`.
     """
     layouts = [layout for layout in _layouts(workload, start, cluster) if impossible_because(workload, layout) is None]
     if not layouts:

@@ -171,7 +171,11 @@ def test_padding_is_evaluated_as_it_was_trained(tmp_path, empty_yaml, trained):
     def evaluated(*more):
         common = ["num=4", "nelbo_samples=8", "nelbo_draws=1", "sampler.steps=2", f"out={out}"]
         assert main(["evaluate", str(run), *common, *more]) == 0
-        return json.loads(out.read_text())["nelbo"]["null"]["tokens"]
+        found = json.loads(out.read_text())
+        computed = {row["computed_evaluations"] for row in found["samples"]}
+        whole = trained == "length" if not more else more == ("padding=length",)
+        assert all(0 < number <= 2 for number in computed) if whole else computed == {None}
+        return found["nelbo"]["null"]["tokens"]
 
     default, own, whole = evaluated(), evaluated("padding=sample", "pad_multiple=8"), evaluated("padding=length")
     assert own < whole and default == (whole if trained == "length" else own)
