@@ -53,6 +53,7 @@ class StudyConfig:
     reference: str | None = key(
         None, help="arm that the others are compared with; null: one with the largest self_conditioning.rate"
     )
+    metric: str | None = key(None, help="metric by which the arms are compared; null: the first of the domain")
     adaptation_seeds: list[int] = key(factory=lambda: [0], help="seeds of training", at_least=0, at_most=LARGEST_SEED)
     sampling_seeds: list[int] = key(
         factory=lambda: [0, 1, 2], help="seeds of sampling", at_least=0, at_most=LARGEST_SEED

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from scmdm.config.fields import require
 from scmdm.config.loading import read_config
 from scmdm.config.registry import Registry
 from scmdm.data.manifest import Manifest
-from scmdm.domains.interface import Domain, MetricKeys
+from scmdm.domains.interface import Domain, Metric, MetricKeys
 from scmdm.errors import UserError
 
 DOMAINS = Registry(
@@ -49,6 +50,15 @@ def load_domain(name: str) -> type[Domain]:
     """Import a domain's class. Raises UserError for an unknown name."""
     domain: type[Domain] = DOMAINS.load(name)
     return domain
+
+
+def main_metric(domain: type[Domain], name: str | None) -> Metric:
+    """Return the metric `name` of a domain, or its first. Raises UserError if it has none of that name."""
+    if name is None:
+        return domain.metrics[0]
+    own = {metric.name: metric for metric in domain.metrics}
+    require(name in own, "metric", name, f"one of those of {domain.name}: {', '.join(own)}")
+    return own[name]
 
 
 def metrics_config(name: str, keys: Mapping[str, Any]) -> MetricKeys:

@@ -125,7 +125,7 @@ class Domain(Protocol):
     """
 
     name: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]  # studies compare models by the first
+    metrics: ClassVar[tuple[Metric, ...]]  # studies compare models by the first, unless they name another
     Config: ClassVar[type[MetricKeys]]  # dataclass of the domain's keys in the section `metrics`
 
     def __init__(self, root: Path, manifest: Manifest, config: Any, settings: EvaluationSettings) -> None:

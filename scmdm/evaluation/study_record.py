@@ -63,6 +63,7 @@ class StudyRecord:
     arms: list[ArmRecord]
     evaluations: list[dict[str, Any]]
     reference: str | None = None
+    metric: str | None = None  # by which the arms are compared; None: the first of the domain
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from scmdm.data.tokenizers import load_tokenizer
-from scmdm.domains.domain_registry import load_domain
+from scmdm.domains.domain_registry import load_domain, main_metric
 from scmdm.domains.interface import Domain, Metric
 from scmdm.domains.plotting import COLOURS
 from scmdm.evaluation.comparison import (
@@ -74,7 +74,7 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     values = {metric.name: quality_by_arm(samples, labels, metric.name) for metric in domain.metrics}
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
     reference = reference_arm(arms, record.reference)
-    summary = _summarize(study, domain.metrics[0], shown, values, labels)
+    summary = _summarize(study, main_metric(domain, record.metric), shown, values, labels)
     figures = out.parent
     parts = [
         bullets(summary.conclusions),

@@ -21,7 +21,7 @@ from scmdm.config.stored import read_stored_config
 from scmdm.config.study import ArmConfig, StudyConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.prepare import prepare
-from scmdm.domains.domain_registry import domain_of, metrics_config
+from scmdm.domains.domain_registry import domain_of, load_domain, main_metric, metrics_config
 from scmdm.domains.interface import decode_split
 from scmdm.evaluation.study_record import STUDY_FILE, TrainingCost
 from scmdm.evaluation.study_report import print_summary, study_report
@@ -54,6 +54,7 @@ def run_study(config: StudyConfig) -> Path:
         manifest.split(config.split, plan.data)
         domain = domain_of(manifest)
         metrics = metrics_config(domain, config.metrics)
+        main_metric(load_domain(domain), config.metric)
     make = RankedStudyJobs if ranks > 1 else StudyJobs
     models, evaluations = make(plan, domain, metrics, console).run()
     with evaluation_ranks(RANKS):
@@ -83,6 +84,7 @@ def _write(plan: StudyPlan, manifest: Manifest, models: list[StudyModel], evalua
         "config": to_yaml(config),
         "environment": describe_environment(),
         "reference": config.reference,
+        "metric": config.metric,
         "arms": _describe_arms(config, models, evaluations),
         "evaluations": evaluations,
     }

@@ -12,7 +12,7 @@ from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.data.manifest import Manifest
-from scmdm.domains.domain_registry import changed_keys, load_domain
+from scmdm.domains.domain_registry import changed_keys, load_domain, main_metric
 from scmdm.domains.interface import Domain, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
 from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, score_divided
@@ -67,7 +67,7 @@ class StudyRows:
         return line
 
     def _evaluate(self, task: Measurement, drawn: GeneratedSamples, domain: Domain) -> tuple[dict[str, Any], str]:
-        measured, first = domain.measure(drawn), domain.metrics[0]
+        measured, first = domain.measure(drawn), main_metric(type(domain), self._plan.config.metric)
         values_file = task.samples.with_suffix(".npz")
         write_values(values_file, measured.values)
         result = {
@@ -79,7 +79,7 @@ class StudyRows:
             "samples_sha256": sha256_file(task.samples),
             "values_file": str(values_file.relative_to(self._plan.out)),
         }
-        value = measured.metrics[first.name]
+        value = measured.metrics.get(first.name)
         quality = f"{first.title}: {'unknown' if value is None else f'{first.scale * value:.{first.digits}f}'}"
         name = task.settings["name"]
         return result, f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"

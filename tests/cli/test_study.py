@@ -173,6 +173,7 @@ def test_a_mistake_in_a_worker_ends_the_study_in_one_line(study):
     ("key", "told"),
     [
         ("split=nope", "no split 'nope'"),
+        ("metric=valid", "metric='valid' is not possible"),
         ("metrics.scorer=/nope", "unknown key `scorer`"),
         ("metrics.fcd=maybe", "fcd='maybe'"),
         ("fcd=true", "metrics.fcd"),

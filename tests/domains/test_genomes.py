@@ -16,7 +16,9 @@ from scmdm.domains.genomes.metrics import (
     Spectrum,
     evaluate_genomes,
     gc_contents,
+    genome_values,
 )
+from scmdm.domains.genomes.reading_frames import open_stretches
 from scmdm.domains.jensen_shannon import JensenShannon
 from scmdm.domains.letter_ngrams import count_ngrams
 
@@ -91,6 +93,39 @@ def test_species_are_weighted_with_their_shares_of_the_reference():
     only_a = evaluate_genomes(["AAAAAA"], [True], reference, ["a"])
     assert set(only_a["species"]) == {"a"} and "weighted_js_distance_3" not in only_a, "nothing to say of c"
     assert evaluate_genomes(["AAAAAA"], [True], reference)["species"] == {}
+
+
+def test_open_stretches_by_hand():
+    """TTAGCA has a stop codon, TAG, in its second frame, its reverse complement TGCTAA one in its first frame."""
+    longest, is_open = open_stretches(["TTAGCA", "TAATAATAA", "ACGT", "AC", ""])
+    assert longest.tolist() == [2, 3, 1, 0, 0]
+    assert is_open.tolist() == [True, True, True, False, False]
+
+
+@given(st.lists(st.text("ACGTN", max_size=40), max_size=4))
+def test_open_stretches_by_enumeration(sequences):
+    longest, is_open = open_stretches(sequences)
+    for row, sequence in enumerate(sequences):
+        reverse = sequence[::-1].translate(str.maketrans("ACGT", "TGCA"))
+        codons = [
+            [strand[i : i + 3] for i in range(start, len(strand) - 2, 3)]
+            for strand in (sequence, reverse)
+            for start in range(3)
+        ]
+        frames = ["".join("x" if codon in ("TAA", "TAG", "TGA") else "." for codon in frame) for frame in codons]
+        assert longest[row] == max(len(part) for frame in frames for part in frame.split("x"))
+        assert is_open[row] == any(frame and "x" not in frame for frame in frames)
+
+
+def test_open_frames_against_the_reference():
+    """One of two samples has an open frame; the reference's longest stretches are 2 codons, the samples' 2 and 3."""
+    closed = "TTAATTAATTAATTAA"  # a stop codon in each frame of both strands
+    reference = GenomeReference.make(["CCCCCC", "CCCCCC"])
+    metrics = evaluate_genomes(["CCCCCC", closed], [True, True], reference)
+    values = genome_values(["CCCCCC", closed], reference)
+    assert (metrics["open_frame"], metrics["open_frame_reference"]) == (0.5, 1.0)
+    assert values["open_frame"].value() == 0.5 and values["open_frame"].is_share
+    assert metrics["open_distance"] == pytest.approx(0.5)
 
 
 def test_nothing_to_compare():

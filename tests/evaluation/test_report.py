@@ -153,6 +153,23 @@ def test_conclusions_come_from_the_numbers(study):
     assert cost["base"][1] == "(given)" and cost["rate 1 (SCMDM)"][1:5] == ["81,920", "2", "0:05", "1.25"]
 
 
+def test_a_study_may_name_the_metric_that_it_compares(study):
+    """Validity of rate 1 is the best, `parsed` of rate 1 the worst."""
+
+    def parse(content):
+        content["metric"] = "parsed"
+        for row in content["evaluations"]:
+            found, arm = valid(row["arm"], row["steps"], row["sampling_seed"]), row["arm"]
+            parsed = found & (np.arange(1024) % 2 == 0) if arm == "scmdm" else found
+            values = {"validity": SampleValues.mean(found), "parsed": SampleValues.mean(parsed)}
+            write_values(study / row["values_file"], values)
+            row["metrics"]["parsed"] = float(parsed.mean())
+
+    change_study(study, parse)
+    lines = study_report(study, study / "report.html").conclusions
+    assert len(lines) == 4 and all("worse" in line for line in lines)
+
+
 def test_the_table_has_the_evaluations_that_were_computed(study):
     content = json.loads((study / "study.json").read_text())
     for row in content["evaluations"]:
@@ -408,6 +425,7 @@ WHOLES = {
     "values above": lambda c: c["evaluations"][0].update(values_file="../x.npz"),
     "a file elsewhere": lambda c: c.update(tokenizer="/etc/passwd"),
     "a run above": lambda c: c["arms"][1].update(runs=["../.."]),
+    "an unknown metric": lambda c: c.update(metric="x"),
     "an unknown domain": lambda c: c.update(domain="x"),
     "a missing file": lambda c: c.update(held_out="nothing"),
 }

@@ -23,7 +23,10 @@ from scmdm.domains.interface import (
 
 
 class GenomesDomain(WithoutPrompts, WithoutFigures):
-    """K-mer spectra and GC content. The distances of real data fall with the sample size (docs/guides/genomes.md)."""
+    """K-mer spectra, GC content and open reading frames.
+
+    The distances of real data fall with the sample size (docs/guides/genomes.md).
+    """
 
     name: ClassVar[str] = "genomes"
     Config: ClassVar[type[MetricKeys]] = MetricKeys
@@ -44,6 +47,9 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
             for kind, digits, note in (("distance", 4, " (published)"), ("divergence", 5, ", nats"))
             for k in (6, 3)
         ),
+        Metric("open_frame", "with an open reading frame, % of samples", "higher", 100, 1),
+        Metric("open_frame_reference", "open reading frame, % of held-out windows", "", 100, 1, in_figure=False),
+        Metric("open_distance", "Wasserstein distance of the longest open reading stretch, codons", "lower", 1, 2),
         Metric("gc_distance", "Wasserstein distance of GC content", "lower", 1, 4),
         Metric("gc_mean", "mean GC content", "", 1, 4, in_figure=False),
     )

@@ -1,4 +1,4 @@
-"""Quality of generated DNA: k-mer spectra and GC content against real windows, overall and by species.
+"""Quality of generated DNA: k-mer spectra, GC content and open reading frames against real windows.
 
 The Species10 protocol of kuleshov-group/discrete-diffusion-guidance compares spectra of 3-mers and 6-mers for each
 species and averages them with the species' shares of the held-out windows. It calls the result of scipy's
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import wasserstein_distance
 
+from scmdm.domains.genomes.reading_frames import open_stretches
 from scmdm.domains.jensen_shannon import JensenShannon
 from scmdm.domains.letter_ngrams import count_ngrams, ngrams_of_each
 from scmdm.domains.sample_values import SampleValues
@@ -36,6 +37,8 @@ class Spectrum:
 
     kmers: Mapping[int, np.ndarray]  # counts (K,) by k
     gc_N: np.ndarray  # GC content of each sequence
+    stretch_N: np.ndarray  # longest open reading stretch of each sequence, in codons
+    open_N: np.ndarray  # whether one of the six reading frames of each sequence is open throughout
     mean_length: float  # in letters; 0 without sequences
     unknown: float  # fraction of letters other than A, C, G, T
 
@@ -46,7 +49,8 @@ class Spectrum:
         known = sum(sequence.count(letter) for sequence in sequences for letter in LETTERS)
         kmers = {k: count_ngrams(sequences, k, LETTERS) for k in KMER_LENGTHS}
         unknown = 1 - known / letters if letters else 0.0
-        return cls(kmers, gc_contents(sequences), letters / max(1, len(sequences)), unknown)
+        mean_length = letters / max(1, len(sequences))
+        return cls(kmers, gc_contents(sequences), *open_stretches(sequences), mean_length, unknown)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,11 @@ def genome_values(sequences: Sequence[str], reference: GenomeReference) -> dict[
     if known_N.any() and len(real_N):
         distance = wasserstein_of_counts(gc_N[known_N], real_N)
         found["gc_distance"] = SampleValues.jackknife(lambda counts_N: distance(counts_N[known_N]), len(sequences))
+    stretch_N, open_N = open_stretches(sequences)
+    found["open_frame"] = SampleValues.mean(open_N)
+    if len(sequences) and len(reference.overall.stretch_N):
+        by_counts = wasserstein_of_counts(stretch_N, reference.overall.stretch_N)
+        found["open_distance"] = SampleValues.jackknife(by_counts, len(sequences))
     return found
 
 
@@ -132,9 +141,12 @@ def compare_spectra(samples: Spectrum, reference: Spectrum) -> dict[str, Any]:
     kmers = {k: JensenShannon.between(samples.kmers[k], reference.kmers[k]) for k in KMER_LENGTHS}
     return {
         "num_samples": len(samples.gc_N),
-        "gc_mean": float(gc_N.mean()) if len(gc_N) else None,
-        "gc_reference": float(reference_N.mean()) if len(reference_N) else None,
-        "gc_distance": float(wasserstein_distance(gc_N, reference_N)) if len(gc_N) and len(reference_N) else None,
+        "gc_mean": _mean(gc_N),
+        "gc_reference": _mean(reference_N),
+        "gc_distance": _distance(gc_N, reference_N),
+        "open_frame": _mean(samples.open_N),
+        "open_frame_reference": _mean(reference.open_N),
+        "open_distance": _distance(samples.stretch_N, reference.stretch_N),
         "mean_length": samples.mean_length,  # an early [EOS] shortens a sample
         "unknown": samples.unknown,
         **{
@@ -143,6 +155,14 @@ def compare_spectra(samples: Spectrum, reference: Spectrum) -> dict[str, Any]:
             for kind in ("divergence", "distance")
         },
     }
+
+
+def _mean(values_N: np.ndarray) -> float | None:
+    return float(values_N.mean()) if len(values_N) else None
+
+
+def _distance(values_N: np.ndarray, reference_N: np.ndarray) -> float | None:
+    return float(wasserstein_distance(values_N, reference_N)) if len(values_N) and len(reference_N) else None
 
 
 def gc_contents(sequences: Sequence[str]) -> np.ndarray:
