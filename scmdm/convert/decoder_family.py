@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from scmdm.config.fields import Key, OnAdapt, rules_of, walk_keys
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds
-from scmdm.convert.published_config import Allowed, PublishedConfig, count_blocks, validated
+from scmdm.convert.published_config import Allowed, PublishedConfig, check_rows, count_blocks, matrix_shape, validated
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.convert.published_rotary import describe_rotary, read_rotary
 from scmdm.errors import UserError
@@ -143,6 +143,7 @@ def _architecture(family: Family, source: PublishedFiles) -> DecoderConfig:
     if family.expert_flags is not None:
         keys["dense_layers"] = _dense_layers(config, family.expert_flags, layers)
     config.get(family.block_field or "")  # the import reads it
+    check_rows(config, matrix_shape(source, family.published_name(EMBEDDING))[0], *family.rows)
     config.refuse_unknown(family.harmless)
     model = validated(DecoderConfig(**_completed(keys)), source)
     if (reason := _impossible(family, model)) is not None:

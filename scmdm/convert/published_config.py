@@ -160,6 +160,18 @@ def count_blocks(source: PublishedFiles, pattern: str) -> int:
     return len(numbers)
 
 
+def check_rows(config: PublishedConfig, rows: int, *names: str) -> None:
+    """Refuse a size of the vocabulary that is not the number of rows of the embedding.
+
+    The last of the fields `names` that is there states it; the original code makes the embedding of that size.
+    """
+    for name in [name for name in names if config.has(name)][-1:]:
+        if config.integer(name) != rows:
+            raise config.refusal(
+                name, config.get(name), f"the embedding has {rows} rows; the files are of two models, download them again"
+            )
+
+
 def matrix_shape(source: PublishedFiles, name: str) -> torch.Size:
     """Return the shape of a published matrix. Raises UserError when it is missing, empty or not a matrix."""
     shape = source.tensors.shapes().get(name)

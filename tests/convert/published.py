@@ -70,6 +70,7 @@ def mdlm_weights(seed=0, rows=VOCAB):
 def write_mdlm(directory, weights=None, **config):
     """As on the hub: `config.json`, one safetensors file; and a tokenizer beside them."""
     directory.mkdir()
+    weights = mdlm_weights() if weights is None else weights
     described = {
         "model_type": "mdlm",
         "hidden_dim": WIDTH,
@@ -79,10 +80,10 @@ def write_mdlm(directory, weights=None, **config):
         "dropout": 0.1,
         "model_length": LENGTH,
         "time_conditioning": False,
-        "vocab_size": VOCAB,
+        "vocab_size": len(weights.get("backbone.vocab_embed.embedding", range(VOCAB))),
     }
     (directory / "config.json").write_text(json.dumps({**described, **config}))
-    save_file(mdlm_weights() if weights is None else weights, directory / "model.safetensors")
+    save_file(weights, directory / "model.safetensors")
     write_tokenizer(directory / "tokenizer.json")
     return directory
 

@@ -16,7 +16,7 @@ import scmdm
 from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.layouts import LAYOUTS
-from scmdm.convert.layout import TokenIds, parameter_names
+from scmdm.convert.layout import EMBEDDING, TokenIds, parameter_names
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.state import State
@@ -305,6 +305,7 @@ def _described(layout):
     model = DecoderConfig(width=32, layers=2, heads=4, mlp_width=88, **experts)
     described = layout.describe(ModelSpec(model, DiffusionConfig(), 13, 12, LENGTH), TokenIds(0, (0,), 0, 12))
     tensors = {layout.published_name(name): torch.empty(0) for name in parameter_names(model)}
+    tensors[layout.published_name(EMBEDDING)] = torch.empty(13, 32)
     return PublishedFiles(Path("there"), described, _Shapes(tensors))
 
 

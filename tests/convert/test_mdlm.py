@@ -184,6 +184,12 @@ def test_an_adapted_model_is_restored_from_its_export(tmp_path, empty_yaml):
     )
 
 
+def test_a_vocabulary_of_another_size_than_the_embedding_is_refused(tmp_path, capsys):
+    source = write_mdlm(tmp_path / "there", vocab_size=VOCAB + 1)
+    assert main(["import", str(source), str(tmp_path / "out")]) == 1
+    assert f"vocab_size={VOCAB + 1}" in capsys.readouterr().err
+
+
 def test_a_tokenizer_keeps_the_rows_that_no_token_has(tmp_path):
     weights = mdlm_weights(rows=VOCAB + 5)
     source = write_mdlm(tmp_path / "padded", weights)

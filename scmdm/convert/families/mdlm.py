@@ -19,6 +19,7 @@ from scmdm.convert.published_config import (
     Allowed,
     PublishedConfig,
     any_value,
+    check_rows,
     count_blocks,
     matrix_shape,
 )
@@ -117,6 +118,7 @@ def _check_hub(config: PublishedConfig, source: PublishedFiles) -> bool:
     """Check the other fields of a `config.json`, and return whether the network is conditioned on time."""
     kind = config.get("model_type")
     config.expect("model_type", *_CONDITIONED)
+    check_rows(config, matrix_shape(source, _PREFIX + EMBEDDING)[0], "vocab_size")
     conditioned = _stated(source, {"time_conditioning": config}, _CONDITIONED.get(str(kind)))
     config.refuse_unknown(_HARMLESS)
     return conditioned
