@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from scmdm.distributed.engine import cpp_compiler, resolve_device, resolve_precision
+from scmdm.distributed.engine import resolve_device, resolve_precision
 from scmdm.errors import UserError
 from scmdm.models.attention import flash_unusable_because
+from scmdm.models.compilation import cpp_compiler
 from scmdm.system.extras import EXTRAS, PURPOSES, installed_version, missing_packages
 from scmdm.system.terminal import Terminal
 

@@ -54,6 +54,16 @@ def weights_key() -> Any:
     return key("ema", help="weights to use; ema: the averages, where the model has them", choices=("ema", "raw"))
 
 
+def compile_key() -> Any:
+    """Declare what of the network is compiled for sampling and evaluation."""
+    return key(
+        "none",
+        help="torch.compile in evaluations; block: each block, with one graph for all, which takes up to a minute at "
+        "the start; a CPU needs a C++ compiler; not with shards above 1",
+        choices=("none", "block"),
+    )
+
+
 def weights_dtype_key() -> Any:
     """Declare the dtype in which weights are held for sampling and evaluation."""
     return key(
@@ -92,3 +102,8 @@ def resolve_weights_dtype(weights_dtype: str, precision: str) -> str:
         return precision
     require(precision != "float32", "precision", precision, f"auto or {weights_dtype} with weights_dtype=bfloat16")
     return weights_dtype
+
+
+def check_compile(what: str, shards: int) -> None:
+    """Raise UserError for a shared model that is to be compiled."""
+    require(what == "none" or shards == 1, "compile", what, f"none with shards={shards}")

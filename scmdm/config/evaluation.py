@@ -12,6 +12,8 @@ from scmdm.config import fields
 from scmdm.config.common import (
     LARGEST_SEED,
     batch_size_key,
+    check_compile,
+    compile_key,
     device_key,
     precision_key,
     resolve_weights_dtype,
@@ -111,6 +113,7 @@ class EvaluateConfig:
     precision: str = precision_key()
     weights_dtype: str = weights_dtype_key()
     shards: int = shards_key()
+    compile: str = compile_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -119,6 +122,7 @@ class EvaluateConfig:
         require_distinct("seeds", self.seeds)
         self.zero_shot_texts()
         resolve_weights_dtype(self.weights_dtype, self.precision)
+        check_compile(self.compile, self.shards)
         self.sampler.validate()
 
     def zero_shot_texts(self) -> dict[str, ZeroShotConfig]:

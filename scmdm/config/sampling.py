@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from scmdm.config.common import (
     batch_size_key,
+    check_compile,
+    compile_key,
     device_key,
     precision_key,
     resolve_weights_dtype,
@@ -312,6 +314,7 @@ class SampleConfig:
     precision: str = precision_key()
     weights_dtype: str = weights_dtype_key()
     shards: int = shards_key()
+    compile: str = compile_key()
     threads: int = threads_key()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -326,6 +329,7 @@ class SampleConfig:
         known = self.out is None or self.out.endswith(SAMPLE_FORMATS)
         require(known, "out", self.out, f"a name that ends in one of {', '.join(SAMPLE_FORMATS)}")
         resolve_weights_dtype(self.weights_dtype, self.precision)
+        check_compile(self.compile, self.shards)
         self.sampler.validate()
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.common import LARGEST_SEED, shards_key, weights_dtype_key
+from scmdm.config.common import LARGEST_SEED, check_compile, compile_key, shards_key, weights_dtype_key
 from scmdm.config.evaluation import MOVED_METRIC_KEYS, require_distinct
 from scmdm.config.fields import PathKind, key, require
 from scmdm.config.loading import with_overrides
@@ -66,6 +66,7 @@ class StudyConfig:
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     weights_dtype: str = weights_dtype_key()
     shards: int = shards_key()
+    compile: str = compile_key()
     metrics: dict[str, Any] = key(
         factory=dict,
         help="keys of the domain, as in metrics.fcd=true for molecules or metrics.scorer=DIR for text",
@@ -86,6 +87,7 @@ class StudyConfig:
                 require(name in self.arms, key_name, name, f"one of {', '.join(self.arms)}")
         for name, arm in self.arms.items():
             self._validate_arm(name, arm)
+        check_compile(self.compile, self.shards)
         self.sampler.validate()
 
     def _validate_arm(self, name: str, arm: ArmConfig) -> None:

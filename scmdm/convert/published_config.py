@@ -168,7 +168,9 @@ def check_rows(config: PublishedConfig, rows: int, *names: str) -> None:
     for name in [name for name in names if config.has(name)][-1:]:
         if config.integer(name) != rows:
             raise config.refusal(
-                name, config.get(name), f"the embedding has {rows} rows; the files are of two models, download them again"
+                name,
+                config.get(name),
+                f"the embedding has {rows} rows; the files are of two models, download them again",
             )
 
 

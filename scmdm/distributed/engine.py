@@ -6,8 +6,6 @@ The trainer uses only the interface `Engine`, so that it is the same for one pro
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from scmdm.diffusion.objective import Denoiser
 from scmdm.distributed.base_estimate import Estimator, WithoutAdapters
 from scmdm.errors import UserError
 from scmdm.models.attention import check_backend
+from scmdm.models.compilation import check_compiler
 from scmdm.models.network import Network
 from scmdm.ops.fp8 import fp8_unusable_because
 
@@ -233,16 +232,7 @@ def check_hardware(config: RunConfig, local_rank: int = 0) -> tuple[torch.device
     device = resolve_device(config.device, local_rank)
     dtype = resolve_precision(config.precision, device)
     check_backend(config.model.attention, device.type, dtype)
-    if config.model.compile != "none" and device.type == "cpu" and not cpp_compiler():
-        raise UserError(
-            f"model.compile={config.model.compile} needs a C++ compiler on a CPU, and none was found; install g++ or "
-            "set CXX"
-        )
+    check_compiler("model.compile", config.model.compile, device)
     if config.model.matmul_precision == "fp8" and (reason := fp8_unusable_because(device, dtype)) is not None:
         raise UserError(f"model.matmul_precision=fp8 cannot run: {reason}; use matmul_precision=compute")
     return device, dtype
-
-
-def cpp_compiler() -> str | None:
-    """Return the path of the C++ compiler that torch.compile uses on a CPU, or None."""
-    return shutil.which(os.environ.get("CXX", "g++"))

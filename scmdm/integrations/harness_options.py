@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scmdm.config.common import precision_key, seed_key, weights_dtype_key, weights_key
+from scmdm.config.common import compile_key, precision_key, seed_key, weights_dtype_key, weights_key
 from scmdm.config.fields import key
 from scmdm.config.loading import read_config
 
@@ -27,6 +27,7 @@ class HarnessOptions:
     weights: str = weights_key()
     precision: str = precision_key()
     weights_dtype: str = weights_dtype_key()
+    compile: str = compile_key()
     batch_size: int | None = key(1, help="requests in a batch; null: what fits into memory", at_least=1, at_most=2**20)
     gen_length: int | None = key(
         None, help="tokens to generate; null: the task's number, at most half of the length", at_least=1, at_most=2**19

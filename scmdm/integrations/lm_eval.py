@@ -91,7 +91,8 @@ class MaskedDiffusionLM(TemplateLM):
         self._rank, self._world_size = _joined_ranks()
         precision = resolve_weights_dtype(options.weights_dtype, options.precision)
         place = _device_name(device, self._world_size)
-        self._loaded = load(str(path), weights=options.weights, device=place, weights_dtype=options.weights_dtype)
+        loading = {name: getattr(options, name) for name in ("weights", "weights_dtype", "compile")}
+        self._loaded = load(str(path), device=place, **loading)
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)

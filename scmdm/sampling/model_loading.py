@@ -16,6 +16,7 @@ from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.common import resolve_weights_dtype
 from scmdm.distributed.engine import resolve_device, resolve_precision
 from scmdm.distributed.sharded_evaluation import ShardedEvaluations, shard_for_evaluation
+from scmdm.models.compilation import check_compiler, compile_model
 from scmdm.models.model_files import (
     LoadedModel,
     allocate,
@@ -43,20 +44,24 @@ def load(
     precision: str = "auto",
     shards: int = 1,
     verify: str = "share",
+    compile: str = "none",
 ) -> LoadedModel:
     """Load a model for sampling from a run directory, a checkpoint or an export, in eval mode on `device`.
 
     `weights` is "ema" (averaged, where the model has them) or "raw"; `device` is "auto", "cpu" or "cuda";
     `weights_dtype`, in which weights are held, is "float32" or "bfloat16". With `shards` above 1, that many ranks share
     the weights, and evaluate in `precision`. `verify` is "share" (what is used is hashed, divided over the ranks of a
-    job), "full" (every file is hashed) or "sizes". Raises UserError when there is no model at `path`, or when its files
-    are missing, damaged or inconsistent.
+    job), "full" (every file is hashed) or "sizes". `compile` is "none" or, for a model that is not shared, "block".
+    Raises UserError when there is no model at `path`, or when its files are missing, damaged or inconsistent.
     """
     directory = find_model(Path(path), Verification(verify, weights=weights, together=True))
     place = rank_device(device)
     dtype = resolve_precision(weights_dtype, place)
     if shards == 1:
-        return read_model(directory, weights=weights, device=place, dtype=dtype)
+        check_compiler("compile", compile, place)
+        loaded = read_model(directory, weights=weights, device=place, dtype=dtype)
+        compile_model(loaded.model, compile)
+        return loaded
     stored = open_model(directory)
     model = stored.spec.build()
     set_dtype(model, dtype)
@@ -76,6 +81,7 @@ class ModelKeys(Protocol):
     precision: str
     weights_dtype: str
     shards: int
+    compile: str
     threads: int
     verify: str
 
@@ -102,13 +108,14 @@ def load_as_configured(path: Path, config: ModelKeys) -> LoadedModel:
         precision=resolve_weights_dtype(config.weights_dtype, config.precision),
         shards=config.shards,
         verify=config.verify,
+        compile=config.compile,
     )
 
 
 def parts_beside(out: Path, loaded: LoadedModel, config: ModelKeys) -> ResultParts:
     """Return the parts of results of a model whose output is the file `out`."""
-    model = {"model": sha256_of_model(loaded.path), "weights": config.weights, "weights_dtype": config.weights_dtype}
-    return ResultParts.beside(out, **model)
+    model = {name: getattr(config, name) for name in ("weights", "weights_dtype", "compile")}
+    return ResultParts.beside(out, model=sha256_of_model(loaded.path), **model)
 
 
 def rank_device(name: str) -> torch.device:

@@ -86,7 +86,8 @@ class StudyPlan:
 
     def evaluation(self) -> EvaluateConfig:
         """Return how models are loaded and evaluated."""
-        return EvaluateConfig(weights_dtype=self.config.weights_dtype, shards=self.config.shards)
+        own = self.config
+        return EvaluateConfig(weights_dtype=own.weights_dtype, shards=own.shards, compile=own.compile)
 
     def base_model(self) -> tuple[StudyModel, RunConfig | None]:
         """Return the base, which may be a run directory, and the configuration of its training if there is one."""
@@ -148,6 +149,7 @@ class StudyPlan:
             "split": config.split,
             "data_fingerprint": data_fingerprint,
             "weights_dtype": config.weights_dtype,
+            "compile": config.compile,
         }
         found = []
         if model.arm == "base" or config.arms[model.arm].samples_of is None:
@@ -183,6 +185,7 @@ def stored_row(path: Path) -> dict[str, Any] | None:
         logger.warning("%s; it is measured again", error)
         return None
     row.setdefault("weights_dtype", "float32")
+    row.setdefault("compile", "none")
     if row.get("kind") == "samples" and "metrics_config" not in row:
         row["metrics_config"] = {key: row[key] for key in _EARLIER_METRIC_KEYS if row.get(key)}
     sampler = row.get("sampler")

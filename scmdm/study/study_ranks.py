@@ -81,8 +81,8 @@ class RankedStudyJobs:
         keys, domain = self._plan.evaluation(), self._load_domain()
         loaded = load_as_configured(path, keys)
         for task in tasks:
-            model = {"model": task.settings["model_sha256"], "weights_dtype": keys.weights_dtype}
-            parts = ResultParts.beside(task.row, **model)
+            model = {name: task.settings[name] for name in ("weights_dtype", "compile")}
+            parts = ResultParts.beside(task.row, model=task.settings["model_sha256"], **model)
             place = self._plan.data, self._domain_name
             result = compute_measurement(loaded, task, *place, keys, domain=domain, parts=parts)
             line = on_rank_0(partial(self._finish, task, result, parts))

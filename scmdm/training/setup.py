@@ -21,8 +21,8 @@ from scmdm.distributed.deepspeed import DeepspeedEngine, partition, require_deep
 from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_expert_mesh, make_mesh, shard
 from scmdm.errors import UserError
+from scmdm.models.compilation import compile_model
 from scmdm.models.decoder import BALANCE_KEYS
-from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.experts.router import attach_record
 from scmdm.models.initialization import init_weights
@@ -33,12 +33,7 @@ from scmdm.models.model_files import ModelSpec, StoredModel, allocate, fill_weig
 from scmdm.models.network import Network
 from scmdm.observability.run_metrics import logger
 from scmdm.system.process_group import World, machine_count
-from scmdm.torch_private import allow_graphs
 from scmdm.training.optimizer import lr_factor, make_optimizer
-
-# With and without gradients, in training and evaluation, for whole and partial batches, fixed and changing lengths; by
-# default torch would stop at 8.
-_GRAPHS = 64
 
 
 def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
@@ -287,22 +282,6 @@ def resolve_sample_order(config: RunConfig, data: DataMixture, checkpoint: Path 
         chosen = own.num_canonical_nodes is None and nodes > 1
         block = own.shuffle_block or (shuffle_block_of(data, own.train_split, nodes) if chosen else None)
     return dataclasses.replace(config, data=dataclasses.replace(own, num_canonical_nodes=nodes, shuffle_block=block))
-
-
-def compile_model(model: Network, what: str) -> None:
-    """Compile what `model.compile` names, in place, so that names of parameters do not change.
-
-    With "block" one graph serves all blocks; with "trunk" they are one graph.
-    """
-    if what != "none":
-        allow_graphs(_GRAPHS)
-    if what == "trunk":
-        model.compile_trunk()
-    for module in model.modules() if what == "block" else ():
-        if isinstance(module, ExpertMixture):
-            module.leave_out_of_graphs()
-    for block in model.blocks if what == "block" else ():
-        block.compile()
 
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:

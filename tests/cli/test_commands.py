@@ -15,6 +15,7 @@ from scmdm.data.loader import read_split
 from scmdm.data.tokenizers import SmilesTokenizer, is_framed, load_tokenizer
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.errors import UserError
+from scmdm.models.compilation import cpp_compiler
 from scmdm.sampling.templates import make_template
 from tests.conftest import ADAPTED, ROOT, TINY
 
@@ -78,6 +79,30 @@ def test_sampling_is_reproducible_and_batch_free(base, tmp_path):
     manifest = scmdm.load(base).manifest
     assert manifest.bos_policy == "given" and all(row["tokens"][0] == manifest.bos_id for row in first)
     assert all(row["framed"] == is_framed(row["tokens"], scmdm.load(base).tokenizer) for row in first)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_draws_the_same_samples(base, molecules, empty_yaml, tmp_path, monkeypatch):
+    """Of a base, whose batches shrink where sequences skip a step, and with a carried estimate."""
+    adapted, compiled = tmp_path / "adapted", []
+    keys = [f"base={base}", f"run_dir={adapted}", f"data.path={molecules}", "train.steps=2", *ADAPTED]
+    assert main(["adapt", str(empty_yaml), *keys]) == 0
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module) or whole(module))
+    for model in (base, adapted):
+        outs = [tmp_path / f"{model.name}-{what}.jsonl" for what in ("none", "block")]
+        for out, what in zip(outs, ("none", "block"), strict=True):
+            keys = ["num=10", "sampler.steps=30", "precision=float32", f"compile={what}", f"out={out}"]
+            assert main(["sample", str(model), *keys]) == 0
+        assert rows(outs[0]) == rows(outs[1])
+    assert len(compiled) == 2 * len(scmdm.load(base).model.blocks)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_shared_model_is_not_compiled(base, capsys, command):
+    assert main([command, str(base), "compile=block", "shards=2"]) == 1
+    assert "compile='block' is not possible" in capsys.readouterr().err
 
 
 def test_samples_go_to_the_terminal(base, capsys):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from scmdm.checkpoint.reader import newest_checkpoint
-from scmdm.distributed.engine import cpp_compiler
+from scmdm.models.compilation import cpp_compiler
 from tests import kills
 from tests.conftest import TINY
 from tests.data.preparation.test_packed import prepared

@@ -13,6 +13,7 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.distributed.engine import SingleEngine
 from scmdm.errors import UserError
+from scmdm.models.compilation import compile_model
 from scmdm.models.decoder import Decoder, DecoderConfig
 from scmdm.models.experts.balance import load_summary, update_balance
 from scmdm.models.experts.expert_block import sort_by_expert
@@ -22,7 +23,6 @@ from scmdm.models.lora import adapters_off, add_adapters, freeze, is_trained, me
 from scmdm.ops.grouped_product import grouped_product_loop
 from scmdm.torch_private import TorchDispatchMode, grouped_mm, tree_leaves
 from scmdm.training.optimizer import make_optimizer
-from scmdm.training.setup import compile_model
 from scmdm.training.step import train_step
 
 VOCAB, MASK, LENGTH = 19, 18, 12

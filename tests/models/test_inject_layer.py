@@ -17,13 +17,14 @@ from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
+from scmdm.models.compilation import compile_model
 from scmdm.models.initialization import init_weights
 from scmdm.models.lora import add_adapters, freeze
 from scmdm.models.model_files import spec_of
 from scmdm.ops.cuda_graphs import ReplayedDenoiser
 from scmdm.planner.activation_memory import LiveBytes
 from scmdm.system.process_group import World
-from scmdm.training.setup import compile_model, resolve_engine
+from scmdm.training.setup import resolve_engine
 from tests.planner.measuring import engine_of, loss_of, masked_batch, run_config
 
 VOCAB, MASK, LENGTH, LAYERS, INJECTED = 12, 11, 12, 4, 3

@@ -10,12 +10,12 @@ from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.distributed.engine import SingleEngine, cpp_compiler
+from scmdm.distributed.engine import SingleEngine
 from scmdm.errors import UserError
+from scmdm.models.compilation import compile_model, cpp_compiler
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
-from scmdm.training.setup import compile_model
 from scmdm.training.step import train_step
 
 MASK = 9
