@@ -7,10 +7,11 @@ It imports torch alone, so that every layer but `scmdm.diffusion`, which uses pu
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -25,7 +26,7 @@ __all__ = [
     "ATTENTION_OPERATORS",
     "TorchDispatchMode",
     "addmm_gelu",
-    "allow_graphs",
+    "compile_arguments",
     "constant_under_compile",
     "default_group_timeout",
     "fake_tensors",
@@ -61,15 +62,18 @@ def addmm_gelu(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
     return torch._addmm_activation(bias_O, x_NI, weight_IO, use_gelu=True)
 
 
-def allow_graphs(number: int) -> None:
-    """Let `torch.compile` make this many graphs of a function, for other shapes and modes, before it gives up.
+def compile_arguments(graphs: int) -> dict[str, Any]:
+    """Arguments of `torch.compile` for this many graphs of a function, for other shapes and modes, before it gives up.
 
-    Sets `torch._dynamo.config.recompile_limit`, which the argument of `torch.compile` replaces in newer versions (torch
-    2.14, not 2.11).
+    In versions without the argument (torch 2.11), sets `torch._dynamo.config.recompile_limit` instead; in newer ones
+    that setting is one of the calling thread.
     """
-    import torch._dynamo.config  # slow to import
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": graphs}
+    from torch._dynamo import config  # slow to import
 
-    torch._dynamo.config.recompile_limit = number
+    config.recompile_limit = graphs
+    return {}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scmdm.torch_private import ATTENTION_OPERATORS, leave_profiler_out_of_checkpoints
@@ -25,7 +25,7 @@ _PRODUCTS = (
 _KEPT = frozenset({*_PRODUCTS, *ATTENTION_OPERATORS})
 
 
-def run_block(block: nn.Module, kind: str, *arguments: Any) -> Tensor:
+def run_block(block: Callable[..., Tensor], kind: str, *arguments: Any) -> Tensor:
     """Run a block, and keep activations for the backward pass according to `kind`.
 
     "none" keeps all, "selective" those of `_KEPT`, "full" only the block's input. Without gradients, none is kept.

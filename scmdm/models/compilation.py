@@ -8,9 +8,8 @@ import shutil
 import torch
 
 from scmdm.errors import UserError
-from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.network import Network
-from scmdm.torch_private import allow_graphs
+from scmdm.torch_private import compile_arguments
 
 # With and without gradients, in training and evaluation, for whole and partial batches, fixed and changing lengths; by
 # default torch would stop at 8.
@@ -22,15 +21,10 @@ def compile_model(model: Network, what: str) -> None:
 
     With "block" one graph serves all blocks; with "trunk" they are one graph.
     """
-    if what != "none":
-        allow_graphs(_GRAPHS)
     if what == "trunk":
-        model.compile_trunk()
-    for module in model.modules() if what == "block" else ():
-        if isinstance(module, ExpertMixture):
-            module.leave_out_of_graphs()
-    for block in model.blocks if what == "block" else ():
-        block.compile()
+        model.compile_trunk(**compile_arguments(_GRAPHS))
+    if what == "block":
+        model.compile_blocks(**compile_arguments(_GRAPHS))
 
 
 def check_compiler(key: str, what: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ Legend: B batch, L length, D width, K width of a head, V vocabulary with the mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from scmdm.diffusion.state import State, true_positions
 from scmdm.models.activation_checkpointing import run_block
 from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, masks_of_window
 from scmdm.models.conditioner import Conditioner, Interpolation
-from scmdm.models.experts.expert_block import whole_parameters
+from scmdm.models.experts.expert_block import ExpertMixture, whole_parameters
 from scmdm.models.rotary import Rotary
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
 from scmdm.ops.subs_logits import subs_bias, subs_logits
@@ -89,6 +89,7 @@ class Network(nn.Module):
         # Unbound: a bound method would refer to the model, whose memory would then be freed late.
         self._run_lower: Callable[..., Tensor] = type(self)._lower_blocks
         self._run_upper: Callable[..., Tensor] = type(self)._upper_blocks
+        self._has_compiled_blocks = False
         self.block_length: int | None = None  # of a model of blocks (`scmdm.diffusion.blocks`)
         self._last_masks: tuple[object, Masks] = None, NO_MASKS
 
@@ -105,13 +106,26 @@ class Network(nn.Module):
         for module in (self, *self.blocks):
             module.context = context
 
-    def compile_trunk(self) -> None:
+    def compile_blocks(self, **arguments: Any) -> None:
+        """Compile each block with these arguments of `torch.compile`; one graph serves all.
+
+        Evaluations of windows run as they are: compiled, a block returned values other than those in the cache (torch
+        2.14).
+        """
+        self._has_compiled_blocks = True
+        for module in self.modules():
+            if isinstance(module, ExpertMixture):
+                module.leave_out_of_graphs()
+        for block in self.blocks:
+            block.compile(**arguments)
+
+    def compile_trunk(self, **arguments: Any) -> None:
         """Compile all blocks and the output layer's norm as one graph. What would break the graph raises an error.
 
         If the estimate enters at a later block, the blocks below it are a graph of their own.
         """
-        self._run_lower = torch.compile(type(self)._lower_blocks, fullgraph=True)
-        self._run_upper = torch.compile(type(self)._upper_blocks, fullgraph=True)
+        self._run_lower = torch.compile(type(self)._lower_blocks, fullgraph=True, **arguments)
+        self._run_upper = torch.compile(type(self)._upper_blocks, fullgraph=True, **arguments)
 
     def hidden(self, state: State, *, dropout: bool = False) -> Tensor:
         """Evaluate the denoiser: final hidden states (B, L, D) in the dtype of the output head.
@@ -238,7 +252,9 @@ class Network(nn.Module):
             own = inputs.rotary, *inputs.condition, inputs.dropout, masks
             if self.around_blocks is not None:
                 self.around_blocks.before(number)
-            x_BLD = run_block(self.blocks[number], kind, x_BLD, *own)
+            is_eager = self._has_compiled_blocks and inputs.window is not None
+            block: Callable[..., Tensor] = self.blocks[number].forward if is_eager else self.blocks[number]
+            x_BLD = run_block(block, kind, x_BLD, *own)
             if self.around_blocks is not None:
                 self.around_blocks.after(number, x_BLD)
         return x_BLD

@@ -89,7 +89,7 @@ def test_a_compiled_model_draws_the_same_samples(base, molecules, empty_yaml, tm
     keys = [f"base={base}", f"run_dir={adapted}", f"data.path={molecules}", "train.steps=2", *ADAPTED]
     assert main(["adapt", str(empty_yaml), *keys]) == 0
     whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module) or whole(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compiled.append(self) or whole(self, **keys))
     for model in (base, adapted):
         outs = [tmp_path / f"{model.name}-{what}.jsonl" for what in ("none", "block")]
         for out, what in zip(outs, ("none", "block"), strict=True):

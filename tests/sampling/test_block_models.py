@@ -8,6 +8,7 @@ import torch
 from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
 from scmdm.errors import UserError
+from scmdm.models.compilation import cpp_compiler
 from scmdm.sampling.generation import SampleSet, generate
 from scmdm.sampling.model_loading import load
 from tests.sampling.small_models import LENGTH, TOKENIZER, export
@@ -50,6 +51,15 @@ def test_the_command_caches_finished_blocks(keys, model, models, tmp_path, capsy
         assert {**ours, "positions": 0} == {**theirs, "positions": 0}
         assert ours["positions"] < theirs["positions"]
     assert str(max(row["positions"] for row in cached)) in reported
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_windows_of_a_compiled_model_are_evaluated_as_they_are(models, tmp_path):
+    """A compiled block would read other keys and values than those in the cache."""
+    for model, keys in (("blocks", []), ("plain", ["sampler.cache=prefix", "sampler.block_length=4"])):
+        keys = ["sampler.kind=confidence", "sampler.steps=8", *keys]
+        plain = rows(models[model], tmp_path / "plain.jsonl", *keys)
+        assert rows(models[model], tmp_path / "compiled.jsonl", *keys, "compile=block") == plain
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
