@@ -18,6 +18,7 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SampleConfig
 from scmdm.config.study import StudyConfig
+from scmdm.domains.domain_registry import domain_of_tokenizer, load_domain, main_metric
 from scmdm.errors import UserError
 from tests.conftest import ROOT
 
@@ -252,7 +253,10 @@ def test_every_shipped_configuration_loads(path):
     schema = StudyConfig if "title" in content else PrepareConfig if path.parent.name == "data" else RunConfig
     # The model sizes are parts that a run's file extends.
     keys = {"model": REQUIRED}.get(path.parent.name, ["base=b"] if path.stem.endswith("adapt") else [])
-    assert load_config(schema, path, keys)
+    loaded = load_config(schema, path, keys)
+    if isinstance(loaded, StudyConfig) and loaded.metric is not None:
+        prepared = load_config(PrepareConfig, ROOT / loaded.prepare)
+        assert main_metric(load_domain(domain_of_tokenizer(prepared.tokenizer.name)), loaded.metric)
 
 
 @pytest.mark.parametrize("override", ["model.llama.kv_heads=2", "model.estimate_rank=8", "deepspeed.whole_below=0"])
