@@ -225,9 +225,10 @@ def attend(
 
 def _attend_by_products(q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, allowed_B1LL: Tensor | None) -> Tensor:
     """Compute attention (B, H, L, K) by matrix products, with the query heads of a group as further rows of one."""
-    groups, length = k_BGLK.shape[1], q_BHLK.shape[2]
-    q = q_BHLK.unflatten(1, (groups, -1)).flatten(2, 3)
-    scores = (q @ k_BGLK.transpose(-1, -2) * q.shape[-1] ** -0.5).unflatten(2, (-1, length))  # (B, G, R, L, keys)
+    groups, length, (keys, width) = k_BGLK.shape[1], q_BHLK.shape[2], k_BGLK.shape[2:]
+    q, scale = q_BHLK.unflatten(1, (groups, -1)).flatten(2, 3), width**-0.5
+    scaled = (q * scale) @ k_BGLK.transpose(-1, -2) if keys > width else q @ k_BGLK.transpose(-1, -2) * scale
+    scores = scaled.unflatten(2, (-1, length))  # (B, G, R, L, keys)
     if allowed_B1LL is not None:
         scores = scores.masked_fill(~allowed_B1LL[:, :, None], float("-inf"))
     out = scores.softmax(-1).flatten(2, 3) @ v_BGLK
