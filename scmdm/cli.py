@@ -29,7 +29,7 @@ A run is one YAML file and key=value overrides:
   scmdm evaluate runs/qm9-scmdm sampler.steps=32 metrics.fcd=true
   scmdm status  runs/qm9-scmdm                            progress, speed, last checkpoint, current job
   scmdm report  runs/qm9-scmdm                            curves, samples and numbers in one HTML file
-  scmdm study   configs/qm9/quickstart.yaml               base against three adaptations, with a report
+  scmdm study   configs/qm9/quickstart.yaml               base against two adaptations, with a report
   scmdm import  mdlm-owt models/mdlm-owt tokenizer=gpt2   convert a published model (MDLM, LLaDA, Dream ...)
   scmdm export  runs/qm9-scmdm exported format=mdlm       convert a run to MDLM's layout, with a model card
   scmdm configs                                           list the configurations that come with scmdm
