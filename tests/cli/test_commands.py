@@ -84,7 +84,7 @@ def test_sampling_is_reproducible_and_batch_free(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_draws_the_same_samples(base, molecules, empty_yaml, tmp_path, monkeypatch):
-    """Of a base, whose batches shrink where sequences skip a step, and with a carried estimate."""
+    """For a base, whose batches shrink when sequences skip a step, and for a model that carries its estimate."""
     adapted, compiled = tmp_path / "adapted", []
     keys = [f"base={base}", f"run_dir={adapted}", f"data.path={molecules}", "train.steps=2", *ADAPTED]
     assert main(["adapt", str(empty_yaml), *keys]) == 0
