@@ -205,7 +205,7 @@ def _from_json(line: bytes, keys: RowKeys, where: str) -> Document:
 def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
     """Make the document of a row (a mapping)."""
     if not isinstance(row, dict):
-        return Document(f"{where}: {_kind(row)}", None, "no object")
+        return Document(f"{where}: {_kind(row)}", None, "not an object")
     for key in keys.names:
         value = row.get(key)
         if value is None:
@@ -216,7 +216,7 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
                 return _of_chat(value, key, where)
             return _of_whole_chat(value, key, keys.last_role, where)
         if not isinstance(value, str):
-            return Document(f"{where}: {_kind(value)}", None, f"key {key} is no text")
+            return Document(f"{where}: {_kind(value)}", None, f"key {key} is not text")
         if problem := _text_problem(value):
             return Document(where, None, problem)
     return Document(where, row[keys.text], prompt=None if keys.prompt is None else row[keys.prompt])
@@ -232,7 +232,7 @@ def _of_chat(messages: Any, key: str, where: str) -> Document:
     prompt, text = (turn.get("content") for turn in turns)
     if not isinstance(prompt, str) or not isinstance(text, str):
         found = ", ".join(_kind(turn.get("content")) for turn in turns)
-        return Document(f"{where}: {found}", None, f"key {key} has content that is no text")
+        return Document(f"{where}: {found}", None, f"key {key} has content that is not text")
     if problem := _text_problem(prompt) or _text_problem(text):
         return Document(where, None, problem)
     return Document(where, text, prompt=prompt)
@@ -258,7 +258,7 @@ def _of_whole_chat(found: Any, key: str, last_role: str, where: str) -> Document
 def _content(message: Any) -> tuple[str | None, str]:
     """Return the text of a message of a chat; or None, and why there is none."""
     if not isinstance(message, dict):
-        return None, "a message that is no object"
+        return None, "a message that is not an object"
     if message.get("role") not in _ROLES:
         return None, f"a message of another role than {', '.join(_ROLES)}"
     for name in _MORE_THAN_TEXT:
@@ -267,7 +267,7 @@ def _content(message: Any) -> tuple[str | None, str]:
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = content[0].get("text") if len(content) == 1 else None
-    return (content, "") if isinstance(content, str) else (None, "content that is no text")
+    return (content, "") if isinstance(content, str) else (None, "content that is not text")
 
 
 def missing_key(names: Sequence[Any], keys: RowKeys) -> str:

@@ -81,7 +81,8 @@ def published_moses(tmp_path, monkeypatch):
     ):
         (folder / f"{split}.csv").write_text("\n".join(["SMILES", *smiles]) + "\n")
     (folder / "mcf.csv").write_text("names,smarts\nMCF7,[#6&!H0]=[#8]\n")
-    (folder / "wehi_pains.csv").write_text('"c:1:c:c:c:c:c:1-[#7]=[#7]","<regId=azo(1)>"\n')
+    # As in the published file, spaces stand between the closing quote and the comma.
+    (folder / "wehi_pains.csv").write_text('"c:1:c:c:c:c:c:1-[#7]=[#7]"   ,"<regId=azo(1)>"\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return cache
 

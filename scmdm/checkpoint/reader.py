@@ -101,15 +101,18 @@ def find_model(path: Path, how: Verification = ALONE) -> Path:
     for line in skipped if checkpoint is not None and (current_world().is_main or not how.together) else ():
         logger.warning("%s: %s", path, line)
     if checkpoint is None:
-        if not os.path.lexists(path):
-            raise UserError(f"{explain_missing(path)}; give a run directory, a checkpoint or an exported model")
+        require_existing(path)
         if (path / "config.json").is_file():
             raise UserError(f"{path} is a model in a published layout (config.json); first: scmdm import {path} NEW")
-        reason = f" ({skipped[0]})" if skipped else ""
-        raise UserError(
-            f"{path} holds no undamaged checkpoint{reason}; give a run directory, a checkpoint or an export"
-        )
+        found = f"holds no undamaged checkpoint ({skipped[0]})" if skipped else "is not a model and holds no checkpoint"
+        raise UserError(f"{path} {found}; give a run directory, a checkpoint or an export")
     return checkpoint
+
+
+def require_existing(path: Path) -> None:
+    """Raise UserError, which lists similar names that are shipped, if there is nothing at `path`."""
+    if not os.path.lexists(path):
+        raise UserError(f"{explain_missing(path)}; give a run directory, a checkpoint or an exported model")
 
 
 def checkpoints_of(path: Path) -> Path:

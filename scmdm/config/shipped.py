@@ -1,4 +1,4 @@
-"""Configurations and base models that come with scmdm, found by name from any working directory.
+"""Configurations and models that come with scmdm, found by name from any working directory.
 
 Their names begin with `configs/`. A file of that name in the working directory wins; a wheel has them in
 `scmdm/configs`, a checkout in `configs` beside the package.
@@ -15,7 +15,7 @@ from pathlib import Path
 from scmdm.errors import UserError
 
 FOLDER = "configs"
-_MODEL_FILE = "model.json"  # marks a directory as a model
+MODEL_FILE = "model.json"  # marks a directory as a model
 _SIMILAR, _SIMILARITY = 3, 0.7  # names in a message, and how similar they are
 
 
@@ -70,7 +70,7 @@ def shipped_names() -> dict[str, Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.suffix == ".yaml" or (path / _MODEL_FILE).is_file():
+        if path.suffix == ".yaml" or (path / MODEL_FILE).is_file():
             yield path
         elif path.is_dir():
             yield from _walk(path)

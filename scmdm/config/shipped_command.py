@@ -1,18 +1,19 @@
-"""`scmdm configs`: list and copy the configurations and base models that come with scmdm."""
+"""`scmdm configs`: list and copy the configurations and models that come with scmdm."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from scmdm.config.shipped import FOLDER, explain_missing, shipped_names, shipped_root
+from scmdm.config.shipped import FOLDER, MODEL_FILE, explain_missing, shipped_names, shipped_root
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, atomic_write_bytes
 from scmdm.system.terminal import say
+from scmdm.system.untrusted import read_json
 
 
 def list_shipped() -> None:
-    """Print the name of each configuration and base model with a line that describes it."""
+    """Print the name of each configuration and model with a line that describes it."""
     names = shipped_names()
     width = max(map(len, names))
     for name, path in names.items():
@@ -23,7 +24,8 @@ def list_shipped() -> None:
 def _description(path: Path) -> str:
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return f"base model, {size / 1e6:.1f} MB"
+        adapted = read_json(path / MODEL_FILE, "model")["model"]["self_conditioned"]
+        return f"{'adapted' if adapted else 'base'} model, {size / 1e6:.1f} MB"
     first = path.read_text().partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 

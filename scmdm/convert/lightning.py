@@ -163,9 +163,9 @@ def checkpoint_weights(path: Path, content: dict[str, Any], weights: str) -> dic
 
 def _check_tensor(path: Path, name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
-        raise UserError(f"{path}: {name} is {_type_name(value)}, which is no dense tensor; {_REMEDY}")
+        raise UserError(f"{path}: {name} is {_type_name(value)}, which is not a dense tensor; {_REMEDY}")
     if not value.is_floating_point() or value.dtype.itemsize < 2:
-        raise UserError(f"{path}: {name} is a tensor of {value.dtype}, which is no weight; {_REMEDY}")
+        raise UserError(f"{path}: {name} is a tensor of {value.dtype}, which is not a type of weights; {_REMEDY}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise UserError(
             f"{path}: {name} has shape {tuple(value.shape)}, which exceeds its storage; the file is damaged"

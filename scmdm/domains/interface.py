@@ -75,7 +75,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """Display settings of one number returned by `Domain.measure`."""
+    """Display settings of one number returned by `Domain.measure`.
+
+    If the number is None although it was requested, `Domain.measure` gives the reason as `NAME_note`.
+    """
 
     name: str
     title: str

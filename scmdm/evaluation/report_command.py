@@ -15,13 +15,14 @@ from scmdm.system.terminal import say
 
 def write_report(directory: Path, *, out: Path | None) -> None:
     """Write the report of a run or a study to `out`, by default `report.html` in its directory."""
-    run = run_of(directory)
+    run, is_study = run_of(directory), (directory / STUDY_FILE).exists()
+    if run is None and not is_study:
+        raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
     out = out or (run or directory) / "report.html"
     require_writable(out)
-    if (directory / STUDY_FILE).exists():
+    if is_study:
         print_summary(study_report(directory, out))
-    elif run is not None:
-        run_report(run, out)
     else:
-        raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
+        assert run is not None
+        run_report(run, out)
     say(f"wrote {out}")

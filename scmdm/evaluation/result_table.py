@@ -30,6 +30,9 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
             found = sample_estimate(result, metric.name)
             reference = [metric.reference_text()] if with_reference else []
             table.add_row(metric.title, found.text(metric.digits + 1, metric.scale), *reference)
+        for metric in metrics:
+            if reason := _reason_missing(rows, metric.name):
+                table.add_row(metric.title, f"not computed: {reason}")
         table.caption = "; ".join(dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)) or None
         if "scorer" in rows[0]["metrics"]:
             table.add_row("scorer", rows[0]["metrics"]["scorer"])
@@ -37,6 +40,12 @@ def print_result(result: Mapping[str, Any], metrics: Sequence[Metric]) -> None:
         table.add_row("samples x seeds", f"{rows[0]['num']} x {len(rows)}; 95 % intervals over samples")
         table.add_row("denoiser evaluations (computed)", evaluations_text(rows))
     Terminal().print(table)
+
+
+def _reason_missing(rows: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """Return why a metric that was requested is not in all rows."""
+    missing = (row["metrics"] for row in rows if row["metrics"].get(name) is None)
+    return next((found[f"{name}_note"] for found in missing if found.get(f"{name}_note")), None)
 
 
 def sample_estimate(result: Mapping[str, Any], name: str) -> Estimate:

@@ -26,7 +26,7 @@ def upgrade_model_keys(content: dict[str, Any]) -> dict[str, Any]:
         return keys
     decoder_keys = keys.pop("llama")
     if not isinstance(decoder_keys, dict):
-        raise UserError(f"model.llama={decoder_keys!r:.60} is no section; restore the file")
+        raise UserError(f"model.llama={decoder_keys!r:.60} is not a section; restore the file")
     if keys.get("kind") == "llama":
         keys = {name: value for name, value in keys.items() if name not in _DIT_KEYS}
         keys |= {"kind": "decoder", **decoder_keys}

@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
                 raise ValueError(f"a header of {length} bytes in a file of {size}; at most {_LARGEST_HEADER} are read")
             content = parse_json(file.read(length))
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a complete {_WHAT}: its header is no JSON object; {_REMEDY}")
+        raise UserError(f"{path} is not a complete {_WHAT}: its header is not a JSON object; {_REMEDY}")
     metadata = parse_as(dict[str, str], content.pop(_METADATA, None) or {}, f"{path}, {_METADATA}")
     entries = parse_as(dict[str, _Entry], content, path)
     _check_places(path, entries, size - 8 - length)
@@ -145,7 +145,7 @@ def _check_places(path: Path, entries: Mapping[str, _Entry], data: int) -> None:
 
 
 def merge_headers(headers: Iterable[Header]) -> dict[str, StoredTensor]:
-    """Return the tensors of several files. Raises UserError, which names both files, for a name that stands twice."""
+    """Return the tensors of several files. Raises UserError, which names both files, for a duplicate name."""
     found: dict[str, StoredTensor] = {}
     for header in headers:
         for name, tensor in header.tensors.items():
@@ -198,7 +198,7 @@ def _named_file(directory: Path, name: str) -> Path:
     """Return the weights file that the index calls `name`. Raises UserError for any other place or kind of file."""
     path = directory / INDEX_FILE
     if "/" in name or not name.endswith(SUFFIX):
-        raise UserError(f"{path} names a file {name!r}, which is no {SUFFIX} file of this directory; {_REMEDY}")
+        raise UserError(f"{path} names a file {name!r}, which is not a {SUFFIX} file of this directory; {_REMEDY}")
     if directory.parent.name == "snapshots":  # the hub's cache, whose files are links into the folder `blobs`
         name_inside(directory.parent.parent, f"snapshots/{directory.name}/{name}", path)
         return directory / name

@@ -62,6 +62,7 @@ class Plan:
     settings: PhaseSettings
     validation_samples: int
     adapts: bool
+    default_model: bool  # neither a base nor other sizes are given
 
     def phases(self, candidate: Candidate) -> tuple[Phase, ...]:
         """Phases of a run with a candidate's layout, besides its steps."""
@@ -119,6 +120,7 @@ def make_plan(
         phases or PhaseSettings(),
         config.train.validation_samples if config.train.validate_every else 0,
         adapts,
+        base is None and config.model == type(config.model)(self_conditioned=config.model.self_conditioned),
     )
 
 
@@ -130,7 +132,7 @@ def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab
     for flag, number, what in wanted:
         if number is None:
             raise UserError(
-                f"the {what} is unknown: {config.data.label} is no prepared data set on this machine; give {flag} N "
+                f"the {what} is unknown: {config.data.label} is not a prepared data set on this machine; give {flag} N "
                 "or data.path=DIRECTORY"
             )
         if number < 2:

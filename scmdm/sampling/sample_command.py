@@ -11,7 +11,7 @@ from scmdm.config.sampling import SampleConfig
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.sampling.generation import SampleSet, generate_divided
 from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, parts_beside
-from scmdm.sampling.sample_files import write_samples
+from scmdm.sampling.sample_files import FRAMED_ONLY, write_samples
 from scmdm.sampling.templates import (
     Prompt,
     make_model_template,
@@ -35,6 +35,9 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
         for text in generated.texts:
             print(printable(text, keep_lines=True) if sys.stdout.isatty() else text)
     place = f" -> {config.out}" if config.out else ""
+    fragments = len(generated.framed) - sum(generated.framed)
+    if fragments and config.out and Path(config.out).suffix in FRAMED_ONLY:
+        place += f", where {fragments} are left out: they are not framed as the data (out=NAME.jsonl keeps all)"
     cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
     if generated.positions is not None:
         cost += f", {max(generated.positions)} token positions each"

@@ -20,6 +20,7 @@ from scmdm.system.untrusted import parse_json_row, read_bytes, reading
 
 _FASTA_WIDTH = 80  # letters per line
 _LARGEST_FILE = 2**34
+FRAMED_ONLY = (".smi", ".npy")  # suffixes of formats without a place for fragments
 
 
 def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> None:

@@ -114,7 +114,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"key {counts.most_common(1)[0][0]!r} stands twice")
+        raise ValueError(f"duplicate key {counts.most_common(1)[0][0]!r}")
     return found
 
 
@@ -216,7 +216,7 @@ class _StrictLoader(yaml.SafeLoader):
                 first = found[name][0].start_mark.line + 1
                 shown = "<<" if name == _MERGE else name
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {shown!r} stands twice, first in line {first}", problem_mark=key_node.start_mark
+                    problem=f"duplicate key {shown!r}, first in line {first}", problem_mark=key_node.start_mark
                 )
             found[name] = key_node, value
         if _MERGE in found:
@@ -229,7 +229,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _merged_pairs(value: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
     for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
         if not isinstance(mapping, yaml.MappingNode):
-            raise yaml.MarkedYAMLError(problem="`<<` of what is no mapping", problem_mark=mapping.start_mark)
+            raise yaml.MarkedYAMLError(problem="`<<` of a value that is not a mapping", problem_mark=mapping.start_mark)
         yield from mapping.value
 
 
@@ -261,6 +261,7 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str) -> Any:
     """Parse YAML strictly. Raises yaml.YAMLError or ValueError."""
     loader = _StrictLoader(text)
+    loader.name = "the text"  # in messages, instead of "<unicode string>"
     try:
         content = loader.get_single_data()
     finally:

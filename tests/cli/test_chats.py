@@ -69,10 +69,10 @@ def test_data_sets_of_conversations(tmp_path, empty_yaml, kind, policy):
     [
         ([], "no chat"),
         ("text", "no chat"),
-        (["text"], "no object"),
+        (["text"], "not an object"),
         ([{"role": "user", "content": "a"}], "last message"),
         ([{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}], "another role"),
-        ([{"role": "user", "content": None}, {"role": "assistant", "content": "b"}], "no text"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "b"}], "not text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}], "weight"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}], "tool_calls"),
         ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "another role"),

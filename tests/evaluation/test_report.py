@@ -18,6 +18,7 @@ from scmdm.domains.sample_values import SampleValues, write_values
 from scmdm.evaluation import report_figures
 from scmdm.evaluation.comparison import Quality, compare_arms, quality_by_arm
 from scmdm.evaluation.report_figures import quality_figure
+from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.significance import Estimate, Trainings, holm
 from scmdm.evaluation.study_record import open_study
 from scmdm.evaluation.study_report import print_summary, study_report
@@ -367,6 +368,7 @@ def test_report_of_a_run(base, tmp_path, capsys):
     text = (tmp_path / "run.html").read_text()
     assert "Step 6" in text and "global_batch_size" in text and len(Page(text).images) == 2
     assert main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path / "missing")]) == 1 and not (tmp_path / "missing").exists()
     assert "neither a run" in capsys.readouterr().err
 
 
@@ -467,3 +469,14 @@ def test_a_damaged_measurement_is_measured_again(tmp_path, caplog):
         assert finished_row(path, {"num": 3}) is None
         assert any(str(path) in record.getMessage() for record in caplog.records)
     assert finished_row(tmp_path / "none", {}) is None
+
+
+def test_a_metric_that_was_requested_and_not_computed_is_named(capsys):
+    metrics = {"validity": 0.4, "fcd": None, "fcd_note": "225 valid molecules, fewer than 512"}
+    row = {"num": 8, "evaluations": 4, "computed_evaluations": 4.0, "metrics": metrics}
+    result = {"model": "runs/x", "step": 3, "config": {}, "samples": [row]}
+    print_result(result, MoleculesDomain.metrics)
+    assert metrics["fcd_note"] in capsys.readouterr().out
+    metrics["fcd_note"] = None  # it was not requested
+    print_result(result, MoleculesDomain.metrics)
+    assert "FCD" not in capsys.readouterr().out

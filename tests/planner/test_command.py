@@ -23,8 +23,19 @@ def plan(capsys, *arguments):
 def test_a_models_yaml_is_enough(capsys):
     status, out, _ = plan(capsys, MODELS / "small.yaml", "self_conditioning.rate=1", *DATA, "--nodes", 2)
     assert status == 0
-    for words in ("adaptation (1 no-grad pass)", "2 x 8 h100", "best found", "tokens per day", "no GPU has confirmed"):
+    for words in ("adaptation (1 no-grad pass)", "2 x 8 h100", "best found", "tokens per day"):
         assert words in " ".join(out.split())
+    assert "default model" not in out
+
+
+def test_a_plan_for_the_default_model_says_so(capsys):
+    recipe = MODELS.parent / "text/adapt.yaml"
+    keys = ["train.micro_batch_size=8"]
+    status, out, _ = plan(capsys, recipe, *keys, *DATA)
+    assert status == 0 and "default model" in out
+    for given, expected in (([], True), (["model.width=256"], False)):
+        made = json.loads(plan(capsys, recipe, *keys, *given, *DATA, "--json")[1])
+        assert made["workload"]["default_model"] is expected
 
 
 def test_json_holds_every_figure_and_its_settings_can_be_given_back(capsys):

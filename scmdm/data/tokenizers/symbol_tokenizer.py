@@ -66,7 +66,7 @@ class SymbolTokenizer(Tokenizer):
         known = set(SPECIALS)
         for at, symbol in enumerate(symbols):
             if not symbol or symbol in known:
-                raise ValueError(f"symbols.{at}={symbol!r} is empty, stands twice or is a special")
+                raise ValueError(f"symbols.{at}={symbol!r} is empty, a duplicate or a special")
             known.add(symbol)
         return cls(symbols)
 

@@ -226,10 +226,7 @@ def measure_images(ids_NL: np.ndarray, reference: ImageReference) -> Measured:
 _NO_CLASSES = Measured(
     dict.fromkeys(("frechet_classifier", "frechet_classifier_floor", "classifier_accuracy", "class_distance"))
 )
-_NO_INCEPTION = {
-    **dict.fromkeys(("fid", "inception_score", "inception_score_std")),
-    "fid_note": "metrics.inception is not set",
-}
+_NO_INCEPTION = dict.fromkeys(("fid", "inception_score", "inception_score_std", "fid_note"))
 
 
 def _device_of(reference: ImageReference) -> str:

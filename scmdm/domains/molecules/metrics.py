@@ -104,7 +104,7 @@ def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: 
         "property_distance": float(np.mean(list(distances.values()))) if distances else None,
         "property_distances": distances,
         "fcd": fcd,
-        "fcd_note": fcd_note,  # reason why `fcd` is None
+        "fcd_note": fcd_note,  # reason why `fcd` is None although it was requested
         "invalid_reasons": framing | invalid_reasons(unparsed),
         "uniqueness_of_valid": SampleValues.ratio(first_N, valid_N).value() or 0.0,
         **{name: found.value() or 0.0 for name, found in values.items()},
@@ -212,9 +212,12 @@ def _fcd_statistics(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fcd(valid: Sequence[str], statistics: tuple[np.ndarray, np.ndarray] | None) -> tuple[float | None, str | None]:
-    """Frechet ChemNet distance (Preuer et al. 2018) of the first `FCD_MOLECULES` molecules, or None and the reason."""
+    """Frechet ChemNet distance (Preuer et al. 2018) of the first `FCD_MOLECULES` molecules, or None and the reason.
+
+    The reason is None, too, if it was not requested (`statistics` is None).
+    """
     if statistics is None:
-        return None, "metrics.fcd=false"
+        return None, None
     if len(valid) < FCD_MOLECULES:
         return None, f"{len(valid)} valid molecules, fewer than {FCD_MOLECULES}"
     fcd = optional("fcd", "the Frechet ChemNet distance", "molecules")

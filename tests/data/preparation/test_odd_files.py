@@ -173,11 +173,11 @@ ROWS = {
     '{"text": "a\\u0000b"}': "NUL character",
     '{"text": null}': "no key text",
     '{"Text": "a"}': "no key text",
-    '{"text": ["a"]}': "key text is no text",
-    '{"text": true}': "key text is no text",
-    '["a"]': "no object",
-    '"a"': "no object",
-    "null": "no object",
+    '{"text": ["a"]}': "key text is not text",
+    '{"text": true}': "key text is not text",
+    '["a"]': "not an object",
+    '"a"': "not an object",
+    "null": "not an object",
     '{"text": " "}': "empty",
 }
 
@@ -226,10 +226,10 @@ def test_the_keys_that_there_are_and_the_way_to_read_a_chat_are_named(tmp_path):
 def test_parquet_of_other_types(tmp_path):
     path = tmp_path / "a.parquet"
     for column, reason in (
-        ([b"a", b"b"], "key text is no text"),
-        ([["a"], ["b"]], "key text is no text"),
+        ([b"a", b"b"], "key text is not text"),
+        ([["a"], ["b"]], "key text is not text"),
         ([None, None], "no key text"),
-        ([{"role": "user"}, None], "key text is no text"),
+        ([{"role": "user"}, None], "key text is not text"),
     ):
         pq.write_table(pa.table({"text": column}), path)
         found, counts, _ = read(text(path))

@@ -111,7 +111,7 @@ def test_a_missing_key_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 3}\n"text"\n[1]\n' + "[" * 100_000 + '\n{"text": "kept"}\n')
     assert read(tmp_path / "a.jsonl") == (
         ["kept"],
-        {"read": 1, "dropped: key text is no text": 1, "dropped: no object": 2, "dropped: malformed JSON": 1},
+        {"read": 1, "dropped: key text is not text": 1, "dropped: not an object": 2, "dropped: malformed JSON": 1},
     )
 
 
