@@ -33,7 +33,7 @@ A run is one YAML file and key=value overrides:
   scmdm import  mdlm-owt models/mdlm-owt tokenizer=gpt2   convert a published model (MDLM, LLaDA, Dream ...)
   scmdm export  runs/qm9-scmdm exported format=mdlm       convert a run to MDLM's layout, with a model card
   scmdm configs                                           list the configurations that come with scmdm
-  scmdm plan    configs/model/8b.yaml --nodes 8 --length 1024 --vocab 50258   memory and time on a cluster
+  scmdm plan    configs/scale/8b.yaml --nodes 8 --length 4096 --vocab 126464  memory and time on a cluster
 
 `scmdm COMMAND --help` lists every key with its default. An interrupted run resumes when the same command is given
 again. Mistakes end with one line on standard error and exit status 1.

@@ -291,8 +291,8 @@ def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequ
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
-        f"{_training_protocol(arms)} All arms are sampled with the same number of denoiser evaluations "
-        "and the same noise; without a carried estimate, evaluations that reveal nothing are not computed. "
+        f"{_training_protocol(arms)} All arms are sampled with the same number of steps T and the "
+        "same noise; without a carried estimate, steps that reveal nothing are not computed. "
         "Intervals are 95 % over samples, with the trainings as given: they do not cover the randomness of training, "
         "which the values of each training show. Metrics without an interval have none: it would cost too much, or "
         "the samples' values were not kept. Differences are paired by noise. "

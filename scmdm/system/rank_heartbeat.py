@@ -1,7 +1,7 @@
 """Signs of life of a job's ranks, for work in which ranks wait for each other for hours.
 
-A rank that computes for longer than the others, and rank 0 with its metrics, are waited for without a limit, as long as
-they live. So that a collective does not have to wait, all ranks meet before it (`RankHeartbeat.meet`): they wait at the
+There is no time limit on waiting for a rank that computes longer than the others, or for rank 0 with its metrics, as
+long as they live. So that a collective does not have to wait, all ranks meet before it (`RankHeartbeat.meet`): they wait at the
 launcher's store. Meanwhile a thread of each rank writes a sign of life there every `BEAT_S` seconds. Rank 0 reads those
 of all ranks, and the others read rank 0's, so that the cost of the others does not grow with the number of ranks.
 
