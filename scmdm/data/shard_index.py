@@ -128,7 +128,7 @@ def _mismatches(index: ShardIndex, split: str, manifest: Manifest) -> Iterator[s
     listed = {f"{split}/{shard.stored.basename}": shard.stored.bytes for shard in index.shards}
     if listed != expected or len(listed) != len(index.shards):
         differing = sorted({key for key, _ in listed.items() ^ expected.items()})
-        yield f"and {MANIFEST_FILE} list different shards or sizes: {', '.join(differing[:3]) or 'one of them is a duplicate'}"
+        yield f"and {MANIFEST_FILE} list different shards or sizes: {', '.join(differing[:3]) or 'a duplicate'}"
     columns = columns_of(manifest.dtype, manifest.length, labels=bool(manifest.labels), framing=manifest.framing)
     sample = bytes_of_sample(columns)
     for shard in index.shards:

@@ -1,9 +1,10 @@
 """Signs of life of a job's ranks, for work in which ranks wait for each other for hours.
 
 There is no time limit on waiting for a rank that computes longer than the others, or for rank 0 with its metrics, as
-long as they live. So that a collective does not have to wait, all ranks meet before it (`RankHeartbeat.meet`): they wait at the
-launcher's store. Meanwhile a thread of each rank writes a sign of life there every `BEAT_S` seconds. Rank 0 reads those
-of all ranks, and the others read rank 0's, so that the cost of the others does not grow with the number of ranks.
+long as they live. So that a collective does not have to wait, all ranks meet before it (`RankHeartbeat.meet`): they
+wait at the launcher's store. Meanwhile a thread of each rank writes a sign of life there every `BEAT_S` seconds. Rank 0
+reads those of all ranks, and the others read rank 0's, so that the cost of the others does not grow with the number of
+ranks.
 
 A rank without a new sign of life for `SILENCE_LIMIT_S` seconds is dead: its process was killed or stopped, its machine
 is gone, or its main thread hung and its watchdog has ended it (`scmdm.runtime.watchdog`). Then all other ranks end with
