@@ -69,6 +69,14 @@ class ModelConfig:
         help="mixing=interpolated: confidence of a prediction; entropy: 1 - entropy / log(tokens); top1: the largest "
         "probability",
     )
+    confidence_slope: float = key(
+        5.0,
+        at_least=-100,
+        at_most=100,
+        on_adapt=OnAdapt.CONDITIONER,
+        help="mixing=interpolated: initial slope of the share over the confidence; positive: certain predictions have "
+        "the larger share, negative: uncertain ones",
+    )
     conditioner: str = key(
         "projection",
         choices=("projection", "norm", "mlp"),
@@ -266,7 +274,7 @@ class ModelConfig:
         if self.mixing == "interpolated":
             require_default("model.mixing=interpolated", "conditioner", "inject_at", "inject_layer")
         else:
-            require_default("model.mixing=added", "confidence")
+            require_default("model.mixing=added", "confidence", "confidence_slope")
 
     def _validate_fp8(self) -> None:
         """Raise UserError for widths whose products have no FP8 kernel."""

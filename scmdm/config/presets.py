@@ -35,7 +35,8 @@ PRESETS = {
         {_RATE: 1.0, "model.estimate_top_k": 3},
     ),
     "residual_context": Preset(
-        {_CARRIED: "estimate", _MIXING: "interpolated", "model.confidence": "entropy", _FROM: "base"}, {_RATE: 1.0}
+        {_CARRIED: "estimate", _MIXING: "interpolated", "model.confidence": "entropy", _FROM: "base"},
+        {_RATE: 1.0, "model.confidence_slope": -5.0},
     ),
     "analog_bits": Preset({_RATE: 0.5, _CARRIED: "estimate", _MIXING: "added", _FROM: "own"}),
 }

@@ -83,7 +83,10 @@ def clean_state_estimate(
 
 
 def _states_of_estimate(batch: NoisedBatch, state: State, passes: int) -> list[State]:
-    """Return the states whose passes make the estimate for `state`; all but the last are not perturbed."""
+    """Return the states whose passes make the estimate for `state`; all but the last are not perturbed.
+
+    As in sampling, the estimate of a position that is revealed on the way is its token.
+    """
     if batch.rollout:
         following = [*(z_BL for z_BL, _ in batch.rollout[1:]), batch.z]
         states = [
@@ -94,6 +97,7 @@ def _states_of_estimate(batch: NoisedBatch, state: State, passes: int) -> list[S
         states = [state] * passes
     else:
         states = [replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)] * passes
+        states[-1] = replace(states[-1], next_BL=batch.z)
     return [*states[:-1], replace(states[-1], perturbation_BLD=batch.perturbation)]
 
 

@@ -54,13 +54,12 @@ class Interpolation(nn.Module):
 
     These are the three numbers that Soft-Masking learns (arXiv 2510.17206); there `strength` and `slope` are bounded,
     and `c` is the negative entropy. A negative slope gives uncertain positions the larger share, as residual context
-    does (arXiv 2601.22954).
+    does (arXiv 2601.22954); training hardly ever changes its sign, so that `slope`, the initial one, decides.
     """
 
-    starts_at = {"strength": 0.0, "slope": 5.0, "threshold": 0.5}  # noqa: RUF012
-
-    def __init__(self) -> None:
+    def __init__(self, slope: float) -> None:
         super().__init__()
+        self.starts_at = {"strength": 0.0, "slope": slope, "threshold": 0.5}
         for name in self.starts_at:
             self.register_parameter(name, nn.Parameter(torch.empty(1)))
 
@@ -75,4 +74,6 @@ def make_conditioner(config: ModelConfig) -> Conditioner | Interpolation | None:
     """Make the conditioner of a model; None for one that is not self-conditioned."""
     if not config.self_conditioned:
         return None
-    return Interpolation() if config.mixing == "interpolated" else Conditioner(config.width, config.conditioner)
+    if config.mixing == "interpolated":
+        return Interpolation(config.confidence_slope)
+    return Conditioner(config.width, config.conditioner)

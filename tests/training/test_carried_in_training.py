@@ -16,6 +16,7 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.errors import UserError
 from scmdm.models.flops import step_flops
+from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import ModelSpec
 from scmdm.planner.sharding import rank_state
 from scmdm.planner.workload import make_layout, make_workload
@@ -68,6 +69,26 @@ def test_a_rollout_of_one_step_begins_at_the_noisier_state():
     batch, noisier = rolled_out(1), rolled_out(0, noisier=True)
     z, t = batch.rollout[0]
     assert torch.equal(z, noisier.z_estimate) and torch.equal(t, noisier.t_estimate)
+
+
+@pytest.mark.parametrize("keys", [{}, HIDDEN, ENTROPY], ids=str)
+def test_a_noisier_state_is_a_rollout_of_one_step(keys):
+    """Positions that are revealed on the way carry their tokens, as in sampling."""
+    model = make(inject_layer=0, **keys)
+    losses = [step(model, batch, share=False)[0] for batch in (rolled_out(1), rolled_out(0, noisier=True))]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("preset", "sign"), [("residual_context", -1), ("soft_masking", 1)])
+def test_presets_decide_which_positions_carry_more(preset, sign):
+    config = load_config(RunConfig, None, [*KEYS, f"self_conditioning.preset={preset}", "model.width=16"])
+    model_config = dataclasses.replace(config.model, self_conditioned=True)
+    model = ModelSpec(model_config, config.diffusion, VOCAB, MASK, LENGTH).build().to_empty(device="cpu")
+    init_weights(model, seed=0)
+    with torch.no_grad():
+        model.conditioner.strength.fill_(1.0)
+    low, high = model.conditioner(torch.tensor([[[0.1], [0.9]]])).flatten()
+    assert sign * (high - low) > 0.5
 
 
 @pytest.mark.parametrize("keys", [{}, HIDDEN, ENTROPY, HIDDEN | {"inject_layer": 2}], ids=str)
