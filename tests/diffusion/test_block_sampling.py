@@ -57,16 +57,22 @@ def trained():
     return model.eval()
 
 
-def prompts():
-    """No prompt; prompts that end within the first block, at its end, and within the third."""
+def prompts(ranked=False):
+    """No prompt; prompts that end within the first block, at its end, and within the third.
+
+    Masked positions of a sequence without any token are equally certain, and rounding would decide between them: if
+    positions are ranked, such sequences begin with a token.
+    """
     given = torch.full((8, LENGTH), MASK)
     for row, size in ((1, 2), (2, 4), (3, 9), (5, 4), (6, 9)):
         given[row, :size] = torch.arange(size) % MASK
+    if ranked:
+        given[[0, 4, 7], 0] = torch.tensor([0, 1, 2])
     return given
 
 
 def draw(model, settings, given=None, **more):
-    given = prompts() if given is None else given
+    given = prompts(ranked=settings.kind in ORDERS) if given is None else given
     ids = torch.arange(len(given))
     return sample(model, given, ids, schedule=LogLinear(), settings=settings, mask_id=MASK, seed=0, **more)
 
@@ -102,7 +108,7 @@ def test_angles_that_depend_on_the_length_are_those_of_the_sequence(cache, padde
     model.rotary_emb.reset_parameters()
     assert not torch.equal(model.rotary_emb(LENGTH), plain(LENGTH))
     lengths = torch.tensor([14, 11, 5, 12, 9, 14, 13, 7]) if padded else None
-    given = prompts()
+    given = prompts(ranked=True)
     if padded:
         given[torch.arange(LENGTH) >= lengths[:, None]] = 0
     settings = settings_of("confidence", cache, carry=True, cache_check=1)
@@ -123,7 +129,7 @@ def test_angles_that_depend_on_the_length_are_those_of_the_sequence(cache, padde
 @pytest.mark.parametrize("guided_by", ["prompt", "none"])
 def test_guidance_padding_and_batches(guided_by, carry, trained):
     more = {"guidance": 1.7, "guided_by": "prompt"} if guided_by == "prompt" else {}
-    given = prompts()
+    given = prompts(ranked=True)
     lengths = torch.tensor([14, 11, 14, 12, 9, 14, 13, 5])
     given[torch.arange(LENGTH) >= lengths[:, None]] = 0
     settings = settings_of("confidence", carry=carry, **more)
