@@ -160,7 +160,7 @@ class CheckpointWriter:
                 # An existing checkpoint of that name is damaged, otherwise the run would have resumed from it.
                 temporary = stack.enter_context(atomic_directory(final, replace=True, flushed=True))
             except UserError as error:
-                self._problem = error
+                self._problem = self._cause(error)
         return stack, broadcast(temporary)
 
     def _write(
@@ -184,9 +184,10 @@ class CheckpointWriter:
                     self._directory, final, self._config, captured.best_step, self._damaged, before=self._require_lease
                 )
         except UserError as error:
-            self._problem = error
+            self._problem = self._cause(error)
         except BaseException as error:  # lost in a thread, where the save would count as complete
-            self._problem = UserError(f"cannot write {final}: {describe(error)}; free space or choose another place")
+            problem = UserError(f"cannot write {final}: {describe(error)}; free space or choose another place")
+            self._problem = self._cause(problem)
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # such as KeyboardInterrupt
         else:
@@ -217,6 +218,14 @@ class CheckpointWriter:
     def _require_lease(self) -> None:
         if self._fence is not None:
             self._fence.require()
+
+    def _cause(self, problem: UserError) -> UserError:
+        """Return the loss of the lease instead of what follows from it: a new owner removes unfinished saves."""
+        try:
+            self._require_lease()
+        except UserError as lost:
+            return lost
+        return problem
 
     def _agree(self, *, strict: bool) -> None:
         """Agree with the other ranks on the result of a save."""

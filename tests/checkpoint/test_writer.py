@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import time
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_disk_that_is_full_for_a_while(molecules, empty_yaml, tmp_path, asynch
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("moment", ["before the save", "while the files are written"])
+@pytest.mark.parametrize("moment", ["before the save", "while the files are written", "and they are removed"])
 def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchronous, moment):
     """Whatever `train.on_save_error` says."""
     checkpoints = tmp_path / "checkpoints"
@@ -116,7 +117,9 @@ def test_nothing_is_committed_after_the_lease_was_taken_over(tmp_path, asynchron
     engine = SingleEngine(torch.nn.Linear(1, 1), None, torch.device("cpu"), torch.float32)
     tensors = {"weights.a": torch.ones(2)}
 
-    def take_over(_=None):
+    def take_over(directory=None):
+        if directory is not None and moment == "and they are removed":
+            shutil.rmtree(directory)
         if "00000002.json" not in {path.name for path in (tmp_path / "lease").iterdir()}:
             (tmp_path / "lease" / "00000002.json").write_text("{}")
 
