@@ -1,0 +1,26 @@
+"""What a command leaves out or does not find is named."""
+
+import pytest
+
+from scmdm.cli import main
+from scmdm.config.shipped_command import list_shipped
+
+
+def test_shipped_models_are_called_what_they_are(capsys):
+    list_shipped()
+    kinds = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if " model, " in line}
+    assert kinds["configs/qm9/base-model"] == "base" and kinds["configs/qm9/long-scmdm"] == "adapted"
+
+
+@pytest.mark.parametrize("command", [["checkpoint", "list"], ["checkpoint", "verify"], ["sample"]])
+def test_a_path_that_does_not_exist_is_said_to(command, tmp_path, capsys):
+    assert main([*command, str(tmp_path / "missing")]) == 1
+    assert "missing does not exist" in capsys.readouterr().err
+
+
+def test_fragments_that_a_format_leaves_out_are_counted(base, tmp_path, capsys):
+    """A base of a few steps draws hardly any framed sequence."""
+    out = tmp_path / "a.smi"
+    assert main(["sample", str(base), "num=8", "sampler.steps=4", f"out={out}"]) == 0
+    missing = 8 - len(out.read_text().splitlines())
+    assert missing and f"where {missing} are left out" in capsys.readouterr().err
