@@ -121,7 +121,6 @@ def integrand(loaded: LoadedModel, data: Path, *, num: int, condition: bool) -> 
                 seed=0,
                 step=index,
                 rate=float(condition),
-                noisier_state=False,
             )
             with compute_context(device, resolve_precision("auto", device)):
                 output = self_conditioned_nelbo(loaded.model, noised, spec.schedule, condition=condition)

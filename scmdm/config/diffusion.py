@@ -56,11 +56,6 @@ class SelfConditioningConfig:
         at_least=0,
         at_most=1,
     )
-    estimate_from: str = key(
-        "same_state",
-        help="noised tokens that the estimate is made from: those of the second pass, or noisier ones",
-        choices=("same_state", "noisier_state"),
-    )
     carried_from: str = key(
         "own",
         help="whose evaluation makes what training conditions on: the model's own, or its frozen base's (adapters are "

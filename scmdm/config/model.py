@@ -90,7 +90,7 @@ class ModelConfig:
         on_adapt=OnAdapt.CONDITIONER,
         help="block before which the mapped estimate is added to the residual stream, counted from 0; 0: to the "
         "embedding. Training runs the blocks below it once for both passes, unless these differ in state "
-        "(self_conditioning.estimate_from=noisier_state) or in dropout (estimate_dropout=false): then twice",
+        "(self_conditioning.rollout_steps) or in dropout (estimate_dropout=false): then twice",
     )
     inject_at: str = key(
         "all", choices=("all", "masked"), on_adapt=OnAdapt.CONDITIONER, help="positions at which the estimate is added"

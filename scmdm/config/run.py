@@ -24,6 +24,7 @@ class RunConfig:
 
     removed_keys: ClassVar[dict[str, str]] = {
         "model.llama": "write its keys in `model`, as in model.kv_heads, with model.kind=decoder",
+        "self_conditioning.estimate_from": "leave it out; rollout_steps=1 makes the estimate from a noisier state",
         "model.estimate_rank": "leave it out; the top-k estimate needs no preview",
     }
 
@@ -97,8 +98,8 @@ class RunConfig:
     def shared_layers(self) -> int:
         """Number of first blocks that run once for both passes: the passes see the same state, with equal dropout."""
         own = self.self_conditioning
-        equal = own.estimate_from == "same_state" and (own.estimate_dropout or not self.model.dropout)
-        equal = equal and own.carried_from == "own" and not own.rollout_steps
+        equal = not own.rollout_steps and (own.estimate_dropout or not self.model.dropout)
+        equal = equal and own.carried_from == "own"
         return self.model.inject_layer if own.rate > 0 and equal else 0
 
     @property
@@ -178,8 +179,8 @@ class RunConfig:
         own = self.self_conditioning
         wanted: dict[str, object] = {}
         if own.rollout_steps:
-            wanted = {"passes": 1, "estimate_from": "same_state"}
-            reason = f"self_conditioning.rollout_steps={own.rollout_steps}, which has states and passes of its own"
+            wanted = {"passes": 1}
+            reason = f"self_conditioning.rollout_steps={own.rollout_steps}, which has passes of its own"
         if own.carried_from == "base":
             wanted = {"passes": 1, "rollout_steps": 0, "stop_gradient": True}
             reason = "self_conditioning.carried_from=base, whose weights are frozen and see no estimate"

@@ -73,7 +73,6 @@ def nelbo_terms(
                 seed=seed,
                 step=draw,
                 rate=1.0 if condition else 0.0,
-                noisier_state=False,
                 block_length=block_length,
                 t_min=t_min,
             )

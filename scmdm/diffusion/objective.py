@@ -87,17 +87,13 @@ def _states_of_estimate(batch: NoisedBatch, state: State, passes: int) -> list[S
 
     As in sampling, the estimate of a position that is revealed on the way is its token.
     """
+    states = [state] * passes
     if batch.rollout:
         following = [*(z_BL for z_BL, _ in batch.rollout[1:]), batch.z]
         states = [
             replace(state, z_BL=z_BL, t_B=t_B, next_BL=next_BL)
             for (z_BL, t_B), next_BL in zip(batch.rollout, following, strict=True)
         ]
-    elif batch.same_state:
-        states = [state] * passes
-    else:
-        states = [replace(state, z_BL=batch.z_estimate, t_B=batch.t_estimate)] * passes
-        states[-1] = replace(states[-1], next_BL=batch.z)
     return [*states[:-1], replace(states[-1], perturbation_BLD=batch.perturbation)]
 
 
@@ -122,15 +118,15 @@ def self_conditioned_nelbo(
 
     `condition=False` (rate 0) skips the first pass: the vanilla objective of masked diffusion. All ranks must pass the
     same value, because sharded ranks run the same collectives. With `share_lower` the blocks below the one at which the
-    estimate enters run once for all passes (`Denoiser.lower`), with the second pass's dropout and gradient; the first
-    pass must see the same state. With a rollout (`NoisedBatch.rollout`), the estimate comes from a pass on each of its
+    estimate enters run once for all passes (`Denoiser.lower`), with the second pass's dropout and gradient; the batch
+    must not have a rollout. With a rollout (`NoisedBatch.rollout`), the estimate comes from a pass on each of its
     states, made for the tokens of the next one, as in sampling.
     """
     state = State(batch.z, batch.t, None, batch.packing, batch.labels, batch.clean)
     states: list[State] = []
     if condition:
         if share_lower:
-            assert batch.same_state
+            assert not batch.rollout
             state = with_lower(denoiser, state, dropout=True)
         states = _states_of_estimate(batch, state, passes)
         estimate = clean_state_estimate(denoiser, states, dropout=estimate_dropout, stop_gradient=stop_gradient)

@@ -37,20 +37,14 @@ class NoisedBatch:
     z: Tensor  # (B, L) int64, noised tokens at `t`
     t: Tensor  # (B,) float64
     valid: Tensor  # (B, L) bool: counts in the likelihood
-    z_estimate: Tensor  # (B, L) int64, input of pass 1; its masks include those of `z`
-    t_estimate: Tensor  # (B,) float64, time of `z_estimate`
     conditioned: Tensor  # (B,) bool: pass 2 is conditioned on the estimate
     packing: Packing | None = None  # several documents in each row
     labels: Tensor | None = None  # (B,) int64, labels, some replaced by NO_LABEL
     share: Tensor | None = None  # (B,) float32: factor of each sample's loss; None: 1
     block_t: Tensor | None = None  # (B, L) float64, time of each position's block; None: `t`, no model of blocks
-    rollout: tuple[tuple[Tensor, Tensor], ...] = ()  # earlier states (B, L) with their times (B,), the noisiest first
+    rollout: tuple[tuple[Tensor, Tensor], ...] = ()  # earlier states (B, L) with their times (B,), the noisiest first;
+    # each one's masks include those of the next
     perturbation: Tensor | None = None  # (B, L, D) float32, noise of what is carried, see `State.perturbation_BLD`
-
-    @property
-    def same_state(self) -> bool:
-        """Return whether both passes see the same noised tokens."""
-        return not self.rollout and self.z_estimate is self.z and self.t_estimate is self.t
 
     @property
     def clean(self) -> Tensor | None:
@@ -76,16 +70,15 @@ def noise_batch(
     seed: int,
     step: int,
     rate: float,
-    noisier_state: bool,
     rollout_steps: int = 0,
     block_length: int | None = None,
     t_min: float = 0.0,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
-    `rate` is the probability that the second pass of a sample is conditioned. With `noisier_state` the first pass gets
-    an earlier state of the process: its time is uniform between t and 1, with the same uniforms, hence with more masks.
-    With `rollout_steps` it is preceded by that many earlier states, at equal distances between such a time and t.
+    `rate` is the probability that the second pass of a sample is conditioned. With `rollout_steps` there are that
+    many earlier states of the process: the first one's time is uniform between t and 1, the others' lie at equal
+    distances between it and t. The uniforms of the masks are the same, hence earlier states have more masks.
     Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
 
     For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
@@ -101,28 +94,24 @@ def noise_batch(
         t = block_t = spread_times(t_B, ids_B, maskable_BL, block_length, packing, t_min=t_min, **own)
     z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t), maskable_BL, mask_id)
     earlier: list[tuple[Tensor, Tensor]] = []
-    if noisier_state or rollout_steps:
+    if rollout_steps:
         v_B1 = v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
         if block_length is not None:
             v = spread_uniforms("estimate-time", ids_B, block_length, packing, x_BL.shape[1], seed=seed, step=step)
-        states = max(1, rollout_steps)
-        for part in (k / states for k in range(states, 0, -1)):
+        for part in (k / rollout_steps for k in range(rollout_steps, 0, -1)):
             z = mask_tokens(x_BL, u_BL, schedule.alpha(t + (1 - t) * part * v), maskable_BL, mask_id)
             earlier.append((z, t_B + (1 - t_B) * part * v_B1[:, 0]))
-    z_estimate, t_estimate = earlier[0] if noisier_state else (z_BL, t_B)
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     return NoisedBatch(
         x_BL,
         z_BL,
         t_B,
         valid_BL,
-        z_estimate,
-        t_estimate,
         conditioned_B,
         packing,
         sequences.labels,
         block_t=block_t,
-        rollout=tuple(earlier) if rollout_steps else (),
+        rollout=tuple(earlier),
     )
 
 

@@ -300,4 +300,4 @@ def _masked_batch(rows: int, length: int, *, labels: bool, blocks: bool) -> Nois
     classes = torch.zeros(rows, dtype=torch.int64) if labels else None
     block_t = t[:, None].expand(x.shape) if blocks else None
     valid = torch.ones_like(x, dtype=torch.bool)
-    return NoisedBatch(x, z, t, valid, z, t, conditioned, labels=classes, block_t=block_t)
+    return NoisedBatch(x, z, t, valid, conditioned, labels=classes, block_t=block_t)

@@ -150,7 +150,6 @@ def _noise(
         seed=config.seed,
         step=step,
         rate=config.self_conditioning.rate,
-        noisier_state=config.self_conditioning.estimate_from == "noisier_state",
         rollout_steps=config.self_conditioning.rollout_steps,
         block_length=config.diffusion.block_length,
         t_min=config.diffusion.t_min,

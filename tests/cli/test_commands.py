@@ -399,7 +399,7 @@ def test_the_text_road_end_to_end(tmp_path, empty_yaml, capsys):
     )
     assert main(["train", str(empty_yaml), f"run_dir={run}", f"data.path={data}", "train.steps=4", *TINY]) == 0
     keys = [f"run_dir={adapted}", f"base={run}", f"data.path={data}", "train.steps=4", *ADAPTED]
-    extra = ["self_conditioning.rate=1", "model.conditioner=mlp", "self_conditioning.estimate_from=noisier_state"]
+    extra = ["self_conditioning.rate=1", "model.conditioner=mlp", "self_conditioning.rollout_steps=1"]
     assert main(["adapt", str(empty_yaml), *keys, *extra, "train.validate_every=2", "train.validation_samples=20"]) == 0
     assert main(["evaluate", str(adapted), "nelbo_samples=10", "num=6", "sampler.steps=3"]) == 0
     text = capsys.readouterr().out

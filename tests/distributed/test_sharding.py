@@ -43,7 +43,7 @@ def engine_of(dtype=torch.float32, rate=1.0, reshard=False, **model):
 def step(engine, rate=1.0):
     schedule = engine.model.schedule
     x = torch.randint(0, VOCAB - 1, (4, 8))
-    draws = {"schedule": schedule, "mask_id": VOCAB - 1, "seed": 0, "step": 0, "rate": rate, "noisier_state": False}
+    draws = {"schedule": schedule, "mask_id": VOCAB - 1, "seed": 0, "step": 0, "rate": rate}
     batch = noise_batch(
         Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
     )

@@ -146,7 +146,7 @@ def gradients(tied, recompute):
     with torch.no_grad():
         model.conditioner.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randint(0, MASK, (4, 16), generator=torch.Generator().manual_seed(1))
-    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
+    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0}
     batch = noise_batch(
         Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
     )

@@ -67,7 +67,6 @@ def test_conditioner_learns_from_the_first_step(kind):
         seed=0,
         step=0,
         rate=1.0,
-        noisier_state=False,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
@@ -210,7 +209,7 @@ def test_recomputation_in_bfloat16_with_both_passes_gives_the_same_gradients(kin
 def bfloat16_gradients(kind):
     model = adapted(trained_base(), "projection", activation_checkpointing=kind).train()
     x = torch.randint(0, MASK, (4, 16), generator=torch.Generator().manual_seed(1))
-    draws = {"schedule": model.schedule, "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
+    draws = {"schedule": model.schedule, "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0}
     batch = noise_batch(
         Sequences(x, torch.ones_like(x).bool(), torch.arange(4)), torch.full((4,), 0.5).double(), **draws
     )

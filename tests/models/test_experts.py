@@ -139,7 +139,6 @@ def batch_of(config_rate=1.0, count=4):
         seed=0,
         step=0,
         rate=config_rate,
-        noisier_state=False,
     )
 
 
@@ -223,7 +222,6 @@ def test_losses_and_counts_do_not_depend_on_the_division_or_on_recomputation(che
                 seed=0,
                 step=0,
                 rate=1.0,
-                noisier_state=False,
             )
             with record.recording():
                 output = self_conditioned_nelbo(model, part, LogLinear(), condition=False)

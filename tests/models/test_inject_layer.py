@@ -53,13 +53,13 @@ def make(block_length=None, seed=0, **keys):
     return model
 
 
-def make_batch(rows=6, rate=1.0, documents=None, block_length=None, noisier=False):
+def make_batch(rows=6, rate=1.0, documents=None, block_length=None, rollout_steps=0):
     x = torch.randint(0, MASK, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     documents = None if documents is None else torch.tensor(documents).expand(rows, -1)
     sequences = Sequences(x, torch.ones_like(x).bool(), torch.arange(rows), documents)
     t = torch.linspace(0.2, 1, rows).double()
     options = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0}
-    return noise_batch(sequences, t, rate=rate, noisier_state=noisier, block_length=block_length, **options)
+    return noise_batch(sequences, t, rate=rate, rollout_steps=rollout_steps, block_length=block_length, **options)
 
 
 def step(model, batch, *, share, **options):
@@ -213,11 +213,11 @@ def test_passes_that_differ_share_nothing():
 
     assert shared() == shared("model.dropout=0.1") == 3
     assert shared("self_conditioning.estimate_dropout=false") == 3  # there is none
-    assert shared("self_conditioning.estimate_from=noisier_state") == 0
+    assert shared("self_conditioning.rollout_steps=1") == 0
     assert shared("self_conditioning.estimate_dropout=false", "model.dropout=0.1") == 0
     assert shared("self_conditioning.rate=0") == 0
     with pytest.raises(AssertionError):
-        step(make(), make_batch(noisier=True), share=True)
+        step(make(), make_batch(rollout_steps=1), share=True)
 
 
 @pytest.mark.parametrize("kind", [DIT, DECODER], ids=["dit", "decoder"])

@@ -72,7 +72,7 @@ def test_flops_of_shared_and_of_frozen_blocks_agree_with_torchs_counter(last_lay
     x = torch.randint(0, VOCAB - 1, (BATCH, LENGTH))
     z, t = x.clone(), torch.full((BATCH,), 0.5).double()
     z[:, ::2] = MASK
-    batch = NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(BATCH).bool())
+    batch = NoisedBatch(x, z, t, torch.ones_like(x).bool(), torch.ones(BATCH).bool())
     with FlopCounterMode(display=False) as counter:
         share = config.shared_layers > 0
         self_conditioned_nelbo(model, batch, LogLinear(), condition=True, share_lower=share).loss.backward()

@@ -212,7 +212,6 @@ def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
         seed=0,
         step=0,
         rate=1.0,
-        noisier_state=False,
     )
     with LargestTensor() as largest:
         self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()

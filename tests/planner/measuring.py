@@ -58,7 +58,7 @@ def masked_batch(rows, length, vocab, *, blocks=False):
     x = torch.randint(0, vocab - 1, (rows, length), generator=generator)
     z, t = torch.full_like(x, vocab - 1), torch.ones(rows).double()
     block_t = t[:, None].expand(x.shape) if blocks else None
-    return NoisedBatch(x, z, t, torch.ones_like(x).bool(), z, t, torch.ones(rows).bool(), block_t=block_t)
+    return NoisedBatch(x, z, t, torch.ones_like(x).bool(), torch.ones(rows).bool(), block_t=block_t)
 
 
 def loss_of(engine, config, batch):

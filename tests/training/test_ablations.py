@@ -34,7 +34,7 @@ def small_model(**overrides):
 def make_batch(rows=4, length=6, t=0.6):
     x = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(0))
     times = torch.full((rows,), t, dtype=torch.float64)
-    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "noisier_state": False}
+    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0}
     return noise_batch(Sequences(x, torch.ones_like(x).bool(), torch.arange(rows)), times, **draws)
 
 

@@ -47,36 +47,22 @@ def times(rows=6):
     return torch.linspace(0.2, 1, rows).double()
 
 
-def rolled_out(steps, block_length=None, rate=1.0, noisier=False):
+def rolled_out(steps, block_length=None, rate=1.0):
     draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "block_length": block_length}
-    return noise_batch(sequences(), times(), rate=rate, noisier_state=noisier, rollout_steps=steps, **draws)
+    return noise_batch(sequences(), times(), rate=rate, rollout_steps=steps, **draws)
 
 
 @pytest.mark.parametrize("block_length", [None, 4])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_states_of_a_rollout_are_nested_and_end_before_the_loss_pass(steps, block_length):
     batch, plain = rolled_out(steps, block_length), rolled_out(0, block_length)
-    assert torch.equal(batch.z, plain.z) and len(batch.rollout) == steps and not batch.same_state
+    assert torch.equal(batch.z, plain.z) and len(batch.rollout) == steps
     states = [*batch.rollout, (batch.z, batch.t)]
     for (noisier, earlier), (z, t) in itertools.pairwise(states):
         assert ((z == MASK) <= (noisier == MASK)).all() and (earlier >= t).all()
     assert (batch.rollout[0][0] == MASK).sum() > (batch.z == MASK).sum()
     times_BK = torch.stack([t for _, t in states], 1)
     torch.testing.assert_close(times_BK.diff(dim=1), times_BK.diff(dim=1)[:, :1].expand(-1, steps))
-
-
-def test_a_rollout_of_one_step_begins_at_the_noisier_state():
-    batch, noisier = rolled_out(1), rolled_out(0, noisier=True)
-    z, t = batch.rollout[0]
-    assert torch.equal(z, noisier.z_estimate) and torch.equal(t, noisier.t_estimate)
-
-
-@pytest.mark.parametrize("keys", [{}, HIDDEN, ENTROPY], ids=str)
-def test_a_noisier_state_is_a_rollout_of_one_step(keys):
-    """Positions that are revealed on the way carry their tokens, as in sampling."""
-    model = make(inject_layer=0, **keys)
-    losses = [step(model, batch, share=False)[0] for batch in (rolled_out(1), rolled_out(0, noisier=True))]
-    torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("preset", "sign"), [("residual_context", -1), ("soft_masking", 1)])
@@ -167,7 +153,6 @@ def test_normal_draws_are_standard_normal():
     ("given", "named"),
     [
         (["rollout_steps=2", "passes=2"], "passes"),
-        (["rollout_steps=2", "estimate_from=noisier_state"], "estimate_from"),
         (["carried_from=base", "passes=2"], "passes"),
         (["carried_from=base", "rollout_steps=2"], "rollout_steps"),
         (["carried_from=base", "stop_gradient=false"], "stop_gradient"),

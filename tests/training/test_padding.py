@@ -106,7 +106,7 @@ def test_masked_padding_is_noised_and_not_in_the_loss():
     padding = data.tokens == PAD
     assert torch.equal(data.valid | padding, data.maskable) and not (data.valid & padding).any()
     times = stratified_times(config.seed, 0, data.ids, config.diffusion.t_min)
-    draws = {"mask_id": MASK, "seed": config.seed, "step": 0, "rate": 0.0, "noisier_state": False}
+    draws = {"mask_id": MASK, "seed": config.seed, "step": 0, "rate": 0.0}
     noised = noise_batch(data, times, schedule=LogLinear(), **draws)
     masked = noised.z == MASK
     everything = noise_batch(replace(data, valid=data.maskable, maskable=None), times, schedule=LogLinear(), **draws)
@@ -179,7 +179,7 @@ def test_the_loss_per_sample_is_the_mean_of_the_means_of_the_samples():
     config.train.pad_multiple, config.train.padding = 4, "sample"
     data = sequences("ignore", config.train).cropped()
     times = stratified_times(config.seed, 0, data.ids, config.diffusion.t_min)
-    draws = {"mask_id": MASK, "seed": config.seed, "step": 0, "rate": 0.5, "noisier_state": False}
+    draws = {"mask_id": MASK, "seed": config.seed, "step": 0, "rate": 0.5}
     noised = noise_batch(data, times, schedule=LogLinear(), **draws)
     sums = self_conditioned_nelbo(engine.denoiser, noised, LogLinear(), condition=True).weighted_nll_B
     assert result.loss == pytest.approx(float((sums / data.valid.sum(1)).mean()), rel=1e-5)

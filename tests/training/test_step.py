@@ -61,7 +61,7 @@ def test_accumulation_changes_neither_loss_nor_update(rate, valid_part):
 
 
 def test_the_step_passes_its_settings_on(monkeypatch):
-    """Passes, dropout and the noisier state reach the objective: what the no-grad passes see, and how often."""
+    """Passes, dropout and the rollout reach the objective: what the no-grad passes see, and how often."""
     engine, config = make()
     seen = []
 
@@ -75,9 +75,9 @@ def test_the_step_passes_its_settings_on(monkeypatch):
     (result,) = run(engine, config, steps=1)
     assert result.evaluations == 64 * 4
     assert [(null, dropout) for _, _, null, dropout in seen] == [(True, False), (False, False), (False, False)]
-    config.self_conditioning.estimate_from, config.self_conditioning.estimate_dropout = "noisier_state", True
+    config.self_conditioning.rollout_steps, config.self_conditioning.estimate_dropout = 1, True
     run(engine, config, steps=1)
-    assert seen[3][0] > seen[0][0] and seen[3][1] > seen[0][1] and seen[3][3]
+    assert seen[3][0] > seen[0][0] and seen[3][1] > seen[0][1] and seen[3][3] and len(seen) == 4
 
 
 def test_the_loss_falls():
