@@ -42,7 +42,7 @@ def quality_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: s
     for arm, label in labels.items():
         by_steps = {}
         for steps in sorted({row["steps"] for row in samples if row["arm"] == arm}):
-            by_seeds = _by_seeds(samples, arm, steps, metric)
+            by_seeds = draws_by_seed(samples, arm, steps, metric)
             if by_seeds:
                 by_steps[steps] = _quality(by_seeds)
         if by_steps:
@@ -51,36 +51,38 @@ def quality_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: s
 
 
 @dataclass(frozen=True)
-class _Draw:
+class Draw:
     """A metric of the samples of one training and sampling seed, and its values for intervals, if known."""
 
     number: float
     values: SampleValues | None
 
 
-_BySeeds = Mapping[int, Mapping[int, _Draw]]  # by adaptation seed and sampling seed
+DrawsBySeed = Mapping[int, Mapping[int, Draw]]  # by adaptation seed and sampling seed
 
 
-def _by_seeds(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, _Draw]]:
-    found: dict[int, dict[int, _Draw]] = {}
+def draws_by_seed(samples: Sequence[Json], arm: str, steps: int, metric: str) -> dict[int, dict[int, Draw]]:
+    """A metric of an arm at one T, by adaptation seed and sampling seed, where it was computed."""
+    found: dict[int, dict[int, Draw]] = {}
     for row in samples:
         if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
-            draw = _Draw(float(row["metrics"][metric]), row["values"].get(metric))
+            draw = Draw(float(row["metrics"][metric]), row["values"].get(metric))
             found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = draw
     return found
 
 
-def _quality(by_seeds: _BySeeds) -> Quality:
-    trainings = Trainings(tuple(_mean(draws) for _, draws in sorted(by_seeds.items())))
+def _quality(by_seeds: DrawsBySeed) -> Quality:
+    trainings = Trainings(tuple(mean_number(draws) for _, draws in sorted(by_seeds.items())))
     alike = len({frozenset(draws) for draws in by_seeds.values()}) == 1
-    return Quality(estimate(trainings.mean, _values(list(by_seeds.values())) if alike else []), trainings)
+    return Quality(estimate(trainings.mean, values_of_trainings(list(by_seeds.values())) if alike else []), trainings)
 
 
-def _mean(draws: Mapping[int, _Draw]) -> float:
+def mean_number(draws: Mapping[int, Draw]) -> float:
+    """Mean of a metric over sampling seeds."""
     return float(np.mean([draw.number for draw in draws.values()]))
 
 
-def _values(trainings: Sequence[Mapping[int, _Draw]]) -> list[Draws]:
+def values_of_trainings(trainings: Sequence[Mapping[int, Draw]]) -> list[Draws]:
     """Values of each training, in the order of the sampling seeds; empty if those of a draw are not known."""
     found = [[draws[seed].values for seed in sorted(draws)] for draws in trainings]
     known = [[values for values in own if values is not None] for own in found]
@@ -212,17 +214,17 @@ def compare_arms(samples: Sequence[Json], arms: Sequence[Json], reference: Json,
     found = []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
-            ours, theirs = (_by_seeds(samples, arm["name"], steps, metric.name) for arm in (reference, other))
+            ours, theirs = (draws_by_seed(samples, arm["name"], steps, metric.name) for arm in (reference, other))
             both = _paired(ours, theirs)
             if both is not None:
                 found.append(_compare(steps, (reference["label"], other["label"]), *both))
     return found
 
 
-_Trainings = Sequence[Mapping[int, _Draw]]
+_Trainings = Sequence[Mapping[int, Draw]]
 
 
-def _paired(ours: _BySeeds, theirs: _BySeeds) -> tuple[_Trainings, _Trainings] | None:
+def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Trainings, _Trainings] | None:
     """Draws of the same trainings and the same noise; None if there are none.
 
     An arm of one training, such as the base, is compared with every training of the reference.
@@ -238,10 +240,10 @@ def _paired(ours: _BySeeds, theirs: _BySeeds) -> tuple[_Trainings, _Trainings] |
 
 
 def _compare(steps: int, labels: tuple[str, str], ours: _Trainings, theirs: _Trainings) -> ArmComparison:
-    first, second = ([_mean(draws) for draws in side] for side in (ours, theirs))
+    first, second = ([mean_number(draws) for draws in side] for side in (ours, theirs))
     other = second * len(first) if len(second) == 1 else second
     differences = Trainings(tuple(a - b for a, b in zip(first, other, strict=True)))
-    compared = compare(differences.mean, _values(ours), _values(theirs))
+    compared = compare(differences.mean, values_of_trainings(ours), values_of_trainings(theirs))
     return ArmComparison(steps, *labels, (float(np.mean(first)), float(np.mean(second))), compared, differences)
 
 

@@ -112,7 +112,7 @@ def estimate(value: float, trainings: Sequence[Draws]) -> Estimate:
     if len(trainings) == 1 and all(draw.is_share for draw in trainings[0]):
         shares_N = np.concatenate([draw.array for draw in trainings[0]])
         return proportion(int(shares_N.sum()), len(shares_N))
-    found = _student(value, _deviations(trainings), len(trainings[0]))
+    found = student_interval(value, mean_deviations(trainings), len(trainings[0]))
     return Estimate(value) if found is None else Estimate(value, found.low, found.high)
 
 
@@ -125,13 +125,13 @@ def compare(difference: float, ours: Sequence[Draws], theirs: Sequence[Draws]) -
     if len(ours) == len(theirs) == 1 and all(draw.is_share for draw in both):
         first_N, second_N = (np.concatenate([draw.array for draw in draws]) for draws in (ours[0], theirs[0]))
         return paired_proportions(first_N, second_N) if len(first_N) == len(second_N) else None
-    first_D, second_D = _deviations(ours), _deviations(theirs)
+    first_D, second_D = mean_deviations(ours), mean_deviations(theirs)
     if first_D is None or second_D is None or len(first_D) != len(second_D) or len({draw.kind for draw in both}) > 1:
         return None
-    return _student(difference, first_D - second_D, len(ours[0]))
+    return student_interval(difference, first_D - second_D, len(ours[0]))
 
 
-def _student(value: float, deviations_D: np.ndarray | None, means: int) -> Comparison | None:
+def student_interval(value: float, deviations_D: np.ndarray | None, means: int) -> Comparison | None:
     """Student's t interval of a value whose deviations are from `means` means; None if they do not vary."""
     if deviations_D is None or len(deviations_D) <= means or not (error := float(np.sqrt((deviations_D**2).sum()))):
         return None
@@ -140,7 +140,7 @@ def _student(value: float, deviations_D: np.ndarray | None, means: int) -> Compa
     return Comparison(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, freedom)))
 
 
-def _deviations(trainings: Sequence[Draws]) -> np.ndarray | None:
+def mean_deviations(trainings: Sequence[Draws]) -> np.ndarray | None:
     """Deviations of the mean over trainings and draws; None if a draw has none, or trainings differ in number."""
     found = []
     for draws in trainings:

@@ -28,6 +28,7 @@ from scmdm.evaluation.comparison import (
     reference_arm,
     trainings_table,
 )
+from scmdm.evaluation.frontier import compare_at_equal_diversity, equal_diversity_table
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import Panel, arms_figure, frontier_figure, loss_figure, quality_figure
 from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
@@ -50,6 +51,7 @@ class StudySummary:
     quality: TextTable
     figure_metrics: TextTable  # the columns of `quality` whose metrics are in the figures
     trainings: TextTable  # without rows if each arm was trained once
+    equal_diversity: TextTable  # without rows if no model was sampled in several ways
     benchmarks: dict[str, TextTable]  # by name of the benchmark
     cost: TextTable
     conclusions: list[str]
@@ -82,6 +84,7 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
         heading("Results"),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
         *_frontier_picture(shown, arms, values, figures / "frontier.png"),
+        *([table(*summary.equal_diversity, group=True)] if summary.equal_diversity[1] else []),
         table(*summary.quality, group=True),
         *([table(*summary.trainings, group=True)] if summary.trainings[1] else []),
         *(
@@ -132,11 +135,21 @@ def _summarize(
         quality_table(values, own, labels, samples),
         quality_table(values, [metric for metric in own if metric.in_figure], labels, samples),
         trainings_table(values[main.name], main),
+        _equal_diversity(study, shown),
         benchmarks,
         cost_table(arms, samples),
         conclusions(found, main),
         study.problems,
     )
+
+
+def _equal_diversity(study: OpenStudy, shown: Sequence[Metric]) -> TextTable:
+    axes = {metric.frontier: metric for metric in shown if metric.frontier}
+    if len(axes) < 2:
+        return [], []
+    reference = reference_arm(study.arms, study.record.reference)
+    found = compare_at_equal_diversity(study.samples, study.arms, reference, axes["y"], axes["x"])
+    return equal_diversity_table(found, axes["y"], axes["x"])
 
 
 def _panels(shown: Sequence[Metric], values: QualityByMetric, benchmark: str) -> list[Panel]:
@@ -193,8 +206,9 @@ def print_summary(summary: StudySummary) -> None:
     width = None if console.is_terminal else 160
     console = Terminal(width=width)
     _print_list(console, summary.conclusions)
-    trainings = {"Trainings": summary.trainings} if summary.trainings[1] else {}
-    tables = {summary.title: summary.figure_metrics, **trainings, **summary.benchmarks, "Cost": summary.cost}
+    some = {"Trainings": summary.trainings, "At equal diversity": summary.equal_diversity}
+    some = {title: found for title, found in some.items() if found[1]}
+    tables = {summary.title: summary.figure_metrics, **some, **summary.benchmarks, "Cost": summary.cost}
     for title, (header, rows) in tables.items():
         shown = Table(title=title)
         for index, name in enumerate(header):

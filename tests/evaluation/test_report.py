@@ -261,6 +261,32 @@ def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study):
     assert (study / "report.html").read_text().count("entropy, nats") > 1
 
 
+def test_a_text_study_of_several_ways_to_sample_compares_models_at_equal_entropy(study, capsys):
+    """Rate 1 is sampled as `vanilla` says, too: the base's entropy lies between the two."""
+
+    def as_text(content):
+        content["domain"] = "text"
+        content["arms"][1].update(samples_of="scmdm", runs=[], cost=[], nelbo=[])
+        for row in content["evaluations"]:
+            own = valid(row["arm"], row["steps"], row["sampling_seed"])
+            nll, entropy = 5.0 - own, 4.0 + 0.1 * own + {"vanilla": -0.1, "base": 0.0, "scmdm": 0.1}[row["arm"]]
+            values = {"perplexity": SampleValues.ratio(nll, np.ones(1024), exponential=True)}
+            values["entropy"] = SampleValues.mean(entropy)
+            write_values(study / row["values_file"], values)
+            row["metrics"] = {name: found.value() for name, found in values.items()}
+
+    change_study(study, as_text)
+    summary = study_report(study, study / "report.html")
+    _, rows = summary.equal_diversity
+    assert [(row[0], row[2]) for row in rows] == [
+        (t, label) for t in ("8", "32") for label in ("base", "rate 1 (SCMDM)")
+    ]
+    assert all(row[5].startswith("-") and "[" in row[5] for row in rows[::2]) and rows[1][5:] == ["-", "-"]
+    assert f"<td>{rows[0][5]}</td>" in (study / "report.html").read_text()
+    print_summary(summary)
+    assert "At equal diversity" in capsys.readouterr().out
+
+
 def test_comparisons_of_one_training_are_mcnemars(study):
     """All sampling seeds count as samples; p values are adjusted over all comparisons."""
     opened = open_study(study)
