@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from scmdm.domains.plotting import COLOURS, MARKERS, STYLE, save_figure
@@ -18,6 +19,7 @@ from scmdm.evaluation.comparison import Quality, QualityByArm
 from scmdm.evaluation.significance import Estimate
 
 Row = Mapping[str, float]
+_LINES = ("-", "--", ":")
 _SINGLE: Any = {"alpha": 0.7, "markersize": 5}  # marks of single trainings
 
 
@@ -43,10 +45,26 @@ def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
             _draw_panel(ax, panel)
         for ax in list(axes.flat)[len(panels) :]:
             ax.axis("off")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-        figure.tight_layout(rect=(0, 0.1 / rows, 1, 1))
+        _legend_below(figure, axes.flat[0])
         return save_figure(figure, path)
+
+
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    """Put the legend of `ax` below all axes, in as many columns as the figure's width has room for."""
+    handles, labels = ax.get_legend_handles_labels()
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="lower center", ncols=columns)
+        extent = legend.get_window_extent()
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.tight_layout(rect=(0, extent.height / figure.bbox.height, 1, 1))
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour and marker of an arm; where colours repeat, the line is another one."""
+    line = _LINES[index // len(COLOURS) % len(_LINES)]
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "ls": line}
 
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
@@ -63,11 +81,10 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
             y,
             yerr=np.transpose([_error(quality.estimate, panel.scale) for quality in found]),
             label=arm,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(COLOURS)],
             capsize=3,
             markersize=5,
             lw=1.6,
+            **_style(index),
         )
         for place, quality in zip(x, found, strict=True):
             trainings = _trainings(quality, panel.scale)
@@ -116,14 +133,12 @@ def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Sequence[str]], path
         figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.9 * rows), squeeze=False)
         for ax, t in zip(axes.flat, steps, strict=False):
             for index, (model, arms) in enumerate(lines.items()):
-                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-                _draw_frontier(ax, x, y, [arm for arm in arms if t in y.values.get(arm, {})], t, label=model, **style)
+                sampled = [arm for arm in arms if t in y.values.get(arm, {})]
+                _draw_frontier(ax, x, y, sampled, t, label=model, **_style(index))
             ax.set(title=f"T = {t}", xlabel=x.title, ylabel=y.title)
         for ax in list(axes.flat)[len(steps) :]:
             ax.axis("off")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-        figure.tight_layout(rect=(0, 0.1 / rows, 1, 1))
+        _legend_below(figure, axes.flat[0])
         return save_figure(figure, path)
 
 

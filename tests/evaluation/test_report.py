@@ -227,6 +227,24 @@ def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
     plotting.plt.close("all")
 
 
+@pytest.mark.parametrize("arms", [2, 14])
+def test_the_legend_has_all_arms_and_fits_below_the_axes(tmp_path, monkeypatch, arms):
+    seen = []
+    monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: seen.append(figure))
+    values = {f"arm with a long name {number}": {8: quality(0.5), 32: quality(0.6)} for number in range(arms)}
+    quality_figure([report_figures.Panel(title, values, "higher") for title in ("a", "b")], tmp_path / "figure.png")
+    (figure,) = seen
+    (legend,) = figure.legends
+    extent, whole = legend.get_window_extent(), figure.bbox
+    assert len(legend.get_texts()) == arms and extent.x0 >= whole.x0 and extent.x1 <= whole.x1
+    assert all(extent.y1 <= ax.get_tightbbox().y0 + 1 for ax in figure.axes)
+    styles = {
+        (line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines() if line.get_marker() != "|"
+    }
+    assert len({style for style in styles if style[1] != "None"}) == arms
+    plotting.plt.close("all")
+
+
 def test_text_is_compared_by_perplexity_where_less_is_better(study):
     def as_text(content):
         content["domain"] = "text"
