@@ -1,8 +1,8 @@
 """`python -m benchmarks.train_scorer FILE ... --out DIRECTORY`: a causal model of characters for `metrics.scorer`.
 
 Trains a LLaMA of `transformers` on text files (UTF-8), for a corpus without a published scorer of its style. Give it
-text that the judged models were not trained on. The last twentieth of each file is held out; its perplexity is printed
-and written to `scorer.json`. The same command continues an interrupted training.
+text that the judged models were not trained on. The weights are stored in bfloat16. The last twentieth of each file is
+held out; its perplexity is printed and written to `scorer.json`. The same command continues an interrupted training.
 
 Legend: B batch, L length.
 """
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found.out.mkdir(parents=True, exist_ok=True)
     state = found.out / "training.pt"
     train(model, train_N, state, length=found.length, batch=found.batch, steps=found.steps, lr=found.lr)
-    perplexity = math.exp(held_out_loss(model, held_out_N, found.length))
-    model.save_pretrained(found.out)
+    model.bfloat16().save_pretrained(found.out)
+    perplexity = math.exp(held_out_loss(model.float(), held_out_N, found.length))
     tokenizer.save_pretrained(found.out)
     record = {
         "files": [path.name for path in found.files],

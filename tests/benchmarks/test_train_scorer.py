@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks import train_scorer
 from benchmarks.train_scorer import main
@@ -19,6 +21,8 @@ def test_a_trained_scorer_scores_text(tmp_path):
     check_scorer(tmp_path / "scorer")
     scorer = load_scorer(tmp_path / "scorer")
     assert scorer.length == 32
+    assert {weight.dtype for weight in load_file(tmp_path / "scorer/model.safetensors").values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in scorer.model.parameters()} == {torch.float32}, "scored in float32"
     assert scorer.tokenizer.decode(scorer.tokenizer.encode("to be, or")) == "to be, or"
 
 
