@@ -95,7 +95,8 @@ function panel(model, sample) {
   made.append(element("h2", {}, `${model.name}, ${kind}`, element("span", { class: "path" }, model.path)));
   made.append(model.layout ? pictures(model, sample, frame) : cells(model, sample, frame));
   if (model.domain === "molecules") made.append(drawing(sample, frame, done));
-  const cost = `${Math.min(state.at, sample.frames.length)} denoiser evaluations`;
+  const evaluations = Math.min(state.at, sample.frames.length);
+  const cost = `${evaluations} denoiser evaluation${evaluations === 1 ? "" : "s"}`;
   const verdict = sample.framed ? cost : `${cost}; the marks are not where the data has them`;
   made.append(element("p", { class: "note" }, done ? verdict : cost));
   if (!model.layout) made.append(element("p", { class: "result" }, done ? sample.text : ""));
