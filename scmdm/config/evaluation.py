@@ -62,6 +62,12 @@ class EvaluateConfig:
     split: str = key("test", help="held-out split for the NELBO and for reference statistics")
     nelbo_samples: int = key(2048, help="sequences for the NELBO; 0: no NELBO", at_least=0, at_most=2**40)
     nelbo_draws: int = key(4, help="times drawn per sequence", at_least=1, at_most=2**20)
+    nelbo_passes: int = key(
+        1,
+        help="passes that make the estimate of the conditioned NELBO, each conditioned on the one before",
+        at_least=1,
+        at_most=64,
+    )
     t_min: float = key(1e-4, help="smallest time of the NELBO", above=0, below=0.5)
     nelbo_padding: bool = key(
         True,

@@ -39,6 +39,7 @@ class NelboSettings:
     """Settings of an estimate; those of its noise are the arguments of `nelbo_terms`."""
 
     draws: int = 1
+    passes: int = 1  # that make the estimate of a conditioned NELBO
     seed: int = 0
     t_min: float = 1e-3
     precision: str = "auto"
@@ -80,13 +81,15 @@ def divided_nelbo(
                     strata=[ids_N for ids_N in strata if bool(torch.isin(ids_N, ids_B).any())],
                     draws=settings.draws,
                     condition=condition,
+                    passes=settings.passes,
                     block_length=spec.diffusion.block_length,
                 )
             yield numbers[done : done + len(batch)], {"terms": terms_B2.numpy()}
             done += len(batch)
         loaded.await_peers(report_progress)
 
-    own = {"condition": condition, "draws": settings.draws, "t_min": settings.t_min, "noise": settings.seed}
+    passes = settings.passes if condition else 0
+    own = {"passes": passes, "draws": settings.draws, "t_min": settings.t_min, "noise": settings.seed}
     kept = None if parts is None else parts.of(**own, count=len(held_out), precision=str(dtype))
     columns = compute_divided(len(held_out), compute, kept)
     return None if columns is None else nelbo_of(torch.from_numpy(columns["terms"]))

@@ -79,6 +79,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
         "domain": kind.name,
         "config": asdict(config),
     }
+    _require_conditioner(loaded, config)
     if config.nelbo_samples:
         found = model_nelbo(loaded, root, config, parts)
         result["nelbo"] = {mode: {**asdict(nelbo), "perplexity": nelbo.perplexity} for mode, nelbo in found.items()}
@@ -122,9 +123,21 @@ def model_nelbo(
     return {mode: nelbo for mode, nelbo in found.items() if nelbo is not None}
 
 
+def _require_conditioner(loaded: LoadedModel, config: EvaluateConfig) -> None:
+    if not loaded.spec.model.self_conditioned:
+        reason = f"1 with {loaded.path}, which is not self-conditioned"
+        require(config.nelbo_passes == 1, "nelbo_passes", config.nelbo_passes, reason)
+
+
 def _nelbo_settings(config: EvaluateConfig) -> NelboSettings:
     precision = resolve_weights_dtype(config.weights_dtype, config.precision)
-    return NelboSettings(config.nelbo_draws, t_min=config.t_min, precision=precision, batch_size=config.batch_size)
+    return NelboSettings(
+        config.nelbo_draws,
+        config.nelbo_passes,
+        t_min=config.t_min,
+        precision=precision,
+        batch_size=config.batch_size,
+    )
 
 
 def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:

@@ -340,6 +340,7 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
         (["scorer=/tmp"], "write `metrics.scorer`"),
         (["split=nope"], "no split 'nope'"),
         (["nelbo_draws=0"], "nelbo_draws=0 is not possible"),
+        (["nelbo_passes=2"], "nelbo_passes=2 is not possible"),
         (["seeds=[0,1,0]"], "seeds=[0, 1, 0] is not possible"),
         (["seeds=[]"], "seeds=[] is not possible"),
         (["seeds=[-1]"], "seeds=[-1] is not possible"),

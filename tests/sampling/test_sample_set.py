@@ -1,5 +1,6 @@
 """Sets of samples: the same on any division over ranks and batches, resumable, and in halves when memory is short."""
 
+import itertools
 import json
 
 import numpy as np
@@ -148,6 +149,29 @@ def test_weights_in_bfloat16_need_half_the_memory_and_find_nearly_the_same_nelbo
     assert found[1] == pytest.approx(found[0], rel=0.01) and found[1] != found[0]
     tokens = generate(half, SAMPLERS["threshold"], num=4, seed=0, precision="bfloat16").tokens
     assert not bool((tokens == half.spec.mask_id).any())
+
+
+def test_the_estimate_of_a_nelbo_may_come_from_several_passes(model, monkeypatch):
+    """Each pass is conditioned on the one before; the noise is the same."""
+    given, estimate = [], model.model.estimate
+
+    def noted(state, *, dropout=False):
+        found = estimate(state, dropout=dropout)
+        given.append((state.estimate_BLD, found))
+        return found
+
+    monkeypatch.setattr(model.model, "estimate", noted)
+    means = {}
+    for passes in (1, 3):
+        given.clear()
+        settings = NelboSettings(draws=1, passes=passes, precision="float32")
+        means[passes] = zero_shot(model, ["abc"] * 5, settings, condition=True).nelbo.mean
+        assert len(given) == passes and given[0][0] is None
+        assert all(later[0] is earlier[1] for earlier, later in itertools.pairwise(given))
+    assert means[3] != means[1]
+    given.clear()
+    zero_shot(model, ["abc"] * 5, NelboSettings(draws=1, passes=3), condition=False)
+    assert given == []
 
 
 def test_texts_have_the_same_nelbo_in_any_batches(model):
