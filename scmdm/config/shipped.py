@@ -16,6 +16,7 @@ from scmdm.errors import UserError
 
 FOLDER = "configs"
 MODEL_FILE = "model.json"  # marks a directory as a model
+SCORER_FILE = "scorer.json"  # marks a directory as a scorer of text, for metrics.scorer
 _SIMILAR, _SIMILARITY = 3, 0.7  # names in a message, and how similar they are
 
 
@@ -64,13 +65,13 @@ def explain_missing(path: Path) -> str:
 
 
 def shipped_names() -> dict[str, Path]:
-    """Map the name of each shipped configuration and model directory to its place, sorted by name."""
+    """Map the name of each shipped configuration, model and scorer to its place, sorted by name."""
     return dict(sorted((f"{FOLDER}/{path.relative_to(shipped_root())}", path) for path in _walk(shipped_root())))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.suffix == ".yaml" or (path / MODEL_FILE).is_file():
+        if path.suffix == ".yaml" or any((path / mark).is_file() for mark in (MODEL_FILE, SCORER_FILE)):
             yield path
         elif path.is_dir():
             yield from _walk(path)

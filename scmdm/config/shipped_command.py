@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scmdm.config.shipped import FOLDER, MODEL_FILE, explain_missing, shipped_names, shipped_root
+from scmdm.config.shipped import FOLDER, MODEL_FILE, SCORER_FILE, explain_missing, shipped_names, shipped_root
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_directory, atomic_write_bytes
 from scmdm.system.terminal import say
@@ -24,6 +24,8 @@ def list_shipped() -> None:
 def _description(path: Path) -> str:
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if (path / SCORER_FILE).is_file():
+            return f"scorer of text for metrics.scorer, {size / 1e6:.1f} MB"
         adapted = read_json(path / MODEL_FILE, "model")["model"]["self_conditioned"]
         return f"{'adapted' if adapted else 'base'} model, {size / 1e6:.1f} MB"
     first = path.read_text().partition("\n")[0]

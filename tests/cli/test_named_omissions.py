@@ -4,12 +4,21 @@ import pytest
 
 from scmdm.cli import main
 from scmdm.config.shipped_command import list_shipped
+from scmdm.domains.text.causal_scorer import check_scorer
 
 
 def test_shipped_models_are_called_what_they_are(capsys):
     list_shipped()
     kinds = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if " model, " in line}
     assert kinds["configs/qm9/base-model"] == "base" and kinds["configs/qm9/long-scmdm"] == "adapted"
+
+
+def test_a_shipped_scorer_is_listed_and_copied_as_one(tmp_path, capsys):
+    list_shipped()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("configs/text/scorer "))
+    assert "scorer" in line.split() and "metrics.scorer" in line
+    assert main(["configs", "copy", "text/scorer", "--to", str(tmp_path)]) == 0
+    assert check_scorer(tmp_path / "configs/text/scorer")["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("command", [["checkpoint", "list"], ["checkpoint", "verify"], ["sample"]])
