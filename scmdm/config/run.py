@@ -28,6 +28,9 @@ class RunConfig:
         "model.estimate_rank": "leave it out; the top-k estimate needs no preview",
     }
 
+    # Values of removed keys that are what a run does without them: runs that have stored them are resumed.
+    removed_defaults: ClassVar[dict[str, object]] = {"self_conditioning.estimate_from": "same_state"}
+
     presets: ClassVar[dict[str, dict[str, Preset]]] = {"self_conditioning.preset": PRESETS}
 
     run_dir: str = key(MISSING, path=PathKind.OUTPUT, help="directory of checkpoints, metrics and logs", on_resume=True)

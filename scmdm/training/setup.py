@@ -291,7 +291,8 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     stored = flatten(stored_config.content | {"model": upgrade_model_keys(stored_config.need("model", dict))})
     # A key that the checkpoint lacks is newer than the run, which behaved as with the key's default.
     defaults = flatten(dataclasses.asdict(RunConfig(model=type(config.model)())))
-    before = defaults | {renamed.get(name, name): stored[name] for name in stored}
+    gone = {name for name, value in config.removed_defaults.items() if stored.get(name) == value}
+    before = defaults | {renamed.get(name, name): stored[name] for name in stored if name not in gone}
     now = flatten(dataclasses.asdict(config))
     changeable = {name for name, rules, _ in walk_keys(config) if rules.on_resume}
     for name in sorted((before.keys() | now.keys()) - changeable):

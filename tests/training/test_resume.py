@@ -102,6 +102,18 @@ def test_a_run_from_before_a_key_existed_resumes(uninterrupted, tmp_path):
         check_same_run(config, tmp_path)
 
 
+def test_a_run_that_stored_a_key_which_is_gone_resumes_if_it_behaves_the_same(uninterrupted, tmp_path):
+    recorded = yaml.safe_load((find_model(uninterrupted) / "config.yaml").read_text())
+    config = load_config(RunConfig, find_model(uninterrupted) / "config.yaml", [])
+    for value in ("same_state", "noisier_state"):
+        recorded["self_conditioning"]["estimate_from"] = value
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+        if value == "same_state":
+            check_same_run(config, tmp_path)
+    with pytest.raises(UserError, match=r"self_conditioning\.estimate_from=.*'noisier_state'"):
+        check_same_run(config, tmp_path)
+
+
 def test_another_base_is_refused(uninterrupted, molecules, empty_yaml, capsys):
     assert main(adapt_arguments(uninterrupted, uninterrupted, molecules, empty_yaml)) == 1
     assert "is not the model that" in capsys.readouterr().err
