@@ -21,6 +21,8 @@ from scmdm.models.compilation import check_compiler
 from scmdm.models.network import Network
 from scmdm.ops.fp8 import fp8_unusable_because
 
+# Later versions of torch warn of the former name; torch 2.11 has it alone.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides the number of updates
 
 
@@ -189,7 +191,7 @@ class ParallelEngine(SingleEngine):
 
     def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
         found = values.new_empty(self.world_size * len(values))
-        dist.all_gather_into_tensor(found, values)
+        _all_gather_single(found, values)
         if all_ranks:
             return found
         return found.view(self.world_size, -1)[:: self.world_size // self.data_size].flatten()

@@ -20,6 +20,7 @@ def counted(processes, molecules, empty_yaml, tmp_path, *keys):
     arguments = ["train", empty_yaml, f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", *TINY, *often, *keys]
     status, output = launch(processes, tmp_path / "out", *arguments, module="tests.distributed.collectives")
     assert status == 0, output
+    assert "Warning" not in output
     found = [json.loads((tmp_path / f"out.{rank}").read_text())[-2:] for rank in range(max(1, processes))]
     assert all(steps == found[0] for steps in found) and found[0][0] == found[0][1]
     return found[0][0]
