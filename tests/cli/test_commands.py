@@ -402,8 +402,11 @@ def test_the_text_road_end_to_end(tmp_path, empty_yaml, capsys):
     keys = [f"run_dir={adapted}", f"base={run}", f"data.path={data}", "train.steps=4", *ADAPTED]
     extra = ["self_conditioning.rate=1", "model.conditioner=mlp", "self_conditioning.rollout_steps=1"]
     assert main(["adapt", str(empty_yaml), *keys, *extra, "train.validate_every=2", "train.validation_samples=20"]) == 0
-    assert main(["evaluate", str(adapted), "nelbo_samples=10", "num=6", "sampler.steps=3"]) == 0
+    words = "metrics.known_words=true"
+    assert main(["evaluate", str(adapted), "nelbo_samples=10", "num=6", "sampler.steps=3", words]) == 0
     text = capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in (adapted / "evaluations").glob("*.json"))
+    assert 0 <= result["samples"][0]["metrics"]["known_words"] <= 1
     assert "not a neural scorer" in text and "entropy" in text and "NELBO conditioned" in text
     validation = [row for row in rows(adapted / "metrics.jsonl") if row["kind"] == "validation"]
     assert [row["step"] for row in validation] == [2, 4] and validation[0]["nelbo_conditioned"] is not None

@@ -133,7 +133,7 @@ def test_each_name_is_that_of_its_class(name):
 
 KEYS = {
     "molecules": {"fcd": True, "moses": True},
-    "text": {"scorer": None, "protocol": "text", "mauve": False},
+    "text": {"scorer": None, "protocol": "text", "mauve": False, "known_words": False},
     "responses": {"scorer": None, "protocol": "text", "mauve": False},
     "images": {"inception": None},
 }

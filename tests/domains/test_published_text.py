@@ -14,7 +14,7 @@ from scmdm.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from scmdm.domains.domain_registry import metrics_config
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
 from scmdm.domains.text.causal_scorer import load_scorer
-from scmdm.domains.text.config import TextMetricKeys
+from scmdm.domains.text.config import PlainTextMetricKeys
 from scmdm.domains.text.domain import TextDomain
 from scmdm.domains.text.metrics import generative_perplexity, mdlm_perplexity, mdlm_text, unigram_entropies
 from scmdm.errors import UserError
@@ -128,7 +128,7 @@ def test_the_entropy_of_the_protocol_is_that_of_the_whole_sample(folder, tmp_pat
     ids += [manifest.pad_id] * (12 - len(ids))
     drawn = GeneratedSamples(torch.tensor([ids]), ["the dog"], [True], [1], 1.0)
     for protocol, pad_id in (("mdlm", -1), ("text", manifest.pad_id)):
-        config = TextMetricKeys(scorer=str(folder), protocol=protocol)
+        config = PlainTextMetricKeys(scorer=str(folder), protocol=protocol)
         found = TextDomain(tmp_path / "data", manifest, config, EvaluationSettings()).measure(drawn).metrics
         assert found["entropy"] == pytest.approx(unigram_entropies(np.array([ids]), pad_id=pad_id)[0])
 

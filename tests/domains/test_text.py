@@ -12,9 +12,11 @@ from scmdm.domains.text.metrics import (
     distinct_n,
     evaluate_text,
     generative_perplexity,
+    known_words,
     text_perplexity,
     text_values,
     unigram_entropies,
+    whole_words,
 )
 from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
@@ -114,6 +116,15 @@ def test_entropy_and_distinct():
     found = distinct_n(["a b a b", "a b"], 2)
     assert found.value() == pytest.approx(2 / 4) and found.array.tolist() == [[2, 0], [3, 1]]
     assert distinct_n(["one"], 2).value() is None
+
+
+def test_known_words_by_hand():
+    """Whole words alone: the first and the last may be cut. An apostrophe within a word belongs to it."""
+    assert whole_words("king, The KING'S men went. An") == ["the", "king's", "men", "went"]
+    assert whole_words(" The king ") == ["the", "king"] and whole_words("king") == whole_words("") == []
+    assert whole_words("1 Grüße 2 d\u2019Arc x2y 'tis' ") == ["grüße", "d\u2019arc", "x", "y", "tis"]
+    found = known_words([" the king ", " the the qing ", "x"], {"the", "king"})
+    assert found.array.tolist() == [[2, 2, 0], [2, 3, 0]] and found.value() == pytest.approx(4 / 5)
 
 
 def test_the_scorer_is_always_named(scorer):

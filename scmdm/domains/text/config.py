@@ -47,3 +47,12 @@ class TextMetricKeys(MetricKeys):
             raise UserError("metrics.mauve=true needs features of a causal model; set metrics.scorer to its directory")
         if self.mauve:
             package_folder("mauve", "metrics.mauve=true", "text")
+
+
+@dataclass
+class PlainTextMetricKeys(TextMetricKeys):
+    """Section `metrics` for models of text without prompts."""
+
+    known_words: bool = key(
+        False, help="share of whole words that occur in the training split, which is read: for models of characters"
+    )

@@ -21,26 +21,37 @@ from scmdm.domains.interface import (
 )
 from scmdm.domains.sample_values import SampleValues
 from scmdm.domains.text.causal_scorer import CausalScorer, load_scorer, require_end_of_text
-from scmdm.domains.text.config import TextMetricKeys
+from scmdm.domains.text.config import PlainTextMetricKeys
 from scmdm.domains.text.mauve_score import mauve
-from scmdm.domains.text.metrics import NgramScorer, evaluate_text, mdlm_perplexity, text_perplexity, text_values
+from scmdm.domains.text.metrics import (
+    NgramScorer,
+    evaluate_text,
+    known_words,
+    mdlm_perplexity,
+    text_perplexity,
+    text_values,
+    whole_words,
+)
 
 
 class TextDomain(WithoutPrompts, WithoutFigures):
-    """Generative perplexity, entropy, distinct n-grams and MAUVE."""
+    """Generative perplexity, entropy, distinct n-grams, known words and MAUVE."""
 
     name: ClassVar[str] = "text"
-    Config: ClassVar[type[MetricKeys]] = TextMetricKeys
+    Config: ClassVar[type[MetricKeys]] = PlainTextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("perplexity", "generative perplexity", "lower", 1, 2, frontier="y"),
         Metric("entropy", "entropy, nats", "", 1, 3, frontier="x"),
         Metric("mauve", "MAUVE", "higher", 1, 3),
+        Metric("known_words", "words of the training text, %", "higher", 100, 1),
         Metric("distinct_1", "distinct words", "higher", 1, 3, in_figure=False),
         Metric("distinct_2", "distinct bigrams", "higher", 1, 3),
         Metric("distinct_3", "distinct trigrams", "higher", 1, 3, in_figure=False),
     )
 
-    def __init__(self, root: Path, manifest: Manifest, config: TextMetricKeys, settings: EvaluationSettings) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, config: PlainTextMetricKeys, settings: EvaluationSettings
+    ) -> None:
         self._config, self._device = config, settings.device
         # Blocks of concatenated texts have no padding, and pad_id may equal eos_id.
         self._pad_id = -1 if manifest.framing == "concatenate" or config.protocol == "mdlm" else manifest.pad_id
@@ -51,6 +62,10 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         if causal is not None and config.protocol == "mdlm":
             require_end_of_text(causal)
         self._held_out = decode_split(root, manifest, settings.split) if needed else []
+        self._vocabulary: set[str] | None = None
+        if config.known_words:
+            training = decode_split(root, manifest, "train")
+            self._vocabulary = {word for text in training for word in whole_words(text)}
         self._scorer = causal or NgramScorer.fit(self._held_out, "held-out text")
 
     def scores(self, drawn: GeneratedSamples) -> dict[str, np.ndarray]:
@@ -72,4 +87,7 @@ class TextDomain(WithoutPrompts, WithoutFigures):
             assert isinstance(scorer, CausalScorer)
             references = self._held_out[: len(drawn.texts)]
             found["mauve"] = mauve(drawn.texts, references, scorer, device=self._device)
+        if self._vocabulary is not None:
+            values["known_words"] = known_words(drawn.texts, self._vocabulary)
+            found["known_words"] = values["known_words"].value()
         return Measured(found, values)

@@ -5,7 +5,9 @@ Legend: N texts, L length, M = L - 1 scored positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,6 +23,7 @@ from scmdm.domains.text.ngram import NgramModel
 
 NGRAM_ORDER = 5
 _CLEANED = (".", "?", "!", ",")  # marks that lose the space in front of them, and contractions
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _CONTRACTIONS = ("n't", "'m", "'s", "'ve", "'re")
 
 
@@ -48,6 +51,18 @@ def distinct_n(texts: Sequence[str], n: int) -> SampleValues:
         new.append(len(seen) - before)
         total.append(len(grams))
     return SampleValues.ratio(new, total)
+
+
+def whole_words(text: str) -> list[str]:
+    """Words of a text in lower case, without one at its beginning or end, where it may have been cut."""
+    found = _WORD.finditer(text.lower())
+    return [match.group() for match in found if match.start() > 0 and match.end() < len(text)]
+
+
+def known_words(texts: Sequence[str], vocabulary: AbstractSet[str]) -> SampleValues:
+    """Share of the whole words of all texts that are in a vocabulary, as values of each text."""
+    words = [whole_words(text) for text in texts]
+    return SampleValues.ratio([sum(word in vocabulary for word in own) for own in words], [len(own) for own in words])
 
 
 @dataclass(frozen=True)
