@@ -114,12 +114,14 @@ def _compare_models(
     arms: Sequence[Json],
 ) -> list[EqualDiversity]:
     """Compare two models at one T; `drawn` has diversity and quality of each of their arms."""
+    if not {ours, theirs} <= set(drawn):
+        return []
     model_of = {arm["name"]: arm.get("samples_of") or arm["name"] for arm in arms}
     labels = {arm["name"]: arm["label"] for arm in arms}
     pairs = [draws for arm, pair in drawn.items() if model_of[arm] != "base" for draws in pair]
     seeds = set.intersection(*map(set, pairs)) if pairs else set()
     sampling = set.intersection(*(set(of_seed) for pair in drawn.values() for d in pair for of_seed in d.values()))
-    if not {ours, theirs} <= set(drawn) or not seeds or not sampling:
+    if not seeds or not sampling:
         return []
     # The base was trained once and goes with every training.
     ways = {

@@ -95,6 +95,14 @@ def test_models_sampled_in_one_way_are_not_compared():
     assert [one.compared is None for one in found] == [False, True]
 
 
+def test_a_number_of_steps_at_which_only_one_model_was_sampled_is_left_out():
+    rows = drawn(np.random.default_rng(0))
+    for more in (["base_cool"], ["scmdm"], ["other"]):
+        alone = [dict(rows[0], arm=arm, steps=64) for arm in more]
+        arms = [*ARMS, {"name": "other", "label": "other", "rate": 0.0}]
+        assert {one.steps for one in compared([*rows, *alone], arms)} == {32}
+
+
 def test_the_error_is_that_of_scipys_bootstrap():
     rows = drawn(np.random.default_rng(1))
     parts = {r["arm"]: (r["values"]["entropy"].array, r["values"]["perplexity"].array[0]) for r in rows}
