@@ -142,14 +142,13 @@ def _compare_models(
 
 
 def _way(diversity: DrawsBySeed, quality: DrawsBySeed, seeds: AbstractSet[int], sampling: AbstractSet[int]) -> Way:
-    """Means over trainings and sampling seeds, with their deviations."""
+    """Means over trainings and sampling seeds, with their deviations. Raises ValueError for a quality of 0 or less."""
     kept = [
         [{number: draws[seed][number] for number in sorted(sampling)} for seed in sorted(seeds)]
         for draws in (diversity, quality)
     ]
     x, y = (float(np.mean([mean_number(draws) for draws in trainings])) for trainings in kept)
     x_D, y_D = (mean_deviations(values_of_trainings(trainings)) for trainings in kept)
-    assert y > 0
     if x_D is None or y_D is None or len(x_D) != len(y_D):
         return Way(x, math.log(y))
     return Way(x, math.log(y), np.stack([x_D, y_D / y]))

@@ -103,6 +103,13 @@ def test_a_number_of_steps_at_which_only_one_model_was_sampled_is_left_out():
         assert {one.steps for one in compared([*rows, *alone], arms)} == {32}
 
 
+@pytest.mark.parametrize("perplexity", [0.0, -1.0])
+def test_a_damaged_perplexity_is_an_error_that_the_reader_of_a_record_names(perplexity):
+    first, *others = drawn(np.random.default_rng(0))
+    with pytest.raises(ValueError, match="math domain error"):
+        compared([{**first, "metrics": {"entropy": 3.0, "perplexity": perplexity}}, *others])
+
+
 def test_the_error_is_that_of_scipys_bootstrap():
     rows = drawn(np.random.default_rng(1))
     parts = {r["arm"]: (r["values"]["entropy"].array, r["values"]["perplexity"].array[0]) for r in rows}
