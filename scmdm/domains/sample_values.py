@@ -56,6 +56,14 @@ class SampleValues:
         """True if the metric is the proportion of samples with a property."""
         return self.kind == "mean" and self.array.dtype == bool
 
+    @property
+    def is_fraction(self) -> bool:
+        """True if the metric is a share or a ratio of a part to its whole, between 0 and 1."""
+        if self.kind != "ratio":
+            return self.is_share
+        parts_N, weights_N = self.array
+        return bool(((parts_N >= 0) & (parts_N <= weights_N)).all())
+
     def ratio_parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Parts and weights, float64 (N,) each, of a mean or a ratio."""
         if self.kind == "mean":

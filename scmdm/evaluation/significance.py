@@ -8,11 +8,12 @@ Two sources of variation are kept apart:
   values are listed with their range.
 
 A proportion of one model has Wilson's interval, the difference of two proportions McNemar's exact test. Everything else
-has a standard error and Student's t distribution. The error is the root of the sum of squared *deviations*: of each
-sample from the mean, linearised for ratios; for a metric of a set, such as a distance of histograms, of its values
-without each of some groups of samples (jackknife). Deviations of two models on the same noise are subtracted one by
-one, and those of several trainings averaged one by one. A metric that is biased for few samples is taken for that
-number of samples: the bias is part of the metric, and cancels in differences.
+has a standard error and Student's t distribution; where the value lies between 0 and 1, as the mean of the proportions
+of several trainings, that of its logit, so that limits stay there, too. The error is the root of the sum of squared
+*deviations*: of each sample from the mean, linearised for ratios; for a metric of a set, such as a distance of
+histograms, of its values without each of some groups of samples (jackknife). Deviations of two models on the same noise
+are subtracted one by one, and those of several trainings averaged one by one. A metric that is biased for few samples
+is taken for that number of samples: the bias is part of the metric, and cancels in differences.
 
 The jackknife's error is on average not too small (Efron and Stein 1981). A bootstrap repeats samples, which changes
 distances of histograms and of covariances more than other samples would: for 64 sequences and 4,096 k-mers its error is
@@ -31,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from scmdm.domains.sample_values import SampleValues
 
@@ -109,11 +110,18 @@ def estimate(value: float, trainings: Sequence[Draws]) -> Estimate:
     """A metric with its interval over samples: the mean over trainings, which are given, and over sampling seeds."""
     if not trainings:
         return Estimate(value)
-    if len(trainings) == 1 and all(draw.is_share for draw in trainings[0]):
+    shares = all(draw.is_share for draws in trainings for draw in draws)
+    if shares and (len(trainings) == 1 or value in (0, 1)):
+        # Trainings that are all 0 or all 1 count as one: they have the noise of their samples in common.
         shares_N = np.concatenate([draw.array for draw in trainings[0]])
         return proportion(int(shares_N.sum()), len(shares_N))
     found = student_interval(value, mean_deviations(trainings), len(trainings[0]))
-    return Estimate(value) if found is None else Estimate(value, found.low, found.high)
+    if found is None:
+        return Estimate(value)
+    if 0 < value < 1 and all(draw.is_fraction for draws in trainings for draw in draws):
+        low, high = special.expit(special.logit(value) + np.array([-1, 1]) * (found.high - value) / (value - value**2))
+        return Estimate(value, float(low), float(high))
+    return Estimate(value, found.low, found.high)
 
 
 def compare(difference: float, ours: Sequence[Draws], theirs: Sequence[Draws]) -> Comparison | None:

@@ -176,6 +176,27 @@ def test_intervals_of_wilson_cover_the_truth():
     assert 0.92 <= coverage(600, lambda rng: (0.1, proportion(rng.binomial(200, 0.1), 200))) <= 0.98
 
 
+@pytest.mark.parametrize("p", [0.985, 0.5])
+def test_intervals_of_the_mean_of_several_shares_cover_the_truth_and_stay_below_1(p):
+    def one(generator):
+        found = estimate_of_shares(correlated(generator, 120, p, p, 0.5))
+        assert 0 < found.low < found.value <= found.high <= 1
+        return p, found
+
+    assert 0.92 <= coverage(600, one) <= 0.99
+
+
+def estimate_of_shares(shares):
+    return estimate(float(np.mean(shares)), [[SampleValues.mean(share)] for share in shares])
+
+
+@pytest.mark.parametrize(("parts", "limits"), [([5.0] * 30 + [4.0], (0, 1)), ([9.0] * 30 + [4.0], (1, 2))])
+def test_only_a_part_of_a_whole_has_limits_between_0_and_1(parts, limits):
+    draw = SampleValues.ratio(parts, [5.0] * 31)
+    found = estimate(draw.value(), [[draw]])
+    assert limits[0] < found.low < found.high < limits[1]
+
+
 def texts(generator, n, mean):
     """Sums of log losses and numbers of tokens of n texts; all tokens of a text share part of their loss."""
     count = generator.integers(20, 60, n)
