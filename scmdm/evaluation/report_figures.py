@@ -38,15 +38,21 @@ class Panel:
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
     """Draw metrics against the number of denoiser evaluations; error bars are 95 % intervals over samples."""
     with plt.rc_context(STYLE):
-        columns = min(3, len(panels))
-        rows = -(-len(panels) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.7 * rows), squeeze=False)
-        for ax, panel in zip(axes.flat, panels, strict=False):
+        figure, axes = _plots(len(panels))
+        for ax, panel in zip(axes, panels, strict=True):
             _draw_panel(ax, panel)
-        for ax in list(axes.flat)[len(panels) :]:
-            ax.axis("off")
-        _legend_below(figure, axes.flat[0])
+        _legend_below(figure, axes[0])
         return save_figure(figure, path)
+
+
+def _plots(count: int) -> tuple[Figure, list[Axes]]:
+    """Make a figure of `count` plots, up to three in a row."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    return figure, list(axes.flat[:count])
 
 
 def _legend_below(figure: Figure, ax: Axes) -> None:
@@ -128,17 +134,13 @@ def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Sequence[str]], path
     """
     steps = sorted({t for by_steps in y.values.values() for t in by_steps})
     with plt.rc_context(STYLE):
-        columns = min(3, len(steps))
-        rows = -(-len(steps) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.9 * rows), squeeze=False)
-        for ax, t in zip(axes.flat, steps, strict=False):
+        figure, axes = _plots(len(steps))
+        for ax, t in zip(axes, steps, strict=True):
             for index, (model, arms) in enumerate(lines.items()):
                 sampled = [arm for arm in arms if t in y.values.get(arm, {})]
                 _draw_frontier(ax, x, y, sampled, t, label=model, **_style(index))
             ax.set(title=f"T = {t}", xlabel=x.title, ylabel=y.title)
-        for ax in list(axes.flat)[len(steps) :]:
-            ax.axis("off")
-        _legend_below(figure, axes.flat[0])
+        _legend_below(figure, axes[0])
         return save_figure(figure, path)
 
 
@@ -150,6 +152,25 @@ def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int
     ax.errorbar(
         at[0], at[1], xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style
     )
+
+
+def length_figure(panel: Panel, lines: Mapping[str, Mapping[int, str]], path: Path) -> Path:
+    """Draw a metric against the tokens of an adaptation, one plot per T; a line maps tokens to the arm of each point.
+
+    Error bars are 95 % intervals over samples.
+    """
+    steps = sorted({t for by_steps in panel.values.values() for t in by_steps})
+    with plt.rc_context(STYLE):
+        figure, axes = _plots(len(steps))
+        for ax, t in zip(axes, steps, strict=True):
+            for index, (name, arms) in enumerate(lines.items()):
+                found = {n: panel.values[arms[n]][t] for n in sorted(arms) if t in panel.values.get(arms[n], {})}
+                errors = np.reshape([_error(one.estimate, panel.scale) for one in found.values()], (-1, 2)).T
+                x, y = [n / 1e6 for n in found], [panel.scale * one.estimate.value for one in found.values()]
+                ax.errorbar(x, y, yerr=errors, label=name, capsize=3, ms=5, lw=1.6, **_style(index + 1))
+            ax.set(title=f"T = {t}", xlabel="tokens of the adaptation, millions", ylabel=panel.title)
+        _legend_below(figure, axes[0])
+        return save_figure(figure, path)
 
 
 def arms_figure(panels: Sequence[Panel], steps: int, path: Path) -> Path:

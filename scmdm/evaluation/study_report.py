@@ -16,6 +16,7 @@ from scmdm.domains.interface import Domain, Metric
 from scmdm.domains.plotting import COLOURS
 from scmdm.evaluation.comparison import (
     Json,
+    QualityByArm,
     QualityByMetric,
     TextTable,
     benchmark_table,
@@ -30,7 +31,14 @@ from scmdm.evaluation.comparison import (
 )
 from scmdm.evaluation.frontier import compare_at_equal_diversity, equal_diversity_table
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
-from scmdm.evaluation.report_figures import Panel, arms_figure, frontier_figure, loss_figure, quality_figure
+from scmdm.evaluation.report_figures import (
+    Panel,
+    arms_figure,
+    frontier_figure,
+    length_figure,
+    loss_figure,
+    quality_figure,
+)
 from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
@@ -76,13 +84,15 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     values = {metric.name: quality_by_arm(samples, labels, metric.name) for metric in domain.metrics}
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
     reference = reference_arm(arms, record.reference)
-    summary = _summarize(study, main_metric(domain, record.metric), shown, values, labels)
+    main = main_metric(domain, record.metric)
+    summary = _summarize(study, main, shown, values, labels)
     figures = out.parent
     parts = [
         bullets(summary.conclusions),
         paragraph(summary.protocol),
         heading("Results"),
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
+        *_length_picture(main, arms, values[main.name], figures / "length.png"),
         *_frontier_picture(shown, arms, values, figures / "frontier.png"),
         *([table(*summary.equal_diversity, group=True)] if summary.equal_diversity[1] else []),
         table(*summary.quality, group=True),
@@ -175,6 +185,25 @@ def _quality_pictures(
         compared = arms_figure(rows, _picture_steps(samples), figures / "arms.png")
         parts.append(picture(compared, f"All models; {_MARKS}; the dashed line is {reference}."))
     return parts
+
+
+def _length_picture(metric: Metric, arms: Sequence[Json], values: QualityByArm, path: Path) -> list[str]:
+    """Draw quality against tokens where adaptations differ in nothing but their rate and their tokens."""
+    base = next((arm for arm in arms if arm["name"] == "base"), None)
+    lines: dict[str, dict[int, str]] = {}
+    for arm in arms:
+        if arm is base or arm.get("samples_of") or arm.get("from_scratch") or not arm["cost"]:
+            continue
+        points = lines.setdefault(f"rate {arm['rate']:g}", {} if base is None else {0: base["label"]})
+        tokens = arm["cost"][0]["tokens"]
+        if tokens in points:
+            return []
+        points[tokens] = arm["label"]
+    if not any(len(set(points) - {0}) > 1 for points in lines.values()):
+        return []
+    panel = Panel(metric.title, values, metric.better, metric.scale)
+    caption = f"{metric.title} against the tokens of the adaptation, from the base on; {_MARKS.split(',')[0]}."
+    return [picture(length_figure(panel, lines, path), caption)]
 
 
 def _frontier_picture(

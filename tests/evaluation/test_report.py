@@ -17,7 +17,7 @@ from scmdm.domains.molecules.domain import MoleculesDomain
 from scmdm.domains.sample_values import SampleValues, write_values
 from scmdm.evaluation import report_figures
 from scmdm.evaluation.comparison import Quality, compare_arms, quality_by_arm
-from scmdm.evaluation.report_figures import quality_figure
+from scmdm.evaluation.report_figures import Panel, length_figure, quality_figure
 from scmdm.evaluation.result_table import print_result
 from scmdm.evaluation.significance import Estimate, Trainings, holm
 from scmdm.evaluation.study_record import open_study
@@ -219,8 +219,8 @@ def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
     wide = {"a": {8: quality(0.5, -0.4, 1.4), 16: quality(0.47, 0.2, 0.8, 0.45, 0.49)}}
     below = {"a": {8: quality(0.1, -1.0, 2.0), 16: quality(-3.0)}}
     panels = [
-        report_figures.Panel("valid", wide, "higher", 100, None, 1),
-        report_figures.Panel("other", below, "lower"),
+        Panel("valid", wide, "higher", 100, None, 1),
+        Panel("other", below, "lower"),
     ]
     quality_figure(panels, tmp_path / "figure.png")
     assert seen[0] == pytest.approx((-5.25, 105)) and seen[1][0] < -3 and seen[1][1] > 1
@@ -232,7 +232,7 @@ def test_the_legend_has_all_arms_and_fits_below_the_axes(tmp_path, monkeypatch, 
     seen = []
     monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: seen.append(figure))
     values = {f"arm with a long name {number}": {8: quality(0.5), 32: quality(0.6)} for number in range(arms)}
-    quality_figure([report_figures.Panel(title, values, "higher") for title in ("a", "b")], tmp_path / "figure.png")
+    quality_figure([Panel(title, values, "higher") for title in ("a", "b")], tmp_path / "figure.png")
     (figure,) = seen
     (legend,) = figure.legends
     extent, whole = legend.get_window_extent(), figure.bbox
@@ -261,6 +261,47 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     assert len(better) == 2 and all("better" in line and "difference -" in line for line in better)
     page = (study / "report.html").read_text()
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
+
+
+def test_quality_is_drawn_against_tokens_where_adaptations_differ_in_length(study, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "scmdm.evaluation.study_report.length_figure", lambda panel, lines, path: drawn.append(lines) or path
+    )
+    monkeypatch.setattr("scmdm.evaluation.study_report.picture", lambda path, caption: caption)
+
+    def train_longer(content, name, times):
+        source = next(arm for arm in content["arms"] if arm["name"] == "scmdm")
+        cost = [{**spent, "tokens": times * spent["tokens"]} for spent in source["cost"]]
+        content["arms"].append({**source, "name": name, "label": name, "cost": cost})
+        rows = [row for row in content["evaluations"] if row["arm"] == "scmdm"]
+        content["evaluations"] += [{**row, "arm": name} for row in rows]
+
+    study_report(study, study / "report.html")
+    assert not drawn
+    change_study(study, lambda content: train_longer(content, "longer", 3))
+    study_report(study, study / "report.html")
+    tokens = json.loads((study / "study.json").read_text())["arms"][2]["cost"][0]["tokens"]
+    assert drawn == [
+        {
+            "rate 0": {0: "base", tokens: ARMS["vanilla"][0]},
+            "rate 1": {0: "base", tokens: ARMS["scmdm"][0], 3 * tokens: "longer"},
+        }
+    ]
+    change_study(study, lambda content: train_longer(content, "another", 1))  # differs in something else
+    study_report(study, study / "report.html")
+    assert len(drawn) == 1
+
+
+def test_a_figure_of_lengths_has_a_point_for_each_arm_that_was_sampled(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("scmdm.evaluation.report_figures.save_figure", lambda figure, path: figures.append(figure))
+    values = {arm: {8: quality(0.4), 32: quality(0.6)} for arm in ("base", "short", "long")}
+    del values["long"][8]
+    lines = {"rate 1": {3_000_000: "long", 0: "base", 1_000_000: "short"}}
+    length_figure(Panel("valid", values, "higher", 100), lines, tmp_path / "length.png")
+    points = [ax.containers[0].lines[0].get_xydata().tolist() for ax in figures[0].axes]
+    assert points == [[[0, 40], [1, 40]], [[0, 60], [1, 60], [3, 60]]]
 
 
 def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study):
