@@ -54,8 +54,9 @@ class DataConfig:
     validation_split: str = key("validation", help="split to validate on")
     num_canonical_nodes: int | None = key(
         None,
-        help="parts of the data that machines read separately; fixes the sample order, and one number must divide the "
-        "other; null: 1, or for remote data a multiple of the machines at the first start, up to 64",
+        help="parts of the data that machines read separately, which fix the sample order; must divide the number of "
+        "machines or be a multiple of it; null: 1, or for remote data a multiple of the machines at the first start, "
+        "up to 64",
         at_least=1,
         at_most=65536,
     )

@@ -48,18 +48,18 @@ class SelfConditioningConfig:
     preset: str | None = key(
         None,
         choices=tuple(PRESETS),
-        help="published method, which sets the keys that define it and gives others another default; null: none",
+        help="published method: fixes the keys that define it and changes the defaults of some others; null: none",
     )
     rate: float = key(
         0.0,
-        help="probability that the second pass is conditioned: 0 vanilla, 0.5 partial, 1 SCMDM",
+        help="probability that a sample's loss pass is conditioned on its estimate; 0: vanilla, 0.5: partial, 1: SCMDM",
         at_least=0,
         at_most=1,
     )
     carried_from: str = key(
         "own",
-        help="whose evaluation makes what training conditions on: the model's own, or its frozen base's (adapters are "
-        "switched off; without adapters, a copy of the base's weights is kept). Sampling carries the model's own",
+        help="model whose prediction training conditions on; own: the trained model; base: its frozen base (LoRA "
+        "adapters switched off, else a copy of the base's weights). Sampling always carries the model's own prediction",
         choices=("own", "base"),
     )
     rollout_steps: int = key(

@@ -44,8 +44,8 @@ class ZeroShotConfig:
     )
     group: int | None = fields.key(
         None,
-        help="records whose blocks do not go on in the next group, and whose left-over tokens are dropped; MDLM's code "
-        "has groups of 1000 in one process; null: one group",
+        help="records per group; no block crosses groups, and tokens left over at the end of a group are dropped "
+        "(MDLM's code: groups of 1000 in one process); null: one group",
         at_least=1,
         at_most=2**40,
     )

@@ -59,8 +59,9 @@ class ModelConfig:
         "added",
         choices=("added", "interpolated"),
         on_adapt=OnAdapt.CONDITIONER,
-        help="how it enters: through the conditioner, added; or, at masked positions, interpolated with the embedding "
-        "of the mask, with a learned share that depends on the confidence of the prediction",
+        help="how the carried estimate or state enters; added: through the conditioner, added to the residual stream; "
+        "interpolated: at masked positions, mixed with the mask's embedding by a learned weight that depends on the "
+        "confidence of the prediction",
     )
     confidence: str = key(
         "entropy",

@@ -33,8 +33,9 @@ class SamplerConfig:
 
     kind: str = key(
         "ancestral",
-        help="order in which tokens are revealed; confidence, margin and entropy: most certain first; random: as many, "
-        "in random order",
+        help="how a step chooses the tokens to reveal; ancestral: each with the probability of the reverse process; "
+        "first_hitting: one per evaluation, at the exact times; confidence, margin, entropy: the most certain first; "
+        "random: the same number in random order",
         choices=("ancestral", "first_hitting", *ORDERS, "random"),
     )
     steps: int = key(
@@ -83,9 +84,9 @@ class SamplerConfig:
     )
     cache: str = key(
         "auto",
-        help="keys and values that are not computed again; blocks: of finished blocks, exact, for a model with "
-        "diffusion.block_length; prefix, dual: of what precedes the block, or of all but the block, from its first "
-        "step, an approximation for other models (Fast-dLLM); auto: blocks where possible",
+        help="key-value cache; blocks: of finished blocks, exact, for a model with diffusion.block_length; prefix, "
+        "dual: of the positions before the block, or of all outside it, approximate, for other models (Fast-dLLM); "
+        "auto: blocks where possible, else none",
         choices=("auto", "none", "blocks", "prefix", "dual"),
     )
     cache_check: int = key(

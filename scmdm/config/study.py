@@ -88,6 +88,8 @@ class StudyConfig:
         for name, arm in self.arms.items():
             self._validate_arm(name, arm)
         check_compile(self.compile, self.shards)
+        unset = self.sampler.steps == SamplerConfig().steps
+        require(unset, "sampler.steps", self.sampler.steps, "left out of a study; set steps=[...]")
         self.sampler.validate()
 
     def _validate_arm(self, name: str, arm: ArmConfig) -> None:

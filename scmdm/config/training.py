@@ -101,8 +101,8 @@ class TrainConfig:
     )
     loss_per: str = key(
         "token",
-        help="mean of the loss: over the tokens that count; sample: over the means of the samples, so that long "
-        "answers count no more than short ones (LLaDA)",
+        help="how the loss is averaged; token: over all tokens that count; sample: within each sample, then over "
+        "samples, so that long answers weigh no more than short ones (LLaDA)",
         choices=("token", "sample"),
     )
     log_every: int = key(10, help="steps between log lines", at_least=1, at_most=2**31, on_resume=True)

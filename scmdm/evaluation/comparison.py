@@ -295,9 +295,9 @@ def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequ
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
         f"{_training_protocol(arms)} All arms are sampled with the same number of steps T and the "
         "same noise; without a carried estimate, steps that reveal nothing are not computed. "
-        "Intervals are 95 % over samples, with the trainings as given: they do not cover the randomness of training, "
-        "which the values of each training show. Metrics without an interval have none: it would cost too much, or "
-        "the samples' values were not kept. Differences are paired by noise. "
+        "Intervals are 95 % over samples, conditional on the trained models: they do not cover the randomness of "
+        "training, which the values of each training run show. Metrics without an interval have none: it would cost "
+        "too much, or the samples' values were not kept. Differences are paired by noise. "
         f"There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them together."
     )
 

@@ -119,6 +119,11 @@ def build_spec(config: RunConfig, manifest: Manifest, base: StoredModel | None) 
             f"{config.data.label} has samples of length {manifest.length}, but base={base.path} was trained at "
             f"length {base.spec.length}; prepare the data with that length, or set any_length=true"
         )
+    if base is not None and base.manifest.bos_policy == "given" and manifest.bos_policy == "loss":
+        raise UserError(
+            f"{config.data.label} has bos_policy=loss, but base={base.path} has never seen [BOS] masked; "
+            "prepare the data with bos_policy=given"
+        )
     _check_labels(config, manifest, base)
     _check_padding(config, manifest)
     if config.model.logit_shift and config.fsdp.context > 1:  # an adaptation has it from its base

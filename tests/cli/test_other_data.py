@@ -43,3 +43,9 @@ def test_another_tokenizer_is_refused(base, tmp_path, empty_yaml, capsys):
     assert prepare_qm9(tmp_path / "selfies", "tokenizer.name=selfies") == 0
     assert adapt(empty_yaml, base, tmp_path / "selfies", tmp_path / "run") != 0
     assert "prepare the data with the base's tokenizer" in capsys.readouterr().err
+
+
+def test_a_model_that_has_never_seen_bos_masked_is_not_adapted_to_data_that_mask_it(base, tmp_path, empty_yaml, capsys):
+    assert prepare_qm9(tmp_path / "masked", "bos_policy=loss") == 0
+    assert adapt(empty_yaml, base, tmp_path / "masked", tmp_path / "run") != 0
+    assert "bos_policy=given" in capsys.readouterr().err and not (tmp_path / "run").exists()
