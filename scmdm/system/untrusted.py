@@ -175,6 +175,7 @@ def check_bounds(content: Any) -> None:
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -234,9 +235,10 @@ def _merged_pairs(value: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
 
 
 def _decimal(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
-    """Build a number. YAML 1.1 reads `1:30` as 90, which nobody means."""
-    if ":" in node.value:
-        problem = f"{node.value} is a number of base 60 in YAML; put text in quotes"
+    """Build a number. YAML 1.1 reads `1:30` as 90 and `010` as 8, which nobody means."""
+    base = 60 if ":" in node.value else 8 if _OCTAL.fullmatch(node.value) else None
+    if base is not None:
+        problem = f"{node.value} is a number of base {base} in YAML; leave out leading zeros, or put text in quotes"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     build = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
     return build(node)

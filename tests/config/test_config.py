@@ -93,6 +93,44 @@ def test_a_file_of_the_user_is_interpolated(tmp_path, monkeypatch):
     assert load_config(SampleConfig, tmp_path / "x.yaml").prompt == "from the environment"
 
 
+CONVERTED = [
+    (SampleConfig, "prompt: no", "prompt"),
+    (SampleConfig, "prompt: 1.50", "prompt"),
+    (SampleConfig, "prompt: 0x10", "prompt"),
+    (SampleConfig, "prompt: '???'", "prompt"),
+    (SampleConfig, "num: '???'", "num"),
+    (SampleConfig, "num: 010", "010"),
+    (SampleConfig, "chat: 7", "chat"),
+    (SampleConfig, "sampler: {label: off}", "sampler.label"),
+    (SampleConfig, "sampler: {end_tokens: [C, no]}", "sampler.end_tokens[1]"),
+    (SampleConfig, "sampler: {end_tokens: [[C]]}", "sampler.end_tokens"),
+    (SampleConfig, "sampler: {end_tokens: C}", "sampler.end_tokens"),
+    (RunConfig, "data: {streams: {a: {path: 2024}}}", "data.streams.a.path"),
+    (StudyConfig, "arms: {a: {label: 1, overrides: []}}", "arms.a.label"),
+]
+
+
+@pytest.mark.parametrize(("schema", "content", "key"), CONVERTED)
+def test_a_value_that_would_be_converted_without_a_word_is_refused(tmp_path, schema, content, key):
+    (tmp_path / "x.yaml").write_text(content + "\n")
+    with pytest.raises(UserError) as refused:
+        load_config(schema, tmp_path / "x.yaml")
+    assert key in str(refused.value) and "x.yaml" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["chat=7", "num=010", "sampler.end_tokens=[[MASK]]", "sampler.end_tokens=C"])
+def test_an_override_that_would_be_converted_is_refused(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_config(SampleConfig, None, [override])
+
+
+def test_quoted_text_is_taken_as_it_stands(tmp_path):
+    (tmp_path / "x.yaml").write_text("prompt: 'no'\nchat: yes\nsampler: {label: '010', end_tokens: ['1.50', 'off']}\n")
+    found = load_config(SampleConfig, tmp_path / "x.yaml")
+    assert (found.prompt, found.chat, found.sampler.label) == ("no", True, "010")
+    assert found.sampler.end_tokens == ["1.50", "off"]
+
+
 def test_elements_of_a_list_of_texts_and_values_of_a_mapping():
     found = load_config(StudyConfig, None, [*STUDY, "overrides=[1e5, NO, 'a b', '${x}']", "metrics.scorer=1e5"])
     assert found.overrides == ["1e5", "NO", "a b", "${x}"] and found.metrics == {"scorer": "1e5"}
