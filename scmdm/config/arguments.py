@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,8 @@ class _Parser(argparse.ArgumentParser):
         return f"{text}\nkeys, in the YAML file or as key=value:\n{describe_keys(self.command.load_schema())}\n"
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: ") and re.search(r" [^-\s][^\s=]*=", message):
+            message += "; give key=value before the options that begin with --"
         self.exit(2, f"scmdm: error: {printable(message)}; see `{self.prog} --help`\n")
 
 

@@ -126,6 +126,8 @@ class EvaluateConfig:
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work."""
         require_distinct("seeds", self.seeds)
+        anything = bool(self.num or self.nelbo_samples or self.texts)
+        require(anything, "num", self.num, "above 0 with nelbo_samples=0 and no texts: nothing would be measured")
         self.zero_shot_texts()
         resolve_weights_dtype(self.weights_dtype, self.precision)
         check_compile(self.compile, self.shards)

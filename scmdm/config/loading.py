@@ -412,6 +412,8 @@ def _wanted_instead(hint: Any, value: Any, name: str, literal: bool) -> str | No
     """Return what is allowed instead of a scalar; None if it is of the type that `hint` names, or is refused later."""
     if value == "???" and not literal:
         return "a value; leave the key out to keep its default"
+    if not literal and isinstance(value, str) and "${" in value:
+        return None  # what it stands for is not known yet
     if get_origin(hint) in (list, tuple) and value is not None:
         return f"a list, as in {name}=[{shorten(value)}]"
     kinds = get_args(hint) or (hint,)

@@ -68,7 +68,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
     keys = metrics_config(name, config.metrics)
     config = replace(config, metrics=asdict(keys))  # with their types; on the command line numbers are text
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
-    require_writable(out)
+    require_writable(out, ".json")
     is_main, kind = joined_world()[0] == 0, load_domain(name)
     settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
     domain = kind(root, manifest, keys, settings) if is_main or issubclass(kind, ScoringDomain) else None

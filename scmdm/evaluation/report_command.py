@@ -19,7 +19,7 @@ def write_report(directory: Path, *, out: Path | None) -> None:
     if run is None and not is_study:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
     out = out or (run or directory) / "report.html"
-    require_writable(out)
+    require_writable(out, ".html")
     if is_study:
         print_summary(study_report(directory, out))
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from scmdm.errors import UserError
 from scmdm.system.hashing import hash_range
+from scmdm.system.run_directory import RESERVED_FILES
 
 
 def fsync_path(path: Path) -> None:
@@ -54,8 +55,18 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         ) from error
 
 
-def require_writable(path: Path) -> None:
-    """Create the parent directory of an output file. Raises UserError unless files can be created in it."""
+def require_writable(path: Path, suffix: str = "") -> None:
+    """Create the parent directory of an output file.
+
+    Raises UserError unless files can be created there, and if `path` is a directory, has a reserved name, or has not
+    the suffix that is given.
+    """
+    if path.is_dir() or path.name in RESERVED_FILES or not path.name.endswith(suffix):
+        found = "a directory" if path.is_dir() else f"named {path.name}"
+        raise UserError(
+            f"out={path} is {found}, which is not possible; give a file{suffix and f' *{suffix}'} whose name is not one "
+            f"of {', '.join(sorted(RESERVED_FILES))}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scmdm.errors import UserError
+
 CONFIG_FILE = "config.yaml"  # the resolved configuration of the last start
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
@@ -16,6 +18,20 @@ STACKS = "stacks"  # stack traces that the watchdog or a crash left
 PROFILE = "profile"
 LAUNCH = "launch"
 LEASE = ".lease"
+_RUN_FILES = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STARTS_FILE})
+# Files by which commands recognise models, data sets and studies.
+_OTHER_FILES = frozenset(
+    {"checkpoint.json", "config.json", "generation_config.json", "index.json", "manifest.json", "model.json"}
+    | {"remote.json", "scorer.json", "state.json", "study.json", "tokenizer.json", "tokenizer_config.json"}
+)
+RESERVED_FILES = _RUN_FILES | _OTHER_FILES  # no report and no samples may replace them
+
+
+def require_place_of_run(directory: Path) -> None:
+    """Raise UserError if a directory holds a model, a data set or a study, in which no run belongs."""
+    for name in sorted(_OTHER_FILES):
+        if (directory / name).exists():
+            raise UserError(f"run_dir={directory} already holds {name}, which is not of a run; give another directory")
 
 
 def run_of(path: Path) -> Path | None:

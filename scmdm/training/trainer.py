@@ -35,7 +35,7 @@ from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
 from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stacks
 from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
-from scmdm.system.run_directory import STACKS
+from scmdm.system.run_directory import STACKS, require_place_of_run
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.exchange import Upcoming, exchange
 from scmdm.training.metrics_logger import MetricsLogger
@@ -83,6 +83,7 @@ def _run(
     dtype: torch.dtype,
 ) -> Path:
     directory = Path(config.run_dir)
+    require_place_of_run(directory)
     data = open_data(config.data)
     data.require_splits(config.data.train_split, config.data.validation_split)
     how = Verification("sizes" if config.verify == "sizes" else "descriptions", together=True)

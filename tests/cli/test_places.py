@@ -120,3 +120,43 @@ def test_a_link_to_itself_is_refused(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "loop")]) == 1
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1 and str(tmp_path / "loop") in captured
+
+
+OWN_FILES = [
+    (["report", "--out", "config.yaml"], "config.yaml"),
+    (["report", "--out", "report.pdf"], ".html"),
+    (["evaluate", *EVALUATE, "out=environment.json"], "environment.json"),
+    (["evaluate", *EVALUATE, "out=numbers.txt"], ".json"),
+    (["sample", "num=1", "sampler.steps=2", "out=metrics.jsonl"], "metrics.jsonl"),
+    (["sample", "num=1", "sampler.steps=2", "out=folder.jsonl"], "folder.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), OWN_FILES, ids=[named for _, named in OWN_FILES])
+def test_no_output_replaces_a_file_of_a_run(run, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(run)
+    (run / "folder.jsonl").mkdir()
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert main([arguments[0], ".", *arguments[1:]]) == 1
+    assert named in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_does_not_begin_in_a_data_set(tree, empty_yaml, monkeypatch, capsys):
+    monkeypatch.chdir(tree)
+    before = sorted((tree / "qm9").rglob("*"))
+    assert main(["train", str(empty_yaml), "run_dir=qm9", "data.path=qm9", "train.steps=2", *TINY]) == 1
+    assert "manifest.json" in capsys.readouterr().err
+    assert [path for path in sorted((tree / "qm9").rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
+
+
+def test_keys_behind_an_option_are_named_with_their_place(run, capsys, tmp_path):
+    (tmp_path / "x.yaml").write_text("num: 1\n")
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--config", str(tmp_path / "x.yaml"), "sampler.steps=2"])
+    assert "before the options" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_nothing_is_refused(run, capsys):
+    assert main(["evaluate", str(run), "num=0", "nelbo_samples=0"]) == 1
+    assert "nelbo_samples=0" in capsys.readouterr().err and not (run / "evaluations").exists()
