@@ -64,7 +64,7 @@ def require_writable(path: Path, suffix: str = "") -> None:
     if path.is_dir() or path.name in RESERVED_FILES or not path.name.endswith(suffix):
         found = "a directory" if path.is_dir() else f"named {path.name}"
         raise UserError(
-            f"out={path} is {found}, which is not possible; give a file{suffix and f' *{suffix}'} whose name is not one "
+            f"out={path} is {found}, which is not possible; give a file{suffix and f' *{suffix}'}, whose name is none "
             f"of {', '.join(sorted(RESERVED_FILES))}"
         )
     try:
