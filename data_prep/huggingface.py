@@ -39,6 +39,13 @@ class HuggingFaceSourceConfig(DocumentsConfig):
     config: str | None = key(None, formerly=("hf_config",), help="name of the data set's configuration")
     split: str = key("train", formerly=("hf_split",), help="split to read; split_by=names reads all splits")
 
+    def validate(self) -> None:
+        super().validate()
+        if self.splits_by_name and self.split != "train":
+            raise UserError(
+                f"source.split={self.split} has no effect with source.split_by=names; leave one of them out"
+            )
+
 
 class HuggingFaceSource(DocumentSource):
     """Texts of one split of a data set, or of all its splits under their own names (`split_by=names`)."""
@@ -95,7 +102,7 @@ class HuggingFaceSource(DocumentSource):
 
     def _rows(self, rows: Any, start: int, end: int) -> list[dict[str, Any] | None]:
         """Decode the wanted columns of a range of rows; None for a row that cannot be decoded."""
-        names = self.keys.names
+        names = self.keys.wanted(rows.column_names)
         try:
             with reading(self.path, "data set"):
                 columns = rows[start:end]
@@ -143,6 +150,11 @@ def _load_all(path: str, config: str | None, split: str | None = None) -> dict[s
     """Load the data sets of a folder or a name, at least that of `split`."""
     datasets = optional("datasets", "source.name=huggingface", "huggingface")
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
+    if saved and config is not None:
+        raise UserError(
+            f"source.config={config} has no effect with source.path={path}, a folder that save_to_disk wrote; leave it "
+            "out"
+        )
     try:
         if saved:
             loaded = datasets.load_from_disk(path)

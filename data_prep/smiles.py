@@ -72,10 +72,17 @@ class SmilesSource(NamedFiles, Source):
         return find_files(self.path, ("smi", *_TABLES), by_name=("text",), remedy=_REMEDY)
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Group small files, and divide large ones into lines. Raises UserError for a table without the column."""
-        for path in self.files().values():
-            if _is_table(path):
-                self._header(TextFile(path))
+        """Group small files, and divide large ones into lines. Raises UserError for a table without the column, and
+        for another column without a table.
+        """
+        tables = [path for path in self.files().values() if _is_table(path)]
+        if not tables and self.column != SmilesSourceConfig.column:
+            raise UserError(
+                f"source.column={self.column} has no effect with source.path={self.path}, where no file is a table; "
+                "leave it out"
+            )
+        for path in tables:
+            self._header(TextFile(path))
         return super().parts(part_bytes)
 
     def _cut(self, files: dict[str, Path], split: str | None, part_bytes: int) -> list[Part]:
@@ -111,9 +118,10 @@ class SmilesSource(NamedFiles, Source):
         """Read the header of a table. Raises UserError if it has the column not once."""
         header = read_header(file, [self.column])
         if header is not None and header.position(self.column) is None:
+            count = header.columns.count(self.column)
             raise UserError(
-                f"source.column={self.column} is not in the header of {file.path}, or twice; it must be one of "
-                f"{header.describe()}"
+                f"source.column={self.column} is {f'{count} times' if count else 'not'} in the header of {file.path}; "
+                f"it must be one of {header.describe()}{', named once' if count else ''}"
             )
         return header
 

@@ -90,6 +90,23 @@ class DocumentsConfig(NamedSplitsConfig):
         return None if self.response_key is None and self.messages_key is None else "prompts"
 
     def validate(self) -> None:
+        read = "messages_key" if self.messages_key is not None else "response_key" if self.response_key else "text_key"
+        without_effect = {
+            "text_key": self.text_key != "text" and read != "text_key",
+            "unit": self.unit == "lines" and self.framing is not None,
+            "chat_template": self.chat_template != "tokenizer" and read != "messages_key",
+        }
+        for name, is_without_effect in without_effect.items():
+            if is_without_effect:
+                raise UserError(
+                    f"source.{name}={getattr(self, name)} has no effect with source.{read}={getattr(self, read)}; "
+                    "leave it out"
+                )
+        if self.prompt_key is not None and self.prompt_key == self.response_key:
+            raise UserError(
+                f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
+                f"{self.response_key!r}; give two keys"
+            )
         if (self.prompt_key is None) != (self.response_key is None):
             raise UserError(
                 f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
@@ -121,6 +138,20 @@ class TextConfig(DocumentsConfig):
         None, help="format of the files, whatever their suffix; null: by the suffix", choices=tuple(FORMATS)
     )
 
+    def validate(self) -> None:
+        super().validate()
+        for name in ("pattern", "format", "messages_key", "response_key"):
+            if self.path is None and getattr(self, name) is not None:
+                raise UserError(
+                    f"source.{name}={getattr(self, name)} is not possible with source.path=null, the plays of "
+                    "Shakespeare; give source.path, or leave it out"
+                )
+        if self.format is not None and self.framing is not None and not FORMATS[self.format].has_rows:
+            raise UserError(
+                f"source.format={self.format} is not possible with {self.framing}, which are read from rows; it must "
+                f"be one of {', '.join(name for name, known in FORMATS.items() if known.has_rows)}"
+            )
+
     @property
     def unrecorded(self) -> frozenset[str]:  # type: ignore[override]
         """The path, and a format that was the only one of files with a pattern before there was the key."""
@@ -135,6 +166,7 @@ class DocumentSource(Source):
 
     def __init__(self, config: DocumentsConfig, length: int) -> None:
         self.keys, self._unit, self._has_empty = config.keys, config.unit, config.unit == "rows"
+        self._record_framing = config.framing
         self._detokenize = DETOKENIZERS[config.detokenize]
 
     def _records(self, documents: Iterable[Document], tally: Tally) -> Iterator[Record]:
@@ -147,6 +179,8 @@ class DocumentSource(Source):
             if not text.strip() and not self._has_empty:
                 tally.drop("empty", document.where)
                 continue
+            assert (document.messages is not None) == (self._record_framing == "chats"), document.where
+            assert (document.prompt is not None) == (self._record_framing == "prompts"), document.where
             if document.messages is not None:
                 tally.read()
                 yield Record(json.dumps(document.messages, ensure_ascii=False), is_chat=True)
@@ -169,6 +203,9 @@ class TextSource(NamedFiles, DocumentSource):
         super().__init__(config, length)
         self.pattern: str | None
         self._format, self._split_by = config.format, config.split_by
+        self._formats = [name for name, known in FORMATS.items() if known.has_rows or config.framing is None]
+        needed = "" if config.framing is None else f"{config.framing} need files with rows; "
+        self._remedy = f"{needed}set source.format for files of other names, as in source.format={self._formats[0]}"
         if config.path is None:
             self.path, self.pattern = shakespeare_folder(), _SHAKESPEARE_FILES
             self.name = "shakespeare"
@@ -178,16 +215,25 @@ class TextSource(NamedFiles, DocumentSource):
         self._is_packaged = config.path is None
 
     def _find(self) -> FoundFiles:
+        if self.pattern and self.path.is_file():
+            raise UserError(
+                f"source.pattern={self.pattern} has no effect with source.path={self.path}, which is a file; leave "
+                "it out"
+            )
         found = find_files(
             self.path,
-            [name for name in FORMATS if name not in ONLY_BY_NAME],
-            by_name=list(ONLY_BY_NAME),
+            [name for name in self._formats if name not in ONLY_BY_NAME],
+            by_name=[name for name in self._formats if name in ONLY_BY_NAME],
             accepts=self._accepts if self.pattern or self._format else None,
-            any_suffix=self._format is not None or not self.path.suffix,
-            remedy=f"no file is named like source.pattern={self.pattern}" if self.pattern else _OTHER_FILES,
+            any_suffix=self._format is not None or (not self.path.suffix and "text" in self._formats),
+            remedy=f"no file is named like source.pattern={self.pattern}" if self.pattern else self._remedy,
         )
-        for name in found.files:
-            self._format_of(name)
+        has_rows = [self._format_of(name).has_rows for name in found.files]
+        if self.keys.text != RowKeys.text and not any(has_rows):
+            raise UserError(
+                f"source.text_key={self.keys.text} has no effect with source.path={self.path}, where no file has rows; "
+                "leave it out"
+            )
         return found
 
     def _accepts(self, name: str) -> bool:
@@ -198,10 +244,9 @@ class TextSource(NamedFiles, DocumentSource):
         """Return the format of a file. Raises UserError for an unknown suffix; a file without one is plain text."""
         if self._format is not None:
             return FORMATS[self._format]
-        known = kind_of(name)
-        if not known.suffix:
+        if not kind_of(name).suffix and "text" in self._formats:
             return FORMATS["text"]
-        found = require_kind(self.path / name, list(FORMATS), _OTHER_FILES).format or ""
+        found = require_kind(self.path / name, self._formats, self._remedy).format or ""
         return FORMATS["text" if found == "wikitext" and self._has_empty else found]
 
     @property
@@ -232,9 +277,6 @@ class TextSource(NamedFiles, DocumentSource):
 
     def _is_one_document(self, known: Format) -> bool:
         return known.whole_text and self._unit == "documents"
-
-
-_OTHER_FILES = "set source.format for files of other names, such as source.format=text"
 
 
 def passages(document: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ A damaged file is read up to the damage, which is then reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,8 +25,14 @@ _TOO_LONG, _MALFORMED = "over-long document", "malformed JSON"
 _TITLE = re.compile(rb"\s*= [^=\n]+ =\s*")  # title of an article; headings of sections have more equals signs
 _CHATS = ("messages", "conversations")  # usual keys of chats
 _ROLES = ("system", "user", "assistant")
-# Keys of a message that would change what it says or whether it is learned.
-_MORE_THAN_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "weight", "refusal", "audio")
+# Keys of a message that change neither what it says nor whether it is learned: the name of the speaker, and records of
+# where a message comes from, as those of WildChat.
+_BOOKKEEPING = frozenset(
+    ("id", "name", "timestamp", "language", "country", "state", "hashed_ip", "header", "redacted", "toxic")
+) | {"turn_identifier"}
+_LEARNED = ("weight", "train")  # keys that say whether a message is learned, as 0 or 1
+_BESIDE_CHATS = ("tools", "functions")  # keys of a row that a chat template would write into the conversation
+_EMPTY = (None, "", [], {}, "[]")
 _KEYS_SHOWN = 10
 
 
@@ -57,6 +63,11 @@ class RowKeys:
             return (self.messages,)
         return (self.text,) if self.prompt is None else (self.prompt, self.text)
 
+    def wanted(self, columns: Sequence[str]) -> list[str]:
+        """Return the columns to read of a row: `names`, and those that would change the meaning of a chat."""
+        beside = _BESIDE_CHATS if self.messages is not None else ()
+        return [*self.names, *(name for name in beside if name in columns and name not in self.names)]
+
 
 @dataclass(frozen=True)
 class Format:
@@ -70,6 +81,7 @@ class Format:
     is_divisible: Callable[[Path], bool] | None
     cut: Callable[[str, Path, int], list[Slice]] = cut_bytes
     whole_text: bool = False  # the file is one document, and a slice some of its lines
+    has_rows: bool = True  # with keys or columns, which prompts and chats need
 
 
 def _read_text(path: Path, piece: Slice, _keys: RowKeys) -> Iterator[Document]:
@@ -212,9 +224,8 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
             found = "it is null" if key in row else missing_key(list(row), keys)
             return Document(f"{where}: {found}", None, f"no key {key}")
         if keys.messages is not None:
-            if keys.last_role is None:
-                return _of_chat(value, key, where)
-            return _of_whole_chat(value, key, keys.last_role, where)
+            beside = next((name for name in _BESIDE_CHATS if row.get(name) not in _EMPTY), None)
+            return Document(where, None, f"row with {beside}") if beside else _of_chat(value, keys, where)
         if not isinstance(value, str):
             return Document(f"{where}: {_kind(value)}", None, f"key {key} is not text")
         if problem := _text_problem(value):
@@ -222,24 +233,9 @@ def document_of_row(row: Any, keys: RowKeys, where: str) -> Document:
     return Document(where, row[keys.text], prompt=None if keys.prompt is None else row[keys.prompt])
 
 
-def _of_chat(messages: Any, key: str, where: str) -> Document:
-    """Make the document of a chat in OpenAI's form: the user's message is the prompt, the assistant's the text."""
-    turns = messages if isinstance(messages, list) else []
-    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
-    if roles != ["user", "assistant"]:
-        found = f"roles {roles!r}"[:100] if turns else _kind(messages)
-        return Document(f"{where}: {found}", None, f"key {key} is no chat of one user and one assistant message")
-    prompt, text = (turn.get("content") for turn in turns)
-    if not isinstance(prompt, str) or not isinstance(text, str):
-        found = ", ".join(_kind(turn.get("content")) for turn in turns)
-        return Document(f"{where}: {found}", None, f"key {key} has content that is not text")
-    if problem := _text_problem(prompt) or _text_problem(text):
-        return Document(where, None, problem)
-    return Document(where, text, prompt=prompt)
-
-
-def _of_whole_chat(found: Any, key: str, last_role: str, where: str) -> Document:
-    """Make the document of a chat of any number of messages, of which the last has a given role."""
+def _of_chat(found: Any, keys: RowKeys, where: str) -> Document:
+    """Make the document of a chat in OpenAI's form, for a chat template or as prompt and response."""
+    key = keys.messages
     if not isinstance(found, list) or not found:
         return Document(f"{where}: {_kind(found)}", None, f"key {key} is no chat")
     messages = []
@@ -250,24 +246,37 @@ def _of_whole_chat(found: Any, key: str, last_role: str, where: str) -> Document
         if problem := _text_problem(text):
             return Document(f"{where}, message {number}", None, problem)
         messages.append((message["role"], text))
-    if messages[-1][0] != last_role:
-        return Document(where, None, f"key {key} is a chat whose last message is not of the role {last_role}")
-    return Document(where, "".join(text for role, text in messages if role == last_role), messages=messages)
+    roles = [role for role, _ in messages]
+    if keys.last_role is None:
+        if roles != ["user", "assistant"]:
+            shown = f"{where}: roles {roles!r}"
+            return Document(shown, None, f"key {key} is no chat of one user and one assistant message")
+        return Document(where, messages[1][1], prompt=messages[0][1])
+    if roles[-1] != keys.last_role:
+        return Document(where, None, f"key {key} is a chat whose last message is not of the role {keys.last_role}")
+    return Document(where, "".join(text for role, text in messages if role == keys.last_role), messages=messages)
 
 
 def _content(message: Any) -> tuple[str | None, str]:
     """Return the text of a message of a chat; or None, and why there is none."""
     if not isinstance(message, dict):
         return None, "a message that is not an object"
-    if message.get("role") not in _ROLES:
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
         return None, f"a message of another role than {', '.join(_ROLES)}"
-    for name in _MORE_THAN_TEXT:
-        if message.get(name) not in (None, []):
-            return None, f"a message with {name}"
-    content = message.get("content")
+    known = {"role", "content", *(name for name in _LEARNED if message.get(name) == (role == "assistant"))}
+    if (unknown := _unknown_key(message, known | _BOOKKEEPING)) is not None:
+        return None, f"a message with {unknown}"
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if len(content) == 1 and (unknown := _unknown_key(content[0], {"type", "text"})) is not None:
+            return None, f"content with {unknown}"
         content = content[0].get("text") if len(content) == 1 else None
     return (content, "") if isinstance(content, str) else (None, "content that is not text")
+
+
+def _unknown_key(found: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """Return a key that is neither known nor empty, as it is shown; None if there is none."""
+    return next((repr(name[:40]) for name, value in found.items() if name not in known and value not in _EMPTY), None)
 
 
 def missing_key(names: Sequence[Any], keys: RowKeys) -> str:
@@ -276,6 +285,16 @@ def missing_key(names: Sequence[Any], keys: RowKeys) -> str:
     chat = next((name for name in _CHATS if name in names), None) if keys.offers_chats else None
     remedy = f"; read a chat with source.messages_key={chat}" if chat else ""
     return f"its keys are {shown or 'none'}{', ...' if len(names) > _KEYS_SHOWN else ''}{remedy}"
+
+
+def _column_problem(columns: Sequence[str], keys: RowKeys, where: str) -> Document | None:
+    """Return a document without text unless each of the keys is the name of one column."""
+    for key in keys.names:
+        if key not in columns:
+            return Document(f"{where}: {missing_key(columns, keys)}", None, f"no key {key}")
+        if (count := columns.count(key)) > 1:
+            return Document(f"{where}: {count} columns have this name", None, f"key {key} more than once")
+    return None
 
 
 def _kind(value: Any) -> str:
@@ -310,12 +329,11 @@ def _read_table(table_format: str, path: Path, piece: Slice, keys: RowKeys) -> I
         if piece.start == 0:
             yield from _problem(file) if file.problem else [Document(str(path), None, "no header")]
         return
-    positions = {name: at for name in keys.names if (at := header.position(name)) is not None}
-    missing = [name for name in keys.names if name not in positions]
-    if missing:
+    if (problem := _column_problem(header.columns, keys, str(path))) is not None:
         if piece.start == 0:
-            yield Document(f"{path}: {missing_key(header.columns, keys)}", None, f"no key {missing[0]}")
+            yield problem
         return
+    positions = {name: header.columns.index(name) for name in keys.names}
     for row in read_rows(file, header, piece):
         if row.problem:
             yield Document(file.where(row.at), None, row.problem)
@@ -332,14 +350,13 @@ def _read_parquet(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]
     try:
         with reading(path, "parquet file"), parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            missing = [key for key in keys.names if columns.count(key) != 1]
-            if missing:
-                yield Document(f"{path}: {missing_key(columns, keys)}", None, f"no key {missing[0]}")
+            if (problem := _column_problem(columns, keys, str(path))) is not None:
+                yield problem
                 return
             end = file.num_row_groups if piece.end is None else piece.end
             for group in range(piece.start, end):
                 row = 0
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys.names)):
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=keys.wanted(columns)):
                     for found in _rows(batch, path):
                         where = f"{path}, row {row} of row group {group}"
                         yield (
@@ -389,10 +406,10 @@ def _is_divisible(path: Path) -> bool:
 
 # By the values of `corpus_files.SUFFIXES`.
 FORMATS: Mapping[str, Format] = {
-    "text": Format(_read_text, _is_divisible, whole_text=True),
+    "text": Format(_read_text, _is_divisible, whole_text=True, has_rows=False),
     "jsonl": Format(_read_json_lines, _is_divisible),
     "parquet": Format(_read_parquet, lambda _: True, _cut_row_groups),
-    "wikitext": Format(_read_articles, _is_divisible),
+    "wikitext": Format(_read_articles, _is_divisible, has_rows=False),
     "json": Format(_read_json, _is_divisible),
     "csv": Format(partial(_read_table, "csv"), is_divisible_table),
     "tsv": Format(partial(_read_table, "tsv"), is_divisible_table),

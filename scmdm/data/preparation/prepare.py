@@ -38,14 +38,14 @@ from scmdm.data.preparation.fit_tokenizer import (
     total_counts,
 )
 from scmdm.data.preparation.records import PLACES, Part, cut_into_parts, join_parts
-from scmdm.data.preparation.scan import hash_files, scan
+from scmdm.data.preparation.scan import describe_groups, hash_files, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
 from scmdm.data.preparation.source import Source, make_source
-from scmdm.data.preparation.splits import splits_of
+from scmdm.data.preparation.splits import require_effective_fractions, splits_of
 from scmdm.data.preparation.task_queue import Task, Worker, read_result, run_tasks
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
-from scmdm.system.files import sha256_file
+from scmdm.system.files import require_writable, sha256_file
 from scmdm.system.terminal import Terminal
 
 # Keys that do not change the data set.
@@ -75,7 +75,7 @@ ShowProgress = Callable[[str], None]
 def prepare(config: PrepareConfig) -> Manifest:
     """Make the data set of a configuration unless `out` holds it, then upload it if so configured. Raises UserError."""
     console, started, root = Terminal(), time.monotonic(), Path(config.out)
-    check_place(root)
+    check_place(root, config.overwrite)
     before = root.stat().st_ino if root.exists() else None
     preparation = _Preparation.of(config)
     try:
@@ -124,7 +124,8 @@ def _run_workers(preparation: _Preparation, show: ShowProgress) -> dict[str, lis
     config = preparation.config
     if preparation.work.is_dir():
         show(f"continuing from {preparation.work}")
-    preparation.work.mkdir(parents=True, exist_ok=True)
+    require_writable(Path(config.out))
+    preparation.work.mkdir(exist_ok=True)
     machine, machines = config.machine
     processes = min(config.workers or len(os.sched_getaffinity(0)), len(preparation.parts))
     own, *others = (Worker(machine * processes + index, machines * processes) for index in range(processes))
@@ -180,6 +181,7 @@ class _Preparation:
     @staticmethod
     def of(config: PrepareConfig) -> _Preparation:
         source, out = make_source(config), Path(config.out)
+        require_effective_fractions(config, source)
         parts = source.parts(config.part_mb << 20)
         if config.limit is not None:
             parts = join_parts(parts)  # the first records are found only in sequence
@@ -273,6 +275,7 @@ class _Preparation:
             description,
             optional=_optional_splits(self.config, self.source.published),
             overwrite=overwrite,
+            why_empty=partial(describe_groups, scans),
         )
 
     def _remove_work(self) -> None:

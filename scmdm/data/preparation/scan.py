@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from scmdm.data.tokenizers import Content, Tokenizer, UnknownSymbol
 from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import reading
 
+_FEW_GROUPS = 100  # more seldom leave a split empty
 _SAMPLE_BYTES = 1 << 28  # of text that a tokenizer is trained on, which it may hold in memory
 
 
@@ -77,6 +78,20 @@ def scanned_records(directory: Path) -> Iterator[Record]:
     """Yield the records of a part that `scan` has written, in order."""
     with open(directory / "records.jsonl") as file:
         yield from map(_from_json, file)
+
+
+def describe_groups(scans: Sequence[Path]) -> str:
+    """Describe the groups of all records if they are too few for several splits, for a message; else return nothing."""
+    groups: set[str] = set()
+    for record in (record for scan in scans for record in scanned_records(scan)):
+        if record.group is None or len(groups) > _FEW_GROUPS:
+            return ""
+        groups.add(record.group)
+    shown = ", ".join(map(repr, sorted(groups)[:3])) + (", ..." if len(groups) > 3 else "")
+    return (
+        f": there are {len(groups)} groups, each of which is in one split ({shown}; of genomes: id of the sequence and "
+        "number of the block, so give each sequence its own id, or lower source.block_windows)"
+    )
 
 
 def place_of(source: Source, part: Part, record: Record) -> str:

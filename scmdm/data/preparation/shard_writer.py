@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from scmdm.data.manifest import (
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.preparation.task_queue import read_result
+from scmdm.data.shard_compression import UNFINISHED
 from scmdm.data.shard_index import (
     COLUMN,
     COMPRESSED_SUFFIX,
@@ -62,22 +64,41 @@ class Description:
     framing: str = "records"
 
 
-def check_place(root: Path) -> None:
-    """Raise UserError when `root` exists but is a cache or no data set; these are never replaced."""
+# Files of a data set by their paths in it, with those that stopped processes have left.
+_OWN_FILE = re.compile(
+    rf"{re.escape(MANIFEST_FILE)}|tokenizer\.\w+"
+    rf"|[^/]+/({re.escape(INDEX_FILE)}|shard\.\d+{re.escape(SHARD_SUFFIX)}({re.escape(COMPRESSED_SUFFIX)})?)"
+    rf"|[^/]+/{re.escape(UNFINISHED)}.*|(.*/)?\.[^/]+\.tmp"
+)
+
+
+def check_place(root: Path, overwrite: bool = False) -> None:
+    """Raise UserError when `root` exists but is a cache or no data set; these are never replaced.
+
+    With `overwrite`, also when it holds a file that is not of a data set, such as those of a run: all would be removed.
+    The names decide, not the manifest, which may be damaged.
+    """
     if not root.exists():
         return
     if not (root / MANIFEST_FILE).is_file():
         raise UserError(f"out={root} exists and is not a data set; choose another out, or remove it")
     if (remote := remote_of(root)) is not None:
         raise UserError(f"out={root} is a cache of {remote}; choose another out")
+    for path in sorted(root.rglob("*")) if overwrite else ():
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and not _OWN_FILE.fullmatch(path.relative_to(root).as_posix()):
+            raise UserError(
+                f"out={root} with overwrite=true would remove {path}, which is not of the data set; move it away or "
+                "choose another out"
+            )
 
 
 def is_up_to_date(root: Path, source: dict[str, Any], overwrite: bool) -> bool:
     """Return whether `root` already holds this data set, complete.
 
-    Raises UserError when a file is missing, when `root` is not a data set, or is another one and `overwrite` is false.
+    Raises UserError as `check_place`, when a file is missing, and for another data set if `overwrite` is false.
     """
-    check_place(root)
+    check_place(root, overwrite)
     if overwrite or not root.exists():
         return False
     if Manifest.read(root).source == source:
@@ -169,17 +190,21 @@ def join_pieces(
     *,
     optional: Collection[str] = (),
     overwrite: bool = False,
+    why_empty: Callable[[], str] = str,
 ) -> Manifest:
     """Join pieces that `write_piece` has written, in order, into the data set `root`.
 
     Files are linked, not moved; `root` is complete or absent. `optional` splits are left out when they are empty.
-    Raises UserError for another empty split, and for a piece that has changed since it was written.
+    Raises UserError for another empty split, with the reason that `why_empty` returns, and for a piece that has changed
+    since it was written.
     """
     found = [_read_piece(piece) for piece in pieces]
     splits = [split for split in splits if split not in optional or any(split in infos for infos in found)]
     for split in splits:
         if not any(split in infos for infos in found):
-            raise UserError(f"split {split} of {description.name} is empty; give more data or a larger fraction")
+            raise UserError(
+                f"split {split} of {description.name} is empty{why_empty()}; give more data or a larger fraction"
+            )
     with atomic_directory(root, replace=overwrite) as temporary:
         file = tokenizer.save(temporary)
         infos = {}

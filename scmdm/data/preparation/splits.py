@@ -14,6 +14,7 @@ import numpy as np
 from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.records import SPLITS, Part, Record
 from scmdm.data.preparation.source import Source
+from scmdm.errors import UserError
 
 
 def splits_of(config: PrepareConfig, source: Source) -> tuple[str, ...]:
@@ -21,6 +22,21 @@ def splits_of(config: PrepareConfig, source: Source) -> tuple[str, ...]:
     if by_position(config):
         return "train", "validation"
     return (*SPLITS, *(name for name in source.published if name not in SPLITS))
+
+
+def require_effective_fractions(config: PrepareConfig, source: Source) -> None:
+    """Raise UserError for a fraction other than 0 and its default that takes no record out of the training split."""
+    for split in ("validation", "test"):
+        name = f"{split}_fraction"
+        fraction, reason = getattr(config, name), ""
+        if config.held_out_last is not None:
+            reason = f"held_out_last={config.held_out_last}"
+        elif config.split_seed is not None and split == "test":
+            reason = f"split_seed={config.split_seed}, which makes no test split"
+        elif not by_position(config) and split in source.published:
+            reason = f"source.name={config.source.name}, since {source.name} has a {split} split of its own"
+        if reason and fraction not in (0, getattr(PrepareConfig, name)):
+            raise UserError(f"{name}={fraction} has no effect with {reason}; leave it out")
 
 
 def by_position(config: PrepareConfig) -> bool:

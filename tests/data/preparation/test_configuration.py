@@ -31,7 +31,7 @@ def test_a_data_set_of_the_flat_configuration_is_up_to_date(tmp_path, empty_yaml
     rows = [{"q": f"ask {number}", "a": f"answer {number}"} for number in range(65)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = ["source.name=text", f"source.path={corpus}", "source.prompt_key=q", "source.response_key=a"]
-    keys += ["source.split_by=names", "source.unit=lines", "tokenizer.name=bytes", "length=64", "workers=1"]
+    keys += ["source.split_by=names", "source.unit=documents", "tokenizer.name=bytes", "length=64", "workers=1"]
     keys += ["validation_fraction=0.2", "test_fraction=0.2", "part_mb=3"]
     assert main(["prepare", str(empty_yaml), *keys, f"out={out}"]) == 0
     source = Manifest.read(out).source
@@ -44,7 +44,7 @@ def test_a_data_set_of_the_flat_configuration_is_up_to_date(tmp_path, empty_yaml
             "text_key": "text",
             "prompt_key": "q",
             "response_key": "a",
-            "unit": "lines",
+            "unit": "documents",
             "tokenizer": "bytes",
             "vocab_size": 2048,
             "length": 64,
@@ -63,7 +63,7 @@ def test_a_data_set_of_the_flat_configuration_is_up_to_date(tmp_path, empty_yaml
     capsys.readouterr()
     assert main(["prepare", str(empty_yaml), *keys, f"out={out}"]) == 0
     assert "is up to date" in capsys.readouterr().out
-    assert main(["prepare", str(empty_yaml), *keys, f"out={out}", "source.unit=documents"]) == 1
+    assert main(["prepare", str(empty_yaml), *keys, f"out={out}", "source.unit=rows"]) == 1
 
 
 @pytest.mark.parametrize(

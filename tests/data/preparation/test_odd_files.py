@@ -235,7 +235,7 @@ def test_parquet_of_other_types(tmp_path):
         found, counts, _ = read(text(path))
         assert found == [] and counts[f"dropped: {reason}"] >= 1 and sum(counts.values()) == 2
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
-    assert read(text(path))[1] == {"dropped: no key text": 1}
+    assert read(text(path))[1] == {"dropped: key text more than once": 1}
 
 
 def test_every_flipped_byte_of_a_parquet_file_is_read_or_counted(tmp_path):

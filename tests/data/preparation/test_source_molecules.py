@@ -73,7 +73,7 @@ def test_parts_of_moses_hold_every_line_once_in_its_split(moses, part_bytes):
 
 def test_published_splits_stand_and_validation_comes_out_of_train(moses, tmp_path, empty_yaml):
     out = tmp_path / "data"
-    assert main(["prepare", str(empty_yaml), "source.name=moses", f"out={out}", *KEYS]) == 0
+    assert main(["prepare", str(empty_yaml), "source.name=moses", f"out={out}", *KEYS, "test_fraction=0.05"]) == 0
     manifest = Manifest.read(out)
     assert list(manifest.splits) == ["train", "validation", "test", "test_scaffolds"]
     texts = {split: decoded(out, split) for split in manifest.splits}
