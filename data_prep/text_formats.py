@@ -32,7 +32,7 @@ _BOOKKEEPING = frozenset(
 ) | {"turn_identifier"}
 _LEARNED = ("weight", "train")  # keys that say whether a message is learned, as 0 or 1
 _BESIDE_CHATS = ("tools", "functions")  # keys of a row that a chat template would write into the conversation
-_EMPTY = (None, "", [], {}, "[]")
+_EMPTY: Sequence[Any] = (None, "", [], {}, "[]")
 _KEYS_SHOWN = 10
 
 
