@@ -38,7 +38,7 @@ from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import Result, ResultParts, compute_divided
 from scmdm.sampling.generation import SampleSet, generate_divided
 from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, parts_beside
-from scmdm.system.files import atomic_write_text, json_text, require_writable
+from scmdm.system.files import atomic_write_text, json_text, require_output_file
 from scmdm.system.process_group import broadcast, joined_world
 from scmdm.system.run_directory import CONFIG_FILE, EVALUATIONS, run_of
 from scmdm.system.terminal import Terminal
@@ -68,7 +68,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
     keys = metrics_config(name, config.metrics)
     config = replace(config, metrics=asdict(keys))  # with their types; on the command line numbers are text
     out = Path(config.out) if config.out else _default_out(Path(path), loaded, config)
-    require_writable(out, ".json")
+    require_output_file(out, ".json")
     is_main, kind = joined_world()[0] == 0, load_domain(name)
     settings = EvaluationSettings(config.split, str(next(loaded.model.parameters()).device), exclusive=True)
     domain = kind(root, manifest, keys, settings) if is_main or issubclass(kind, ScoringDomain) else None

@@ -8,7 +8,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.run_report import run_report
 from scmdm.evaluation.study_record import STUDY_FILE
 from scmdm.evaluation.study_report import print_summary, study_report
-from scmdm.system.files import require_writable
+from scmdm.system.files import require_output_file
 from scmdm.system.run_directory import run_of
 from scmdm.system.terminal import say
 
@@ -19,7 +19,7 @@ def write_report(directory: Path, *, out: Path | None) -> None:
     if run is None and not is_study:
         raise UserError(f"{directory} is neither a run (metrics.jsonl) nor a study (study.json); give one of those")
     out = out or (run or directory) / "report.html"
-    require_writable(out, ".html")
+    require_output_file(out, ".html")
     if is_study:
         print_summary(study_report(directory, out))
     else:

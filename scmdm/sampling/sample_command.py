@@ -21,7 +21,7 @@ from scmdm.sampling.templates import (
     read_prompts,
     require_prompt,
 )
-from scmdm.system.files import require_writable
+from scmdm.system.files import require_output_file
 from scmdm.system.terminal import printable
 
 
@@ -53,7 +53,7 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples | None:
     Returns them on rank 0, None on the other ranks.
     """
     if config.out is not None:
-        require_writable(Path(config.out))
+        require_output_file(Path(config.out))
     prompts = _prompts(config)
     precision = resolve_weights_dtype(config.weights_dtype, config.precision)
     loaded = load_as_configured(path, config)

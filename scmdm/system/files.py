@@ -55,18 +55,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         ) from error
 
 
-def require_writable(path: Path, suffix: str = "") -> None:
-    """Create the parent directory of an output file.
-
-    Raises UserError unless files can be created there, and if `path` is a directory, has a reserved name, or has not
-    the suffix that is given.
-    """
-    if path.is_dir() or path.name in RESERVED_FILES or not path.name.endswith(suffix):
-        found = "a directory" if path.is_dir() else f"named {path.name}"
-        raise UserError(
-            f"out={path} is {found}, which is not possible; give a file{suffix and f' *{suffix}'}, whose name is none "
-            f"of {', '.join(sorted(RESERVED_FILES))}"
-        )
+def require_writable(path: Path) -> None:
+    """Create the parent directory of an output. Raises UserError unless files can be created in it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
@@ -75,6 +65,21 @@ def require_writable(path: Path, suffix: str = "") -> None:
         raise UserError(
             f"out={path} cannot be written ({error.strerror or error}); choose another place, or free space"
         ) from error
+
+
+def require_output_file(path: Path, suffix: str = "") -> None:
+    """Create the parent directory of an output file.
+
+    Raises UserError unless files can be created in it, and if `path` is a directory, has a reserved name, or has not
+    the suffix that is given.
+    """
+    if path.is_dir() or path.name in RESERVED_FILES or not path.name.endswith(suffix):
+        found = "a directory" if path.is_dir() else f"named {path.name}"
+        raise UserError(
+            f"out={path} is {found}, which is not possible; give a file{suffix and f' *{suffix}'}, whose name is none "
+            f"of {', '.join(sorted(RESERVED_FILES))}"
+        )
+    require_writable(path)
 
 
 def json_text(content: Any, indent: int | None = None) -> str:

@@ -26,7 +26,7 @@ from scmdm.domains.molecules.moses_metrics import TRAINING_SET, MosesReference, 
 from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics, describe
 from scmdm.errors import UserError
 from scmdm.observability.run_metrics import format_duration
-from scmdm.system.files import atomic_write_text, require_writable
+from scmdm.system.files import atomic_write_text, require_output_file
 from scmdm.system.terminal import Terminal
 from scmdm.system.untrusted import parse_as, parse_json_row, reading, require_regular
 from scmdm.system.worker_processes import core_count
@@ -38,7 +38,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.out is not None:
-        require_writable(Path(config.out))
+        require_output_file(Path(config.out))
     device = resolve_device(config.device).type
     compute = ComputeOptions(core_count(), device, progress=True)
     published = source in PUBLISHED_SPLITS
