@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,10 +11,12 @@ from omegaconf import MISSING
 
 from scmdm.config.common import LARGEST_SEED, check_compile, compile_key, shards_key, weights_dtype_key
 from scmdm.config.evaluation import MOVED_METRIC_KEYS, require_distinct
-from scmdm.config.fields import PathKind, key, require
+from scmdm.config.fields import PathKind, is_path, key, require
 from scmdm.config.loading import with_overrides
 from scmdm.config.sampling import SamplerConfig
 from scmdm.errors import UserError
+
+HELD_OUT = "held out"  # label of the held-out data in figures
 
 
 @dataclass
@@ -82,9 +85,12 @@ class StudyConfig:
         require(named, "arms", list(self.arms), "at least one arm, none of them named base")
         for name in ("steps", "adaptation_seeds", "sampling_seeds"):
             require_distinct(name, getattr(self, name))
-        for key_name, names in (("only", self.only), ("reference", [self.reference] if self.reference else [])):
-            for name in names:
-                require(name in self.arms, key_name, name, f"one of {', '.join(self.arms)}")
+        for name in self.only:
+            require(name in self.arms, "only", name, f"one of {', '.join(self.arms)}")
+        selected = self.selected().arms
+        check_arms([("base", "base"), *((name, arm.label) for name, arm in selected.items())])
+        compared = self.reference is None or self.reference in selected
+        require(compared, "reference", self.reference, f"one of {', '.join(selected)}, the arms of this study")
         for name, arm in self.arms.items():
             self._validate_arm(name, arm)
         check_compile(self.compile, self.shards)
@@ -119,3 +125,20 @@ class StudyConfig:
             return self
         wanted = {*self.only, *(self.arms[name].samples_of for name in self.only)}
         return dataclasses.replace(self, arms={name: arm for name, arm in self.arms.items() if name in wanted})
+
+
+def check_arms(arms: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError unless a report can tell arms apart, each given as (name, label).
+
+    Names are parts of file names; labels are the keys of tables and figures, which also show the held-out data.
+    """
+    names: set[str] = set()
+    labels = {HELD_OUT}
+    for name, label in arms:
+        plain = is_path(name) and "/" not in name and name not in (".", "..")
+        require(plain and name not in names, "arms", name, "a name that no other arm has, and a file name: without /")
+        shown = label.strip()
+        wanted = f"text that is not blank and not one of {', '.join(sorted(labels))}"
+        require(bool(shown) and shown not in labels, f"arms.{name}.label", label, wanted)
+        names.add(name)
+        labels.add(shown)

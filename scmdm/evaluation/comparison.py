@@ -31,9 +31,10 @@ QualityByMetric = Mapping[str, QualityByArm]
 
 
 def reference_arm(arms: Sequence[Json], name: str | None) -> Json:
-    """Return the arm to compare the others with: the one called `name`, or the first with the largest rate."""
-    named = next((arm for arm in arms if arm["name"] == name), None)
-    return named or max(arms, key=lambda arm: arm["rate"])
+    """Return the arm to compare the others with: the one called `name`; if None, the first with the largest rate."""
+    if name is None:
+        return max(arms, key=lambda arm: arm["rate"])
+    return next(arm for arm in arms if arm["name"] == name)
 
 
 def quality_by_arm(samples: Sequence[Json], labels: Mapping[str, str], metric: str) -> dict[str, dict[int, Quality]]:

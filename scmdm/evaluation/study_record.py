@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scmdm.config.fields import require
+from scmdm.config.study import check_arms
 from scmdm.domains.sample_values import read_values
 from scmdm.errors import UserError
 from scmdm.system.json_lines import JsonLines, read_json_lines
@@ -121,7 +123,12 @@ def open_study(directory: Path) -> OpenStudy:
     record = parse_as(StudyRecord, content, path, _REMEDY)
     if not record.arms:
         raise UserError(f"{path}: arms=[]: there is nothing to report; {_REMEDY}")
-    names = {arm.name for arm in record.arms}
+    names = [arm.name for arm in record.arms]
+    try:
+        check_arms((arm.name, arm.label) for arm in record.arms)
+        require(record.reference in (None, *names), "reference", record.reference, f"one of {', '.join(names)}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; change the study's configuration, and {_REMEDY}") from error
     samples, problems = [], []
     for number, row in enumerate(record.evaluations):
         if row.get("kind") == "nelbo":

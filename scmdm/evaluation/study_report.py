@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from scmdm.config.study import HELD_OUT
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.domains.domain_registry import load_domain, main_metric
 from scmdm.domains.interface import Domain, Metric
@@ -306,7 +307,7 @@ def _first_texts(row: Json, study: OpenStudy, title: str) -> list[str]:
 def _distribution_picture(study: OpenStudy, domain: type[Domain], path: Path) -> list[str]:
     """Draw distributions of all samples of each arm at one T, and of held-out data."""
     steps = _picture_steps(study.samples)
-    sets = {"held out": study.read_samples(study.record.held_out)}
+    sets = {HELD_OUT: study.read_samples(study.record.held_out)}
     for arm in study.arms:
         files = [r["samples_file"] for r in study.samples if r["arm"] == arm["name"] and r["steps"] == steps]
         if files:

@@ -511,6 +511,16 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
         ("sampler.steps=3", "set steps=[...]"),
         ("only=[scmd]", "only='scmd' is not possible; it must be one of vanilla, partial, scmdm"),
         ("reference=best", "reference='best' is not possible"),
+        ("reference=partial", "reference='partial' is not possible; it must be one of vanilla, scmdm"),
+        ("reference=", "reference='' is not possible"),
+        ("arms.scmdm.label=continued vanilla", "arms.scmdm.label='continued vanilla'"),
+        ("arms.scmdm.label=base", "arms.scmdm.label='base'"),
+        ("arms.scmdm.label=held out", "arms.scmdm.label='held out'"),
+        ("arms.scmdm.label= ", "arms.scmdm.label=' '"),
+        (["only=[]", "arms.x/y.label=x"], "arms='x/y'"),
+        (["only=[]", "arms={'../../x': {label: x}}"], "arms='../../x'"),
+        (["only=[]", "arms={'..': {label: x}}"], "arms='..'"),
+        (["only=[]", "arms={'': {label: x}}"], "arms=''"),
         ("nelbo_samples=0", "nelbo_samples=0 is not possible"),
         ("base=/nonexistent", "/nonexistent does not exist"),
         ("sampling_seeds=[0,0]", "sampling_seeds=[0, 0] is not possible"),
@@ -521,7 +531,8 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
 )
 def test_a_study_checks_all_its_runs_before_any_work(base, tmp_path, capsys, monkeypatch, key, message):
     monkeypatch.chdir(ROOT)
-    arguments = ["study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}", f"base={base}", key]
+    keys = [key] if isinstance(key, str) else key
+    arguments = ["study", "configs/qm9/quickstart.yaml", f"out={tmp_path / 'study'}", f"base={base}", *keys]
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
