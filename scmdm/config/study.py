@@ -46,10 +46,10 @@ class StudyConfig:
     out: str = key(MISSING, path=PathKind.OUTPUT, help="study directory")
     prepare: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm prepare`")
     base: str = key(
-        MISSING, path=PathKind.INPUT, help="model that the arms adapt; with from_scratch, the run directory to make"
+        MISSING, path=PathKind.INPUT, help="model that the arms adapt; not used with from_scratch, which makes its own"
     )
     base_config: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm train` that made the base")
-    from_scratch: bool = key(False, help="train the base first")
+    from_scratch: bool = key(False, help="train a base in OUT/base first, and adapt that instead of `base`")
     adapt_config: str = key(MISSING, path=PathKind.INPUT, help="YAML file of `scmdm adapt`, common to all arms")
     arms: dict[str, ArmConfig] = key(factory=dict, help="NAME: {label, overrides, ...} of each compared model")
     only: list[str] = key(factory=list, help="names of the arms to run; empty: all")
@@ -76,7 +76,9 @@ class StudyConfig:
         keys_of="scmdm.domains.domain_registry:DOMAINS",
     )
     overrides: list[str] = key(factory=list, help="key=value of every adaptation")
-    base_overrides: list[str] = key(factory=list, help="key=value of the base's training")
+    base_overrides: list[str] = key(
+        factory=list, help="key=value of every training by base_config: the base's, arms from scratch"
+    )
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self) -> None:
@@ -93,6 +95,9 @@ class StudyConfig:
         require(compared, "reference", self.reference, f"one of {', '.join(selected)}, the arms of this study")
         for name, arm in self.arms.items():
             self._validate_arm(name, arm)
+        by_base_config = self.from_scratch or any(arm.from_scratch for arm in self.arms.values())
+        unused = "left out: without from_scratch, of the study or of an arm, nothing is trained by base_config"
+        require(by_base_config or not self.base_overrides, "base_overrides", self.base_overrides, unused)
         check_compile(self.compile, self.shards)
         unset = self.sampler.steps == SamplerConfig().steps
         require(unset, "sampler.steps", self.sampler.steps, "left out of a study; set steps=[...]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from scmdm.system.untrusted import parse_json, read_bytes, reading
 
 logger = logging.getLogger("scmdm")
 _DESCRIPTIONS = Verification("descriptions")  # weights are hashed when they are used
-_STUDY_KEYS = ("run_dir", "data.path", "base", "seed")  # keys of a run that the study sets
 _EARLIER_METRIC_KEYS = ("fcd", "moses", "scorer", "mauve", "inception")  # of rows without `metrics_config`
 
 
@@ -103,26 +103,25 @@ class StudyPlan:
 
     def base_run(self) -> RunConfig:
         """Configuration of the training of the base."""
-        overrides = [f"run_dir={self.out / 'base'}", f"data.path={self.data}", *self.config.base_overrides]
-        return load_config(RunConfig, Path(self.config.base_config), overrides)
+        own = {"run_dir": str(self.out / "base"), "data.path": str(self.data)}
+        run = _load_run(self.config.base_config, own, self.config.base_overrides)
+        run.check_command("train")
+        return run
 
     def arm_run(self, arm: str, seed: int, base: str, ranks: int = 1) -> RunConfig:
         """Configuration of the training of an arm on `ranks` ranks. Raises UserError, which names the arm."""
         config, chosen = self.config, self.config.arms[arm]
-        own = [f"run_dir={self.out / f'{arm}-{seed}'}", f"data.path={self.data}", f"seed={seed}"]
+        own = {"run_dir": str(self.out / f"{arm}-{seed}"), "data.path": str(self.data), "seed": seed}
         try:
-            for override in [*config.overrides, *chosen.overrides]:
-                if (key := override.partition("=")[0]) in _STUDY_KEYS:
-                    raise UserError(f"{key} is set by the study; leave it out of overrides")
-            overrides = [*own, f"base={base}", *config.overrides, *chosen.overrides]
-            adaptation = load_config(RunConfig, Path(config.adapt_config), overrides)
+            overrides = [*config.overrides, *chosen.overrides]
+            adaptation = _load_run(config.adapt_config, own | {"base": base}, overrides)
             if not chosen.from_scratch:
                 adaptation.check_command("adapt")
                 adaptation.check_ranks(ranks)
                 return adaptation
             steps = self._steps_from_scratch(adaptation, base)
-            overrides = [*own, *config.base_overrides, f"train.steps={steps}", *chosen.overrides]
-            run = load_config(RunConfig, Path(config.base_config), overrides)
+            overrides = [*config.base_overrides, f"train.steps={steps}", *chosen.overrides]
+            run = _load_run(config.base_config, own, overrides)
             run.check_command("train")
             run.check_ranks(ranks)
         except UserError as error:
@@ -170,6 +169,19 @@ class StudyPlan:
                 for seed in config.sampling_seeds
             ]
         return found
+
+
+def _load_run(file: str, own: Mapping[str, object], overrides: Sequence[str]) -> RunConfig:
+    """Load the configuration of a run. Raises UserError if an override changes `own`, the keys that the study sets."""
+    run = load_config(RunConfig, Path(file), [*(f"{key}={value}" for key, value in own.items()), *overrides])
+    loaded = {"run_dir": run.run_dir, "data.path": run.data.path, "base": run.base, "seed": run.seed}
+    for key, value in own.items():
+        if loaded[key] != value:  # an override may name a key or its section
+            raise UserError(
+                f"{key}={loaded[key]!r} is not possible: the study sets it to {value!r}; leave it out of overrides and "
+                "base_overrides"
+            )
+    return run
 
 
 def stored_row(path: Path) -> dict[str, Any] | None:

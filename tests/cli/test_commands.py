@@ -496,6 +496,9 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
     assert "shard.00000.mds has 100 bytes instead of" in error and "overwrite=true" in error
 
 
+SCRATCH = ["only=[x]", "arms.x={label: x, from_scratch: true}", "adaptation_seeds=[0,1]"]
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -503,6 +506,15 @@ def test_a_damaged_shard_stops_training_by_name(molecules, tmp_path, empty_yaml,
         ("adapt_config=nowhere.yaml", "nowhere.yaml"),
         ("arms.scmdm.overrides=[self_conditioning.rate=7]", "arms.scmdm: self_conditioning.rate=7.0 is not possible"),
         ("arms.scmdm.overrides=[seed=7]", "arms.scmdm: seed"),
+        ("arms.scmdm.overrides=['data={path: /elsewhere}']", "arms.scmdm: data.path='/elsewhere'"),
+        ("overrides=[base=/elsewhere]", "base='/elsewhere'"),
+        ("overrides=[run_dir=/elsewhere]", "run_dir='/elsewhere'"),
+        (["from_scratch=true", "base_overrides=[run_dir=/elsewhere]"], "run_dir='/elsewhere'"),
+        (["from_scratch=true", "base_overrides=['data={path: /elsewhere}']"], "data.path='/elsewhere'"),
+        (["from_scratch=true", "base_overrides=[base=/elsewhere]"], "base=/elsewhere"),
+        ([*SCRATCH, "base_overrides=[seed=5]"], "arms.x: seed=5"),
+        ([*SCRATCH, "base_overrides=[base=/elsewhere]"], "base=/elsewhere"),
+        ("base_overrides=[train.steps=3]", "base_overrides=['train.steps=3']"),
         ("arms.scmdm.overrides=[ema.reset=false,ema.warmup=false]", "arms.scmdm: ema.reset=False is not possible"),
         ("arms.scmdm.samples_of=nobody", "it must be one of base, vanilla, partial"),
         ("arms.scmdm.samples_of=vanilla", "leave overrides and from_scratch out"),

@@ -55,7 +55,6 @@ def write_study(tmp_path, molecules, base):
         "sampling_seeds": [0, 1],
         "num": 32,
         "nelbo_samples": 32,
-        "base_overrides": [*TINY, "train.steps=6"],
         "overrides": [*ADAPTED, "train.steps=30"],
     }
     path = tmp_path / "study.yaml"
@@ -127,7 +126,8 @@ def test_samples_are_not_drawn_again_for_other_metrics(undisturbed, tmp_path):
 @pytest.mark.long
 def test_from_scratch_trains_the_base_first(study):
     path, out = study
-    finish(path, "from_scratch=true", "overrides=" + json.dumps([*ADAPTED, "train.steps=4"]))
+    trained = {"base_overrides": [*TINY, "train.steps=6"], "overrides": [*ADAPTED, "train.steps=4"]}
+    finish(path, "from_scratch=true", *(f"{key}={json.dumps(value)}" for key, value in trained.items()))
     assert last_row(out / "base" / METRICS_FILE, "train")["step"] == 6
     assert len(measured(out)) == 3 * 5 + 4
 
@@ -141,6 +141,7 @@ def test_arms_from_scratch_and_arms_that_only_sample(study):
     overrides = [*TINY, "self_conditioning.rate=1", "model.inject_at=masked"]
     content["arms"]["scratch"] = {"label": "from scratch", "from_scratch": True, "overrides": overrides}
     content |= {"steps": [2], "reference": "scmdm", "overrides": [*ADAPTED, "train.steps=4"]}
+    content["base_overrides"] = [*TINY, "train.steps=6"]
     path.write_text(yaml.safe_dump(content))
     finish(path, "only=[float32,scratch]")
     assert not (out / "vanilla-0").exists() and not (out / "float32-0").exists()

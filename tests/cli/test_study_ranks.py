@@ -143,7 +143,7 @@ def test_a_killed_study_of_two_ranks_goes_on(alone, study, tmp_path):
     ids=["plan", "shards", "training"],
 )
 def test_a_mistake_ends_all_ranks_with_one_line(study, ranks, keys, named):
-    status, output = launch(ranks, "study", study, *keys, timeout=600)
+    status, output = launch(ranks, "study", study, "base_overrides=[]", *keys, timeout=600)
     errors = [line for line in output.splitlines() if line.startswith("scmdm: error:")]
     assert status == 1 and len(errors) == 1 and named in errors[0], output
     assert "Traceback" not in output
@@ -156,7 +156,7 @@ def test_an_engine_is_built_again_in_the_same_processes(study, tmp_path):
     content = yaml.safe_load(study.read_text())
     overrides = ["self_conditioning.rate=1", "engine=deepspeed", "deepspeed.stage=3"]
     content["arms"] = {"zero": {"label": "ZeRO", "overrides": overrides}, **content["arms"]}
-    content["adaptation_seeds"] = [0, 1]
+    content |= {"adaptation_seeds": [0, 1], "base_overrides": []}
     study.write_text(yaml.safe_dump(content))
     run(2, study)
     found = rows(tmp_path / "study")
