@@ -46,7 +46,8 @@ class ImportConfig:
     )
     framing: str = key(
         "concatenate",
-        help="framing of the data that the model was trained on; chats: in the form of the tokenizer's chat template",
+        help="framing of the data that the model was trained on; chats: in the form of the tokenizer's chat template, "
+        "which it must have",
         choices=("concatenate", "records", "packed", "prompts", "chats"),
     )
     bos_policy: str | None = key(
@@ -80,7 +81,8 @@ class ImportConfig:
     )
     ignore: list[str] = key(
         factory=list,
-        help="fields of the model's configuration to take no notice of, dotted; unknown fields are refused otherwise",
+        help="fields of the model's configuration to take no notice of, dotted, as if they were absent; unknown fields "
+        "are refused otherwise",
     )
 
 

@@ -128,7 +128,7 @@ def _architecture(family: Family, source: PublishedFiles) -> DecoderConfig:
     config = PublishedConfig(source)
     config.expect("model_type", *family.model_types)
     prefix = re.escape(family.published_name("blocks.0.norm1.weight").partition("0")[0])
-    config.expect(family.layers, layers := count_blocks(source, prefix + r"(\d{1,6})\."))
+    config.match_weights(family.layers, layers := count_blocks(source, prefix + r"(\d{1,6})\."), "blocks")
     config.expect("layer_types", ["full_attention"] * layers)
     for name, value in family.expected.items():
         given = name in source.config and (value is None or source.config[name] is not None)

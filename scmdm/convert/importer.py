@@ -23,13 +23,13 @@ from scmdm.config.model import DENOISERS
 from scmdm.convert.layout import EMBEDDING, HEAD, HEAD_BIAS, PublishedLayout, find_layout
 from scmdm.convert.other_networks import refuse_other_networks
 from scmdm.convert.published_blocks import read_block_length
-from scmdm.convert.published_config import matrix_shape
+from scmdm.convert.published_config import PublishedConfig, matrix_shape
 from scmdm.convert.published_files import PublishedFiles, open_source
 from scmdm.convert.regrouped_tensors import regrouped
 from scmdm.convert.upcycling import upcycled_model, upcycled_weights
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
-from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer
+from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer, token_ids
 from scmdm.errors import UserError
 from scmdm.models.model_files import (
     LONGEST,
@@ -86,6 +86,7 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
         raise UserError(f"{out} exists; import into a new directory, or remove it first")
     if (path / MODEL_FILE).is_file():
         raise UserError(f"{path} is a model of scmdm already ({MODEL_FILE}); give it to the other commands as it is")
+    _refuse_without_effect(path, config)
     source = open_source(path, config.weights)
     refuse_other_networks(source)
     layout = find_layout(source, config.format)
@@ -114,10 +115,25 @@ def import_model(path: Path, out: Path, config: ImportConfig, *, shard_bytes: in
     return Imported(layout.name, spec, parameters, plan.notes)
 
 
+def _refuse_without_effect(path: Path, config: ImportConfig) -> None:
+    """Raise UserError for keys that have no effect on this source, or without another key."""
+    default = ImportConfig()
+    if config.weights != default.weights and (path.is_dir() or path.suffix == Path(SINGLE_FILE).suffix):
+        raise UserError(
+            f"weights={config.weights} is not possible for {path}; only a Lightning checkpoint holds averages beside "
+            "the raw weights, leave it out"
+        )
+    if config.experts is None and config.experts_per_token != default.experts_per_token:
+        raise UserError(
+            f"experts_per_token={config.experts_per_token} has no effect without experts; give experts=NUMBER, too, "
+            "or leave it out"
+        )
+
+
 def _plan_restore(exported: Path, config: ImportConfig) -> _ImportPlan:
     """Plan the import of a directory that `scmdm export` wrote. Raises UserError for keys without effect."""
     default = ImportConfig()
-    allowed = ("format", "weights", "experts", "experts_per_token")
+    allowed = ("format", "experts", "experts_per_token")
     for name in (field.name for field in dataclasses.fields(config) if field.name not in allowed):
         if getattr(config, name) != getattr(default, name):
             raise UserError(
@@ -133,12 +149,15 @@ def _plan_restore(exported: Path, config: ImportConfig) -> _ImportPlan:
 def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportConfig, scratch: Path) -> _ImportPlan:
     """Plan the import of another project's model; saves its tokenizer in `scratch`."""
     with reading(source.path, f"model of the layout {layout.name}", "download it again"):
-        source = _with_overrides(source, layout, config)
+        given, source = source, _with_overrides(source, layout, config)
         model, diffusion = layout.architecture(source), layout.diffusion(source)
         diffusion = dataclasses.replace(diffusion, block_length=read_block_length(source, layout, config))
         rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
+    notes += [f"{name}={shorten(_field(given.config, name))} is ignored, as if absent" for name in config.ignore]
+    if config.framing == "chats":
+        _check_chats(tokenizer)
     if layout.names_mask(source):
         _check_trained_mask(source, config, tokenizer, rows)
     if "logit_shift" in _keys_of(layout):
@@ -235,7 +254,7 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
     """Return a tokenizer with an id per row of the embedding, or one more for the mask, and notes."""
     directory = source.path if source.path.is_dir() else source.path.parent
     given = Path(config.tokenizer) if config.tokenizer is not None else directory
-    begin, ends = _published_ids(source)
+    begin, ends = _published_ids(source, rows)
     if config.bos_id is not None and config.bos_id >= rows:
         raise UserError(f"bos_id={config.bos_id} is not possible; the model's embedding has {rows} rows")
     ids = ModelIds(rows, config.mask_id, config.bos_id, begin, ends, _id(source, "mask_token_id"))
@@ -250,6 +269,14 @@ def _tokenizer(source: PublishedFiles, config: ImportConfig, rows: int) -> tuple
         f"mask {_named(tokenizer, tokenizer.mask_id)} of {tokenizer.vocab_size}",
         f"a sample begins with {_named(tokenizer, tokenizer.bos_id)} and ends with {ends_named}",
     ]
+
+
+def _check_chats(tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the tokenizer has a chat template that scmdm supports."""
+    try:
+        _ = tokenizer.chat
+    except UserError as error:
+        raise UserError(f"framing=chats is not possible: {error}; or give another framing") from error
 
 
 def _named(tokenizer: Tokenizer, id_: int) -> str:
@@ -280,11 +307,19 @@ def _id(source: PublishedFiles, name: str) -> int | None:
     return value
 
 
-def _published_ids(source: PublishedFiles) -> tuple[int | None, tuple[int, ...]]:
-    """Return the ids of the token that begins a text and of those that end one, as far as they are ids."""
-    begin, ends = (source.config.get(f"{role}_token_id") for role in ("bos", "eos"))
-    ends = ends if isinstance(ends, list) else [ends]
-    return begin if type(begin) is int else None, tuple(id_ for id_ in ends if type(id_) is int and id_ >= 0)
+def _published_ids(source: PublishedFiles, rows: int) -> tuple[int | None, tuple[int, ...]]:
+    """Return the ids of the token that begins a text, if there is one, and of those that end one. Raises UserError."""
+    begins = _ids_in(source, "bos_token_id", rows, several=False)
+    return next(iter(begins), None), _ids_in(source, "eos_token_id", rows, several=True)
+
+
+def _ids_in(source: PublishedFiles, name: str, rows: int, *, several: bool) -> tuple[int, ...]:
+    value = source.config.get(name)
+    try:
+        return token_ids(value if several else [value], rows)
+    except ValueError as error:
+        reason = f"{error}; correct it, or give ignore=[{name}] to take what the tokenizer says"
+        raise PublishedConfig(source).refusal(name, value, reason) from error
 
 
 def _check_shapes(source: PublishedFiles, names: dict[str, str], plan: _ImportPlan) -> int:

@@ -123,6 +123,13 @@ class PublishedConfig:
             names = ", ".join(map(repr, possible))
             raise self.refusal(key, value, f"scmdm implements only {names}")
 
+    def match_weights(self, key: str, found: int, of_what: str) -> None:
+        """Refuse a size that is not the one found in the weights; an absent key or null states none."""
+        value = self.get(key)
+        if value is not None and not _same(value, found):
+            reason = f"the weights have {found} {of_what}; the files are of two models, download them again"
+            raise self.refusal(key, value, reason)
+
     def refuse_unknown(self, harmless: Mapping[str, Allowed]) -> None:
         """Refuse fields that were not read, unless `harmless` lists them with their value. Null is an absent field."""
         for key, value in self._content.items():
@@ -166,12 +173,7 @@ def check_rows(config: PublishedConfig, rows: int, *names: str) -> None:
     The last of the fields `names` that is there states it; the original code makes the embedding of that size.
     """
     for name in [name for name in names if config.has(name)][-1:]:
-        if config.integer(name) != rows:
-            raise config.refusal(
-                name,
-                config.get(name),
-                f"the embedding has {rows} rows; the files are of two models, download them again",
-            )
+        config.match_weights(name, rows, "rows of the embedding")
 
 
 def matrix_shape(source: PublishedFiles, name: str) -> torch.Size:

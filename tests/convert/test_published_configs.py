@@ -194,6 +194,11 @@ def test_rotary_angles_are_those_of_transformers(tmp_path, capsys, scaling, base
     assert read_spec(tmp_path / "second").model == read_spec(tmp_path / "ours").model
 
 
+def small(ids):
+    """Ids of a published vocabulary, inside of the small one."""
+    return [id_ % len(WORDS) for id_ in ids] if isinstance(ids, list) else ids % len(WORDS)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_come_in(tmp_path, capsys, name):
     fields = PUBLISHED[name]
@@ -201,6 +206,7 @@ def test_published_configurations_come_in(tmp_path, capsys, name):
     source = write_theirs(tmp_path / "there", kind)
     sizes = json.loads((source / "config.json").read_text())
     kept = {key: sizes[key] for key in SIZES if key in sizes} | {"max_position_embeddings": LENGTH}
+    kept |= {name: small(fields[name]) for name in ("bos_token_id", "eos_token_id") if name in fields}
     (source / "config.json").write_text(json.dumps(fields | kept))
     mask = ["mask_id=3"] if name.startswith("a2d") else []  # which their tokenizers name
     code, said = run(source, tmp_path / "out", capsys, *mask)
@@ -274,6 +280,19 @@ REFUSED = [
     ("num_attention_heads", "4"),
     ("tie_word_embeddings", "yes"),
     ("rope_theta", 0),
+    ("num_hidden_layers", 1),
+    ("logit_shift", "yes"),
+    ("logit_shift", 1),
+    ("is_causal", "no"),
+    ("bos_token_id", len(WORDS)),
+    ("bos_token_id", "<s>"),
+    ("bos_token_id", [0, 1]),
+    ("eos_token_id", len(WORDS)),
+    ("eos_token_id", [0, len(WORDS)]),
+    ("eos_token_id", "</s>"),
+    ("eos_token_id", [0, "</s>"]),
+    ("eos_token_id", True),
+    ("eos_token_id", -2),
     ("rope_scaling", "linear"),
     ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0}),
     ("rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 24]}),
@@ -317,6 +336,32 @@ def test_a_field_is_ignored_on_request_alone(tmp_path, capsys):
     code, said = run(source, tmp_path / "out", capsys, "ignore=[another]")
     assert code == 1 and "another" in said
     assert run(source, tmp_path / "out", capsys, "ignore=[a_note]")[0] == 0
+
+
+def test_ignored_fields_are_printed(tmp_path, capsys):
+    source = write_theirs(tmp_path / "there", rope_theta=500_000.0, eos_token_id=9999)
+    code, said = run(source, tmp_path / "out", capsys, "ignore=[rope_theta,eos_token_id]")
+    assert code == 0 and "rope_theta=500000.0" in said and "eos_token_id=9999" in said
+    assert read_spec(tmp_path / "out").model.rotary_base == 10_000.0
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(None, None), (..., ...), (-1, -1), (0, [0, None])])
+def test_a_model_without_ids_of_specials_comes_in(tmp_path, capsys, bos, eos):
+    """Null, absent, or -1 as in older files; padding is not read."""
+    source = write_theirs(tmp_path / "there", bos_token_id=bos, eos_token_id=eos, pad_token_id=-1)
+    assert run(source, tmp_path / "out", capsys)[0] == 0
+
+
+def test_a_number_of_blocks_is_compared_with_the_weights(tmp_path, capsys):
+    code, said = run(write_theirs(tmp_path / "there", num_hidden_layers=1), tmp_path / "out", capsys)
+    assert code == 1 and "num_hidden_layers=1" in said and "2 blocks" in said
+
+
+@pytest.mark.parametrize("key", ["experts_per_token=3", "weights=raw", "framing=chats"])
+def test_a_key_without_effect_is_refused(tmp_path, capsys, key):
+    source = write_theirs(tmp_path / "there")
+    code, said = run(source, tmp_path / "out", capsys, key)
+    assert code == 1 and key in said
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.convert.test_decoder_layouts import LLADA, write_published
 from tests.convert.test_published_configs import change, run, write_theirs
 
 TEMPLATE = "{% for m in messages %}<|endoftext|>{{ m['content'] }}{% endfor %}"
+NEW = len(WORDS)  # id of the first token that is added
 
 
 def write_settings(folder, template=None, **settings):
@@ -98,6 +99,82 @@ def test_odd_settings_end_in_one_line(tmp_path, capsys, settings, named):
     assert code == (0 if named is None else 1) and (named or "mask ") in said
 
 
+@pytest.mark.parametrize("kind", [None, "PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize(
+    ("stated", "honoured"),
+    [
+        ({"<|endoftext|>": 0, "<|mask|>": NEW}, True),
+        ({"<|endoftext|>": 0, "<|mask|>": NEW, "a": 1}, True),  # a token of the vocabulary, too
+        ({"<|endoftext|>": 0, "<|mask|>": NEW + 2}, False),
+        ({"<|endoftext|>": 0, "<|mask|>": NEW, "a": NEW + 1}, False),
+        ({"<|endoftext|>": 0, "<s>": NEW + 1, "<|mask|>": NEW}, False),
+    ],
+    ids=str,
+)
+def test_added_tokens_have_the_ids_that_the_file_states(tmp_path, capsys, kind, stated, honoured):
+    """The library numbers those behind a gap, or in another order, anew."""
+    source = write_mdlm(tmp_path / "there", mdlm_weights(rows=VOCAB + 2))
+    content = json.loads((source / "tokenizer.json").read_text())
+    token = content["added_tokens"][0]
+    content["added_tokens"] = [{**token, "content": name, "id": id_} for name, id_ in stated.items()]
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    if kind is not None:
+        write_settings(source, tokenizer_class=kind, eos_token="<|endoftext|>", mask_token="<|mask|>")
+    code, said = run(source, tmp_path / "out", capsys)
+    assert code == (0 if honoured else 1), said
+    if honoured:
+        assert read_spec(tmp_path / "out").mask_id == NEW
+    else:
+        assert "tokenizer.json" in said and any(f"{name!r} has the id {id_}" in said for name, id_ in stated.items())
+
+
+def test_added_tokens_have_the_ids_that_the_settings_state(tmp_path, capsys):
+    source = write_mdlm(tmp_path / "there", mdlm_weights(rows=VOCAB + 2))
+    for id_, expected in ((NEW + 2, 1), (NEW, 0)):
+        write_settings(
+            source,
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token="<|endoftext|>",
+            mask_token="<|mask|>",
+            added_tokens_decoder={"0": {"content": "<|endoftext|>"}, str(id_): {"content": "<|mask|>"}},
+        )
+        code, said = run(source, tmp_path / "out", capsys)
+        assert code == expected, said
+        assert code == 0 or ("tokenizer_config.json" in said and f"'<|mask|>' has the id {id_}" in said)
+    assert read_spec(tmp_path / "out").mask_id == NEW
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 9999], 9999, "</s>", [0, -2]], ids=str)
+def test_end_tokens_outside_of_the_vocabulary_are_refused(tmp_path, capsys, ends):
+    source = write_mdlm(tmp_path / "there")
+    for allowed in ([0, 5], -1, None):  # 5 is a token of text
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": allowed}))
+        assert run(source, tmp_path / f"out-{allowed}", capsys)[0] == 0
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    code, said = run(source, tmp_path / "no", capsys)
+    assert code == 1 and "generation_config.json" in said and "eos_token_id" in said
+    (source / "generation_config.json").write_text(json.dumps([ends]))
+    code, said = run(source, tmp_path / "no", capsys)
+    assert code == 1 and "generation_config.json" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (None, "default"),
+        ([{"name": "rag", "template": "x"}], "default"),
+        ("{% for m in messages %}", "malformed"),
+    ],
+    ids=str,
+)
+def test_chats_need_a_chat_template(tmp_path, capsys, template, named):
+    source = write_mdlm(tmp_path / "there")
+    write_settings(source, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>", chat_template=template)
+    code, said = run(source, tmp_path / "no", capsys, "framing=chats")
+    assert code == 1 and "framing=chats" in said and named in said
+    assert run(source, tmp_path / "out", capsys)[0] == 0
+
+
 def test_a_tokenizer_with_code_of_its_own(tmp_path, capsys):
     """As Dream's: without a tokenizer.json it needs its code, which is not run."""
     source = write_mdlm(tmp_path / "there")
@@ -117,7 +194,7 @@ def test_a_tokenizer_without_a_beginning_token(tmp_path, capsys):
     source = with_tokens(write_published_folder(tmp_path / "plain"), "<|im_end|>")
     write_settings(source, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>", bos_token=None)
     end = len(WORDS)
-    for number, (begins, expected) in enumerate([(0, 0), (5, end), (None, end), ("x", end)]):
+    for number, (begins, expected) in enumerate([(0, 0), (5, end), (None, end), (-1, end)]):
         model = write_published_llada(tmp_path / f"there{number}", source, bos_token_id=begins, eos_token_id=end)
         code, said = run(model, tmp_path / f"out{number}", capsys)
         name = {0: "<|endoftext|>", end: "<|im_end|>"}[expected]

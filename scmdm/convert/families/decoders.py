@@ -51,8 +51,9 @@ _llada_name = renamed(
 _HARMLESS: dict[str, Allowed] = {
     **TRANSFORMERS_FIELDS,
     **any_value("attention_dropout", "is_llama_config", "max_position_embeddings", "pretraining_tp"),
-    **any_value("is_causal", "logit_shift"),  # read by `decoder_family`
     "attention_bias": (False,),
+    "is_causal": (True, False),  # read by `decoder_family`, as `logit_shift`
+    "logit_shift": (True, False),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
@@ -124,7 +125,7 @@ SDAR = decoder_layout(
         "sdar",
         "SDARForCausalLM",
         ("sdar",),
-        harmless=_HARMLESS | _WINDOWED | any_value("fuse_cross_entropy"),
+        harmless=_HARMLESS | _WINDOWED | any_value("fuse_cross_entropy") | {"logit_shift": (False,)},
         written={"fuse_cross_entropy": False},  # the original code has no default
         shifted=False,
         block_field="block_size",

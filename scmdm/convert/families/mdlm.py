@@ -86,9 +86,9 @@ def _architecture(source: PublishedFiles) -> DiTConfig:
     condition_width = matrix_shape(source, f"{_PREFIX}sigma_map.mlp.2.weight")[0]
     of_run = bool(config.section("model")) or bool(config.section("algo"))
     network = PublishedConfig(source, config.section("model"), "model") if of_run else config
-    network.expect("hidden_size" if of_run else "hidden_dim", width)
-    network.expect("n_blocks", layers)
-    network.expect("cond_dim", condition_width)
+    network.match_weights("hidden_size" if of_run else "hidden_dim", width, "columns of the embedding")
+    network.match_weights("n_blocks", layers, "blocks")
+    network.match_weights("cond_dim", condition_width, "columns of the condition")
     table = source.tensors.shapes().get(_PREFIX + _FREQUENCIES)
     heads = network.integer("n_heads", width // (2 * table[0]) if table is not None and len(table) == 1 else None)
     if width % (2 * heads):

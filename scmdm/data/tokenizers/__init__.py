@@ -20,7 +20,12 @@ from scmdm.data.tokenizers.base import (
     text_ids,
 )
 from scmdm.data.tokenizers.byte_tokenizer import ByteTokenizer
-from scmdm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer, ModelIds, open_model_tokenizer
+from scmdm.data.tokenizers.huggingface_tokenizer import (
+    HuggingFaceTokenizer,
+    ModelIds,
+    open_model_tokenizer,
+    token_ids,
+)
 from scmdm.data.tokenizers.level_tokenizer import CodeTokenizer, LevelTokenizer
 from scmdm.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from scmdm.data.tokenizers.symbol_tokenizer import (

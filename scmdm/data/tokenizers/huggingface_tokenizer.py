@@ -16,11 +16,11 @@ from typing import Any, Self
 import tokenizers
 from omegaconf import MISSING
 
-from scmdm.config.fields import PathKind, key
+from scmdm.config.fields import PathKind, key, shorten
 from scmdm.config.preparation import TokenizerConfig
 from scmdm.data.tokenizers.base import Content, GridLayout, Tokenizer, UnknownSymbol, as_text, check_ids, text_ids
 from scmdm.data.tokenizers.chat_template import LARGEST_TEMPLATE, PROBE, ChatTemplate, UnusableChat
-from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors
+from scmdm.data.tokenizers.pipeline import PipelineEncoder, load_pipeline, panics_as_errors, require_stated_ids
 from scmdm.data.tokenizers.tokenizer_file import is_tokenizer_file, load_tokenizer, open_tokenizer_file
 from scmdm.data.tokenizers.transformers_folder import (
     MAP_FILE,
@@ -170,11 +170,12 @@ class HuggingFaceTokenizer(Tokenizer):
         elif (folder / PIPELINE_FILE).is_file() and path.is_dir():
             path = folder / PIPELINE_FILE  # `transformers` would need the model's configuration
         pipeline, roles = read_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
-        template, ends = _chat_template(folder), _end_ids(folder)
+        template = _chat_template(folder)
         with reading(f"{named}={path}", "tokenizer"):
             library = load_pipeline(pipeline)
             specials = _special_ids(library, roles or _conventional(library), padded, model)
             rows, others = (0, ()) if model is None else (model.rows, model.ends)
+            ends = _end_ids(folder, max(rows, _size(library)))
             added = library.get_added_tokens_decoder()  # some configurations name a token of text, by default
             ends = tuple(dict.fromkeys(id_ for id_ in (*ends, *others) if id_ in added and id_ != specials.eos))
             if specials.mask in ends:
@@ -192,7 +193,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def chat(self) -> ChatTemplate:
         """The chat template. Raises UserError when there is none, or one that is not supported."""
         if self._chat is None:
-            raise UserError("the tokenizer has no chat template; give a tokenizer whose folder has one")
+            raise UserError(
+                "the tokenizer has no chat template, or several of which none is named default; give a tokenizer whose "
+                "folder has one"
+            )
         if isinstance(self._chat, str):
             raise UserError(f"the chat template of the tokenizer is not supported: {self._chat}")
         return self._chat
@@ -298,18 +302,35 @@ def _chat_template(folder: Path) -> str | None:
     return found
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
+def token_ids(value: Any, rows: int) -> tuple[int, ...]:
+    """Return the ids in a field such as `eos_token_id`: several in a list, one, or none (null, or -1 in older files).
+
+    Raises ValueError for what is not the id of one of the `rows` tokens of the vocabulary.
+    """
+    found = value if isinstance(value, list) else [value]
+    ids = tuple(id_ for id_ in found if id_ is not None and id_ != -1)
+    for id_ in ids:
+        if type(id_) is not int or not 0 <= id_ < rows:
+            raise ValueError(f"{shorten(id_)} is no token id from 0 to {rows - 1}")
+    return ids
+
+
+def _end_ids(folder: Path, rows: int) -> tuple[int, ...]:
     """Read the ids of all end tokens from the model's settings of generation, if they are in the folder."""
     path = folder / _GENERATION_FILE
     if not path.is_file():
         return ()
     settings = read_json(path, "settings of generation")
     with reading(path, "settings of generation"):
-        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        ids = [] if found is None else found if isinstance(found, list) else [found]
-        if not all(type(id_) is int for id_ in ids):
-            raise ValueError(f"eos_token_id is {found!r:.60}, not one or several ids")
-    return tuple(ids)
+        if not isinstance(settings, dict):
+            raise ValueError("the file as a whole is not a JSON object")
+    try:
+        return token_ids(settings.get("eos_token_id"), rows)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: eos_token_id={shorten(settings['eos_token_id'])}: {error}; remove it, or give the tokenizer of "
+            "the same model"
+        ) from error
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
@@ -376,5 +397,5 @@ def _from_file(path: Path, named: str) -> dict[str, Any]:
     with reading(f"{named}={path}", "tokenizer.json", "give another file"):
         if not isinstance(content, dict):
             raise ValueError("the file as a whole is not a JSON object")
-        load_pipeline(content)
+        require_stated_ids(content, load_pipeline(content), f"{named}={path}")
     return content

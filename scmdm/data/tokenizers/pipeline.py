@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from scmdm.data.tokenizers.base import UnknownSymbol
+from scmdm.errors import UserError
 from scmdm.system.untrusted import describe
 
 _STAND_IN = "\ufdd0unknown"  # begins with a code point that is reserved for use inside a program
@@ -47,6 +48,21 @@ def load_pipeline(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"the tokenizers library cannot load it: {describe(error)}") from error
     return found
+
+
+def require_stated_ids(content: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, where: str) -> None:
+    """Raise UserError unless added tokens have the ids that `content` states, the content of a `tokenizer.json`.
+
+    The library numbers added tokens in their order, without an error where the file has other ids, as behind a gap.
+    """
+    for token in content.get("added_tokens") or ():
+        name, stated = token["content"], token["id"]
+        found = tokenizer.token_to_id(name)
+        if name and found != stated:  # the library adds no token without a name
+            raise UserError(
+                f"{where}: the added token {name!r:.60} has the id {stated}, but the tokenizers library gives it "
+                f"{found}; correct its id, or add tokens to the file for the ids before it that have none"
+            )
 
 
 class PipelineEncoder:

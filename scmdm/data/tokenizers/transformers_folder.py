@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scmdm.data.tokenizers.pipeline import load_pipeline, panics_as_errors
+from scmdm.data.tokenizers.pipeline import load_pipeline, panics_as_errors, require_stated_ids
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
 from scmdm.system.untrusted import read_json, reading
@@ -41,7 +41,10 @@ def read_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]
             pipeline, roles = _plain(files[PIPELINE_FILE], {**names, **settings})
         else:
             pipeline, roles = _by_transformers(path)
-        load_pipeline(pipeline)
+        library = load_pipeline(pipeline)
+        added = [{**token, "id": int(id_)} for id_, token in (settings.get("added_tokens_decoder") or {}).items()]
+        require_stated_ids(files.get(PIPELINE_FILE, {}), library, f"{named}={path / PIPELINE_FILE}")
+        require_stated_ids({"added_tokens": added}, library, f"{named}={path / SETTINGS_FILE}")
         return pipeline, roles
 
 
