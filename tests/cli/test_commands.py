@@ -334,7 +334,7 @@ def test_evaluate_moses(base, molecules, published_moses, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["out=/proc/nope/x.jsonl"], "out=/proc/nope/x.jsonl cannot be written"),
+        (["out=/proc/nope/x.json"], "out=/proc/nope/x.json cannot be written"),
         (["domain=poems"], "domain='poems' is not possible; it must be one of molecules"),
         (["metrics.scorer=/tmp"], "unknown key `scorer` (='/tmp') in metrics of the domain molecules"),
         (["scorer=/tmp"], "write `metrics.scorer`"),

@@ -144,18 +144,23 @@ def test_added_tokens_have_the_ids_that_the_settings_state(tmp_path, capsys):
     assert read_spec(tmp_path / "out").mask_id == NEW
 
 
-@pytest.mark.parametrize("ends", [[0, 5, 9999], 9999, "</s>", [0, -2]], ids=str)
-def test_end_tokens_outside_of_the_vocabulary_are_refused(tmp_path, capsys, ends):
+def test_end_tokens_outside_of_the_vocabulary_are_left_out_with_a_warning(tmp_path, capsys, caplog):
+    """5 is a token of text; GPT-2's class names 50256 whatever the vocabulary."""
     source = write_mdlm(tmp_path / "there")
-    for allowed in ([0, 5], -1, None):  # 5 is a token of text
-        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": allowed}))
-        assert run(source, tmp_path / f"out-{allowed}", capsys)[0] == 0
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    code, said = run(source, tmp_path / "no", capsys)
-    assert code == 1 and "generation_config.json" in said and "eos_token_id" in said
-    (source / "generation_config.json").write_text(json.dumps([ends]))
-    code, said = run(source, tmp_path / "no", capsys)
-    assert code == 1 and "generation_config.json" in said
+    for ends, named in (([0, 5], ()), (-1, ()), (None, ()), ([0, 9999], ("9999",)), (50256, ("50256",))):
+        caplog.clear()
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert run(source, tmp_path / f"out-{ends}", capsys)[0] == 0
+        assert all(f"eos_token_id={id_}" in caplog.text for id_ in named) and bool(named) == ("eos" in caplog.text)
+
+
+@pytest.mark.parametrize("ends", ["</s>", [0, -2], [True], 1.0], ids=str)
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path, capsys, ends):
+    source = write_mdlm(tmp_path / "there")
+    for content in ({"eos_token_id": ends}, [ends]):
+        (source / "generation_config.json").write_text(json.dumps(content))
+        code, said = run(source, tmp_path / "no", capsys)
+        assert code == 1 and "generation_config.json" in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ GPT-2's tokenizer gets bos = eos = 50256 (`<|endoftext|>`) and mask = 50257, as 
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,6 +36,7 @@ from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_text
 from scmdm.system.untrusted import describe, parse_as, read_bytes, read_json, reading
 
+logger = logging.getLogger("scmdm")
 # Conventional names of specials, for tokenizers whose files do not assign roles.
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>"),
@@ -302,21 +305,24 @@ def _chat_template(folder: Path) -> str | None:
     return found
 
 
-def token_ids(value: Any, rows: int) -> tuple[int, ...]:
+def token_ids(value: Any, rows: int | None = None) -> tuple[int, ...]:
     """Return the ids in a field such as `eos_token_id`: several in a list, one, or none (null, or -1 in older files).
 
-    Raises ValueError for what is not the id of one of the `rows` tokens of the vocabulary.
+    Raises ValueError for what is no id, or not that of one of the `rows` tokens of the vocabulary.
     """
     found = value if isinstance(value, list) else [value]
     ids = tuple(id_ for id_ in found if id_ is not None and id_ != -1)
     for id_ in ids:
-        if type(id_) is not int or not 0 <= id_ < rows:
-            raise ValueError(f"{shorten(id_)} is no token id from 0 to {rows - 1}")
+        if type(id_) is not int or not 0 <= id_ < (rows or math.inf):
+            raise ValueError(f"{shorten(id_)} is no token id{f' from 0 to {rows - 1}' if rows else ''}")
     return ids
 
 
 def _end_ids(folder: Path, rows: int) -> tuple[int, ...]:
-    """Read the ids of all end tokens from the model's settings of generation, if they are in the folder."""
+    """Read the ids of all end tokens from the model's settings of generation, if they are in the folder.
+
+    Ids beyond the vocabulary, such as the default of a class for another tokenizer, are left out with a warning.
+    """
     path = folder / _GENERATION_FILE
     if not path.is_file():
         return ()
@@ -325,12 +331,16 @@ def _end_ids(folder: Path, rows: int) -> tuple[int, ...]:
         if not isinstance(settings, dict):
             raise ValueError("the file as a whole is not a JSON object")
     try:
-        return token_ids(settings.get("eos_token_id"), rows)
+        found = token_ids(settings.get("eos_token_id"))
     except ValueError as error:
         raise UserError(
             f"{path}: eos_token_id={shorten(settings['eos_token_id'])}: {error}; remove it, or give the tokenizer of "
             "the same model"
         ) from error
+    for id_ in found:
+        if id_ >= rows:
+            logger.warning("%s: eos_token_id=%d is not among the %d tokens and is left out", path, id_, rows)
+    return tuple(id_ for id_ in found if id_ < rows)
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
