@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from scmdm.config.fields import Key, PathKind, is_path, replaced_keys, rules_of, shorten, validate_keys
 from scmdm.config.presets import Preset
 from scmdm.config.shipped import explain_missing, locate, open_input, shipped_names
+from scmdm.config.value_types import type_hints, values_of_other_types
 from scmdm.errors import UserError
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
@@ -27,7 +28,6 @@ Schema = TypeVar("Schema")
 _DECLARED = "_declared_schema"  # attribute of a class that `_with_sections` made
 _LONGEST_CHAIN = 32  # files that extend one another
 _MOST_TRIED = 500  # keys that are merged one by one to find the refused one
-_EXAMPLES: dict[Any, tuple[str, str]] = {str: ("a", "b"), int: ("1", "2"), float: ("0.1", "0.2")}
 # OmegaConf reads `${` as an interpolation, which no escape reliably prevents, and `???` as a value that is not set.
 # In literal text a noncharacter and a letter stand for them until OmegaConf is done.
 _MARK = "\ufdd0"
@@ -293,15 +293,10 @@ def _declaration(schema: Any, name: str) -> tuple[Any, Key | None]:
             fields = {field.name: field for field in dataclasses.fields(hint)}
             if part not in fields:
                 return None, None
-            hint, rules = _type_hints(cast(Any, hint))[part], rules_of(fields[part])
+            hint, rules = type_hints(cast(Any, hint))[part], rules_of(fields[part])
         elif hint is not Any:
             return None, None
     return hint, rules
-
-
-@functools.cache
-def _type_hints(schema: type) -> dict[str, Any]:
-    return get_type_hints(schema)
 
 
 def _literal(value: Any) -> Any:
@@ -347,7 +342,7 @@ def _merge(config: DictConfig, content: dict[str, Any], where: str, *, literal: 
     schema = OmegaConf.get_type(config)
     _reject_replaced(schema, content, where)
     _reject_unknown(config, content, where, prefix="")
-    for name, value, wanted in _of_other_types(schema, content, "", literal):
+    for name, value, wanted in values_of_other_types(schema, content, "", literal):
         raise UserError(f"{name}={shorten(value)} {where} is not possible; it must be {wanted}")
     merged = _literal(content) if literal else content
     try:
@@ -385,44 +380,6 @@ def _values_of(names: Iterable[str], content: dict[str, Any]) -> Iterator[tuple[
             value = value[part]
         else:
             yield name, value
-
-
-def _of_other_types(hint: Any, value: Any, name: str, literal: bool) -> Iterator[tuple[str, Any, str]]:
-    """Yield the values that OmegaConf would convert to another type or leave out, each with what is allowed."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        for key, child in value.items():
-            child_hint = _type_hints(cast(Any, hint)).get(key, Any)
-            yield from _of_other_types(child_hint, child, f"{name}.{key}" if name else key, literal)
-    elif isinstance(value, dict):
-        child_hint = get_args(hint)[1] if get_origin(hint) is dict else Any
-        for key, child in value.items():
-            yield from _of_other_types(child_hint, child, f"{name}.{key}", literal)
-    elif isinstance(value, list):
-        child_hint = get_args(hint)[0] if get_origin(hint) in (list, tuple) else Any
-        for index, child in enumerate(value):
-            if child_hint in (str, int, float) and isinstance(child, list | dict):
-                yield name, value, f"a list of values, as in {name}=[{', '.join(_EXAMPLES[child_hint])}]"
-            else:
-                yield from _of_other_types(child_hint, child, f"{name}[{index}]", literal)
-    elif (wanted := _wanted_instead(hint, value, name, literal)) is not None:
-        yield name, value, wanted
-
-
-def _wanted_instead(hint: Any, value: Any, name: str, literal: bool) -> str | None:
-    """Return what is allowed instead of a scalar; None if it is of the type that `hint` names, or is refused later."""
-    if value == "???" and not literal:
-        return "a value; leave the key out to keep its default"
-    if not literal and isinstance(value, str) and "${" in value:
-        return None  # what it stands for is not known yet
-    if get_origin(hint) in (list, tuple) and value is not None:
-        return f"a list, as in {name}=[{shorten(value)}]"
-    kinds = get_args(hint) or (hint,)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if bool in kinds and (number or (isinstance(value, str) and value.isdecimal())):
-        return "true or false"
-    if str in kinds and isinstance(value, int | float):
-        return "text; put it in quotes, because YAML reads it as another type"
-    return None
 
 
 def _reject_unknown(config: DictConfig, content: dict[str, Any], where: str, prefix: str) -> None:
