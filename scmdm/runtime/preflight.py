@@ -28,6 +28,7 @@ from scmdm.data.mixture import DataMixture
 from scmdm.data.mosaic_streaming import bytes_to_int
 from scmdm.data.shard_files import disk_needs
 from scmdm.errors import UserError
+from scmdm.models.lora import is_trained
 from scmdm.models.model_files import ModelSpec, StoredModel
 from scmdm.models.network import count_parameters
 from scmdm.observability.environment import PACKAGES
@@ -265,8 +266,9 @@ def _device_name(device: torch.device) -> str:
 
 def _run_disks(config: RunConfig, spec: ModelSpec, directory: Path) -> Iterator[DiskSpace]:
     """Require space for the kept checkpoints and one more, which a save writes before it removes the oldest."""
-    copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA, all in float32
-    size = 4 * copies * count_parameters(spec.build())
+    model, copies = spec.build(), 2 + (config.ema.decay > 0)  # of what is trained: two moments, EMA
+    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if is_trained(name, config))
+    size = 4 * (count_parameters(model) + copies * trained)  # all in float32
     missing = config.train.keep_last + 1 - len(list_checkpoints(directory / CHECKPOINTS))
     remedy = "free space, lower train.keep_last, or choose another run_dir"
     yield from _disk("run_dir", directory, size, size * max(1, missing), remedy)

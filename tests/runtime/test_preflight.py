@@ -14,6 +14,7 @@ from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.data.mixture import open_data
 from scmdm.errors import UserError
+from scmdm.models.network import count_parameters
 from scmdm.runtime.preflight import (
     REMEDIES,
     DiskSpace,
@@ -114,6 +115,15 @@ def test_the_report_of_this_process(given_run):
     assert facts.same["key"]["train.steps"] == "3" and "run_dir" not in facts.same["key"]
     assert [disk.key for disk in facts.disks][:1] == ["run_dir"]
     assert facts.disks[0].needed > 16 * 1e6 * 0.9  # 1.4M parameters, four float32 of each
+
+
+def test_frozen_weights_need_space_for_themselves_alone(given_run):
+    """Without moments and averages; rank 4 adds a fiftieth."""
+    config, data, spec, *rest = given_run
+    model = replace(spec.model, self_conditioned=True, lora_rank=4)
+    spec = replace(spec, model=model)
+    needed = collect(replace(config, model=model), data, spec, *rest).disks[0].needed
+    assert 1 < needed / (4 * count_parameters(spec.build())) < 1.5
 
 
 def test_one_process_compares_nothing_and_leaves_no_file(given_run):
