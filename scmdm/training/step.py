@@ -88,8 +88,10 @@ def train_step(
             output = _objective(config, schedule, denoiser, batch)
         routing_loss = None if record is None else record.take_loss()
         with timer.part("backward"):
-            loss_sum = output.loss if routing_loss is None else output.loss + routing_loss
-            engine.backward(loss_sum / divisor, last=start + size >= len(sequences))
+            loss = output.loss / divisor
+            if routing_loss is not None:  # of positions, however the loss is averaged
+                loss = loss + routing_loss / tokens
+            engine.backward(loss, last=start + size >= len(sequences))
         total += output.loss.detach()
         passes = output.passes
     with timer.part("data"):

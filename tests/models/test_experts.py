@@ -333,19 +333,31 @@ def test_adapters_of_experts_begin_at_zero_and_merge(targets):
             assert torch.equal(adapted.hidden(state), base)
 
 
-def test_a_step_updates_the_bias_and_reports_the_load_of_the_global_batch():
-    run = RunConfig(model=config_of(router_loss=0.01, self_conditioned=True, **SIGMOID), seed=1)
-    run.train.micro_batch_size = 2
+def step_of(balance_loss=0.01, loss_per="token"):
+    """A step of a mixture; returns its result, the engine, and the weights before it."""
+    run = RunConfig(model=config_of(router_loss=balance_loss, self_conditioned=True, **SIGMOID), seed=1)
+    run.train.micro_batch_size, run.train.loss_per = 2, loss_per
     run.self_conditioning.rate = 1.0
     model = model_of(run.model)
-    attach_record(model, balance_loss=0.01, z_loss=0.0)
+    attach_record(model, balance_loss=balance_loss, z_loss=0.0)
     freeze(model, run)
     engine = SingleEngine(model, make_optimizer(model, run.optimizer), torch.device("cpu"), torch.float32)
     before = [p.clone() for p in model.blocks[1].experts.parameters()]
-    result = train_step(engine, run, LogLinear(), MASK, sequences(), 0)
+    return train_step(engine, run, LogLinear(), MASK, sequences(), 0), engine, before
+
+
+def test_a_step_updates_the_bias_and_reports_the_load_of_the_global_batch():
+    result, engine, before = step_of()
     assert result.expert_tokens.shape == (1, 8) and int(result.expert_tokens.sum()) == 4 * LENGTH * 2
-    bias = routers_of(model)[0].balance.expert_bias
+    bias = routers_of(engine.model)[0].balance.expert_bias
     mean = result.expert_tokens.double().mean()
     assert torch.equal(bias.sign().double(), (mean - result.expert_tokens[0]).sign())
     assert "blocks.1.experts.router.balance.expert_bias" in engine.frozen()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.blocks[1].experts.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, engine.model.blocks[1].experts.parameters(), strict=True))
+
+
+def test_the_loss_that_balances_does_not_depend_on_how_the_other_is_averaged():
+    """For samples with as many tokens each, `train.loss_per` changes nothing."""
+    (by_token, *_), (by_sample, *_) = (step_of(balance_loss=10.0, loss_per=what) for what in ("token", "sample"))
+    assert by_sample.loss == pytest.approx(by_token.loss, rel=1e-5)
+    assert by_sample.grad_norm == pytest.approx(by_token.grad_norm, rel=1e-4)
