@@ -48,14 +48,16 @@ class World:
 
 
 def current_world() -> World:
-    """Read the launcher's environment variables. Raises UserError if one of them is not a number."""
+    """Read the launcher's environment variables. Raises UserError unless they are those of one of several ranks."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
+    found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     try:
         rank, size, local_rank = map(int, values)
     except ValueError as error:
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise UserError(f"{found} are not all integers; start several processes with torchrun") from error
+    if not (0 <= rank < size and local_rank >= 0):
+        raise UserError(f"{found} is no rank of {size}; unset these variables, or start processes with torchrun")
     return World(rank, size, local_rank)
 
 
