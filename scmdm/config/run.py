@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,7 +15,14 @@ from scmdm.config.distributed import DeepspeedConfig, FsdpConfig
 from scmdm.config.fields import PathKind, key, require
 from scmdm.config.model import DENOISERS, ModelConfig, default_model
 from scmdm.config.presets import PRESETS, Preset
-from scmdm.config.training import EmaConfig, OptimizerConfig, ScheduleConfig, TrainConfig, WandbConfig
+from scmdm.config.training import (
+    PROFILED_STEPS,
+    EmaConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WandbConfig,
+)
 from scmdm.errors import UserError
 
 
@@ -69,6 +77,7 @@ class RunConfig:
         self._validate_model()
         self._validate_training()
         self._validate_self_conditioning()
+        self._validate_effects()
         self.check_preset()
         if self.engine == "deepspeed":
             self._validate_deepspeed()
@@ -81,6 +90,8 @@ class RunConfig:
             raise UserError("key `base` is not set; give a run, a checkpoint or an export to adapt as base=PATH")
         if command == "train" and self.self_conditioning.carried_from == "base":
             raise UserError("self_conditioning.carried_from=base is for `scmdm adapt`, which has a base; set it to own")
+        if command == "train" and self.any_length:
+            raise UserError("any_length=true is for `scmdm adapt`, whose base has a length: leave it out")
         if command == "train" and not self.ema.reset:
             raise UserError("ema.reset=false is for `scmdm adapt`; without a base there is no average: leave it out")
         if command == "train" and self.train.causal_steps:
@@ -139,6 +150,38 @@ class RunConfig:
                 f"train.global_batch_size={train.global_batch_size} is not possible with {size} processes; it must "
                 f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
             )
+
+    def _validate_effects(self) -> None:
+        """Raise UserError for a key that is set and has no effect with the others."""
+        train, schedule, zero, noise = self.train, self.schedule, self.deepspeed, self.diffusion.schedule
+        own_noise = self.base is None  # an adaptation may repeat keys of its base
+        for unused, name, reason in (
+            (schedule.kind == "constant", "schedule.steps", "schedule.kind=constant, which has no decay"),
+            (schedule.kind == "constant", "schedule.final_ratio", "schedule.kind=constant, which has no decay"),
+            (schedule.warmup_steps == 0, "schedule.initial_ratio", "schedule.warmup_steps=0"),
+            (own_noise and noise != "polynomial", "diffusion.power", f"diffusion.schedule={noise}"),
+            (own_noise and noise == "polynomial", "diffusion.eps", f"diffusion.schedule={noise}"),
+            (self.model.lora_rank == 0, "model.lora_alpha", "model.lora_rank=0"),
+            (self.model.lora_rank == 0, "model.lora_targets", "model.lora_rank=0"),
+            (train.padding == "length", "train.pad_multiple", "train.padding=length"),
+            (train.validate_every == 0, "train.keep_best", "train.validate_every=0"),
+            (self.engine != "deepspeed", "deepspeed.stage", f"engine={self.engine}; it is for engine=deepspeed"),
+            (zero.stage < 3, "deepspeed.param_persistence_threshold", f"deepspeed.stage={zero.stage}; it is for 3"),
+        ):
+            section, _, last = name.partition(".")
+            value, default = _get(self, name), getattr(type(_get(self, section))(), last)
+            require(not unused or value == default, name, value, f"left out with {reason}")
+        last_trace = max(0, train.steps - PROFILED_STEPS + 1)
+        wanted = f"at most {last_trace} with train.steps={train.steps}: a trace has {PROFILED_STEPS} steps"
+        require(train.profile_step <= last_trace, "train.profile_step", train.profile_step, wanted)
+        common = math.lcm(train.validate_every, train.checkpoint_every)
+        require(
+            not train.keep_best or train.validate_every >= train.steps or common <= train.steps,
+            "train.keep_best",
+            train.keep_best,
+            f"false with train.validate_every={train.validate_every} and train.checkpoint_every="
+            f"{train.checkpoint_every}, which no step before the last has in common",
+        )
 
     def _validate_model(self) -> None:
         model = self.model
@@ -201,12 +244,6 @@ class RunConfig:
         schedule, steps = self.schedule, self.train.steps
         warmup, end = schedule.warmup_steps, schedule.steps
         require(warmup <= steps, "schedule.warmup_steps", warmup, f"at most train.steps = {steps}")
-        require(
-            end is None or schedule.kind != "constant",
-            "schedule.steps",
-            end,
-            "left out with schedule.kind=constant, which has no decay",
-        )
         require(end is None or end >= warmup, "schedule.steps", end, f"at least schedule.warmup_steps = {warmup}")
 
     def _validate_deepspeed(self) -> None:

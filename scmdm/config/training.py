@@ -8,6 +8,8 @@ from omegaconf import MISSING
 
 from scmdm.config.fields import key
 
+PROFILED_STEPS = 3  # of a profiler trace
+
 
 @dataclass
 class OptimizerConfig:

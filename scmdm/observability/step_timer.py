@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scmdm.config.training import PROFILED_STEPS
 from scmdm.diffusion.objective import Denoiser
 from scmdm.diffusion.state import State
 from scmdm.models.flops import StepFlops
@@ -28,7 +29,6 @@ from scmdm.system.untrusted import describe
 # `backward`. `pass_2` contains the blocks that both passes share, and the output head's backward pass,
 # which runs together with its forward pass.
 PARTS = ("data", "sync", "pass_1", "pass_2", "backward", "optimizer", "checkpoint")
-PROFILED_STEPS = 3
 logger = logging.getLogger("scmdm")
 
 

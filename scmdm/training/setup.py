@@ -267,6 +267,8 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
     if engine == "deepspeed":
         require_deepspeed()
+    if engine == "single" and config.fsdp.offload:
+        raise UserError("fsdp.offload=true is not possible with engine=single, that of one process; set engine=fsdp2")
     if engine == "fsdp2" and config.model.compile == "trunk":
         raise UserError(
             "model.compile=trunk is not possible with engine=fsdp2, which gathers the weights of one block after the "

@@ -20,6 +20,8 @@ from scmdm.config.sampling import SampleConfig
 from scmdm.config.study import StudyConfig
 from scmdm.domains.domain_registry import domain_of_tokenizer, load_domain, main_metric
 from scmdm.errors import UserError
+from scmdm.system.process_group import World
+from scmdm.training.setup import resolve_engine
 from tests.conftest import ROOT
 
 REQUIRED = ["run_dir=r", "data.path=d", "train.steps=10"]
@@ -58,6 +60,39 @@ def test_mistakes_are_named(override, parts):
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "needs"),
+    [
+        ("schedule.final_ratio=0.1", "schedule.kind=cosine"),
+        ("schedule.initial_ratio=0.5", "schedule.warmup_steps=2"),
+        ("diffusion.power=3", "diffusion.schedule=polynomial"),
+        ("diffusion.eps=1e-3 diffusion.schedule=polynomial", "diffusion.schedule=cosine"),
+        ("model.lora_alpha=32", "model.lora_rank=4"),
+        ("model.lora_targets=[mlp]", "model.lora_rank=4"),
+        ("train.pad_multiple=8", "train.padding=batch"),
+        ("train.keep_best=true train.validate_every=0", "train.validate_every=10"),
+        ("train.keep_best=true train.validate_every=3 train.checkpoint_every=5", "train.checkpoint_every=2"),
+        ("train.profile_step=9", "train.steps=11"),
+        ("deepspeed.stage=3", "engine=deepspeed"),
+        ("deepspeed.param_persistence_threshold=7 engine=deepspeed", "deepspeed.stage=3"),
+    ],
+)
+def test_a_key_that_would_have_no_effect_is_refused(keys, needs):
+    with pytest.raises(UserError, match=f"^{keys.partition('=')[0]}=.* is not possible"):
+        load(*keys.split())
+    load(*keys.split(), needs)
+
+
+def test_one_process_offloads_with_fsdp2_alone():
+    with pytest.raises(UserError, match=r"fsdp\.offload=true .*engine=fsdp2"):
+        resolve_engine(load("fsdp.offload=true"), World(0, 1, 0))
+    assert resolve_engine(load("fsdp.offload=true", "engine=fsdp2"), World(0, 1, 0)).fsdp.offload
+
+
+def test_an_adaptation_may_repeat_the_schedule_of_its_base():
+    assert load("base=b", "diffusion.power=3").diffusion.power == 3
 
 
 TEXTS = [
@@ -283,6 +318,11 @@ def test_help_lists_every_key(schema):
 def test_help_says_what_a_key_is_also_where_the_line_has_no_room():
     lines = {line.split("=")[0].strip(): line for line in describe_keys(PrepareConfig).splitlines()}
     assert "=64" in lines["shard_mb"] and "=required" in lines["out"]
+
+
+def test_lengths_are_those_of_a_base():
+    with pytest.raises(UserError, match="any_length=true"):
+        load("any_length=true").check_command("train")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -13,10 +13,10 @@ import pytest
 
 from scmdm.checkpoint.reader import checkpoint_name
 from scmdm.checkpoint.retention import remove_old_checkpoints
-from scmdm.config.training import TrainConfig
+from scmdm.config.training import PROFILED_STEPS, TrainConfig
 from scmdm.errors import InUseError, UserError
 from scmdm.observability.run_metrics import LogFile, MetricsFile
-from scmdm.observability.step_timer import PROFILED_STEPS, Profiler
+from scmdm.observability.step_timer import Profiler
 from scmdm.runtime.run_lock import acquire_run
 from scmdm.runtime.status import read_status
 from scmdm.runtime.watchdog import Watchdog
