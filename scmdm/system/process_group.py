@@ -162,6 +162,8 @@ def _connect(world: World, arrival: timedelta, number: int, *, serve: bool) -> d
     Each group has its own keys in the store.
     """
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
+    if not port.isdecimal() or int(port) >= 2**16:
+        raise UserError(f"MASTER_PORT={port} is not possible; it must be a number between 0 and {2**16 - 1}")
     try:
         server = dist.TCPStore(
             address,
@@ -172,7 +174,7 @@ def _connect(world: World, arrival: timedelta, number: int, *, serve: bool) -> d
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (dist.DistError, ValueError) as error:
+    except dist.DistError as error:
         raise UserError(
             f"rank {world.rank} of {world.size} cannot reach rank 0's store at MASTER_ADDR={address}, "
             f"MASTER_PORT={port}, within {arrival.total_seconds():.0f} s ({str(error).splitlines()[0]}); see whether "

@@ -27,11 +27,14 @@ def stop_signals() -> frozenset[signal.Signals]:
     """Return the signals named by `SCMDM_STOP_SIGNALS`, as in `TERM,USR2`; by default SIGTERM, SIGUSR1 and SIGINT."""
     names = os.environ.get(STOP_SIGNALS_VARIABLE, _DEFAULT)
     try:
-        return frozenset(signal.Signals[f"SIG{name.strip().upper().removeprefix('SIG')}"] for name in names.split(","))
+        found = frozenset(signal.Signals[f"SIG{name.strip().upper().removeprefix('SIG')}"] for name in names.split(","))
     except KeyError as error:
         raise UserError(
             f"{STOP_SIGNALS_VARIABLE}={names}: {error} is not a signal; give names such as {_DEFAULT}"
         ) from error
+    if found & {signal.SIGKILL, signal.SIGSTOP}:
+        raise UserError(f"{STOP_SIGNALS_VARIABLE}={names}: no process can catch KILL or STOP; give others")
+    return found
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:

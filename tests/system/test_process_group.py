@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from scmdm.errors import UserError
 from scmdm.system.process_group import World, current_world, process_group
+from scmdm.system.signals import stop_signals
 
 
 def timeout_of(group):
@@ -40,3 +41,20 @@ def test_variables_that_are_not_those_of_a_rank_are_named(monkeypatch, variables
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named):
         current_world()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x", ""])
+def test_a_port_that_no_machine_has_is_named(monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with (
+        pytest.raises(UserError, match=f"MASTER_PORT={port} .*65535"),
+        process_group(World(1, 2, 1), torch.device("cpu"), needed=True, arrival=timedelta(seconds=1)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("names", ["KILL", "TERM,SIGSTOP", "TERM,FOO"])
+def test_signals_that_cannot_be_caught_are_named(monkeypatch, names):
+    monkeypatch.setenv("SCMDM_STOP_SIGNALS", names)
+    with pytest.raises(UserError, match=f"SCMDM_STOP_SIGNALS={names}"):
+        stop_signals()
