@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import resource
 import statistics
@@ -187,7 +188,11 @@ class Profiler:
             return None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
             profile.export_chrome_trace(str(self._path))
+            if not self._path.is_file():  # torch leaves a part under another name, and raises nothing
+                self._path.with_name(f"{self._path.name}.tmp").unlink(missing_ok=True)
+                raise OSError(errno.EIO, "torch could not write all of it")
         except (OSError, RuntimeError) as error:  # a trace is not worth a run
             logger.warning("cannot write %s: %s", self._path, describe(error))
             return None

@@ -1,6 +1,7 @@
 """Timing of a step's parts, FLOPs against torch's own counter, the slowest rank, profiler traces."""
 
 import json
+import resource
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scmdm.cli import main
 from scmdm.config.run import RunConfig
+from scmdm.config.training import PROFILED_STEPS
 from scmdm.diffusion.blocks import both_copies, dense_mask, places_of
 from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
@@ -20,7 +22,7 @@ from scmdm.models.initialization import init_weights
 from scmdm.models.lora import freeze
 from scmdm.observability import step_timer
 from scmdm.observability.run_metrics import read_metrics
-from scmdm.observability.step_timer import PARTS, LoggingWindow, StepTimer, Utilization, summarize_parts
+from scmdm.observability.step_timer import PARTS, LoggingWindow, Profiler, StepTimer, Utilization, summarize_parts
 from tests.conftest import TINY
 
 VOCAB, MASK, LENGTH, BATCH = 50, 49, 32, 8
@@ -136,6 +138,21 @@ def test_a_run_logs_the_seconds_of_each_part_and_writes_a_trace(molecules, empty
     (trace,) = (run / "profile").iterdir()
     assert trace.name == "step_00000003_rank_0.json"
     assert any("attn" in event.get("name", "") or "mm" in event.get("name", "") for event in events(trace))
+
+
+def test_a_trace_that_the_disk_has_no_room_for_is_not_reported_as_written(tmp_path, caplog):
+    profiler = Profiler(tmp_path, 1, 0)
+    profiler.before(1)
+    for _ in range(500):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert profiler.after(PROFILED_STEPS) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "profile").iterdir()) == []
+    assert "step_00000001_rank_0.json" in caplog.text
 
 
 def events(trace):
