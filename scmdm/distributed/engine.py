@@ -50,6 +50,10 @@ class Engine(Protocol):
         """Concatenate a 1-D tensor over the parts of the batch in order, or over all ranks."""
         ...
 
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, perhaps in its memory."""
+        ...
+
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager that sets the precision of forward passes."""
         ...
@@ -125,6 +129,9 @@ class SingleEngine:
     def all_gather(self, values: Tensor, *, all_ranks: bool = False) -> Tensor:
         return values
 
+    def all_reduce(self, values: Tensor) -> Tensor:
+        return values
+
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         return compute_context(self.device, self.dtype)
 
@@ -195,6 +202,10 @@ class ParallelEngine(SingleEngine):
         if all_ranks:
             return found
         return found.view(self.world_size, -1)[:: self.world_size // self.data_size].flatten()
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
 
 
 def compute_context(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

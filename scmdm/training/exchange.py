@@ -4,6 +4,8 @@ A step needs the ids and the numbers of valid tokens of its whole global batch b
 collective of the step before, together with that step's loss and with the signals that ranks have received. With
 `train.padding=batch` the valid tokens depend on the longest sample of all ranks: it comes one collective earlier.
 
+Other counts, those of a mixture's experts, are reduced: gathered, each rank would receive those of every other.
+
 Legend: B this rank's sequences of a step, N sequences of the global batch, R ranks.
 """
 
@@ -63,15 +65,13 @@ def exchange(
     sums = torch.cat([own_loss, *numbers])
     following = upcoming.sequences
     samples = [] if following is None else [following.ids, following.valid.sum(1)]
-    counted = [] if counts is None else [counts.flatten()]
-    sent = torch.cat([sums.view(torch.int64), *counted, *samples])
+    sent = torch.cat([sums.view(torch.int64), *samples])
     found_R = engine.all_gather(sent, all_ranks=True).view(ranks, -1)
     sums_R3 = found_R[:, : len(sums)].contiguous().view(torch.float64)
-    start = len(sums) + sum(map(len, counted))
-    summed = None if counts is None else found_R[:, len(sums) : start].sum(0).view_as(counts)
+    summed = None if counts is None else engine.all_reduce(counts)
     batch = None
     if following is not None:
-        parts = found_R[:: ranks // engine.data_size, start:]
+        parts = found_R[:: ranks // engine.data_size, len(sums) :]
         ids, valid_tokens = parts.split(len(following), dim=1)
         batch = GlobalBatch(ids.flatten(), valid_tokens.flatten())
     return Exchange(sums_R3[:, 0].sum().float(), sums_R3[:, 1].max(), batch, sums_R3[:, 2].max(), summed)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import ADAPTED, TINY
 from tests.distributed.launching import launch
+from tests.distributed.test_expert_ranks import EXPERTS
 
 pytestmark = pytest.mark.slow
 
@@ -14,10 +15,10 @@ SMALL = 8 * (2 * BATCH + 3 * RANKS)  # bytes: an id and a count per sample, a lo
 ROOT_AND_BLOCKS = 1 + LAYERS  # groups of FSDP2
 
 
-def counted(processes, molecules, empty_yaml, tmp_path, *keys):
+def counted(processes, molecules, empty_yaml, tmp_path, *keys, model=TINY):
     """Numbers and bytes by operator of the last steps, of each rank."""
     often = ["train.steps=5", "train.log_every=1000", "train.checkpoint_every=1000", "self_conditioning.rate=0.5"]
-    arguments = ["train", empty_yaml, f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", *TINY, *often, *keys]
+    arguments = ["train", empty_yaml, f"run_dir={tmp_path / 'run'}", f"data.path={molecules}", *model, *often, *keys]
     status, output = launch(processes, tmp_path / "out", *arguments, module="tests.distributed.collectives")
     assert status == 0, output
     assert "Warning" not in output
@@ -49,3 +50,9 @@ def test_the_small_collective_has_a_few_numbers_per_sample(padding, molecules, e
     assert found.pop("_allgather_base_") == [1, SMALL]
     assert found.keys() == {"allreduce_"}
     assert found["allreduce_"][0] == ROOT_AND_BLOCKS
+
+
+def test_counts_of_experts_are_summed_and_not_gathered(molecules, empty_yaml, tmp_path):
+    model = [*ADAPTED, *EXPERTS]
+    found = counted(RANKS, molecules, empty_yaml, tmp_path, "fsdp.replicate=2", model=model)
+    assert found["_allgather_base_"] == [1, SMALL]
