@@ -284,7 +284,10 @@ def _trainings_text(differences: Trainings, metric: Metric) -> str:
 def _verdict(compared: Comparison, adjusted: float, metric: Metric) -> str:
     if adjusted >= LEVEL:
         return "no significant difference"
-    return "better" if (compared.difference > 0) == (metric.better == "higher") else "worse"
+    higher = compared.difference > 0
+    if not metric.better:
+        return "higher" if higher else "lower"
+    return "better" if higher == (metric.better == "higher") else "worse"
 
 
 def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequence[ArmComparison]) -> str:

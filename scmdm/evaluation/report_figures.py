@@ -29,10 +29,16 @@ class Panel:
 
     title: str
     values: QualityByArm
-    better: str  # "higher" or "lower"
+    better: str  # "higher", "lower", or "" without a preferred direction
     scale: float = 1.0
     reference: float | None = None  # value of real data, drawn as a dotted line
     maximum: float | None = None  # largest possible value
+
+    @property
+    def marked_title(self) -> str:
+        """Title with an arrow in the preferred direction, if there is one."""
+        arrow = {"higher": " (↑)", "lower": " (↓)"}.get(self.better, "")
+        return f"{self.title}{arrow}"
 
 
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
@@ -103,7 +109,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([str(tick) for tick in ticks])
     ax.set_xlabel("denoiser evaluations (T)")
-    ax.set_title(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})")
+    ax.set_title(panel.marked_title)
 
 
 def _error(estimate: Estimate, scale: float) -> tuple[float, float]:
@@ -201,7 +207,7 @@ def _draw_arms(ax: Axes, panel: Panel, arms: Sequence[str], steps: int) -> None:
         trainings = _trainings(quality, panel.scale)
         ax.plot(trainings, [row] * len(trainings), "x", color=colour, **_SINGLE)
     # Wrap the title, because panels are drawn side by side.
-    ax.set_title(textwrap.fill(f"{panel.title} ({'↑' if panel.better == 'higher' else '↓'})", 26), fontsize=11)
+    ax.set_title(textwrap.fill(panel.marked_title, 26), fontsize=11)
 
 
 def loss_figure(

@@ -263,6 +263,29 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
 
 
+def test_a_metric_without_a_preferred_direction_has_no_better_model_and_no_arrow(study, monkeypatch):
+    def by_entropy(content):
+        content.update(domain="text", metric="entropy")
+        for row in content["evaluations"]:
+            own = valid(row["arm"], row["steps"], row["sampling_seed"])
+            values = SampleValues.mean(4.0 + own)
+            write_values(study / row["values_file"], {"entropy": values})
+            row["metrics"] = {"entropy": values.value(), "perplexity": 9.0, "distinct_2": 0.5}
+
+    titles = []
+    save = report_figures.save_figure
+
+    def note(figure, path):
+        titles.extend(ax.get_title() for ax in figure.axes if path.name == "quality.png")
+        return save(figure, path)
+
+    monkeypatch.setattr(report_figures, "save_figure", note)
+    change_study(study, by_entropy)
+    lines = [line for line in study_report(study, study / "report.html").conclusions if "against base" in line]
+    assert lines and all("higher:" in line and "better" not in line and "worse" not in line for line in lines)
+    assert titles == ["generative perplexity (↓)", "entropy, nats", "distinct bigrams (↑)"]
+
+
 def test_quality_is_drawn_against_tokens_where_adaptations_differ_in_length(study, monkeypatch):
     drawn = []
     monkeypatch.setattr(
