@@ -228,11 +228,11 @@ _Trainings = Sequence[Mapping[int, Draw]]
 def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Trainings, _Trainings] | None:
     """Draws of the same trainings and the same noise; None if there are none.
 
-    An arm of one training, such as the base, is compared with every training of the reference.
+    An arm of one training, such as the base, is compared with every training of the other.
     """
-    once = len(theirs) == 1
-    seeds = sorted(ours if once else set(ours) & set(theirs))
-    sides = [ours[seed] for seed in seeds], list(theirs.values()) if once else [theirs[seed] for seed in seeds]
+    single = 1 in (len(ours), len(theirs))
+    shared_seeds = sorted(set(ours) & set(theirs))
+    sides = tuple([draws[seed] for seed in (sorted(draws) if single else shared_seeds)] for draws in (ours, theirs))
     if not all(sides):
         return None
     shared = set.intersection(*(set(draws) for side in sides for draws in side))
@@ -242,8 +242,9 @@ def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Trainings, _Traini
 
 def _compare(steps: int, labels: tuple[str, str], ours: _Trainings, theirs: _Trainings) -> ArmComparison:
     first, second = ([mean_number(draws) for draws in side] for side in (ours, theirs))
-    other = second * len(first) if len(second) == 1 else second
-    differences = Trainings(tuple(a - b for a, b in zip(first, other, strict=True)))
+    count = max(len(first), len(second))
+    pairs = zip(*(side * count if len(side) == 1 else side for side in (first, second)), strict=True)
+    differences = Trainings(tuple(a - b for a, b in pairs))
     compared = compare(differences.mean, values_of_trainings(ours), values_of_trainings(theirs))
     return ArmComparison(steps, *labels, (float(np.mean(first)), float(np.mean(second))), compared, differences)
 

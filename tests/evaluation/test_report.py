@@ -420,6 +420,31 @@ def test_several_trainings_are_averaged_over_the_same_noise(study):
         assert f"{100 * value:+.1f}" in summary.conclusions[0]
 
 
+def test_a_reference_of_one_training_is_compared_with_every_training_of_an_arm(study):
+    """As an arm that samples the base, whose seed of training is 0."""
+
+    def train_twice(content):
+        for row in [row for row in content["evaluations"] if row["arm"] == "scmdm"]:
+            name = row["values_file"].replace("_s", "_again_s")
+            own = valid("scmdm", row["steps"], row["sampling_seed"], gain=0.03)
+            write_values(study / name, {"validity": SampleValues.mean(own)})
+            metrics = {**row["metrics"], "validity": own.mean()}
+            content["evaluations"].append({**row, "adaptation_seed": 2, "metrics": metrics, "values_file": name})
+            row["adaptation_seed"] = 1
+
+    change_study(study, train_twice)
+    opened = open_study(study)
+    base, _, scmdm = opened.arms
+    found = [compare_arms(opened.samples, [base, scmdm], arm, VALIDITY) for arm in (base, scmdm)]
+    assert [len(comparisons) for comparisons in found] == [2, 2]
+    for ours, theirs in zip(*found, strict=True):
+        assert len(ours.differences.values) == 2
+        assert ours.differences.values == pytest.approx([-value for value in theirs.differences.values])
+        assert ours.compared.p_value == pytest.approx(theirs.compared.p_value)
+        assert ours.compared.low == pytest.approx(-theirs.compared.high)
+        assert ours.means == pytest.approx(theirs.means[::-1])
+
+
 def test_trainings_on_other_noise_are_not_paired(study):
     """Only sampling seeds that all have are compared; a mean over unequal seeds has no interval."""
 
