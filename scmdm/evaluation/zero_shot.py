@@ -42,7 +42,7 @@ class ZeroShot:
     """Likelihood of texts under a model."""
 
     nelbo: Nelbo  # nats per token of the model's tokenizer
-    tokens_per_word: float  # counting the [EOS] of each text, if it has one
+    tokens_per_word: float  # tokens that count in the NELBO; of joined texts, those of the texts with their end marks
 
     @property
     def perplexity(self) -> float:
@@ -143,7 +143,9 @@ def zero_shot(
     nelbo = divided_nelbo(loaded, framed, settings or NelboSettings(), condition=condition, parts=kept)
     if nelbo is None:
         return None
-    tokens = sum(len(encode_text(loaded.tokenizer, text)) + end_marks for text in texts)
+    tokens = nelbo.tokens
+    if loaded.manifest.framing == "concatenate":  # what is left over at the end is in no block
+        tokens = sum(len(encode_text(loaded.tokenizer, text)) + end_marks for text in texts)
     return ZeroShot(nelbo, tokens / max(1, sum(len(text.split()) for text in texts)))
 
 

@@ -119,6 +119,13 @@ def test_padding_counts_as_in_the_data(tmp_path, policy):
     assert found.nelbo.tokens == 3 * (7 if policy == "loss" else 3)
 
 
+@pytest.mark.parametrize("policy", ["ignore", "loss"])
+def test_perplexity_per_word_is_that_of_all_that_counts(tmp_path, policy):
+    """Padding that counts enlarges the number of tokens and lowers the mean: their product is the text's likelihood."""
+    found = zero_shot(uniform(tmp_path, TOKENIZER, pad_policy=policy), ["ab", "a b", "ab a"])
+    assert math.log(found.word_perplexity) == pytest.approx(found.nelbo.mean * found.nelbo.tokens / 5)
+
+
 @pytest.mark.parametrize("framing", ["records", "concatenate"])
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
     """Every token costs log(V - 1) whatever is masked: the estimate's error is that of how much is masked."""
@@ -127,8 +134,9 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary(tmp_path, framing):
     texts = ["ab ba " * 20] * 40
     found = zero_shot(loaded, texts, NelboSettings(draws=8))
     assert found.nelbo.mean == pytest.approx(math.log(TOKENIZER.vocab_size - 1), abs=max(4 * found.nelbo.stderr, 0.02))
-    assert found.tokens_per_word == 121 / 40
-    assert found.word_perplexity == pytest.approx(found.perplexity ** (121 / 40))
+    counted = 121 if framing == "concatenate" else 124  # each of the four pieces of a record has an [EOS]
+    assert found.tokens_per_word == counted / 40
+    assert found.word_perplexity == pytest.approx(found.perplexity ** (counted / 40))
     valid = frame_texts(texts, TOKENIZER, loaded.manifest) != TOKENIZER.pad_id
     assert found.nelbo.tokens == valid.sum() - len(valid), "padding and the given beginning do not count"
 
