@@ -185,6 +185,9 @@ def _modes(loaded: LoadedModel) -> dict[str, bool]:
 def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: ResultParts) -> dict[str, Any]:
     """Compute perplexities by name of the text and mode; without modes on all but rank 0."""
     found: dict[str, Any] = {}
+    padding = _padding(loaded, config)
+    if not config.nelbo_padding:
+        loaded = replace(loaded, manifest=_without_padding(loaded.manifest, loaded.path))
     for name, source in config.zero_shot_texts().items():
         texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
         found[name] = {}
@@ -196,6 +199,7 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: Re
                 condition=condition,
                 end_marks=source.end_marks,
                 group=source.group,
+                padding=padding,
                 parts=parts,
             )
             if measured is not None:

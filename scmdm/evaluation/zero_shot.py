@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_prep.text import TextConfig, TextSource
+from scmdm.config.training import TrainConfig
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.framing import ConcatenatingFramer, Framer, RecordFramer
 from scmdm.data.preparation.records import Tally
@@ -29,6 +30,7 @@ from scmdm.errors import UserError
 from scmdm.evaluation.divided_nelbo import NelboSettings, divided_nelbo
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import ResultParts
+from scmdm.training.padding import own_lengths
 from scmdm.training.validation import to_device
 
 _LARGEST = 1 << 30  # characters, which are held in memory
@@ -130,16 +132,19 @@ def zero_shot(
     condition: bool = False,
     end_marks: bool = True,
     group: int | None = None,
+    padding: TrainConfig | None = None,
     parts: ResultParts | None = None,
 ) -> ZeroShot | None:
     """Estimate the NELBO of texts under a model (MDLM, arXiv 2406.07524, section 5).
 
     The ranks of a job share the sequences, as `divided_nelbo` says; the result is None on all but rank 0. `end_marks`
-    and `group` are those of `frame_texts`, which raises UserError.
+    and `group` are those of `frame_texts`, which raises UserError. `padding` has the rule for the lengths of padded
+    sequences; None: that of the data.
     """
     rows_NL = frame_texts(texts, loaded.tokenizer, loaded.manifest, end_marks=end_marks, group=group)
-    framed = _FramedTexts(torch.from_numpy(rows_NL), loaded.manifest)
-    kept = None if parts is None else parts.of(texts=hashlib.sha256(rows_NL.tobytes()).hexdigest())
+    framed = _FramedTexts(torch.from_numpy(rows_NL), loaded.manifest, padding)
+    own = {"data": loaded.manifest.fingerprint(), "lengths": None if padding is None else padding.pad_multiple}
+    kept = None if parts is None else parts.of(texts=hashlib.sha256(rows_NL.tobytes()).hexdigest(), **own)
     nelbo = divided_nelbo(loaded, framed, settings or NelboSettings(), condition=condition, parts=kept)
     if nelbo is None:
         return None
@@ -155,6 +160,7 @@ class _FramedTexts:
 
     ids_NL: Tensor
     manifest: Manifest
+    padding: TrainConfig | None
 
     def __len__(self) -> int:
         return len(self.ids_NL)
@@ -166,7 +172,10 @@ class _FramedTexts:
         self, numbers: Sequence[int], device: torch.device, *, size: int, labels: bool = False
     ) -> Iterator[Sequences]:
         for own in torch.tensor(numbers).split(size):
-            yield to_device({"tokens": self.ids_NL[own], "index": own}, self.manifest, device)
+            ids_BL = self.ids_NL[own]
+            lengths_B = None if self.padding is None else own_lengths(ids_BL, self.manifest, self.padding)
+            batch = {"tokens": ids_BL, "index": own}
+            yield to_device(batch, self.manifest, device, lengths_B=lengths_B).cropped()
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -184,6 +184,27 @@ def test_texts_each_with_its_own_keys(tmp_path):
     assert set(found) == {"ptb", "plain"}
 
 
+def test_padding_of_texts_counts_as_that_of_held_out_data(tmp_path):
+    """`ab` is [BOS] a b [EOS], of which three tokens are predicted, and 28 of padding follow."""
+    (tmp_path / "plain.txt").write_text("".join(f"line {i}\n" for i in range(60)))
+    (tmp_path / "ab.txt").write_text("ab")
+    (tmp_path / "empty.yaml").write_text("{}")
+    empty, data, run, out = (tmp_path / name for name in ("empty.yaml", "data", "run", "found.json"))
+    keys = ["source.name=text", f"source.path={tmp_path / 'plain.txt'}", "source.unit=lines", "tokenizer.name=bytes"]
+    assert main(["prepare", str(empty), *keys, "length=32", "pad_policy=loss", f"out={data}", "workers=1"]) == 0
+    small = ["model.width=16", "model.layers=1", "model.heads=2", "train.steps=1", "train.global_batch_size=8"]
+    own = ["train.micro_batch_size=8", "train.padding=batch", "train.pad_multiple=8"]
+    assert main(["train", str(empty), f"data.path={data}", f"run_dir={run}", *small, *own]) == 0
+
+    def counted(*more):
+        texts = f"texts={{a: {tmp_path / 'ab.txt'}}}"
+        assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", texts, *more]) == 0
+        return json.loads(out.read_text())["zero_shot"]["a"]["null"]["nelbo"]["tokens"]
+
+    assert counted() == 7 and counted("pad_multiple=4") == 3 and counted("padding=length") == 31
+    assert counted("padding=length", "nelbo_padding=false") == 3
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
