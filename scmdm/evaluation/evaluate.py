@@ -86,11 +86,7 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
     if config.texts:
         result["zero_shot"] = _zero_shot_perplexity(loaded, config, parts)
     if config.num:
-        templates_NL = kind.templates(root, manifest, config.split, config.num)
-        lengths_N = _sample_lengths(loaded, root, manifest, templates_NL, config)
-        if lengths_N is not None and templates_NL is not None:
-            beyond_NL = torch.arange(templates_NL.shape[1]) >= lengths_N[:, None]
-            templates_NL = templates_NL.masked_fill(beyond_NL, manifest.pad_id)
+        templates_NL, lengths_N = sample_templates(loaded, kind, root, manifest, config)
         result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, lengths_N, config, parts)
     if not is_main:
         return None
@@ -149,6 +145,18 @@ def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:
         return None
     multiple = config.pad_multiple or (run.get("train.pad_multiple", int) if run is not None else None)
     return TrainConfig(padding="sample", pad_multiple=multiple or TrainConfig.pad_multiple)
+
+
+def sample_templates(
+    loaded: LoadedModel, kind: type[Domain], root: Path, manifest: Manifest, config: EvaluateConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the templates (N, L) of a domain's samples, and the length (N,) of each; None: all of it."""
+    templates_NL = kind.templates(root, manifest, config.split, config.num)
+    lengths_N = _sample_lengths(loaded, root, manifest, templates_NL, config)
+    if lengths_N is not None and templates_NL is not None:
+        beyond_NL = torch.arange(templates_NL.shape[1]) >= lengths_N[:, None]
+        templates_NL = templates_NL.masked_fill(beyond_NL, manifest.pad_id)
+    return templates_NL, lengths_N
 
 
 def _sample_lengths(

@@ -15,7 +15,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.domains.domain_registry import changed_keys, load_domain, main_metric
 from scmdm.domains.interface import Domain, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
-from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, score_divided
+from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, sample_templates, score_divided
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import ResultParts
 from scmdm.sampling.generation import SampleSet
@@ -111,8 +111,9 @@ def compute_measurement(
     loaded as `keys` say.
     """
     settings = task.settings
+    num = settings["num"]
+    config = dataclasses.replace(keys, split=settings["split"], nelbo_samples=num, num=num)
     if settings["kind"] == "nelbo":
-        config = dataclasses.replace(keys, split=settings["split"], nelbo_samples=settings["num"])
         found = model_nelbo(loaded, root, config, parts)
         return {"nelbo": {mode: dataclasses.asdict(value) for mode, value in found.items()}} if found else None
     if task.drawn is not None:
@@ -120,18 +121,21 @@ def compute_measurement(
         own = {"samples": task.drawn["samples_sha256"], "metrics": settings["metrics_config"]}
         known = score_divided(domain, known, None if parts is None else parts.of(**own))
         return None if known is None else {"drawn": known}
-    num = settings["num"]
-    templates_NL = load_domain(domain_name).templates(root, Manifest.read(root), settings["split"], num)
+    kind = load_domain(domain_name)
+    templates_NL, lengths_N = sample_templates(loaded, kind, root, Manifest.read(root), config)
     samples = SampleSet(
         loaded,
         SamplerConfig(**settings["sampler"]),
         num=num if templates_NL is None else 1,
         seed=settings["sampling_seed"],
         templates_PL=templates_NL,
+        lengths_P=lengths_N,
         precision=resolve_weights_dtype(keys.weights_dtype, keys.precision),
     )
     drawn = draw_and_score(samples, domain, metrics=settings["metrics_config"], parts=parts)
     if drawn is None:
         return None
+    if lengths_N is not None:  # no number of positions is that of an evaluation
+        drawn = dataclasses.replace(drawn, positions=None)
     write_samples(task.samples, drawn, loaded.tokenizer)
     return {"drawn": drawn}

@@ -2,12 +2,15 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 from scmdm.cli import main
+from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.sampling import SamplerConfig
 from scmdm.data.loader import read_columns
 from scmdm.data.manifest import Manifest
 from scmdm.data.tokenizers import load_tokenizer
@@ -15,8 +18,12 @@ from scmdm.domains.domain_registry import domain_of, load_domain
 from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
 from scmdm.domains.responses.domain import ResponsesDomain, extract_responses
 from scmdm.domains.text.config import TextMetricKeys
+from scmdm.evaluation.evaluate import sample_templates
+from scmdm.sampling.generation import generate
 from scmdm.sampling.model_loading import load
 from scmdm.sampling.templates import make_model_template
+from scmdm.study.study_plan import Measurement
+from scmdm.study.study_rows import compute_measurement
 
 FRACTIONS = ["validation_fraction=0.2", "test_fraction=0.3"]
 
@@ -81,6 +88,25 @@ def test_an_open_end_and_padding_inside_are_no_text(dataset):
     texts, ids = extract_responses(rows, np.array([2, 1]), tokenizer)
     assert texts == ["bcde", "a"]
     assert ids[1].tolist() == [letters[0], *[tokenizer.pad_id] * 5]
+
+
+def test_a_study_draws_responses_as_an_evaluation_does(dataset, tmp_path):
+    """Of a run whose samples were padded to their batch: as long as the longest held-out response."""
+    run, root, empty = tmp_path / "run", dataset / "data", str(dataset / "empty.yaml")
+    model = ["model.width=16", "model.layers=1", "model.heads=2", "model.condition_width=8"]
+    train = ["train.steps=1", "train.global_batch_size=16", "train.micro_batch_size=16"]
+    padding = ["train.padding=batch", "train.pad_multiple=4"]
+    assert main(["train", empty, f"data.path={root}", f"run_dir={run}", *model, *train, *padding]) == 0
+    loaded, manifest = load(run), Manifest.read(root)
+    settings = {"kind": "samples", "split": "test", "num": 6, "sampling_seed": 0, "metrics_config": {}}
+    settings["sampler"] = asdict(SamplerConfig(steps=4))
+    task = Measurement(loaded.path, settings, tmp_path / "row.json", tmp_path / "samples.jsonl")
+    drawn = compute_measurement(loaded, task, root, "responses", EvaluateConfig())["drawn"]
+    config = EvaluateConfig(num=6)
+    templates, lengths = sample_templates(loaded, ResponsesDomain, root, manifest, config)
+    expected = generate(loaded, SamplerConfig(steps=4), num=1, seed=0, templates_PL=templates, lengths_P=lengths)
+    assert int(lengths.max()) < manifest.length and torch.equal(drawn.tokens, expected.tokens)
+    assert drawn.computed_evaluations is None
 
 
 def test_by_the_command_line(dataset, tmp_path, capsys):
