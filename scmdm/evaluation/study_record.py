@@ -134,7 +134,7 @@ def open_study(directory: Path) -> OpenStudy:
         if row.get("kind") == "nelbo":
             continue
         if row.get("kind") == "samples" and row.get("arm") in names and is_sample_row(row):
-            samples.append(row)
+            samples.append({**row, "num": row.get("drawn", row["num"])})  # earlier versions wrote `num` alone
         else:
             problems.append(f"{path}: evaluations.{number} is damaged and left out")
     if not samples:
@@ -148,7 +148,9 @@ def is_sample_row(row: dict[str, Any]) -> bool:
     """Return whether a row has everything that tables and figures read of an evaluation of samples."""
     typed = all(isinstance(row.get(name), kind) and row[name] is not True for name, kind in _ROW_TYPES.items())
     named = isinstance(row.get("values_file"), str | None)
-    return typed and named and all(0 < row[name] < 2**63 for name in _COUNTS)
+    drawn = row.get("drawn", 1)
+    counted = isinstance(drawn, int) and drawn is not True and 0 < drawn < 2**63
+    return typed and named and counted and all(0 < row[name] < 2**63 for name in _COUNTS)
 
 
 def _parse_sample(line: bytes) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class StudyRows:
         values_file = task.samples.with_suffix(".npz")
         write_values(values_file, measured.values)
         result = {
+            "drawn": len(drawn.texts),  # fewer than `num` if there are fewer prompts
             "evaluations": drawn.evaluations,
             "computed_evaluations": drawn.computed_evaluations,
             "seconds": drawn.seconds,

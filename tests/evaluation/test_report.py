@@ -184,6 +184,17 @@ def test_the_table_has_the_evaluations_that_were_computed(study):
     assert {row[at] for row in rows if row[1] == ARMS["vanilla"][0]} == {row[0] for row in rows}
 
 
+def test_the_report_counts_the_samples_that_were_drawn(study):
+    """Of a data set with fewer prompts than `num`."""
+    change_study(study, lambda content: [row.update(drawn=512) for row in content["evaluations"]])
+    summary = study_report(study, study / "report.html")
+    header, rows = summary.quality
+    assert {row[header.index("samples")] for row in rows} == {"3 x 512"} and "512 samples" in summary.protocol
+    header, rows = summary.cost
+    speed = header.index("sampling, ms per sample and evaluation")
+    assert {row[speed] for row in rows} == {f"{np.mean([1000 / 512 / steps for steps in (8, 32)]):.3f}"}
+
+
 def test_moses_metrics_have_their_own_table_and_figure(study, capsys):
     """A row for each, beside the published row of real data."""
     content = json.loads((study / "study.json").read_text())
@@ -535,6 +546,7 @@ PARTS = {
     "a row that is empty": (lambda c: c["evaluations"].append({}), "evaluations.18"),
     "a row without a number": (lambda c: c["evaluations"][3].pop("steps"), "evaluations.3"),
     "a row with no steps": (lambda c: c["evaluations"][3].update(steps=0), "evaluations.3"),
+    "a number drawn as text": (lambda c: c["evaluations"][3].update(drawn="x"), "evaluations.3"),
     "values that are no name": (lambda c: c["evaluations"][3].update(values_file=3), "evaluations.3"),
     "an unknown arm": (lambda c: c["evaluations"][3].update(arm="x"), "evaluations.3"),
 }
