@@ -51,8 +51,8 @@ class SampleSet:
     `lengths_P`, each template has its own length, and is padded at its end; tokens of its samples are padded, too. With
     `chats`, as always for a model of conversations, the templates end with questions, and texts are the answers.
 
-    Raises UserError for a model of responses without templates, for a label that the model does not have, and for CUDA
-    graphs without a GPU or of shared weights.
+    Raises UserError for a model of responses without templates, for a label that the model does not have, for guidance
+    by a prompt that is not given, and for CUDA graphs without a GPU or of shared weights.
     """
 
     def __init__(
@@ -87,6 +87,10 @@ class SampleSet:
         self._starts_P = torch.where(masked_PL.any(1), masked_PL.int().argmax(1), ends_P)
         if blocks is not None:
             _require_nothing_later(masked_PL, ends_P, blocks)
+        if sampler.guided_by == "prompt" and sampler.guidance != 1:
+            given_PL = ~masked_PL & (torch.arange(masked_PL.shape[1]) < ends_P[:, None])
+            given_PL[:, 0] &= templates_PL[:, 0] != loaded.tokenizer.bos_id
+            require(bool(given_PL.any()), "sampler.guided_by", "prompt", "label, or samples need a prompt")
         sampler.check_length(int((ends_P - (self._starts_P if sampler.block_start == "prompt" else 0)).max()))
         self._labels_N = _labels(loaded, sampler, torch.arange(len(self)) % num)
         first_hitting = self._settings.kind == "first_hitting"

@@ -105,6 +105,8 @@ def test_confidence_decides_how_many_steps_there_are(base, tmp_path):
         (["prompt=C", "gen_length=8", *LLADA, "sampler.block_length=2", "sampler.steps=3"], "sampler.steps=3"),
         (["sampler.end_tokens=['<|im_end|>']"], "<|im_end|>"),
         (["sampler.threshold=0.9"], "sampler.threshold"),
+        (["sampler.guided_by=prompt", "sampler.guidance=2"], "sampler.guided_by"),
+        (["sampler.guided_by=prompt", "sampler.guidance=2", "prompt="], "sampler.guided_by"),
     ],
 )
 def test_mistakes(base, capsys, keys, name):
