@@ -11,6 +11,7 @@ from torch import Tensor
 from scmdm.diffusion.fused import fused
 
 _NO_CONFIDENCE = -1e9  # finite, so that it stays above positions that are no candidates
+_COLDEST = 1e-200  # float32 differences divided by it decide a draw, and float32 numbers do not overflow
 
 
 def draw_tokens(
@@ -82,7 +83,7 @@ def shape_logits(
     logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float, top_p_first: bool, top_p_rule: str
 ) -> Tensor:
     """Return float64 logits of the distribution that tokens are drawn from; temperature 0 does not scale."""
-    scaled_NV = logits_NV.double() / (temperature or 1.0)
+    scaled_NV = logits_NV.double() / (max(temperature, _COLDEST) if temperature else 1.0)
     if top_p_first:
         return most_probable(nucleus(scaled_NV, top_p, top_p_rule), top_k)
     return nucleus(most_probable(scaled_NV, top_k), top_p, top_p_rule)
@@ -153,7 +154,7 @@ def perturbed(score_BL: Tensor, uniform_BL: Tensor, temperature: float) -> Tenso
 
     The positions with the largest results are a draw without replacement from `softmax(score / temperature)`.
     """
-    return score_BL / temperature - (-uniform_BL.log()).log()
+    return score_BL / max(temperature, _COLDEST) - (-uniform_BL.log()).log()
 
 
 def count_confident(score_BL: Tensor, candidates_BL: Tensor, threshold: float) -> Tensor:

@@ -11,7 +11,7 @@ from scipy import stats
 from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear, make_schedule, remask_probability, unmask_probability
-from scmdm.diffusion.token_draw import draw_tokens, most_probable, nucleus
+from scmdm.diffusion.token_draw import draw_tokens, most_probable, nucleus, perturbed
 from tests.diffusion.oracle import Oracle
 
 
@@ -318,6 +318,19 @@ def test_temperature_and_nucleus():
     assert counts[4] == 0
     assert stats.chisquare(counts[:4].numpy(), (20000 * p / p.sum()).numpy()).pvalue > 1e-3
     assert (draw_tokens(logits.expand(9, -1), u[:9], temperature=0) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30])
+@pytest.mark.parametrize("gumbel", ["float64", "float32"])
+def test_the_coldest_temperatures_take_the_best(temperature, gumbel):
+    """Division by them overflows where nothing bounds them."""
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(50, 9, generator=generator), torch.rand(50, 9, generator=generator).double()
+    drawn = draw_tokens(logits + 3, uniform, temperature=temperature, top_p=0.9, gumbel=gumbel)
+    assert torch.equal(drawn, logits.argmax(1))
+    score = torch.rand(50, 9, generator=generator).double()
+    for shifted in (score, score - 2):  # probabilities, negative entropies
+        assert torch.equal(perturbed(shifted, uniform, temperature).argsort(1), score.argsort(1))
 
 
 def test_top_k():
