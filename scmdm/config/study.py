@@ -17,6 +17,8 @@ from scmdm.config.sampling import SamplerConfig
 from scmdm.errors import UserError
 
 HELD_OUT = "held out"  # label of the held-out data in figures
+DISTRIBUTIONS = "distributions"  # name of the figure of all arms' distributions, where those of an arm have its name
+_LONGEST_ARM = 128  # bytes of a name, to which names of files add seeds and the number of steps
 
 
 @dataclass
@@ -140,10 +142,16 @@ def check_arms(arms: Iterable[tuple[str, str]]) -> None:
     names: set[str] = set()
     labels = {HELD_OUT}
     for name, label in arms:
-        plain = is_path(name) and "/" not in name and name not in (".", "..")
-        require(plain and name not in names, "arms", name, "a name that no other arm has, and a file name: without /")
+        plain = is_path(name) and "/" not in name and name not in (".", "..", DISTRIBUTIONS)
+        short = plain and len(name.encode()) <= _LONGEST_ARM
+        wanted = (
+            f"a name that no other arm has, and a file name: without /, of at most {_LONGEST_ARM} bytes, not "
+            f"{DISTRIBUTIONS}"
+        )
+        require(short and name not in names, "arms", name, wanted)
         shown = label.strip()
-        wanted = f"text that is not blank and not one of {', '.join(sorted(labels))}"
-        require(bool(shown) and shown not in labels, f"arms.{name}.label", label, wanted)
+        wanted = f"text that is not blank, not one of {', '.join(sorted(labels))}, and does not begin with _"
+        seen = bool(shown) and not label.startswith("_")  # matplotlib leaves such labels out of legends
+        require(seen and shown not in labels, f"arms.{name}.label", label, wanted)
         names.add(name)
         labels.add(shown)

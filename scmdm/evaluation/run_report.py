@@ -37,7 +37,8 @@ def run_report(directory: Path, out: Path) -> Path:
     name = Path(os.path.realpath(directory)).name
     last = train[-1]
     figures = out.parent
-    losses = loss_figure({name: train}, {name: validation}, figures / "losses.png", order=[name])
+    label = f"run {name}"  # matplotlib leaves labels that begin with _ out of legends
+    losses = loss_figure({label: train}, {label: validation}, figures / "losses.png", order=[label])
     progress = progress_figure(train, figures / "progress.png")
     steps, problem = planned_steps(directory)
     evaluations, damaged = _run_evaluations(directory)

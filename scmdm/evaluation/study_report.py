@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from scmdm.config.study import HELD_OUT
+from scmdm.config.study import DISTRIBUTIONS, HELD_OUT
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.domains.domain_registry import load_domain, main_metric
 from scmdm.domains.interface import Domain, Metric
@@ -293,7 +293,7 @@ def _domain_pictures(study: OpenStudy, domain: type[Domain], out: Path) -> list[
                 parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of the first seed, unselected."))
             else:
                 parts += _first_texts(own[0], study, f"{arm['label']}, T = {steps}")
-    compared = _distribution_picture(study, domain, out / f"{domain.name}_distributions.png")
+    compared = _distribution_picture(study, domain, out / f"{domain.name}_{DISTRIBUTIONS}.png")
     return [heading(domain.name.capitalize()), *compared, *parts] if compared or parts else []
 
 

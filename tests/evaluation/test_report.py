@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -516,6 +517,16 @@ def test_report_of_a_run(base, tmp_path, capsys):
     assert "neither a run" in capsys.readouterr().err
 
 
+def test_the_legend_of_a_run_has_its_name_whatever_it_begins_with(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: seen.append(figure) or path)
+    monkeypatch.setattr("scmdm.evaluation.run_report.picture", lambda path, caption: caption)
+    shutil.copytree(base, tmp_path / "_copy", ignore=shutil.ignore_patterns("checkpoints"))
+    assert main(["report", str(tmp_path / "_copy")]) == 0
+    assert "_copy" in seen[0].axes[0].get_legend_handles_labels()[1][0]
+    plotting.plt.close("all")
+
+
 def test_many_arms_have_a_row_each_and_are_compared_with_the_reference(study):
     content = json.loads((study / "study.json").read_text())
     source = next(arm for arm in content["arms"] if arm["name"] == "scmdm")
@@ -570,6 +581,9 @@ WHOLES = {
     "a label twice": lambda c: c["arms"][1].update(label=c["arms"][2]["label"]),
     "a label of the base": lambda c: c["arms"][1].update(label=" base"),
     "a label of the held-out data": lambda c: c["arms"][1].update(label="held out"),
+    "a label that legends leave out": lambda c: c["arms"][1].update(label="_a"),
+    "a name of another figure": lambda c: c["arms"].append({**c["arms"][1], "name": "distributions", "label": "x"}),
+    "a name too long for its files": lambda c: c["arms"].append({**c["arms"][1], "name": "x" * 240, "label": "x"}),
     "a blank label": lambda c: c["arms"][1].update(label=" "),
     "a name twice": lambda c: c["arms"].append({**c["arms"][1], "label": "another"}),
     "a name elsewhere": lambda c: c["arms"].append({**c["arms"][1], "name": "x/../../x", "label": "another"}),
