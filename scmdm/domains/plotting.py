@@ -31,6 +31,7 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.titlesize": 12,
     "legend.frameon": False,
+    "text.parse_math": False,  # names and labels of users may have dollars
 }
 
 

@@ -517,6 +517,23 @@ def test_report_of_a_run(base, tmp_path, capsys):
     assert "neither a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("label", ["$5 or $6", "a $\\frac$ b"])
+def test_labels_are_no_formulas(study, monkeypatch, label):
+    """matplotlib would set the text between two dollars as a formula, or raise an error."""
+    texts = []
+    save = report_figures.save_figure
+
+    def note(figure, path):
+        texts.extend(text for ax in (*figure.axes, figure) for text in ax.findobj(plotting.plt.Text))
+        return save(figure, path)
+
+    monkeypatch.setattr(report_figures, "save_figure", note)
+    change_study(study, lambda content: content["arms"][1].update(label=label))
+    assert any(label in line for line in study_report(study, study / "report.html").conclusions)
+    own = [text for text in texts if label in text.get_text()]
+    assert own and not any(text.get_parse_math() for text in own)
+
+
 def test_the_legend_of_a_run_has_its_name_whatever_it_begins_with(base, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: seen.append(figure) or path)
