@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.config.common import resolve_weights_dtype
-from scmdm.config.evaluation import EvaluateConfig
+from scmdm.config.evaluation import EvaluateConfig, ZeroShotConfig
 from scmdm.config.fields import require
 from scmdm.config.stored import read_stored_config
 from scmdm.config.training import TrainConfig
@@ -46,6 +46,7 @@ from scmdm.training.padding import used_lengths
 from scmdm.training.validation import ValidationSet
 
 _NO_RESULT = ("out", "threads", "batch_size", "shards")  # keys that do not change results
+_SOURCE_KEYS = {"text_key": "key", "path": "path", "unit": "unit", "detokenize": "detokenize"}  # of the source `text`
 _SCORED_AT_ONCE = 256  # samples; a killed evaluation scores at most these again, on each rank
 
 
@@ -147,6 +148,17 @@ def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:
     return TrainConfig(padding="sample", pad_multiple=multiple or TrainConfig.pad_multiple)
 
 
+def _texts(name: str, source: ZeroShotConfig) -> list[str]:
+    """Read a corpus of the key `texts`. Raises UserError, which names the keys of the corpus, not those of a source."""
+    try:
+        return read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
+    except UserError as error:
+        message = str(error)
+        for own, key in _SOURCE_KEYS.items():
+            message = message.replace(f"source.{own}", f"texts.{name}.{key}")
+        raise UserError(message) from error
+
+
 def sample_templates(
     loaded: LoadedModel, kind: type[Domain], root: Path, manifest: Manifest, config: EvaluateConfig
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -197,7 +209,7 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: Re
     if not config.nelbo_padding:
         loaded = replace(loaded, manifest=_without_padding(loaded.manifest, loaded.path))
     for name, source in config.zero_shot_texts().items():
-        texts = read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
+        texts = _texts(name, source)
         found[name] = {}
         for mode, condition in _modes(loaded).items():
             measured = zero_shot(

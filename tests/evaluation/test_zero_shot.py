@@ -184,7 +184,7 @@ def test_texts_each_with_its_own_keys(tmp_path):
     assert set(found) == {"ptb", "plain"}
 
 
-def test_padding_of_texts_counts_as_that_of_held_out_data(tmp_path):
+def test_padding_of_texts_counts_as_that_of_held_out_data(tmp_path, capsys):
     """`ab` is [BOS] a b [EOS], of which three tokens are predicted, and 28 of padding follow."""
     (tmp_path / "plain.txt").write_text("".join(f"line {i}\n" for i in range(60)))
     (tmp_path / "ab.txt").write_text("ab")
@@ -201,6 +201,11 @@ def test_padding_of_texts_counts_as_that_of_held_out_data(tmp_path):
         assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", texts, *more]) == 0
         return json.loads(out.read_text())["zero_shot"]["a"]["null"]["nelbo"]["tokens"]
 
+    keyed = f"texts={{a: {{path: {tmp_path / 'ab.txt'}, key: body}}}}"
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "num=0", "nelbo_samples=0", f"out={out}", keyed]) == 1
+    error = capsys.readouterr().err
+    assert "texts.a.key=body" in error and str(tmp_path / "ab.txt") in error and "source." not in error
     assert counted() == 7 and counted("pad_multiple=4") == 3 and counted("padding=length") == 31
     assert counted("padding=length", "nelbo_padding=false") == 3
 
