@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +43,12 @@ from scmdm.errors import UserError
 from scmdm.models.safetensors_headers import SUFFIX, Header, StoredTensor, read_header
 from scmdm.models.safetensors_writer import write_file
 from scmdm.system.hashing import FileHash
-from scmdm.system.process_group import broadcast, gather_object, joined_world, scatter
+from scmdm.system.process_group import gather_object, joined_world, on_rank_0, scatter
 from scmdm.system.untrusted import describe, parse_as, parse_json, reading
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 _SHARDING_INFO = "DCP_SHARDING_INFO"  # key of torch's distributed checkpoint in a file's metadata
 _REMEDY = "use another checkpoint"
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +273,7 @@ def tensor_shapes(directory: Path, *, alone: bool = True) -> dict[str, StoredTen
     def join() -> dict[str, StoredTensor]:
         return {name: _whole(parts) for name, parts in _shards(headers).items()}
 
-    return join() if alone else _from_rank_0(join)
+    return join() if alone else on_rank_0(join)
 
 
 def used_ranges(directory: Path, names: Collection[str], *, alone: bool = True) -> dict[str, list[tuple[int, int]]]:
@@ -343,48 +342,26 @@ def _headers(directory: Path, *, alone: bool = True) -> dict[Path, _Described]:
     rank, ranks = (0, 1) if alone else joined_world()
     if ranks == 1:
         return {path: _describe(path) for path in _files(directory)}
-    own = _from_rank_0(lambda: _files(directory))[rank::ranks]
-    gathered = gather_object(_attempt(lambda: {path: _describe(path) for path in own}))
+    paths = on_rank_0(lambda: _files(directory))[rank::ranks]
+    own: dict[Path, _Described] | UserError
+    try:
+        own = {path: _describe(path) for path in paths}
+    except UserError as error:  # raised together with the other ranks, which wait in the gather
+        own = error
+    gathered = gather_object(own) or []
 
-    def join() -> dict[Path, _Described]:
-        return dict(sorted(item for part in gathered or () for item in _result(part).items()))
+    def raise_first() -> None:
+        for part in gathered:
+            if isinstance(part, UserError):
+                raise part
 
-    problem = broadcast(_attempt(join).problem if gathered is not None else None)
-    _result(_Attempt(None, problem))
-    return join()
+    on_rank_0(raise_first)
+    return dict(sorted(item for part in gathered if isinstance(part, dict) for item in part.items()))
 
 
 def _files(directory: Path) -> list[Path]:
     with reading(directory, "directory of tensors", _REMEDY):
         return sorted(path for path in directory.iterdir() if path.name.endswith(SUFFIX))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attempt(Generic[T]):
-    """What a rank has read, or why it could not."""
-
-    value: T | None
-    problem: str | None = None
-
-
-def _attempt(read: Callable[[], T]) -> _Attempt[T]:
-    try:
-        return _Attempt(read())
-    except UserError as error:
-        return _Attempt(None, str(error))
-
-
-def _result(attempt: _Attempt[T]) -> T:
-    """Return what was read. Raises UserError if there was a problem."""
-    if attempt.problem is not None:
-        raise UserError(attempt.problem)
-    return cast(T, attempt.value)
-
-
-def _from_rank_0(read: Callable[[], T]) -> T:
-    """Return on every rank what rank 0 reads; all raise its UserError."""
-    unread: _Attempt[T] = _Attempt(None)
-    return _result(broadcast(_attempt(read) if joined_world()[0] == 0 else unread))
 
 
 def _shards(files: Mapping[Path, _Described]) -> _Shards:
