@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from scmdm.models.tensor_files import local_part
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HostBuffers:
 
     def stage(self, tensors: Mapping[str, Tensor]) -> Staged:
         """Copy this rank's part of each tensor; operations that follow on the current stream may change the tensors."""
-        parts = {name: (t.to_local() if isinstance(t, DTensor) else t).detach() for name, t in tensors.items()}
+        parts = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
         values = {name: self._buffer(name, part) for name, part in parts.items()}
         for name, part in parts.items():
             if not part.is_cuda:

@@ -37,6 +37,7 @@ from scmdm.distributed.engine import MOMENTS, ParallelEngine
 from scmdm.errors import UserError
 from scmdm.models.linear import Linear
 from scmdm.models.network import Network
+from scmdm.models.tensor_files import local_part
 from scmdm.system.process_group import destroy_with
 
 
@@ -84,9 +85,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Otherwise DeepSpeed compiles a collective for inference on CPUs, with any compiler that it finds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # deprecated names in DeepSpeed
+    # DeepSpeed uses deprecated names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed
 
 
@@ -119,7 +119,7 @@ def partition(model: nn.Module, config: RunConfig, device: torch.device, dtype: 
         Move(row_bounds(value.shape, ranks), range_bounds(value.numel(), -(-value.numel() // ranks), ranks))
         for value in rows
     ]
-    parts = exchange([value.to_local().flatten() for value in rows if isinstance(value, DTensor)], moves)
+    parts = exchange([local_part(value).flatten() for value in rows], moves)
     for (module, name, parameter), part in zip(own, parts, strict=True):
         setattr(module, name, _partitioned(context, parameter, part))
 
@@ -237,7 +237,7 @@ class DeepspeedEngine(ParallelEngine):
     def unpack(self, packed: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         rows = [packed[name] for name in values]
         moves = [self._move_to_rows(self._fragments[name]).back() for name in values]
-        held = [value.to_local().flatten() for value in rows if isinstance(value, DTensor)]
+        held = [local_part(value).flatten() for value in rows]
         for value, part in zip(values.values(), exchange(held, moves), strict=True):
             value.copy_(part)
 

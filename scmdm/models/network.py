@@ -1,8 +1,7 @@
 """Base of all denoisers: embedding, conditioner, a sequence of blocks, output head, and the denoiser interface.
 
-A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks and their
-conditioning tensors. To add one, subclass `Network` and `ModelConfig`, and register it in
-`scmdm.config.model.DENOISERS`.
+A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks and what conditions them. To add one,
+subclass `Network` and `ModelConfig`, and register it in `scmdm.config.model.DENOISERS`.
 
 Legend: B batch, L length, D width, K width of a head, V vocabulary with the mask, N masked positions.
 """
@@ -27,6 +26,7 @@ from scmdm.models.attention import NO_MASKS, Masks, masks_of, masks_of_blocks, m
 from scmdm.models.conditioner import Conditioner, Interpolation
 from scmdm.models.experts.expert_block import ExpertMixture, whole_parameters
 from scmdm.models.rotary import Rotary
+from scmdm.ops.grouped_product import compute_dtype
 from scmdm.ops.output_head import expected_embedding, weighted_nll_sum
 from scmdm.ops.subs_logits import subs_bias, subs_logits
 from scmdm.ops.take_rows import take_rows
@@ -261,10 +261,7 @@ class Network(nn.Module):
 
     def _residual_stream(self, x_BLD: Tensor) -> Tensor:
         """Cast a block's input to the residual stream's dtype; norms compute in float32 either way."""
-        device = x_BLD.device.type
-        if self.config.residual_precision == "float32" or not torch.is_autocast_enabled(device):
-            return x_BLD
-        return x_BLD.to(torch.get_autocast_dtype(device))
+        return x_BLD if self.config.residual_precision == "float32" else x_BLD.to(compute_dtype(x_BLD))
 
     def _embed_tokens(self, ids_BL: Tensor) -> Tensor:
         """Return the token embeddings (B, L, D) in float32 for any dtype of the weights."""

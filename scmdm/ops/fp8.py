@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scmdm.config.model import FP8_MULTIPLE
+from scmdm.ops.grouped_product import compute_dtype
 from scmdm.torch_private import scaled_mm
 
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
@@ -62,8 +63,7 @@ def multiply_emulated(a_MK: Fp8Rows, b_PK: Fp8Rows, dtype: torch.dtype) -> Tenso
 
 def linear_fp8(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, multiplied_by: Multiply) -> Tensor:
     """Return `W x + b` (..., O) of `x` (..., I) in the dtype of autocast, or else of `x`; differentiable once."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     # Determined here: inside an autograd function gradients are off, and `needs_input_grad` ignores `no_grad`.
     train_weight = torch.is_grad_enabled() and weight_OI.requires_grad
     y_NO = _LinearFp8.apply(x.flatten(0, -2).to(dtype), weight_OI, dtype, multiplied_by, train_weight)
