@@ -42,20 +42,21 @@ class JsonLines(Generic[Row]):
 
 
 def read_json_lines(path: Path, parse: Callable[[bytes], Row]) -> JsonLines[Row]:
-    """Read a file line by line; a line that `parse` refuses with any exception is damaged. A missing file is empty, and
-    empty lines say nothing.
+    """Read a file line by line; a line that is too long, or that `parse` refuses with any exception, is damaged.
 
-    Lines end with a newline alone: the text of a sample may hold other line separators.
+    A missing file has no rows, and empty lines are skipped. Lines end with a newline alone: the text of a sample may
+    hold other line separators.
     """
     found: JsonLines[Row] = JsonLines(path)
     try:
         require_regular(path)
         with path.open("rb") as file:
             for number, line in enumerate(_bounded_lines(file), start=1):
-                if line is not None and not line.strip():
-                    continue
                 try:
-                    found.rows.append(parse(_complete(line)))
+                    if line is None:
+                        found.damaged.append(number)
+                    elif line.strip():
+                        found.rows.append(parse(line))
                 except Exception:  # noqa: BLE001 - a parser of outside data can raise any class
                     found.damaged.append(number)
     except FileNotFoundError:
@@ -74,9 +75,3 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
         while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
             pass
         yield None
-
-
-def _complete(line: bytes | None) -> bytes:
-    if line is None:
-        raise ValueError(f"a line of more than {_LONGEST_LINE} bytes")
-    return line
