@@ -12,7 +12,7 @@ import importlib
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -69,8 +69,8 @@ class Key:
     selector: str = "name"
     path: PathKind | None = None  # the text is the path of a file or directory
     free_text: bool = False  # on the command line, `null` is a text as well
-    keys_of: str = ""  # of a mapping: the registry, as `module:NAME`, whose classes declare its keys
-    formerly: tuple[str, ...] = ()  # earlier names, dotted from the root of the configuration
+    keys_of: str = ""  # of a mapping: the registry, as `module:NAME`, whose classes declare its keys, for `--help`
+    formerly: tuple[str, ...] = ()  # earlier names, dotted from the root: they are refused with the present name
 
     def wanted(self, value: object = None) -> str:
         """Describe the allowed values, as in `between 0 and 1` or `above 0`; `value` is one that is not allowed."""
@@ -132,51 +132,16 @@ def _number(bound: float) -> str:
     return f"2^{power}" if power >= 20 and whole == 2**power else str(whole)
 
 
-def key(
-    default: Any = dataclasses.MISSING,
-    *,
-    help: str,
-    factory: Any = dataclasses.MISSING,
-    choices: Sequence[str] = (),
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    on_resume: bool = False,
-    on_adapt: OnAdapt = OnAdapt.FROM_BASE,
-    registry: Registry | None = None,
-    selector: str = "name",
-    path: PathKind | None = None,
-    free_text: bool = False,
-    keys_of: str = "",
-    formerly: Sequence[str] = (),
-) -> Any:
+def key(default: Any = dataclasses.MISSING, *, help: str, factory: Any = dataclasses.MISSING, **rules: Any) -> Any:
     """Declare a configuration key: a dataclass field with its default, its help text and its rules.
 
-    With `registry` the field is a section whose class depends on the name that the user gives under `selector`;
-    `factory` makes the section when the user gives none. `keys_of` names a registry, as `module:NAME`, whose classes
-    declare the keys of a mapping; `--help` lists them. `formerly` lists earlier names of the key, dotted from the root
-    of the configuration: they are refused with the present name.
+    `rules` are fields of `Key`. With `registry` the field is a section whose class depends on the name that the user
+    gives under `selector`; `factory` makes the section when the user gives none.
     """
-    rules = Key(
-        help,
-        tuple(choices),
-        at_least,
-        at_most,
-        above,
-        below,
-        on_resume,
-        on_adapt,
-        registry=registry,
-        selector=selector,
-        path=path,
-        free_text=free_text,
-        keys_of=keys_of,
-        formerly=tuple(formerly),
-    )
+    metadata = {_METADATA: Key(help, **rules)}
     if factory is not dataclasses.MISSING:
-        return dataclasses.field(default_factory=factory, metadata={_METADATA: rules})
-    return dataclasses.field(default=default, metadata={_METADATA: rules})
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def rules_of(field: dataclasses.Field[Any]) -> Key | None:
