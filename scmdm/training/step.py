@@ -16,7 +16,7 @@ from torch import Tensor
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.causal_annealing import causally_annealed
 from scmdm.diffusion.noise import keyed_int, keyed_normal
-from scmdm.diffusion.objective import Denoiser, ObjectiveOutput, self_conditioned_nelbo
+from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch, noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences, drop_labels
@@ -75,25 +75,8 @@ def train_step(
     divisor = (everyone.valid_tokens > 0).sum() if config.train.loss_per == "sample" else tokens
     t_N = stratified_times(config.seed, step, everyone.ids, config.diffusion.t_min)
     t_B = t_N[engine.data_rank * len(sequences) :][: len(sequences)]
-    opened = {"seed": config.seed, "step": step, "steps": config.train.causal_steps}
-    own = engine.denoiser if engine.base is None else EstimatedByBase(engine.denoiser, engine.base)
-    denoiser = causally_annealed(TimedDenoiser(own, timer), sequences.tokens, **opened)
-    torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
+    total, passes = _accumulate(engine, config, schedule, mask_id, sequences, t_B, step, divisor, tokens, timer)
     record = record_of(engine.model)
-    size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
-    for start in range(0, len(sequences), size):
-        rows = slice(start, start + size)
-        batch = _noise(config, schedule, mask_id, sequences[rows], t_B[rows], step)
-        with engine.compute(), record.recording() if record is not None else contextlib.nullcontext():
-            output = _objective(config, schedule, denoiser, batch)
-        routing_loss = None if record is None else record.take_loss()
-        with timer.part("backward"):
-            loss = output.loss / divisor
-            if routing_loss is not None:  # of positions, however the loss is averaged
-                loss = loss + routing_loss / tokens
-            engine.backward(loss, last=start + size >= len(sequences))
-        total += output.loss.detach()
-        passes = output.passes
     with timer.part("data"):
         following = read_next()
     with timer.part("sync"):
@@ -120,18 +103,49 @@ def train_step(
     return result
 
 
-def _objective(config: RunConfig, schedule: Schedule, denoiser: Denoiser, batch: NoisedBatch) -> ObjectiveOutput:
-    own = config.self_conditioning
-    return self_conditioned_nelbo(
-        denoiser,
-        batch,
-        schedule,
-        condition=own.rate > 0,
-        passes=own.passes,
-        estimate_dropout=own.estimate_dropout,
-        stop_gradient=own.stop_gradient,
-        share_lower=config.shared_layers > 0,
-    )
+def _accumulate(
+    engine: Engine,
+    config: RunConfig,
+    schedule: Schedule,
+    mask_id: int,
+    sequences: Sequences,
+    t_B: Tensor,
+    step: int,
+    divisor: Tensor,
+    tokens: Tensor,
+    timer: StepTimer,
+) -> tuple[Tensor, int]:
+    """Accumulate gradients over micro-batches; return the sum of this rank's loss, and the passes of a micro-batch."""
+    opened = {"seed": config.seed, "step": step, "steps": config.train.causal_steps}
+    own = engine.denoiser if engine.base is None else EstimatedByBase(engine.denoiser, engine.base)
+    denoiser = causally_annealed(TimedDenoiser(own, timer), sequences.tokens, **opened)
+    torch.manual_seed(keyed_int(config.seed, f"dropout/{engine.rank}", step))
+    record = record_of(engine.model)
+    conditioning = config.self_conditioning
+    size, total, passes = config.train.micro_batch_size, torch.zeros((), device=engine.device), 0
+    for start in range(0, len(sequences), size):
+        rows = slice(start, start + size)
+        batch = _noise(config, schedule, mask_id, sequences[rows], t_B[rows], step)
+        with engine.compute(), record.recording() if record is not None else contextlib.nullcontext():
+            output = self_conditioned_nelbo(
+                denoiser,
+                batch,
+                schedule,
+                condition=conditioning.rate > 0,
+                passes=conditioning.passes,
+                estimate_dropout=conditioning.estimate_dropout,
+                stop_gradient=conditioning.stop_gradient,
+                share_lower=config.shared_layers > 0,
+            )
+        routing_loss = None if record is None else record.take_loss()
+        with timer.part("backward"):
+            loss = output.loss / divisor
+            if routing_loss is not None:  # of positions, however the loss is averaged
+                loss = loss + routing_loss / tokens
+            engine.backward(loss, last=start + size >= len(sequences))
+        total += output.loss.detach()
+        passes = output.passes
+    return total, passes
 
 
 def _noise(
