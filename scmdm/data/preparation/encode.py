@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scmdm.config.preparation import PrepareConfig
 from scmdm.data.preparation.fit_tokenizer import fitted_part, fitted_tokenizer
 from scmdm.data.preparation.framing import FRAMERS, FramedSequence, Framer
 from scmdm.data.preparation.records import Part, Record, Tally
-from scmdm.data.preparation.scan import place_of, scanned_records
+from scmdm.data.preparation.scan import describe_place, scanned_records
 from scmdm.data.preparation.shard_writer import Description, write_piece
 from scmdm.data.preparation.source import Source
 from scmdm.data.preparation.splits import by_position, is_held_out, split_of
@@ -86,12 +87,10 @@ def _rows(
                         tally.counts[TRUNCATED] += 1
                     rows = list(_sequences(config, source, version, prompt, ids, tokenizer, framer, own))
             except _Unusable as error:
-                shown = tally.is_shown(f"dropped: {error.reason}")
-                tally.drop(error.reason, f"{place_of(source, part, record)}: {error}" if shown else "")
+                tally.drop(error.reason, partial(describe_place, source, part, record, error))
                 continue
             if tokenizer.unk_id is not None and (tokenizer.unk_id in ids or tokenizer.unk_id in prompt):
-                shown = tally.is_shown(UNKNOWN_KEPT)
-                tally.note(UNKNOWN_KEPT, place_of(source, part, record) if shown else "")
+                tally.note(UNKNOWN_KEPT, partial(describe_place, source, part, record))
             tally.counts["kept" if version is record else "mirrored"] += 1
             yield from ((split, row) for row in rows)
     for split, framer in framers.items():

@@ -74,9 +74,12 @@ class Tally:
             self._on_read(self.counts["read"])
 
     def drop(self, reason: str, where: object) -> None:
-        """Count an unusable record. With `refuse`, raise UserError that names `where` it is."""
+        """Count an unusable record. With `refuse`, raise UserError that names `where` it is.
+
+        `where` may be a function that finds the place, which can take long: it is called only if the place is shown.
+        """
         if self._refuse:
-            raise UserError(f"{where}: {reason}; correct it, or skip such records with on_dirty=skip")
+            raise UserError(f"{_place(where)}: {reason}; correct it, or skip such records with on_dirty=skip")
         self._show(f"dropped: {reason}", where)
         self.leave_out(reason)
 
@@ -85,23 +88,20 @@ class Tally:
         self._show(reason, where)
         self.counts[reason] += 1
 
-    def is_shown(self, reason: str) -> bool:
-        """Return whether the place of a further record with this reason is shown: it is refused, or an early one.
-
-        To find the place of a record may take long.
-        """
-        return self._refuse or len(self.places.get(reason, ())) < PLACES
-
     def _show(self, reason: str, where: object) -> None:
         places = self.places.setdefault(reason, [])
         if len(places) < PLACES:
             # A path may have bytes that are not UTF-8, which would be lone surrogates.
-            shown = str(where)[:_LONGEST_PLACE].encode(errors="replace").decode()
+            shown = _place(where)[:_LONGEST_PLACE].encode(errors="replace").decode()
             places.append(" ".join(shown.split()))
 
     def leave_out(self, reason: str) -> None:
         """Count an intentional drop, such as a duplicate, which is no error even with `refuse`."""
         self.counts[f"dropped: {reason}"] += 1
+
+
+def _place(where: object) -> str:
+    return str(where() if callable(where) else where)
 
 
 def cut_bytes(name: str, path: Path, part_bytes: int) -> list[Slice]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             try:
                 symbols.update(tokenizer.symbols_of(record.text))
             except UnknownSymbol as error:
-                shown = tally.is_shown(f"dropped: {error.reason}")
-                tally.drop(error.reason, f"{place_of(source, part, record)}: {error}" if shown else "")
+                tally.drop(error.reason, partial(describe_place, source, part, record, error))
                 continue
             digest = _digest(record)
             row, hash_ = len(hashes), leading_bits(digest)
@@ -94,16 +94,17 @@ def describe_groups(scans: Sequence[Path]) -> str:
     )
 
 
-def place_of(source: Source, part: Part, record: Record) -> str:
-    """Return file and number of a record of a part, by reading the part again."""
+def describe_place(source: Source, part: Part, record: Record, error: Exception | None = None) -> str:
+    """Return file and number of a record of a part, by reading the part again, with the error that it raised."""
+    problem = f": {error}" if error is not None else ""
     wanted, files = _digest(record), source.files()
     for piece in part.slices:
         records = source.records(replace(part, slices=(piece,)), Tally())
         number = next((number for number, found in enumerate(records, start=1) if _digest(found) == wanted), None)
         if number is not None:
             after = f" after byte or row {piece.start:,}" if piece.start else ""
-            return f"{files.get(piece.file, piece.file)}, record {number:,}{after}"
-    return source.name
+            return f"{files.get(piece.file, piece.file)}, record {number:,}{after}{problem}"
+    return f"{source.name}{problem}"
 
 
 def _limited(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
