@@ -29,7 +29,7 @@ from scmdm.errors import UserError
 from scmdm.launch.rank import TRAINING
 from scmdm.observability.environment import REVISION_FILE, git_revision
 from scmdm.study.study_plan import StudyPlan
-from scmdm.system.files import atomic_write_text
+from scmdm.system.files import atomic_write_text, cannot_write
 from scmdm.system.run_directory import EVALUATIONS, LAUNCH, STACKS, run_of
 
 ONE_PROCESS = ("export",)  # commands that ranks cannot share
@@ -221,9 +221,7 @@ def freeze(frozen: FrozenLaunch, config: LaunchedConfig) -> None:
                 ignore = shutil.ignore_patterns("__pycache__", *_LEFT_OUT)
                 shutil.copytree(source / package, frozen.code / package, ignore=ignore)
     except OSError as error:
-        raise UserError(
-            f"cannot write {frozen.directory}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise cannot_write(frozen.directory, error) from error
     atomic_write_text(frozen.config, to_yaml(_carried(frozen, config), for_loading=True))
     atomic_write_text(frozen.code / REVISION_FILE, json.dumps(git_revision(source / "scmdm")) + "\n")
 

@@ -32,6 +32,11 @@ def sha256_file(path: Path) -> str:
     return hash_range(path, 0, sys.maxsize)
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Make the error for a file or directory that the system does not let us write."""
+    return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place")
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that readers, also after a crash, see either the old or the new content.
 
@@ -50,9 +55,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def require_writable(path: Path) -> None:
@@ -139,9 +142,7 @@ def atomic_directory(final: Path, *, replace: bool = False, flushed: bool = Fals
             os.rename(temporary, final)
         fsync_path(final.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {final}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise cannot_write(final, error) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -33,6 +33,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from scmdm.errors import InUseError, UserError
+from scmdm.system.files import cannot_write
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives, process_start
 from scmdm.system.untrusted import parse_as, read_json
 
@@ -143,9 +144,7 @@ def acquire(
     try:
         lease = _acquire(directory, name, silence_limit_s, ask_slurm=ask_slurm)
     except OSError as error:
-        raise UserError(
-            f"cannot write {directory}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise cannot_write(directory, error) from error
     threading.Thread(target=lease.renew, name="lease", daemon=True).start()
     try:
         yield lease
