@@ -23,10 +23,6 @@ _SHOWN_FROM = 2**30  # bytes of a share whose progress is shown
 _MIB = 2**20
 
 
-def _ignore(_part: str) -> None:
-    """Report progress to nobody."""
-
-
 @dataclass(frozen=True)
 class Verification:
     """How a model directory is verified before it is used.
@@ -39,7 +35,7 @@ class Verification:
     mode: str = "full"
     weights: str | None = None
     together: bool = False
-    beat: Callable[[str], None] = _ignore
+    beat: Callable[[str], object] = lambda _part: None
 
 
 ALONE = Verification()

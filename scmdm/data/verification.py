@@ -33,10 +33,8 @@ def _unlisted(root: Path) -> Iterator[str]:
     Hidden names are left out: in a cache they are unfinished downloads.
     """
     for split, info in Manifest.read(root).splits.items():
-        listed = {file.file for file in info.files} | {
-            file.file.removesuffix(COMPRESSED_SUFFIX)
-            for file in info.files  # decompressed shards
-        }
+        listed = {file.file for file in info.files}
+        listed |= {name.removesuffix(COMPRESSED_SUFFIX) for name in listed}  # decompressed shards
         for path in sorted((root / split).glob("[!.]*")):
             if f"{split}/{path.name}" not in listed:
                 yield f"{path} is not listed in {MANIFEST_FILE}"

@@ -222,10 +222,10 @@ def compare_arms(samples: Sequence[Json], arms: Sequence[Json], reference: Json,
     return found
 
 
-_Trainings = Sequence[Mapping[int, Draw]]
+_Draws = Sequence[Mapping[int, Draw]]  # of each training, by sampling seed
 
 
-def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Trainings, _Trainings] | None:
+def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Draws, _Draws] | None:
     """Draws of the same trainings and the same noise; None if there are none.
 
     An arm of one training, such as the base, is compared with every training of the other.
@@ -240,7 +240,7 @@ def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Trainings, _Traini
     return (first, second) if shared else None
 
 
-def _compare(steps: int, labels: tuple[str, str], ours: _Trainings, theirs: _Trainings) -> ArmComparison:
+def _compare(steps: int, labels: tuple[str, str], ours: _Draws, theirs: _Draws) -> ArmComparison:
     first, second = ([mean_number(draws) for draws in side] for side in (ours, theirs))
     count = max(len(first), len(second))
     pairs = zip(*(side * count if len(side) == 1 else side for side in (first, second)), strict=True)

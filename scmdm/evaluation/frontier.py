@@ -171,7 +171,7 @@ def equal_diversity_table(found: Sequence[EqualDiversity], quality: Metric, dive
             rows.append([*start, f"{other} was not sampled there", "-", "-"])
             continue
         values = " against ".join(f"{quality.scale * math.exp(value):.{quality.digits}f}" for value in one.log_y)
-        difference, p_value = f"{_percent(one.log_y[0] - one.log_y[1])}", "-"
+        difference, p_value = _percent(one.log_y[0] - one.log_y[1]), "-"
         if one.compared is not None:
             difference += f" [{_percent(one.compared.low)}, {_percent(one.compared.high)}]"
             p_value = f"{next(adjusted):.2g}"

@@ -118,9 +118,8 @@ def classify(classifier: Classifier, images_NHWC: np.ndarray) -> tuple[np.ndarra
 
 
 def _read(path: Path, key: ClassifierKey) -> Classifier:
-    classifier, remedy = Classifier(key.channels, key.classes), "remove it to train the classifier again"
-    header = read_header(path)
-    with reading(path, "classifier", remedy):
+    classifier, header = Classifier(key.channels, key.classes), read_header(path)
+    with reading(path, "classifier", _REMEDY):
         stored = parse_json(header.metadata["key"])
         classifier.load_state_dict(load_file(path))
     require_finite_all(classifier.named_parameters(), path)
