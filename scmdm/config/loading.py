@@ -40,8 +40,7 @@ def load_config(schema: type[Schema], path: Path | None, overrides: Sequence[str
     """Merge defaults < YAML file < overrides into an instance of the dataclass `schema`.
 
     A YAML file may name a parent with `extends: other.yaml` (relative to itself, or the name of a shipped one); its
-    own keys win. OmegaConf resolves `${...}` in these files; everywhere else, also on the command line,
-    text is literal.
+    own keys win. OmegaConf resolves `${...}` in these files; elsewhere, also on the command line, text is literal.
 
     Raises UserError for a missing or malformed file, an unknown key (with the nearest valid name), a value of the
     wrong type or out of bounds, a renamed key, or a mandatory key that is not set. If `schema` has a method

@@ -13,8 +13,7 @@ import numpy as np
 def wasserstein_of_counts(values_N: np.ndarray, reference_M: np.ndarray) -> Callable[[np.ndarray], float]:
     """1-Wasserstein distance to the reference as a function of how often each value occurs (N,).
 
-    Equal to scipy's `wasserstein_distance` with these weights, which sorts both sets each time. It is
-    NaN if nothing occurs.
+    Equal to scipy's `wasserstein_distance` with these weights, which sorts both sets each time; NaN if nothing occurs.
     """
     order_N = np.argsort(values_N)
     grid = np.sort(np.concatenate([values_N, reference_M]))

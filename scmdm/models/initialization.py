@@ -25,7 +25,7 @@ class ZeroLinear(nn.Linear):
 def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = lambda _: True) -> None:
     """Fill parameters, whole or sharded (DTensor), with draws keyed on the seed and the parameter's name.
 
-    Parameters of a module with the attribute `starts_at` get that constant, or theirs of a mapping.
+    Parameters of a module with the attribute `starts_at` get that constant, or the one that it maps their name to.
     Others are uniform within 1 / sqrt(width of the input), as in `torch.nn.Linear` (kaiming_uniform with a = sqrt(5)).
     `only` selects parameters by name. A rank has memory for its own part of a parameter alone.
     """

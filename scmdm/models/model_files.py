@@ -250,12 +250,11 @@ def read_model(
 def set_dtype(model: Network, dtype: torch.dtype) -> None:
     """Set the dtype in which a model that is not yet allocated holds its parameters.
 
-    Routers stay in float32.
-    With `model.head_precision=float32`, those outside of blocks stay in float32: the output head, the embedding that
-    may be tied to it, and what little is beside them.
+    Routers, which choose in float32, stay in it. With `model.head_precision=float32` so do all parameters outside of
+    blocks: the output head, the embedding that may be tied to it, and a few others.
     """
     for name, parameter in model.named_parameters():
-        if ROUTER in name:  # chooses in float32
+        if ROUTER in name:
             continue
         if model.config.head_precision != "float32" or name.startswith("blocks."):
             parameter.data = parameter.data.to(dtype)

@@ -140,8 +140,8 @@ def rotate(rotary: Tensor, *tensors_BLHK: Tensor) -> tuple[Tensor, ...]:
     """Rotate each pair of channels (k, k + K/2) by the angle of its position.
 
     The table is (L, K/2, 2), or (B, L, K/2, 2) for packed samples. Channels for which it has no angles, the last of a
-    head, stay as they are. On a CPU, the result is differentiable once and has
-    pair k at channels (2 k, 2 k + 1): attention does not depend on an order that queries and keys share.
+    head, stay as they are. On a CPU, the result is differentiable once and has pair k at channels (2 k, 2 k + 1):
+    attention does not depend on an order that queries and keys share.
     """
     like, table = tensors_BLHK[0], rotary.unsqueeze(-3)
     if (width := 2 * rotary.shape[-2]) < like.shape[-1]:

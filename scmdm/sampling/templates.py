@@ -40,9 +40,8 @@ def make_template(
     """Make a template (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
 
     With `bos_given`, [BOS] is set even without a prompt; without `add_bos`, it never is. A conversation begins as the
-    chat template says. With `gen_length`, the
-    template has that number of masks after the prompt, otherwise `length` tokens. Raises UserError for a text that the
-    vocabulary cannot encode or that is longer than `length`.
+    chat template says. With `gen_length`, the template has that number of masks after the prompt, otherwise `length`
+    tokens. Raises UserError for a text that the vocabulary cannot encode or that is longer than `length`.
     """
     if prompt is not None and not isinstance(prompt, str):
         add_bos = False
