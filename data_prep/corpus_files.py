@@ -134,7 +134,6 @@ def find_files(
     by_name: Sequence[str] = (),
     accepts: Callable[[str], bool] | None = None,
     any_suffix: bool = False,
-    where: str = "source.path",
     remedy: str = "",
 ) -> FoundFiles:
     """Find the files of a corpus: `path` itself, or all files below it whose suffix is one of `formats`, sorted.
@@ -153,7 +152,7 @@ def find_files(
     except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {describe(error)}"
         raise UserError(
-            f"{where}={path} {reason}; give a file or a folder of {suffixes_of([*formats, *by_name])}"
+            f"source.path={path} {reason}; give a file or a folder of {suffixes_of([*formats, *by_name])}"
         ) from error
     if not is_folder:
         if not any_suffix:
@@ -171,7 +170,7 @@ def find_files(
     if not files:
         rest = f" (skipped: {found.describe_skipped()})" if skipped else ""
         raise UserError(
-            f"{where}={path} holds no {suffixes_of(formats)} file{rest}; {remedy or 'give a folder that does'}"
+            f"source.path={path} holds no {suffixes_of(formats)} file{rest}; {remedy or 'give a folder that does'}"
         )
     return found
 
@@ -236,7 +235,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def named_split(name: str) -> str | None:
-    """Return the split that a path names, with a whole folder or file name before a word of one, outermost first."""
+    """Return the split in a path: of a whole folder or file name, else of a word in one, outermost first."""
     whole = _whole_split(name)
     if whole is not None:
         return whole
@@ -245,7 +244,7 @@ def named_split(name: str) -> str | None:
 
 
 def _whole_split(name: str) -> str | None:
-    """Return the split after which a folder of a path, or its file, is named as a whole."""
+    """Return the split that is the whole name of a folder in a path, or of its file without suffixes."""
     *folders, file = name.lower().split("/")
     return next((_SPLIT_WORDS[part] for part in [*folders, kind_of(file).stem] if part in _SPLIT_WORDS), None)
 
@@ -260,8 +259,8 @@ def without_split(name: str) -> str:
 def split_by_name(names: Iterable[str], split_by: str) -> dict[str, str | None]:
     """Return the split of each file: `validation`, `test`, or None for training (where hashes decide).
 
-    `split_by` is that of `NamedSplitsConfig`. Raises UserError with `auto` if folders or files are called like several
-    splits, as `train` and `test` are, and others are not: hashes would mix the published splits.
+    `split_by` is that of `NamedSplitsConfig`. Raises UserError with `auto` if the whole names of folders or files name
+    several splits, but other files name none: hashes would mix the published splits.
     """
     found = {name: named_split(name) for name in names}
     named = set(found.values())

@@ -45,17 +45,10 @@ def init_weights(model: nn.Module, seed: int, *, only: Callable[[str], bool] = l
                 _draw(parameter, full_name, seed, width)
 
 
-def initial_value(
-    name: str,
-    shape: Sequence[int],
-    *,
-    seed: int,
-    width: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Draw a parameter of a linear map whose input has `width` channels (None: the last dimension of the shape)."""
-    value = torch.empty(*shape, dtype=dtype, device="cpu")
-    _draw(value, name, seed, width or shape[-1])
+def initial_value(name: str, shape: Sequence[int], *, seed: int) -> Tensor:
+    """Draw the weight of a linear map, float32."""
+    value = torch.empty(*shape, dtype=torch.float32, device="cpu")
+    _draw(value, name, seed, shape[-1])
     return value
 
 
