@@ -11,7 +11,7 @@ from scmdm.errors import UserError
 from scmdm.observability.run_metrics import logger
 from scmdm.system.files import atomic_write_text
 from scmdm.system.lease import Fence, Lease, acquire
-from scmdm.system.process_group import broadcast, current_world
+from scmdm.system.process_group import on_rank_0
 from scmdm.system.run_directory import LEASE
 
 
@@ -34,17 +34,7 @@ def acquire_run(directory: Path) -> Iterator[Lease]:
 def acquire_run_on_rank_0(directory: Path) -> Iterator[Fence]:
     """Call `acquire_run` on rank 0 and yield its fence on all ranks. All ranks raise if rank 0 is refused."""
     with contextlib.ExitStack() as stack:
-        result: Fence | UserError | None = None
-        if current_world().is_main:
-            try:
-                result = stack.enter_context(acquire_run(directory)).fence
-            except UserError as error:
-                result = error
-        result = broadcast(result)
-        if not isinstance(result, Fence):
-            assert result is not None
-            raise result
-        yield result
+        yield on_rank_0(lambda: stack.enter_context(acquire_run(directory)).fence)
 
 
 def _make_writable(directory: Path) -> None:
