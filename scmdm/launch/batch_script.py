@@ -101,20 +101,13 @@ wait $!
 
 def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
     """Render the batch script of a preparation by an array of `tasks` tasks."""
-    setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
-    directives = [*_directives(frozen, ranks, job, working_directory, tasks)]
     command = '"${python[@]}" -m scmdm prepare "$launch/config.yaml" ' + f'slice="$SLURM_ARRAY_TASK_ID/{tasks}"'
     cpus = [] if ranks.cpus_per_rank is None else ['--cpus-per-task="$SLURM_CPUS_PER_TASK"']
     return _PREPARATION.format(
+        **_common(frozen, job, frozen.environment),
         target=_one_line("out", frozen.target),
-        script=shlex.quote(str(script_path(frozen))),
-        directives="\n".join(directives),
-        launch=shlex.quote(str(frozen.directory)),
-        setup=f"\n{setup}" if setup else "",
-        environment=_assignments(frozen.environment),
-        python=shlex.quote(_python(job)),
+        directives="\n".join(_directives(frozen, ranks, job, working_directory, tasks)),
         tasks=tasks,
-        requeue=_requeue(job),
         signal=job.signal,
         srun=" \\\n  ".join(["srun", *cpus, *_container(frozen, job, working_directory), command]),
     )
@@ -122,27 +115,20 @@ def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, workin
 
 def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path) -> str:
     """Render the batch script of a command on one or several ranks."""
-    quote = shlex.quote
     signals = tuple(dict.fromkeys(("TERM", job.signal)))
     # For a process that a signal ends before its handlers are installed, the shell reports 128 plus the signal.
     stopped = [REQUEUE_EXIT, *(128 + Signals[f"SIG{name}"] for name in signals)]
     environment = {**frozen.environment, STOP_SIGNALS_VARIABLE: ",".join((*signals, "INT"))}
-    setup = "".join(f"{_one_line('--setup', line)}\n" for line in job.setup)
     return _SCRIPT.format(
+        **_common(frozen, job, environment),
         command=frozen.command,
         run=_one_line("run_dir", frozen.target),
         submission=shlex.join(submission(frozen, job)),
-        script=quote(str(script_path(frozen))),
         directives="\n".join(_directives(frozen, ranks, job, working_directory)),
-        launch=quote(str(frozen.directory)),
-        latest=quote(str(frozen.target / CHECKPOINTS / LATEST_FILE)) if frozen.trains else "/dev/null",
-        setup=f"\n{setup}" if setup else "",
-        environment=_assignments(environment),
-        python=quote(_python(job)),
+        latest=shlex.quote(str(frozen.target / CHECKPOINTS / LATEST_FILE)) if frozen.trains else "/dev/null",
         trapped=" ".join(signals),
         grace=ranks.grace,
         srun=_srun(frozen, ranks, job, working_directory),
-        requeue=_requeue(job),
         stopped="|".join(map(str, stopped)),
         requeue_exit=REQUEUE_EXIT,
         attempts=job.attempts if job.requeue else 1,
@@ -155,16 +141,17 @@ def submission(frozen: FrozenLaunch, job: SlurmJob) -> list[str]:
     return ["sbatch", "--parsable", *after, str(script_path(frozen))]
 
 
-def _assignments(environment: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={shlex.quote(_one_line(key, value))}" for key, value in environment.items())
-
-
-def _python(job: SlurmJob) -> str:
-    return _one_line("--python", job.python or ("python" if job.container.image else sys.executable))
-
-
-def _requeue(job: SlurmJob) -> str:
-    return 'scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit"
+def _common(frozen: FrozenLaunch, job: SlurmJob, environment: Mapping[str, str]) -> dict[str, str]:
+    """Values that both scripts have."""
+    python = job.python or ("python" if job.container.image else sys.executable)
+    return {
+        "script": shlex.quote(str(script_path(frozen))),
+        "launch": shlex.quote(str(frozen.directory)),
+        "setup": "".join(f"\n{_one_line('--setup', line)}" for line in job.setup) + ("\n" if job.setup else ""),
+        "environment": " ".join(f"{key}={shlex.quote(_one_line(key, value))}" for key, value in environment.items()),
+        "python": shlex.quote(_one_line("--python", python)),
+        "requeue": 'scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit",
+    }
 
 
 def script_path(frozen: FrozenLaunch) -> Path:
