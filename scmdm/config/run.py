@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -101,7 +102,7 @@ class RunConfig:
             )
         if command == "train" and self.trained_layers is not None:
             name = self._partial_key
-            raise UserError(f"{name}={_get(self, name)} is for `scmdm adapt`; leave it out")
+            raise UserError(f"{name}={attrgetter(name)(self)} is for `scmdm adapt`; leave it out")
 
     @property
     def trained_layers(self) -> int | None:
@@ -238,7 +239,8 @@ class RunConfig:
         """Raise UserError when a key contradicts the preset, of which it is a part of the definition."""
         name = self.self_conditioning.preset
         for part, value in PRESETS[name].defining.items() if name is not None else ():
-            require(_get(self, part) == value, part, _get(self, part), f"{value} with self_conditioning.preset={name}")
+            found = attrgetter(part)(self)
+            require(found == value, part, found, f"{value} with self_conditioning.preset={name}")
 
     def _validate_schedule(self) -> None:
         schedule, steps = self.schedule, self.train.steps
@@ -253,7 +255,7 @@ class RunConfig:
         require(
             self.trained_layers is None,
             self._partial_key,
-            _get(self, self._partial_key),
+            attrgetter(self._partial_key)(self),
             "left out with engine=deepspeed, which cannot freeze weights; use engine=fsdp2",
         )
         require(
@@ -274,9 +276,3 @@ class RunConfig:
             self.model.matmul_precision,
             "compute with engine=deepspeed, whose autocast casts what linear maps multiply; use engine=fsdp2",
         )
-
-
-def _get(config: object, dotted: str) -> object:
-    for part in dotted.split("."):
-        config = getattr(config, part)
-    return config

@@ -94,9 +94,9 @@ def _write_description(stored: StoredModel, to: Path) -> None:
 def _write_adapters(stored: StoredModel, to: Path, config: ExportConfig) -> None:
     """Write adapters and conditioner in the format of `peft`."""
     model = stored.spec.model
-    experts = getattr(stored.spec.model, "experts", 0)
-    added = {name: value for name, value in _cast(_stored_weights(stored, config), config) if is_added(name)}
-    if experts and any(value.dim() > 2 for value in added.values()):
+    weights = _cast(iterate_weights(stored.path, weights=config.weights), config)
+    added = {name: value for name, value in weights if is_added(name)}
+    if model.experts and any(value.dim() > 2 for value in added.values()):
         raise UserError(
             f"format=peft is not possible for {stored.path}, whose experts have adapters: peft has none for stacked "
             "matrices; use another format, or adapt with model.lora_targets=[attn_q,attn_k,attn_v,attn_out]"
@@ -158,11 +158,7 @@ def _published_weights(
 
 def _weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the weights to export, with merged adapters."""
-    return _cast(merged(_stored_weights(stored, config), stored.spec.model), config)
-
-
-def _stored_weights(stored: StoredModel, config: ExportConfig) -> Iterator[tuple[str, Tensor]]:
-    return iterate_weights(stored.path, weights=config.weights)
+    return _cast(merged(iterate_weights(stored.path, weights=config.weights), stored.spec.model), config)
 
 
 def _cast(weights: Iterable[tuple[str, Tensor]], config: ExportConfig) -> Iterator[tuple[str, Tensor]]:

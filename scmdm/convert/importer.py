@@ -155,7 +155,7 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
         rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
     tokenizer, notes = _tokenizer(source, config, rows)
-    notes += [f"{name}={shorten(_field(given.config, name))} is ignored, as if absent" for name in config.ignore]
+    notes += [f"{name}={shorten(field_of(given.config, name))} is ignored, as if absent" for name in config.ignore]
     if config.framing == "chats":
         _check_chats(tokenizer)
     if layout.names_mask(source):
@@ -196,7 +196,7 @@ def _with_overrides(source: PublishedFiles, layout: PublishedLayout, config: Imp
             raise UserError(f"{key}={getattr(config, key)} is not possible for model.kind={layout.kind}; leave it out")
     content = source.config
     for name in config.ignore:
-        if _field(content, name) is None:
+        if field_of(content, name) is None:
             raise UserError(f"ignore={name}: the configuration of {source.path} has no such field; leave it out")
         content = _without(content, name.split("."))
     if config.time_conditioning is not None:
@@ -205,7 +205,7 @@ def _with_overrides(source: PublishedFiles, layout: PublishedLayout, config: Imp
     return dataclasses.replace(source, config=content)
 
 
-def _field(content: Any, name: str) -> Any:
+def field_of(content: Any, name: str) -> Any:
     """Return the field with a dotted name; None if there is none."""
     for part in name.split("."):
         content = content.get(part) if isinstance(content, dict) else None
@@ -239,7 +239,7 @@ def _logit_shift(source: PublishedFiles, layout: PublishedLayout, config: Import
 def _length(source: PublishedFiles, names: Sequence[str]) -> int:
     """Return the model's own length of a sample."""
     for name in names:
-        value = _field(source.config, name)
+        value = field_of(source.config, name)
         if value is not None and (type(value) is not int or not 2 <= value <= LONGEST):
             raise UserError(
                 f"{source.path}: {name}={shorten(value)} in its configuration; expected 2 to {LONGEST}, or "

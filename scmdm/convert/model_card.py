@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import PurePath
-from typing import Any
 
 import yaml
 
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.model import ModelConfig
 from scmdm.config.stored import read_stored_config
+from scmdm.convert.importer import field_of
 from scmdm.convert.layout import PublishedLayout
 from scmdm.models.model_files import StoredModel
 from scmdm.models.network import count_parameters
+from scmdm.system.run_directory import CONFIG_FILE
 
-_RUN_CONFIG = "config.yaml"  # in a checkpoint
 _SHOWN = ("base", "self_conditioning", "optimizer", "schedule", "train.steps", "train.global_batch_size", "ema.decay")
 
 
@@ -95,15 +95,11 @@ def _loading(stored: StoredModel, config: ExportConfig, layout: PublishedLayout 
 
 def _training(stored: StoredModel) -> str:
     """Return the training configuration, if the model comes from a run."""
-    path = stored.path / _RUN_CONFIG
-    if not path.is_file():
+    if not (stored.path / CONFIG_FILE).is_file():
         origin = stored.manifest.source.get("imported_from")
         return f"Imported from the layout {origin} and not trained since." if origin else "Not recorded in this model."
     run = read_stored_config(stored.path).content
-    shown = {}
-    for key in _SHOWN:
-        value: Any = run
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        shown[key] = PurePath(value).name if key == "base" and isinstance(value, str) else value
+    shown = {key: field_of(run, key) for key in _SHOWN}
+    if isinstance(base := shown["base"], str):
+        shown["base"] = PurePath(base).name
     return "```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```"

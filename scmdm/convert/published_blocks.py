@@ -7,8 +7,8 @@ from scmdm.convert.layout import PublishedLayout
 from scmdm.convert.published_config import PublishedConfig
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
+from scmdm.models.model_files import LONGEST
 
-_LONGEST = 2**24
 _BLOCK_TRAINED = "bd3lm"  # in the names of dllm's models; their configurations are those of its other models
 
 
@@ -18,7 +18,7 @@ def read_block_length(source: PublishedFiles, layout: PublishedLayout, config: I
     Raises UserError when nothing states those of a model that has blocks, or when files and key differ.
     """
     published, field, given = PublishedConfig(source), layout.block_field, config.block_length
-    stated = published.integer(field, high=_LONGEST) if field is not None and published.has(field) else None
+    stated = published.integer(field, high=LONGEST) if field is not None and published.has(field) else None
     if stated is not None and given not in (None, stated):
         raise published.refusal(
             str(field), stated, f"but block_length={given}; leave out block_length, or add ignore=[{field}]"
