@@ -102,21 +102,13 @@ class DocumentsConfig(NamedSplitsConfig):
                     f"source.{name}={getattr(self, name)} has no effect with source.{read}={getattr(self, read)}; "
                     "leave it out"
                 )
+        response = f"is not possible with source.response_key={self.response_key!r}"
         if self.prompt_key is not None and self.prompt_key == self.response_key:
-            raise UserError(
-                f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
-                f"{self.response_key!r}; give two keys"
-            )
+            raise UserError(f"source.prompt_key={self.prompt_key!r} {response}; give two keys")
         if (self.prompt_key is None) != (self.response_key is None):
-            raise UserError(
-                f"source.prompt_key={self.prompt_key!r} is not possible with source.response_key="
-                f"{self.response_key!r}; give both or neither"
-            )
+            raise UserError(f"source.prompt_key={self.prompt_key!r} {response}; give both or neither")
         if self.messages_key is not None and self.response_key is not None:
-            raise UserError(
-                f"source.messages_key={self.messages_key!r} is not possible with source.response_key="
-                f"{self.response_key!r}; give one of the two"
-            )
+            raise UserError(f"source.messages_key={self.messages_key!r} {response}; give one of the two")
         if self.framing == "chats" and self.detokenize != "none":
             raise UserError(f"source.detokenize={self.detokenize} is not possible with chats; it must be none")
 
