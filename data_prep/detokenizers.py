@@ -3,7 +3,7 @@
 Wikitext (Merity et al., 2017), LM1B (Chelba et al., 2014), the Penn Treebank and the scientific papers of arXiv and
 PubMed (Cohan et al., 2018) have spaces around punctuation, LAMBADA (Paperno et al., 2016) typographic quotes. Published
 perplexities are measured on text without them (Radford et al., 2019; MDLM, arXiv 2406.07524). The substitutions are
-those of the evaluations of Megatron-LM, SEDD, MDLM and Duo, in their order, with what they get wrong: a perplexity is
+those of the evaluations of Megatron-LM, SEDD, MDLM and Duo, in their order, mistakes included: a perplexity is
 comparable only on the same characters. A detokenizer is a list of steps, each a function of the text.
 """
 
@@ -92,8 +92,7 @@ def _text(*steps: Step) -> Step:
 def _by_line(detokenize: Step, *, with_feed: bool) -> Step:
     """Return the detokenizer of a corpus of lines: it sees each line alone, as published evaluations read it.
 
-    A whole text would come out otherwise: marks of different lines would make pairs. `with_feed`: a line includes its
-    line feed.
+    In a whole text, quotation marks of different lines would be paired. `with_feed`: a line includes its line feed.
     """
 
     def by_line(text: str) -> str:

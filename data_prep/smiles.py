@@ -72,8 +72,9 @@ class SmilesSource(NamedFiles, Source):
         return find_files(self.path, ("smi", *_TABLES), by_name=("text",), remedy=_REMEDY)
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Group small files, and divide large ones into lines. Raises UserError for a table without the column, and
-        for another column without a table.
+        """Group small files, and divide large ones into lines.
+
+        Raises UserError for a table without the column, and if `column` is set but no file is a table.
         """
         tables = [path for path in self.files().values() if _is_table(path)]
         if not tables and self.column != SmilesSourceConfig.column:
@@ -115,7 +116,7 @@ class SmilesSource(NamedFiles, Source):
             yield row.at, smiles, "no such column in the row" if short else row.problem
 
     def _header(self, file: TextFile) -> TableHeader | None:
-        """Read the header of a table. Raises UserError if it has the column not once."""
+        """Read the header of a table. Raises UserError unless it has the column exactly once."""
         header = read_header(file, [self.column])
         if header is not None and header.position(self.column) is None:
             count = header.columns.count(self.column)

@@ -42,7 +42,7 @@ class TableHeader:
     at: int
 
     def position(self, column: str) -> int | None:
-        """Return the index of a column; None if it stands there not once."""
+        """Return the index of a column; None unless it occurs exactly once."""
         return self.columns.index(column) if self.columns.count(column) == 1 else None
 
     def describe(self) -> str:
@@ -59,9 +59,9 @@ def is_divisible_table(path: Path) -> bool:
 
 
 def read_header(file: TextFile, wanted: Sequence[str], table_format: str | None = None) -> TableHeader | None:
-    """Read the header of a table; None if the file has none, as an empty or a damaged one.
+    """Read the header of a table; None if the file has none, because it is empty or damaged.
 
-    Of the delimiters that the format allows, the first is taken whose header has the wanted columns.
+    Takes the first delimiter of the format with which the header has the wanted columns.
     """
     found = None
     for delimiter in _DELIMITERS[table_format or kind_of(file.path.name).format or "csv"]:

@@ -5,7 +5,7 @@
 * Lines end with a line feed, a carriage return, or both, also mixed.
 * A file is binary if it begins as a known binary format does, or if more than one in thirty of its first 64 KiB are
   control characters (a third of what random bytes have). It is not read.
-* A single line that cannot be decoded, or that contains a NUL, is the reader's to count: `decode` names the reason.
+* A line that cannot be decoded, or that contains a NUL, is dropped and counted by the caller of `decode`.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def compile_arguments(graphs: int) -> dict[str, Any]:
     """Arguments of `torch.compile` for this many graphs of a function, for other shapes and modes, before it gives up.
 
     In versions without the argument (torch 2.11), sets `torch._dynamo.config.recompile_limit` instead; in newer ones
-    that setting is one of the calling thread.
+    that setting holds for the calling thread only.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {"recompile_limit": graphs}
@@ -78,7 +78,7 @@ def compile_arguments(graphs: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def default_group_timeout(timeout: timedelta) -> Iterator[None]:
-    """Process groups that are created in the block without a timeout, by torch or DeepSpeed too, have this one.
+    """Set the timeout of process groups that are created in the block without one, by torch or DeepSpeed too.
 
     Sets the constants `default_pg_timeout` and `default_pg_nccl_timeout`. Groups do not inherit the timeout of
     `init_process_group`, and `init_device_mesh` takes none (torch 2.14).
@@ -118,9 +118,9 @@ def constant_under_compile(function: _Function) -> _Function:
 
 
 def leave_profiler_out_of_checkpoints() -> None:
-    """Let selective checkpointing run again what marks its parts for the profiler more often than the forward pass.
+    """Let selective checkpointing ignore profiler marks, which differ between forward pass and recomputation.
 
-    FSDP2 does so for a group within a checkpointed block; torch would refuse it. Changes
+    FSDP2 adds some for a group within a checkpointed block, which torch would refuse. Changes
     `torch.utils.checkpoint.SAC_IGNORED_OPS`, for which there is no public setting (torch 2.14).
     """
     marks = torch.ops.profiler

@@ -33,8 +33,7 @@ from scmdm.system.untrusted import describe
 
 
 class TokenStream(Stream):
-    """A split of one data set. Missing shards of a cache are fetched from the remote data set, and compressed shards
-    are decompressed.
+    """A split of one data set, whose missing shards are fetched and whose compressed shards are decompressed.
 
     Streaming is not given the remote: its own download would leave a damaged shard in the cache and use it at the
     next attempt, and it refuses a directory that a killed run has left in shared memory. Its own decompression

@@ -45,7 +45,7 @@ class HarnessOptions:
 
 
 def read_options(keys: dict[str, Any]) -> HarnessOptions:
-    """Check the arguments, of which the harness's command line reads `none` as None and may give `auto:N`."""
+    """Check the arguments. The harness's command line turns `none` into None, and `batch_size` may be `auto:N`."""
     if "tail" in keys:
         keys["tail"] = keys["tail"] or "none"
     if str(keys.get("batch_size", 1)).startswith("auto"):

@@ -96,7 +96,7 @@ class MaskedDiffusionLM(TemplateLM):
         if isinstance(self._loaded.tokenizer, OwnFraming):
             raise UserError(f"{path} generates {self._loaded.tokenizer.kind}; give a model of text")
         self._end_ids = end_token_ids(self._loaded.tokenizer, self._sampler({}).end_tokens)
-        # A model of conversations has seen what its chat template places first.
+        # A model of conversations was trained on the beginning that its chat template writes.
         has_bos = options.add_bos_token and self._loaded.manifest.framing != "chats"
         self._prefix = [self._loaded.tokenizer.bos_id] if has_bos else []
         if options.gen_length is not None:
@@ -246,7 +246,7 @@ class MaskedDiffusionLM(TemplateLM):
         )
 
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
-        """Make a request, of which `draw` keys the draws. A long context is cut on the left."""
+        """Make a request, whose random draws are keyed on `draw`. A long context is cut on the left."""
         ids = self.tok_encode(context)
         max_new_tokens = self._options.gen_length or min(options["max_gen_toks"], self._loaded.spec.length // 2)
         ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]

@@ -44,7 +44,7 @@ class Prediction(ModelOutput):
     """Output of one denoiser evaluation."""
 
     logits: Tensor | None = None  # (B, L, V) float32, minus infinity at the mask id
-    estimate: Tensor | None = None  # what `model.carried` and `model.mixing` say, for the next step
+    estimate: Tensor | None = None  # condition of the next step, as set by `model.carried` and `model.mixing`
 
 
 class MaskedDiffusion(PreTrainedModel):

@@ -105,9 +105,9 @@ def resolve(
 ) -> ResolvedLaunch:
     """Load and check the configuration of `command` on `ranks` ranks, or tasks for prepare.
 
-    `subject` is the command's first argument: a YAML file, or a model, which may be missing if it is made `later`, by
-    an earlier job. `overrides` may begin with further arguments; `config` is the YAML file of a command with a model.
-    Raises UserError for mistakes in any of them.
+    `subject` is the command's first argument: a YAML file, or a model. `later`: an earlier job makes the model, so that
+    it may still be missing. `overrides` may begin with further arguments; `config` is the YAML file of a command with a
+    model. Raises UserError for mistakes in any of them.
     """
     if command not in _RESOLVERS:
         raise UserError(f"command {command!r} is not possible; it must be one of {', '.join(_RESOLVERS)}")
@@ -183,7 +183,7 @@ def _export(given: _Given) -> ResolvedLaunch:
 
 
 def _output(command: str, config: LaunchedConfig, out: str, words: tuple[str, ...] = ()) -> ResolvedLaunch:
-    """Launches are beside the output, which appears only when it is complete."""
+    """Resolve a command that writes `out`; its launches are beside `out`, which appears only when it is complete."""
     target = _absolute(out)
     return ResolvedLaunch(command, config, target, target.with_name(f"{target.name}.launch"), words)
 

@@ -138,7 +138,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, run_config: dict[str, Any], 
     """Start a wandb run, or continue `run_id`; returns None if wandb is disabled. Offline mode needs no account."""
     if config.mode == "disabled":
         return None
-    import wandb  # slowly, and few runs use it
+    import wandb  # slow to import, and few runs use it
 
     try:
         with stop_signals_blocked():  # SIGUSR1 would end wandb's service, which unblocks SIGTERM itself

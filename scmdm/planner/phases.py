@@ -63,8 +63,7 @@ def plan_phases(
     validation_samples: int,
     adapts: bool,
 ) -> tuple[Phase, ...]:
-    """Return the phases of a run with this layout, in their order; `adapts` adds the opening of a base. Without
-    `validation_samples` there is no validation."""
+    """Return the phases of a run in order: `adapts` adds opening a base, `validation_samples` > 0 a validation."""
     phases = _Phases(workload, layout, cluster, assumed, settings)
     return (
         *([phases.open_base()] if adapts else []),

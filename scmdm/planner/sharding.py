@@ -46,7 +46,7 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
         for parameters in (workload.parameters, workload.trained)
     )
     moments = 2 * trained + _COUNTER * len(workload.trained)
-    copied = held if workload.copies_base else 0  # the conditioner, which is small, is none of the base's
+    copied = held if workload.copies_base else 0  # includes the conditioner, which is small, though the base has none
     return TrainingState(held, trained, moments, trained if workload.averaged else 0, copied)
 
 
@@ -123,7 +123,7 @@ def _groups_of(unit: tuple[Parameter, ...], layout: ParallelLayout) -> list[Gath
 
 
 def _group_of(parameter: Parameter, layout: ParallelLayout) -> tuple[str, str]:
-    """Return the kind of the group of a block's parameter, and which of that kind; an empty one is not gathered."""
+    """Return the kind of a block's parameter and its group of this kind; an empty kind is not gathered."""
     if parameter.name.endswith(EXPERT_BIAS):
         return "", ""
     if parameter.of_router:
@@ -134,7 +134,7 @@ def _group_of(parameter: Parameter, layout: ParallelLayout) -> tuple[str, str]:
 
 
 def _group(what: str, parameters: Sequence[Parameter], layout: ParallelLayout, width: int) -> GatheredGroup:
-    """Every shard is as large as rank 0's."""
+    """Sum up parameters that are gathered together; every shard is as large as rank 0's."""
     ranks = layout.holders if what == "experts" else layout.shards
     whole, trained = (
         ranks * sum(held_elements(p, layout) for p in found)

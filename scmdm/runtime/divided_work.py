@@ -91,7 +91,7 @@ def compute_divided(
         set_aside_stacks(parts.directory)
     done, kept = parts.read() if parts is not None and rank == 0 else ([], {})
     if done and parts is not None:
-        logger.warning("%d of %d results are those of an earlier start, in %s", len(done), total, parts.directory)
+        logger.warning("%d of %d results are from an earlier start, in %s", len(done), total, parts.directory)
     finished = set(broadcast(done))
     missing = [number for number in range(total) if number not in finished]
     share = share_of(missing, rank, size)

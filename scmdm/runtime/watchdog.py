@@ -117,7 +117,7 @@ class Watchdog:
             self._place.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")  # open it now: later the disk may be full or hang
             # Loader processes inherit this handler, so that they can write their stacks, too.
-            # Unless it stops this process: what is sampled or evaluated has no handler of stop signals.
+            # Not if it is a stop signal: sampling and evaluation install no handler, so that it must end the process.
             self._stack_signal = (
                 signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL and signal.SIGUSR2 not in stop_signals()
             )

@@ -66,7 +66,7 @@ class StudyPlan:
     def check(self, ranks: int = 1, *, later: bool = False) -> None:
         """Load the configuration of every run on `ranks` ranks: a mistake is reported before the first run starts.
 
-        The base may be missing if it is made `later`. Raises UserError, which names the arm.
+        `later`: an earlier job makes the base, so that it may still be missing. Raises UserError, which names the arm.
         """
         shards = self.config.shards
         require(ranks % shards == 0, "shards", shards, f"a divisor of the number of processes, which is {ranks}")

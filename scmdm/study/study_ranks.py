@@ -1,8 +1,8 @@
 """Execution of a study by the ranks of a job: all of them go through its jobs together, in the same order.
 
 Each training is a run of all ranks, each measurement is divided over them. Rank 0 decides what is missing, computes the
-metrics and writes. Trainings and measurements have process groups of their own, because a collective of a training has
-a limit of time, and ranks that measure are waited for as long as they live.
+metrics and writes. Trainings and measurements have process groups of their own, because collectives of a training time
+out, while those of measurements wait as long as all ranks are alive.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class RankedStudyJobs:
         self._clear()
 
     def _measure(self, model: StudyModel) -> StudyModel:
-        """Compute the missing measurements of a model and of the arms that sample from it; returns it as it was found.
+        """Compute the missing measurements of a model and of the arms that sample from it; returns it with its path.
 
-        Its weights are verified when they are loaded, which is only done for a missing measurement.
+        Weights are verified when they are loaded, which happens only if a measurement is missing.
         """
         with evaluation_ranks(RANKS):
             path = find_model(model.path, Verification("sizes", together=True))

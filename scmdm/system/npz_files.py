@@ -1,5 +1,4 @@
-"""`.npz` files, which are read with care: names, dtypes and sizes are checked before memory is taken, and nothing is
-unpickled."""
+"""`.npz` files: names, dtypes and sizes are checked before memory is allocated, and nothing is unpickled."""
 
 from __future__ import annotations
 

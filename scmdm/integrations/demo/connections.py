@@ -58,4 +58,4 @@ class PageServer(ThreadedWSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a connection that broke; what the application raises is answered and logged by it."""
+        """Do not log a broken connection; the application logs its own errors."""
