@@ -12,23 +12,21 @@ from scmdm.convert.decoder_family import Family, decoder_layout, sets
 from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, renamed
 from scmdm.convert.published_config import TRANSFORMERS_FIELDS, Allowed, any_value
 
-_transformers_name = renamed(
-    {
-        "norm1": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "norm_q": "self_attn.q_norm",
-        "norm_k": "self_attn.k_norm",
-        "attn_out": "self_attn.o_proj",
-        "norm2": "post_attention_layernorm",
-        "mlp_gate": "mlp.gate_proj",
-        "mlp_up": "mlp.up_proj",
-        "mlp_down": "mlp.down_proj",
-    },
-    "model.layers",
-    {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"},
-)
+TRANSFORMERS_BLOCK = {
+    "norm1": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "norm_q": "self_attn.q_norm",
+    "norm_k": "self_attn.k_norm",
+    "attn_out": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm",
+    "mlp_gate": "mlp.gate_proj",
+    "mlp_up": "mlp.up_proj",
+    "mlp_down": "mlp.down_proj",
+}
+TRANSFORMERS_OUTER = {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"}
+_transformers_name = renamed(TRANSFORMERS_BLOCK, "model.layers", TRANSFORMERS_OUTER)
 _llada_name = renamed(
     {
         "norm1": "attn_norm",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from scmdm.convert.decoder_family import Family, decoder_layout, sets
-from scmdm.convert.layout import EMBEDDING, FINAL_NORM, HEAD, renamed
+from scmdm.convert.families.decoders import TRANSFORMERS_BLOCK, TRANSFORMERS_OUTER
+from scmdm.convert.layout import EMBEDDING, renamed
 from scmdm.convert.published_config import TRANSFORMERS_FIELDS, any_value
 from scmdm.models.decoder import DecoderConfig
 
 _EXPERTS = {
-    "mlp_gate": "mlp.gate_proj",
-    "mlp_up": "mlp.up_proj",
-    "mlp_down": "mlp.down_proj",
     "experts.router": "mlp.gate",
     "experts.router.balance": "mlp.gate",
     "experts.gate": "mlp.experts.*.gate_proj",
@@ -20,35 +18,20 @@ _EXPERTS = {
     "experts.shared_up": "mlp.shared_experts.up_proj",
     "experts.shared_down": "mlp.shared_experts.down_proj",
 }
-_llada_moe_name = renamed(
-    {
-        "norm1": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "norm_q": "self_attn.q_norm",
-        "norm_k": "self_attn.k_norm",
-        "attn_out": "self_attn.o_proj",
-        "norm2": "post_attention_layernorm",
-        **_EXPERTS,
-    },
-    "model.layers",
-    {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"},
-)
+_llada_moe_name = renamed(TRANSFORMERS_BLOCK | _EXPERTS, "model.layers", TRANSFORMERS_OUTER)
 _llada2_name = renamed(
-    {
-        "norm1": "input_layernorm",
+    TRANSFORMERS_BLOCK
+    | _EXPERTS
+    | {
         "attn_q": "attention.query_key_value.q",
         "attn_k": "attention.query_key_value.k",
         "attn_v": "attention.query_key_value.v",
         "norm_q": "attention.query_layernorm",
         "norm_k": "attention.key_layernorm",
         "attn_out": "attention.dense",
-        "norm2": "post_attention_layernorm",
-        **_EXPERTS,
     },
     "model.layers",
-    {EMBEDDING: "model.word_embeddings.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"},
+    TRANSFORMERS_OUTER | {EMBEDDING: "model.word_embeddings.weight"},
 )
 _SIZES = {
     "hidden_size": sets("width"),

@@ -8,7 +8,7 @@ by other settings. Version 5 writes the class `TokenizersBackend`, which version
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ def read_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]
 
     `named` is the configuration key of `path`.
     """
-    files = {file.name: read_json(file, "JSON file of a tokenizer", remedy=_REMEDY) for file in _json_files(path)}
+    found = sorted(file for file in path.glob("*.json") if file.exists())
+    files = {file.name: read_json(file, "JSON file of a tokenizer", remedy=_REMEDY) for file in found}
     if not _FILES & files.keys() and not any(path.glob("*.model")):
         raise UserError(
             f"{named}={path} holds no file of a tokenizer ({', '.join(sorted(_FILES))}, *.model); give another folder"
@@ -46,10 +47,6 @@ def read_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]
         require_stated_ids(files.get(PIPELINE_FILE, {}), library, f"{named}={path / PIPELINE_FILE}")
         require_stated_ids({"added_tokens": added}, library, f"{named}={path / SETTINGS_FILE}")
         return pipeline, roles
-
-
-def _json_files(path: Path) -> Iterable[Path]:
-    return sorted(file for file in path.glob("*.json") if file.exists())
 
 
 def _mapping(content: Any, path: Path) -> dict[str, Any]:

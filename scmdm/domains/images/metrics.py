@@ -194,7 +194,8 @@ def measure_images(ids_NL: np.ndarray, reference: ImageReference) -> Measured:
     images_NHWC = reference.tokenizer.pictures(ids_NL)
     framed, digests = [reference.tokenizer.is_framed(row) for row in ids_NL.tolist()], _digests(images_NHWC)
     compared = images_NHWC[:COMPARED]
-    nearest_N2 = nearest_distances(compared, reference.train_NHWC, device=_device_of(reference))
+    device = next(reference.features.classifier.parameters()).device if reference.features else "cpu"
+    nearest_N2 = nearest_distances(compared, reference.train_NHWC, device=str(device))
     memorised = int((nearest_N2[:, 0] < MEMORISED * nearest_N2[:, 1]).sum())
     values = {
         "framed": SampleValues.mean(framed),
@@ -227,10 +228,6 @@ _NO_CLASSES = Measured(
     dict.fromkeys(("frechet_classifier", "frechet_classifier_floor", "classifier_accuracy", "class_distance"))
 )
 _NO_INCEPTION = dict.fromkeys(("fid", "inception_score", "inception_score_std", "fid_note"))
-
-
-def _device_of(reference: ImageReference) -> str:
-    return str(next(reference.features.classifier.parameters()).device) if reference.features else "cpu"
 
 
 def nearest_distances(images_NHWC: np.ndarray, others_MHWC: np.ndarray, *, device: str = "cpu") -> np.ndarray:
