@@ -31,6 +31,7 @@ from scmdm.models.decoder import DecoderConfig
 from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.linear import multiply_in_fp8
+from scmdm.models.lora import is_added
 from scmdm.models.model_files import ModelSpec
 from scmdm.models.network import Network
 from scmdm.torch_private import TorchDispatchMode, fake_tensors, storage_id, tree_leaves
@@ -288,8 +289,7 @@ def _freeze(model: nn.Module, trained_layers: int | None) -> None:
     if trained_layers is None:
         return
     for name, parameter in model.named_parameters():
-        added = name.startswith("conditioner.") or ".lora_" in name
-        parameter.requires_grad_(added or (trained_layers > 0 and name.startswith("blocks.")))
+        parameter.requires_grad_(is_added(name) or (trained_layers > 0 and name.startswith("blocks.")))
 
 
 def _masked_batch(rows: int, length: int, *, labels: bool, blocks: bool) -> NoisedBatch:

@@ -135,7 +135,7 @@ class _Phases:
     def sampling(self) -> Phase:
         """Draw this rank's share of the samples."""
         flops = self._flops
-        evaluation = max(flops.estimate_passes, flops.forward) if self._conditioned() else flops.forward
+        evaluation = max(flops.estimate_passes, flops.forward) if self._workload.passes else flops.forward
         count = self._settings.samples
         return self._of_a_model("sampling", count, evaluation * self._settings.sampler_steps, LARGEST_BATCH)
 
@@ -191,7 +191,8 @@ class _Phases:
         shared = math.gcd(rows, self._layout.context)
         length = self._workload.length * shared // self._layout.context
         blocks, head = self._measured(rows // shared, length, gathered)
-        return max(blocks, head + self._logits(rows))
+        logits = head_logits(self._workload, dataclasses.replace(self._layout, micro_batch_size=rows))
+        return max(blocks, head + logits)
 
     def _measured(self, rows: int, length: int, gathered: bool) -> tuple[int, int]:
         """Bytes in the blocks and in the head of a pass that computes the estimate."""
@@ -211,18 +212,12 @@ class _Phases:
         )
         return found.estimate_blocks, found.estimate_head
 
-    def _logits(self, rows: int) -> int:
-        return head_logits(self._workload, dataclasses.replace(self._layout, micro_batch_size=rows))
-
     def _resident(self) -> int:
         return self._state.weights + self._state.moments + self._state.averages + self._state.base
 
-    def _conditioned(self) -> bool:
-        return self._workload.passes > 0
-
     def _modes(self) -> tuple[int, ...]:
         """Passes that compute the estimate, in each mode of a likelihood."""
-        return (0, self._workload.passes) if self._conditioned() else (0,)
+        return (0, self._workload.passes) if self._workload.passes else (0,)
 
     def _likelihood_flops(self) -> float:
         """Operations per sequence in all modes."""
