@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -165,14 +165,16 @@ class _Phases:
         if shards > 1:  # two blocks and the rest are whole
             rest, block = (sum(parameter.numel for parameter in unit) for unit in workload.units()[:2])
             weights += (rest + 2 * block) * width
-        own: dict[str, Any] = {
-            "length": workload.length,
-            "vocab_size": workload.vocab_size,
-            "bytes_per_number": computed,
-        }
+        needed = partial(
+            evaluation_bytes,
+            model=workload.model,
+            length=workload.length,
+            vocab_size=workload.vocab_size,
+            bytes_per_number=computed,
+        )
         free = int(usable_memory(self._cluster, self._assumed)) - weights
-        rows = even_batch_size(sequences, 1, batch_size_for(free, workload.model, most=most, **own))
-        memory = weights + evaluation_bytes(rows, workload.model, **own)
+        rows = even_batch_size(sequences, 1, batch_size_for(free, needed, most))
+        memory = weights + needed(rows)
         where = f"sharded over {shards} GPUs" if shards > 1 else "on each GPU"
         held = f"{'bfloat16' if width < FLOAT32 else 'float32'}, {where}"
         phase = self._phase(name, memory, sequences * flops / self._speed(), rows, sequences)

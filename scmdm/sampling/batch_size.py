@@ -5,6 +5,9 @@ Legend: B batch, L length, D width, V vocabulary with the mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from scmdm.config.model import ModelConfig
@@ -61,43 +64,20 @@ def evaluation_bytes(
     padded: bool = False,
     cached: bool = False,
 ) -> int:
-    """Return the memory of an evaluation of `rows` sequences beside the weights; see `batch_size_for`."""
+    """Return the memory of an evaluation of `rows` sequences of `length` tokens, without the weights.
+
+    Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions; `cached` ones, keys and
+    values of all layers.
+    """
     per_token = evaluation_bytes_per_token(model, bytes_per_number=bytes_per_number, predictions=predictions)
     mask = predictions * length * _MASK_BYTES if padded else 0
     cache = 2 * model.layers * model.kv_width * bytes_per_number * predictions if cached else 0
     return fixed_bytes(model, vocab_size) + rows * length * (per_token + mask + cache)
 
 
-def batch_size_for(
-    free_bytes: int,
-    model: ModelConfig,
-    *,
-    length: int,
-    vocab_size: int,
-    bytes_per_number: int,
-    predictions: int = 1,
-    padded: bool = False,
-    cached: bool = False,
-    most: int = LARGEST_BATCH,
-) -> int:
-    """Return how many sequences of `length` tokens fit into `free_bytes` beside the weights: 1 ... `most`.
-
-    Those of a `padded` batch, whose lengths differ, need a mask of all pairs of positions; `cached` ones, keys and
-    values of all layers.
-    """
-    none, one = (
-        evaluation_bytes(
-            rows,
-            model,
-            length=length,
-            vocab_size=vocab_size,
-            bytes_per_number=bytes_per_number,
-            predictions=predictions,
-            padded=padded,
-            cached=cached,
-        )
-        for rows in (0, 1)
-    )
+def batch_size_for(free_bytes: int, needed: Callable[[int], int], most: int = LARGEST_BATCH) -> int:
+    """Return how many sequences fit into `free_bytes`: 1 ... `most`. `needed` is `evaluation_bytes` of a batch size."""
+    none, one = needed(0), needed(1)
     return max(1, min(most, (int(free_bytes * _USABLE) - none) // (one - none)))
 
 
@@ -121,17 +101,18 @@ def fitting_batch_size(
         copied_bytes(parameter.numel(), held=parameter.dtype.itemsize, computed=dtype.itemsize)
         for parameter in loaded.model.parameters()
     )
-    return batch_size_for(
-        (free_bytes(device) - copies) // workers,
-        loaded.spec.model,
+    needed = partial(
+        evaluation_bytes,
+        model=loaded.spec.model,
         length=length,
         vocab_size=loaded.spec.vocab_size,
         bytes_per_number=dtype.itemsize,
         predictions=2 if guided else 1,
         padded=padded,
         cached=cached,
-        most=most or (CPU_BATCH if device.type == "cpu" else LARGEST_BATCH),
     )
+    most = most or (CPU_BATCH if device.type == "cpu" else LARGEST_BATCH)
+    return batch_size_for((free_bytes(device) - copies) // workers, needed, most)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Batch sizes from free memory, against the memory that evaluations need."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -43,15 +44,19 @@ def test_batches_are_even(count, workers, most):
 
 def test_batch_size_follows_memory_length_and_vocabulary():
     model = MODELS["dit"]
+
+    def size(free, model, **keys):
+        return batch_size_for(free, partial(evaluation_bytes, model=model, **keys))
+
     keys = {"length": 128, "vocab_size": 1000, "bytes_per_number": 2}
-    sizes = [batch_size_for(free, model, **keys) for free in (0, 2**27, 2**28, 2**40)]
+    sizes = [size(free, model, **keys) for free in (0, 2**27, 2**28, 2**40)]
     assert sizes[0] == 1 and sizes[0] < sizes[1] < sizes[2] < sizes[3] == 1024
     free = 2**28
-    assert batch_size_for(free, model, **{**keys, "length": 256}) <= -(-sizes[2] // 2)
-    assert batch_size_for(free, model, **{**keys, "vocab_size": 5000}) < sizes[2]
-    assert batch_size_for(free, model, **keys, predictions=2) < sizes[2]
-    assert batch_size_for(free, model, **keys, padded=True) < sizes[2]
-    assert batch_size_for(free, dataclasses.replace(model, width=512), **keys) < sizes[2]
+    assert size(free, model, **{**keys, "length": 256}) <= -(-sizes[2] // 2)
+    assert size(free, model, **{**keys, "vocab_size": 5000}) < sizes[2]
+    assert size(free, model, **keys, predictions=2) < sizes[2]
+    assert size(free, model, **keys, padded=True) < sizes[2]
+    assert size(free, dataclasses.replace(model, width=512), **keys) < sizes[2]
 
 
 @pytest.mark.parametrize("name", MODELS)
