@@ -134,6 +134,10 @@ class RunConfig:
         """Key that restricts training to a part of the weights."""
         return "model.lora_rank" if self.model.lora_rank else "train.last_layers"
 
+    def engine_on(self, size: int) -> str:
+        """Return the engine that `size` ranks use, which replaces `auto`."""
+        return self.engine if self.engine != "auto" else "single" if size == 1 else "fsdp2"
+
     def check_ranks(self, size: int) -> None:
         """Raise UserError when `size` ranks cannot share the batch or form the device mesh."""
         if self.engine == "single" and size > 1:

@@ -189,7 +189,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
 
 def make_layout(config: RunConfig, ranks: int, dtype: torch.dtype, *, gpu: bool = True) -> ParallelLayout:
     """Make the layout of a configuration; `engine=auto` is resolved for the number of ranks."""
-    engine = config.engine if config.engine != "auto" else ("single" if ranks == 1 else "fsdp2")
+    engine = config.engine_on(ranks)
     return ParallelLayout(
         engine=engine,
         ranks=ranks,

@@ -264,7 +264,7 @@ def _record_routing(model: Network, config: RunConfig) -> None:
 def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     """Replace engine=auto by an engine for the number of processes. Raises UserError if the batch cannot be divided."""
     config.check_ranks(world.size)
-    engine = config.engine if config.engine != "auto" else ("single" if world.size == 1 else "fsdp2")
+    engine = config.engine_on(world.size)
     if engine == "deepspeed":
         require_deepspeed()
     if engine == "single" and config.fsdp.offload:
