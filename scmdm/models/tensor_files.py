@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,13 +187,6 @@ class _Reader(HuggingFaceStorageReader):
         return self._known if self._known is not None else super().read_metadata()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """File of a chunk; torch's reader uses the name of this attribute."""
-
-    relative_path: str
-
-
 _Shards = dict[str, list[tuple[tuple[int, ...], StoredTensor]]]  # where each begins in its tensor, by tensor
 _Box = tuple[list[int], list[int]]  # begins and ends of a part of a tensor, by dimension
 _Chunk = tuple[tuple[int, ...], torch.Size, str]  # where it begins in its tensor, its shape, name of its file
@@ -205,12 +199,12 @@ def _own_metadata(directory: Path, into: Mapping[str, Tensor]) -> Metadata:
     wanted = gather_object({name: _box(name, tensor) for name, tensor in into.items()})
     share: _Share = scatter(None if wanted is None else _divide(_shards(headers), wanted))
     tensors: dict[str, STORAGE_TYPES] = {}
-    places: dict[MetadataIndex, _Place] = {}
+    places: dict[MetadataIndex, SimpleNamespace] = {}
     for name, (size, chunks) in share.items():
         found = [ChunkStorageMetadata(torch.Size(offsets), shape) for offsets, shape, _ in chunks]
         tensors[name] = TensorStorageMetadata(TensorProperties(), size, found)
-        files = {MetadataIndex(name, offsets): _Place(str(directory / file)) for offsets, _, file in chunks}
-        places.update(files)
+        for offsets, _, file in chunks:  # torch's reader opens `relative_path`
+            places[MetadataIndex(name, offsets)] = SimpleNamespace(relative_path=str(directory / file))
     return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
 
