@@ -1,4 +1,4 @@
-"""Files of a corpus: what their names say, which of a folder are read, and the splits that their paths name.
+"""Files of a corpus: formats by suffix, the choice of files in a folder, and splits in their paths.
 
 All sources that read the user's files find them with `find_files`, so that suffixes, hidden files and names of splits
 mean the same everywhere.
@@ -71,7 +71,7 @@ SPLIT_ORDER = (None, "validation", "test")  # None: the training set
 
 @dataclass(frozen=True)
 class FileKind:
-    """What the name of a file says."""
+    """Format and compression of a file, by its name."""
 
     suffix: str  # in lower case, without that of the compression; empty: none
     format: str | None  # a value of `SUFFIXES`; None: the suffix is not known
@@ -80,7 +80,7 @@ class FileKind:
 
 
 def kind_of(name: str) -> FileKind:
-    """Return what a file's name says, ignoring case."""
+    """Return the kind of a file by its name, ignoring case."""
     path = PurePosixPath(name)
     compression = COMPRESSIONS.get(path.suffix.lower())
     inner = PurePosixPath(path.stem) if compression else path
@@ -96,7 +96,7 @@ def suffixes_of(formats: Iterable[str]) -> str:
 
 
 def require_kind(path: Path, formats: Sequence[str], remedy: str = "") -> FileKind:
-    """Return what a file's name says. Raises UserError, which lists the known suffixes, for another format."""
+    """Return the kind of a file by its name. Raises UserError, which lists the known suffixes, for another format."""
     kind = kind_of(path.name)
     if not _is_readable(kind, formats):
         found = f"the suffix {''.join(path.suffixes[-2:])!r}" if path.suffix else "no suffix"

@@ -249,7 +249,7 @@ class ImageSource(NamedFiles, PixelSource):
             with image_module.open(path, formats=_FORMATS) as image:
                 if image.mode not in _MODES:
                     raise _Unusable("not 8 bits a channel", f"mode {image.mode}")
-                # A JPEG of several pictures is a photograph with previews, of which the first is meant.
+                # In a JPEG with several pictures, the first is the photograph and the others are previews.
                 if image.format == "PNG" and getattr(image, "is_animated", False):
                     raise _Unusable("an animation", f"{image.n_frames} frames")
                 upright = _upright(image, image_module).convert("L" if self.layout.channels == 1 else "RGB")

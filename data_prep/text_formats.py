@@ -275,7 +275,7 @@ def _content(message: Any) -> tuple[str | None, str]:
 
 
 def _unknown_key(found: Mapping[str, Any], known: Collection[str]) -> str | None:
-    """Return a key that is neither known nor empty, as it is shown; None if there is none."""
+    """Return a key that is neither known nor empty, quoted and shortened; None if there is none."""
     return next((repr(name[:40]) for name, value in found.items() if name not in known and value not in _EMPTY), None)
 
 
@@ -373,7 +373,7 @@ def _read_parquet(path: Path, piece: Slice, keys: RowKeys) -> Iterator[Document]
 
 
 def _rows(batch: Any, path: Path) -> list[Any]:
-    """Decode the rows of an Arrow record batch; a text says why a row cannot be read, which only decoding reveals."""
+    """Decode the rows of an Arrow record batch; a string in place of a row is the reason why it cannot be decoded."""
     try:
         with reading(path, "row"):
             return list(batch.to_pylist())

@@ -79,7 +79,7 @@ class Argument:
 def argument(
     name: str, help: str, kind: type = str, default: Any = REQUIRED, *, repeatable: bool = False, **rules: Any
 ) -> Argument:
-    """Declare an argument; `rules` are those of `scmdm.config.fields.Key`. A path is an input unless they say so."""
+    """Declare an argument; `rules` are fields of `scmdm.config.fields.Key`. By default, a path is an input."""
     if kind is Path:
         rules = {"path": PathKind.INPUT, **rules}
     return Argument(name, Key(help, **rules), kind, default, repeatable)

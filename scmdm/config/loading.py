@@ -262,7 +262,7 @@ def _parse_override(override: str, schema: type) -> dict[str, Any]:
 
 
 def _parse_value(override: str, text: str, hint: Any, rules: Key | None) -> Any:
-    """Value of an override: the text as it stands for a text key, otherwise parsed as YAML.
+    """Value of an override: unchanged for a text key, otherwise parsed as YAML.
 
     `null` unsets a key that may be unset, except free text.
     """

@@ -240,7 +240,7 @@ class RunConfig:
             require(found == value, f"self_conditioning.{name}", found, f"{str(value).lower()} with {reason}")
 
     def check_preset(self) -> None:
-        """Raise UserError when a key contradicts the preset, of which it is a part of the definition."""
+        """Raise UserError when a key contradicts the definition of the preset."""
         name = self.self_conditioning.preset
         for part, value in PRESETS[name].defining.items() if name is not None else ():
             found = attrgetter(part)(self)

@@ -35,7 +35,7 @@ def open_input(name: str, path: Path) -> Path:
     found = locate(path)
     try:
         mode = found.stat().st_mode
-    except OSError:  # such as a file that does not exist, or a name that is no path; its reader says so
+    except OSError:  # no such file, or not a path: the reader reports it
         return found
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{name}={path} is not possible: it is neither a file nor a directory; save it as a file")

@@ -24,12 +24,12 @@ _TYPES = {
     r"deberta.*": ("its attention scores depend on relative positions", _DECODER),
     r"gemma.*": ("it has soft-capped logits or norms with an offset, and further norms", _DECODER),
 }
-_MIXTURES = ("llada", "llada2_moe")  # of the layouts with experts, which name what they lack themselves
+_MIXTURES = ("llada", "llada2_moe")  # layouts with experts, which report unsupported features themselves
 _EXPERT = re.compile(r"\.experts?[._]")
 
 
 def refuse_other_networks(source: PublishedFiles) -> None:
-    """Raise UserError, which names the network and the reason, for a network that scmdm knows not to implement."""
+    """Raise UserError, which names the network and the reason, for a network that scmdm is known not to implement."""
     kind = str(source.config.get("model_type")).lower()
     if kind in _MIXTURES:
         return

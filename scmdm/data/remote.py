@@ -118,7 +118,7 @@ class _TooLargeError(Exception):
 
 
 def _download_within(transport: CloudDownloader, url: str, to: Path, limit: int) -> None:
-    """Download in a thread, and end it when more than `limit` bytes have come.
+    """Download in a thread, and end it when more than `limit` bytes have arrived.
 
     Streaming's clients have no limit, and a server may send forever whatever length it has announced.
     """
@@ -173,7 +173,7 @@ def _transport(remote: str, _endpoint: str | None, _process: int) -> CloudDownlo
 
 
 def upload_dataset(root: Path, remote: str) -> None:
-    """Copy a data set to `remote`. The manifest comes last: once it exists, the data set is complete."""
+    """Copy a data set to `remote`. The manifest is written last: once it exists, the data set is complete."""
     manifest = Manifest.read(root)
     shards = [file.file for split in manifest.splits.values() for file in split.files]
     # The uploader warns about a local directory that is not empty.

@@ -25,7 +25,7 @@ GIVEN_MASK = "given_mask"  # of conversations: 1 for each token that is never ma
 OPTIONAL_COLUMNS = (DOCUMENTS, GIVEN, GIVEN_MASK, LABEL)
 _VERSION = Annotated[int, Field(ge=2, le=2)]  # of streaming's format
 SHARD_SUFFIX, COMPRESSED_SUFFIX = ".mds", ".zstd"  # a compressed shard is NAME.mds.zstd
-SHARD_HASH = "sha1"  # of streaming's hashes, the one that its writer is asked for
+SHARD_HASH = "sha1"  # streaming's hash of a shard, as requested from its writer
 _LARGEST_HEADER = 2**16  # bytes of a shard besides samples and offsets: the names and types of the columns
 
 

@@ -34,7 +34,7 @@ class SamplingDenoiser(Protocol):
         ...
 
     def carried(self, h_BLD: Tensor, z_BL: Tensor) -> Tensor:
-        """Return what the next evaluation, whose input is `z_BL`, sees of the one with these hidden states.
+        """Return the estimate from these hidden states that the next evaluation, of `z_BL`, is conditioned on.
 
         It is a tensor (B, L, C) for `State.estimate_BLD`, in which zeros are the null estimate.
         """

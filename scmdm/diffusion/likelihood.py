@@ -85,7 +85,7 @@ def nelbo_terms(
 
 
 class _Times:
-    """Times of sequences by id, stratified over each of `strata`, of which no id stands in two."""
+    """Times of sequences by id, stratified within each of `strata`, which share no id."""
 
     def __init__(self, seed: int, t_min: float, strata: Sequence[Tensor], draws: int) -> None:
         times_DN = [torch.cat([stratified_times(seed, draw, ids, t_min) for ids in strata]) for draw in range(draws)]

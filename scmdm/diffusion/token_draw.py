@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scmdm.diffusion.fused import fused
 
-_NO_CONFIDENCE = -1e9  # finite, so that it stays above positions that are no candidates
+_NO_CONFIDENCE = -1e9  # finite, to stay above positions that are not candidates
 _COLDEST = 1e-200  # float32 differences divided by it decide a draw, and float32 numbers do not overflow
 
 

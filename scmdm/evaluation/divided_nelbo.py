@@ -19,7 +19,7 @@ from scmdm.sampling.batch_size import LARGEST_NELBO_BATCH, even_batch_size, fitt
 
 
 class HeldOut(Protocol):
-    """Sequences of a likelihood estimate in order, of which a rank reads only its own."""
+    """Sequences of a likelihood estimate, in order; a rank reads only its own."""
 
     def __len__(self) -> int: ...
 

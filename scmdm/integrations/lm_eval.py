@@ -210,7 +210,7 @@ class MaskedDiffusionLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations drawn by the sampler, up to the first end token and the first of the strings in `until`."""
-        seen: Counter[str] = Counter()  # equal requests of a document, all of which a rank has
+        seen: Counter[str] = Counter()  # earlier equal requests of a document; a rank has all requests of its documents
         prompts = []
         for number, request in enumerate(requests):
             context, options = request.args

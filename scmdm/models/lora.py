@@ -94,7 +94,7 @@ def _adapted(module: nn.Module, config: ModelConfig) -> nn.Module:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run a block with the model as it is without its adapters. There must be no gradients through it."""
+    """Disable the adapters within the context, through which no gradient may flow."""
     adapted = [module for module in model.modules() if isinstance(module, (LoraLinear, LoraExpertLinear))]
     for module in adapted:
         module.adapted = False

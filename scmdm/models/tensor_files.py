@@ -214,7 +214,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Return at which row this rank's part of a tensor begins, of which it holds whole rows."""
+    """Return the first row of this rank's part of a tensor, which consists of whole rows."""
     if not isinstance(tensor, DTensor):
         return 0
     begin, rows, mesh = 0, tensor.shape[0], tensor.device_mesh
@@ -316,7 +316,7 @@ def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Described:
-    """What the header of a file says; ranks exchange this rather than its text."""
+    """Parsed header of a file, which ranks exchange instead of its text."""
 
     tensors: dict[str, StoredTensor]
     bytes: int  # before the first tensor

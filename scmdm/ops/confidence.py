@@ -1,4 +1,4 @@
-"""Confidence of a prediction: a number between 0 and 1, of which 0 is reserved for "there is no prediction".
+"""Confidence of a prediction: a number between 0 and 1; 0 is reserved for "there is no prediction".
 
 Legend: N positions, V vocabulary with the mask.
 """

@@ -21,7 +21,7 @@ _CPU_ROWS = 32  # oneDNN compiles a product for each number of rows: few numbers
 
 
 def group_alignment(x: Tensor) -> int:
-    """Return the number of which sizes of groups must be multiples for the product of `x`."""
+    """Return the number that must divide the sizes of groups in the product of `x`."""
     if _uses_kernel(x):
         return _KERNEL_ROWS
     return _CPU_ROWS if x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16 else 1

@@ -101,18 +101,18 @@ class _Phases:
         )
 
     def open_base(self) -> Phase:
-        """Verify a share of the base's weights and read the own shard of them."""
+        """Verify a share of the base's weights and read this rank's shard."""
         whole = self._workload.numel * FLOAT32
         own = rank_state(self._workload, self._layout).weights
         return self._files("open the base", whole // self._layout.ranks + own, self._state.weights)
 
     def resume(self) -> Phase:
-        """Verify a share of a checkpoint and read the own shard of it."""
+        """Verify a share of a checkpoint and read this rank's shard."""
         share = self._kept * self._layout.shards // self._layout.ranks
         return self._files("open a checkpoint", share + self._kept, self._resident())
 
     def save(self) -> Phase:
-        """Write the own shard, once for all replicas; training waits for the copy to host memory."""
+        """Write this rank's shard, once for all replicas; training waits for the copy to host memory."""
         own = self._kept * self._layout.shards // self._layout.ranks
         phase = self._files("save", own, self._resident() + self._state.gradients)
         link = self._cluster.gpu.host_link * self._assumed.link_efficiency

@@ -68,9 +68,9 @@ def rank_memory(workload: Workload, layout: ParallelLayout) -> RankMemory:
 
 
 def least_peak(workload: Workload, layout: ParallelLayout) -> int:
-    """Return a lower bound of the peak of `rank_memory` of which nothing is measured.
+    """Return a lower bound of the peak of `rank_memory`, computed without measuring activations.
 
-    Of the activations, it has the inputs of all blocks, which every kind of checkpointing keeps.
+    It counts the inputs of all blocks, which every kind of checkpointing keeps.
     """
     kept = 0
     if workload.trained_layers is None:

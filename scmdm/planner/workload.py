@@ -76,7 +76,7 @@ class Workload:
 
     @property
     def active_numel(self) -> int:
-        """Number of parameters that a token meets: all, but of experts only those that it goes to."""
+        """Number of active parameters: all except those of experts to which a token is not routed."""
         model = self.model
         if not isinstance(model, DecoderConfig) or not model.experts:
             return self.numel

@@ -55,7 +55,7 @@ class ResultParts:
         return hashlib.sha256(json_text(dict(sorted(self.key.items()))).encode()).hexdigest()[:16]
 
     def write(self, numbers: Sequence[int], columns: Columns) -> None:
-        """Write the results of some items, of which no other file has any."""
+        """Write the results of items that no other file has."""
         path = self.directory / f"{self.prefix}-{numbers[0]:09d}.npz"
         write_npz(path, {_NUMBERS: np.array(numbers, np.int64), **columns})
 

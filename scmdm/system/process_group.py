@@ -127,7 +127,7 @@ def process_group(
 
 
 def destroy_with(function: Callable[[], None]) -> None:
-    """Destroy the present process group by `function`, of a library that keeps groups of its own."""
+    """Let `function`, of a library with process groups of its own, destroy the present one."""
     global _destroy
     _destroy = function
 
@@ -187,7 +187,7 @@ def _connect(world: World, arrival: timedelta, number: int, *, serve: bool) -> d
 
 
 def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
-    """Wait until all ranks have come here. Raises UserError on each of them with the ranks that are missing.
+    """Wait until all ranks have arrived. Raises UserError, which names missing ranks, on all others.
 
     Rank 0 waits for all ranks and the others for rank 0, so that the store is asked a few times per rank.
     """

@@ -40,7 +40,7 @@ class Beat:
     """A sign of life of a rank."""
 
     number: int
-    met: int  # meetings that the rank has come to; of rank 0: those to which all ranks have come
+    met: int  # calls of `meet` by the rank; of rank 0: those that all ranks have made
     host: str
     lost: tuple[int, ...] = ()  # ranks that rank 0 has found dead
 
@@ -89,7 +89,7 @@ class RankHeartbeat:
             thread.join(BEAT_S)  # a thread that waits for the store does not end
 
     def meet(self) -> None:
-        """Wait until all ranks have called this as often as this rank, however long it takes those that live."""
+        """Wait until all ranks have called this as often as this rank, without a limit while they are alive."""
         with self._news:
             self._met += 1
             self._waits_since = time.monotonic()
@@ -134,7 +134,7 @@ class RankHeartbeat:
         seen = dict.fromkeys(self._peers, 0)
         silent_s, before = dict.fromkeys(self._peers, 0.0), time.monotonic()
         while not self._stop.wait(poll_s):
-            # A longer gap means that this process was suspended, perhaps with all others, which is no one's death.
+            # A longer gap means that this process was suspended, perhaps with all others, not that one of them died.
             now = time.monotonic()
             gap, before = min(now - before, 2 * poll_s), now
             found = self._found

@@ -22,7 +22,7 @@ from scmdm.distributed.engine import Engine
 
 @dataclass(frozen=True)
 class Upcoming:
-    """What this rank has read of the steps to come."""
+    """Samples that this rank has read for the next steps."""
 
     sequences: Sequences | None  # of the next step, if there is one
     longest_after: int = 0  # tokens of the longest sample of the step after it
@@ -30,7 +30,7 @@ class Upcoming:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What every rank knows of all samples of a step."""
+    """Ids and lengths of all samples of a step, which every rank has."""
 
     ids: Tensor  # (N,) int64
     valid_tokens: Tensor  # (N,) int64
@@ -38,7 +38,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What all ranks know after the collective of a step."""
+    """Result of the collective of a step, on all ranks."""
 
     loss: Tensor  # float32 scalar: sum over the ranks
     signal: Tensor  # float64 scalar: largest number of a signal that a rank has received; 0: none

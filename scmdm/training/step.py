@@ -39,7 +39,7 @@ class StepResult:
     evaluations: int  # denoiser evaluations times sequences, over the global batch
     signal: int = 0  # number of a signal that a rank has received; 0: none
     upcoming: GlobalBatch | None = None  # samples of the next step
-    longest_after: int = 0  # tokens of the longest sample of the step after it, if ranks have told theirs
+    longest_after: int = 0  # tokens of the longest sample of the step after it, if ranks have exchanged it
     expert_tokens: Tensor | None = None  # (layers, experts): tokens of the global batch that went to each expert
 
 

@@ -188,17 +188,17 @@ def _leave(number: int, when: str) -> NoReturn:
 
 
 class _Batch(NamedTuple):
-    """This rank's share of a global batch as it was read, and the loader's position behind it."""
+    """This rank's share of a global batch as read, and the loader's position after it."""
 
     columns: dict[str, Tensor]
     position: dict[str, Any] | None
 
 
 class _Lookahead:
-    """Batches of which the next is read and prepared during a step.
+    """Batches, the next of which is read and prepared during a step.
 
-    With `train.padding=batch` a batch is prepared with the length of its longest sample on any rank: ranks tell theirs
-    a step before (`Upcoming.longest_after`), and a batch is read a step earlier than it is prepared.
+    With `train.padding=batch` a batch is prepared with the length of its longest sample on any rank: ranks exchange it
+    a step before (`Upcoming.longest_after`), so that a batch is read a step earlier than it is prepared.
     """
 
     def __init__(self, run: TrainingRun, count: int) -> None:

@@ -83,7 +83,7 @@ class ValidationRows:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The sequences of a likelihood estimate in order, which every rank knows before it reads its share of them.
+    """Sequences of a likelihood estimate, in an order that every rank knows before it reads its share.
 
     The ids of the sequences are those of their splits, numbered across all data sets. `padding` has the rule for the
     lengths of the sequences; None: that of the data.

@@ -27,7 +27,7 @@ from scmdm.system.untrusted import reading
 PROTOCOL = "50,000 samples at T = 128 against all training images"  # of published values on CIFAR-10
 PROTOCOL_SAMPLES = 50_000
 _BATCH = 64
-_COUNTER = "num_batches_tracked"  # the only tensors that are no weights
+_COUNTER = "num_batches_tracked"  # the only tensors that are not weights
 _FEATURES, _LOGITS = "2048", "logits_unbiased"
 
 

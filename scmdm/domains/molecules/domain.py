@@ -68,7 +68,7 @@ _MOSES_METRICS = (
 
 
 def bare_texts(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
-    """Decode whole samples without their special tokens, wherever these stand."""
+    """Decode whole samples without their special tokens, wherever they occur."""
     specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
     return [tokenizer.decode([id_ for id_ in row if id_ not in specials]) for row in rows]
 

@@ -130,7 +130,7 @@ def _property_distance_values(
 def measure_as_published(bare: Sequence[str], known: frozenset[str]) -> Measured:
     """Validity, uniqueness and novelty as kuleshov-group/discrete-diffusion-guidance counts them on QM9.
 
-    `bare` are the samples without special tokens, wherever these stand: text after an early [EOS] belongs to the
+    `bare` are the samples without special tokens, wherever they occur: text after an early [EOS] belongs to the
     sample. A sample is valid if it is not empty and RDKit parses it. Uniqueness and novelty compare strings, not
     molecules, and are shares of the valid samples. A string is novel if it is not in `known`, all strings of the data
     set (training and held-out).

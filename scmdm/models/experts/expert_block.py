@@ -142,7 +142,7 @@ class ExpertMixture(nn.Module):
         self.group: ExpertGroup | None = None
 
     def share_experts(self, group: ExpertGroup, mesh: DeviceMesh | None) -> None:
-        """Hold this rank's share of the experts alone, before weights have memory."""
+        """Keep only this rank's share of the experts; call this before weights are allocated."""
         self.group = group
         for module in self.modules():
             if isinstance(module, ExpertLinear):

@@ -1,4 +1,4 @@
-"""What training needs to know of the routers of a step: tokens per expert, and the losses that balance them.
+"""Record of the routers' decisions in a step: tokens per expert, and the losses that balance them.
 
 Only passes with gradients are recorded, between `RoutingRecord.recording` and the backward pass, so that neither the
 pass of the estimate nor a recomputation in the backward pass counts.
