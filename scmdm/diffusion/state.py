@@ -54,7 +54,7 @@ class Sequences:
 class ResidualStream:
     """A residual stream (B, L, D) that all passes on one state share; (B, 2 L, D) with a clean copy.
 
-    This is no dataclass, so that FSDP2 does not find the tensor among the arguments of a call: it would reduce the
+    This is not a dataclass, so that FSDP2 does not find the tensor among the arguments of a call: it would reduce the
     gradients of the outermost weights when the backward pass arrives there, and again after the shared blocks.
     """
 

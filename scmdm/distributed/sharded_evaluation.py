@@ -30,7 +30,7 @@ def shard_for_evaluation(model: Network, shards: int, device: torch.device) -> d
     """Shard a model that is not yet allocated over each `shards` consecutive ranks; return this rank's group.
 
     Weights are gathered in the dtype in which they are held, so that results are those of the whole model. Raises
-    UserError if the number of ranks is no multiple of `shards`.
+    UserError if the number of ranks is not a multiple of `shards`.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % shards:

@@ -308,7 +308,7 @@ def _chat_template(folder: Path) -> str | None:
 def token_ids(value: Any, rows: int | None = None) -> tuple[int, ...]:
     """Return the ids in a field such as `eos_token_id`: several in a list, one, or none (null, or -1 in older files).
 
-    Raises ValueError for what is no id, or not that of one of the `rows` tokens of the vocabulary.
+    Raises ValueError for what is not an id of one of the `rows` tokens of the vocabulary.
     """
     found = value if isinstance(value, list) else [value]
     ids = tuple(id_ for id_ in found if id_ is not None and id_ != -1)
