@@ -174,7 +174,7 @@ class RunConfig:
             (zero.stage < 3, "deepspeed.param_persistence_threshold", f"deepspeed.stage={zero.stage}; it is for 3"),
         ):
             section, _, last = name.partition(".")
-            value, default = _get(self, name), getattr(type(_get(self, section))(), last)
+            value, default = attrgetter(name)(self), getattr(type(attrgetter(section)(self))(), last)
             require(not unused or value == default, name, value, f"left out with {reason}")
         last_trace = max(0, train.steps - PROFILED_STEPS + 1)
         wanted = f"at most {last_trace} with train.steps={train.steps}: a trace has {PROFILED_STEPS} steps"
