@@ -160,7 +160,7 @@ def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> TextTable:
         "denoiser evaluations per sequence",
         "training time",
         "time per token / vanilla (concurrent jobs)",
-        "sampling, ms per sample and evaluation",
+        "sampling, ms per sample and computed evaluation",
         "NELBO null",
         "NELBO conditioned",
     ]
@@ -168,11 +168,18 @@ def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> TextTable:
     rows = []
     for arm in arms:
         own = [row for row in samples if row["arm"] == arm["name"]]
-        speed = f"{np.mean([1e3 * row['seconds'] / row['num'] / row['evaluations'] for row in own]):.3f}"
+        speed = f"{np.mean([_ms_per_evaluation(row) for row in own]):.3f}"
         rows.append(
             [arm["label"], *_training_cost(arm, vanilla), speed, *(_nelbo(arm, m) for m in ("null", "conditioned"))]
         )
     return header, rows
+
+
+def _ms_per_evaluation(row: Json) -> float:
+    """Milliseconds per sample and computed evaluation; earlier versions stored the number of steps alone."""
+    computed = row.get("computed_evaluations")
+    known = isinstance(computed, int | float) and computed > 0
+    return 1e3 * row["seconds"] / row["num"] / (computed if known else row["evaluations"])
 
 
 def _training_cost(arm: Json, vanilla: float | None) -> list[str]:
