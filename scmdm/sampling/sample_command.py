@@ -11,7 +11,7 @@ from scmdm.config.sampling import SampleConfig
 from scmdm.domains.interface import GeneratedSamples
 from scmdm.sampling.generation import SampleSet, generate_divided
 from scmdm.sampling.model_loading import evaluation_ranks, load_as_configured, parts_beside
-from scmdm.sampling.sample_files import FRAMED_ONLY, write_samples
+from scmdm.sampling.sample_files import FRAMED_ONLY, require_sample_format, write_samples
 from scmdm.sampling.templates import (
     Prompt,
     make_model_template,
@@ -38,6 +38,9 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
     fragments = len(generated.framed) - sum(generated.framed)
     if fragments and config.out and Path(config.out).suffix in FRAMED_ONLY:
         place += f", where {fragments} are left out: they are not framed as the data (out=NAME.jsonl keeps all)"
+    broken = sum(len(text.splitlines()) > 1 for text in generated.texts)
+    if broken and config.out and Path(config.out).suffix == ".txt":
+        place += f", where {broken} take several lines (out=NAME.jsonl keeps samples apart)"
     cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"
     if generated.positions is not None:
         cost += f", {max(generated.positions)} token positions each"
@@ -57,6 +60,8 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples | None:
     prompts = _prompts(config)
     precision = resolve_weights_dtype(config.weights_dtype, config.precision)
     loaded = load_as_configured(path, config)
+    if config.out is not None:
+        require_sample_format(Path(config.out), loaded.tokenizer)
     require_prompt(loaded, prompts[0] if config.infill is None else config.infill)
     length = config.length or loaded.spec.length
     add_bos, gen_length = config.add_bos_token, config.gen_length

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from scmdm.data.tokenizers import LevelTokenizer, Tokenizer
-from scmdm.domains.interface import GeneratedSamples
+from scmdm.domains.interface import Domain, GeneratedSamples, WithoutFigures
 from scmdm.errors import UserError
 from scmdm.system.files import atomic_write_bytes, atomic_write_text
 from scmdm.system.untrusted import parse_json_row, read_bytes, reading
@@ -21,6 +21,14 @@ from scmdm.system.untrusted import parse_json_row, read_bytes, reading
 _FASTA_WIDTH = 80  # letters per line
 _LARGEST_FILE = 2**34
 FRAMED_ONLY = (".smi", ".npy")  # suffixes of formats without a place for fragments
+
+
+def require_sample_format(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError if samples of a tokenizer cannot be written in the format of the file's suffix."""
+    if path.suffix == ".png" and issubclass(_domain_of(tokenizer), WithoutFigures):
+        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
+    if path.suffix == ".npy" and not isinstance(tokenizer, LevelTokenizer):
+        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer are not codes; give out=NAME.jsonl")
 
 
 def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> None:
@@ -34,14 +42,14 @@ def write_samples(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer)
     - `.png`: a picture of the first samples;
     - `.npy`: codes (N, height, width) of framed samples.
 
-    Raises UserError for a format that the samples do not have.
+    The format is one that `require_sample_format` allows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = _rows(generated)
     if path.suffix == ".png":
-        _draw(path, rows, tokenizer)
+        _domain_of(tokenizer).draw(rows, tokenizer, path)
     elif path.suffix == ".npy":
-        atomic_write_bytes(path, _codes(path, generated, tokenizer))
+        atomic_write_bytes(path, _codes(generated, tokenizer))
     else:
         atomic_write_text(path, "".join(line + "\n" for line in _lines(path.suffix, rows)))
 
@@ -80,16 +88,14 @@ def _rows(generated: GeneratedSamples) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _draw(path: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
+def _domain_of(tokenizer: Tokenizer) -> type[Domain]:
     from scmdm.domains.domain_registry import domain_of_tokenizer, load_domain
 
-    if load_domain(domain_of_tokenizer(tokenizer.kind)).draw(rows, tokenizer, path) is None:
-        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer cannot be drawn; give out=NAME.jsonl")
+    return load_domain(domain_of_tokenizer(tokenizer.kind))
 
 
-def _codes(path: Path, generated: GeneratedSamples, tokenizer: Tokenizer) -> bytes:
-    if not isinstance(tokenizer, LevelTokenizer):
-        raise UserError(f"out={path}: samples of a {tokenizer.kind} tokenizer are not codes; give out=NAME.jsonl")
+def _codes(generated: GeneratedSamples, tokenizer: Tokenizer) -> bytes:
+    assert isinstance(tokenizer, LevelTokenizer)
     codes_NHW = tokenizer.codes(generated.tokens[torch.tensor(generated.framed)].numpy())
     buffer = io.BytesIO()
     np.save(buffer, codes_NHW.astype(tokenizer.layout.dtype))

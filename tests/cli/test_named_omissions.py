@@ -33,3 +33,17 @@ def test_fragments_that_a_format_leaves_out_are_counted(base, tmp_path, capsys):
     assert main(["sample", str(base), "num=8", "sampler.steps=4", f"out={out}"]) == 0
     missing = 8 - len(out.read_text().splitlines())
     assert missing and f"where {missing} are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".png"])
+def test_a_format_that_samples_do_not_have_is_refused_before_they_are_drawn(tmp_path, monkeypatch, capsys, suffix):
+    monkeypatch.setattr("scmdm.sampling.sample_command.generate_divided", None)
+    out = tmp_path / f"samples{suffix}"
+    assert main(["sample", "configs/text/long-base", "num=1", f"out={out}"]) == 1
+    assert str(out) in capsys.readouterr().err and not out.exists()
+
+
+def test_samples_of_several_lines_are_counted_in_a_file_of_lines(tmp_path, capsys):
+    out = tmp_path / "samples.txt"
+    assert main(["sample", "configs/text/long-base", "num=3", "sampler.steps=4", f"out={out}"]) == 0
+    assert len(out.read_text().splitlines()) > 3 and "where 3 " in capsys.readouterr().err
