@@ -1,5 +1,8 @@
 """Quality at equal diversity, for models that are sampled in several ways, as at several temperatures.
 
+Ways of one model differ in the distribution that tokens are drawn from. An arm that changes other keys of the sampler
+is a model of its own: to interpolate between two samplers would compare with none.
+
 Quality improves where diversity falls, so that two models are compared at the diversity of one of them: the logarithm
 of the other's quality is interpolated linearly between the two ways of sampling whose diversities enclose it. Nothing
 is extrapolated. Errors are those of all values that enter, with the pairs of one noise, to first order.
@@ -28,6 +31,8 @@ from scmdm.evaluation.comparison import (
 )
 from scmdm.evaluation.significance import Comparison, holm, mean_deviations, student_interval
 
+_DRAW_KEYS = frozenset(("temperature", "top_k", "top_p", "top_p_first", "top_p_rule"))
+
 
 @dataclass(frozen=True)
 class Way:
@@ -48,6 +53,12 @@ class EqualDiversity:
     x: float
     log_y: tuple[float, float] | None  # ours, theirs; None: the other model was not sampled at this diversity
     compared: Comparison | None  # of the logarithms, ours less theirs; None without an interval
+
+
+def model_of_arm(arm: Json) -> str:
+    """Return the name of the arm whose model and sampler an arm shares, except for the draw of tokens."""
+    changed = {override.partition("=")[0] for override in arm.get("sampler", ())}
+    return arm["samples_of"] if arm.get("samples_of") and changed <= _DRAW_KEYS else arm["name"]
 
 
 def interpolate(ways: Sequence[Way], at: Way) -> Way | None:
@@ -87,10 +98,10 @@ def compare_at_equal_diversity(
     """
     arms_of: dict[str, list[str]] = {}
     for arm in arms:
-        arms_of.setdefault(arm.get("samples_of") or arm["name"], []).append(arm["name"])
+        arms_of.setdefault(model_of_arm(arm), []).append(arm["name"])
     if max(map(len, arms_of.values())) < 2:
         return []
-    ours = reference.get("samples_of") or reference["name"]
+    ours = model_of_arm(reference)
     found = []
     for theirs in (model for model in arms_of if model != ours):
         for steps in sorted({row["steps"] for row in samples}):
@@ -116,17 +127,16 @@ def _compare_models(
     """Compare two models at one T; `drawn` has diversity and quality of each of their arms."""
     if not {ours, theirs} <= set(drawn):
         return []
-    model_of = {arm["name"]: arm.get("samples_of") or arm["name"] for arm in arms}
+    model_of = {arm["name"]: model_of_arm(arm) for arm in arms}
+    once = {arm["name"] for arm in arms if "base" in (arm["name"], arm.get("samples_of"))}
     labels = {arm["name"]: arm["label"] for arm in arms}
-    pairs = [draws for arm, pair in drawn.items() if model_of[arm] != "base" for draws in pair]
+    pairs = [draws for arm, pair in drawn.items() if arm not in once for draws in pair]
     seeds = set.intersection(*map(set, pairs)) if pairs else set()
     sampling = set.intersection(*(set(of_seed) for pair in drawn.values() for d in pair for of_seed in d.values()))
     if not seeds or not sampling:
         return []
     # The base was trained once and goes with every training.
-    ways = {
-        arm: _way(*pair, set(pair[0]) if model_of[arm] == "base" else seeds, sampling) for arm, pair in drawn.items()
-    }
+    ways = {arm: _way(*pair, set(pair[0]) if arm in once else seeds, sampling) for arm, pair in drawn.items()}
     found = []
     for model in (theirs, ours):
         at, other = ways[model], theirs if model == ours else ours

@@ -50,6 +50,7 @@ class ArmRecord:
     cost: list[TrainingCost]
     from_scratch: bool = False
     samples_of: str | None = None
+    sampler: list[str] = field(default_factory=list)  # overrides of the study's sampler
 
 
 @dataclass(frozen=True)

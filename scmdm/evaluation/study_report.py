@@ -30,7 +30,7 @@ from scmdm.evaluation.comparison import (
     reference_arm,
     trainings_table,
 )
-from scmdm.evaluation.frontier import compare_at_equal_diversity, equal_diversity_table
+from scmdm.evaluation.frontier import compare_at_equal_diversity, equal_diversity_table, model_of_arm
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
 from scmdm.evaluation.report_figures import (
     Panel,
@@ -214,7 +214,7 @@ def _frontier_picture(
     lines: dict[str, list[str]] = {}
     labels = {arm["name"]: arm["label"] for arm in arms}
     for arm in arms:
-        lines.setdefault(labels[arm.get("samples_of") or arm["name"]], []).append(arm["label"])
+        lines.setdefault(labels[model_of_arm(arm)], []).append(arm["label"])
     axes = {m.frontier: Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.frontier}
     if len(axes) < 2 or max(map(len, lines.values())) < 2 or len(lines) > len(COLOURS):
         return []

@@ -119,6 +119,7 @@ def _describe_arms(
                 "rate": 0.0 if stored is None else stored.need("self_conditioning.rate", float),
                 "from_scratch": arm.from_scratch,
                 "samples_of": arm.samples_of,
+                "sampler": list(arm.sampler),
                 "runs": [str(model.run.relative_to(config.out)) for model in own if model.run is not None],
                 "nelbo": nelbo,
                 "cost": [_training_cost(model.path) for model in own if model.run is not None],

@@ -95,6 +95,17 @@ def test_models_sampled_in_one_way_are_not_compared():
     assert [one.compared is None for one in found] == [False, True]
 
 
+def test_another_sampler_is_not_a_way_to_sample_the_model():
+    """Interpolated with it, rate 1 would seem to have been sampled at the base's diversity."""
+    rows = drawn(np.random.default_rng(0))
+    tempered = [{**arm, "sampler": ["temperature=1.1"]} if arm["name"] == "scmdm_warm" else arm for arm in ARMS]
+    assert [one.compared is None for one in compared(rows, tempered)] == [False, False]
+    skipping = [{**arm, "sampler": ["idle_steps=skip"]} if arm["name"] == "scmdm_warm" else arm for arm in ARMS]
+    found = {(one.models, one.at): one.compared for one in compared(rows, skipping)}
+    assert found[("rate 1", "base"), "base"] is None
+    assert (("rate 1", "rate 1, 1.1"), "rate 1, 1.1") in found, "it is a model of its own"
+
+
 def test_a_number_of_steps_at_which_only_one_model_was_sampled_is_left_out():
     rows = drawn(np.random.default_rng(0))
     for more in (["base_cool"], ["scmdm"], ["other"]):
