@@ -174,13 +174,6 @@ class SamplerConfig:
         "of the last evaluation, which saves evaluations; without a carried estimate they are always skipped",
         choices=("evaluate", "skip"),
     )
-    refined_steps: int = key(
-        0,
-        help="with a carried estimate: number of first states that are evaluated twice, so that the estimate knows "
-        "their tokens before further ones are revealed; these evaluations are part of `steps`",
-        at_least=0,
-        at_most=2**30,
-    )
     cuda_graphs: bool = key(False, help="replay evaluations as CUDA graphs: faster for small batches on a GPU")
 
     def of_model(self, block_length: int | None) -> SamplerConfig:
@@ -221,9 +214,7 @@ class SamplerConfig:
             raise UserError(
                 "sampler.carry=always, but the model is not self-conditioned; adapt it, or use sampler.carry=auto"
             )
-        carry = self_conditioned and self.carry != "never"
-        settings = {**asdict(self.of_model(block_length)), "carry": carry}
-        settings["refined_steps"] *= carry
+        settings = {**asdict(self.of_model(block_length)), "carry": self_conditioned and self.carry != "never"}
         for name in ("label", "cuda_graphs", "end_tokens", "logits_eos_inf", "confidence_eos_eot_inf"):
             del settings[name]  # not of the reverse process
         never = end_ids[:1] if self.logits_eos_inf else ()
@@ -257,9 +248,6 @@ class SamplerConfig:
         leaves_noise = self.kind == "ancestral" and self.eps > 0 and self.block_length is None
         needs_noise = "last_step without kind=ancestral, an eps above 0 and block_length=null"
         needs_blocks = "auto, none or blocks without sampler.block_length, which prefix and dual need"
-        few, refinable = 2 * self.refined_steps <= self.steps, not (hits or self.adaptive or self.carry == "never")
-        needs_states = f"0 to {self.steps // 2}, half of sampler.steps"
-        needs_grid = "0 with carry=never, or without a fixed number of steps, or with sampler.block_length"
         needs_threshold = "null without kind=confidence or kind=margin"
         for name, possible, wanted in (
             ("eps", self.eps == 0 or not (hits or self.adaptive), "0 without a fixed number of steps"),
@@ -279,8 +267,6 @@ class SamplerConfig:
                 self.remask != "never" or self.remasked_estimate == "token",
                 "token with remask=never",
             ),
-            ("refined_steps", self.refined_steps == 0 or (refinable and self.block_length is None), needs_grid),
-            ("refined_steps", few, needs_states),
             ("top_p_rule", self.top_p_rule == "reaching" or self.top_p < 1, "reaching with top_p=1"),
             ("cache", self.cache not in ("prefix", "dual") or self.block_length is not None, needs_blocks),
             ("cuda_graphs", not self.cuda_graphs or self.cache in ("auto", "none"), f"false with cache={self.cache}"),

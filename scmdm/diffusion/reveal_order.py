@@ -61,7 +61,6 @@ class SamplerSettings:
     late_ids: tuple[int, ...] = ()  # tokens that ORDERS give no confidence, so that they are revealed last
     carry: bool = False  # condition each step on the estimate of the last evaluation
     idle_steps: str = "evaluate"  # with `carry`, of a sequence in which a step reveals nothing: "evaluate" | "skip"
-    refined_steps: int = 0  # with `carry`: first states that are evaluated twice, by as many evaluations of `steps`
 
     @property
     def adaptive(self) -> bool:
@@ -84,7 +83,6 @@ class Step:
     count_B: Tensor | None = None  # with an adaptive number of tokens: the largest possible one
     reveal_B: Tensor | None = None  # probability to reveal a candidate, drawn with its token; None: 1
     greedy: bool = False  # take the most probable tokens
-    refines: bool = False  # reveals nothing, and is evaluated for its estimate alone
     remask_BL: Tensor | None = None  # positions to remask
     active_B: Tensor | None = None  # sequences that the step concerns; None: all
     block_B: Tensor | None = None  # number of the step's block in each sequence; None: no blocks
@@ -167,16 +165,11 @@ class _GridPoint:
 
 
 def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]:
-    """Plan a uniform grid of times from 1 to eps for each block, and the removal of the remaining noise.
-
-    The first `refined_steps` states are evaluated once more before something is revealed, so that their estimate knows
-    what the step before has revealed.
-    """
+    """Plan a uniform grid of times from 1 to eps for each block, and the removal of the remaining noise."""
     blocks = make_blocks(problem, settings)
     most = int(blocks.count_B.max())
     if settings.steps < most:
         raise ValueError(f"{settings.steps} steps for {most} blocks")
-    refined, settings = settings.refined_steps, replace(settings, steps=settings.steps - settings.refined_steps)
     todo_BL = (problem.given_BL == problem.mask_id) & (blocks.number_BL >= 0)
     for index in range(settings.steps):
         point = _grid_point(index, blocks.count_B, settings)
@@ -184,8 +177,6 @@ def _plan_on_grid(problem: Problem, settings: SamplerSettings) -> Iterator[Step]
         active_B = (todo_BL & within_BL).any(1)
         if bool(active_B.any()):  # a block of given tokens needs no evaluation
             step = _grid_step(problem, settings, index, point, blocks.count_B, within_BL, active_B)
-            if index < refined:
-                yield Step(index, step.t_B, torch.zeros_like(todo_BL), refines=True, active_B=active_B)
             yield replace(step, block_B=point.block_B)
     masked_BL = problem.state() == problem.mask_id
     if settings.noise_removal != "last_step" and bool(masked_BL.any()):

@@ -185,8 +185,7 @@ def _advance(
     reveals a position.
     """
     carry = draws.settings.carry
-    refine = carry and (step.refines or draws.settings.idle_steps == "evaluate")
-    needed_B = step.active_B if refine else _reveals(step)
+    needed_B = step.active_B if carry and draws.settings.idle_steps == "evaluate" else _reveals(step)
     if not windows.cached and (needed_B is None or (carry and bool(needed_B.all()))):
         windows.count_all()
         z_BL, h_BLD = _evaluate(view, z_BL, estimate_BLD, step, ids_B, draws)

@@ -445,10 +445,6 @@ def test_random_order_with_as_many_steps_as_tokens_is_exact():
         ({"kind": "random", "confidence_eos_eot_inf": True}, "sampler.confidence_eos_eot_inf"),
         ({"kind": "first_hitting", "eps": 0.1}, "sampler.eps"),
         ({"guidance": 2.0}, "sampler.guidance"),
-        ({"steps": 4, "refined_steps": 3}, "sampler.refined_steps"),
-        ({"kind": "first_hitting", "refined_steps": 1}, "sampler.refined_steps"),
-        ({"carry": "never", "refined_steps": 1}, "sampler.refined_steps"),
-        ({"block_length": 8, "refined_steps": 1}, "sampler.refined_steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

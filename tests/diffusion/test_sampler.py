@@ -305,29 +305,6 @@ def test_a_skipped_step_keeps_the_estimate_of_the_last_evaluation():
         torch.testing.assert_close(estimate, torch.where(masked, oracle.conditionals(before), oracle.embed(after)))
 
 
-@pytest.mark.parametrize("idle_steps", ["evaluate", "skip"])
-@pytest.mark.parametrize("kind", ["ancestral", "confidence"])
-def test_refined_steps_evaluate_a_state_again_with_its_own_estimate(kind, idle_steps):
-    """Two of eight evaluations; the others draw what six steps draw."""
-    oracle, unrefined, ids = Counting(), Counting(), torch.arange(16)
-    given = torch.full((16, 3), oracle.mask_id)
-    own = {"schedule": LogLinear(), "mask_id": oracle.mask_id, "seed": 0}
-    settings = SamplerSettings(kind, 8, carry=True, idle_steps=idle_steps, refined_steps=2)
-    drawn = sample(oracle, given, ids, settings=settings, **own)
-    plain = sample(unrefined, given, ids, settings=replace(settings, steps=6, refined_steps=0), **own)
-    assert torch.equal(drawn.tokens, plain.tokens) and bool((drawn.evaluations_B == 8).all())
-    states = [z_BL for z_BL, _ in oracle.seen]
-    assert sum(map(len, states)) == sum(len(z_BL) for z_BL, _ in unrefined.seen) + 2 * 16
-    assert oracle.estimates[0] is None and torch.equal(states[0], given)
-    torch.testing.assert_close(oracle.estimates[1], oracle.conditionals(given)[: len(states[1])])
-    if idle_steps == "skip":
-        return
-    assert torch.equal(states[1], given) and torch.equal(states[2], states[3]) and not torch.equal(states[2], given)
-    masked = (states[2] == oracle.mask_id)[..., None]
-    expected = torch.where(masked, oracle.conditionals(states[2]), oracle.embed(states[2]))
-    torch.testing.assert_close(oracle.estimates[3], expected)
-
-
 def test_temperature_and_nucleus():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0.0]]).log()
     kept = nucleus(logits.double(), 0.7).softmax(1)
