@@ -57,7 +57,7 @@ def current_world() -> World:
     except ValueError as error:
         raise UserError(f"{found} are not all integers; start several processes with torchrun") from error
     if not (0 <= rank < size and local_rank >= 0):
-        raise UserError(f"{found} is no rank of {size}; unset these variables, or start processes with torchrun")
+        raise UserError(f"{found} is not a rank of {size}; unset these variables, or start processes with torchrun")
     return World(rank, size, local_rank)
 
 

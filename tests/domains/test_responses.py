@@ -91,7 +91,7 @@ def test_an_open_end_and_padding_inside_are_no_text(dataset):
 
 
 def test_a_study_draws_responses_as_an_evaluation_does(dataset, tmp_path):
-    """Of a run whose samples were padded to their batch: as long as the longest held-out response."""
+    """After training with padding to the batch, samples are as long as the longest held-out response."""
     run, root, empty = tmp_path / "run", dataset / "data", str(dataset / "empty.yaml")
     model = ["model.width=16", "model.layers=1", "model.heads=2", "model.condition_width=8"]
     train = ["train.steps=1", "train.global_batch_size=16", "train.micro_batch_size=16"]

@@ -191,7 +191,7 @@ def test_the_table_has_the_evaluations_that_were_computed(study):
 
 
 def test_the_report_counts_the_samples_that_were_drawn(study):
-    """Of a data set with fewer prompts than `num`."""
+    """A data set may have fewer prompts than `num`."""
     change_study(study, lambda content: [row.update(drawn=512) for row in content["evaluations"]])
     summary = study_report(study, study / "report.html")
     header, rows = summary.quality
