@@ -69,6 +69,13 @@ class SelfConditioningConfig:
         at_least=0,
         at_most=64,
     )
+    rollout_span: float = key(
+        1.0,
+        help="largest distance in time between the first state of a rollout and that of the loss pass; a sampler of T "
+        "steps carries over 1/T",
+        above=0,
+        at_most=1,
+    )
     perturbation: float = key(
         0.0,
         help="standard deviation of Gaussian noise that training adds to what is carried, at masked positions relative "

@@ -159,6 +159,7 @@ class RunConfig:
     def _validate_effects(self) -> None:
         """Raise UserError for a key that is set and has no effect with the others."""
         train, schedule, zero, noise = self.train, self.schedule, self.deepspeed, self.diffusion.schedule
+        own = self.self_conditioning
         own_noise = self.base is None  # an adaptation may repeat keys of its base
         for unused, name, reason in (
             (schedule.kind == "constant", "schedule.steps", "schedule.kind=constant, which has no decay"),
@@ -168,6 +169,7 @@ class RunConfig:
             (own_noise and noise == "polynomial", "diffusion.eps", f"diffusion.schedule={noise}"),
             (self.model.lora_rank == 0, "model.lora_alpha", "model.lora_rank=0"),
             (self.model.lora_rank == 0, "model.lora_targets", "model.lora_rank=0"),
+            (own.rollout_steps == 0, "self_conditioning.rollout_span", "self_conditioning.rollout_steps=0"),
             (train.padding == "length", "train.pad_multiple", "train.padding=length"),
             (train.validate_every == 0, "train.keep_best", "train.validate_every=0"),
             (self.engine != "deepspeed", "deepspeed.stage", f"engine={self.engine}; it is for engine=deepspeed"),

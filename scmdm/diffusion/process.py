@@ -71,14 +71,16 @@ def noise_batch(
     step: int,
     rate: float,
     rollout_steps: int = 0,
+    rollout_span: float = 1.0,
     block_length: int | None = None,
     t_min: float = 0.0,
 ) -> NoisedBatch:
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
     `rate` is the probability that the second pass of a sample is conditioned. With `rollout_steps` there are that
-    many earlier states of the process: the first one's time is uniform between t and 1, the others' lie at equal
-    distances between it and t. The uniforms of the masks are the same, hence earlier states have more masks.
+    many earlier states of the process: the first one's time is uniform between t and min(1, t + `rollout_span`), the
+    others' lie at equal distances between it and t. The uniforms of the masks are the same, hence earlier states have
+    more masks.
     Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
 
     For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
@@ -98,9 +100,10 @@ def noise_batch(
         v_B1 = v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
         if block_length is not None:
             v = spread_uniforms("estimate-time", ids_B, block_length, packing, x_BL.shape[1], seed=seed, step=step)
+        reach, reach_B = (1 - t).clamp(max=rollout_span), (1 - t_B).clamp(max=rollout_span)
         for part in (k / rollout_steps for k in range(rollout_steps, 0, -1)):
-            z = mask_tokens(x_BL, u_BL, schedule.alpha(t + (1 - t) * part * v), maskable_BL, mask_id)
-            earlier.append((z, t_B + (1 - t_B) * part * v_B1[:, 0]))
+            z = mask_tokens(x_BL, u_BL, schedule.alpha(t + reach * part * v), maskable_BL, mask_id)
+            earlier.append((z, t_B + reach_B * part * v_B1[:, 0]))
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     return NoisedBatch(
         x_BL,

@@ -167,6 +167,7 @@ def _noise(
         step=step,
         rate=config.self_conditioning.rate,
         rollout_steps=config.self_conditioning.rollout_steps,
+        rollout_span=config.self_conditioning.rollout_span,
         block_length=config.diffusion.block_length,
         t_min=config.diffusion.t_min,
     )

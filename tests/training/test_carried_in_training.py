@@ -65,6 +65,19 @@ def test_states_of_a_rollout_are_nested_and_end_before_the_loss_pass(steps, bloc
     torch.testing.assert_close(times_BK.diff(dim=1), times_BK.diff(dim=1)[:, :1].expand(-1, steps))
 
 
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_a_rollout_begins_within_its_span(block_length):
+    rows, span = 4096, 0.1
+    draws = {"schedule": LogLinear(), "mask_id": MASK, "seed": 0, "step": 0, "rate": 1.0, "block_length": block_length}
+    t_B = torch.linspace(0.2, 1, rows).double()
+    batch = noise_batch(sequences(rows), t_B, rollout_steps=1, rollout_span=span, **draws)
+    ((z_BL, s_B),) = batch.rollout
+    age_B = (s_B - t_B) / (1 - t_B).clamp(max=span, min=1e-12)
+    assert ((s_B >= t_B) & (s_B <= 1)).all() and (s_B - t_B).max() <= span and abs(age_B[:-1].mean() - 0.5) < 0.02
+    share = ((z_BL == MASK) & (batch.z != MASK)).double().mean()
+    assert abs(share - (s_B - t_B).mean()) < 0.005
+
+
 @pytest.mark.parametrize(("preset", "sign"), [("residual_context", -1), ("soft_masking", 1)])
 def test_presets_decide_which_positions_carry_more(preset, sign):
     config = load_config(RunConfig, None, [*KEYS, f"self_conditioning.preset={preset}", "model.width=16"])
@@ -153,6 +166,7 @@ def test_normal_draws_are_standard_normal():
     ("given", "named"),
     [
         (["rollout_steps=2", "passes=2"], "passes"),
+        (["rollout_span=0.1"], "rollout_span"),
         (["carried_from=base", "passes=2"], "passes"),
         (["carried_from=base", "rollout_steps=2"], "rollout_steps"),
         (["carried_from=base", "stop_gradient=false"], "stop_gradient"),
