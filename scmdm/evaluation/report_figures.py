@@ -108,7 +108,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([str(tick) for tick in ticks])
-    ax.set_xlabel("denoiser evaluations (T)")
+    ax.set_xlabel("sampling steps T")
     ax.set_title(panel.marked_title)
 
 
