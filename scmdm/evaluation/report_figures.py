@@ -133,8 +133,10 @@ def _limit(ax: Axes, panel: Panel) -> None:
         ax.set_ylim(max(low, -0.05 * high), high)
 
 
-def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Sequence[str]], path: Path) -> Path:
-    """Draw metric `y` against metric `x`, one plot per T; `lines` maps the name of a model to the arms that sample it.
+def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Mapping[str, str]], path: Path) -> Path:
+    """Draw metric `y` against metric `x`, one plot per T.
+
+    `lines` maps the name of a model to the arms that sample it, and each arm to the text beside its point.
 
     A line joins the arms of a model in the order of `x`; error bars are 95 % intervals over samples.
     """
@@ -143,14 +145,14 @@ def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Sequence[str]], path
         figure, axes = _plots(len(steps))
         for ax, t in zip(axes, steps, strict=True):
             for index, (model, arms) in enumerate(lines.items()):
-                sampled = [arm for arm in arms if t in y.values.get(arm, {})]
+                sampled = {arm: mark for arm, mark in arms.items() if t in y.values.get(arm, {})}
                 _draw_frontier(ax, x, y, sampled, t, label=model, **_style(index))
             ax.set(title=f"T = {t}", xlabel=x.title, ylabel=y.title)
         _legend_below(figure, axes[0])
         return save_figure(figure, path)
 
 
-def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int, **style: Any) -> None:
+def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Mapping[str, str], steps: int, **style: Any) -> None:
     ordered = sorted(arms, key=lambda arm: x.values[arm][steps].estimate.value)
     found = [[panel.values[arm][steps].estimate for arm in ordered] for panel in (x, y)]
     at = [[estimate.value * panel.scale for estimate in own] for panel, own in zip((x, y), found, strict=True)]
@@ -158,6 +160,8 @@ def _draw_frontier(ax: Axes, x: Panel, y: Panel, arms: Sequence[str], steps: int
     ax.errorbar(
         at[0], at[1], xerr=np.transpose(errors[0]), yerr=np.transpose(errors[1]), capsize=2, ms=5, lw=1.5, **style
     )
+    for arm, place in zip(ordered, zip(*at, strict=True), strict=True):
+        ax.annotate(arms[arm], place, (4, -9), textcoords="offset points", fontsize=7, color=style["color"])
 
 
 def length_figure(panel: Panel, lines: Mapping[str, Mapping[int, str]], path: Path) -> Path:

@@ -211,15 +211,19 @@ def _frontier_picture(
     shown: Sequence[Metric], arms: Sequence[Mapping[str, Any]], values: QualityByMetric, path: Path
 ) -> list[str]:
     """Draw quality against diversity where a model is sampled in several ways, as at several temperatures."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, dict[str, str]] = {}
     labels = {arm["name"]: arm["label"] for arm in arms}
     for arm in arms:
-        lines.setdefault(labels[model_of_arm(arm)], []).append(arm["label"])
+        drawn = "" if arm["name"] == (model := model_of_arm(arm)) else ", ".join(arm["sampler"])
+        lines.setdefault(labels[model], {})[arm["label"]] = drawn.removeprefix("temperature=")
     axes = {m.frontier: Panel(m.title, values[m.name], m.better, m.scale) for m in shown if m.frontier}
     if len(axes) < 2 or max(map(len, lines.values())) < 2 or len(lines) > len(COLOURS):
         return []
     x, y = axes["x"], axes["y"]
-    caption = f"{y.title} against {x.title}; a line joins the ways in which a model is sampled; {_MARKS.split(',')[0]}."
+    caption = (
+        f"{y.title} against {x.title}; a line joins the ways in which a model is sampled, a number beside a point is a "
+        f"temperature; {_MARKS.split(',')[0]}."
+    )
     return [picture(frontier_figure(x, y, lines, path), caption)]
 
 
