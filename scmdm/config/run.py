@@ -156,28 +156,39 @@ class RunConfig:
                 f"be a multiple of {parts} x train.micro_batch_size = {parts * train.micro_batch_size}"
             )
 
-    def _validate_effects(self) -> None:
-        """Raise UserError for a key that is set and has no effect with the others."""
+    @property
+    def unused_keys(self) -> dict[str, str]:
+        """Keys that have no effect with the values of others, and which values these are."""
         train, schedule, zero, noise = self.train, self.schedule, self.deepspeed, self.diffusion.schedule
-        own = self.self_conditioning
         own_noise = self.base is None  # an adaptation may repeat keys of its base
-        for unused, name, reason in (
-            (schedule.kind == "constant", "schedule.steps", "schedule.kind=constant, which has no decay"),
-            (schedule.kind == "constant", "schedule.final_ratio", "schedule.kind=constant, which has no decay"),
+        constant = "schedule.kind=constant, which has no decay"
+        table = (
+            (schedule.kind == "constant", "schedule.steps", constant),
+            (schedule.kind == "constant", "schedule.final_ratio", constant),
             (schedule.warmup_steps == 0, "schedule.initial_ratio", "schedule.warmup_steps=0"),
             (own_noise and noise != "polynomial", "diffusion.power", f"diffusion.schedule={noise}"),
             (own_noise and noise == "polynomial", "diffusion.eps", f"diffusion.schedule={noise}"),
             (self.model.lora_rank == 0, "model.lora_alpha", "model.lora_rank=0"),
             (self.model.lora_rank == 0, "model.lora_targets", "model.lora_rank=0"),
-            (own.rollout_steps == 0, "self_conditioning.rollout_span", "self_conditioning.rollout_steps=0"),
+            (
+                self.self_conditioning.rollout_steps == 0,
+                "self_conditioning.rollout_span",
+                "self_conditioning.rollout_steps=0",
+            ),
             (train.padding == "length", "train.pad_multiple", "train.padding=length"),
             (train.validate_every == 0, "train.keep_best", "train.validate_every=0"),
             (self.engine != "deepspeed", "deepspeed.stage", f"engine={self.engine}; it is for engine=deepspeed"),
             (zero.stage < 3, "deepspeed.param_persistence_threshold", f"deepspeed.stage={zero.stage}; it is for 3"),
-        ):
+        )
+        return {name: reason for unused, name, reason in table if unused}
+
+    def _validate_effects(self) -> None:
+        """Raise UserError for a key that is set and has no effect with the others."""
+        train = self.train
+        for name, reason in self.unused_keys.items():
             section, _, last = name.partition(".")
             value, default = attrgetter(name)(self), getattr(type(attrgetter(section)(self))(), last)
-            require(not unused or value == default, name, value, f"left out with {reason}")
+            require(value == default, name, value, f"left out with {reason}")
         last_trace = max(0, train.steps - PROFILED_STEPS + 1)
         wanted = f"at most {last_trace} with train.steps={train.steps}: a trace has {PROFILED_STEPS} steps"
         require(train.profile_step <= last_trace, "train.profile_step", train.profile_step, wanted)

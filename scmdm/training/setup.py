@@ -292,7 +292,7 @@ def resolve_sample_order(config: RunConfig, data: DataMixture, checkpoint: Path 
 
 
 def check_same_run(config: RunConfig, checkpoint: Path) -> None:
-    """Raise UserError for the first key that differs from the checkpoint's and may not change on resume."""
+    """Raise UserError for the first key that differs from the checkpoint's, has an effect, and may not change."""
     renamed = renamed_keys(type(config))
     stored_config = read_stored_config(checkpoint)
     stored = flatten(stored_config.content | {"model": upgrade_model_keys(stored_config.need("model", dict))})
@@ -302,7 +302,7 @@ def check_same_run(config: RunConfig, checkpoint: Path) -> None:
     before = defaults | {renamed.get(name, name): stored[name] for name in stored if name not in gone}
     now = flatten(dataclasses.asdict(config))
     changeable = {name for name, rules, _ in walk_keys(config) if rules.on_resume}
-    for name in sorted((before.keys() | now.keys()) - changeable):
+    for name in sorted((before.keys() | now.keys()) - changeable - config.unused_keys.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
                 f"{name}={now.get(name)!r}, but run_dir={config.run_dir} was started with {before.get(name)!r}; "

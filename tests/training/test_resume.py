@@ -114,6 +114,21 @@ def test_a_run_that_stored_a_key_which_is_gone_resumes_if_it_behaves_the_same(un
         check_same_run(config, tmp_path)
 
 
+def test_a_run_that_stored_a_key_without_effect_resumes(uninterrupted, tmp_path):
+    """Such values were accepted once, and a change of the engine leaves them behind."""
+    recorded = yaml.safe_load((find_model(uninterrupted) / "config.yaml").read_text())
+    config = load_config(RunConfig, find_model(uninterrupted) / "config.yaml", [])
+    assert config.self_conditioning.rollout_steps == 0
+    recorded["self_conditioning"]["rollout_span"] = 0.5
+    recorded["deepspeed"]["stage"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    check_same_run(config, tmp_path)
+    recorded["self_conditioning"]["rollout_steps"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    with pytest.raises(UserError, match=r"self_conditioning\.rollout_steps=0"):
+        check_same_run(config, tmp_path)
+
+
 def test_another_base_is_refused(uninterrupted, molecules, empty_yaml, capsys):
     assert main(adapt_arguments(uninterrupted, uninterrupted, molecules, empty_yaml)) == 1
     assert "is not the model that" in capsys.readouterr().err
