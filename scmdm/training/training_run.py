@@ -109,7 +109,9 @@ def resume(run: TrainingRun, base_sha256: str | None) -> None:
         return
     run.fence.require()
     atomic_write_text(run.directory / CONFIG_FILE, config_yaml(run.config))
-    atomic_write_text(run.directory / ENVIRONMENT_FILE, json_text(describe_environment(), indent=2))
+    environment = run.directory / ENVIRONMENT_FILE
+    if run.state.step < run.config.train.steps or not environment.exists():  # a finished run keeps that of its training
+        atomic_write_text(environment, json_text(describe_environment(), indent=2))
 
 
 def config_yaml(config: RunConfig) -> str:

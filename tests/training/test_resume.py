@@ -71,8 +71,10 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path, base, molecules, empt
 
 def test_a_finished_run_is_not_changed(uninterrupted, base, molecules, empty_yaml, capsys):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
+    written = (uninterrupted / "environment.json").stat().st_mtime_ns
     assert main(adapt_arguments(uninterrupted, base, molecules, empty_yaml)) == 0
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted / "environment.json").stat().st_mtime_ns == written
     assert f"already at step {STEPS}" in (uninterrupted / "train.log").read_text()
 
 
