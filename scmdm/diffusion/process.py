@@ -61,6 +61,15 @@ def mask_tokens(x_BL: Tensor, u_BL: Tensor, alpha: Tensor, maskable_BL: Tensor, 
     return x_BL.masked_fill(masked, mask_id)
 
 
+def rollout_times(t: Tensor, u: Tensor, steps: int, span: float) -> list[Tensor]:
+    """Return the times of a rollout, the noisiest first, from uniforms `u` that broadcast with the times `t`.
+
+    The first is uniform between t and min(1, t + span), the others lie at equal distances between it and t.
+    """
+    reach = (1 - t).clamp(max=span)
+    return [t + reach * (k / steps) * u for k in range(steps, 0, -1)]
+
+
 def noise_batch(
     sequences: Sequences,
     t_B: Tensor,
@@ -78,10 +87,9 @@ def noise_batch(
     """Noise a micro-batch with draws keyed on (seed, step, sample id).
 
     `rate` is the probability that the second pass of a sample is conditioned. With `rollout_steps` there are that
-    many earlier states of the process: the first one's time is uniform between t and min(1, t + `rollout_span`), the
-    others' lie at equal distances between it and t. The uniforms of the masks are the same, hence earlier states have
-    more masks.
-    Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
+    many noisier states, at `rollout_times`. The uniforms of the masks are the same, hence noisier states have more
+    masks. Tokens that are neither valid nor maskable (ignored padding, a prompt) are never
+    masked.
 
     For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
     sequences' stratified times on [t_min, 1].
@@ -94,27 +102,28 @@ def noise_batch(
     if block_length is not None:
         own = {"seed": seed, "step": step}
         t = block_t = spread_times(t_B, ids_B, maskable_BL, block_length, packing, t_min=t_min, **own)
-    z_BL = mask_tokens(x_BL, u_BL, schedule.alpha(t), maskable_BL, mask_id)
-    earlier: list[tuple[Tensor, Tensor]] = []
+
+    def masked_at(time: Tensor) -> Tensor:
+        return mask_tokens(x_BL, u_BL, schedule.alpha(time), maskable_BL, mask_id)
+
+    earlier: tuple[tuple[Tensor, Tensor], ...] = ()
     if rollout_steps:
         v_B1 = v = keyed_uniform(seed, "estimate-time", step, ids_B, 1)
         if block_length is not None:
             v = spread_uniforms("estimate-time", ids_B, block_length, packing, x_BL.shape[1], seed=seed, step=step)
-        reach, reach_B = (1 - t).clamp(max=rollout_span), (1 - t_B).clamp(max=rollout_span)
-        for part in (k / rollout_steps for k in range(rollout_steps, 0, -1)):
-            z = mask_tokens(x_BL, u_BL, schedule.alpha(t + reach * part * v), maskable_BL, mask_id)
-            earlier.append((z, t_B + reach_B * part * v_B1[:, 0]))
+        states = map(masked_at, rollout_times(t, v, rollout_steps, rollout_span))
+        earlier = tuple(zip(states, rollout_times(t_B, v_B1[:, 0], rollout_steps, rollout_span), strict=True))
     conditioned_B = keyed_uniform(seed, "condition", step, ids_B, 1)[:, 0] < rate
     return NoisedBatch(
         x_BL,
-        z_BL,
+        masked_at(t),
         t_B,
         valid_BL,
         conditioned_B,
         packing,
         sequences.labels,
         block_t=block_t,
-        rollout=tuple(earlier),
+        rollout=earlier,
     )
 
 
