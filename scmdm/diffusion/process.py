@@ -88,8 +88,7 @@ def noise_batch(
 
     `rate` is the probability that the second pass of a sample is conditioned. With `rollout_steps` there are that
     many noisier states, at `rollout_times`. The uniforms of the masks are the same, hence noisier states have more
-    masks. Tokens that are neither valid nor maskable (ignored padding, a prompt) are never
-    masked.
+    masks. Tokens that are neither valid nor maskable (ignored padding, a prompt) are never masked.
 
     For a model of blocks of `block_length`, each block has its own times, which follow from `t_B` (`spread_times`), the
     sequences' stratified times on [t_min, 1].

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 from scmdm.cli import main
@@ -344,7 +345,10 @@ def test_a_figure_of_lengths_has_a_point_for_each_arm_that_was_sampled(tmp_path,
     assert points == [[[0, 40], [1, 40]], [[0, 60], [1, 60], [3, 60]]]
 
 
-def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study):
+def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study, monkeypatch):
+    marks = []
+    monkeypatch.setattr(Axes, "annotate", lambda _, text, *args, **options: marks.append(text))
+
     def as_text(content):
         content["domain"] = "text"
         for row in content["evaluations"]:
@@ -354,8 +358,10 @@ def test_ways_to_sample_a_text_model_are_joined_to_a_frontier(study):
     change_study(study, as_text)
     study_report(study, study / "report.html")
     assert not (study / "frontier.png").exists()
-    change_study(study, lambda content: content["arms"][1].update(samples_of="base", runs=[], cost=[], nelbo=[]))
+    way = {"samples_of": "base", "sampler": ["temperature=0.8"], "runs": [], "cost": [], "nelbo": []}
+    change_study(study, lambda content: content["arms"][1].update(way))
     study_report(study, study / "report.html")
+    assert set(marks) == {"", "0.8"}
     assert (study / "frontier.png").stat().st_size > 0
     assert (study / "report.html").read_text().count("entropy, nats") > 1
 

@@ -78,6 +78,9 @@ def test_the_step_passes_its_settings_on(monkeypatch):
     config.self_conditioning.rollout_steps, config.self_conditioning.estimate_dropout = 1, True
     run(engine, config, steps=1)
     assert seen[3][0] > seen[0][0] and seen[3][1] > seen[0][1] and seen[3][3] and len(seen) == 4
+    config.self_conditioning.rollout_span = 0.01
+    run(engine, config, steps=1)
+    assert seen[0][1] < seen[4][1] <= seen[0][1] + 64 * 0.01 < seen[3][1]
 
 
 def test_the_loss_falls():
