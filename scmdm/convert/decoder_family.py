@@ -20,7 +20,7 @@ from scmdm.convert.published_config import Allowed, PublishedConfig, check_rows,
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.convert.published_rotary import describe_rotary, read_rotary
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.model_files import ModelSpec
 
 _CONVERTED = "a2d-"  # prefix of dllm's types

@@ -11,7 +11,7 @@ from typing import Any
 
 from scmdm.convert.published_config import PublishedConfig
 from scmdm.convert.published_files import PublishedFiles
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 
 _LENGTH = "original_max_position_embeddings"
 _LONGEST = "max_position_embeddings"

@@ -16,7 +16,7 @@ from torch import Tensor
 from scmdm.config.conversion import ImportConfig
 from scmdm.config.model import ModelConfig
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.initialization import initial_value
 
 _MLP = re.compile(r"(blocks\.\d+)\.mlp_(gate|up|down)\.weight")

@@ -27,7 +27,7 @@ from scmdm.diffusion.objective import self_conditioned_nelbo
 from scmdm.diffusion.process import NoisedBatch
 from scmdm.distributed.engine import compute_context
 from scmdm.models.attention import FLEX_BACKENDS, NO_MASKS
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.experts.expert_block import ExpertMixture
 from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.linear import multiply_in_fp8

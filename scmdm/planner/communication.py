@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from scmdm.models.attention import exchanged_kv_heads
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.planner.sharding import FLOAT32, ZERO_LIVE, GatheredGroup, block_groups, gathered_weights
 from scmdm.planner.workload import ParallelLayout, Workload
 

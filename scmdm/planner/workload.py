@@ -15,7 +15,7 @@ from torch import nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import Schedule
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
 from scmdm.models.model_files import ROUTER, ModelSpec

@@ -4,7 +4,8 @@ A step needs the ids and the numbers of valid tokens of its whole global batch b
 collective of the step before, together with that step's loss and with the signals that ranks have received. With
 `train.padding=batch` the valid tokens depend on the longest sample of all ranks: it comes one collective earlier.
 
-Other counts, those of a mixture's experts, are reduced: gathered, each rank would receive those of every other.
+The loads of a mixture's experts are reduced in a second collective: gathered, each rank would receive those of every
+other.
 
 Legend: B this rank's sequences of a step, N sequences of the global batch, R ranks.
 """

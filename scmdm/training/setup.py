@@ -22,7 +22,7 @@ from scmdm.distributed.engine import Engine, SingleEngine
 from scmdm.distributed.fsdp import FsdpEngine, make_expert_mesh, make_mesh, shard
 from scmdm.errors import UserError
 from scmdm.models.compilation import compile_model
-from scmdm.models.decoder import BALANCE_KEYS
+from scmdm.models.decoder_config import BALANCE_KEYS
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.experts.router import attach_record
 from scmdm.models.initialization import init_weights

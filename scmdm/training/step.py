@@ -63,9 +63,10 @@ def train_step(
     on the number of ranks or micro-batches. Raises UserError when the loss or the gradient is not finite; the weights
     are then unchanged. `timer` measures the parts of the step.
 
-    All ranks meet once, after the backward pass (`scmdm.training.exchange`). `everyone` has the samples of this step,
-    as the step before has returned them (`upcoming`); None: they are exchanged now. `read_next` reads this rank's
-    part of the next steps' samples, and `received` a stop signal, if there is one.
+    After the backward pass all ranks meet in one collective besides the engine's (`scmdm.training.exchange`); a mixture
+    of experts adds another, of its loads. `everyone` has the samples of this step, as the step before has returned them
+    (`upcoming`); None: they are exchanged now. `read_next` reads this rank's part of the next steps' samples, and
+    `received` a stop signal, if there is one.
     """
     timer = timer or StepTimer(engine.device)
     if everyone is None:

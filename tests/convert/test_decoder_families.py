@@ -21,7 +21,7 @@ from scmdm.convert.published_files import PublishedFiles
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.model_files import ModelSpec, read_spec
 from tests.convert.published import WORDS, write_tokenizer
 from tests.weights import weights_of

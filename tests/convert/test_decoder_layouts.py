@@ -14,7 +14,7 @@ from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.diffusion.state import State
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.model_files import ModelSpec, read_spec
 from scmdm.models.safetensors_shards import write_shards
 from tests.conftest import ROOT

@@ -14,7 +14,8 @@ from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import LogLinear, make_schedule
 from scmdm.diffusion.state import Sequences, State
-from scmdm.models.decoder import Decoder, DecoderConfig
+from scmdm.models.decoder import Decoder
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.dit import DiT, DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.planner.activation_memory import LiveBytes

@@ -11,7 +11,8 @@ from scmdm.diffusion.causal_annealing import CausalDenoiser, causally_annealed, 
 from scmdm.diffusion.packing import make_packing
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
-from scmdm.models.decoder import Decoder, DecoderConfig
+from scmdm.models.decoder import Decoder
+from scmdm.models.decoder_config import DecoderConfig
 from tests.weights import load_weights
 
 LENGTH, VOCAB = 24, 20

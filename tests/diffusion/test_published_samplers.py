@@ -22,7 +22,8 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import count_by_factor, count_confident, shape_logits
 from scmdm.errors import UserError
-from scmdm.models.decoder import Decoder, DecoderConfig
+from scmdm.models.decoder import Decoder
+from scmdm.models.decoder_config import DecoderConfig
 from tests.diffusion.oracle import Oracle
 
 VOCAB, MASK, EOS, EOT, PAD = 12, 11, 3, 4, 0

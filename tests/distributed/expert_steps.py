@@ -16,7 +16,7 @@ from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.experts.expert_parallel import ExpertGroup
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine

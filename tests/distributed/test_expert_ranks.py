@@ -11,7 +11,7 @@ from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.state import State
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.experts.router import routers_of
 from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine

@@ -9,7 +9,7 @@ from scmdm.config.run import RunConfig
 from scmdm.distributed.ema import Ema
 from scmdm.errors import UserError
 from scmdm.models import initialization
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.experts.expert_block import whole_parameters
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.network import count_parameters

@@ -15,7 +15,8 @@ from scmdm.diffusion.process import noise_batch
 from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.models.conditioner import CONDITIONERS
-from scmdm.models.decoder import Decoder, DecoderConfig
+from scmdm.models.decoder import Decoder
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.initialization import init_weights
 from tests.weights import load_weights
 

@@ -14,7 +14,8 @@ from scmdm.diffusion.state import Sequences, State
 from scmdm.distributed.engine import SingleEngine
 from scmdm.errors import UserError
 from scmdm.models.compilation import compile_model
-from scmdm.models.decoder import Decoder, DecoderConfig
+from scmdm.models.decoder import Decoder
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.experts.balance import load_summary, update_balance
 from scmdm.models.experts.expert_block import sort_by_expert
 from scmdm.models.experts.router import attach_record, routers_of

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from scmdm.diffusion.packing import make_packing, pack_padded
 from scmdm.models import attention as attention_module
 from scmdm.models.attention import attend, attend_slices, exchanged_kv_heads
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.planner.communication import step_collectives
 from scmdm.planner.workload import make_layout, make_workload
 from scmdm.torch_private import ATTENTION_OPERATORS, TorchDispatchMode

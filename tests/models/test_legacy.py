@@ -11,7 +11,7 @@ import yaml
 from scmdm.config.model import DENOISERS
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.dit import DiTConfig
 from scmdm.models.legacy import upgrade_model_keys
 from scmdm.models.model_files import spec_of

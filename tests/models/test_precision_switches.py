@@ -12,7 +12,7 @@ from scmdm.diffusion.schedule import LogLinear
 from scmdm.diffusion.state import Sequences, State
 from scmdm.distributed.engine import check_hardware
 from scmdm.errors import UserError
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.dit import DiTConfig
 from scmdm.models.linear import Linear
 from scmdm.models.model_files import ModelSpec

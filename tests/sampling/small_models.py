@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from scmdm.checkpoint.seal import seal
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.data.tokenizers import CharacterTokenizer
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import WEIGHTS_FILE, ModelSpec, allocate, write_model_files

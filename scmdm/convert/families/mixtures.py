@@ -6,7 +6,7 @@ from scmdm.convert.decoder_family import Family, decoder_layout, sets
 from scmdm.convert.families.decoders import TRANSFORMERS_BLOCK, TRANSFORMERS_OUTER
 from scmdm.convert.layout import EMBEDDING, renamed
 from scmdm.convert.published_config import TRANSFORMERS_FIELDS, any_value
-from scmdm.models.decoder import DecoderConfig
+from scmdm.models.decoder_config import DecoderConfig
 
 _EXPERTS = {
     "experts.router": "mlp.gate",
