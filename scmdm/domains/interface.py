@@ -32,7 +32,7 @@ class GeneratedSamples:
     texts: list[str]  # up to the first [EOS]; the whole sequence for a model of concatenated texts
     framed: list[bool]  # [BOS], [EOS] and padding are placed as in the data; otherwise the text is a fragment
     counts: list[int]  # denoiser evaluations of each sample
-    seconds: float
+    seconds: float  # of all starts, mean of the ranks
     labels: list[str] | None = None  # class that each sample is conditioned on
     scores: dict[str, np.ndarray] | None = None  # of `ScoringDomain.scores`, if they were computed before
     positions: list[int] | None = None  # token positions that the denoiser computed for each sample

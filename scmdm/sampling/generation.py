@@ -270,16 +270,23 @@ def generate_divided(
 ) -> GeneratedSamples | None:
     """Draw a set of samples, divided over the ranks; returns them on rank 0, None on the other ranks.
 
-    Samples that `parts` holds already are not drawn again. All ranks call this together.
+    Samples that `parts` holds already are not drawn again. `seconds` is the time of all starts, mean of the ranks. All
+    ranks call this together.
     """
-    started, is_main = time.perf_counter(), joined_world()[0] == 0
+    rank, size = joined_world()
 
     def draw(numbers: Sequence[int]) -> Iterator[Result]:
-        yield from samples.draw(numbers, batch_size=batch_size, progress=is_main)
+        started = time.perf_counter()
+        for ids, columns in samples.draw(numbers, batch_size=batch_size, progress=rank == 0):
+            ended = time.perf_counter()
+            yield ids, {**columns, "seconds": np.full(len(ids), (ended - started) / len(ids) / size)}
+            started = ended
         samples.loaded.await_peers(report_progress)
 
-    columns = compute_divided(len(samples), draw, None if parts is None else parts.of(**samples.key()))
-    return None if columns is None else samples.describe(columns, time.perf_counter() - started)
+    # Of each sample, so that they include those of an earlier start. Parts of older versions lack them: another key.
+    kept = None if parts is None else parts.of(timed=True, **samples.key())
+    columns = compute_divided(len(samples), draw, kept)
+    return None if columns is None else samples.describe(columns, float(columns["seconds"].sum()))
 
 
 def _replayed(loaded: LoadedModel, device: torch.device) -> ReplayedDenoiser:

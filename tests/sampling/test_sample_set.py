@@ -86,10 +86,14 @@ def test_a_second_start_draws_only_what_is_missing(model, tmp_path, monkeypatch)
     parts = ResultParts.beside(tmp_path / "out.jsonl", model="m")
     with pytest.raises(Killed):
         generate_divided(sample_set(model), batch_size=3, parts=parts)
+    earlier = [np.load(path)["seconds"] for path in parts.directory.glob("*.npz")]
     monkeypatch.setattr(SampleSet, "_draw_batch", lambda *keys: drawn.extend(keys[1].tolist()) or draw(*keys))
     again = generate_divided(sample_set(model), batch_size=4, parts=parts)
     assert sorted(drawn) == list(range(13)), "each sample is drawn once in both starts together"
     assert torch.equal(again.tokens, expected.tokens) and again.texts == expected.texts
+    both = np.concatenate([np.load(path)["seconds"] for path in parts.directory.glob("*.npz")])
+    assert sum(map(len, earlier)) == 6 and len(both) == 13 and min(both) > 0
+    assert again.seconds == pytest.approx(sum(both)), "the seconds of both starts"
 
 
 def test_every_setting_that_changes_samples_changes_the_key(model):
