@@ -1,8 +1,9 @@
-"""Verify a checkpoint or export on all ranks together: each hashes its share of what is used, and all agree.
+"""Verify a checkpoint or export on all ranks together, which agree on the result.
 
-Rank 0 reads the seal and compares names and sizes. The headers of tensors' files, which say what is used, are read by
-all ranks, each its share. Then every rank hashes about `1 / N` of the bytes, in whole chunks of files. One reduction
-tells whether a rank has found a problem; if so, all ranks have it.
+Rank 0 reads the seal and compares names and sizes. With `verify=share` every rank hashes about `1 / N` of the bytes
+that are used, in whole chunks of files; the headers of tensors' files, which say what is used, are read by all ranks,
+each its share. With `verify=full`, and of descriptions alone, rank 0 hashes while the others wait. One reduction tells
+whether a rank has found a problem; if so, all ranks have it.
 """
 
 from __future__ import annotations

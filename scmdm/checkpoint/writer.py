@@ -39,6 +39,8 @@ from scmdm.system.untrusted import describe
 
 logger = logging.getLogger("scmdm")
 
+_LAST_WAIT = 60  # seconds that a failed run waits for a save in progress
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -145,9 +147,13 @@ class CheckpointWriter:
         """
         if self._thread is None:
             return
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=_LAST_WAIT)
         if self._thread.is_alive():
-            logger.warning("the save in progress was left: another rank has not answered, and the save does not count")
+            logger.warning(
+                "the save in progress has not ended within %d s, and does not count: the disk is slow, or another rank "
+                "has not answered",
+                _LAST_WAIT,
+            )
         elif self._problem is not None:
             logger.warning("%s", self._problem)
 

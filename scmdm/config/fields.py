@@ -214,7 +214,9 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def shorten(value: object) -> str:
-    """Return the `repr` of a value, truncated for a message."""
+    """Return the `repr` of a value, truncated for a message; booleans and null as in YAML."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python converts

@@ -212,8 +212,13 @@ class ModelConfig:
 
     @property
     def experts(self) -> int:
-        """Return the number of routed experts of a block; a key of kinds that support them, as the next three."""
+        """Return the number of routed experts of a block; a key of kinds that support them, as the next four."""
         return 0
+
+    @property
+    def router_bias(self) -> bool:
+        """Return whether a bias balances the loads of experts."""
+        return False
 
     @property
     def router_bias_rate(self) -> float:

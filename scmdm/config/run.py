@@ -160,14 +160,20 @@ class RunConfig:
     def unused_keys(self) -> dict[str, str]:
         """Keys that have no effect with the values of others, and which values these are."""
         train, schedule, zero, noise = self.train, self.schedule, self.deepspeed, self.diffusion.schedule
-        own_noise = self.base is None  # an adaptation may repeat keys of its base
+        from_scratch = self.base is None  # an adaptation may repeat keys of its base
+        scaling = getattr(self.model, "rotary_scaling", None) if from_scratch else None
+        scaled = f"model.rotary_scaling={scaling}"
         constant = "schedule.kind=constant, which has no decay"
         table = (
             (schedule.kind == "constant", "schedule.steps", constant),
             (schedule.kind == "constant", "schedule.final_ratio", constant),
             (schedule.warmup_steps == 0, "schedule.initial_ratio", "schedule.warmup_steps=0"),
-            (own_noise and noise != "polynomial", "diffusion.power", f"diffusion.schedule={noise}"),
-            (own_noise and noise == "polynomial", "diffusion.eps", f"diffusion.schedule={noise}"),
+            (from_scratch and noise != "polynomial", "diffusion.power", f"diffusion.schedule={noise}"),
+            (from_scratch and noise == "polynomial", "diffusion.eps", f"diffusion.schedule={noise}"),
+            (scaling in ("none", "linear", "dynamic"), "model.rotary_slow_turns", scaled),
+            (scaling in ("none", "linear", "dynamic"), "model.rotary_fast_turns", scaled),
+            (scaling in ("none", "linear"), "model.rotary_length", scaled),
+            (scaling in ("none", "linear", "dynamic", "llama3"), "model.rotary_truncate", scaled),
             (self.model.lora_rank == 0, "model.lora_alpha", "model.lora_rank=0"),
             (self.model.lora_rank == 0, "model.lora_targets", "model.lora_rank=0"),
             (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from scmdm.config.fields import Key, OnAdapt, rules_of, walk_keys
+from scmdm.config.fields import Key, OnAdapt, rules_of, shorten, walk_keys
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds
 from scmdm.convert.published_config import Allowed, PublishedConfig, check_rows, count_blocks, matrix_shape, validated
@@ -133,7 +133,7 @@ def _architecture(family: Family, source: PublishedFiles) -> DecoderConfig:
     for name, value in family.expected.items():
         given = name in source.config and (value is None or source.config[name] is not None)
         if name in family.stated and not given:
-            raise config.refusal(name, None, f"scmdm implements only {value!r}, which is not the default")
+            raise config.refusal(name, None, f"scmdm implements only {shorten(value)}, which is not the default")
         config.expect(name, value, absent=value)
     keys = {"layers": layers, **family.keys}
     for name, published in family.fields.items():

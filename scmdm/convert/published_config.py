@@ -120,7 +120,7 @@ class PublishedConfig:
         value = self.get(key)
         value = absent if value is None else value
         if value is not None and not any(_same(value, other) for other in possible):
-            names = ", ".join(map(repr, possible))
+            names = ", ".join(map(shorten, possible))
             raise self.refusal(key, value, f"scmdm implements only {names}")
 
     def match_weights(self, key: str, found: int, of_what: str) -> None:
@@ -144,7 +144,7 @@ class PublishedConfig:
                 )
             allowed = harmless[key]
             if allowed is not None and not any(_same(value, other) for other in allowed):
-                names = ", ".join(map(repr, allowed)) or "null"
+                names = ", ".join(map(shorten, allowed)) or "null"
                 raise self.refusal(key, value, f"scmdm implements only {names}")
 
     def refusal(self, key: str, value: object, reason: str) -> UserError:

@@ -37,7 +37,7 @@ class EstimatedByBase:
         return None
 
     def estimate(self, state: State, *, dropout: bool = False) -> Tensor:
-        """Return the base's estimate, without dropout, which would make it another model's."""
+        """Return the base's estimate; `dropout` is ignored, because with it the estimate would not be the base's."""
         return self.base.estimate(state)
 
     def weighted_nll(self, state: State, x_BL: Tensor, weight_BL: Tensor) -> tuple[Tensor, Tensor]:

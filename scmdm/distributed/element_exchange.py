@@ -35,7 +35,10 @@ class Move:
 
 
 def row_bounds(shape: torch.Size, ranks: int) -> list[int]:
-    """Return the bounds of rows as `Shard(0)` of a DTensor divides them: all ranks but the last have as many."""
+    """Return the bounds of rows as `Shard(0)` of a DTensor divides them.
+
+    Each rank has `ceil(rows / ranks)` of them, until none are left.
+    """
     rows = shape[0]
     return range_bounds(shape.numel(), -(-rows // ranks) * (shape.numel() // rows), ranks)
 

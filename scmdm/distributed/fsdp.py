@@ -204,9 +204,11 @@ class FsdpEngine(ParallelEngine):
         norms = []
         for of_experts in (False, True):
             chosen = {name: grad for name, grad in gradients.items() if (name in self._experts) == of_experts}
+            if not chosen:  # torch's norm of nothing is on the CPU
+                continue
             norm = torch.nn.utils.get_total_norm(self.pack(chosen).values())
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
         for parameter in self.trained.values() if limit > 0 else ():
             torch.nn.utils.clip_grads_with_norm_(parameter, limit, norm)
         return norm

@@ -3,7 +3,7 @@
 Modules are named as in the published checkpoints, whose weights map one to one (`scmdm.convert`).
 
 Legend: B batch, L length, D width, H heads, K width of a head, C width of the time condition, V vocabulary with the
-mask, R rows of the condition: B, or 1 if all sequences share it.
+mask, R rows of the condition: B, or 1 if all sequences share it, I and O inputs and outputs of a linear map.
 """
 
 from __future__ import annotations

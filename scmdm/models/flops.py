@@ -85,7 +85,8 @@ def step_flops(
     )
     masked = length * _mean_masked(schedule)
     mapped = config.self_conditioned and config.mixing == "added"
-    conditioner = 2.0 * config.width**2 * length if mapped else 0.0
+    maps = 2 if config.conditioner == "mlp" else 1
+    conditioner = 2.0 * maps * config.width**2 * length if mapped else 0.0
     pairs = length if block_length is None else length + min(block_length, length)
     attention = 4.0 * length * pairs * config.attention_width
     trunk = blocks.forward + config.layers * attention

@@ -188,8 +188,10 @@ def read_spec(directory: Path) -> ModelSpec:
         raise UserError(
             f"{directory} is not a model directory: it has no {MODEL_FILE}; give a run, a checkpoint or an export"
         ) from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise UserError(f"{path} has an unknown format; this scmdm reads format {_FORMAT}: upgrade scmdm")
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != _FORMAT:
+        remedy = "upgrade scmdm" if isinstance(found, int) and found > _FORMAT else _RESTORE
+        raise UserError(f"{path}: format={found!r} is not possible; it must be {_FORMAT}; {remedy}")
     return spec_of(content, path)
 
 
@@ -331,6 +333,11 @@ def used_bytes(directory: Path, *, weights: str = "ema", alone: bool = True) -> 
 
 def _stored(directory: Path, weights: str, *, alone: bool = True) -> StoredWeights:
     place = directory / TENSORS if (directory / TENSORS).is_dir() else directory
+    if place == directory and weights == "raw":
+        raise UserError(
+            f"weights=raw is not possible for {directory}: an export has one set of weights; leave the key out, or "
+            "give the run"
+        )
     tensors = tensor_shapes(place, alone=alone)
     # Frozen parameters have no average: "ema" falls back to the weights, parameter by parameter.
     prefixes = ("",) if place == directory else (WEIGHTS_PREFIX, EMA_PREFIX) if weights == "ema" else (WEIGHTS_PREFIX,)

@@ -3,7 +3,8 @@
 A kind of denoiser (`scmdm.models.dit`, `scmdm.models.decoder`) defines its blocks and what conditions them. To add one,
 subclass `Network` and `ModelConfig`, and register it in `scmdm.config.model.DENOISERS`.
 
-Legend: B batch, L length, D width, K width of a head, V vocabulary with the mask, N masked positions.
+Legend: B batch, L length, D width, V vocabulary with the mask, N masked positions, C channels of what is carried: D, or
+D + 1 with a confidence.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class Network(nn.Module):
     def compile_blocks(self, **arguments: Any) -> None:
         """Compile each block with these arguments of `torch.compile`; one graph serves all.
 
-        Evaluations of windows run as they are: compiled, a block returned values other than those in the cache (torch
-        2.14).
+        Evaluations of windows are not compiled: with torch 2.14 a compiled block returned values that differ from those
+        in the cache.
         """
         self._has_compiled_blocks = True
         for module in self.modules():

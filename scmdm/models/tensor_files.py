@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,10 +82,10 @@ def write_tensors(
         written = _write_part(directory, tensors, values, rank, world)
     except BaseException as error:  # noqa: BLE001 - the other ranks wait in the gather, and must learn of any failure
         written, failure = _Written(problem=f"rank {rank}: {describe(error)}"), error
-    found = _gather(written, group, world)
+    found = gather_object(written, group=group)
     if failure is not None:
         raise failure
-    if rank != 0:
+    if found is None:
         return {}
     for part in found:
         if part.problem:
@@ -114,7 +113,7 @@ def _write_part(
         if _is_ours(tensors[name], number, rank, world):
             value = (tensors if values is None else values)[name]
             own[name] = local_part(value)
-            offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
+            offsets[name] = {"saved_offsets": offsets_of(name, tensors[name])}
     if not own:
         return _Written()
     name = f"shard-{rank + 1:05}-model-00001-of-00001{SUFFIX}"  # as torch names it
@@ -140,7 +139,7 @@ def _is_ours(tensor: Tensor, number: int, rank: int, world: int) -> bool:
     return position == number % replicas and ours == 0 and (tensor.to_local().numel() > 0 or not tensor.numel())
 
 
-def _offsets_of(name: str, tensor: Tensor) -> list[int]:
+def offsets_of(name: str, tensor: Tensor) -> list[int]:
     """Return where this rank's part begins in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return [0] * tensor.dim()
@@ -149,16 +148,6 @@ def _offsets_of(name: str, tensor: Tensor) -> list[int]:
     (item,) = planner.create_local_plan().items
     assert item.tensor_data is not None
     return list(item.tensor_data.chunk.offsets)
-
-
-def _gather(written: _Written, group: dist.ProcessGroup | None, world: int) -> list[_Written]:
-    """Return what every rank has written on rank 0, and only this rank's elsewhere."""
-    if world == 1:
-        return [written]
-    first = dist.get_rank(group) == 0
-    box: list[Any] | None = [None] * world if first else None
-    dist.gather_object(written, box, group=group, group_dst=0)
-    return box if box is not None else [written]
 
 
 def read_tensors(directory: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
@@ -213,25 +202,10 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """Return the first row of this rank's part of a tensor, which consists of whole rows."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    begin, rows, mesh = 0, tensor.shape[0], tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for place, ranks, at in zip(tensor.placements, mesh.shape, coordinate, strict=True):
-        assert place.is_shard(0) or place.is_replicate()
-        if place.is_shard():  # as `torch.chunk` divides what the dimensions before leave
-            part = -(-rows // ranks)
-            begin, rows = begin + min(at * part, rows), max(0, min(part, rows - at * part))
-    return begin
-
-
 def _box(name: str, tensor: Tensor) -> _Box:
     """Return where this rank's part of a tensor begins and ends."""
     local = local_part(tensor)
-    begins = _offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
+    begins = offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
     return begins, [begin + size for begin, size in zip(begins, local.shape, strict=True)]
 
 

@@ -43,7 +43,7 @@ class ReplayedDenoiser:
 
     def hidden(self, state: State) -> Tensor:
         """See `Network.hidden`."""
-        # Padded sequences, a cache that grows, and what only training has.
+        # Not recorded: padded sequences, evaluations with a growing cache, and states of training.
         if any(getattr(state, name) is not None for name in _NOT_RECORDED):
             return self.denoiser.hidden(state)
         key = tuple((x.shape, x.dtype) if x is not None else None for x in _tensors(state).values())

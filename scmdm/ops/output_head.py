@@ -148,7 +148,7 @@ class _WeightedNLL(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, _d_nll: Tensor) -> tuple[Tensor | None, ...]:
         # In place is safe: the graph holds the only references, and autograd refuses a second backward pass.
         scaled = [None if gradient is None else gradient.mul_(d_total) for gradient in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _checkpointed_estimate(

@@ -96,8 +96,10 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 
 def _widen(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a weight and pad it with rows of zeros, (P, D)."""
+    """Cast a weight and pad it with rows of zeros, (P, D); it may be the weight itself."""
     rows, width = weight_VD.shape
+    if weight_VD.dtype == dtype and rows % _MULTIPLE == 0:
+        return weight_VD
     weight_PD = weight_VD.new_zeros((rows + -rows % _MULTIPLE, width), dtype=dtype)
     weight_PD[:rows] = weight_VD
     return weight_PD

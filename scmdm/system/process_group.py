@@ -273,21 +273,22 @@ def first_found(value: T | None) -> T | None:
     return found[0]
 
 
-def gather_object(value: T) -> list[T] | None:
-    """Return every rank's value, in rank order, on rank 0; None on the other ranks.
+def gather_object(value: T, *, group: dist.ProcessGroup | None = None) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0 of `group` (None: all ranks); None on the other ranks.
 
     The other ranks send their own value, padded to the size of the largest. torch's function gathers the sizes of all
     values on every rank.
     """
     if not dist.is_initialized():
         return [value]
-    meet()
+    if group is None:
+        meet()
     own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     size = torch.tensor(len(own))
-    dist.all_reduce(size, op=dist.ReduceOp.MAX)
+    dist.all_reduce(size, op=dist.ReduceOp.MAX, group=group)
     padded = torch.zeros(int(size), dtype=torch.uint8)
     padded[: len(own)] = own
-    gathered = _gather(padded)
+    gathered = _gather(padded, group)
     return None if gathered is None else [pickle.loads(part.numpy().tobytes()) for part in gathered]
 
 
@@ -300,10 +301,10 @@ def gather_numbers(values: Sequence[float]) -> list[list[float]] | None:
     return None if gathered is None else [part.tolist() for part in gathered]
 
 
-def _gather(own: Tensor) -> list[Tensor] | None:
-    ranks = dist.get_world_size()
-    box = [torch.empty_like(own) for _ in range(ranks)] if dist.get_rank() == 0 else None
-    dist.gather(own, box)
+def _gather(own: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor] | None:
+    ranks = dist.get_world_size(group)
+    box = [torch.empty_like(own) for _ in range(ranks)] if dist.get_rank(group) == 0 else None
+    dist.gather(own, box, group=group, group_dst=0)
     return box
 
 

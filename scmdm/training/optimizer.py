@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies: to matrices that multiply activations, but not to embeddings."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed stage 3 empties parameters
-    return len(shape) >= 2 and not name.startswith("vocab_embed.")
+    return len(shape) >= 2 and not name.startswith(("vocab_embed.", "cond_map."))
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -11,6 +11,7 @@ import torch
 from scmdm.checkpoint.train_state import TrainState
 from scmdm.config.fields import OnAdapt, renamed_keys, walk_keys
 from scmdm.config.loading import flatten, replace_sections
+from scmdm.config.model import default_model
 from scmdm.config.run import RunConfig
 from scmdm.config.stored import StoredConfig, read_stored_config
 from scmdm.config.training import TrainConfig
@@ -47,7 +48,7 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             "model.self_conditioned=true is not possible with self_conditioning.rate=0; set the rate above 0"
         )
     if base is None:
-        _check_balance(config)
+        _check_experts(config)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, self_conditioned=conditioned))
     if base.spec.model.self_conditioned and not conditioned:
         raise UserError(
@@ -63,21 +64,34 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
             f"train.last_layers={config.train.last_layers} is not possible; it must be at most "
             f"{base.spec.model.layers}, the number of blocks of base={base.path}"
         )
+    given, stored = config.model, base.spec.model
+    if type(given) is not type(stored) and given.kind != default_model().kind:
+        raise UserError(f"model.kind={given.kind}, but base={base.path} has {stored.kind}; leave the key out")
     resolved = replace_sections(
         config,
         model=dataclasses.replace(_adapted("model", config.model, base), self_conditioned=conditioned),
         diffusion=_adapted("diffusion", config.diffusion, base),
     )
-    _check_balance(resolved)
+    _check_experts(resolved)
     resolved.check_preset()  # a base with a conditioner decides what is carried, and how it is mixed
     return resolved
 
 
-def _check_balance(config: RunConfig) -> None:
-    """Raise UserError for a key that balances experts which the model does not have."""
-    if config.model.experts:
-        return
+def _check_experts(config: RunConfig) -> None:
+    """Raise UserError for a key that balances experts which the model does not have, or that would do so twice."""
     defaults = type(config.model)()
+    if config.model.experts:
+        if not config.self_conditioning.stop_gradient:
+            raise UserError(
+                "self_conditioning.stop_gradient=false is not possible with model.experts: the passes of the estimate "
+                "would count in the balance of the experts; leave it out"
+            )
+        if not config.model.router_bias and config.model.router_bias_rate != defaults.router_bias_rate:
+            raise UserError(
+                f"model.router_bias_rate={config.model.router_bias_rate} is not possible with model.router_bias=false; "
+                "leave it out"
+            )
+        return
     for name in BALANCE_KEYS:
         if (value := getattr(config.model, name)) != getattr(defaults, name):
             raise UserError(f"model.{name}={value} is not possible with model.experts=0; leave it out")
@@ -94,7 +108,7 @@ def _adapted(section: str, given: Any, base: StoredModel) -> Any:
     expected_values = {name: value for name, _, value in walk_keys(stored)}
     for name, rules, value in walk_keys(given):
         expected = expected_values.get(name)
-        if rules.on_adapt in settable:
+        if rules.on_adapt in settable and name in expected_values:
             if value is not None:
                 own[name] = value
         elif value not in (defaults[name], expected):
@@ -267,8 +281,11 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     engine = config.engine_on(world.size)
     if engine == "deepspeed":
         require_deepspeed()
-    if engine == "single" and config.fsdp.offload:
-        raise UserError("fsdp.offload=true is not possible with engine=single, that of one process; set engine=fsdp2")
+    for name in ("offload", "reshard_after_estimate"):
+        if engine == "single" and getattr(config.fsdp, name):
+            raise UserError(
+                f"fsdp.{name}=true is not possible with engine=single, that of one process; set engine=fsdp2"
+            )
     if engine == "fsdp2" and config.model.compile == "trunk":
         raise UserError(
             "model.compile=trunk is not possible with engine=fsdp2, which gathers the weights of one block after the "

@@ -33,7 +33,7 @@ from scmdm.training.exchange import GlobalBatch, Upcoming, exchange
 class StepResult:
     """Measurements of one optimizer step."""
 
-    loss: float  # nats per valid token over the global batch
+    loss: float  # nats per valid token of the global batch, averaged as `train.loss_per` says
     grad_norm: float
     tokens: int  # valid tokens of the global batch
     evaluations: int  # denoiser evaluations times sequences, over the global batch
@@ -87,8 +87,6 @@ def train_step(
         loss = met.loss / divisor
         grad_norm = engine.clip_grad_norm(config.optimizer.clip, ~loss.isfinite())
         engine.step(~(loss.isfinite() & grad_norm.isfinite()))
-        if met.counts is not None:
-            update_balance(engine.model, met.counts, config.model.router_bias_rate)
         evaluations = passes * len(sequences) * engine.data_size
         result = StepResult(
             float(loss),
@@ -100,7 +98,9 @@ def train_step(
             int(met.longest_after),
             met.counts,
         )
-    _require_finite(result, step, sequences.ids)
+    _require_finite(result, step)
+    if result.expert_tokens is not None:
+        update_balance(engine.model, result.expert_tokens, config.model.router_bias_rate)
     return result
 
 
@@ -141,7 +141,7 @@ def _accumulate(
         routing_loss = None if record is None else record.take_loss()
         with timer.part("backward"):
             loss = output.loss / divisor
-            if routing_loss is not None:  # of positions, however the loss is averaged
+            if routing_loss is not None:  # a sum over positions, whatever `train.loss_per` is
                 loss = loss + routing_loss / tokens
             engine.backward(loss, last=start + size >= len(sequences))
         total += output.loss.detach()
@@ -180,15 +180,14 @@ def _perturbation(config: RunConfig, x_BL: Tensor, ids_B: Tensor, step: int) -> 
     own, width = config.self_conditioning, config.model.width
     if own.perturbation == 0 or own.rate == 0:
         return None
-    noise_BN = keyed_normal(config.seed, "perturbation", step, ids_B, x_BL.shape[1] * width)
-    return own.perturbation * noise_BN.view(*x_BL.shape, width)
+    noise_BLD = keyed_normal(config.seed, "perturbation", step, ids_B, x_BL.shape[1] * width).view(*x_BL.shape, width)
+    return own.perturbation * noise_BLD
 
 
-def _require_finite(result: StepResult, step: int, ids_B: Tensor) -> None:
+def _require_finite(result: StepResult, step: int) -> None:
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     raise UserError(
-        f"step {step}: loss {result.loss} with gradient norm {result.grad_norm} is not finite "
-        f"(samples {ids_B[:4].tolist()}...); nothing was updated; in another run_dir, lower "
-        "optimizer.lr, set optimizer.clip or try precision=float32"
+        f"step {step}: loss {result.loss} with gradient norm {result.grad_norm} is not finite; nothing was updated; in "
+        "another run_dir, lower optimizer.lr, set optimizer.clip or try precision=float32"
     )

@@ -98,7 +98,7 @@ def _run(
             if base_path is not None and base is not None:
                 # Weights are hashed under the watchdog, and after mistakes in the configuration have been reported.
                 how = Verification(config.verify, weights="ema", together=True, beat=watchdog.beat)
-                if (found := find_model(base_path, how)) != base.path:  # that checkpoint is damaged
+                if (found := find_model(base_path, how)) != base.path:  # damaged, or a newer one was saved meanwhile
                     base = open_model(found)
                     config = resolve_config(given, base)
                     spec = build_spec(config, data.manifest, base)
@@ -202,7 +202,7 @@ class _Lookahead:
     """
 
     def __init__(self, run: TrainingRun, count: int) -> None:
-        """Read the first of `count` batches if others need its length."""
+        """Read the first of `count` batches if other ranks need the length of its longest sample."""
         self._run = run
         self._batches = itertools.islice(_batches(run), count)
         self._early = run.config.train.padding == "batch"

@@ -85,8 +85,8 @@ class ValidationRows:
 class ValidationSet:
     """Sequences of a likelihood estimate, in an order that every rank knows before it reads its share.
 
-    The ids of the sequences are those of their splits, numbered across all data sets. `padding` has the rule for the
-    lengths of the sequences; None: that of the data.
+    The ids of the sequences are those of their splits, numbered across the validated data sets. `padding`
+    has the rule for the lengths of the sequences; None: that of the data.
     """
 
     split: str

@@ -19,6 +19,8 @@ from scmdm.models.compilation import cpp_compiler
 from scmdm.sampling.templates import make_template
 from tests.conftest import ADAPTED, ROOT, TINY
 
+EXPERTS = ["model.kind=decoder", "model.experts=4", "model.experts_per_token=2"]
+
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -351,6 +353,13 @@ def test_evaluation_mistakes(base, capsys, keys, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_an_export_has_no_raw_weights(command, capsys):
+    model = ROOT / "configs" / "qm9" / "base-model"
+    assert main([command, str(model), "weights=raw", "num=1", "sampler.steps=1"]) == 1
+    assert "weights=raw" in capsys.readouterr().err
+
+
 def test_evaluations_do_not_replace_each_other(base):
     keys = ["nelbo_samples=0", "num=4", "sampler.steps=2"]
     for extra in ([], ["sampler.temperature=0.5"], ["weights=raw"], ["sampler.temperature=0.5"]):
@@ -457,12 +466,22 @@ def test_an_adaptation_keeps_its_bases_dropout_unless_told_otherwise(base, molec
         ("adapt", [], "`base` is not set"),
         ("adapt", ["base=/nonexistent"], "/nonexistent does not exist"),
         ("adapt", ["base={base}", "self_conditioning.rate=1", "model.width=64"], "model.width=64, but base="),
+        ("adapt", ["base={base}", "self_conditioning.rate=1", "model.kind=decoder"], "model.kind=decoder, but base="),
         ("adapt", ["base={base}", "diffusion.schedule=cosine"], "diffusion.schedule='cosine', but base="),
         ("train", ["run_dir={file}/run"], "cannot be created"),
         ("train", ["data.train_split=nope"], "no split 'nope'"),
         ("train", ["data.validation_split=nope"], "no split 'nope'"),
         ("train", ["data.path=/nonexistent"], "is not a prepared data set"),
         ("train", ["model.self_conditioned=true"], "self_conditioning.rate=0"),
+        ("train", ["model.kind=decoder", "model.rotary_length=64"], "model.rotary_length=64"),
+        ("train", ["model.kind=decoder", "model.rotary_truncate=false"], "model.rotary_truncate=false"),
+        ("train", [*EXPERTS, "model.router_bias_rate=0.1"], "model.router_bias_rate=0.1"),
+        (
+            "train",
+            [*EXPERTS, "self_conditioning.rate=1", "self_conditioning.stop_gradient=false"],
+            "self_conditioning.stop_gradient=false",
+        ),
+        ("train", ["engine=single", "fsdp.reshard_after_estimate=true"], "fsdp.reshard_after_estimate=true"),
     ],
 )
 def test_training_mistakes_stop_before_any_work(command, keys, message, base, molecules, tmp_path, empty_yaml, capsys):
@@ -515,7 +534,7 @@ SCRATCH = ["only=[x]", "arms.x={label: x, from_scratch: true}", "adaptation_seed
         ([*SCRATCH, "base_overrides=[seed=5]"], "arms.x: seed=5"),
         ([*SCRATCH, "base_overrides=[base=/elsewhere]"], "base=/elsewhere"),
         ("base_overrides=[train.steps=3]", "base_overrides=['train.steps=3']"),
-        ("arms.scmdm.overrides=[ema.reset=false,ema.warmup=false]", "arms.scmdm: ema.reset=False is not possible"),
+        ("arms.scmdm.overrides=[ema.reset=false,ema.warmup=false]", "arms.scmdm: ema.reset=false is not possible"),
         ("arms.scmdm.samples_of=nobody", "it must be one of base, vanilla, partial"),
         ("arms.scmdm.samples_of=vanilla", "leave overrides and from_scratch out"),
         ("arms.scmdm.sampler=[gumble=float32]", "did you mean `gumbel`?"),

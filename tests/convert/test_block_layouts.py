@@ -62,8 +62,8 @@ def test_sdar_is_qwen3_with_blocks(tmp_path, changes):
         ({}, ["block_length=8"], "block_size=4"),
         ({"block_size": 0}, [], "block_size=0"),
         ({"block_size": "4"}, [], "block_size='4'"),
-        ({"use_regular_causal": True}, [], "use_regular_causal=True"),
-        ({"logit_shift": True}, [], "logit_shift=True"),
+        ({"use_regular_causal": True}, [], "use_regular_causal=true"),
+        ({"logit_shift": True}, [], "logit_shift=true"),
     ],
     ids=str,
 )

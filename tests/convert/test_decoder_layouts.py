@@ -169,7 +169,7 @@ def test_an_autoregressive_model_is_a_base(tmp_path, kind, capsys):
         ("dream", "rope_scaling", {"rope_type": "longrope", "factor": 4}, "rope_scaling"),
         ("dream", "hidden_act", "gelu", "hidden_act='gelu'"),
         ("dream", "mask_token_id", "x", "mask_token_id='x'"),
-        ("llada", "alibi", True, "alibi=True"),
+        ("llada", "alibi", True, "alibi=true"),
         ("llada", "layer_norm_type", "default", "layer_norm_type='default'"),
         ("llada", "mlp_hidden_size", 96, "has shape"),
     ],

@@ -334,13 +334,14 @@ def test_adapters_of_experts_begin_at_zero_and_merge(targets):
             assert torch.equal(adapted.hidden(state), base)
 
 
-def step_of(balance_loss=0.01, loss_per="token"):
+def step_of(balance_loss=0.01, loss_per="token", prepare=lambda model: None):
     """A step of a mixture; returns its result, the engine, and the weights before it."""
     run = RunConfig(model=config_of(router_loss=balance_loss, self_conditioned=True, **SIGMOID), seed=1)
     run.train.micro_batch_size, run.train.loss_per = 2, loss_per
     run.self_conditioning.rate = 1.0
     model = model_of(run.model)
     attach_record(model, balance_loss=balance_loss, z_loss=0.0)
+    prepare(model)
     freeze(model, run)
     engine = SingleEngine(model, make_optimizer(model, run.optimizer), torch.device("cpu"), torch.float32)
     before = [p.clone() for p in model.blocks[1].experts.parameters()]
@@ -355,6 +356,19 @@ def test_a_step_updates_the_bias_and_reports_the_load_of_the_global_batch():
     assert torch.equal(bias.sign().double(), (mean - result.expert_tokens[0]).sign())
     assert "blocks.1.experts.router.balance.expert_bias" in engine.frozen()
     assert any(not torch.equal(a, b) for a, b in zip(before, engine.model.blocks[1].experts.parameters(), strict=True))
+
+
+def test_a_step_that_is_not_finite_leaves_the_bias():
+    """Everything else is left by the optimizer, which knows nothing of the bias."""
+    models = []
+
+    def spoil(model):
+        models.append(model)
+        model.output_layer.linear.weight.data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match="not finite"):
+        step_of(prepare=spoil)
+    assert not routers_of(models[0])[0].balance.expert_bias.any()
 
 
 def test_the_loss_that_balances_does_not_depend_on_how_the_other_is_averaged():

@@ -216,3 +216,10 @@ def test_no_b_l_v_tensor_in_a_training_step(chunk, small):
     with LargestTensor() as largest:
         self_conditioned_nelbo(model, batch, LogLinear(), condition=True).loss.backward()
     assert (largest.numel < batch_size * length * vocab / 4) == small
+
+
+def test_a_weight_that_needs_no_change_is_not_copied():
+    weight = torch.randn(128, D)
+    assert output_head_gpu._widen(weight, torch.float32) is weight
+    assert output_head_gpu._widen(weight[:127], torch.float32).shape == (128, D)
+    assert output_head_gpu._widen(weight, torch.bfloat16).dtype == torch.bfloat16

@@ -113,6 +113,15 @@ def test_an_estimate_with_a_gradient_costs_a_backward_pass():
     assert through.estimate_passes == 3 * stopped.estimate_passes and through.loss_pass == stopped.loss_pass
 
 
+def test_a_conditioner_of_two_maps_costs_two_products():
+    schedule = LogLinear()
+    linear, mlp, plain = (
+        step_flops(DiTConfig(self_conditioned=on, conditioner=kind), 34, 32, schedule, passes=0).forward
+        for on, kind in ((True, "projection"), (True, "mlp"), (False, "projection"))
+    )
+    assert mlp - plain == 2 * (linear - plain) > 0
+
+
 def test_only_the_most_probable_tokens_make_the_estimate():
     model = small_model(estimate_top_k=3)
     h = torch.randn(7, 16, generator=torch.Generator().manual_seed(2))

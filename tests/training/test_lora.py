@@ -180,7 +180,7 @@ def test_an_export_is_merged_and_peft_reads_the_adapter(adapted, base, tmp_path,
         (["train.last_layers=1", "model.lora_rank=2"], "train.last_layers=1 is not possible"),
         (["model.lora_rank=2", "engine=deepspeed"], "use engine=fsdp2"),
         (["model.lora_rank=2", "model.lora_targets=[qkv]"], "model.lora_targets=qkv is not possible"),
-        (["ema.reset=false", "ema.decay=0"], "ema.reset=False is not possible"),
+        (["ema.reset=false", "ema.decay=0"], "ema.reset=false is not possible"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(base, molecules, empty_yaml, tmp_path, capsys, keys, message):

@@ -65,7 +65,7 @@ class ExpertExchange:
         self._rows = sum(self._received)
         held_NH = torch.arange(counts_NH.shape[1], device=counts_E.device).expand_as(counts_NH)
         expert_Q = held_NH.flatten().repeat_interleave(counted_NH.flatten(), output_size=self._rows)
-        #: of each received row, among those of this rank
+        #: expert of each received row, numbered among those of this rank
         self.expert_Q = expert_Q if self._rows else expert_Q.new_zeros(1)
 
     def send(self, x_PD: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Scores are the softmax or the sigmoid of a linear map in float32. The `per_token
 chosen, optionally among the best groups of experts alone (arXiv 2412.19437). A bias that training updates without a
 gradient can be added to the scores for the choice, not for the weights (arXiv 2408.15664).
 
-Legend: B sequences, L length, N tokens, D width, E experts, T experts per token, G groups of experts.
+Legend: B sequences, L length, N tokens, D width, E experts, T experts per token, G groups of experts,
+S groups that a token may go to.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.balance = ExpertBalance(experts) if balanced else None
         self.record: RoutingRecord | None = None
-        self.number = 0  # in the record
+        self.number = 0  # of this router in the record
 
     def forward(self, x_BLD: Tensor) -> Routing:
         """Return the routing of all tokens, and add their counts and loss terms to the record, if there is one."""
@@ -80,9 +81,9 @@ class Router(nn.Module):
             scores_NE = scores_NE + self.balance.expert_bias.to(scores_NE.device, torch.float32)
         if self.top_groups < self.groups:
             grouped = scores_NE.unflatten(1, (self.groups, -1))
-            best_NT = grouped.topk(_RANKED_BY, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+            best_NS = grouped.topk(_RANKED_BY, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
             closed_NG = torch.ones(len(grouped), self.groups, dtype=torch.bool, device=grouped.device)
-            closed_NG = closed_NG.scatter(1, best_NT, False)
+            closed_NG = closed_NG.scatter(1, best_NS, False)
             scores_NE = grouped.masked_fill(closed_NG[..., None], -torch.inf).flatten(1)
         return scores_NE.topk(self.per_token, dim=-1).indices
 
