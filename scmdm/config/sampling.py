@@ -234,7 +234,7 @@ class SamplerConfig:
 
     def check_length(self, length: int) -> None:
         """Raise UserError when `length` tokens, with the prompt or after it, have more blocks than there are steps."""
-        blocks = -(-length // (self.block_length or length))
+        blocks = 1 if self.block_length is None else -(-length // self.block_length)
         if self.kind != "first_hitting" and not self.adaptive and self.steps < blocks:
             raise UserError(
                 f"sampler.steps={self.steps} is not possible with sampler.block_length={self.block_length}: a sequence "
@@ -327,6 +327,8 @@ class SampleConfig:
         if self.gen_length is not None:
             require(self.length is None, "length", self.length, "null with gen_length")
             require(self.infill is None, "infill", self.infill, "null with gen_length")
+        prompted = self.prompt is not None or self.prompts is not None or self.messages is not None
+        require(prompted or not self.chat, "chat", self.chat, "false without prompt, prompts or messages")
         known = self.out is None or self.out.endswith(SAMPLE_FORMATS)
         require(known, "out", self.out, f"a name that ends in one of {', '.join(SAMPLE_FORMATS)}")
         resolve_weights_dtype(self.weights_dtype, self.precision)

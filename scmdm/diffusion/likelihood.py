@@ -6,6 +6,7 @@ Legend: B batch, L length, N sequences.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from scmdm.diffusion.objective import Denoiser, self_conditioned_nelbo
 from scmdm.diffusion.process import noise_batch, stratified_times
 from scmdm.diffusion.schedule import Schedule
 from scmdm.diffusion.state import Sequences
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class Nelbo:
     @property
     def perplexity(self) -> float:
         """Upper bound of the perplexity per token."""
-        return math.exp(self.mean)
+        return exp_or_inf(self.mean)
+
+
+def exp_or_inf(value: float) -> float:
+    """Return e to the power of `value`, infinity where that is beyond the largest float."""
+    return math.exp(value) if value < _LARGEST_EXPONENT else math.inf
 
 
 @torch.no_grad()

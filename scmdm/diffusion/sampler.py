@@ -43,7 +43,7 @@ from scmdm.diffusion.token_draw import (
     without,
 )
 
-_DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
+DRAW_ROWS = 512  # positions per draw, which bounds the memory of float64 logits and noise
 # Settings of the distribution that tokens are drawn from.
 _SHAPE = ("temperature", "top_k", "top_p", "top_p_first", "top_p_rule")
 _LONGEST = 2**20  # tokens of a sequence whose draws must not depend on the length that it is padded to
@@ -300,7 +300,7 @@ def _draw(
     if step.greedy:
         shape["temperature"] = 0.0
     drawn, scores = [], []
-    for h, keys, at in zip(*(x.split(_DRAW_ROWS) for x in (h_ND, keys_N, rows)), strict=True):
+    for h, keys, at in zip(*(x.split(DRAW_ROWS) for x in (h_ND, keys_N, rows)), strict=True):
         logits_NV = without(view.logits(h), settings.never_ids)
         # At temperature 0 nothing is drawn but whether to reveal.
         needed = step.reveal_B is not None or shape["temperature"] > 0
@@ -312,5 +312,5 @@ def _draw(
             drawn.append(draw_tokens(logits_NV, uniform_NV, gumbel=settings.gumbel, **shape))
         if step.count_B is not None:
             ranked_NV = shape_logits(logits_NV, **shape) if settings.tempered_order else logits_NV
-            scores.append(certainty(settings.kind, without(ranked_NV, settings.late_ids), drawn[-1]))
+            scores.append(certainty(settings.kind, ranked_NV, drawn[-1], late_ids=settings.late_ids))
     return torch.cat(drawn), torch.cat(scores) if scores else h_ND.new_empty(0)

@@ -122,14 +122,19 @@ def nucleus(logits_NV: Tensor, top_p: float, rule: str = "reaching") -> Tensor:
     return logits_NV.masked_fill(outside.gather(1, order.argsort(1)), float("-inf"))
 
 
-def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor) -> Tensor:
+def certainty(kind: str, logits_NV: Tensor, drawn_N: Tensor, *, late_ids: tuple[int, ...] = ()) -> Tensor:
     """Return the confidence (N,) of each prediction, float64; that without a possible token is below all others.
 
     "confidence": probability of the drawn token (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992); "margin": that
     of the most probable token minus that of the second (arXiv 2502.06768); "entropy": the negative entropy (Dream).
+    The tokens `late_ids` have no probability, and a prediction of one of them is below all others.
     """
-    p_NV = logits_NV.double().softmax(1)
-    return _certainty(kind, p_NV, drawn_N).nan_to_num(nan=_NO_CONFIDENCE)
+    p_NV = without(logits_NV, late_ids).double().softmax(1)
+    score_N = _certainty(kind, p_NV, drawn_N).nan_to_num(nan=_NO_CONFIDENCE)
+    if not late_ids or kind == "confidence":  # their probability is 0
+        return score_N
+    late_N = torch.isin(drawn_N, torch.tensor(late_ids, device=drawn_N.device))
+    return score_N.masked_fill(late_N, _NO_CONFIDENCE)
 
 
 def _certainty(kind: str, p_NV: Tensor, drawn_N: Tensor) -> Tensor:

@@ -317,8 +317,11 @@ def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequ
 def _training_protocol(arms: Sequence[Json]) -> str:
     scratch = [arm["label"] for arm in arms if arm.get("from_scratch")]
     adapted = [arm for arm in arms if arm["name"] != "base" and arm["cost"] and not arm.get("from_scratch")]
+    others = f"{', '.join(scratch)}: trained from scratch on as many sequences as base and adaptation together."
+    if not adapted:
+        return others if scratch else "No arm is an adaptation."
     by_seed = zip(*([cost["tokens"] for cost in arm["cost"]] for arm in adapted), strict=True)
     equal = all(len(set(tokens)) == 1 for tokens in by_seed)
     tokens = "the same number of tokens" if equal else "different numbers of tokens (see Cost)"
-    others = f" {', '.join(scratch)}: trained from scratch on as many sequences as base and adaptation together."
-    return f"Adaptations start from the same base and are trained on {tokens}.{others if scratch else ''}"
+    start = f"Adaptations start from the same base and are trained on {tokens}."
+    return f"{start} {others}" if scratch else start

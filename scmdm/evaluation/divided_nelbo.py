@@ -63,13 +63,14 @@ def divided_nelbo(
     device = next(loaded.model.parameters()).device
     dtype = resolve_precision(settings.precision, device)
     strata = held_out.strata()
+    stratum_of = {number: group for group, ids_N in enumerate(strata) for number in ids_N.tolist()}
 
     def compute(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Columns]]:
-        most = fitting_batch_size(loaded, device, dtype, spec.length, most=LARGEST_NELBO_BATCH)
+        copies = 1 if spec.diffusion.block_length is None else 2  # blocks are evaluated beside a clean copy
+        most = fitting_batch_size(loaded, device, dtype, copies * spec.length, most=LARGEST_NELBO_BATCH)
         size, done = settings.batch_size or even_batch_size(len(numbers), 1, most), 0
         batches = held_out.batches_of(numbers, device, size=size, labels=spec.model.labels) if numbers else iter(())
         for batch in batches:
-            ids_B = batch.ids.cpu()
             with compute_context(device, dtype):
                 terms_B2 = nelbo_terms(
                     loaded.model,
@@ -78,7 +79,7 @@ def divided_nelbo(
                     mask_id=spec.mask_id,
                     seed=settings.seed,
                     t_min=settings.t_min,
-                    strata=[ids_N for ids_N in strata if bool(torch.isin(ids_N, ids_B).any())],
+                    strata=[strata[group] for group in sorted({stratum_of[number] for number in batch.ids.tolist()})],
                     draws=settings.draws,
                     condition=condition,
                     passes=settings.passes,

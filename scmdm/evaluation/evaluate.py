@@ -45,7 +45,7 @@ from scmdm.system.terminal import Terminal
 from scmdm.training.padding import used_lengths
 from scmdm.training.validation import ValidationSet
 
-_NO_RESULT = ("out", "threads", "batch_size", "shards")  # keys that do not change results
+_NO_RESULT = ("out", "threads", "batch_size", "shards", "verify")  # keys that do not change results
 _SOURCE_KEYS = {"text_key": "key", "path": "path", "unit": "unit", "detokenize": "detokenize"}  # of the source `text`
 _SCORED_AT_ONCE = 256  # samples; a killed evaluation scores at most these again, on each rank
 
@@ -80,15 +80,17 @@ def run_evaluation(path: Path, config: EvaluateConfig) -> dict[str, Any] | None:
         "domain": kind.name,
         "config": asdict(config),
     }
+    # Whatever is wrong with a key is reported before the likelihood, which takes long, is computed.
     _require_conditioner(loaded, config)
+    texts = {name: _texts(name, source) for name, source in config.zero_shot_texts().items()}
+    sets = _sample_sets(loaded, kind, root, manifest, config) if config.num else []
     if config.nelbo_samples:
         found = model_nelbo(loaded, root, config, parts)
         result["nelbo"] = {mode: {**asdict(nelbo), "perplexity": nelbo.perplexity} for mode, nelbo in found.items()}
     if config.texts:
-        result["zero_shot"] = _zero_shot_perplexity(loaded, config, parts)
+        result["zero_shot"] = _zero_shot_perplexity(loaded, texts, config, parts)
     if config.num:
-        templates_NL, lengths_N = sample_templates(loaded, kind, root, manifest, config)
-        result["samples"], result["intervals"] = _sample_quality(loaded, domain, templates_NL, lengths_N, config, parts)
+        result["samples"], result["intervals"] = _sample_quality(sets, domain, config, parts)
     if not is_main:
         return None
     atomic_write_text(out, json_text(result, indent=2))
@@ -151,7 +153,7 @@ def _padding(loaded: LoadedModel, config: EvaluateConfig) -> TrainConfig | None:
 def _texts(name: str, source: ZeroShotConfig) -> list[str]:
     """Read a corpus of the key `texts`. Raises UserError, which names the keys of the corpus, not those of a source."""
     try:
-        return read_texts(Path(source.path), keys=(source.key,), unit=source.unit, detokenize=source.detokenize)
+        return read_texts(Path(source.path), key=source.key, unit=source.unit, detokenize=source.detokenize)
     except UserError as error:
         message = str(error)
         for own, key in _SOURCE_KEYS.items():
@@ -202,19 +204,20 @@ def _modes(loaded: LoadedModel) -> dict[str, bool]:
     return {"null": False, "conditioned": True} if loaded.spec.model.self_conditioned else {"null": False}
 
 
-def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: ResultParts) -> dict[str, Any]:
+def _zero_shot_perplexity(
+    loaded: LoadedModel, texts: Mapping[str, Sequence[str]], config: EvaluateConfig, parts: ResultParts
+) -> dict[str, Any]:
     """Compute perplexities by name of the text and mode; without modes on all but rank 0."""
     found: dict[str, Any] = {}
     padding = _padding(loaded, config)
     if not config.nelbo_padding:
         loaded = replace(loaded, manifest=_without_padding(loaded.manifest, loaded.path))
     for name, source in config.zero_shot_texts().items():
-        texts = _texts(name, source)
         found[name] = {}
         for mode, condition in _modes(loaded).items():
             measured = zero_shot(
                 loaded,
-                texts,
+                texts[name],
                 _nelbo_settings(config),
                 condition=condition,
                 end_marks=source.end_marks,
@@ -231,21 +234,13 @@ def _zero_shot_perplexity(loaded: LoadedModel, config: EvaluateConfig, parts: Re
     return found
 
 
-def _sample_quality(
-    loaded: LoadedModel,
-    domain: Domain | None,
-    templates_NL: Tensor | None,
-    lengths_N: Tensor | None,
-    config: EvaluateConfig,
-    parts: ResultParts,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Draw and measure samples for each seed; returns rows, and by metric the interval over all samples.
-
-    The ranks share the samples; rank 0 measures them. Both results are empty on the other ranks.
-    """
-    rows, values = [], []
-    for seed in config.seeds:
-        samples = SampleSet(
+def _sample_sets(
+    loaded: LoadedModel, kind: type[Domain], root: Path, manifest: Manifest, config: EvaluateConfig
+) -> list[SampleSet]:
+    """Return the samples to draw, a set for each seed. Raises UserError for keys that the sampler cannot use."""
+    templates_NL, lengths_N = sample_templates(loaded, kind, root, manifest, config)
+    return [
+        SampleSet(
             loaded,
             config.sampler,
             num=config.num if templates_NL is None else 1,
@@ -254,6 +249,19 @@ def _sample_quality(
             lengths_P=lengths_N,
             precision=resolve_weights_dtype(config.weights_dtype, config.precision),
         )
+        for seed in config.seeds
+    ]
+
+
+def _sample_quality(
+    sets: Sequence[SampleSet], domain: Domain | None, config: EvaluateConfig, parts: ResultParts
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """Draw and measure sets of samples; returns a row of each, and by metric the interval over all samples.
+
+    The ranks share the samples; rank 0 measures them. Both results are empty on the other ranks.
+    """
+    rows, values = [], []
+    for samples in sets:
         drawn = draw_and_score(samples, domain, metrics=config.metrics, parts=parts, batch_size=config.batch_size)
         if drawn is None:
             continue
@@ -262,10 +270,10 @@ def _sample_quality(
         values.append(measured.values)
         rows.append(
             {
-                "seed": seed,
+                "seed": samples.seed,
                 "num": len(drawn.texts),
                 "evaluations": drawn.evaluations,
-                **_cost(drawn, padded=lengths_N is not None),
+                **sampling_cost(drawn, padded=samples.lengths_P is not None),
                 "seconds": drawn.seconds,
                 "metrics": measured.metrics,
             }
@@ -273,7 +281,7 @@ def _sample_quality(
     return rows, _intervals(rows, values) if rows else {}
 
 
-def _cost(drawn: GeneratedSamples, *, padded: bool) -> dict[str, Any]:
+def sampling_cost(drawn: GeneratedSamples, *, padded: bool) -> dict[str, Any]:
     """Return what was computed per sample, and the difference that an approximate cache makes.
 
     `padded` samples have lengths of their own, so that no number of positions is that of an evaluation.

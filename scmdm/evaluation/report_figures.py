@@ -42,12 +42,16 @@ class Panel:
 
 
 def quality_figure(panels: Sequence[Panel], path: Path) -> Path:
-    """Draw metrics against the number of denoiser evaluations; error bars are 95 % intervals over samples."""
+    """Draw metrics against the number of sampling steps; error bars are 95 % intervals over samples.
+
+    An arm without a value of one metric keeps its colour in the plots of the others.
+    """
+    arms = list(dict.fromkeys(arm for panel in panels for arm in panel.values))
     with plt.rc_context(STYLE):
         figure, axes = _plots(len(panels))
         for ax, panel in zip(axes, panels, strict=True):
-            _draw_panel(ax, panel)
-        _legend_below(figure, axes[0])
+            _draw_panel(ax, panel, arms)
+        _legend_below(figure, axes)
         return save_figure(figure, path)
 
 
@@ -61,11 +65,11 @@ def _plots(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:count])
 
 
-def _legend_below(figure: Figure, ax: Axes) -> None:
-    """Put the legend of `ax` below all axes, in as many columns as the figure's width has room for."""
-    handles, labels = ax.get_legend_handles_labels()
-    for columns in range(len(labels), 0, -1):
-        legend = figure.legend(handles, labels, loc="lower center", ncols=columns)
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Put a common legend below all axes, in as many columns as the figure's width has room for."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=columns)
         extent = legend.get_window_extent()
         if extent.width <= figure.bbox.width or columns == 1:
             break
@@ -79,11 +83,12 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "ls": line}
 
 
-def _draw_panel(ax: Axes, panel: Panel) -> None:
-    arms = list(panel.values)
+def _draw_panel(ax: Axes, panel: Panel, arms: Sequence[str]) -> None:
     ticks = sorted({steps for by_steps in panel.values.values() for steps in by_steps})
     for index, arm in enumerate(arms):
-        steps = sorted(panel.values[arm])
+        steps = sorted(panel.values.get(arm, ()))
+        if not steps:
+            continue
         # Shift by a few per cent, so that error bars of different arms do not overlap.
         x = np.array(steps) * 1.035 ** (index - (len(arms) - 1) / 2)
         found = [panel.values[arm][t] for t in steps]
@@ -148,7 +153,7 @@ def frontier_figure(x: Panel, y: Panel, lines: Mapping[str, Mapping[str, str]], 
                 sampled = {arm: mark for arm, mark in arms.items() if t in y.values.get(arm, {})}
                 _draw_frontier(ax, x, y, sampled, t, label=model, **_style(index))
             ax.set(title=f"T = {t}", xlabel=x.title, ylabel=y.title)
-        _legend_below(figure, axes[0])
+        _legend_below(figure, axes)
         return save_figure(figure, path)
 
 
@@ -179,7 +184,7 @@ def length_figure(panel: Panel, lines: Mapping[str, Mapping[int, str]], path: Pa
                 x, y = [n / 1e6 for n in found], [panel.scale * one.estimate.value for one in found.values()]
                 ax.errorbar(x, y, yerr=errors, label=name, capsize=3, ms=5, lw=1.6, **_style(index + 1))
             ax.set(title=f"T = {t}", xlabel="tokens of the adaptation, millions", ylabel=panel.title)
-        _legend_below(figure, axes[0])
+        _legend_below(figure, axes)
         return save_figure(figure, path)
 
 

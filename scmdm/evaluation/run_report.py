@@ -75,6 +75,11 @@ def _run_evaluations(directory: Path) -> tuple[list[str], list[str]]:
 
 def _evaluation(name: str, result: dict[str, Any]) -> list[str]:
     rows = [[f"NELBO {mode}", _value(v["mean"], v["stderr"])] for mode, v in result.get("nelbo", {}).items()]
+    rows += [
+        [f"zero-shot perplexity, {text}, {mode}", _value(found["perplexity"], None)]
+        for text, modes in result.get("zero_shot", {}).items()
+        for mode, found in modes.items()
+    ]
     numbers = [entry["metrics"] for entry in result.get("samples", [])]
     names = [key for key in (numbers[0] if numbers else {}) if isinstance(numbers[0][key], int | float)]
     whole = [key for key in names if all(isinstance(n[key], int | float) for n in numbers)]

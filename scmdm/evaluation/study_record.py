@@ -84,12 +84,21 @@ class OpenStudy:
         return name_inside(self.directory, name, self.directory / STUDY_FILE)
 
     def read_samples(self, name: str) -> list[dict[str, Any]]:
-        """Read a file of samples without its damaged lines, which are noted."""
-        found = read_json_lines(self.file(name), _parse_sample)
+        """Read a file of samples without its damaged lines, which are noted, as is a file that cannot be read."""
+        path = self.file(name)
+        try:
+            found = read_json_lines(path, _parse_sample)
+        except UserError as error:
+            self._note_once(f"left out: {error}")
+            return []
         self.note(found)
         if not found.rows:
-            raise UserError(f"{found.path} has no samples; {_REMEDY}")
+            self._note_once(f"left out: {found.path} has no samples; {_REMEDY}")
         return found.rows
+
+    def _note_once(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def read_values(self) -> None:
         """Read the values of each evaluation's samples into its row; those that have none are noted."""

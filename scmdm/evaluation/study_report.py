@@ -86,6 +86,8 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     shown = [metric for metric in domain.metrics if any(values[metric.name].values())]
     reference = reference_arm(arms, record.reference)
     main = main_metric(domain, record.metric)
+    if main not in shown:
+        study.problems.append(f"metric={main.name} has no value in any arm: see the keys of metrics that it needs")
     summary = _summarize(study, main, shown, values, labels)
     figures = out.parent
     parts = [
@@ -174,12 +176,14 @@ def _panels(shown: Sequence[Metric], values: QualityByMetric, benchmark: str) ->
 def _quality_pictures(
     panels: Sequence[Panel], samples: Sequence[Json], labels: Mapping[str, str], reference: str, figures: Path
 ) -> list[str]:
-    """Draw metrics against T unless too many arms would overlap; with many arms, also draw one row per arm."""
-    parts = []
+    """Draw metrics against T, unless many arms have one T alone; with many arms, also draw one row per arm."""
+    parts: list[str] = []
+    if not panels:
+        return parts
     steps = {row["steps"] for row in samples}
     if len(labels) <= len(COLOURS) or len(steps) > 1:
         quality = quality_figure(panels, figures / "quality.png")
-        parts.append(picture(quality, f"Metrics against denoiser evaluations; {_MARKS}."))
+        parts.append(picture(quality, f"Metrics against the number of sampling steps T; {_MARKS}."))
     if len(labels) > len(COLOURS):
         order = [reference, *(label for label in labels.values() if label != reference)]
         rows = [replace(p, values={label: p.values[label] for label in order if label in p.values}) for p in panels]
@@ -200,7 +204,7 @@ def _length_picture(metric: Metric, arms: Sequence[Json], values: QualityByArm, 
         if tokens in points:
             return []
         points[tokens] = arm["label"]
-    if not any(len(set(points) - {0}) > 1 for points in lines.values()):
+    if not any(values.values()) or not any(len(set(points) - {0}) > 1 for points in lines.values()):
         return []
     panel = Panel(metric.title, values, metric.better, metric.scale)
     caption = f"{metric.title} against the tokens of the adaptation, from the base on; {_MARKS.split(',')[0]}."
@@ -230,7 +234,7 @@ def _frontier_picture(
 def _benchmark_picture(panels: Sequence[Panel], labels: Mapping[str, str], path: Path) -> list[str]:
     if not panels or len(labels) > len(COLOURS):
         return []
-    caption = f"Metrics against denoiser evaluations; {_MARKS}; the dotted line is real data."
+    caption = f"Metrics against the number of sampling steps T; {_MARKS}; the dotted line is real data."
     return [picture(quality_figure(panels, path), caption)]
 
 
@@ -290,20 +294,20 @@ def _domain_pictures(study: OpenStudy, domain: type[Domain], out: Path) -> list[
     few = arms if len(arms) <= len(COLOURS) else [arm for arm in arms if arm in (arms[0], reference)]
     for arm in few:
         own = [row for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
-        if own:
+        drawn = study.read_samples(own[0]["samples_file"]) if own else []
+        if drawn:
             path = out / f"{domain.name}_{arm['name']}.png"
-            caption = domain.draw(study.read_samples(own[0]["samples_file"]), tokenizer, path)
+            caption = domain.draw(drawn, tokenizer, path)
             if caption is not None:
                 parts.append(picture(path, f"{arm['label']}, T = {steps}: {caption} of the first seed, unselected."))
             else:
-                parts += _first_texts(own[0], study, f"{arm['label']}, T = {steps}")
+                parts += _first_texts(drawn, f"{arm['label']}, T = {steps}")
     compared = _distribution_picture(study, domain, out / f"{domain.name}_{DISTRIBUTIONS}.png")
     return [heading(domain.name.capitalize()), *compared, *parts] if compared or parts else []
 
 
-def _first_texts(row: Json, study: OpenStudy, title: str) -> list[str]:
-    first = study.read_samples(row["samples_file"])[:_SHOWN_TEXTS]
-    texts = [sample["text"][:_SHOWN_CHARACTERS] for sample in first]
+def _first_texts(samples: Sequence[Json], title: str) -> list[str]:
+    texts = [sample["text"][:_SHOWN_CHARACTERS] for sample in samples[:_SHOWN_TEXTS]]
     shown = f"{title}: the first {len(texts)} samples of the first seed, cut to {_SHOWN_CHARACTERS} characters."
     return [paragraph(shown, note=True), preformatted("\n\n".join(texts))]
 
@@ -316,6 +320,8 @@ def _distribution_picture(study: OpenStudy, domain: type[Domain], path: Path) ->
         files = [r["samples_file"] for r in study.samples if r["arm"] == arm["name"] and r["steps"] == steps]
         if files:
             sets[arm["label"]] = [sample for file in files for sample in study.read_samples(file)]
+    if not all(sets.values()):
+        return []
     caption = domain.compare(sets, path)
     return [picture(path, f"T = {steps}, all seeds: {caption}.")] if caption is not None else []
 

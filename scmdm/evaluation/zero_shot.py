@@ -9,7 +9,6 @@ Legend: N sequences, L length.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.framing import ConcatenatingFramer, Framer, RecordFramer
 from scmdm.data.preparation.records import Tally
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
-from scmdm.diffusion.likelihood import Nelbo
+from scmdm.diffusion.likelihood import Nelbo, exp_or_inf
 from scmdm.diffusion.state import Sequences
 from scmdm.errors import UserError
 from scmdm.evaluation.divided_nelbo import NelboSettings, divided_nelbo
@@ -57,18 +56,16 @@ class ZeroShot:
 
         It is comparable between tokenizers (Radford et al., 2019, section 3.1).
         """
-        return math.exp(self.nelbo.mean * self.tokens_per_word)
+        return exp_or_inf(self.nelbo.mean * self.tokens_per_word)
 
 
-def read_texts(
-    path: Path, *, keys: Sequence[str] = ("text",), unit: str = "documents", detokenize: str = "none"
-) -> list[str]:
+def read_texts(path: Path, *, key: str = "text", unit: str = "documents", detokenize: str = "none") -> list[str]:
     """Read the texts of a file or folder, in the formats of the source `text`.
 
     Raises UserError if there are none, and for one that cannot be read: a likelihood without it would not be that of
     the corpus that is named.
     """
-    config = TextConfig(path=str(path), text_key=keys[0], unit=unit, detokenize=detokenize, split_by="hash")
+    config = TextConfig(path=str(path), text_key=key, unit=unit, detokenize=detokenize, split_by="hash")
     source, tally = TextSource(config, length=0), Tally()
     found, size = list[str](), 0
     for part in source.parts(_PART_BYTES):

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 
 from scmdm.config.model import ModelConfig
+from scmdm.diffusion.sampler import DRAW_ROWS
 from scmdm.models.model_files import LoadedModel
 from scmdm.system.memory import available_bytes
 
 CPU_BATCH = 64  # sequences of one core: small models and their activations fit its cache
 LARGEST_BATCH = 1024  # a GPU is full long before
 LARGEST_NELBO_BATCH = 256  # sequences of a likelihood
-DRAWN_AT_ONCE = 512  # positions whose float64 logits and noise are held at once
 _COPIES_OF_LOGITS = 6  # float64 or int64 arrays: logits, their shaped copy, words of the noise, uniforms
 _MASK_BYTES = 5  # of a pair: the mask, and its copy that a kernel adds
 _USABLE = 0.8  # of free memory; the rest is for fragmentation and the libraries' work spaces
@@ -40,8 +40,8 @@ def evaluation_bytes_per_token(model: ModelConfig, *, bytes_per_number: int, pre
 
 def fixed_bytes(model: ModelConfig, vocab_size: int) -> int:
     """Return the memory of an evaluation that does not depend on the batch: logits of a chunk, and their draws."""
-    drawn = DRAWN_AT_ONCE * vocab_size * 8 * _COPIES_OF_LOGITS
-    head = (model.head_chunk or DRAWN_AT_ONCE) * vocab_size * 4 * 3
+    drawn = DRAW_ROWS * vocab_size * 8 * _COPIES_OF_LOGITS
+    head = (model.head_chunk or DRAW_ROWS) * vocab_size * 4 * 3
     return max(drawn, head)
 
 
@@ -95,7 +95,7 @@ def fitting_batch_size(
 ) -> int:
     """Return how many sequences a loaded model evaluates at once, in each of `workers` threads.
 
-    On a CPU it is what a core's cache holds of a small model, unless the memory holds less.
+    Without `most`, on a CPU it is what a core's cache holds of a small model, unless the memory holds less.
     """
     copies = sum(
         copied_bytes(parameter.numel(), held=parameter.dtype.itemsize, computed=dtype.itemsize)

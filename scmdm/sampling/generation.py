@@ -274,12 +274,13 @@ def generate_divided(
     ranks call this together.
     """
     rank, size = joined_world()
+    drawing = min(size, len(samples))  # ranks that have samples to draw
 
     def draw(numbers: Sequence[int]) -> Iterator[Result]:
         started = time.perf_counter()
         for ids, columns in samples.draw(numbers, batch_size=batch_size, progress=rank == 0):
             ended = time.perf_counter()
-            yield ids, {**columns, "seconds": np.full(len(ids), (ended - started) / len(ids) / size)}
+            yield ids, {**columns, "seconds": np.full(len(ids), (ended - started) / len(ids) / drawing)}
             started = ended
         samples.loaded.await_peers(report_progress)
 
@@ -331,13 +332,13 @@ def _decoded(
 ) -> tuple[list[str], list[bool]]:
     """Decode samples, whose generated part begins at `starts_N`, each up to its first end token."""
     tokenizer, rows = loaded.tokenizer, tokens_NL.tolist()
-    if loaded.manifest.framing == "concatenate":
-        return [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
     pairs = list(zip(rows, starts_N.tolist(), strict=True))
     if chats or loaded.manifest.framing == "chats":
         texts = [answer_text(tokenizer, row, at, end_ids) for row, at in pairs]
         padded = loaded.manifest.counts_padding
         return texts, [is_framed_answer(row[at:], tokenizer, end_ids, padded=padded) for row, at in pairs]
+    if loaded.manifest.framing == "concatenate":
+        return [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
     # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
     texts = [tokenizer.decode(cut_at_end(row, at, end_ids[1:])) for row, at in pairs]
     return texts, [is_framed(row, tokenizer) for row in rows]

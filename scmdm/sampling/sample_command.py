@@ -38,7 +38,7 @@ def sample_and_print(path: Path, config: SampleConfig) -> None:
     fragments = len(generated.framed) - sum(generated.framed)
     if fragments and config.out and Path(config.out).suffix in FRAMED_ONLY:
         place += f", where {fragments} are left out: they are not framed as the data (out=NAME.jsonl keeps all)"
-    broken = sum(len(text.splitlines()) > 1 for text in generated.texts)
+    broken = sum(len((text + "\n").splitlines()) > 1 for text in generated.texts)
     if broken and config.out and Path(config.out).suffix == ".txt":
         place += f", where {broken} take several lines (out=NAME.jsonl keeps samples apart)"
     cost = f"{generated.evaluations} denoiser evaluations each, {generated.seconds:.1f} s"

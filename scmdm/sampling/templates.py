@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data_prep.corpus_files import kind_of, require_kind
 from data_prep.text_files import read_text_lines
 from data_prep.text_formats import FORMATS, Format, RowKeys
+from scmdm.config.fields import shorten
 from scmdm.data.preparation.records import Slice
 from scmdm.data.tokenizers import Tokenizer, UnknownSymbol
 from scmdm.data.tokenizers.chat_template import USER, Turn, UnusableChat, turns_of
@@ -56,11 +57,17 @@ def make_template(
         given += _encode(tokenizer, prompt, "prompt") if isinstance(prompt, str) else _encode_chat(tokenizer, prompt)
     if gen_length is not None:
         length = len(given) + gen_length
+    name, ends = ("prompt", "[BOS]") if infill is None else ("infill", "[BOS] and [EOS]")
     if len(given) > length:
-        name = "prompt" if infill is None else "infill"
         raise UserError(
-            f"{name} has {len(given)} tokens with [BOS] and [EOS], but the samples have {length}; shorten it, or set "
-            "length"
+            f"{name} has {len(given)} tokens with {ends}, but the samples have {length}; shorten it, or set length"
+        )
+    if infill is not None and tokenizer.mask_id not in given:
+        raise UserError(f"infill={shorten(infill)} has no {MASK_TEXT}; write one in place of each token to fill in")
+    if infill is None and len(given) == length:
+        raise UserError(
+            f"prompt has {len(given)} tokens with {ends}, which leaves none of {length} to generate; shorten it, or "
+            "set length"
         )
     row = torch.full((length,), tokenizer.mask_id if infill is None else tokenizer.pad_id)
     row[: len(given)] = torch.tensor(given, dtype=torch.int64)

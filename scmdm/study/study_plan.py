@@ -12,15 +12,18 @@ from typing import Any
 
 from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
+from scmdm.config.common import resolve_weights_dtype
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.fields import require
 from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SamplerConfig
 from scmdm.config.study import StudyConfig
+from scmdm.distributed.engine import resolve_precision
 from scmdm.errors import UserError
 from scmdm.evaluation.study_record import is_sample_row
 from scmdm.models.model_files import open_model
+from scmdm.sampling.model_loading import rank_device
 from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import parse_json, read_bytes, reading
 
@@ -78,6 +81,14 @@ class StudyPlan:
         for arm, seed in self._trained_arms():
             if known or not self.config.arms[arm].from_scratch:
                 self.arm_run(arm, seed, self.config.base, ranks)
+
+    def check_samplers(self, length: int) -> None:
+        """Raise UserError for a number of steps that is too small for the blocks of samples of `length` tokens."""
+        for arm in ("base", *self.config.arms):
+            sampler = self.config.sampler_of(arm)
+            if sampler.block_start == "sequence":
+                for steps in self.config.steps:
+                    dataclasses.replace(sampler, steps=steps).check_length(length)
 
     def _trained_arms(self) -> list[tuple[str, int]]:
         """Arm and seed of every model that is trained."""
@@ -141,13 +152,15 @@ class StudyPlan:
 
         `metrics` are the keys of the section `metrics` that differ from their defaults.
         """
-        config = self.config
+        config, keys = self.config, self.evaluation()
+        chosen = resolve_weights_dtype(keys.weights_dtype, keys.precision)
         common = {
             "arm": model.arm,
             "adaptation_seed": model.seed,
             "split": config.split,
             "data_fingerprint": data_fingerprint,
             "weights_dtype": config.weights_dtype,
+            "precision": str(resolve_precision(chosen, rank_device(keys.device))).removeprefix("torch."),
             "compile": config.compile,
         }
         found = []
@@ -209,8 +222,11 @@ def stored_row(path: Path) -> dict[str, Any] | None:
 
 
 def has_settings(row: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a row was measured with exactly these settings."""
-    return all(row.get(key) == value for key, value in settings.items())
+    """Whether a row was measured with exactly these settings.
+
+    Rows of earlier versions do not state the precision, which depends on the hardware; it is taken to be this one's.
+    """
+    return all(row.get(key, value if key == "precision" else None) == value for key, value in settings.items())
 
 
 def has_samples(row: dict[str, Any], settings: dict[str, Any], samples: Path) -> bool:

@@ -15,7 +15,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.domains.domain_registry import changed_keys, load_domain, main_metric
 from scmdm.domains.interface import Domain, GeneratedSamples, MetricKeys
 from scmdm.domains.sample_values import write_values
-from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, sample_templates, score_divided
+from scmdm.evaluation.evaluate import draw_and_score, model_nelbo, sample_templates, sampling_cost, score_divided
 from scmdm.models.model_files import LoadedModel
 from scmdm.runtime.divided_work import ResultParts
 from scmdm.sampling.generation import SampleSet
@@ -73,17 +73,22 @@ class StudyRows:
         result = {
             "drawn": len(drawn.texts),  # fewer than `num` if there are fewer prompts
             "evaluations": drawn.evaluations,
-            "computed_evaluations": drawn.computed_evaluations,
+            **sampling_cost(drawn, padded=False),
             "seconds": drawn.seconds,
             "metrics": measured.metrics,
             "samples_file": str(task.samples.relative_to(self._plan.out)),
             "samples_sha256": sha256_file(task.samples),
             "values_file": str(values_file.relative_to(self._plan.out)),
         }
+        if task.drawn is not None and "cache_deviation" in task.drawn:
+            result["cache_deviation"] = task.drawn["cache_deviation"]
         value = measured.metrics.get(first.name)
         quality = f"{first.title}: {'unknown' if value is None else f'{first.scale * value:.{first.digits}f}'}"
         name = task.settings["name"]
-        return result, f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
+        line = f"{name:<24} {quality}, {drawn.evaluations} evaluations, {drawn.seconds:.1f} s"
+        if drawn.cache_deviation is not None:
+            line += f", cache against none: {drawn.cache_deviation.describe()}"
+        return result, line
 
     def results(self) -> tuple[list[StudyModel], list[dict[str, Any]]]:
         """Return the models in order, and the rows of all measurements."""

@@ -5,10 +5,12 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 import scmdm
 from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
+from scmdm.diffusion.token_draw import certainty
 from scmdm.study.study_plan import has_settings, stored_row
 
 LLADA = ["sampler.kind=confidence", "sampler.transfer=even", "sampler.block_start=prompt", "sampler.temperature=0"]
@@ -81,6 +83,15 @@ def test_end_tokens_that_are_suppressed(base, tmp_path):
     assert not any(loaded.tokenizer.eos_id in row["tokens"] for row in rows)
 
 
+@pytest.mark.parametrize("kind", ["confidence", "margin", "entropy"])
+def test_tokens_without_confidence_are_revealed_last(kind):
+    """A position that is certain of an end token waits, although nothing else is left to be uncertain of."""
+    logits = torch.tensor([[9.0, 4.0, -torch.inf], [1.0, 1.0, 0.5]])
+    drawn = torch.tensor([0, 1])
+    free, late = (certainty(kind, logits, drawn, late_ids=ids) for ids in ((), (0,)))
+    assert free[0] > free[1] and late[0] < late[1]
+
+
 def test_guidance_by_the_prompt_costs_two_evaluations(base, tmp_path):
     keys = ["prompt=CCO", "num=4", "gen_length=6", *LLADA, "sampler.steps=3", "sampler.temperature=1"]
     plain = drawn(base, tmp_path / "plain.jsonl", *keys)
@@ -105,6 +116,11 @@ def test_confidence_decides_how_many_steps_there_are(base, tmp_path):
         (["prompt=C", "gen_length=8", *LLADA, "sampler.block_length=2", "sampler.steps=3"], "sampler.steps=3"),
         (["sampler.end_tokens=['<|im_end|>']"], "<|im_end|>"),
         (["sampler.threshold=0.9"], "sampler.threshold"),
+        (["infill=CCO"], "infill='CCO'"),
+        (["infill=CCO", "sampler.block_start=prompt"], "infill='CCO'"),
+        (["prompt=CCO", "length=4"], "prompt has 4 tokens"),
+        (["chat=true"], "chat=true"),
+        (["chat=true", "infill=C[MASK]"], "chat=true"),
         (["sampler.guided_by=prompt", "sampler.guidance=2"], "sampler.guided_by"),
         (["sampler.guided_by=prompt", "sampler.guidance=2", "prompt="], "sampler.guided_by"),
     ],

@@ -245,6 +245,31 @@ def test_axes_end_where_nothing_is_possible(tmp_path, monkeypatch):
     plotting.plt.close("all")
 
 
+def test_an_arm_that_lacks_a_metric_keeps_its_colour(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: seen.append(figure))
+    full = {name: {8: quality(0.5), 32: quality(0.6)} for name in "abc"}
+    panels = [Panel("fcd", {name: full[name] for name in "ac"}, "lower"), Panel("valid", full, "higher")]
+    quality_figure(panels, tmp_path / "figure.png")
+    (figure,) = seen
+    colours = [{c.get_label(): c.lines[0].get_color() for c in ax.containers} for ax in figure.axes]
+    assert colours[0] == {name: colours[1][name] for name in "ac"} and len(set(colours[1].values())) == 3
+    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == ["a", "b", "c"]
+    plotting.plt.close("all")
+
+
+def test_a_study_without_the_metric_that_it_compares_is_reported(study, capsys):
+    """As of pictures without labels: no metric of the figures was computed."""
+
+    def forget(content):
+        for row in content["evaluations"]:
+            row["metrics"] = {"entropy": 1.0}
+
+    change_study(study, forget)
+    assert main(["report", str(study)]) == 0
+    assert "metric=validity" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arms", [2, 14])
 def test_the_legend_has_all_arms_and_fits_below_the_axes(tmp_path, monkeypatch, arms):
     seen = []
@@ -588,6 +613,8 @@ PARTS = {
     "a number drawn as text": (lambda c: c["evaluations"][3].update(drawn="x"), "evaluations.3"),
     "values that are no name": (lambda c: c["evaluations"][3].update(values_file=3), "evaluations.3"),
     "an unknown arm": (lambda c: c["evaluations"][3].update(arm="x"), "evaluations.3"),
+    "a missing file": (lambda c: c.update(held_out="nothing"), "nothing"),
+    "missing samples": (lambda c: c["evaluations"][3].update(samples_file="nowhere.jsonl"), "nowhere.jsonl"),
 }
 
 
@@ -623,7 +650,6 @@ WHOLES = {
     "a run above": lambda c: c["arms"][1].update(runs=["../.."]),
     "an unknown metric": lambda c: c.update(metric="x"),
     "an unknown domain": lambda c: c.update(domain="x"),
-    "a missing file": lambda c: c.update(held_out="nothing"),
 }
 
 

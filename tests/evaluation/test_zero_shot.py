@@ -14,9 +14,10 @@ from scmdm.cli import main
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.data.manifest import Manifest, TokenizerRef
 from scmdm.data.tokenizers import ByteTokenizer, CharacterTokenizer
+from scmdm.diffusion.likelihood import Nelbo
 from scmdm.errors import UserError
 from scmdm.evaluation.divided_nelbo import NelboSettings
-from scmdm.evaluation.zero_shot import frame_texts, read_texts, zero_shot
+from scmdm.evaluation.zero_shot import ZeroShot, frame_texts, read_texts, zero_shot
 from scmdm.models.dit import DiTConfig
 from scmdm.models.initialization import init_weights
 from scmdm.models.model_files import LoadedModel, ModelSpec, allocate
@@ -148,7 +149,7 @@ def test_files(tmp_path):
     assert read_texts(tmp_path / "a.txt", unit="lines") == ["one", "two"]
     assert read_texts(tmp_path / "b.jsonl", detokenize="wikitext") == ["a-b"]
     with pytest.raises(UserError, match=r"no key body"):
-        read_texts(tmp_path / "b.jsonl", keys=("body",))
+        read_texts(tmp_path / "b.jsonl", key="body")
 
 
 def test_bytes_need_no_vocabulary(tmp_path):
@@ -223,3 +224,9 @@ def test_mistakes_in_texts(tmp_path, capsys, texts, message):
     assert main(["evaluate", str(tmp_path), f"texts={texts}"]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_perplexity_beyond_floating_point_is_infinite():
+    nelbo = Nelbo(2.0, 0.1, 400, 1)
+    assert ZeroShot(nelbo, 400.0).word_perplexity == math.inf and Nelbo(800.0, 0.1, 1, 1).perplexity == math.inf
+    assert ZeroShot(nelbo, 2.0).word_perplexity == pytest.approx(math.exp(4))

@@ -83,7 +83,7 @@ def test_ids_of_conversations(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["llada", "qwen"])
 def test_answers_are_those_of_the_sampler(tmp_path, kind):
     """Also where [EOS] ends the messages of the prompt, and with a prefix that the template places itself."""
-    for framing, bos in (("chats", True), ("records", kind == "llada")):
+    for framing, bos in (("chats", True), ("records", kind == "llada"), ("concatenate", kind == "llada")):
         (tmp_path / framing).mkdir()
         place, _ = chat_model(tmp_path / framing, kind, framing)
         keys = {"steps": 4, "tail": "none", "gen_length": 8, "precision": "float32", "device": "cpu"}

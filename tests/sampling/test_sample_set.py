@@ -96,6 +96,14 @@ def test_a_second_start_draws_only_what_is_missing(model, tmp_path, monkeypatch)
     assert again.seconds == pytest.approx(sum(both)), "the seconds of both starts"
 
 
+def test_the_seconds_are_those_of_the_ranks_that_draw(model, monkeypatch):
+    alone = SampleSet(model, SAMPLERS["ancestral"], num=1, seed=2)
+    monkeypatch.setattr("scmdm.sampling.generation.joined_world", lambda: (0, 8))
+    clock = itertools.count()
+    monkeypatch.setattr("scmdm.sampling.generation.time.perf_counter", lambda: float(next(clock)))
+    assert generate_divided(alone).seconds == 1.0
+
+
 def test_every_setting_that_changes_samples_changes_the_key(model):
     key = sample_set(model).key()
     templates = torch.full((1, model.spec.length), model.spec.mask_id)
