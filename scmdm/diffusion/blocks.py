@@ -88,10 +88,10 @@ def spread_times(
 ) -> Tensor:
     """Return the time of each position's block (B, L), float64, from stratified times of the sequences.
 
-    The times of a sequence's n blocks are one in each n-th of [t_min, 1], in a random order that is keyed on the sample
-    and the block; the sequence's own time is the place within an n-th. Those of all sequences together are therefore
-    stratified, too, and each is uniform. Blocks without maskable tokens have no part in this. A sequence of one block
-    has its own time.
+    [t_min, 1] is divided into n equal intervals, one for each of a sequence's n blocks with maskable tokens, in a
+    random order that is keyed on the sample and the block. A block's time lies in its interval at the place that the
+    sequence's own time has in [t_min, 1]. The times of all blocks of all sequences are therefore stratified, too, and
+    each of them is uniform. A sequence of one block has its own time.
     """
     number_BL = _numbers_in_row(maskable_BL, block_length, packing)
     size = int(number_BL.max()) + 1

@@ -129,7 +129,7 @@ class SampleSet:
         batches = torch.tensor(numbers, dtype=torch.int64).split(size) if numbers else ()
         bar = Progress(transient=True, disable=not (progress and Terminal().is_terminal))
         task = bar.add_task("denoiser evaluations", total=self._steps * len(batches))
-        ended = Event()  # after Ctrl-C or a failure in one thread, the others end at their next step
+        ended = Event()  # after Ctrl-C, or once a failure is taken from the pool, all threads end at their next step
 
         def stepped(observation: Observation) -> None:
             if ended.is_set():

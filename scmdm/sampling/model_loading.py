@@ -30,8 +30,8 @@ from scmdm.runtime.divided_work import ResultParts
 from scmdm.runtime.flight_recorder import enable_flight_recorder
 from scmdm.system.process_group import current_world, joined_world, process_group
 
-# Once all ranks have met, and for one evaluation of the ranks that share weights: these do not wait for each other's
-# other work.
+# Longest duration of a collective once its last rank has arrived. Ranks that share weights wait for each other's
+# evaluations alone, each of which must be shorter than this.
 LONGEST_COLLECTIVE = timedelta(minutes=30)
 
 
