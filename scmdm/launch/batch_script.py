@@ -93,10 +93,16 @@ start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 echo "scmdm: task $SLURM_ARRAY_TASK_ID of {tasks}, job $SLURM_JOB_ID, start $start, on $SLURM_JOB_NODELIST"
 
 # SLURM signals shortly before the time limit. Nothing needs saving: finished parts are on disk.
-trap 'echo "scmdm: requeued before the time limit"; {requeue}' {signal}
+trap '{before_limit}' {signal}
 {srun} &
 wait $!
 """
+
+_REQUEUE = 'scontrol requeue "$SLURM_JOB_ID"'
+_BEFORE_LIMIT = {  # by whether the job is requeued from its script
+    True: f'echo "scmdm: requeued before the time limit"; {_REQUEUE}',
+    False: f'echo "scmdm: stopped before the time limit"; exit {REQUEUE_EXIT}',
+}
 
 
 def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory: Path, tasks: int) -> str:
@@ -109,6 +115,7 @@ def render_preparation(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, workin
         directives="\n".join(_directives(frozen, ranks, job, working_directory, tasks)),
         tasks=tasks,
         signal=job.signal,
+        before_limit=_BEFORE_LIMIT[job.requeue],
         srun=" \\\n  ".join(["srun", *cpus, *_container(frozen, job, working_directory), command]),
     )
 
@@ -132,6 +139,7 @@ def render(frozen: FrozenLaunch, ranks: Ranks, job: SlurmJob, working_directory:
         stopped="|".join(map(str, stopped)),
         requeue_exit=REQUEUE_EXIT,
         attempts=job.attempts if job.requeue else 1,
+        requeue=_REQUEUE if job.requeue else ": # left to the site's RequeueExit",
     )
 
 
@@ -150,7 +158,6 @@ def _common(frozen: FrozenLaunch, job: SlurmJob, environment: Mapping[str, str])
         "setup": "".join(f"\n{_one_line('--setup', line)}" for line in job.setup) + ("\n" if job.setup else ""),
         "environment": " ".join(f"{key}={shlex.quote(_one_line(key, value))}" for key, value in environment.items()),
         "python": shlex.quote(_one_line("--python", python)),
-        "requeue": 'scontrol requeue "$SLURM_JOB_ID"' if job.requeue else ": # left to the site's RequeueExit",
     }
 
 

@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in PACKAGES},
-        "git": git_revision(Path(__file__).parent),
+        "git": git_revision(Path(__file__).parents[1]),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "cpu": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -1,7 +1,9 @@
 """Batch scripts, quoting, and the frozen code and configuration of a launch."""
 
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
 from scmdm.launch.batch_script import render, render_preparation
 from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch, resolve
+from scmdm.observability.environment import REVISION_FILE, git_revision
+from scmdm.system.signals import REQUEUE_EXIT
 from tests.conftest import ROOT
 
 ADAPT = ["adapt", str(ROOT / "configs/qm9/adapt.yaml"), "base=runs/base", "train.micro_batch_size=4"]
@@ -182,6 +186,22 @@ def test_a_preparation_is_an_array(capsys, tmp_path):
     assert "\nmodule load python\n" in script and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("option", "status"), [([], 128 + signal.SIGUSR1), (["--no-requeue"], REQUEUE_EXIT)])
+def test_a_preparation_that_is_signalled_before_its_time_limit(capsys, tmp_path, option, status):
+    """The script runs with stand-ins for SLURM's commands: srun signals the shell, as SLURM does."""
+    command = ["launch", "slurm", "prepare", str(ROOT / "configs/data/qm9.yaml"), f"out={tmp_path / 'qm9'}"]
+    assert main([*command, *option, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    stand_ins = """srun() { kill -USR1 $$; sleep 1; }
+scontrol() { echo "scontrol $*"; }
+export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=0 SLURM_JOB_NODELIST=here
+"""
+    done = subprocess.run(["bash", "-c", stand_ins + script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert ("scontrol requeue 7" in done.stdout) == ("requeued" in done.stdout) == (not option)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -319,6 +339,20 @@ def test_a_job_runs_frozen_code_and_configuration(tmp_path):
     )
     assert done.stdout.startswith("the copy\n"), done.stderr
     assert plan_launch(resolved).directory != frozen.directory
+
+
+def test_frozen_code_reports_the_revision_of_its_original(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(f"run_dir: {tmp_path / 'run'}\ntrain: {{steps: 3}}\ndata: {{path: here}}\n")
+    resolved = resolve("train", settings, [])
+    frozen = plan_launch(resolved)
+    freeze(frozen, resolved.config)
+    kept = frozen.code / REVISION_FILE
+    assert json.loads(kept.read_text()) == git_revision(ROOT / "scmdm")
+    kept.write_text('{"commit": "of the original", "changed": false}')
+    program = "from scmdm.observability.environment import describe_environment as e; print(e()['git']['commit'])"
+    done = subprocess.run([sys.executable, "-c", program], env=frozen.environment, capture_output=True, text=True)
+    assert done.stdout == "of the original\n", done.stderr
 
 
 def test_options_override_a_sites_defaults(tmp_path):
