@@ -26,6 +26,7 @@ from scmdm.runtime.watchdog import written_stacks
 from scmdm.system.lease import SILENCE_LIMIT_S, LeaseHolder, read_lease
 from scmdm.system.liveness import LIVE_JOB_STATES, job_state, machine_id, process_lives
 from scmdm.system.run_directory import CHECKPOINTS, CONFIG_FILE, LEASE, LOG_FILE, METRICS_FILE, run_of
+from scmdm.system.terminal import printable
 from scmdm.system.untrusted import describe, require_regular
 
 _TAIL = 2**18  # bytes of the log that are searched for warnings
@@ -73,7 +74,7 @@ class RunStatus:
     owner: OwnerStatus | None
     stacks: list[str]  # files of ranks that the watchdog ended, or that crashed, since the last start
     warnings: list[str]
-    damaged: list[str]  # what could not be read of the run's files
+    damaged: list[str]  # what could not be read of the run's files, and of its checkpoints if none is intact
 
 
 def read_status(directory: Path, *, hashes: bool = True) -> RunStatus:
@@ -91,6 +92,7 @@ def read_status(directory: Path, *, hashes: bool = True) -> RunStatus:
     last_start = starts.rows[-1] if starts.rows else None
     lease, holder, lease_problem = _lease(directory / LEASE)
     owner = _owner(holder, last_start)
+    checkpoint, damaged = _checkpoint(directory / CHECKPOINTS, hashes=hashes)
     step = row.get("step", 0)
     state = "finished" if steps is not None and step >= steps else _state(lease, holder, owner)
     return RunStatus(
@@ -102,13 +104,13 @@ def read_status(directory: Path, *, hashes: bool = True) -> RunStatus:
         tokens_per_s=row.get("tokens_per_s"),
         eta_s=_eta(row, steps) if state == "running" else None,
         metrics_age_s=_age(directory / METRICS_FILE),
-        checkpoint=_checkpoint(directory / CHECKPOINTS, hashes=hashes),
+        checkpoint=checkpoint,
         starts=len(starts),
         last_start=last_start,
         owner=owner,
         stacks=[str(path) for path in written_stacks(directory)],
         warnings=_warnings(directory / LOG_FILE)[-_SHOWN_WARNINGS:],
-        damaged=[text for text in (metrics.problem, starts.problem, problem, lease_problem) if text is not None],
+        damaged=[*filter(None, (metrics.problem, starts.problem, problem, lease_problem)), *damaged],
     )
 
 
@@ -123,12 +125,7 @@ def describe_status(status: RunStatus) -> list[str]:
     lines += [f"stacks       {path}" for path in status.stacks]
     lines += [f"damaged      {text}" for text in status.damaged]
     lines += [f"warning      {text}" for text in status.warnings]
-    return [_printable(line) for line in lines]
-
-
-def _printable(line: str) -> str:
-    """Replace control characters, which would reach the terminal from a file."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    return [printable(line) for line in lines]  # a file may hold control characters
 
 
 def _progress(status: RunStatus) -> str:
@@ -192,16 +189,17 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _checkpoint(directory: Path, *, hashes: bool) -> CheckpointStatus | None:
+def _checkpoint(directory: Path, *, hashes: bool) -> tuple[CheckpointStatus | None, list[str]]:
+    """Return the newest intact checkpoint, and one problem of each checkpoint if none is intact."""
     damaged: list[str] = []
     for path in reversed(list_checkpoints(directory)):
         problems = verify_checkpoint(path, hashes=hashes)
         age = _age(path / SEAL)
         if not problems and age is not None:
-            return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged)
+            return CheckpointStatus(step_of(path), str(path), age, "SHA-256" if hashes else "sizes", damaged), []
         if os.path.lexists(path):  # the run may have removed it since
-            damaged.append(problems[0])
-    return None
+            damaged.append(problems[0] if problems else f"{path / SEAL} is gone")
+    return None, damaged
 
 
 def _owner(holder: LeaseHolder | None, last_start: StartRecord | None) -> OwnerStatus | None:

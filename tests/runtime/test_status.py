@@ -105,6 +105,13 @@ def test_half_written_rows_and_damaged_checkpoints(copy, capsys):
     assert status.checkpoint.step < int(newest.name.removeprefix("step_"))
     assert len(status.checkpoint.damaged) == 1 and "model.json" in status.checkpoint.damaged[0]
     assert main(["report", str(copy)]) == 0
+    checkpoints = list_checkpoints(copy / "checkpoints")
+    for path in checkpoints:
+        (path / "model.json").write_text("")
+    status = read_status(copy)
+    damaged = [text for text in status.damaged if "model.json" in text]
+    assert status.checkpoint is None and len(damaged) == len(checkpoints) > 1
+    assert all(any(text in line for line in describe_status(status)) for text in damaged)
     shutil.rmtree(copy / "checkpoints")
     assert read_status(copy).checkpoint is None
     assert any("none intact yet" in line for line in describe_status(read_status(copy)))
