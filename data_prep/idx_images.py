@@ -138,8 +138,7 @@ def pooled(picture_HW: np.ndarray, pool: int) -> np.ndarray:
 
 def idx_shape(path: Path, dimensions: int) -> tuple[int, ...]:
     """Return the shape in the header of an IDX file of unsigned bytes. Raises UserError for other contents."""
-    with reading(path, "IDX file", _INSTEAD), open(path, "rb") as file:
-        content = next(read_chunks(file, kind_of(path.name).compression), b"")
+    content = _read_start(path, _header_bytes(dimensions))
     return _parse_header(content, path, dimensions)
 
 
@@ -147,17 +146,23 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes with this number of dimensions. Raises UserError for other contents."""
     require_regular(path)
     expected = _header_bytes(dimensions) + math.prod(idx_shape(path, dimensions))
-    content = bytearray()
-    with reading(path, "IDX file", _INSTEAD), open(path, "rb") as file:
-        for chunk in read_chunks(file, kind_of(path.name).compression):
-            content += chunk
-            if len(content) > expected:
-                break
+    content = _read_start(path, expected + 1)
     if len(content) != expected:
         found = "more" if len(content) > expected else f"{len(content):,}"
         raise UserError(f"{path} should have {expected:,} bytes by its header, but has {found}; {_INSTEAD}")
     shape = _parse_header(content, path, dimensions)
     return np.frombuffer(content, np.uint8, offset=_header_bytes(dimensions)).reshape(shape)
+
+
+def _read_start(path: Path, size: int) -> bytearray:
+    """Return the first `size` bytes of a file, decompressed, or a few more; all if it has fewer."""
+    content = bytearray()
+    with reading(path, "IDX file", _INSTEAD), open(path, "rb") as file:
+        for chunk in read_chunks(file, kind_of(path.name).compression):  # empty until a block is complete
+            content += chunk
+            if len(content) >= size:
+                break
+    return content
 
 
 def _header_bytes(dimensions: int) -> int:

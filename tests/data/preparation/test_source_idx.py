@@ -1,10 +1,12 @@
 """Pictures in MNIST's format: what is read equals what was written; damaged files and files that misfit are refused."""
 
+import bz2
 import gzip
 import struct
 
 import numpy as np
 import pytest
+import zstandard
 
 from data_prep.idx_images import pooled, read_idx
 from scmdm.cli import main
@@ -95,6 +97,15 @@ def test_what_is_refused(tmp_path, empty_yaml, capsys, damage, keys, named):
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1, error
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".zst", zstandard.compress), (".bz2", bz2.compress)])
+def test_files_whose_first_compressed_block_is_long(tmp_path, suffix, compress):
+    """Decompressors yield nothing before it is complete: random pixels make it longer than what is read at once."""
+    pictures_NHW = np.random.default_rng(0).integers(0, 100, (1000, 28, 28), np.uint8)
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    path.write_bytes(compress(idx(pictures_NHW)))
+    assert (read_idx(path, 3) == pictures_NHW).all()
 
 
 def test_a_header_that_promises_too_much_is_refused_before_it_is_read(tmp_path):
