@@ -92,12 +92,15 @@ class RankHeartbeat:
         """Wait until all ranks have called this as often as this rank, without a limit while they are alive."""
         with self._news:
             self._met += 1
-            self._waits_since = time.monotonic()
+            self._waits_since = told = time.monotonic()
             self._ask.set()
             while self._opened < self._met:
-                if not self._news.wait(_NEWS_S) and self._rank == 0:
+                self._news.wait(_NEWS_S)
+                now = time.monotonic()
+                if self._rank == 0 and self._opened < self._met and now - told >= _NEWS_S:
+                    told = now
                     late = [rank for rank, beat in self._found.items() if beat.met < self._met]
-                    minutes = (time.monotonic() - self._waits_since) / 60
+                    minutes = (now - self._waits_since) / 60
                     logger.info("waiting for rank %s for %.0f min; all ranks are alive", _listed(late), minutes)
             self._waits_since = None
 
