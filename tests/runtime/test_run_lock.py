@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -63,6 +65,27 @@ def test_the_owner_is_named_while_it_lives_and_replaced_when_it_is_killed(tmp_pa
         with acquire_run(run):
             assert read_lease(run / LEASE)[1].pid == os.getpid()
     assert read_lease(run / LEASE)[1].released
+
+
+def test_of_several_starts_at_once_one_runs_and_the_others_find_it_in_use(tmp_path):
+    starts, rounds = 8, 30
+    together, lock, found = threading.Barrier(starts), threading.Lock(), []
+
+    def start():
+        for number in range(rounds):
+            together.wait(60)
+            try:
+                with acquire_run(tmp_path / str(number)):
+                    together.wait(60)
+            except InUseError as error:
+                together.wait(60)
+                with lock:
+                    found.append(error.status)
+
+    with ThreadPoolExecutor(starts) as pool:
+        for start_of_a_thread in [pool.submit(start) for _ in range(starts)]:
+            start_of_a_thread.result()
+    assert found == [75] * rounds * (starts - 1)
 
 
 def test_leftovers_of_a_dead_run_are_removed_so_that_it_cannot_commit_them(tmp_path):
