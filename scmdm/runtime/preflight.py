@@ -110,9 +110,7 @@ def run_preflight(
 ) -> PreflightReport:
     """Compare all ranks and measure their all-reduce. All ranks call this together, and all raise UserError."""
     began = time.perf_counter()
-    if world.is_main:
-        atomic_write_text(directory / _MARK, uuid.uuid4().hex)
-    barrier()
+    on_rank_0(lambda: atomic_write_text(directory / _MARK, uuid.uuid4().hex))
     report = collect(config, data, spec, base, directory, world, device)
     barrier()
     report = replace(report, clock=time.time())
@@ -242,7 +240,7 @@ def _versions() -> dict[str, str]:
 def _configuration(config: RunConfig) -> dict[str, str]:
     """Return all keys except paths, which may differ between machines; `_inputs` compares the content instead."""
     flat = flatten(asdict(config))
-    local = {"run_dir", "data.path", *(f"data.streams.{name}.path" for name in config.data.streams)}
+    local = {"run_dir", "base", "data.path", *(f"data.streams.{name}.path" for name in config.data.streams)}
     return {key: str(value) for key, value in flat.items() if key not in local}
 
 

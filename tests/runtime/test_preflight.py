@@ -113,6 +113,8 @@ def test_the_report_of_this_process(given_run):
     assert facts.same["version of"]["torch"] == torch.__version__
     assert set(facts.same["source file"]) == set(source_hashes(Path(scmdm.__file__).parent))
     assert facts.same["key"]["train.steps"] == "3" and "run_dir" not in facts.same["key"]
+    elsewhere = replace(given_run[0], base="another path")
+    assert collect(elsewhere, *given_run[1:]).same == facts.same, "the content of the base is compared, not its path"
     assert [disk.key for disk in facts.disks][:1] == ["run_dir"]
     assert facts.disks[0].needed > 16 * 1e6 * 0.9  # 1.4M parameters, four float32 of each
 
