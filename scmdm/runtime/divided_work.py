@@ -19,7 +19,7 @@ import numpy as np
 from scmdm.runtime.watchdog import report_progress, set_aside_stacks, watching_share
 from scmdm.system.files import json_text, remove_tree
 from scmdm.system.npz_files import read_npz, write_npz
-from scmdm.system.process_group import World, broadcast, gather_object, joined_world
+from scmdm.system.process_group import World, gather_object, joined_world, on_rank_0
 
 logger = logging.getLogger("scmdm")
 T = TypeVar("T")
@@ -87,12 +87,8 @@ def compute_divided(
     All ranks call this together.
     """
     rank, size = joined_world()
-    if parts is not None and rank == 0:
-        set_aside_stacks(parts.directory)
-    done, kept = parts.read() if parts is not None and rank == 0 else ([], {})
-    if done and parts is not None:
-        logger.warning("%d of %d results are from an earlier start, in %s", len(done), total, parts.directory)
-    finished = set(broadcast(done))
+    done, kept = _kept_before(parts, total) if parts is not None else ([], {})
+    finished = set(done)
     missing = [number for number in range(total) if number not in finished]
     share = share_of(missing, rank, size)
     watched = watching_share(parts.directory, World(rank, size, 0)) if parts is not None else contextlib.nullcontext()
@@ -106,6 +102,21 @@ def compute_divided(
     every, order = np.unique(numbers, return_index=True)
     assert len(every) == total, f"{len(every)} results of {total}"
     return {name: values[order] for name, values in columns.items()}
+
+
+def _kept_before(parts: ResultParts, total: int) -> Result:
+    """Return the numbers of the items that earlier starts finished, and on rank 0 their results."""
+    kept: Columns = {}
+
+    def read() -> Sequence[int]:
+        set_aside_stacks(parts.directory)
+        done, found = parts.read()
+        kept.update(found)
+        if done:
+            logger.warning("%d of %d results are from an earlier start, in %s", len(done), total, parts.directory)
+        return done
+
+    return on_rank_0(read), kept
 
 
 def _kept(results: Iterable[Result], parts: ResultParts | None, *, least: int) -> Iterator[Result]:

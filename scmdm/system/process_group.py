@@ -194,9 +194,12 @@ def _roll_call(store: dist.Store, world: World, arrival: timedelta) -> None:
     store.set(f"arrived/{world.rank}", "")
     names = [f"arrived/{rank}" for rank in range(world.size)]
     if world.is_main:
-        with suppress(dist.DistStoreError):
+        late: list[int] = []
+        try:
             store.wait(names, arrival)
-        store.set("missing", ",".join(str(rank) for rank, name in enumerate(names) if not store.check([name])))
+        except dist.DistStoreError:
+            late = [rank for rank, name in enumerate(names) if not store.check([name])]
+        store.set("missing", ",".join(map(str, late)))
     try:
         store.wait(["missing"], arrival + _ANSWER)
         missing = store.get("missing").decode()
@@ -233,15 +236,15 @@ def broadcast(value: T) -> T:
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone; return its result, or raise its UserError, on every rank."""
-    found: T | UserError | None = None
+    """Call `function` on rank 0 alone; return its result, or raise its UserError or OSError, on every rank."""
+    found: T | UserError | OSError | None = None
     if joined_world()[0] == 0:
         try:
             found = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             found = error
     result: Any = broadcast(found)
-    if isinstance(result, UserError):
+    if isinstance(result, UserError | OSError):
         raise result
     return cast(T, result)
 
