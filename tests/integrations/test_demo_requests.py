@@ -209,8 +209,9 @@ def test_trajectories_are_bounded(adapted, monkeypatch):
     models = open_models(adapted, None)
     monkeypatch.setattr("scmdm.integrations.demo.trajectory._MOST_SHOWN", 24 * 10)
     client = make_app(models).test_client()
-    refused = [{"sampler": {"steps": 11}}, {"sampler": {"kind": "first_hitting"}}]
-    assert [client.post("/denoise", json=content).status_code for content in refused] == [400, 400]
+    ranked = {"kind": "confidence", "steps": 1}
+    refused = [{"steps": 11}, {"kind": "first_hitting"}, {**ranked, "threshold": 0.9}, {**ranked, "factor": 1.0}]
+    assert [client.post("/denoise", json={"sampler": keys}).status_code for keys in refused] == [400] * 4
     assert client.post("/denoise", json={"sampler": {"steps": 10}}).status_code == 200
 
 

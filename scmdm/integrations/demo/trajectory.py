@@ -83,7 +83,8 @@ def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
     require_prompt(loaded, config.prompt if config.infill is None else config.infill)
     template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
     masks = int((template_L == loaded.spec.mask_id).sum())
-    frames = masks if config.sampler.kind == "first_hitting" else config.sampler.steps
+    own_pace = config.sampler.kind == "first_hitting" or config.sampler.adaptive  # up to one evaluation per token
+    frames = masks if own_pace else config.sampler.steps
     shown = frames * len(template_L)
     require(shown <= _MOST_SHOWN, "sampler.steps", frames, f"at most {_MOST_SHOWN // len(template_L)} for this model")
     recorder = Recorder(loaded.spec.mask_id)
