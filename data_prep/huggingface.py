@@ -105,7 +105,7 @@ class HuggingFaceSource(DocumentSource):
         names = self.keys.wanted(rows.column_names)
         try:
             with reading(self.path, "data set"):
-                columns = rows[start:end]
+                columns = rows.select_columns(names)[start:end]  # decodes no other column
                 return [dict(zip(names, row, strict=True)) for row in zip(*(columns[n] for n in names), strict=True)]
         except UserError:
             return (

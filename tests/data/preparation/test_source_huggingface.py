@@ -235,6 +235,19 @@ def test_a_saved_data_set(saved, tmp_path, empty_yaml):
     assert numbers(tmp_path / "a", "validation") == list(range(800, 900))
 
 
+def test_other_columns_are_not_decoded(tmp_path, empty_yaml):
+    """As of a data set of pictures with captions, where one is damaged."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    damaged = [{"bytes": b"no picture", "path": None}] * 3
+    rows = {"body": ["0000 some words", "0001 more words", "0002 words"], "picture": damaged}
+    features = datasets.Features({"body": datasets.Value("string"), "picture": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "raw")
+    manifest = prepared(tmp_path / "raw", tmp_path / "out", empty_yaml, "held_out_last=1", "workers=1")
+    assert manifest.counts == {"read": 3, "kept": 3}
+    assert numbers(tmp_path / "out", "train") == [0, 1]
+
+
 def test_a_data_set_with_splits_of_its_own(saved, tmp_path, empty_yaml):
     keys = ["source.split_by=names", "validation_fraction=0.0", "test_fraction=0.0", "workers=1"]
     prepared(saved / "three", tmp_path / "a", empty_yaml, *keys)
