@@ -172,11 +172,15 @@ class Watchdog:
         if self._fence is not None and not self._fence.still_owned():
             logger.error("watchdog: no progress, and the run was taken over; exit status %d", HANG_EXIT)
             os._exit(HANG_EXIT)
-        with contextlib.suppress(OSError):
-            self._dump(progress, silent_s)
-            (self._place / _ALARM).touch()
-            self._dump_children()
-            dump_flight_recorder(self._place, self._world.rank)
+        # Each alone: on a full disk no stack can be written, but the other ranks must learn of the hang.
+        for step in (
+            (self._place / _ALARM).touch,
+            lambda: self._dump(progress, silent_s),
+            self._dump_children,
+            lambda: dump_flight_recorder(self._place, self._world.rank),
+        ):
+            with contextlib.suppress(OSError):
+                step()
         hang = f"rank {self._world.rank} has made no progress for {silent_s:.0f} s ({progress})"
         logger.error("watchdog: %s; the stacks of all ranks are in %s; exit status %d", hang, self._place, HANG_EXIT)
         # The launcher ends all ranks when the first one ends, so wait for rank 0's summary.
@@ -205,12 +209,14 @@ class Watchdog:
         for child in multiprocessing.active_children():
             if child.pid is None:
                 continue
-            self._file.write(f"--- child process {child.pid}, {child.name}\n")
-            self._file.flush()
-            if self._stack_signal:
-                os.kill(child.pid, signal.SIGUSR2)
-                time.sleep(0.2)
-            child.kill()
+            with contextlib.suppress(OSError):
+                self._file.write(f"--- child process {child.pid}, {child.name}\n")
+                self._file.flush()
+            with contextlib.suppress(ProcessLookupError):
+                if self._stack_signal:
+                    os.kill(child.pid, signal.SIGUSR2)
+                    time.sleep(0.2)
+                child.kill()
 
 
 _of_share: Watchdog | None = None

@@ -12,7 +12,7 @@ from scmdm.config.loading import load_config
 from scmdm.config.run import RunConfig
 from scmdm.data.mixture import open_data
 from scmdm.observability.step_timer import StepTimer
-from scmdm.runtime.watchdog import HANG_EXIT, Watchdog, collective_timeout, set_aside_stacks
+from scmdm.runtime.watchdog import _ALARM, HANG_EXIT, Watchdog, collective_timeout, set_aside_stacks
 from scmdm.system.process_group import World
 from scmdm.training import validation
 from scmdm.training.setup import build_engine, build_spec
@@ -45,6 +45,16 @@ def test_no_progress_ends_the_process_with_its_stacks(tmp_path):
     assert "| in sync, last step 7" in text
     assert "line 8 in hang_here" in text.split("\n\n")[0] and text.count("in hang_here") == 2
     assert "in sync, last step 7: rank 0" in done.stderr
+
+
+def test_on_a_full_disk_the_other_ranks_are_alarmed_and_children_end(tmp_path):
+    """A limit on the size of files stands in for the disk. A child that goes on would keep the pipe of `run` open."""
+    child = "import multiprocessing as m; m.get_context('fork').Process(target=hang_here).start()"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    done = run(tmp_path, f"{full}; {child}; hang_here()")
+    assert done.returncode == HANG_EXIT, done.stderr
+    assert (tmp_path / "stacks" / _ALARM).exists()
+    assert (tmp_path / "stacks" / "rank_0.txt").read_text() == ""
 
 
 def test_a_crash_writes_its_stacks_as_a_hang_does(tmp_path):
