@@ -38,8 +38,7 @@ class StepTime:
 
     parts: dict[str, PartTime]
     tokens: int  # per global batch
-    flops: StepFlops  # per rank and step, without recomputed activations
-    ideal: float  # seconds of these operations at the peak of the dtypes that they are in
+    ideal: float  # seconds of a rank's operations, without recomputed ones, at the peak of the dtypes that they are in
 
     @property
     def seconds(self) -> float:
@@ -92,7 +91,7 @@ def step_time(workload: Workload, layout: ParallelLayout, cluster: Cluster, assu
         )
         for name, seconds in compute.items()
     }
-    return StepTime(parts, workload.global_batch * workload.length, flops, ideal.total)
+    return StepTime(parts, workload.global_batch * workload.length, ideal.total)
 
 
 def _times(factor: float, flops: StepFlops) -> StepFlops:
@@ -147,10 +146,12 @@ def _seconds(collectives: list[Collective], cluster: Cluster, layout: ParallelLa
 def _update_seconds(workload: Workload, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> float:
     """Seconds of the optimizer's update, which is bound by memory bandwidth.
 
-    Gradients are read for their norm, scaled and read again; weights, moments and averages are read and written.
+    Gradients are read for their norm, scaled and read again; weights, moments and averages are read and written. Frozen
+    weights are left alone: those that are updated have as many bytes as their gradients.
     """
     state = rank_state(workload, layout)
-    moved = 4 * state.gradients + 2 * (state.weights + state.moments) + 2 * state.averages + state.weights
+    weights = state.weights if workload.trained_layers is None else state.gradients
+    moved = 4 * state.gradients + 2 * (weights + state.moments) + 2 * state.averages + weights
     bandwidth = cluster.gpu.memory_bandwidth * assumed.memory_efficiency
     return moved / (assumed.host_bandwidth if layout.offload else bandwidth)
 

@@ -163,9 +163,12 @@ def _complexity(layout: ParallelLayout) -> tuple[int, ...]:
 
 
 def _why_none_is_possible(workload: Workload, start: ParallelLayout) -> str:
-    smallest = dataclasses.replace(start, micro_batch_size=1, replicate=1, context=1, experts=1)
-    reason = impossible_because(workload, smallest)
-    return f"no layout is possible: {reason}; choose a global batch that {start.ranks} ranks can share, or fewer GPUs"
+    experts = 1 if workload.model.experts else start.experts
+    smallest = dataclasses.replace(start, micro_batch_size=1, replicate=1, context=1, experts=experts)
+    reason = f"no layout is possible: {impossible_because(workload, smallest)}"
+    if workload.global_batch % start.ranks:
+        reason += f"; choose a global batch that {start.ranks} ranks can share, or fewer GPUs"
+    return reason
 
 
 def _why_none_fits(
