@@ -50,7 +50,7 @@ def _candidate_json(plan: Plan, candidate: Candidate | None) -> dict[str, Any] |
         return None
     memory, time = candidate.memory, candidate.time
     return {
-        "settings": settings(candidate.layout, plan),
+        "settings": settings(candidate.layout),
         "fits": candidate.fits,
         "memory": {
             "peak": memory.peak.total,
@@ -75,7 +75,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(phase).items() if name != "name"}
 
 
-def settings(layout: ParallelLayout, plan: Plan) -> dict[str, str | int | bool]:
+def settings(layout: ParallelLayout) -> dict[str, str | int | bool]:
     """Return a layout as configuration keys of its engine."""
     own: dict[str, str | int | bool] = {
         "engine": layout.engine,
@@ -144,7 +144,7 @@ def _table(title: str, shown: dict[str, Candidate]) -> Table:
 
 def _settings_table(plan: Plan, shown: dict[str, Candidate]) -> Table:
     table = _table("settings", shown)
-    each = [settings(candidate.layout, plan) for candidate in shown.values()]
+    each = [settings(candidate.layout) for candidate in shown.values()]
     for key in dict.fromkeys(key for one in each for key in one):
         table.add_row(key, *(str(one.get(key, "")) for one in each))
     batches = (str(candidate.layout.micro_batches(plan.workload)) for candidate in shown.values())

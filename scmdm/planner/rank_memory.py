@@ -85,8 +85,8 @@ def _rank_memory(workload: Workload, layout: ParallelLayout, found: ActivationBy
     parts = _StepParts(workload, layout, on_device, found)
     steps = {
         "head of the loss pass": parts.head(),
-        "first blocks backward": parts.first_backward(),
-        "last blocks backward": parts.last_backward(),
+        "backward pass of the last layers": parts.first_backward(),
+        "backward pass of the first layer": parts.last_backward(),
         "end of the backward pass": parts.end(),
         "update": parts.moment(gradients=on_device.gradients),
     }

@@ -1,7 +1,7 @@
 """Bytes of weights, gradients, moments and averages on a rank, and of what engines gather and reduce.
 
-All figures are for rank 0. Where the rows of a parameter do not divide evenly, the first ranks hold one row more,
-so no rank holds more than rank 0. FSDP2 pads every shard to the size of the first.
+All figures are for rank 0. No rank holds more: where the rows of a parameter do not divide evenly, `torch.chunk` gives
+the first ranks the rounded-up number (10 rows: 3, 3, 3, 1). FSDP2 pads every shard to the size of the first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def rank_state(workload: Workload, layout: ParallelLayout) -> TrainingState:
 
 
 def held_elements(parameter: Parameter, layout: ParallelLayout) -> int:
-    """Elements of a parameter on rank 0 if its rows are distributed as by `torch.chunk`, those of experts twice."""
+    """Elements of a parameter on rank 0 if its rows are distributed as by `torch.chunk`.
+
+    Those of experts are divided over the ranks that share them first, then each rank's over the holders of its experts.
+    """
     if layout.engine == "fsdp2" and parameter.name.endswith(EXPERT_BIAS):  # whole on each rank
         return parameter.numel
     rows, shards, row = parameter.shape[0], layout.shards, parameter.numel // parameter.shape[0]

@@ -33,7 +33,7 @@ class JsonLines(Generic[Row]):
     def problem(self) -> str | None:
         """One line that names the file and its damaged lines; None if everything was read."""
         if self.unreadable:
-            return f"{self.path} cannot be read ({self.unreadable}); it is left out"
+            return f"{self.path} cannot be read ({self.unreadable}); its rest is left out"
         if not self.damaged:
             return None
         shown = ", ".join(str(number) for number in self.damaged[:_SHOWN_NUMBERS])

@@ -92,7 +92,7 @@ class Fence:
 
     def still_owned(self) -> bool:
         """Return whether no other process has taken the lease over."""
-        # A client of a file server may not see the newest names yet, and even not this generation's.
+        # A client of a file server may not see the newest names yet, perhaps not even this generation's.
         return _generation(_newest(self.path.parent)) <= self.generation
 
     def require(self) -> None:

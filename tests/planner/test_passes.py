@@ -60,7 +60,7 @@ def check_passes(config, dtype, *, backward=0.08):
     memory = rank_memory(workload, layout)
     between = memory.state.total - memory.state.gradients
     peaks = {name: moment.total - between for name, moment in memory.steps.items()}
-    backwards = [peaks[f"{which} blocks backward"] for which in ("first", "last")]
+    backwards = [peaks[f"backward pass of the {which}"] for which in ("last layers", "first layer")]
     assert peaks["head of the loss pass"] == pytest.approx(forward, rel=0.07)
     assert max(backwards) == pytest.approx(most, rel=backward)
 

@@ -164,4 +164,4 @@ def test_a_configuration_is_what_a_plan_proposes(path):
     options = named_hardware(path)
     length, vocab = int(options["length"]), int(options["vocab"])
     plan = make_plan(load_config(PlanConfig, path), cluster_of(options), make_assumptions(), length=length, vocab=vocab)
-    assert settings(plan.configured, plan) == settings(plan.found.best.layout, plan)
+    assert settings(plan.configured) == settings(plan.found.best.layout)
