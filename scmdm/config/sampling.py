@@ -25,6 +25,7 @@ from scmdm.errors import UserError
 SAMPLE_FORMATS = (".jsonl", ".txt", ".smi", ".fasta", ".fa", ".png", ".npy")
 _DEMO_STEPS = 1024  # each step is a frame of the page
 _ETA = 0.02  # default of remask_eta
+_CACHE_CHECK = 64  # default of cache_check
 
 
 @dataclass
@@ -90,7 +91,7 @@ class SamplerConfig:
         choices=("auto", "none", "blocks", "prefix", "dual"),
     )
     cache_check: int = key(
-        64,
+        _CACHE_CHECK,
         help="prefix, dual: steps with the cache between two evaluations of whole sequences that measure the "
         "difference; 0: none",
         at_least=0,
@@ -244,6 +245,8 @@ class SamplerConfig:
     def validate(self) -> None:
         """Raise UserError for a combination of keys that cannot work."""
         hits, ranked, with_kind = self.kind == "first_hitting", self.kind in ORDERS, f"with kind={self.kind}"
+        approximate = self.cache in ("prefix", "dual")
+        checks = f"{_CACHE_CHECK} without cache=prefix or cache=dual"
         has_condition = self.label is not None or self.guided_by == "prompt"
         leaves_noise = self.kind == "ancestral" and self.eps > 0 and self.block_length is None
         needs_noise = "last_step without kind=ancestral, an eps above 0 and block_length=null"
@@ -268,8 +271,10 @@ class SamplerConfig:
                 "token with remask=never",
             ),
             ("top_p_rule", self.top_p_rule == "reaching" or self.top_p < 1, "reaching with top_p=1"),
-            ("cache", self.cache not in ("prefix", "dual") or self.block_length is not None, needs_blocks),
+            ("cache", not approximate or self.block_length is not None, needs_blocks),
+            ("cache_check", approximate or self.cache_check == _CACHE_CHECK, checks),
             ("cuda_graphs", not self.cuda_graphs or self.cache in ("auto", "none"), f"false with cache={self.cache}"),
+            ("guided_by", self.guided_by == "label" or self.guidance != 1, "label with guidance=1"),
             ("guidance", self.guidance == 1 or has_condition, "1 without sampler.label or sampler.guided_by=prompt"),
         ):
             require(possible, f"sampler.{name}", getattr(self, name), wanted)

@@ -121,6 +121,8 @@ def test_confidence_decides_how_many_steps_there_are(base, tmp_path):
         (["prompt=CCO", "length=4"], "prompt has 4 tokens"),
         (["chat=true"], "chat=true"),
         (["chat=true", "infill=C[MASK]"], "chat=true"),
+        (["sampler.cache_check=8"], "sampler.cache_check=8"),
+        (["sampler.guided_by=prompt", "prompt=C"], "sampler.guided_by='prompt'"),
         (["sampler.guided_by=prompt", "sampler.guidance=2"], "sampler.guided_by"),
         (["sampler.guided_by=prompt", "sampler.guidance=2", "prompt="], "sampler.guided_by"),
     ],
