@@ -91,9 +91,16 @@ class SlurmJob:
     container: Container = field(default_factory=Container)
 
     def validate(self) -> None:
-        """Raise UserError for a malformed time limit or job id, or a value of several lines."""
+        """Raise UserError for a malformed time limit or job id, a value of several lines, or an unused option."""
         timed = self.time is None or _TIME.fullmatch(self.time) is not None
         require(timed, "--time", self.time, "minutes, HH:MM:SS or days-hours")
+        own = Container()
+        for option, value, default in (
+            ("--container-runtime", self.container.runtime, own.runtime),
+            ("--container-mount", self.container.mount, own.mount),
+        ):
+            used = self.container.image is not None or value == default
+            require(used, option, value, "left out without --container-image")
         for job in self.after:
             require(_JOB.fullmatch(job) is not None, "--after", job, "the id of a job, as --parsable prints it")
         for option, line in (

@@ -36,7 +36,7 @@ def launch_slurm(
     ranks.validate()
     job = dataclasses.replace(job, sbatch=tuple(line.removeprefix("--") for line in job.sbatch))
     job.validate()
-    _check_options(launched, ranks, array)
+    _check_options(launched, ranks, job, array)
     preparing = launched == "prepare"
     size = array if preparing else ranks.size
     resolved = resolve(launched, subject, overrides, config=config, ranks=size, later=bool(job.after))
@@ -54,15 +54,20 @@ def launch_slurm(
     print(number if parsable else f"job {number}: {script_path(frozen)}, log beside it")
 
 
-def _check_options(launched: str, ranks: Ranks, array: int) -> None:
+def _check_options(launched: str, ranks: Ranks, job: SlurmJob, array: int) -> None:
     """Raise UserError for an option that the launched command does not read."""
-    preparing = launched == "prepare"
+    preparing, unset = launched == "prepare", Ranks()
     _check_ranks(launched, ranks)
+    alone = "left out: tasks of an array do not wait for each other"
     for option, value, possible, wanted in (
         ("--array", array, preparing or array == 1, "left out: it is for prepare"),
         ("--nodes", ranks.nodes, not preparing or ranks.nodes == 1, "left out: --array spreads prepare over nodes"),
         ("--gpus-per-node", ranks.gpus_per_node, not preparing or not ranks.gpus_per_node, "left out: no GPU is used"),
         ("--ranks-per-node", ranks.ranks_per_node, not preparing or not ranks.ranks_per_node, "left out: set workers"),
+        ("--starter", ranks.starter, not preparing or ranks.starter == unset.starter, alone),
+        ("--start-timeout", ranks.start_timeout, not preparing or ranks.start_timeout == unset.start_timeout, alone),
+        ("--grace", ranks.grace, not preparing or ranks.grace == unset.grace, alone),
+        ("--attempts", job.attempts, not preparing or job.attempts == SlurmJob().attempts, "left out: none is counted"),
     ):
         if not possible:
             raise UserError(f"{option}={value} is not possible with {launched}; it must be {wanted}")

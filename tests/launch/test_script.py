@@ -90,6 +90,8 @@ def test_apptainer_gets_the_command_and_the_run_directory(capsys, tmp_path):
         (["slurm", "--time", "soon"], "--time='soon' is not possible; it must be minutes, HH:MM:SS or days-hours"),
         (["slurm", "--time", "\uff11\uff12"], "--time="),
         (["slurm", "--attempts", "0"], "--attempts=0"),
+        (["slurm", "--container-mount", "/a:/a"], "--container-image"),
+        (["slurm", "--container-runtime", "apptainer"], "--container-image"),
         (["slurm", "--nodes", "3"], "train.global_batch_size=64 is not possible with 3 processes"),
         (["slurm", "engine=single", "--nodes", "2"], "engine=single is not possible with 2 processes"),
         (["local", "base=null"], "`base` is not set"),
@@ -208,6 +210,15 @@ export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=0 SLURM_JOB_NODELIST=here
         (["prepare", "configs/data/qm9.yaml", "--array", "0"], "--array=0 is not possible"),
         (["prepare", "configs/data/qm9.yaml", "--nodes", "2"], "--nodes=2 is not possible with prepare"),
         (["prepare", "configs/data/qm9.yaml", "overwrite=true"], "overwrite=True is not possible"),
+        *(
+            (["prepare", "configs/data/qm9.yaml", option, value], f"{option}={value} is not possible with prepare")
+            for option, value in (
+                ("--starter", "srun"),
+                ("--start-timeout", "9"),
+                ("--grace", "9"),
+                ("--attempts", "9"),
+            )
+        ),
         ([*ADAPT, "--array", "2"], "--array=2 is not possible with adapt; it must be left out"),
     ],
 )
