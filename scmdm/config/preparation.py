@@ -12,9 +12,8 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from scmdm.config.fields import PathKind, key
+from scmdm.config.fields import PathKind, key, require
 from scmdm.config.registry import Registry
-from scmdm.errors import UserError
 
 SOURCES = Registry(
     "source.name",
@@ -189,8 +188,7 @@ class PrepareConfig:
         self.source.validate()
         self.tokenizer.validate()
         for name, value, ok, wanted in self._rules():
-            if not ok:
-                raise UserError(f"{name}={value!r} is not possible; it must be {wanted}")
+            require(ok, name, value, wanted)
 
     def _rules(self) -> Iterator[tuple[str, object, bool, str]]:
         """Yield keys, their values, whether these are possible, and the allowed values."""
@@ -207,10 +205,12 @@ class PrepareConfig:
             yield name, fraction, fraction > 0 or source.splits_by_name, "above 0, unless source.split_by=names"
         total = self.validation_fraction + self.test_fraction
         yield "test_fraction", self.test_fraction, total < 1, "below 1 together with validation_fraction"
+        by_name = "source.split_by=names" if hasattr(source, "split_by") else f"source.name={source.name}"
         together = self.held_out_last is not None and source.splits_by_name
-        yield "held_out_last", self.held_out_last, not together, "null with source.split_by=names"
+        yield "held_out_last", self.held_out_last, not together, f"null with {by_name}"
         permuted = self.split_seed is not None and (source.splits_by_name or self.held_out_last is not None)
-        yield "split_seed", self.split_seed, not permuted, "null with source.split_by=names, and with held_out_last"
+        permuted_by = by_name if source.splits_by_name else "held_out_last"
+        yield "split_seed", self.split_seed, not permuted, f"null with {permuted_by}"
         padded = self.pad_policy == "ignore"
         yield (
             "pad_policy",

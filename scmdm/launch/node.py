@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from scmdm.errors import UserError
 from scmdm.launch.rank import rank_module
 from scmdm.runtime.flight_recorder import recorder_environment
 from scmdm.system.signals import REQUEUE_EXIT, stop_signals
@@ -192,4 +193,7 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as mistake:
+        sys.exit(f"scmdm: error: {mistake}")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 
+from scmdm.errors import UserError
 from scmdm.system.signals import end_with_parent, stop_signals
 
 TRAINING = ("train", "adapt")
@@ -29,4 +30,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as mistake:
+        sys.exit(f"scmdm: error: {mistake}")

@@ -22,7 +22,7 @@ from scmdm.system.files import atomic_directory
 
 def user_cache(name: str) -> Path:
     """Return the path of a directory in the user's cache; the directory need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scmdm" / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scmdm" / name
 
 
 def package_data(

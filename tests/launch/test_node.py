@@ -32,6 +32,14 @@ def test_the_status_of_ranks(codes, status):
     assert exit_status(codes) == status
 
 
+@pytest.mark.parametrize("module", ["node", "rank"])
+def test_signals_that_do_not_exist_are_one_line(module):
+    command = [sys.executable, "-m", f"scmdm.launch.{module}", "--logs=x", "--stacks=x", "--", "sample"]
+    environment = {**os.environ, "SCMDM_STOP_SIGNALS": "TERM,FOO"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "SCMDM_STOP_SIGNALS=TERM,FOO" in done.stderr
+
+
 def test_exit_codes_as_text():
     assert describe_exit(3) == "exit status 3"
     assert describe_exit(-signal.SIGSEGV) == "killed by SIGSEGV"

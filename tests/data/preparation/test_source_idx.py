@@ -88,6 +88,8 @@ def damaged(name, change):
         (lambda folder: (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bno"), [], "train-images"),
         (lambda folder: None, ["source.pool=4"], "source.pool=4"),
         (lambda folder: None, ["length=38"], "length=37"),
+        (lambda folder: None, ["held_out_last=3"], "source.name=idx"),
+        (lambda folder: None, ["split_seed=3"], "source.name=idx"),
     ],
 )
 def test_what_is_refused(tmp_path, empty_yaml, capsys, damage, keys, named):
