@@ -1,8 +1,8 @@
-"""Implementations by name: sources, tokenizers, denoisers, domains.
+"""Implementations by name: sources, tokenizers, denoisers, domains, published layouts.
 
 An entry names a class as `module:Class`, which is imported on first use, so that only its users need its dependencies.
-The class has an attribute `Config`: the dataclass of the keys that belong to it. Other packages add entries through
-entry points of the registry's group.
+The class has an attribute `Config`: the dataclass of the keys that belong to it; a layout is an object without keys.
+Other packages add entries through entry points of the registry's group, under names that scmdm does not have.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Registry:
     @cached_property
     def _entries(self) -> dict[str, str]:
         found = {point.name: point.value for point in importlib.metadata.entry_points(group=self._group)}
-        return found | self._own
+        return self._own | found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,6 +46,11 @@ class Registry:
             raise UserError(f"{self.key}={name!r} is no longer used; write {self.key}={self._formerly[name]}")
         if not isinstance(name, str) or name not in self._entries:
             raise UserError(f"{self.key}={name!r} is not possible; it must be one of {', '.join(self.names)}")
+        if self._entries[name] != self._own.get(name, self._entries[name]):
+            raise UserError(
+                f"{self.key}={name!r} is ambiguous: an installed package has an entry point of this name in the group "
+                f"{self._group} ({self._entries[name]}), which scmdm has itself; rename it, or uninstall the package"
+            )
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 

@@ -77,6 +77,25 @@ def test_a_section_is_replaced_by_one_of_another_class():
     assert with_overrides(found, [], "here") == square
 
 
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """An installed package with two kinds of shapes, one under a name of ours."""
+    place = tmp_path / "plugin-1.0.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    entries = f"[tests.shapes]\nround = {__name__}:Circle\nsquare = {__name__}:Circle\n"
+    (place / "entry_points.txt").write_text(entries)
+    monkeypatch.syspath_prepend(tmp_path)
+    return Registry("shape.name", "tests.shapes", {"square": f"{__name__}:Square", "circle": f"{__name__}:Circle"})
+
+
+def test_a_package_adds_names_but_cannot_replace_one(plugin):
+    assert plugin.names == ("square", "circle", "round") and plugin.load("round") is Circle
+    assert plugin.load("circle") is Circle
+    with pytest.raises(UserError, match=rf"shape\.name='square'.*tests\.shapes.*{__name__}:Circle"):
+        plugin.load("square")
+
+
 def test_a_former_name_is_refused_with_the_present_one():
     with pytest.raises(UserError, match=r"model\.kind='llama'.*model\.kind=decoder"):
         load_config(RunConfig, None, ["run_dir=r", "train.steps=1", "model.kind=llama"])
