@@ -139,9 +139,9 @@ def find_files(
     """Find the files of a corpus: `path` itself, or all files below it whose suffix is one of `formats`, sorted.
 
     Skipped, and counted by reason: hidden files and folders, folders that are links (which might lead anywhere or in a
-    circle), what is neither a file nor a folder, and other suffixes. `path` itself may also have one of the formats
-    `by_name` or, with `any_suffix`, any name. `accepts` replaces the choice by suffix in a folder; it is called with
-    the path below the folder.
+    circle), what is neither a file nor a folder, and other suffixes or names. `path` itself may also have one of the
+    formats `by_name` or, with `any_suffix`, any name. `accepts` replaces the choice by suffix in a folder; it is called
+    with the path below the folder.
 
     Raises UserError when there is no file, and when `path` itself has another suffix.
     """
@@ -165,7 +165,8 @@ def find_files(
         if found_reason is None and wanted:
             files[name] = path / name
         else:
-            skipped.setdefault(found_reason or "other suffix", []).append(name)
+            other = "other suffix" if accepts is None else "other name"
+            skipped.setdefault(found_reason or other, []).append(name)
     found = FoundFiles(files, skipped)
     if not files:
         rest = f" (skipped: {found.describe_skipped()})" if skipped else ""

@@ -74,6 +74,8 @@ class MosesSource(Source):
                     tally.drop(problem, file.where(at))
                 else:
                     yield Record(smiles)
+            if file.problem is not None:
+                tally.drop(file.problem.reason, file.problem.where)
 
 
 def moses_folder() -> Path:

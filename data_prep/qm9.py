@@ -56,8 +56,10 @@ class Qm9Source(Source):
             for row in read_rows(file, header, piece):
                 tally.read()
                 smiles = row.fields[position] if position < len(row.fields) else ""
-                canonical = canonical_smiles(smiles)
+                canonical = None if row.problem else canonical_smiles(smiles)
                 if canonical is None:
                     tally.drop(row.problem or "not a molecule", f"{file.where(row.at)}: {smiles[:200]}")
                 else:
                     yield Record(canonical)
+            if file.problem is not None:
+                tally.drop(file.problem.reason, file.problem.where)

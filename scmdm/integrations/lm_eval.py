@@ -64,6 +64,8 @@ class _Prompt:
     until: list[str]  # strings that end the text
     sampler: SamplerConfig
     draw_key: int  # key of the random draws
+    cut: bool  # whether the beginning of the context is left out
+    shorter: bool  # whether `max_new_tokens` is smaller than the task's
 
 
 @register_model("scmdm")
@@ -218,6 +220,7 @@ class MaskedDiffusionLM(TemplateLM):
             draw = (seen[same],) if request.doc_id is None else (seen[same], request.doc_id)
             prompts.append(self._prompt(number, context, normalize_gen_kwargs(options), draw))
             seen[same] += 1
+        self._report_shortened(prompts)
         texts = [""] * len(requests)
         size, self._deviation = self._generated_at_once, CacheDeviation()
         for group in self._groups(prompts, lambda own: repr(own.sampler), disable_tqdm, size, order=_prompt_length):
@@ -227,6 +230,17 @@ class MaskedDiffusionLM(TemplateLM):
             cache = self._sampler({}).cache
             print(f"rank {self._rank}: cache={cache} against none: {self._deviation.describe()}", file=sys.stderr)
         return texts
+
+    def _report_shortened(self, prompts: Sequence[_Prompt]) -> None:
+        """Print how many contexts are cut, and how many texts are shorter than their task allows."""
+        cut, shorter = sum(prompt.cut for prompt in prompts), sum(prompt.shorter for prompt in prompts)
+        half = self._loaded.spec.length // 2
+        for number, what in (
+            (cut, "contexts do not fit into the model's length and are cut on the left"),
+            (shorter, f"texts have {half} tokens instead of the task's max_gen_toks; give gen_length for more"),
+        ):
+            if number:
+                print(f"rank {self._rank}: {number} of {len(prompts)} {what}", file=sys.stderr)
 
     def _sampler(self, options: dict[str, Any]) -> SamplerConfig:
         task = {"temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0)}
@@ -248,10 +262,13 @@ class MaskedDiffusionLM(TemplateLM):
     def _prompt(self, number: int, context: str, options: Any, draw: tuple[int, ...]) -> _Prompt:
         """Make a request, whose random draws are keyed on `draw`. A long context is cut on the left."""
         ids = self.tok_encode(context)
-        max_new_tokens = self._options.gen_length or min(options["max_gen_toks"], self._loaded.spec.length // 2)
-        ids = ids[max(0, len(ids) - (self.max_length - max_new_tokens)) :]
+        wanted = self._options.gen_length or options["max_gen_toks"]
+        max_new_tokens = self._options.gen_length or min(wanted, self._loaded.spec.length // 2)
+        cut = max(0, len(ids) - (self.max_length - max_new_tokens))
+        ids = ids[cut:]
         until = [] if self._options.escape_until else options["until"]
-        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), request_key(ids, *draw))
+        key, shorter = request_key(ids, *draw), max_new_tokens < wanted
+        return _Prompt(number, ids, max_new_tokens, until, self._sampler(options), key, cut > 0, shorter)
 
     def _groups(
         self,

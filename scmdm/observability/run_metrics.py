@@ -173,9 +173,12 @@ class LogFile(logging.Handler):
         self._failing = error is not None
         if error is not None:
             logger.warning("cannot write %s: %s; its lines wait until there is room", self._file.path, describe(error))
+        elif self._file.lost:
+            logger.warning("%s is written again, but %d line(s) are lost", self._file.path, self._file.lost)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file.close() is not None:
+            logger.warning("%d line(s) of %s could not be written and are lost", self._file.lost, self._file.path)
         super().close()
 
 

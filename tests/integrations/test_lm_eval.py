@@ -264,6 +264,18 @@ def test_generation_has_a_fixed_length_and_the_settings_of_llada(tmp_path, cfg, 
     assert found == [text.partition("b")[0] for text in texts]
 
 
+def test_what_does_not_fit_is_counted(tmp_path, capsys):
+    place = export(tmp_path, "random", spread=1.0)
+    model = harness.MaskedDiffusionLM(place, steps=2, precision="float32", device="cpu")
+    prompts = [("a", 2), ("b", 3), ("a" * 60, 2), ("a", LENGTH)]
+    requests = [(text, {"until": [], "max_gen_toks": most}) for text, most in prompts]
+    model.generate_until(asked("generate_until", *requests), disable_tqdm=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["1 of 4" in line for line in lines] == [True, True] and "max_gen_toks" in lines[1]
+    model.generate_until(asked("generate_until", *requests[:2]), disable_tqdm=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_answer_ends_at_any_end_token(tmp_path):
     place = export(tmp_path, "random", spread=1.0)
     keys = {"steps": 6, "precision": "float32", "device": "cpu", "gen_length": 8}

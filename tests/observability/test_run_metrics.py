@@ -1,6 +1,7 @@
 """Metrics files with damaged lines, and disks on which nothing can be written for a while."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from scmdm.checkpoint.reader import list_checkpoints
 from scmdm.cli import main
 from scmdm.errors import UserError
-from scmdm.observability.run_metrics import MetricsFile, last_row, logger, read_metrics
-from scmdm.system import json_lines
+from scmdm.observability.run_metrics import LogFile, MetricsFile, last_row, logger, read_metrics
+from scmdm.system import json_lines, line_file
 from scmdm.system.line_file import LineFile
 from tests.conftest import TINY, scmdm
 
@@ -184,6 +185,30 @@ def test_a_full_device_loses_what_waits_at_the_end(tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     file = LineFile(tmp_path / "log")
     assert all(file.write("x") for _ in range(3)) and file.close() and file.lost == 3
+
+
+def log_line(text):
+    return logging.LogRecord("scmdm", logging.INFO, "", 0, text, None, None)
+
+
+def test_lines_of_the_log_that_are_lost_are_counted(tmp_path, caplog, monkeypatch):
+    """When it is closed, and when there are more than can wait."""
+    (tmp_path / "full").symlink_to("/dev/full")
+    closed = LogFile(tmp_path / "full")
+    for number in range(3):
+        closed.emit(log_line(str(number)))
+    closed.close()
+    assert str(tmp_path / "full") in caplog.messages[-1] and "3 line" in caplog.messages[-1]
+    monkeypatch.setattr(line_file, "_MOST_WAITING", 2)
+    log = LogFile(tmp_path / "log")
+    before = limit_files(0)
+    try:
+        for number in range(5):
+            log.emit(log_line(str(number)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.emit(log_line("5"))
+    assert "3 line" in caplog.messages[-1] and (tmp_path / "log").read_text().split() == ["3", "4", "5"]
 
 
 @pytest.mark.parametrize("keep_going", [True, False])

@@ -504,7 +504,9 @@ def test_formats_by_name_and_by_key(tmp_path):
     (tmp_path / "news.en-00001-of-00002").write_text("one\ntwo\n")
     with pytest.raises(UserError, match=r"news\.en-00001.*source\.format"):
         text(tmp_path, pattern="news.*").parts(1)
-    assert read(text(tmp_path, pattern="news.*", format="text"))[0] == ["one", "two"]
+    named = text(tmp_path, pattern="news.*", format="text")
+    assert read(named)[0] == ["one", "two"]
+    assert {reason: len(names) for reason, names in named.skipped.items()} == {"other name": 5}
     (tmp_path / "x.dat").write_text(rows)
     assert read(text(tmp_path / "x.dat", format="jsonl"))[0] == ["one", "two"]
 

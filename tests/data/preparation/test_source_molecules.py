@@ -1,5 +1,6 @@
 """MOSES, SMILES files and SELFIES: published splits, parts, what is left out."""
 
+import gzip
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from rdkit import Chem
 import data_prep.tables
 import data_prep.text_files
 from data_prep.moses import PUBLISHED_SPLITS, MosesSource, read_smiles
+from data_prep.qm9 import Qm9Source
 from data_prep.smiles import SmilesSource, SmilesSourceConfig, canonical_smiles
 from scmdm.cli import main
 from scmdm.config.preparation import SourceConfig
@@ -90,6 +92,24 @@ def test_a_missing_file_of_moses_is_named(moses):
     (moses.folder / "test.csv").unlink()
     with pytest.raises(UserError, match=r"test\.csv is missing; remove"):
         moses.parts(1 << 20)
+
+
+def test_a_damaged_file_of_moses_is_counted(moses):
+    (moses.folder / "test.csv").write_bytes(gzip.compress(b"SMILES\nCCO\n"))
+    tally = Tally()
+    for part in moses.parts(1 << 30):
+        list(moses.records(part, tally))
+    assert tally.counts == {"read": 109, "dropped: binary file": 1}
+
+
+def test_a_row_of_qm9_that_is_no_row_is_counted(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for part in (1, 2, 3):
+        (tmp_path / "data" / f"qm9_part{part}.csv").write_text("index,SMILES\n1,C\n2,CC,more\n")
+    monkeypatch.setattr("data_prep.qm9.package_folder", lambda *_: tmp_path)
+    source, tally = Qm9Source(SourceConfig(), length=64), Tally()
+    found = [record.content for part in source.parts(1 << 30) for record in source.records(part, tally)]
+    assert found == ["C"] * 3 and tally.counts == {"read": 6, "dropped: more fields than the header": 3}
 
 
 @pytest.mark.slow
