@@ -33,7 +33,7 @@ MOVED_METRIC_KEYS = {name: f"write `metrics.{name}`" for name in ("fcd", "moses"
 
 @dataclass
 class ZeroShotConfig:
-    """Texts that a model was not trained on, with the keys of the `text` source of `scmdm prepare`."""
+    """Texts that a model was not trained on."""
 
     path: str = fields.key(MISSING, path=PathKind.INPUT, help="file or folder")
     key: str = fields.key("text", help="key or column of the text")
