@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -22,6 +22,7 @@ from scmdm.config.presets import Preset
 from scmdm.config.shipped import explain_missing, locate, open_input, shipped_names
 from scmdm.config.value_types import type_hints, values_of_other_types
 from scmdm.errors import UserError
+from scmdm.system.files import atomic_write_text
 from scmdm.system.untrusted import describe, parse_yaml, read_yaml
 
 Schema = TypeVar("Schema")
@@ -199,23 +200,39 @@ def _checked(schema: type[Schema], config: DictConfig) -> Schema:
     result = _to_object(config)
     assert isinstance(result, schema)
     validate_keys(result)
-    _locate_inputs(result)
+    replace_inputs(result, _locate_input)
     validate = getattr(result, "validate", None)
     if validate is not None:
         validate()
     return result
 
 
-def _locate_inputs(config: Any, prefix: str = "") -> None:
-    """Replace the names of shipped files by their places. Raises UserError for what is no file or directory."""
+def _locate_input(name: str, value: str) -> str:
+    """Return the place of a shipped file. Raises UserError for what is no file or directory."""
+    found = open_input(name, Path(value))
+    return value if found == Path(value) else str(found)
+
+
+def replace_inputs(config: Any, change: Callable[[str, str], str], prefix: str = "") -> None:
+    """Replace the path of each input of a configuration by what `change` returns for its key and path."""
     for field in dataclasses.fields(config):
         value, rules, name = getattr(config, field.name), rules_of(field), f"{prefix}{field.name}"
         if isinstance(value, str) and rules is not None and rules.path is PathKind.INPUT:
-            found = open_input(name, Path(value))
-            setattr(config, field.name, value if found == Path(value) else str(found))
+            setattr(config, field.name, change(name, value))
         for part, section in value.items() if isinstance(value, dict) else ((None, value),):
             if dataclasses.is_dataclass(section):
-                _locate_inputs(section, f"{name}." if part is None else f"{name}.{part}.")
+                replace_inputs(section, change, f"{name}." if part is None else f"{name}.{part}.")
+
+
+def copy_with_parents(path: Path, target: Path) -> None:
+    """Copy a YAML file to `target`, and those that it extends beside it: the copy loads as the file does."""
+    extended: Path | None = None
+    chain = _read_chain(path)
+    for number, (_, content) in enumerate(chain, start=1):
+        copy = target if number == len(chain) else target.with_name(f"{target.stem}-{number}{target.suffix}")
+        parent = {} if extended is None else {"extends": extended.name}
+        atomic_write_text(copy, yaml.safe_dump({**parent, **content}, sort_keys=False, allow_unicode=True))
+        extended = copy
 
 
 def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from scmdm.config.fields import is_path
 from scmdm.errors import UserError
 
 FOLDER = "configs"
@@ -51,9 +52,11 @@ def locate(path: Path) -> Path:
     return shipped if shipped.exists() else path
 
 
-def is_shipped(path: Path) -> bool:
-    """Return whether `path` is one of the shipped files or directories."""
-    return Path(os.path.realpath(path)).is_relative_to(shipped_root())
+def shipped_input(name: str) -> Path | None:
+    """Return the place of the shipped file or directory that `name` means; None if it means another, or none."""
+    found = locate(Path(name)) if is_path(name) else None
+    own = found is not None and Path(os.path.realpath(found)).is_relative_to(shipped_root())
+    return found if own and found is not None and found.exists() else None
 
 
 def explain_missing(path: Path) -> str:

@@ -1,11 +1,14 @@
 """Freeze code and configuration when a job is submitted.
 
-A job runs the copies made here, so that editing a file does not change a queued or requeued job.
+A job runs the copies made here, so that editing a file does not change a queued or requeued job. Inputs that come with
+scmdm are copied, too: a container or another machine may lack them.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,11 +20,12 @@ from typing import TypeAlias
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.evaluation import EvaluateConfig
-from scmdm.config.loading import load_config, replace_sections, to_yaml
+from scmdm.config.fields import require
+from scmdm.config.loading import copy_with_parents, load_config, replace_inputs, to_yaml
 from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
 from scmdm.config.sampling import SampleConfig
-from scmdm.config.shipped import is_shipped
+from scmdm.config.shipped import shipped_input
 from scmdm.config.study import StudyConfig
 from scmdm.data.preparation.shard_writer import check_place
 from scmdm.data.preparation.source import make_source
@@ -50,6 +54,7 @@ class FrozenLaunch:
     target: Path  # run directory, or what the command writes
     directory: Path
     words: tuple[str, ...] = ()  # arguments of the command besides its configuration: a model, an output
+    shipped_model: Path | None = None  # original of the model in `words`, if that is a copy
 
     @property
     def code(self) -> Path:
@@ -144,10 +149,11 @@ def _training(given: _Given) -> ResolvedLaunch:
 
 
 def _preparation(given: _Given) -> ResolvedLaunch:
-    config = load_config(PrepareConfig, given.subject, [*given.keys, f"slice=0/{given.ranks}"])
+    config = load_config(PrepareConfig, given.subject, given.keys)
+    require(config.slice is None, "slice", config.slice, "left out: --array divides the work")
+    dataclasses.replace(config, slice=f"0/{given.ranks}").validate()
     check_place(Path(config.out))
     make_source(config).files()
-    config = dataclasses.replace(config, slice=None)
     return _output("prepare", config, config.out)
 
 
@@ -208,11 +214,15 @@ def plan_launch(resolved: ResolvedLaunch) -> FrozenLaunch:
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     taken = {path.name for path in resolved.launches.glob(f"{name}*")}
     free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
-    return FrozenLaunch(resolved.command, resolved.target, resolved.launches / free, resolved.words)
+    directory, words = resolved.launches / free, resolved.words
+    shipped = shipped_input(words[0]) if words else None
+    if shipped is not None:
+        words = (str(directory / "model"), *words[1:])
+    return FrozenLaunch(resolved.command, resolved.target, directory, words, shipped)
 
 
 def freeze(frozen: FrozenLaunch, config: LaunchedConfig) -> None:
-    """Copy code and configuration into the launch directory."""
+    """Copy code, configuration and shipped inputs into the launch directory."""
     source = Path(__file__).resolve().parents[2]
     try:
         frozen.logs.mkdir(parents=True)
@@ -220,18 +230,39 @@ def freeze(frozen: FrozenLaunch, config: LaunchedConfig) -> None:
             if (source / package).is_dir():
                 ignore = shutil.ignore_patterns("__pycache__", *_LEFT_OUT)
                 shutil.copytree(source / package, frozen.code / package, ignore=ignore)
+        if frozen.shipped_model is not None:
+            shutil.copytree(frozen.shipped_model, frozen.directory / "model")
+        config = _carried(frozen.directory, config)
     except OSError as error:
         raise cannot_write(frozen.directory, error) from error
-    atomic_write_text(frozen.config, to_yaml(_carried(frozen, config), for_loading=True))
+    atomic_write_text(frozen.config, to_yaml(config, for_loading=True))
     atomic_write_text(frozen.code / REVISION_FILE, json.dumps(git_revision(source / "scmdm")) + "\n")
 
 
-def _carried(frozen: FrozenLaunch, config: LaunchedConfig) -> LaunchedConfig:
-    """Copy the shipped base model into the launch directory: a container or another machine may lack the package."""
-    named = config.base if isinstance(config, RunConfig | StudyConfig) else None
-    base = Path(named) if named is not None else None
-    if base is None or not is_shipped(base):
-        return config
-    copy = frozen.directory / "base"
-    shutil.copytree(base, copy)
-    return replace_sections(config, base=str(copy))
+def _carried(directory: Path, config: LaunchedConfig) -> LaunchedConfig:
+    """Copy the files that the job would load, and shipped inputs, into the launch directory; return their new paths."""
+    config = copy.deepcopy(config)
+    if isinstance(config, StudyConfig):
+        prepared = _carried(directory, load_config(PrepareConfig, Path(config.prepare)))
+        config.prepare = str(directory / "prepare.yaml")
+        atomic_write_text(Path(config.prepare), to_yaml(prepared, for_loading=True))
+        # These two are not complete without the keys that the study sets, and one that no run needs may be missing.
+        for name in ("base_config", "adapt_config"):
+            if Path(getattr(config, name)).exists():
+                copy_with_parents(Path(getattr(config, name)), directory / f"{name}.yaml")
+                setattr(config, name, str(directory / f"{name}.yaml"))
+    replace_inputs(config, functools.partial(_carry, directory))
+    if isinstance(config, StudyConfig | EvaluateConfig):  # the keys of a domain, which the job chooses
+        texts = {name: value for name, value in config.metrics.items() if isinstance(value, str)}
+        config.metrics |= {name: _carry(directory, f"metrics.{name}", value) for name, value in texts.items()}
+    return config
+
+
+def _carry(directory: Path, name: str, value: str) -> str:
+    """Copy an input that comes with scmdm into the launch directory, under the name of its key; return its path."""
+    shipped = shipped_input(value)
+    if shipped is None:
+        return value
+    target = directory / f"{name}{shipped.suffix if shipped.is_file() else ''}"
+    (shutil.copyfile if shipped.is_file() else shutil.copytree)(shipped, target)
+    return str(target)

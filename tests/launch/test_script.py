@@ -14,7 +14,9 @@ from scmdm.cli import main
 from scmdm.config.evaluation import EvaluateConfig
 from scmdm.config.launch import Container, Ranks, SlurmJob
 from scmdm.config.loading import load_config
+from scmdm.config.preparation import PrepareConfig
 from scmdm.config.run import RunConfig
+from scmdm.config.study import StudyConfig
 from scmdm.errors import UserError
 from scmdm.launch.batch_script import render, render_preparation
 from scmdm.launch.freeze import FrozenLaunch, freeze, plan_launch, resolve
@@ -195,7 +197,7 @@ def test_a_preparation_that_is_signalled_before_its_time_limit(capsys, tmp_path,
     assert main([*command, *option, "--dry-run"]) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    stand_ins = """srun() { kill -USR1 $$; sleep 1; }
+    stand_ins = """srun() { sleep 0.5; kill -USR1 $$; sleep 2; }
 scontrol() { echo "scontrol $*"; }
 export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=0 SLURM_JOB_NODELIST=here
 """
@@ -210,6 +212,7 @@ export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=0 SLURM_JOB_NODELIST=here
         (["prepare", "configs/data/qm9.yaml", "--array", "0"], "--array=0 is not possible"),
         (["prepare", "configs/data/qm9.yaml", "--nodes", "2"], "--nodes=2 is not possible with prepare"),
         (["prepare", "configs/data/qm9.yaml", "overwrite=true"], "overwrite=True is not possible"),
+        (["prepare", "configs/data/qm9.yaml", "slice=2/8", "--array", "4"], "slice='2/8'"),
         *(
             (["prepare", "configs/data/qm9.yaml", option, value], f"{option}={value} is not possible with prepare")
             for option, value in (
@@ -322,6 +325,40 @@ def test_a_frozen_evaluation_reads_its_configuration(tmp_path, monkeypatch):
     freeze(frozen, resolved.config)
     assert load_config(EvaluateConfig, frozen.config) == resolved.config
     assert frozen.arguments("x") == ["evaluate", "run", "--config", "x"]
+
+
+def test_a_launched_study_is_frozen_with_the_files_that_it_names(tmp_path, monkeypatch):
+    """Edits do not reach the job, which may run where scmdm's own files are missing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parent.yaml").write_text("extends: configs/qm9/base.yaml\noptimizer: {lr: 2e-3}\n")
+    (tmp_path / "mine.yaml").write_text("extends: parent.yaml\ntrain: {log_every: 7}\n")
+    keys = [f"{name}=mine.yaml" for name in ("base_config", "adapt_config")]
+    resolved = resolve("study", ROOT / "configs/qm9/quickstart.yaml", ["out=study", *keys], later=True)
+    resolved.config.metrics["scorer"] = "configs/text/scorer"  # of another domain; nothing reads it here
+    frozen = plan_launch(resolved)
+    freeze(frozen, resolved.config)
+    own = [f"run_dir={tmp_path / 'run'}", "data.path=data", "train.steps=900"]
+    before = load_config(RunConfig, tmp_path / "mine.yaml", own)
+    (tmp_path / "mine.yaml").write_text("train: {log_every: 8}\n")
+    (tmp_path / "parent.yaml").unlink()
+    study = load_config(StudyConfig, frozen.config)
+    named = [study.prepare, study.base_config, study.adapt_config, study.base, study.metrics["scorer"]]
+    assert all(Path(path).is_relative_to(frozen.directory) for path in named), named
+    assert load_config(PrepareConfig, Path(study.prepare)) == load_config(PrepareConfig, Path("configs/data/qm9.yaml"))
+    for name in (study.base_config, study.adapt_config):
+        assert load_config(RunConfig, Path(name), own) == before
+    assert (Path(study.base) / "model.json").is_file() and (Path(study.metrics["scorer"]) / "scorer.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export"])
+def test_a_model_that_comes_with_scmdm_is_copied(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"sample": ["out=a.jsonl"], "evaluate": ["out=a.json"], "export": ["exported"]}[command]
+    resolved = resolve(command, ROOT / "configs/qm9/long-base", arguments)
+    frozen = plan_launch(resolved)
+    freeze(frozen, resolved.config)
+    model = Path(frozen.arguments("x")[1])
+    assert model.is_relative_to(frozen.directory) and (model / "model.json").is_file()
 
 
 def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):
