@@ -131,13 +131,18 @@ class Manifest:
     @property
     def padding_id(self) -> int:
         """Id that samples are padded with."""
-        return self.eos_id if self.pad_policy == "eos" else self.pad_id
+        return padding_id(self.pad_policy, pad_id=self.pad_id, eos_id=self.eos_id)
 
     def split(self, name: str, root: Path) -> SplitInfo:
         """Return a split. Raises UserError, which lists the splits, for an unknown name."""
         if name not in self.splits:
             raise UserError(f"{root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
+
+
+def padding_id(pad_policy: str, *, pad_id: int, eos_id: int) -> int:
+    """Return the id that the samples of a data set are padded with."""
+    return eos_id if pad_policy == "eos" else pad_id
 
 
 def has_fingerprint(root: Path) -> bool:

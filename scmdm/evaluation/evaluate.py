@@ -169,7 +169,7 @@ def sample_templates(
     lengths_N = _sample_lengths(loaded, root, manifest, templates_NL, config)
     if lengths_N is not None and templates_NL is not None:
         beyond_NL = torch.arange(templates_NL.shape[1]) >= lengths_N[:, None]
-        templates_NL = templates_NL.masked_fill(beyond_NL, manifest.pad_id)
+        templates_NL = templates_NL.masked_fill(beyond_NL, manifest.padding_id)
     return templates_NL, lengths_N
 
 

@@ -293,7 +293,7 @@ class MaskedDiffusionLM(TemplateLM):
         for prompt in group:
             row, tail = self._scorer.row(prompt.context, prompt.max_new_tokens)
             templates.append(row.masked_fill(tail, spec.mask_id))
-        templates_BL, lengths_B = pad_templates(templates, tokenizer)
+        templates_BL, lengths_B = pad_templates(templates, self._loaded.manifest.padding_id)
         from_prompt = sampler.block_start == "prompt"
         starts = [len(self._prefix) + len(prompt.context) for prompt in group]
         sampler.check_length(max(len(row) - from_prompt * at for row, at in zip(templates, starts, strict=True)))

@@ -229,7 +229,7 @@ class SampleSet:
                 lengths_B=None if lengths_B is None else lengths_B.to(self.device),
                 on_step=on_step,
             )
-        padding = self.loaded.tokenizer.pad_id
+        padding = self.loaded.manifest.padding_id
         return replace(drawn, tokens=functional.pad(drawn.tokens, (0, length - longest), value=padding))
 
 
@@ -341,4 +341,4 @@ def _decoded(
         return [block_text(row, tokenizer) for row in rows], [is_block(row, tokenizer) for row in rows]
     # [EOS] alone is left to the tokenizer, which may share its id with [BOS].
     texts = [tokenizer.decode(cut_at_end(row, at, end_ids[1:])) for row, at in pairs]
-    return texts, [is_framed(row, tokenizer) for row in rows]
+    return texts, [is_framed(row, tokenizer, loaded.manifest.padding_id) for row in rows]

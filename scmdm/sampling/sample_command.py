@@ -69,7 +69,7 @@ def run_sampling(path: Path, config: SampleConfig) -> GeneratedSamples | None:
         make_model_template(loaded, length, prompt, config.infill, add_bos=add_bos, gen_length=gen_length)
         for prompt in prompts
     ]
-    templates_PL, lengths_P = pad_templates(templates, loaded.tokenizer)
+    templates_PL, lengths_P = pad_templates(templates, loaded.manifest.padding_id)
     samples = SampleSet(
         loaded,
         config.sampler,

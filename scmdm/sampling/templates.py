@@ -37,12 +37,14 @@ def make_template(
     bos_given: bool,
     add_bos: bool = True,
     gen_length: int | None = None,
+    padding_id: int | None = None,
 ) -> Tensor:
     """Make a template (L,) int64 of a prompt, or of a text with `[MASK]` in it, and the mask id everywhere else.
 
     With `bos_given`, [BOS] is set even without a prompt; without `add_bos`, it never is. A conversation begins as the
     chat template says. With `gen_length`, the template has that number of masks after the prompt, otherwise `length`
-    tokens. Raises UserError for a text that the vocabulary cannot encode or that is longer than `length`.
+    tokens. `padding_id`, that of the model's data set (None: [PAD]), follows a text that is filled in. Raises UserError
+    for a text that the vocabulary cannot encode or that is longer than `length`.
     """
     if prompt is not None and not isinstance(prompt, str):
         add_bos = False
@@ -69,7 +71,8 @@ def make_template(
             f"prompt has {len(given)} tokens with {ends}, which leaves none of {length} to generate; shorten it, or "
             "set length"
         )
-    row = torch.full((length,), tokenizer.mask_id if infill is None else tokenizer.pad_id)
+    padding = tokenizer.pad_id if padding_id is None else padding_id
+    row = torch.full((length,), tokenizer.mask_id if infill is None else padding)
     row[: len(given)] = torch.tensor(given, dtype=torch.int64)
     return row
 
@@ -83,21 +86,27 @@ def make_model_template(
     add_bos: bool = True,
     gen_length: int | None = None,
 ) -> Tensor:
-    """Call `make_template` with a model's tokenizer and its data set's `bos_policy`.
+    """Call `make_template` with a model's tokenizer, and `bos_policy` and padding of its data set.
 
     To a model of conversations, a prompt is a question.
     """
     if isinstance(prompt, str) and loaded.manifest.framing == "chats":
         prompt = question(prompt)
-    bos_given = loaded.manifest.bos_policy == "given"
     return make_template(
-        loaded.tokenizer, length, prompt, infill, bos_given=bos_given, add_bos=add_bos, gen_length=gen_length
+        loaded.tokenizer,
+        length,
+        prompt,
+        infill,
+        bos_given=loaded.manifest.bos_policy == "given",
+        add_bos=add_bos,
+        gen_length=gen_length,
+        padding_id=loaded.manifest.padding_id,
     )
 
 
-def pad_templates(templates: Sequence[Tensor], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def pad_templates(templates: Sequence[Tensor], padding_id: int) -> tuple[Tensor, Tensor]:
     """Stack templates (L,) of different lengths: return them padded at the end (P, L), and their lengths (P,)."""
-    padded_PL = pad_sequence(list(templates), batch_first=True, padding_value=tokenizer.pad_id)
+    padded_PL = pad_sequence(list(templates), batch_first=True, padding_value=padding_id)
     return padded_PL, torch.tensor([len(template) for template in templates])
 
 

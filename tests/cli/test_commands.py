@@ -80,7 +80,8 @@ def test_sampling_is_reproducible_and_batch_free(base, tmp_path):
     assert len(first) == 10 and all(row["evaluations"] == 6 for row in first)
     manifest = scmdm.load(base).manifest
     assert manifest.bos_policy == "given" and all(row["tokens"][0] == manifest.bos_id for row in first)
-    assert all(row["framed"] == is_framed(row["tokens"], scmdm.load(base).tokenizer) for row in first)
+    tokenizer = scmdm.load(base).tokenizer
+    assert all(row["framed"] == is_framed(row["tokens"], tokenizer, manifest.padding_id) for row in first)
 
 
 @pytest.mark.slow

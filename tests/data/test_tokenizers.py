@@ -126,4 +126,13 @@ def test_sentencepiece_training_is_deterministic_and_says_what_does_not_fit(piec
 )
 def test_framing(pieces, framed):
     tokenizer = SmilesTokenizer(["C"])
-    assert is_framed(["_^$?C".index(piece) for piece in pieces], tokenizer) is framed
+    assert is_framed(["_^$?C".index(piece) for piece in pieces], tokenizer, tokenizer.pad_id) is framed
+
+
+@pytest.mark.parametrize(
+    ("pieces", "framed"),
+    [("^CC$$$", True), ("^CCCC$", True), ("^CCCCC", True), ("^CC$__", False), ("^CC$$_", False), ("^CC$C$", False)],
+)
+def test_framing_of_samples_that_are_padded_with_the_end_mark(pieces, framed):
+    tokenizer = SmilesTokenizer(["C"])
+    assert is_framed(["_^$?C".index(piece) for piece in pieces], tokenizer, tokenizer.eos_id) is framed

@@ -60,7 +60,7 @@ def drawn_from(root, split, count):
     rows = read_split(root, split).astype("int64")[:count]
     texts, framed = (
         [tokenizer.decode(row) for row in rows.tolist()],
-        [is_framed(row, tokenizer) for row in rows.tolist()],
+        [is_framed(row, tokenizer, manifest.padding_id) for row in rows.tolist()],
     )
     return GeneratedSamples(torch.from_numpy(rows), texts, framed, [8] * len(rows), 1.0)
 
@@ -107,7 +107,9 @@ def test_real_data_is_good_and_can_be_drawn(dataset, tmp_path, monkeypatch):
     noise = torch.randint(4, manifest.vocab_size, drawn.tokens.shape, generator=torch.Generator().manual_seed(0))
     noise[:, 0] = manifest.bos_id
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
-    texts, framed = zip(*((tokenizer.decode(r), is_framed(r, tokenizer)) for r in noise.tolist()), strict=True)
+    texts, framed = zip(
+        *((tokenizer.decode(r), is_framed(r, tokenizer, manifest.padding_id)) for r in noise.tolist()), strict=True
+    )
     noisy = dataclasses.replace(drawn, tokens=noise, texts=list(texts), framed=list(framed))
     uniform = require_consistent(domain, noisy).metrics
     worse = uniform[first.name]  # None: not a single sample is valid

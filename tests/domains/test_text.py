@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from scmdm.data.manifest import Manifest
+from scmdm.domains.interface import EvaluationSettings, GeneratedSamples
 from scmdm.domains.text.causal_scorer import load_scorer
+from scmdm.domains.text.config import PlainTextMetricKeys
+from scmdm.domains.text.domain import TextDomain
 from scmdm.domains.text.metrics import (
     NgramScorer,
     distinct_n,
@@ -20,6 +24,7 @@ from scmdm.domains.text.metrics import (
 )
 from scmdm.domains.text.ngram import NgramModel
 from scmdm.errors import UserError
+from tests.data.sets import write_texts
 
 TEXTS = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat sat on a mat"] * 2 + ["the end of it"]
 
@@ -100,6 +105,17 @@ def test_a_scorer_reads_no_more_than_it_has_positions_for(scorer):
     assert both[0] == pytest.approx(both[1])
     values = text_values([long], np.array([[5, 6]]), 0, text_perplexity([long], scorer))
     assert "the first 32 tokens" in evaluate_text(values, scorer)["scorer"]
+
+
+@pytest.mark.parametrize("policy", ["loss", "eos"])
+def test_the_entropy_leaves_out_what_the_data_set_is_padded_with(tmp_path, policy):
+    root = write_texts(tmp_path / "data", 100, pad_policy=policy)
+    manifest = Manifest.read(root)
+    tokens = torch.full((1, manifest.length), manifest.padding_id)
+    tokens[0, :4] = torch.tensor([manifest.bos_id, 5, 6, manifest.eos_id])
+    drawn = GeneratedSamples(tokens, ["bc"], [True], [1], 1.0)
+    found = TextDomain(root, manifest, PlainTextMetricKeys(), EvaluationSettings()).measure(drawn).metrics
+    assert found["entropy"] == pytest.approx(math.log(3 if policy == "eos" else 4))
 
 
 def test_scorers_that_are_not(tmp_path):

@@ -16,7 +16,7 @@ TOKENIZER = CharacterTokenizer("abcdefgh ")
 LENGTH = 16
 
 
-def export(place, *, kind="dit", spread=0.3, block_length=None, **keys):
+def export(place, *, kind="dit", spread=0.3, block_length=None, pad_policy="ignore", **keys):
     """A model directory at `place`; every parameter is drawn, so that logits depend on tokens and estimate."""
     place.mkdir()
     schema = DecoderConfig if kind == "decoder" else DiTConfig
@@ -30,7 +30,8 @@ def export(place, *, kind="dit", spread=0.3, block_length=None, **keys):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += spread * torch.randn(parameter.shape, generator=dice)
-    write_model_files(place, spec, described(TOKENIZER, length=LENGTH), TOKENIZER.save(place.parent))
+    manifest = described(TOKENIZER, pad_policy=pad_policy, length=LENGTH)
+    write_model_files(place, spec, manifest, TOKENIZER.save(place.parent))
     save_file({key: value.detach().contiguous() for key, value in model.named_parameters()}, place / WEIGHTS_FILE)
     seal(place)
     return place

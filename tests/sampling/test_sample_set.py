@@ -15,6 +15,7 @@ from scmdm.evaluation.zero_shot import zero_shot
 from scmdm.runtime.divided_work import ResultParts, share_of
 from scmdm.sampling.generation import SampleSet, generate, generate_divided
 from scmdm.sampling.model_loading import load
+from scmdm.sampling.templates import make_model_template, pad_templates
 from tests.sampling.small_models import export
 
 SAMPLERS = {
@@ -66,6 +67,21 @@ def test_templates_of_different_lengths_are_the_same_in_any_batches(model):
     whole = tokens_of(sample_set(model, **keys).draw(range(9)))
     single = tokens_of(sample_set(model, **keys).draw(range(9), batch_size=1))
     assert torch.equal(whole, single) and whole.shape == (9, 10)
+
+
+@pytest.mark.parametrize("policy", ["loss", "eos"])
+def test_what_a_data_set_is_padded_with_is_framed(tmp_path, policy):
+    loaded = load(export(tmp_path / "model", pad_policy=policy), device="cpu")
+    given = make_model_template(loaded, loaded.spec.length, infill="abc")
+    assert int(given[-1]) == loaded.manifest.padding_id
+    drawn = generate(loaded, SAMPLERS["ancestral"], num=1, seed=0, templates_PL=given[None], precision="float32")
+    assert drawn.tokens.tolist() == [given.tolist()] and drawn.texts == ["abc"] and drawn.framed == [True]
+    longer = torch.cat([given, given[-1:]])
+    templates, lengths = pad_templates([given, longer], loaded.manifest.padding_id)
+    samples = SampleSet(
+        loaded, SAMPLERS["ancestral"], num=1, seed=0, templates_PL=templates, lengths_P=lengths, precision="float32"
+    )
+    assert tokens_of(samples.draw([0])).tolist() == [longer.tolist()]
 
 
 class Killed(Exception):

@@ -23,6 +23,7 @@ from scmdm.data.manifest import (
     Manifest,
     SplitInfo,
     TokenizerRef,
+    padding_id,
     remote_of,
 )
 from scmdm.data.mosaic_streaming import MDSWriter
@@ -131,8 +132,8 @@ class SplitWriter:
     def write(self, sequence: FramedSequence) -> None:
         """Pad a sequence and add it as a sample."""
         policy, length = self._description.pad_policy, self._description.length
-        pad_id = self._tokenizer.eos_id if policy == "eos" else self._tokenizer.pad_id
-        ids_L = np.full(length, pad_id, self._dtype)
+        padding = padding_id(policy, pad_id=self._tokenizer.pad_id, eos_id=self._tokenizer.eos_id)
+        ids_L = np.full(length, padding, self._dtype)
         ids_L[: len(sequence.ids)] = sequence.ids
         sample: dict[str, Any] = {COLUMN: ids_L}
         if self._description.labels:

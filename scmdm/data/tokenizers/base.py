@@ -207,15 +207,18 @@ def text_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return [i for i in ids[first:end] if i not in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id)]
 
 
-def is_framed(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Return whether ids have the form of a sample: [BOS] first, at most one [EOS], [PAD] only after it."""
+def is_framed(ids: Sequence[int], tokenizer: Tokenizer, padding_id: int) -> bool:
+    """Return whether ids have the form of a sample: [BOS] first, and after the first [EOS] padding alone.
+
+    `padding_id` is that of the model's data set, which may be padded with [EOS].
+    """
     if isinstance(tokenizer, OwnFraming):
         return tokenizer.is_framed(ids)
     ids = list(ids)
     end = ids.index(tokenizer.eos_id, 1) + 1 if tokenizer.eos_id in ids[1:] else len(ids)
     text, rest = ids[1:end], ids[end:]
     marks = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.mask_id} - {tokenizer.eos_id}
-    return ids[:1] == [tokenizer.bos_id] and not any(i in marks for i in text) and set(rest) <= {tokenizer.pad_id}
+    return ids[:1] == [tokenizer.bos_id] and not any(i in marks for i in text) and set(rest) <= {padding_id}
 
 
 def is_block(ids: Sequence[int], tokenizer: Tokenizer) -> bool:

@@ -53,8 +53,8 @@ class TextDomain(WithoutPrompts, WithoutFigures):
         self, root: Path, manifest: Manifest, config: PlainTextMetricKeys, settings: EvaluationSettings
     ) -> None:
         self._config, self._device = config, settings.device
-        # Blocks of concatenated texts have no padding, and pad_id may equal eos_id.
-        self._pad_id = -1 if manifest.framing == "concatenate" or config.protocol == "mdlm" else manifest.pad_id
+        # Blocks of concatenated texts have no padding, and the id of padding may be that of [EOS].
+        self._pad_id = -1 if manifest.framing == "concatenate" or config.protocol == "mdlm" else manifest.padding_id
         self._tokenizer = load_tokenizer(root / manifest.tokenizer.file)
         needed = config.mauve or config.scorer is None
         # Loaded here: a scorer that cannot be used is refused before anything is sampled for it.

@@ -172,9 +172,9 @@ def test_one_id_for_beginning_and_end(gpt2):
     assert text_ids([e, a, b, e, t.pad_id], t) == [a, b] and text_ids([e, a], t) == [a] and text_ids([e, e], t) == []
     assert text_ids([a, e, b], t) == [a]
     for ids in ([e, a, b, e], [e, a, b, e, t.pad_id], [e, a, b], [e, e]):
-        assert is_framed(ids, t)
+        assert is_framed(ids, t, t.pad_id)
     for ids in ([a, b, e], [e, a, e, b], [e, a, t.mask_id, e], [e, a, t.pad_id, e]):
-        assert not is_framed(ids, t)
+        assert not is_framed(ids, t, t.pad_id)
     assert is_block([e, a, e, b, e], t) and block_text([e, a, e, b, e], t) == f"{t.decode([a])}{END}{t.decode([b])}"
     row = make_template(t, 6, "ab", None, bos_given=True).tolist()
     assert row[: len(t.encode("ab")) + 1] == [e, *t.encode("ab")] and row[-1] == t.mask_id

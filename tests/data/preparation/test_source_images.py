@@ -46,7 +46,7 @@ def pictures(root, split):
     manifest = Manifest.read(root)
     tokenizer = load_tokenizer(root / manifest.tokenizer.file)
     ids_NL = read_split(root, split)
-    assert all(is_framed(row, tokenizer) for row in ids_NL.tolist())
+    assert all(is_framed(row, tokenizer, manifest.padding_id) for row in ids_NL.tolist())
     labels = read_labels(root, split) if manifest.labels else [None] * len(ids_NL)
     return list(zip(labels, tokenizer.pictures(ids_NL), strict=True))
 
@@ -344,7 +344,7 @@ def test_any_picture_comes_back(levels, height, width, channels, dice):
 def test_what_is_no_picture_is_not_framed(wrong):
     """The mask, padding, an end mark, no beginning, a value too few."""
     tokenizer = LevelTokenizer(GridLayout(2, 2, 1, 5))
-    assert is_framed([1, 4, 5, 6, 7], tokenizer) and not is_framed(wrong, tokenizer)
+    assert is_framed([1, 4, 5, 6, 7], tokenizer, 0) and not is_framed(wrong, tokenizer, 0)
     assert tokenizer.picture([1, 4, 8, 3, 7]).ravel().tolist() == [0, 255, 0, 191]
     assert tokenizer.tokens([1, 4, 3]) == ["[BOS]", "0", "[MASK]"]
     with pytest.raises(UserError, match="length=7 does not fit images of 2 x 2 x 1"):
