@@ -158,7 +158,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Read a `tokenizer.json`, or a folder with the files of a `transformers` tokenizer.
 
         Args:
-            path: the file or the folder.
+            path: the file or the folder. A `tokenizer.json` is read with the settings in its folder.
             padded: whether the data set has padding. A tokenizer without a padding token then gets an id for it;
                 otherwise its padding id is that of [EOS], which is never used.
             model: the tokenizer's model, if it has one.
@@ -168,10 +168,11 @@ class HuggingFaceTokenizer(Tokenizer):
             UserError: the files are missing or malformed.
         """
         folder = path.parent if path.is_file() else path
-        if any((folder / name).is_file() for name in _SETTINGS):
-            path = folder
-        elif (folder / PIPELINE_FILE).is_file() and path.is_dir():
-            path = folder / PIPELINE_FILE  # `transformers` would need the model's configuration
+        if path.is_dir() or path.name == PIPELINE_FILE:  # a file of another name is read itself
+            if any((folder / name).is_file() for name in _SETTINGS):
+                path = folder
+            elif (folder / PIPELINE_FILE).is_file():
+                path = folder / PIPELINE_FILE  # `transformers` would need the model's configuration
         pipeline, roles = read_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
         template = _chat_template(folder)
         with reading(f"{named}={path}", "tokenizer"):

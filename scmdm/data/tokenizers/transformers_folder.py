@@ -22,6 +22,7 @@ ROLES = ("mask", "bos", "eos", "pad")
 _BERT_ROLES = {"bos": "cls", "eos": "sep"}
 _OTHER_ROLES = ("unk", "sep", "cls")
 _FILES = {PIPELINE_FILE, SETTINGS_FILE, MAP_FILE, "vocab.json"}
+_READ = (*sorted(_FILES), "added_tokens.json", "config.json")  # a checkpoint has further JSON files
 _REMEDY = "give another folder"
 
 
@@ -30,7 +31,7 @@ def read_folder(path: Path, named: str) -> tuple[dict[str, Any], dict[str, str]]
 
     `named` is the configuration key of `path`.
     """
-    found = sorted(file for file in path.glob("*.json") if file.exists())
+    found = [path / name for name in _READ if (path / name).exists()]
     files = {file.name: read_json(file, "JSON file of a tokenizer", remedy=_REMEDY) for file in found}
     if not _FILES & files.keys() and not any(path.glob("*.model")):
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,25 @@ def test_gpt2_gets_the_layout_of_mdlm(gpt2, end, name):
     padded = HuggingFaceTokenizer.from_files(gpt2 / name, padded=True)
     assert (padded.mask_id, padded.pad_id, padded.vocab_size) == (end + 1, end + 2, end + 3)
     assert padded.tokens([end, end + 1, end + 2]) == [END, "[MASK]", "[PAD]"]
+
+
+def test_a_file_of_another_name_is_read_itself(gpt2, tmp_path):
+    """Beside it is the folder's own tokenizer, with its settings."""
+    folder = shutil.copytree(gpt2, tmp_path / "tokenizer")
+    assert (folder / "tokenizer_config.json").is_file()
+    byte_pairs(size=280).save(str(folder / "tokenizer-v2.json"))
+
+    def size(name):
+        return HuggingFaceTokenizer.from_files(folder / name, padded=False).vocab_size
+
+    assert size("") == size("tokenizer.json") > size("tokenizer-v2.json")
+
+
+def test_other_files_of_a_checkpoint_are_not_read(gpt2, tmp_path):
+    folder = shutil.copytree(gpt2, tmp_path / "checkpoint-10")
+    (folder / "trainer_state.json").write_text('{"log_history": [{"loss": NaN}]}')
+    opened = HuggingFaceTokenizer.from_files(folder, padded=False)
+    assert opened.encode("ab") == HuggingFaceTokenizer.from_files(gpt2, padded=False).encode("ab")
 
 
 def test_ids_are_those_of_the_library(gpt2):
