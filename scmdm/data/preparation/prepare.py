@@ -182,6 +182,7 @@ class _Preparation:
     def of(config: PrepareConfig) -> _Preparation:
         source, out = make_source(config), Path(config.out)
         require_effective_fractions(config, source)
+        _require_possible_framing(config, source)
         parts = source.parts(config.part_mb << 20)
         if config.limit is not None:
             parts = join_parts(parts)  # the first records are found only in sequence
@@ -284,6 +285,16 @@ class _Preparation:
         with suppress(FileNotFoundError):
             self.work.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+
+
+def _require_possible_framing(config: PrepareConfig, source: Source) -> None:
+    """Raise UserError where records that are grids, or have labels, are to share a sample."""
+    kind = "are grids of values" if source.layout is not None else "have labels" if source.labels else None
+    if kind is not None and config.framing != "records":
+        raise UserError(
+            f"framing={config.framing} is not possible with source.name={config.source.name}, whose records {kind}; it "
+            "must be records"
+        )
 
 
 def _optional_splits(config: PrepareConfig, published: Sequence[str]) -> tuple[str, ...]:

@@ -158,6 +158,24 @@ def test_what_does_not_go_together(corpus, tmp_path, empty_yaml, capsys, keys, m
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keys", [["framing=packed", "pad_policy=ignore"], ["framing=concatenate"]], ids=str)
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["source.name=digits", "tokenizer.name=levels", "length=65"],
+        ["source.name=genomes", "tokenizer.name=dna", "length=34", "source.species_from=file", "source.path={}"],
+    ],
+    ids=["grids", "labels"],
+)
+def test_grids_and_records_with_labels_are_not_joined(tmp_path, empty_yaml, capsys, source, keys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.fa").write_text(f">{name}\n{'ACGT' * 2000}\n")
+    options = [key.format(tmp_path) for key in source]
+    assert main(["prepare", str(empty_yaml), *options, *keys, f"out={tmp_path / 'a'}", "workers=1"]) == 1
+    error = capsys.readouterr().err
+    assert keys[0] in error and source[0] in error and "records" in error and error.count("\n") == 1
+
+
 def test_data_for_a_model_that_there_is_have_its_characters(tmp_path, empty_yaml):
     (tmp_path / "one.txt").write_text("".join(f"{'abc' * i}\n" for i in range(1, 40)))
     (tmp_path / "two.txt").write_text("".join(f"{'ab' * i}\n" for i in range(1, 30)) + "abd\n")
