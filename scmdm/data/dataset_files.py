@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, RESTORE, FileInfo, Manifest, remote_of
+from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, FileInfo, Manifest, remedy_for, remote_of
 from scmdm.data.shard_compression import is_decompressed
 from scmdm.data.shard_index import SHARD_HASH, ShardInfo, read_index
 from scmdm.data.tokenizers import load_tokenizer
@@ -43,7 +44,7 @@ def check_dataset(root: Path) -> Manifest:
         _remove_damaged(root)
     problems = file_problems(root, hashes=False)
     if problems:
-        raise UserError(f"{problems[0]}; {RESTORE}")
+        raise UserError(f"{problems[0]}; {remedy_for(root)}")
     return Manifest.read(root)
 
 
@@ -51,8 +52,9 @@ def _remove_damaged(root: Path) -> None:
     for split in Manifest.read(root).splits.values():
         for file in split.files:
             path = root / file.file
-            if path.is_file() and path.stat().st_size != file.bytes:
-                path.unlink(missing_ok=True)  # another rank may have removed it
+            with suppress(FileNotFoundError):  # another rank may remove it at any time
+                if path.is_file() and path.stat().st_size != file.bytes:
+                    path.unlink()
 
 
 def _file_problem(root: Path, file: FileInfo, hashes: bool, cached: bool) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,6 @@ REMOTE_FILE = "remote.json"  # marks the cache of a remote data set (see remote.
 INDEX_FILE = "index.json"  # of a split: streaming's list of its shards
 VERSION = 2
 _FINGERPRINT = "fingerprint"  # key of the manifest; absent in those of earlier versions
-RESTORE = "restore the file, or prepare the data set again with overwrite=true"
 _LARGEST_REMOTE = 2**16  # bytes of `remote.json`
 
 
@@ -140,6 +140,13 @@ class Manifest:
         return self.splits[name]
 
 
+def remedy_for(root: Path) -> str:
+    """Return what a user does about a damaged file of a data set, or of the cache of one."""
+    if os.path.lexists(root / REMOTE_FILE):
+        return "remove the file, and give data.remote again, which fetches it"
+    return "restore the file, or prepare the data set again with overwrite=true"
+
+
 def padding_id(pad_policy: str, *, pad_id: int, eos_id: int) -> int:
     """Return the id that the samples of a data set are padded with."""
     return eos_id if pad_policy == "eos" else pad_id
@@ -152,9 +159,9 @@ def has_fingerprint(root: Path) -> bool:
 
 def _read(root: Path) -> tuple[Manifest, bool]:
     """Read a manifest, and return it with whether it had a fingerprint."""
-    path = root / MANIFEST_FILE
+    path, remedy = root / MANIFEST_FILE, remedy_for(root)
     try:
-        content = read_json(path, "manifest", remedy=RESTORE)
+        content = read_json(path, "manifest", remedy=remedy)
     except FileNotFoundError as error:
         raise UserError(f"{root} is not a prepared data set (no {MANIFEST_FILE}); run `scmdm prepare` first") from error
     version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
@@ -162,45 +169,45 @@ def _read(root: Path) -> tuple[Manifest, bool]:
         raise UserError(f"{path} has version {version!r:.40}, expected {VERSION}; prepare the data set again")
     fingerprinted = isinstance(content, dict) and _FINGERPRINT in content
     recorded = content.pop(_FINGERPRINT) if fingerprinted else None
-    manifest = parse_as(Manifest, content, path, RESTORE)
-    _check_ids(manifest, path)
-    _check_names(manifest, root)
+    manifest = parse_as(Manifest, content, path, remedy)
+    _check_ids(manifest, path, remedy)
+    _check_names(manifest, root, remedy)
     if fingerprinted and recorded != manifest.fingerprint():
-        raise UserError(f"{path} was changed after it was written: it does not match its {_FINGERPRINT}; {RESTORE}")
+        raise UserError(f"{path} was changed after it was written: it does not match its {_FINGERPRINT}; {remedy}")
     return manifest, fingerprinted
 
 
-def _check_ids(manifest: Manifest, path: Path) -> None:
+def _check_ids(manifest: Manifest, path: Path, remedy: str) -> None:
     """Raise UserError for special ids outside of the vocabulary, and for ids that the dtype cannot hold."""
     for name in ("mask_id", "pad_id", "bos_id", "eos_id"):
         value = getattr(manifest, name)
         if not 0 <= value < manifest.vocab_size:
             raise UserError(
-                f"{path}: {name}={value} is not possible; it must be between 0 and {manifest.vocab_size - 1}; {RESTORE}"
+                f"{path}: {name}={value} is not possible; it must be between 0 and {manifest.vocab_size - 1}; {remedy}"
             )
     if manifest.dtype == "uint16" and manifest.vocab_size > 1 << 16:
         raise UserError(
-            f"{path}: dtype=uint16 is not possible with vocab_size={manifest.vocab_size}; it must be uint32; {RESTORE}"
+            f"{path}: dtype=uint16 is not possible with vocab_size={manifest.vocab_size}; it must be uint32; {remedy}"
         )
 
 
-def _check_names(manifest: Manifest, root: Path) -> None:
+def _check_names(manifest: Manifest, root: Path, remedy: str) -> None:
     """Raise UserError unless all files are named once, plainly, in the directory of their split inside `root`."""
     path = root / MANIFEST_FILE
     name_inside(root, manifest.tokenizer.file, path)
     for split, info in manifest.splits.items():
         if name_inside(root, split, path).parent != root:
-            raise UserError(f"{path} has a split {split!r:.100}, which is not the name of a directory; {RESTORE}")
+            raise UserError(f"{path} has a split {split!r:.100}, which is not the name of a directory; {remedy}")
         for file in info.files:
             require_plain_name(file.file, root, path)
             if file.file.rpartition("/")[0] != split:
                 raise UserError(
-                    f"{path}: split {split!r} lists {file.file!r:.100}, which is not in its directory; {RESTORE}"
+                    f"{path}: split {split!r} lists {file.file!r:.100}, which is not in its directory; {remedy}"
                 )
     named = Counter(file.file for split in manifest.splits.values() for file in split.files)
     twice = [name for name, count in named.items() if count > 1]
     if twice:
-        raise UserError(f"{path} lists {twice[0]!r} twice; {RESTORE}")
+        raise UserError(f"{path} lists {twice[0]!r} twice; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ class _Remote:
 
 def remote_of(root: Path) -> str | None:
     """Return the URL of the data set that a directory caches; None when it is not a cache."""
-    path, remedy = root / REMOTE_FILE, "remove it and give data.remote again"
+    path, remedy = root / REMOTE_FILE, f"remove it and {MANIFEST_FILE}, and give data.remote again"
     try:
         content = read_json(path, "mark of a cache", limit=_LARGEST_REMOTE, remedy=remedy)
     except FileNotFoundError:

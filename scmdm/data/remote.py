@@ -24,13 +24,14 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, FileInfo, Manifest, mark_as_cache, remote_of
+from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, REMOTE_FILE, FileInfo, Manifest, mark_as_cache, remote_of
 from scmdm.data.mosaic_streaming import CloudDownloader, CloudUploader
 from scmdm.data.shard_compression import UNFINISHED
 from scmdm.errors import UserError
 from scmdm.system.files import sha256_file
 from scmdm.system.untrusted import LARGEST_TEXT
 
+LOCK_FILE = ".fetch.lock"  # in a cache, and in a data set with compressed shards that were read
 _TIMEOUT_S = 60.0
 _WATCH_S = 0.05  # time between two looks at the size of what is downloaded
 _MANIFEST = ".manifest."  # as UNFINISHED, of the directory of a manifest
@@ -40,10 +41,16 @@ _ABANDONED_S = 24 * 3600  # age of the remains of a killed download
 def open_cache(root: Path, remote: str, key: str) -> None:
     """Make `root` the cache of `remote`, or check that it is: fetch the manifest, the tokenizer and the indexes.
 
-    Raises UserError when a file cannot be fetched, or when `root` holds another data set. `key` is the configuration
+    Raises UserError when a file cannot be fetched, or when `root` is a data set or the cache of another one. `key` is the configuration
     key of `root`, for the message.
     """
     remote = remote.rstrip("/")
+    # The mark precedes the manifest, so that a directory with a manifest alone is no cache that is being made.
+    if (root / MANIFEST_FILE).exists() and not os.path.lexists(root / REMOTE_FILE):
+        raise UserError(
+            f"{key}={root} is a data set, not a cache, from which files may be removed; leave data.remote out, or give "
+            f"another directory for the cache of {remote}"
+        )
     with lock_directory(root), tempfile.TemporaryDirectory(prefix=_MANIFEST, dir=root) as temporary:
         download(remote, MANIFEST_FILE, Path(temporary) / MANIFEST_FILE, LARGEST_TEXT)
         manifest = Manifest.read(Path(temporary))
@@ -213,7 +220,7 @@ def lock_directory(root: Path) -> Iterator[None]:
     """Lock a cache, or a data set with compressed shards, against other ranks and runs on the machine."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".fetch.lock"):
+        with FileLock(root / LOCK_FILE):
             yield
     except OSError as error:
         raise UserError(

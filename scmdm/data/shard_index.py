@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, RESTORE, Bytes, Count, Manifest
+from scmdm.data.manifest import INDEX_FILE, MANIFEST_FILE, Bytes, Count, Manifest, remedy_for
 from scmdm.errors import UserError
 from scmdm.system.untrusted import parse_as, parse_json, read_bytes, reading
 
@@ -104,9 +104,10 @@ def parse_index(data: bytes, path: Path, remedy: str = "") -> ShardIndex:
         return parse_as(ShardIndex, parse_json(data), path, remedy)
 
 
-def read_index(root: Path, split: str, manifest: Manifest, remedy: str = RESTORE) -> ShardIndex:
+def read_index(root: Path, split: str, manifest: Manifest, remedy: str | None = None) -> ShardIndex:
     """Read the index of a split. Raises UserError when it is damaged, or does not match the data set's manifest."""
     path = root / split / INDEX_FILE
+    remedy = remedy_for(root) if remedy is None else remedy
     with reading(path, "index of shards", remedy):
         data = read_bytes(path)
     hashes = {file.file: file.sha256 for file in manifest.split(split, root).files}

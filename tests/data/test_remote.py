@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +198,53 @@ def test_a_cache_of_another_data_set_is_refused(s3, local, remote, tmp_path):
     upload_dataset(local, "s3://bucket/moved")
     open_data(cached(tmp_path, "s3://bucket/moved/"))
     assert remote_of(tmp_path / "cache") == "s3://bucket/moved"
+
+
+def test_a_data_set_is_not_made_a_cache(local, remote, tmp_path, empty_yaml, capsys):
+    own = shutil.copytree(local, tmp_path / "cache")
+    before = sorted(own.rglob("*"))
+    assert main(train(tmp_path / "run", empty_yaml, f"data.path={own}", f"data.remote={remote}")) == 1
+    error = capsys.readouterr().err
+    assert f"data.path={own}" in error and "data.remote" in error and error.count("\n") == 1
+    assert sorted(own.rglob("*")) == before and remote_of(own) is None
+
+
+def test_a_damaged_manifest_of_a_cache_is_fetched_again_after_its_removal(local, remote, tmp_path):
+    config, cache = cached(tmp_path, remote), tmp_path / "cache"
+    expected = order(reader(config))
+    (cache / "manifest.json").write_text("{")
+    for broken in (config, DataConfig(path=str(cache))):
+        with pytest.raises(UserError, match=r"cache/manifest\.json.*remove.*data\.remote") as refused:
+            open_data(broken)
+        assert "overwrite" not in str(refused.value)
+    (cache / "manifest.json").unlink()
+    assert order(reader(config)) == expected
+    (cache / "remote.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache/remote\.json.*remove.*manifest\.json.*data\.remote"):
+        open_data(DataConfig(path=str(cache)))
+    for name in ("remote.json", "manifest.json"):
+        (cache / name).unlink()
+    assert order(reader(config)) == expected
+
+
+def test_a_damaged_file_may_go_while_it_is_checked(remote, tmp_path, monkeypatch):
+    """Another rank removes it first."""
+    config, cache = cached(tmp_path, remote), tmp_path / "cache"
+    expected = order(reader(config))
+    first = cache / "train" / shards(cache)[0]
+    os.truncate(first, 100)
+    is_file = Path.is_file
+
+    def then_gone(path):
+        found = is_file(path)
+        if path == first:
+            path.unlink(missing_ok=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", then_gone)
+        open_data(DataConfig(path=str(cache)))
+    assert order(reader(config)) == expected
 
 
 def test_limits_of_caches(local, remote, tmp_path):
