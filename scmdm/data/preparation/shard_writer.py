@@ -29,6 +29,7 @@ from scmdm.data.manifest import (
 from scmdm.data.mosaic_streaming import MDSWriter
 from scmdm.data.preparation.framing import FramedSequence
 from scmdm.data.preparation.task_queue import read_result
+from scmdm.data.remote import LOCK_FILE
 from scmdm.data.shard_compression import UNFINISHED
 from scmdm.data.shard_index import (
     COLUMN,
@@ -67,7 +68,7 @@ class Description:
 
 # Files of a data set by their paths in it, with those that stopped processes have left.
 _OWN_FILE = re.compile(
-    rf"{re.escape(MANIFEST_FILE)}|tokenizer\.\w+"
+    rf"{re.escape(MANIFEST_FILE)}|{re.escape(LOCK_FILE)}|tokenizer\.\w+"
     rf"|[^/]+/({re.escape(INDEX_FILE)}|shard\.\d+{re.escape(SHARD_SUFFIX)}({re.escape(COMPRESSED_SUFFIX)})?)"
     rf"|[^/]+/{re.escape(UNFINISHED)}.*|(.*/)?\.[^/]+\.tmp"
 )

@@ -9,8 +9,10 @@ import pytest
 
 from data_prep.text import TextConfig, TextSource
 from scmdm.cli import main
+from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.records import Tally
+from scmdm.data.remote import LOCK_FILE
 from tests.chat_tokenizers import write_chat_tokenizer
 from tests.conftest import prepare_qm9
 from tests.data.preparation.test_source_idx import write_mnist
@@ -172,6 +174,8 @@ def test_a_file_as_parent_is_refused_by_the_key(tmp_path, capsys):
 def test_overwrite_removes_no_file_of_another_origin(tmp_path, capsys, name):
     root = tmp_path / "data"
     assert prepare_qm9(root, "limit=100", "compression=zstd") == 0
+    read_split(root, "train")
+    assert (root / LOCK_FILE).is_file()
     assert prepare_qm9(root, "limit=100", "compression=null", "overwrite=true") == 0
     for left in ("train/.fetch.x/shard.00000.mds", "train/shard.00001.mds.zstd", ".manifest.json.x.tmp"):
         (root / left).parent.mkdir(exist_ok=True)
