@@ -5,6 +5,7 @@ Legend: N samples, F features.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, where the trace of the root is computed from the symmetric
     matrix `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`. Its eigenvalues are real and non-negative, so singular covariances need no
-    correction.
+    correction. It is NaN with fewer than two samples, which have no covariance.
     """
+    if min(a.count, b.count) < 2:
+        return math.nan
     values_F, vectors_FF = np.linalg.eigh(a.covariance_FF)
     root_FF = (vectors_FF * np.sqrt(values_F.clip(0))) @ vectors_FF.T
     cross = np.sqrt(np.linalg.eigvalsh(root_FF @ b.covariance_FF @ root_FF).clip(0)).sum()

@@ -1,6 +1,7 @@
 """Distances of pictures against closed forms and other programs; the classifier; copies; grids."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from scmdm.domains.images.metrics import (
     nearest_distances,
 )
 from scmdm.errors import UserError
+from scmdm.evaluation.significance import deviations
 
 POSITIVE = st.lists(st.floats(0.0, 9.0), min_size=3, max_size=3)
 MEANS = st.lists(st.floats(-9.0, 9.0), min_size=3, max_size=3)
@@ -166,6 +168,14 @@ def test_what_is_not_framed_is_counted(reference):
     for wrong in (ids_NL[:1], ids_NL[:, :64]):
         with pytest.raises(UserError, match=r"num=1|length=64"):
             measure_images(wrong, reference)
+
+
+def test_two_samples_have_a_distance_and_no_interval(reference):
+    measured = measure_images(bars(2, 3)[0], reference)
+    assert measured.metrics["frechet_classifier"] > 0
+    values = measured.values["frechet_classifier"]
+    assert np.isnan(values.array).all() and deviations(values) is None
+    assert math.isnan(frechet_distance(random_moments(0, samples=1), random_moments(1)))
 
 
 def test_without_labels_there_is_no_classifier(tmp_path):
