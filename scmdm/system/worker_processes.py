@@ -17,7 +17,7 @@ from scmdm.system.signals import REQUEUE_EXIT, end_with_parent
 
 T = TypeVar("T")
 _stopped = False  # in a worker: a stop signal has ended a job
-_MAX_WORKERS = 8  # each has torch in memory, about 0.7 GiB
+MAX_WORKERS = 8  # each has torch in memory, about 0.7 GiB
 
 
 def worker_count() -> int:
@@ -26,8 +26,8 @@ def worker_count() -> int:
 
 
 def core_count() -> int:
-    """Return the number of CPU jobs to run at once: torch's number of threads, at most eight."""
-    return min(torch.get_num_threads(), _MAX_WORKERS)
+    """Return the number of CPU jobs to run at once: torch's number of threads, at most `MAX_WORKERS`."""
+    return min(torch.get_num_threads(), MAX_WORKERS)
 
 
 @contextlib.contextmanager

@@ -289,6 +289,10 @@ def test_moses_of_part_of_the_training_set(published_moses, tmp_path, capsys):
         assert cells(printed, "Frag/Test")[1] == f"{result['whole']['Frag/Test']:.5f}"
         assert cells(printed, "SNN/Test")[1] == "" and "train, 3 of 4 molecules" in printed.replace("\n", " ")
     assert kept == {path: path.stat().st_mtime_ns for path in (published_moses / "scmdm/moses").iterdir()}
+    # A half of one molecule has no distance, and a part of one fragment no estimate; JSON has no NaN.
+    assert main(["moses", "train", "num=2", f"out={out}"]) == 0
+    whole = json.loads(out.read_text(), parse_constant=pytest.fail)["whole"]
+    assert "FCD/Test" not in whole and whole["Scaf/Test"] is None
     assert main(["moses", "train", "fcd=false", f"out={out}"]) == 0
     assert "whole" not in json.loads(out.read_text())
 
@@ -297,6 +301,8 @@ def test_moses_of_part_of_the_training_set(published_moses, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "num=5"], "num=5 is not possible"),
+        (["{tmp}/two.smi", "num=3", "fcd=false"], "two.smi has 2 molecules"),
+        (["train", "threads=9"], "threads=9 is not possible"),
         (["train", "detailed=1"], "detailed=1 is not possible"),
         (["training"], "training"),
         (["{tmp}/empty.smi"], "empty.smi contains no molecule"),
@@ -306,6 +312,7 @@ def test_moses_of_part_of_the_training_set(published_moses, tmp_path, capsys):
 )
 def test_mistakes_of_moses(published_moses, tmp_path, capsys, arguments, message):
     (tmp_path / "empty.smi").write_text("")
+    (tmp_path / "two.smi").write_text("CCO\nCCN\n")
     (tmp_path / "other.jsonl").write_text("[1]\n")
     assert main(["moses", *(text.format(tmp=tmp_path) for text in arguments)]) == 1
     assert message in capsys.readouterr().err

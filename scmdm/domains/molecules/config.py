@@ -8,6 +8,7 @@ from scmdm.config.common import device_key
 from scmdm.config.fields import PathKind, key
 from scmdm.domains.interface import MetricKeys
 from scmdm.system.package_data import package_folder
+from scmdm.system.worker_processes import MAX_WORKERS
 
 
 @dataclass
@@ -46,4 +47,9 @@ class MosesConfig:
     fcd: bool = key(True, help="Frechet ChemNet distance")
     out: str | None = key(None, path=PathKind.OUTPUT, help="JSON file to write; null: none")
     device: str = device_key()
-    threads: int = key(0, help="worker processes; 0: one per core", at_least=0, at_most=1024)
+    threads: int = key(
+        0,
+        help=f"worker processes, each of which has torch in memory; 0: one per core, at most {MAX_WORKERS}",
+        at_least=0,
+        at_most=MAX_WORKERS,
+    )

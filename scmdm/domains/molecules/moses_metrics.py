@@ -23,6 +23,7 @@ from rdkit.Chem.FilterCatalog import FilterCatalog, FilterCatalogEntry, SmartsMa
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from data_prep.moses import FILTER_FILES, moses_folder, read_smiles
 from scmdm.distributed.engine import resolve_precision
 from scmdm.domains.frechet import frechet_distance
 from scmdm.domains.molecules.metrics import parse_molecule
@@ -33,7 +34,6 @@ from scmdm.system.untrusted import read_bytes, reading
 
 SAMPLES = 30_000  # of the published protocol
 UNIQUE_AT = (1_000, 10_000)
-FILTER_FILES = ("mcf.csv", "wehi_pains.csv")  # in the package molsets
 # Published values of the whole training set: data/samples/train_metrics.csv of molecularsets/moses. It defines property
 # distances differently and contains no novelty.
 TRAINING_SET: Mapping[str, float] = {
@@ -208,8 +208,6 @@ class MosesReference:
         Statistics of the test sets are cached in the user's cache directory. Raises UserError if the package cannot be
         downloaded.
         """
-        from data_prep.moses import moses_folder, read_smiles
-
         filters = MosesFilters.read(moses_folder())
         cached = replace(compute or ComputeOptions(), cache=cache_folder())
         train, test, test_scaffolds = (read_smiles(split) for split in ("train", "test", "test_scaffolds"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from scmdm.domains.molecules.moses_metrics import TRAINING_SET, MosesReference, 
 from scmdm.domains.molecules.set_statistics import ComputeOptions, SetStatistics, describe
 from scmdm.errors import UserError
 from scmdm.observability.run_metrics import format_duration
-from scmdm.system.files import atomic_write_text, require_output_file
+from scmdm.system.files import atomic_write_text, json_text, require_output_file
 from scmdm.system.terminal import Terminal
 from scmdm.system.untrusted import parse_as, parse_json_row, reading, require_regular
 from scmdm.system.worker_processes import core_count
@@ -54,7 +53,7 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
         result["whole"] = _extrapolate(found.smiles, size, config, reference, compute)
     result["seconds"] = time.perf_counter() - started
     if config.out is not None:
-        atomic_write_text(Path(config.out), json.dumps(result, indent=2) + "\n")
+        atomic_write_text(Path(config.out), json_text(result, indent=2))
     _print(result)
     if config.out is not None:
         Terminal().print(f"wrote {config.out}", soft_wrap=True)
@@ -64,17 +63,21 @@ def run_moses(source: str, config: MosesConfig) -> dict[str, Any]:
 def _published(split: str, num: int | None) -> tuple[list[str], int]:
     """Return the first `num` molecules of a fixed random order, and the size of the set."""
     smiles = read_smiles(split)
-    if num is not None and num > len(smiles):
-        raise UserError(f"num={num} is not possible; the set {split} has {len(smiles)} molecules")
+    _require_num(num, f"the set {split}", len(smiles))
     order = np.random.default_rng(0).permutation(len(smiles))[:num]
     return [smiles[index] for index in order], len(smiles)
+
+
+def _require_num(num: int | None, where: str, count: int) -> None:
+    if num is not None and num > count:
+        raise UserError(f"num={num} is not possible; {where} has {count} molecules")
 
 
 def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
     """Read SMILES, whether each is framed (known for `.jsonl` only), and the number of molecules in the file.
 
-    Raises UserError for a line that cannot be read: the metrics are shares of all lines. A blank line is a molecule
-    that is not valid.
+    Raises UserError for a line that cannot be read: the metrics are shares of all lines. A blank line of a file of
+    lines is a molecule that is not valid; `.jsonl` and tables may have blank lines, which are none.
     """
     with reading(path, "file of SMILES", f"give one, or one of {', '.join(PUBLISHED_SPLITS)}"):
         require_regular(path)
@@ -84,6 +87,7 @@ def _read(path: Path, num: int | None) -> tuple[list[str], list[bool], int]:
         raise UserError(f"{file.problem.where}: {file.problem.reason}; give a file of SMILES")
     if not found:
         raise UserError(f"{path} contains no molecule; give a file with one SMILES per line")
+    _require_num(num, str(path), len(found))
     return [text for text, _ in found[:num]], [ok for _, ok in found[:num]], len(found)
 
 
@@ -168,6 +172,8 @@ def _whole_distance(part: SetStatistics, half: SetStatistics, other: SetStatisti
     """Extrapolate the FCD, whose bias is proportional to 1 / number of molecules (Chong and Forsyth, CVPR 2020)."""
     if part.activations is None or half.activations is None or other.activations is None:
         return None
+    if half.activations.count < 2:  # it has no covariance
+        return None
     (x, a), (y, b) = (
         (1 / moments.count, frechet_distance(moments, other.activations))
         for moments in (part.activations, half.activations)
@@ -209,4 +215,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5f}"
+    return "" if value is None or math.isnan(value) else f"{value:.5f}"
