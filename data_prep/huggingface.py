@@ -78,13 +78,18 @@ class HuggingFaceSource(DocumentSource):
         return found
 
     def parts(self, part_bytes: int) -> list[Part]:
-        """Ranges of rows of about `part_bytes` bytes, split by split."""
+        """Ranges of rows of about `part_bytes` bytes, split by split. Raises UserError when there are no rows."""
         parts = []
         for split, rows in self._splits().items():
             total = sum(Path(file["filename"]).stat().st_size for file in rows.cache_files)
             step = max(1, len(rows) * part_bytes // max(1, total))
             own = split_of_name(split) if self.split is None else None
             parts += [Part((Slice(split, at, min(at + step, len(rows))),), own) for at in range(0, len(rows), step)]
+        if not parts:
+            raise UserError(
+                f"source.path={self.path} has no rows in {', '.join(f'split {name}' for name in self._splits())}; give "
+                "another source.split, or another data set"
+            )
         return parts
 
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:

@@ -225,6 +225,7 @@ def saved(tmp_path_factory):
     whole.save_to_disk(place / "one", num_shards=3)
     parts = {"train": whole.select(range(700)), "validation": whole.select(range(700, 800))}
     datasets.DatasetDict({**parts, "test": whole.select(range(800, 900))}).save_to_disk(place / "three")
+    datasets.DatasetDict({"train": whole, "test": whole.filter(lambda _: False)}).save_to_disk(place / "empty")
     (place / "local").mkdir()
     whole.to_parquet(place / "local" / "a.parquet")
     return place
@@ -293,6 +294,8 @@ def test_a_local_folder_through_load_dataset(saved, tmp_path, empty_yaml, monkey
         (["source.path={}/one", "source.text_key=text"], "text is not a column of split train"),
         (["source.path={}/three", "source.split=dev"], "source.split=dev is not in source.path="),
         (["source.path={}/nothing"], "cannot be loaded as a data set"),
+        (["source.path={}/empty", "source.split=test"], "/empty has no rows in split test"),
+        (["source.path={}/empty", "source.split=test", "limit=10"], "/empty has no rows in split test"),
     ],
 )
 def test_mistakes(saved, tmp_path, empty_yaml, capsys, keys, message):
