@@ -41,8 +41,8 @@ _ABANDONED_S = 24 * 3600  # age of the remains of a killed download
 def open_cache(root: Path, remote: str, key: str) -> None:
     """Make `root` the cache of `remote`, or check that it is: fetch the manifest, the tokenizer and the indexes.
 
-    Raises UserError when a file cannot be fetched, or when `root` is a data set or the cache of another one. `key` is the configuration
-    key of `root`, for the message.
+    Raises UserError when a file cannot be fetched, or when `root` is a data set or another one's cache. `key` is the
+    configuration key of `root`, for the message.
     """
     remote = remote.rstrip("/")
     # The mark precedes the manifest, so that a directory with a manifest alone is no cache that is being made.

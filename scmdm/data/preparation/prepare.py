@@ -38,7 +38,7 @@ from scmdm.data.preparation.fit_tokenizer import (
     total_counts,
 )
 from scmdm.data.preparation.records import PLACES, Part, cut_into_parts, join_parts
-from scmdm.data.preparation.scan import describe_groups, hash_files, scan
+from scmdm.data.preparation.scan import describe_groups, hash_files, sampled_share, scan
 from scmdm.data.preparation.shard_writer import check_place, is_up_to_date, join_pieces
 from scmdm.data.preparation.source import Source, make_source
 from scmdm.data.preparation.splits import require_effective_fractions, splits_of
@@ -218,7 +218,8 @@ class _Preparation:
                 show(f"scanning: {records:,} records of a part")
 
         config, source, parts = self.config, self.source, self.parts
-        self._phase("scan", [partial(scan, config, source, part, on_read) for part in parts], worker, show)
+        sampled = sampled_share(config, source)
+        self._phase("scan", [partial(scan, config, source, part, sampled, on_read) for part in parts], worker, show)
         scans, fitted = self._results("scan", len(parts)), self.work / "fit-00000"
         self._phase("fit", [partial(fit, config, source, scans)], worker, show)
         encodings = [

@@ -39,12 +39,23 @@ def hash_files(source: Source, part: Part, to: Path) -> None:
     (to / "hashes.json").write_text(json.dumps(hashes))
 
 
-def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[int], None], to: Path) -> None:
-    """Write the clean records of a part with their hashes, its counts, and the input for building a tokenizer."""
+def sampled_share(config: PrepareConfig, source: Source) -> float:
+    """Return the share of the training records that the tokenizer is trained on; 0 if it is not trained."""
+    tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
+    if not tokenizer.learns_from_text or getattr(config.tokenizer, "path", None) is not None:
+        return 0.0
+    return min(1.0, _SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in source.files().values())))
+
+
+def scan(
+    config: PrepareConfig, source: Source, part: Part, sampled: float, on_read: Callable[[int], None], to: Path
+) -> None:
+    """Write the clean records of a part with their hashes, its counts, and the input for building a tokenizer.
+
+    `sampled` is `sampled_share` of the corpus.
+    """
     tally = Tally(refuse=config.on_dirty == "refuse", on_read=on_read)
     tokenizer: type[Tokenizer] = TOKENIZERS.load(config.tokenizer.name)
-    needs_sample = tokenizer.learns_from_text and getattr(config.tokenizer, "path", None) is None
-    sampled = min(1.0, _SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in source.files().values())))
     hashes: list[int] = []
     symbols: set[str] = set()
     with open(to / "records.jsonl", "w") as records, open(to / "sample.jsonl", "w") as sample:
@@ -59,9 +70,7 @@ def scan(config: PrepareConfig, source: Source, part: Part, on_read: Callable[[i
             hashes.append(hash_)
             records.write(_to_json(record) + "\n")
             # Which records are held out by their positions is known only after all parts have been counted.
-            if not needs_sample or (
-                not by_position(config) and split_of(config, source, part, record, hash_) != "train"
-            ):
+            if not sampled or (not by_position(config) and split_of(config, source, part, record, hash_) != "train"):
                 continue
             if leading_bits(digest[8:]) < sampled * 2**64:
                 sample.write(json.dumps([row, record.text]) + "\n")
@@ -95,7 +104,10 @@ def describe_groups(scans: Sequence[Path]) -> str:
 
 
 def describe_place(source: Source, part: Part, record: Record, error: Exception | None = None) -> str:
-    """Return file and number of a record of a part, by reading the part again, with the error that it raised."""
+    """Return the file of a record and its number among those that the source can read, with the error that it raised.
+
+    The part is read again.
+    """
     problem = f": {error}" if error is not None else ""
     wanted, files = _digest(record), source.files()
     for piece in part.slices:
@@ -103,7 +115,7 @@ def describe_place(source: Source, part: Part, record: Record, error: Exception 
         number = next((number for number, found in enumerate(records, start=1) if _digest(found) == wanted), None)
         if number is not None:
             after = f" after byte or row {piece.start:,}" if piece.start else ""
-            return f"{files.get(piece.file, piece.file)}, record {number:,}{after}{problem}"
+            return f"{files.get(piece.file, piece.file)}, record {number:,} of the readable ones{after}{problem}"
     return f"{source.name}{problem}"
 
 

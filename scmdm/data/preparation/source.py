@@ -62,7 +62,7 @@ class Source(ABC):
 
     @abstractmethod
     def records(self, part: Part, tally: Tally) -> Iterator[Record]:
-        """Yield the clean records of a part in fixed order, with duplicates; count kept and dropped ones in `tally`."""
+        """Yield the clean records of a part in fixed order, with duplicates; `tally` counts those read and dropped."""
 
     def mirror_image(self, record: Record) -> Record | None:
         """Return the mirror image of a record, to be added to the training split; None: no augmentation."""
