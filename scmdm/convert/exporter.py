@@ -20,13 +20,14 @@ from scmdm.checkpoint.seal import seal
 from scmdm.config.conversion import ExportConfig
 from scmdm.config.layouts import LAYOUTS
 from scmdm.config.stored import read_stored_config
-from scmdm.convert.importer import CONDITIONER_FILE, CONDITIONER_PREFIX, SUBDIRECTORY
+from scmdm.convert.importer import CONDITIONER_FILE, SUBDIRECTORY
 from scmdm.convert.layout import PublishedLayout, TokenIds, check_writable
 from scmdm.convert.model_card import model_card
 from scmdm.convert.published_files import CONFIG_FILE
 from scmdm.convert.regrouped_tensors import ungrouped
 from scmdm.data.tokenizers import HuggingFaceTokenizer
 from scmdm.errors import UserError
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 from scmdm.models.lora import adapted_modules, is_added, merged
 from scmdm.models.model_files import (
     WEIGHTS_FILE,

@@ -31,6 +31,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.preparation.shard_writer import Description, make_manifest
 from scmdm.data.tokenizers import ModelIds, Tokenizer, open_model_tokenizer, token_ids
 from scmdm.errors import UserError
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 from scmdm.models.model_files import (
     LONGEST,
     MODEL_FILE,
@@ -50,7 +51,6 @@ from scmdm.system.untrusted import reading
 
 SUBDIRECTORY, CONDITIONER_FILE = "scmdm", f"conditioner{Path(SINGLE_FILE).suffix}"
 _SHARD = 2 * 10**9  # bytes of a weights file, and about the memory in use
-CONDITIONER_PREFIX = "conditioner."
 _HALF_PRECISION = 1e-2  # relative error of a number in bfloat16, rounded up
 
 
@@ -152,9 +152,10 @@ def _plan_new(source: PublishedFiles, layout: PublishedLayout, config: ImportCon
         given, source = source, _with_overrides(source, layout, config)
         model, diffusion = layout.architecture(source), layout.diffusion(source)
         diffusion = dataclasses.replace(diffusion, block_length=read_block_length(source, layout, config))
-        rows = matrix_shape(source, layout.published_name(EMBEDDING))[0]
+        notes, rows = layout.notes(source), matrix_shape(source, layout.published_name(EMBEDDING))[0]
         length = config.length or _length(source, layout.lengths)
-    tokenizer, notes = _tokenizer(source, config, rows)
+    tokenizer, named = _tokenizer(source, config, rows)
+    notes = [*named, *notes]
     notes += [f"{name}={shorten(field_of(given.config, name))} is ignored, as if absent" for name in config.ignore]
     if config.framing == "chats":
         _check_chats(tokenizer)
@@ -345,15 +346,19 @@ def _check_left_out(source: PublishedFiles, layout: PublishedLayout, names: dict
     """Raise UserError unless the tensors that are not imported equal those that scmdm has in their place."""
     left_out = [name for name in source.tensors.shapes() if name not in names]
     head, embedding = layout.published_name(HEAD), layout.published_name(EMBEDDING)
+    if head in left_out:
+        left_out.remove(head)
+        tied = _one(source, embedding).float()
+        _require_equal(source, head, tied, f"{embedding}, to which the configuration ties it")
+    frequencies = spec.build().rotary_emb.frequencies() if left_out else torch.empty(0)
     for name in left_out:
-        value = _one(source, name).float()
-        if name == head:
-            expected, reason = _one(source, embedding).float(), f"{embedding}, to which the configuration ties it"
-        else:
-            expected = spec.build().rotary_emb.frequencies()
-            reason = "the rotary frequencies of its configuration"
-        if value.shape != expected.shape or not torch.allclose(value, expected, rtol=_HALF_PRECISION, atol=1e-9):
-            raise UserError(f"{source.path}: {name} differs from {reason}; scmdm does not import such a model")
+        _require_equal(source, name, frequencies, "the rotary frequencies of its configuration")
+
+
+def _require_equal(source: PublishedFiles, name: str, expected: Tensor, reason: str) -> None:
+    value = _one(source, name).float()
+    if value.shape != expected.shape or not torch.allclose(value, expected, rtol=_HALF_PRECISION, atol=1e-9):
+        raise UserError(f"{source.path}: {name} differs from {reason}; scmdm does not import such a model")
 
 
 def _one(source: PublishedFiles, name: str) -> Tensor:

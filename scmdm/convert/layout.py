@@ -17,6 +17,7 @@ from scmdm.config.layouts import LAYOUTS
 from scmdm.config.model import ModelConfig
 from scmdm.convert.published_files import PublishedFiles
 from scmdm.errors import UserError
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 from scmdm.models.model_files import ModelSpec
 
 EMBEDDING, HEAD, HEAD_BIAS = "vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"
@@ -77,6 +78,7 @@ class PublishedLayout:
         names_mask: Returns whether a model was trained with a mask whose id cannot be inferred, so that its files or
             the user must give it.
         diffusion: Reads the process that the model was trained for.
+        notes: Returns what a user should know about how the configuration was read.
         lengths: Fields of the configuration that state the length of a sample, dotted.
         derived: Suffixes of the names of published tensors that scmdm computes instead of reading.
         derived_tensors: Returns names and values of such tensors, for writing.
@@ -98,6 +100,7 @@ class PublishedLayout:
     of_blocks: bool = False
     names_mask: Callable[[PublishedFiles], bool] = _no_mask_needed
     diffusion: Callable[[PublishedFiles], DiffusionConfig] = log_linear
+    notes: Callable[[PublishedFiles], list[str]] = lambda _: []
     logit_shift: Callable[[PublishedFiles, bool], bool | None] = _no_shift
     derived: tuple[str, ...] = ()
     derived_tensors: Callable[[ModelConfig], Iterable[tuple[str, Tensor]]] = _no_tensors
@@ -118,7 +121,7 @@ class PublishedLayout:
 def parameter_names(config: ModelConfig) -> list[str]:
     """List the names of a model's parameters, without the conditioner's."""
     model = ModelSpec(config, DiffusionConfig(), 2, 1, 2).build()
-    return [name for name, _ in model.named_parameters() if not name.startswith("conditioner.")]
+    return [name for name, _ in model.named_parameters() if not name.startswith(CONDITIONER_PREFIX)]
 
 
 def renamed(block: Mapping[str, str], blocks: str, outer: Mapping[str, str]) -> Callable[[str], str]:

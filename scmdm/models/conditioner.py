@@ -19,6 +19,7 @@ from scmdm.config.model import ModelConfig
 from scmdm.models.initialization import ZeroLinear
 
 CONDITIONERS = ("projection", "norm", "mlp")
+CONDITIONER_PREFIX = "conditioner."  # of the names of its parameters in a model
 
 
 class Conditioner(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.errors import UserError
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 from scmdm.models.experts.expert_block import ExpertLinear
 from scmdm.models.initialization import ZeroLinear
 from scmdm.models.linear import Linear
@@ -107,7 +108,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def is_added(name: str) -> bool:
     """Return whether an adaptation adds this parameter to its base (conditioner or adapter)."""
-    return name.startswith("conditioner.") or _ADAPTER.fullmatch(name) is not None
+    return name.startswith(CONDITIONER_PREFIX) or _ADAPTER.fullmatch(name) is not None
 
 
 def is_trained(name: str, config: RunConfig) -> bool:

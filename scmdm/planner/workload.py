@@ -15,6 +15,7 @@ from torch import nn
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.schedule import Schedule
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 from scmdm.models.decoder_config import DecoderConfig
 from scmdm.models.linear import Linear
 from scmdm.models.lora import freeze
@@ -179,7 +180,7 @@ def find_parameters(model: Network) -> tuple[Parameter, ...]:
             name=name,
             shape=tuple(parameter.shape),
             block=int(name.split(".")[1]) if name.startswith("blocks.") else None,
-            group=(name.startswith("conditioner."), is_decayed(name, parameter)),
+            group=(name.startswith(CONDITIONER_PREFIX), is_decayed(name, parameter)),
             plain_linear=name in plain,
             trained=parameter.requires_grad,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from scmdm.config.training import OptimizerConfig, ScheduleConfig
+from scmdm.models.conditioner import CONDITIONER_PREFIX
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
@@ -16,7 +17,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups = []
     for name, peak_lr, in_conditioner in (("trunk", config.lr, False), ("conditioner", conditioner_lr, True)):
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        chosen = [(n, p) for n, p in trained if n.startswith("conditioner.") == in_conditioner]
+        chosen = [(n, p) for n, p in trained if n.startswith(CONDITIONER_PREFIX) == in_conditioner]
         for decayed in (True, False):
             parameters = [p for n, p in chosen if is_decayed(n, p) == decayed]
             decay = config.weight_decay if decayed else 0.0

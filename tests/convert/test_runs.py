@@ -95,6 +95,14 @@ def test_the_noise_of_a_run_of_duo(tmp_path, capsys, kind, ours, conditioned):
     torch.testing.assert_close(found[..., real], expected[..., real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "noted"), [("cosine", True), ("loglinear", False)])
+def test_another_noise_of_a_run_without_time_conditioning_is_noted(tmp_path, capsys, kind, noted):
+    run = changed(MDLM_RUN, noise__type=kind, time_conditioning=False)
+    code, said = run_import(write_lightning(tmp_path / "last.ckpt", run), tmp_path / "out", capsys, "weights=raw")
+    assert code == 0 and ("noise.type" in said) is noted, said
+    assert read_spec(tmp_path / "out").diffusion.schedule == "log_linear"
+
+
 def test_a_uniform_state_run_gets_a_mask(tmp_path, capsys):
     weights = mdlm_weights(rows=len(WORDS))
     run = changed(MDLM_RUN, diffusion="uniform", parameterization="d3pm", zero_recon_loss=True)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from scmdm.config.diffusion import DiffusionConfig
+from scmdm.config.fields import shorten
 from scmdm.config.model import ModelConfig
 from scmdm.convert.layout import EMBEDDING, PublishedLayout, TokenIds, log_linear
 from scmdm.convert.published_config import (
@@ -105,13 +106,22 @@ def _architecture(source: PublishedFiles) -> DiTConfig:
 
 
 def _diffusion(source: PublishedFiles) -> DiffusionConfig:
-    """Read the noise of a run of Duo's code, which states it in full; other files leave it to MDLM's default."""
+    """Read the noise of a run of Duo's code, which states it in full; others take MDLM's default (see `_notes`)."""
     config = PublishedConfig(source)
     if not config.section("algo"):
         return log_linear(source)
     noise = PublishedConfig(source, config.section("noise"), "noise")
     kind = "cosine" if noise.get("type") == "cosine" else "log_linear"
     return DiffusionConfig(schedule=kind, eps=noise.number("eps", log_linear(source).eps, 0, 0.5))
+
+
+def _notes(source: PublishedFiles) -> list[str]:
+    """Name another noise of a run of MDLM's code, on which a network without time conditioning does not depend."""
+    config = PublishedConfig(source)
+    kind = config.section("noise").get("type")
+    if config.section("algo") or kind is None or kind in _LOG_LINEAR:
+        return []
+    return [f"noise.type={shorten(kind)} becomes log_linear: the network is not conditioned on time"]
 
 
 def _check_hub(config: PublishedConfig, source: PublishedFiles) -> bool:
@@ -204,6 +214,7 @@ MDLM = PublishedLayout(
     recognises=_recognises,
     architecture=_architecture,
     diffusion=_diffusion,
+    notes=_notes,
     describe=_describe,
     unsupported=_unsupported,
     derived=(_FREQUENCIES,),
