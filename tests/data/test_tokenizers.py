@@ -1,6 +1,11 @@
 """Tokenizers: round trips, specials, unknown symbols, files."""
 
+import os
 import re
+import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -105,6 +110,22 @@ def test_sentencepiece_training_is_deterministic_and_says_what_does_not_fit(piec
     assert SentencePieceTokenizer.fit(CORPUS, 300)._model == pieces._model
     with pytest.raises(UserError, match="vocab_size=30000 does not fit"):
         SentencePieceTokenizer.fit(CORPUS, 30000)
+
+
+def test_a_killed_trainer_is_not_blamed_on_the_vocabulary():
+    def corpus():
+        yield from CORPUS
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+        for _ in range(1000):  # what has just been started has no command yet
+            for pid in children.read_text().split():
+                if b"sentencepiece_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    return
+            time.sleep(0.01)
+
+    with pytest.raises(UserError, match=r"signal 9.*memory") as refused:
+        SentencePieceTokenizer.fit(corpus(), 300)
+    assert "vocab_size" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

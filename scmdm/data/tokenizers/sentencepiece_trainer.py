@@ -15,11 +15,14 @@ from typing import Any
 
 import sentencepiece
 
+from scmdm.errors import UserError
 from scmdm.system.signals import end_with_parent
 
 
 def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
-    """Train a model and return its bytes. Raises RuntimeError with sentencepiece's reason when that fails.
+    """Train a model and return its bytes.
+
+    Raises RuntimeError with sentencepiece's reason when that fails, and UserError when the training process is killed.
 
     The training process ends with this call, also when a signal interrupts it and, on Linux, when this process is
     killed.
@@ -36,6 +39,11 @@ def train_pieces(texts: Iterable[str], options: dict[str, Any]) -> bytes:
         except BaseException:
             process.kill()
             raise
+    if process.returncode < 0:
+        raise UserError(
+            f"the trainer of sentencepiece was killed by signal {-process.returncode}, perhaps for lack of memory; "
+            "repeat the command with more memory, or with a smaller corpus"
+        )
     if process.returncode != 0:
         lines = error.decode(errors="replace").strip().splitlines()
         raise RuntimeError(lines[-1] if lines else f"the trainer ended with status {process.returncode}")
