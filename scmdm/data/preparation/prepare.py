@@ -46,6 +46,7 @@ from scmdm.data.preparation.task_queue import Task, Worker, read_result, run_tas
 from scmdm.data.remote import upload_dataset
 from scmdm.errors import UserError
 from scmdm.system.files import require_writable, sha256_file
+from scmdm.system.lease import Fence
 from scmdm.system.terminal import Terminal
 
 # Keys that do not change the data set.
@@ -229,7 +230,7 @@ class _Preparation:
         self._phase("encode", encodings, worker, show)
         encoded = self._results("encode", len(parts))
         places = self._places([*(scan / "scan.json" for scan in scans), *(to / "counts.json" for to in encoded)])
-        self._phase("join", [partial(self._join, described, scans)], worker, show)
+        self._run_phase("join", [partial(self._join, described, scans)], worker, show)
         return places
 
     def _places(self, files: Sequence[Path]) -> dict[str, list[str]]:
@@ -239,6 +240,16 @@ class _Preparation:
             return {}
 
     def _phase(self, name: str, runs: Sequence[Callable[[Path], None]], worker: Worker, show: ShowProgress) -> None:
+        """Complete tasks that write nothing but their results."""
+
+        def without_fence(run: Callable[[Path], None]) -> Callable[[Path, Fence], None]:
+            return lambda to, _: run(to)
+
+        self._run_phase(name, [without_fence(run) for run in runs], worker, show)
+
+    def _run_phase(
+        self, name: str, runs: Sequence[Callable[[Path, Fence], None]], worker: Worker, show: ShowProgress
+    ) -> None:
         def on_done(count: int) -> None:
             show(f"{_PHASES[name]}: {count} of {len(runs)} parts")
 
@@ -259,7 +270,10 @@ class _Preparation:
         described = {"name": self.source.name, "files": files, "options": recorded_options(self.config)}
         return described if self.tokenizer is None else {**described, "tokenizer": self.tokenizer}
 
-    def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path) -> None:
+    def _join(self, described: dict[str, Any], scans: Sequence[Path], to: Path, fence: Fence) -> None:
+        # A worker may have been killed after it had made the data set, before it recorded that.
+        if is_up_to_date(Path(self.config.out), described, self.config.overwrite):
+            return
         encoded = self._results("encode", len(self.parts))
         files = [*((scan / "scan.json") for scan in scans), *((piece / "counts.json") for piece in encoded)]
         counts = total_counts(files)
@@ -278,6 +292,7 @@ class _Preparation:
             optional=_optional_splits(self.config, self.source.published),
             overwrite=overwrite,
             why_empty=partial(describe_groups, scans),
+            before_commit=fence.require,
         )
 
     def _remove_work(self) -> None:

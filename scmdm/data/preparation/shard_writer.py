@@ -193,10 +193,12 @@ def join_pieces(
     optional: Collection[str] = (),
     overwrite: bool = False,
     why_empty: Callable[[], str] = str,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Join pieces that `write_piece` has written, in order, into the data set `root`.
 
-    Files are linked, not moved; `root` is complete or absent. `optional` splits are left out when they are empty.
+    Files are linked, not moved; `root` is complete or absent, and gets its name after `before_commit` has returned.
+    `optional` splits are left out when they are empty.
     Raises UserError for another empty split, with the reason that `why_empty` returns, and for a piece that has changed
     since it was written.
     """
@@ -215,6 +217,7 @@ def join_pieces(
             infos[split] = _join_split(temporary / split, parts)
         manifest = make_manifest(tokenizer, file, infos, description)
         manifest.write(temporary)
+        before_commit()
     return manifest
 
 

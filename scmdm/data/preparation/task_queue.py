@@ -15,19 +15,22 @@ from typing import TypeVar
 
 from scmdm.errors import InUseError, UserError
 from scmdm.system.files import atomic_directory
-from scmdm.system.lease import acquire
+from scmdm.system.lease import Fence, LeaseHolder, acquire, holder_lives, read_lease
 from scmdm.system.untrusted import parse_as, read_json
 
 T = TypeVar("T")
-_SILENCE_LIMIT_S, _POLL_S = 60.0, 0.5
+_SILENCE_LIMIT_S, _POLL_S, _LONGEST_POLL_S = 60.0, 0.5, 5.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """Unit of work. `run` writes the result into the empty directory that it is given."""
+    """Unit of work. `run` writes the result into the empty directory that it is given.
+
+    It is also given the fence of its lease, which it must require before it commits anything elsewhere.
+    """
 
     name: str
-    run: Callable[[Path], None]
+    run: Callable[[Path, Fence], None]
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,17 @@ def run_tasks(directory: Path, tasks: Sequence[Task], worker: Worker, on_progres
     names = {task.name for task in own}
     # Others' tasks from the end, because their owners start at the front.
     order = [*own, *(task for task in reversed(tasks) if task.name not in names)]
+    leases, pause = _OthersLeases(), _POLL_S
     while order and directory.is_dir():
         waiting = []
         for tried, task in enumerate(order, start=1):
-            if not _try_to_complete(directory, task):
+            if not _try_to_complete(directory, task, leases):
                 waiting.append(task)
             on_progress(len(tasks) - len(order) + tried - len(waiting))
+        pause = _POLL_S if len(waiting) < len(order) else min(1.5 * pause, _LONGEST_POLL_S)
         order = waiting
         if order:
-            time.sleep(_POLL_S)
+            time.sleep(pause)
 
 
 def read_result(path: Path, schema: type[T]) -> T:
@@ -68,18 +73,45 @@ def read_result(path: Path, schema: type[T]) -> T:
     return parse_as(schema, read_json(path, "intermediate result", remedy=remedy), path, remedy)
 
 
-def _try_to_complete(directory: Path, task: Task) -> bool:
+class _OthersLeases:
+    """When leases of other workers were last seen to be renewed. To ask for a lease writes files; to look does not."""
+
+    def __init__(self) -> None:
+        self._me = LeaseHolder.current()
+        self._renewed: dict[Path, tuple[int, float]] = {}  # by generation: its time, and when that was seen
+
+    def may_be_free(self, lease: Path) -> bool:
+        """Return whether to ask for a lease: it may be free, or nothing is known about its holder yet."""
+        path, holder = read_lease(lease)
+        if path is None or holder is None or holder.released:
+            return True
+        if holder_lives(holder, self._me, ask_slurm=False) is False:
+            return True
+        try:
+            time_ns = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        known = self._renewed.get(path)
+        if known is None or known[0] != time_ns:
+            self._renewed[path] = time_ns, time.monotonic()
+            return known is None
+        return time.monotonic() - known[1] > _SILENCE_LIMIT_S
+
+
+def _try_to_complete(directory: Path, task: Task, leases: _OthersLeases) -> bool:
     """Make the task's result unless it exists; False while another worker works on it."""
     result = directory / task.name
     if result.is_dir():
         return True
     lease_directory = directory / f".{task.name}.lease"
+    if not leases.may_be_free(lease_directory):
+        return False
     try:
         # Do not query SLURM: hundreds of workers would, twice a second.
         with acquire(lease_directory, str(result), silence_limit_s=_SILENCE_LIMIT_S, ask_slurm=False) as lease:
             if not result.is_dir():
                 with atomic_directory(result) as temporary:
-                    task.run(temporary)
+                    task.run(temporary, lease.fence)
                     lease.fence.require()
     except InUseError:  # another worker holds it, or has taken it over
         return False

@@ -12,14 +12,20 @@ import torch
 from rdkit import Chem
 
 from scmdm.cli import main
+from scmdm.config.loading import load_config
+from scmdm.config.preparation import PrepareConfig
 from scmdm.data.dataset_files import file_problems
 from scmdm.data.loader import read_split
 from scmdm.data.manifest import Manifest
+from scmdm.data.preparation import prepare as preparing
 from scmdm.data.preparation.records import SPLITS
+from scmdm.data.preparation.task_queue import Worker
 from scmdm.data.tokenizers import load_tokenizer
 from scmdm.data.verification import verify_dataset
+from scmdm.errors import InUseError
+from scmdm.system.lease import Fence
 from scmdm.training.validation import ValidationSet
-from tests.conftest import prepare_qm9
+from tests.conftest import ROOT, prepare_qm9
 from tests.data.sets import split_of
 
 
@@ -92,6 +98,27 @@ def test_existing_directories(molecules, dataset, tmp_path, capsys):
         assert prepare_qm9(tmp_path / "mine", *keys) == 1
         assert "is not a data set" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_join_is_made_once_although_its_worker_was_killed(tmp_path, monkeypatch):
+    """After the data set was renamed, and before the result was; others are past the check at the start."""
+    configuration, out = ROOT / "configs/data/qm9.yaml", tmp_path / "a"
+    monkeypatch.setattr(preparing._Preparation, "_remove_work", lambda _: None)
+    assert prepare_qm9(out, "limit=100") == 0
+    keys = [f"out={out}", "limit=100", "validation_fraction=0.1", "length=24"]
+    preparation = preparing._Preparation.of(load_config(PrepareConfig, configuration, keys))
+    before = files(out)
+    shutil.rmtree(preparation.work / "join-00000")
+    described = preparation._described(len(list(preparation.work.glob("hash-*"))))
+    preparation._make(described, Worker(), lambda _: None)
+    assert files(out) == before and (preparation.work / "join-00000").is_dir()
+    shutil.rmtree(out)
+    scans = sorted(preparation.work.glob("scan-*"))
+    for generation in (1, 2):
+        (tmp_path / f"{generation:08d}.json").touch()
+    with pytest.raises(InUseError):  # another worker has taken the task over
+        preparation._join(described, scans, tmp_path, Fence("join", tmp_path / "00000001.json"))
+    assert not out.exists()
 
 
 def shard(root):

@@ -19,7 +19,7 @@ from scmdm.data.preparation.duplicates import duplicates
 from scmdm.data.preparation.records import cut_into_parts
 from scmdm.data.preparation.task_queue import Task, Worker, run_tasks
 from scmdm.errors import UserError
-from scmdm.system.lease import LeaseHolder
+from scmdm.system.lease import LeaseHolder, acquire
 
 
 def tasks(made, count=6, seconds=0.0):
@@ -28,7 +28,7 @@ def tasks(made, count=6, seconds=0.0):
         time.sleep(seconds)
         (directory / "result").write_text(str(number))
 
-    return [Task(f"t-{number}", lambda directory, number=number: run(number, directory)) for number in range(count)]
+    return [Task(f"t-{number}", lambda directory, _, number=number: run(number, directory)) for number in range(count)]
 
 
 def results(place, count=6):
@@ -81,11 +81,28 @@ def test_a_living_worker_elsewhere_is_waited_for(tmp_path, monkeypatch):
     assert made[-1] == 0 and time.monotonic() - started > 0.5
 
 
+def test_who_waits_asks_for_a_lease_only_when_it_may_be_free(tmp_path, monkeypatch):
+    leave_lease(tmp_path, machine="another")
+    lease, asked = tmp_path / ".t-0.lease" / "00000001.json", []
+    released = json.dumps(json.loads(lease.read_text()) | {"released": True})
+
+    def counted(directory, *given, **keys):
+        asked.append(directory)
+        return acquire(directory, *given, **keys)
+
+    monkeypatch.setattr(task_queue, "acquire", counted)
+    threading.Timer(1.0, os.utime, [lease]).start()  # renewed
+    threading.Timer(2.5, lease.write_text, [released]).start()
+    run_tasks(tmp_path, tasks([]), Worker(), ignore)
+    assert results(tmp_path) == list("012345")
+    assert asked.count(lease.parent) == 2, "at first, and after the release"
+
+
 def test_a_worker_that_lost_its_lease_commits_nothing(tmp_path):
     """Another worker took the task over, as after a suspension, and has not finished yet."""
     waiting, done = threading.Event(), threading.Event()
 
-    def run(directory):
+    def run(directory, _):
         (directory / "result").write_text("first" if not waiting.is_set() else "second")
         if not waiting.is_set():
             waiting.set()
@@ -100,7 +117,7 @@ def test_a_worker_that_lost_its_lease_commits_nothing(tmp_path):
 
 
 def test_a_task_that_fails_ends_the_work_and_leaves_no_result(tmp_path):
-    def fail(directory):
+    def fail(directory, _):
         (directory / "half").write_text("")
         raise UserError("no")
 
