@@ -252,17 +252,23 @@ def _read(root: Path, split: str, rows: Sequence[int] | None, names: Sequence[st
     remedy = f"check it with `scmdm prepare --verify {root}`"
     places = list(_places(read_index(root, split, manifest), wanted))
     prepare_shards(root, split, [shard for shard, _ in places])
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, np.ndarray]] = []
     for shard, own in places:
         with reading(root / split / shard.raw_data.basename, "shard", remedy):
-            reader = ShardReader(root, split, shard)
-            samples = [reader[row] for row in own]
-        found += [{name: sample[name] for name in names if name in sample} for sample in samples]
-    columns = {name: np.array([sample[name] for sample in found]) for name in (found[0] if found else ())}
+            found.append(_columns(ShardReader(root, split, shard), own, names))
+    columns = {name: np.concatenate([part[name] for part in found]) for name in (found[0] if found else ())}
     wrong = find_wrong_value(columns, manifest, len(manifest.labels))
     if wrong is not None:
         raise UserError(f"cannot read sample {wanted[wrong.row]} of {root / split}: {wrong.reason}; {remedy}")
     return columns
+
+
+def _columns(reader: ShardReader, rows: list[int], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read those of the given columns that a shard has, at once if all of its rows are wanted."""
+    if rows == list(range(reader.samples)):
+        return {name: values for name, values in reader.read_all().items() if name in names}
+    samples = [reader[row] for row in rows]
+    return {name: np.array([sample[name] for sample in samples]) for name in names if name in samples[0]}
 
 
 def _places(index: ShardIndex, wanted: Sequence[int]) -> Iterator[tuple[ShardInfo, list[int]]]:

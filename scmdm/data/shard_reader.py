@@ -12,6 +12,8 @@ from scmdm.data.mosaic_streaming import MDSReader, StreamingFileInfo
 from scmdm.data.shard_compression import is_decompressed
 from scmdm.data.shard_index import ShardInfo, bytes_of_sample, dtype_and_length
 
+_DAMAGED_TABLE = "the table of samples at the beginning of the file is damaged"
+
 
 class ShardReader(MDSReader):
     """Reader of an MDS shard with columns of fixed sizes, as `scmdm.data.preparation.shard_writer` writes them.
@@ -55,7 +57,7 @@ class ShardReader(MDSReader):
         finally:
             os.close(file)
         if begin != self._first + idx * self._sample_bytes or end != begin + self._sample_bytes:
-            raise ValueError("the table of samples at the beginning of the file is damaged")
+            raise ValueError(_DAMAGED_TABLE)
         if len(data) != self._sample_bytes:
             raise ValueError("the file ends before the sample")
         return data
@@ -74,9 +76,13 @@ class ShardReader(MDSReader):
         """Return the columns of all samples by name, as arrays over the samples, from the file or its `content`."""
         row = np.dtype([(name, dtype, (length,) if length else ()) for name, dtype, length in self._columns])
         if content is None:
+            table = np.fromfile(self._path, "<u4", self.samples + 1, offset=4)
             samples_N = np.fromfile(self._path, row, self.samples, offset=self._first)
         else:
+            table = np.frombuffer(content, "<u4", self.samples + 1, 4)
             samples_N = np.frombuffer(content, row, self.samples, self._first)
         if len(samples_N) != self.samples:
             raise ValueError("the file ends before the last sample")
+        if not np.array_equal(table, self._first + self._sample_bytes * np.arange(self.samples + 1)):
+            raise ValueError(_DAMAGED_TABLE)
         return {name: samples_N[name] for name in self.column_names}

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from scmdm.data.loader import build_loader, epochs, read_split, spread_rows
+from scmdm.data.manifest import Manifest
 from scmdm.data.mixture import DataMixture
 from scmdm.data.preparation.shard_writer import Description, write_dataset
-from scmdm.data.shard_index import COLUMN
+from scmdm.data.shard_index import COLUMN, read_index
 from scmdm.data.tokenizers import CharacterTokenizer
 from scmdm.errors import UserError
+from tests.data.sets import write_texts
 
 
 def loader(root, split="train", **options):
@@ -89,6 +91,21 @@ def test_rows_of_a_split_over_several_shards(tmp_path):
     assert len(list((tmp_path / "data/train").glob("*.mds"))) > 2 and whole[:, :6].tolist() == texts["train"]
     rows = [0, 3, 250, 251, 499]
     assert np.array_equal(read_split(tmp_path / "data", "train", rows), whole[rows])
+
+
+def test_whole_shards_are_read_as_their_samples_are(tmp_path):
+    root = write_texts(tmp_path / "data", 480)
+    whole = read_split(root, "train")
+    rows = np.array([read_split(root, "train", [row])[0] for row in range(0, 480, 7)])
+    assert whole.dtype == rows.dtype and np.array_equal(whole[::7], rows)
+    twice = [0, *range(read_index(root, "train", Manifest.read(root)).shards[0].samples - 1)]
+    assert np.array_equal(read_split(root, "train", twice), whole[twice])
+    shard = root / "train/shard.00001.mds"
+    content = bytearray(shard.read_bytes())
+    content[4 * 7] ^= 1  # in the table of the samples' places
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard\.00001\.mds"):
+        read_split(root, "train")
 
 
 def test_spread_rows_cover_a_split_evenly():
