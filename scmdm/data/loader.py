@@ -120,8 +120,8 @@ def _check_sizes(samples: int, places: str, needed: int, nodes: int) -> None:
 def canonical_nodes(data: DataMixture, split: str, machines: int) -> int:
     """Return the number of canonical nodes with which machines fetch different shards of remote data, else 1.
 
-    It is a multiple of `machines`, so that a later start may have more of them, up to `_CANONICAL_NODES`. Two canonical
-    nodes may share a shard, which two machines then fetch: there are at most a sixteenth as many as shards.
+    It is `machines`, doubled while it stays within `_CANONICAL_NODES`, so that a later start may have more of them, and
+    within a sixteenth of the shards: two canonical nodes may share a shard, which two machines then fetch.
     """
     if machines == 1 or all(remote_of(stream.root) is None for stream in data.streams):
         return 1

@@ -58,7 +58,10 @@ def prepare_shards(root: Path, split: str, shards: Sequence[ShardInfo]) -> None:
 
 
 def disk_needs(root: Path, manifest: Manifest) -> tuple[int, int]:
-    """Return the bytes of the largest shard that is not ready, both files of a compressed one, and of all such."""
+    """Return the bytes that the largest shard needs while it is made ready, and those of all that are not ready.
+
+    A compressed shard needs both of its files meanwhile; the bytes of all shards are those decompressed.
+    """
     files = [file for split in manifest.splits.values() for file in split.files]
     if remote_of(root) is None and not any(file.file.endswith(COMPRESSED_SUFFIX) for file in files):
         return 0, 0

@@ -1,8 +1,8 @@
 """The interface between evaluation and domains.
 
-A domain is one folder of `scmdm.domains`: `domain.py` (the class), `config.py` (its keys in the section `metrics`),
-`metrics.py` and `figures.py`. It is registered in `scmdm.domains.domain_registry`; other packages register theirs by an
-entry point of the group `scmdm.domains`.
+A domain is one folder of `scmdm.domains`: `domain.py` (the class) and, where it has them, `config.py` (its keys in the
+section `metrics`), `metrics.py` and `figures.py`. It is registered in `scmdm.domains.domain_registry`; other packages
+register theirs by an entry point of the group `scmdm.domains`.
 
 Legend: N samples, L sequence length.
 """

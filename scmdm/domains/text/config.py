@@ -23,8 +23,8 @@ class TextMetricKeys(MetricKeys):
     )
     protocol: str = key(
         "text",
-        help="tokens that the scorer scores: all of a text but the first; mdlm: those of MDLM's and Duo's code, also "
-        "the first after a leading end of text, but no end of text except one in first place inside of the text "
+        help="tokens that the scorer scores: all of a text but the first; mdlm: as MDLM's and Duo's code, all tokens "
+        "but the first of a chunk; of its ends of text only the first one, unless that is the chunk's first token "
         "(docs/guides/protocols.md)",
         choices=("text", "mdlm"),
     )
