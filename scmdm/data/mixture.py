@@ -58,18 +58,19 @@ class DataMixture:
         return [(stream, max(1, round(samples * (stream.proportion or 1.0) / total))) for stream in self.validated]
 
 
-def open_data(config: DataConfig) -> DataMixture:
+def open_data(config: DataConfig, *, checked: bool = False) -> DataMixture:
     """Open the data sets of a run, and fetch manifests, tokenizers and indexes of remote ones.
 
-    Raises UserError when a file is missing or has another size, and when the data sets cannot be mixed.
+    If they are `checked`, another process of this machine has just done so, and only the manifests are read. Raises
+    UserError when a file is missing or has another size, and when the data sets cannot be mixed.
     """
     if not config.streams:
         assert config.path is not None
-        streams = [_open("data.path", config.path, config.remote, None)]
+        streams = [_open("data.path", config.path, config.remote, None, checked)]
     else:
         total = sum(stream.proportion for stream in config.streams.values())
         streams = [
-            _open(f"data.streams.{name}", stream.path, stream.remote, stream.proportion / total)
+            _open(f"data.streams.{name}", stream.path, stream.remote, stream.proportion / total, checked)
             for name, stream in sorted(config.streams.items())
         ]
     for one, other in combinations(streams, 2):
@@ -82,8 +83,10 @@ def open_data(config: DataConfig) -> DataMixture:
     return DataMixture(tuple(streams), manifest, tuple(validated))
 
 
-def _open(key: str, path: str, remote: str | None, proportion: float | None) -> DataStream:
+def _open(key: str, path: str, remote: str | None, proportion: float | None, checked: bool) -> DataStream:
     root = Path(path)
+    if checked:
+        return DataStream(key, root, Manifest.read(root), proportion)
     if remote is not None:
         open_cache(root, remote, key)
     return DataStream(key, root, check_dataset(root), proportion)

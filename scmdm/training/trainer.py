@@ -20,12 +20,14 @@ from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
 from scmdm.checkpoint.seal import sha256_of_model
 from scmdm.checkpoint.writer import CheckpointWriter, snapshot
+from scmdm.config.data import DataConfig
 from scmdm.config.run import RunConfig
 from scmdm.data.loader import build_loader, epochs
-from scmdm.data.mixture import open_data
+from scmdm.data.mixture import DataMixture, open_data
 from scmdm.diffusion.state import Sequences
 from scmdm.distributed.ema import Ema
 from scmdm.distributed.engine import check_hardware
+from scmdm.errors import UserError
 from scmdm.models.model_files import StoredModel, open_model
 from scmdm.observability.run_metrics import log_to, logger
 from scmdm.observability.step_timer import Profiler
@@ -34,7 +36,7 @@ from scmdm.runtime.preflight import log_preflight, run_preflight
 from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
 from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stacks
-from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, process_group
+from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, first_found, process_group
 from scmdm.system.run_directory import STACKS, require_place_of_run
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.exchange import Upcoming, exchange
@@ -84,7 +86,7 @@ def _run(
 ) -> Path:
     directory = Path(config.run_dir)
     require_place_of_run(directory)
-    data = open_data(config.data)
+    data = open_data_together(config.data, world)
     data.require_splits(config.data.train_split, config.data.validation_split)
     how = Verification("sizes" if config.verify == "sizes" else "descriptions", together=True)
     base = open_model(find_model(base_path, how)) if base_path is not None else None
@@ -110,6 +112,22 @@ def _run(
             run = TrainingRun(config, directory, data, spec, engine, ema, watchdog, preflight, fence)
             _train(run, base, stop)
     return directory
+
+
+def open_data_together(config: DataConfig, world: World) -> DataMixture:
+    """Open the data on all ranks: one of each machine fetches and checks, for which it locks caches, before the others.
+
+    All ranks call this together, and all raise UserError.
+    """
+    data, error = None, None
+    if world.local_rank == 0:
+        try:
+            data = open_data(config)
+        except UserError as found:
+            error = found
+    if (first := first_found(error)) is not None:
+        raise first
+    return open_data(config, checked=True) if data is None else data
 
 
 def _train(run: TrainingRun, base: StoredModel | None, stop: StopRequest) -> None:

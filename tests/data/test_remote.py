@@ -13,7 +13,7 @@ from scmdm.cli import main
 from scmdm.config.data import DataConfig, StreamConfig
 from scmdm.data import shard_files
 from scmdm.data.loader import build_loader, epochs, read_split
-from scmdm.data.manifest import remote_of
+from scmdm.data.manifest import Manifest, remote_of
 from scmdm.data.mixture import open_data
 from scmdm.data.remote import upload_dataset
 from scmdm.data.verification import verify_dataset
@@ -302,6 +302,51 @@ def test_prepare_uploads(s3, tmp_path, capsys):
         assert np.array_equal(read_split(tmp_path / "cache", split), read_split(tmp_path / "data", split))
     assert main(["prepare", str(config)]) == 0  # the upload is no part of what the data set is
     assert "is up to date" in capsys.readouterr().out
+
+
+OPENING = """
+import sys
+import torch
+from scmdm.config.data import DataConfig
+from scmdm.data import remote
+from scmdm.system.process_group import current_world, process_group
+from scmdm.training.trainer import open_data_together
+download = remote.download
+def counted(*given):
+    with open(sys.argv[3], "a") as file:
+        file.write(f"{given[1]}\\n")
+    download(*given)
+remote.download = counted
+world = current_world()
+with process_group(world, torch.device("cpu"), needed=True):
+    try:
+        found = open_data_together(DataConfig(path=sys.argv[1], remote=sys.argv[2]), world).manifest.fingerprint()
+    except Exception as error:
+        found = str(error)
+    with open(sys.argv[4], "a") as file:
+        file.write(f"{found}\\n")
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_machine_opens_the_data(local, remote, tmp_path):
+    (tmp_path / "open.py").write_text(OPENING)
+
+    def opened(url, name):
+        files = [tmp_path / f"{name}.{kind}" for kind in ("downloads", "found")]
+        status, output = launch(2, tmp_path / name, url, *files, module=str(tmp_path / "open.py"))
+        assert status == 0, output
+        return [path.read_text().splitlines() for path in files]
+
+    downloads, found = opened(remote, "cache")
+    assert found == [Manifest.read(local).fingerprint()] * 2
+    assert downloads == [
+        "manifest.json",
+        "tokenizer.json",
+        *(f"{s}/index.json" for s in ("train", "validation", "test")),
+    ]
+    downloads, found = opened("s3://no-such-bucket/x", "none")
+    assert len(downloads) == 1 and len(found) == 2 and all("no-such-bucket" in text for text in found)
 
 
 @pytest.mark.long
