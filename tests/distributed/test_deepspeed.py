@@ -56,7 +56,7 @@ def test_the_json_of_a_two_pass_run_does_not_prefetch():
     [
         (["deepspeed.stage=0"], "deepspeed.stage=0 is not possible; it must be between 1 and 3"),
         (["fsdp.replicate=2"], "fsdp.replicate=2 is not possible; it must be left out with engine=deepspeed"),
-        (["fsdp.reshard_after_estimate=true"], "fsdp.reshard_after_estimate=True is not possible"),
+        (["fsdp.reshard_after_estimate=true"], "fsdp.reshard_after_estimate=true is not possible"),
         (["deepspeed.stage=3", "model.compile=block"], "model.compile='block' is not possible; it must be none with"),
         (["model.matmul_precision=fp8"], "model.matmul_precision='fp8' is not possible; it must be compute with"),
     ],

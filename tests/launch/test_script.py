@@ -211,7 +211,7 @@ export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=0 SLURM_JOB_NODELIST=here
     [
         (["prepare", "configs/data/qm9.yaml", "--array", "0"], "--array=0 is not possible"),
         (["prepare", "configs/data/qm9.yaml", "--nodes", "2"], "--nodes=2 is not possible with prepare"),
-        (["prepare", "configs/data/qm9.yaml", "overwrite=true"], "overwrite=True is not possible"),
+        (["prepare", "configs/data/qm9.yaml", "overwrite=true"], "overwrite=true is not possible"),
         (["prepare", "configs/data/qm9.yaml", "slice=2/8", "--array", "4"], "slice='2/8'"),
         *(
             (["prepare", "configs/data/qm9.yaml", option, value], f"{option}={value} is not possible with prepare")

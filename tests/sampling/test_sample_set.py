@@ -72,7 +72,8 @@ def test_templates_of_different_lengths_are_the_same_in_any_batches(model):
 @pytest.mark.parametrize("policy", ["loss", "eos"])
 def test_what_a_data_set_is_padded_with_is_framed(tmp_path, policy):
     loaded = load(export(tmp_path / "model", pad_policy=policy), device="cpu")
-    given = make_model_template(loaded, loaded.spec.length, infill="abc")
+    given = make_model_template(loaded, loaded.spec.length, infill="ab[MASK]")
+    given[given == loaded.spec.mask_id] = loaded.tokenizer.encode("c")[0]
     assert int(given[-1]) == loaded.manifest.padding_id
     drawn = generate(loaded, SAMPLERS["ancestral"], num=1, seed=0, templates_PL=given[None], precision="float32")
     assert drawn.tokens.tolist() == [given.tolist()] and drawn.texts == ["abc"] and drawn.framed == [True]

@@ -265,7 +265,7 @@ def test_large_pictures_are_scaled_and_cropped_in_the_middle(tmp_path, empty_yam
         (["source.path=/nonexistent/pictures", "length=193"], "source.path=/nonexistent/pictures"),
         (["source.path={empty}", "length=193"], "/empty"),
         (["source.path={folder}", "length=192"], "set length=193"),
-        (["source.path={folder}", "length=193", "source.image_size=null"], "source.image_size=None"),
+        (["source.path={folder}", "length=193", "source.image_size=null"], "source.image_size=null"),
         (["source.path={folder}", "length=193", "source.colour=sepia"], "one of rgb, grey"),
     ],
 )
