@@ -99,6 +99,7 @@ class HuggingFaceSource(DocumentSource):
 
     def _documents(self, piece: Slice) -> Iterator[Document]:
         rows = self._splits()[piece.file]
+        rows = rows.select_columns(self.keys.wanted(rows.column_names))  # no other column is decoded
         end = len(rows) if piece.end is None else piece.end
         for start in range(piece.start, end, _ROWS):
             for at, row in enumerate(self._rows(rows, start, min(start + _ROWS, end)), start):
@@ -106,11 +107,11 @@ class HuggingFaceSource(DocumentSource):
                 yield Document(where, None, "unreadable row") if row is None else document_of_row(row, self.keys, where)
 
     def _rows(self, rows: Any, start: int, end: int) -> list[dict[str, Any] | None]:
-        """Decode the wanted columns of a range of rows; None for a row that cannot be decoded."""
-        names = self.keys.wanted(rows.column_names)
+        """Decode a range of rows; None for a row that cannot be decoded."""
+        names = rows.column_names
         try:
             with reading(self.path, "data set"):
-                columns = rows.select_columns(names)[start:end]  # decodes no other column
+                columns = rows[start:end]
                 return [dict(zip(names, row, strict=True)) for row in zip(*(columns[n] for n in names), strict=True)]
         except UserError:
             return (

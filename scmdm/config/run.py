@@ -144,6 +144,10 @@ class RunConfig:
             raise UserError(
                 f"engine=single is not possible with {size} processes; use engine=auto, or start one process"
             )
+        for name in ("offload", "reshard_after_estimate"):
+            wanted = f"false with engine={self.engine} and one process; or set engine=fsdp2"
+            value = getattr(self.fsdp, name)
+            require(self.engine_on(size) != "single" or not value, f"fsdp.{name}", value, wanted)
         for name in ("replicate", "context"):
             value = getattr(self.fsdp, name)
             require(size % value == 0, f"fsdp.{name}", value, f"a divisor of the number of processes = {size}")
@@ -174,6 +178,11 @@ class RunConfig:
             (scaling in ("none", "linear", "dynamic"), "model.rotary_fast_turns", scaled),
             (scaling in ("none", "linear"), "model.rotary_length", scaled),
             (scaling in ("none", "linear", "dynamic", "llama3"), "model.rotary_truncate", scaled),
+            (
+                from_scratch and self.model.experts > 0 and not self.model.router_bias,
+                "model.router_bias_rate",
+                "model.router_bias=false",
+            ),
             (self.model.lora_rank == 0, "model.lora_alpha", "model.lora_rank=0"),
             (self.model.lora_rank == 0, "model.lora_targets", "model.lora_rank=0"),
             (

@@ -38,7 +38,7 @@ class Nelbo:
 
 def exp_or_inf(value: float) -> float:
     """Return e to the power of `value`, infinity where that is beyond the largest float."""
-    return math.exp(value) if value < _LARGEST_EXPONENT else math.inf
+    return math.inf if value > _LARGEST_EXPONENT else math.exp(value)
 
 
 @torch.no_grad()

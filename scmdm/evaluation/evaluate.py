@@ -254,14 +254,15 @@ def _sample_sets(
 
 
 def _sample_quality(
-    sets: Sequence[SampleSet], domain: Domain | None, config: EvaluateConfig, parts: ResultParts
+    sets: list[SampleSet], domain: Domain | None, config: EvaluateConfig, parts: ResultParts
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Draw and measure sets of samples; returns a row of each, and by metric the interval over all samples.
+    """Draw and measure sets of samples, and release each; returns a row of each, and by metric the interval over all.
 
     The ranks share the samples; rank 0 measures them. Both results are empty on the other ranks.
     """
     rows, values = [], []
-    for samples in sets:
+    while sets:
+        samples = sets.pop(0)  # its CUDA graphs would hold memory that the next one needs
         drawn = draw_and_score(samples, domain, metrics=config.metrics, parts=parts, batch_size=config.batch_size)
         if drawn is None:
             continue

@@ -217,7 +217,7 @@ def plan_launch(resolved: ResolvedLaunch) -> FrozenLaunch:
     directory, words = resolved.launches / free, resolved.words
     shipped = shipped_input(words[0]) if words else None
     if shipped is not None:
-        words = (str(directory / "model"), *words[1:])
+        words = (str(directory / "model" / shipped.name), *words[1:])  # its name is that of the output without `out`
     return FrozenLaunch(resolved.command, resolved.target, directory, words, shipped)
 
 
@@ -231,7 +231,7 @@ def freeze(frozen: FrozenLaunch, config: LaunchedConfig) -> None:
                 ignore = shutil.ignore_patterns("__pycache__", *_LEFT_OUT)
                 shutil.copytree(source / package, frozen.code / package, ignore=ignore)
         if frozen.shipped_model is not None:
-            shutil.copytree(frozen.shipped_model, frozen.directory / "model")
+            shutil.copytree(frozen.shipped_model, Path(frozen.words[0]))
         config = _carried(frozen.directory, config)
     except OSError as error:
         raise cannot_write(frozen.directory, error) from error
@@ -252,10 +252,7 @@ def _carried(directory: Path, config: LaunchedConfig) -> LaunchedConfig:
                 copy_with_parents(Path(getattr(config, name)), directory / f"{name}.yaml")
                 setattr(config, name, str(directory / f"{name}.yaml"))
     replace_inputs(config, functools.partial(_carry, directory))
-    if isinstance(config, StudyConfig | EvaluateConfig):  # the keys of a domain, which the job chooses
-        texts = {name: value for name, value in config.metrics.items() if isinstance(value, str)}
-        config.metrics |= {name: _carry(directory, f"metrics.{name}", value) for name, value in texts.items()}
-    return config
+    return config  # the keys of metrics stay: they are settings of the results, which other launches continue
 
 
 def _carry(directory: Path, name: str, value: str) -> str:

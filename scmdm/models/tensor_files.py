@@ -68,9 +68,9 @@ def write_tensors(
 ) -> dict[str, FileHash]:
     """Write tensors (plain, the same on all ranks, or DTensors) into `directory`.
 
-    All ranks of `group` (None: all ranks) call this together, with one collective. On rank 0 it returns the hash of
-    every rank's file by name; elsewhere nothing. `values` holds this rank's part of each tensor if it is not to be read
-    from `tensors`; `before` is called first, and may wait for them.
+    All ranks of `group` (None: all ranks) call this together, with two small collectives. On rank 0 it returns the hash
+    of every rank's file by name; elsewhere nothing. `values` holds this rank's part of each tensor if it is not to be
+    read from `tensors`; `before` is called first, and may wait for them.
 
     Raises what this rank's part raised. On rank 0 it raises OSError when another rank failed, of any cause.
     """

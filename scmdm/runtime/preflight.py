@@ -117,10 +117,8 @@ def run_preflight(
     first = broadcast(report)
     gathered = gather_object((report.host, report.clock - first.clock, compare(first, report)))
     found = gathered or []  # of rank 0
-    if world.is_main:
-        (directory / _MARK).unlink(missing_ok=True)
     problems = [problem for _, _, of_rank in found for problem in of_rank]
-    on_rank_0(lambda: _refuse_fatal(problems))
+    on_rank_0(lambda: _conclude(directory / _MARK, problems))
     speed, latency = _measure_all_reduce(device) if world.size > 1 else (None, None)
     source = hashlib.sha256(repr(sorted(report.same["source file"].items())).encode()).hexdigest()
     return PreflightReport(
@@ -196,6 +194,12 @@ def _shortages(own: RankReport) -> Iterator[PreflightProblem]:
                 f"rank {own.rank} on {own.host}: {disk.key}={disk.path} has {_size(disk.free)} free, "
                 f"but {'needs' if fatal else 'should have'} {_size(least)}; {disk.remedy}",
             )
+
+
+def _conclude(mark: Path, problems: list[PreflightProblem]) -> None:
+    """Remove the mark that all ranks have looked for. Raises UserError if a problem is fatal."""
+    mark.unlink(missing_ok=True)
+    _refuse_fatal(problems)
 
 
 def _refuse_fatal(problems: list[PreflightProblem]) -> None:

@@ -167,7 +167,7 @@ class Watchdog:
                 self._end(seen, silent_s)
 
     def _end(self, progress: _Progress, silent_s: float) -> None:
-        """Write the stacks, alarm the other ranks and end the process."""
+        """Alarm the other ranks, write the stacks and end the process."""
         self._arm(2 * self._poll_s + 2 * _LEAVE_S)  # in case a call below blocks
         if self._fence is not None and not self._fence.still_owned():
             logger.error("watchdog: no progress, and the run was taken over; exit status %d", HANG_EXIT)

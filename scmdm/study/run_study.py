@@ -52,7 +52,8 @@ def run_study(config: StudyConfig) -> Path:
         on_rank_0(lambda: _open(plan, prepare_config, ranks))
         manifest = Manifest.read(plan.data)
         manifest.split(config.split, plan.data)
-        plan.check_samplers(manifest.length)
+        if not manifest.has_prompts:  # with prompts, samples may be shorter
+            plan.check_samplers(manifest.length)
         domain = domain_of(manifest)
         metrics = metrics_config(domain, config.metrics)
         main_metric(load_domain(domain), config.metric)

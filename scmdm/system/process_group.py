@@ -87,11 +87,11 @@ def process_group(
     `timeout` is the longest that a collective may take, in groups that are created in the block, too; None means
     torch's default. Raises UserError, on every rank that is there, when a rank is missing after `arrival`.
 
-    With `heartbeat`, the ranks meet before each collective of this module, and the first one waits for the last one as
-    long as it lives (`RankHeartbeat`); `timeout` then does not include this wait.
+    With `heartbeat`, all ranks meet before each collective of this module that is of all, and the first one waits for
+    the last one as long as it lives (`RankHeartbeat`); `timeout` then does not include this wait.
 
-    A UserError that several ranks raise leaves the block on the first of them; the others exit with its status, so that
-    a user reads it once.
+    A UserError or OSError that several ranks raise leaves the block on the first of them; the others exit with its
+    status, so that a user reads it once.
     """
     if world.size == 1 and not needed:
         yield
@@ -117,10 +117,10 @@ def process_group(
         with beats, default_group_timeout(timeout) if timeout is not None else nullcontext():
             yield
             barrier()  # a rank that leaves first would break connections that others still use
-    except UserError as error:
+    except (UserError, OSError) as error:
         if store is None or _is_first_to_tell(store, error):
             raise
-        raise SystemExit(error.status) from None
+        raise SystemExit(error.status if isinstance(error, UserError) else 1) from None
     finally:
         _destroy()
         _destroy = dist.destroy_process_group
@@ -132,7 +132,7 @@ def destroy_with(function: Callable[[], None]) -> None:
     _destroy = function
 
 
-def _is_first_to_tell(store: dist.Store, error: UserError) -> bool:
+def _is_first_to_tell(store: dist.Store, error: UserError | OSError) -> bool:
     """Return whether no other rank has raised the same error before."""
     try:
         return store.add(f"told/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1

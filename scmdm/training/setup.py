@@ -78,20 +78,15 @@ def resolve_config(config: RunConfig, base: StoredModel | None) -> RunConfig:
 
 
 def _check_experts(config: RunConfig) -> None:
-    """Raise UserError for a key that balances experts which the model does not have, or that would do so twice."""
-    defaults = type(config.model)()
+    """Raise UserError for keys that balance experts without experts, and for gradients through a mixture's estimate."""
     if config.model.experts:
         if not config.self_conditioning.stop_gradient:
             raise UserError(
                 "self_conditioning.stop_gradient=false is not possible with model.experts: the passes of the estimate "
                 "would count in the balance of the experts; leave it out"
             )
-        if not config.model.router_bias and config.model.router_bias_rate != defaults.router_bias_rate:
-            raise UserError(
-                f"model.router_bias_rate={config.model.router_bias_rate} is not possible with model.router_bias=false; "
-                "leave it out"
-            )
         return
+    defaults = type(config.model)()
     for name in BALANCE_KEYS:
         if (value := getattr(config.model, name)) != getattr(defaults, name):
             raise UserError(f"model.{name}={value} is not possible with model.experts=0; leave it out")
@@ -281,11 +276,6 @@ def resolve_engine(config: RunConfig, world: World) -> RunConfig:
     engine = config.engine_on(world.size)
     if engine == "deepspeed":
         require_deepspeed()
-    for name in ("offload", "reshard_after_estimate"):
-        if engine == "single" and getattr(config.fsdp, name):
-            raise UserError(
-                f"fsdp.{name}=true is not possible with engine=single, that of one process; set engine=fsdp2"
-            )
     if engine == "fsdp2" and config.model.compile == "trunk":
         raise UserError(
             "model.compile=trunk is not possible with engine=fsdp2, which gathers the weights of one block after the "

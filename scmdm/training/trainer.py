@@ -36,7 +36,15 @@ from scmdm.runtime.preflight import log_preflight, run_preflight
 from scmdm.runtime.run_lock import acquire_run_on_rank_0
 from scmdm.runtime.start_log import record_start
 from scmdm.runtime.watchdog import Watchdog, collective_timeout, set_aside_stacks
-from scmdm.system.process_group import World, all_reduce_max, barrier, current_world, first_found, process_group
+from scmdm.system.process_group import (
+    World,
+    all_reduce_max,
+    barrier,
+    current_world,
+    first_found,
+    on_rank_0,
+    process_group,
+)
 from scmdm.system.run_directory import STACKS, require_place_of_run
 from scmdm.system.signals import REQUEUE_EXIT, StopRequest
 from scmdm.training.exchange import Upcoming, exchange
@@ -93,9 +101,7 @@ def _run(
     given, config = config, resolve_config(config, base)
     spec = build_spec(config, data.manifest, base)
     with acquire_run_on_rank_0(directory) as fence:
-        if world.is_main:
-            set_aside_stacks(directory)
-        barrier()
+        on_rank_0(lambda: set_aside_stacks(directory))
         with Watchdog(directory, world, config.train.watchdog_minutes, fence) as watchdog:
             if base_path is not None and base is not None:
                 # Weights are hashed under the watchdog, and after mistakes in the configuration have been reported.
@@ -123,7 +129,7 @@ def open_data_together(config: DataConfig, world: World) -> DataMixture:
     if world.local_rank == 0:
         try:
             data = open_data(config)
-        except UserError as found:
+        except (UserError, OSError) as found:
             error = found
     if (first := first_found(error)) is not None:
         raise first

@@ -334,7 +334,6 @@ def test_a_launched_study_is_frozen_with_the_files_that_it_names(tmp_path, monke
     (tmp_path / "mine.yaml").write_text("extends: parent.yaml\ntrain: {log_every: 7}\n")
     keys = [f"{name}=mine.yaml" for name in ("base_config", "adapt_config")]
     resolved = resolve("study", ROOT / "configs/qm9/quickstart.yaml", ["out=study", *keys], later=True)
-    resolved.config.metrics["scorer"] = "configs/text/scorer"  # of another domain; nothing reads it here
     frozen = plan_launch(resolved)
     freeze(frozen, resolved.config)
     own = [f"run_dir={tmp_path / 'run'}", "data.path=data", "train.steps=900"]
@@ -342,12 +341,12 @@ def test_a_launched_study_is_frozen_with_the_files_that_it_names(tmp_path, monke
     (tmp_path / "mine.yaml").write_text("train: {log_every: 8}\n")
     (tmp_path / "parent.yaml").unlink()
     study = load_config(StudyConfig, frozen.config)
-    named = [study.prepare, study.base_config, study.adapt_config, study.base, study.metrics["scorer"]]
+    named = [study.prepare, study.base_config, study.adapt_config, study.base]
     assert all(Path(path).is_relative_to(frozen.directory) for path in named), named
     assert load_config(PrepareConfig, Path(study.prepare)) == load_config(PrepareConfig, Path("configs/data/qm9.yaml"))
     for name in (study.base_config, study.adapt_config):
         assert load_config(RunConfig, Path(name), own) == before
-    assert (Path(study.base) / "model.json").is_file() and (Path(study.metrics["scorer"]) / "scorer.json").is_file()
+    assert (Path(study.base) / "model.json").is_file()
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export"])
@@ -359,6 +358,7 @@ def test_a_model_that_comes_with_scmdm_is_copied(tmp_path, monkeypatch, command)
     freeze(frozen, resolved.config)
     model = Path(frozen.arguments("x")[1])
     assert model.is_relative_to(frozen.directory) and (model / "model.json").is_file()
+    assert model.name == "long-base", "the output of an evaluation without `out` is named after it"
 
 
 def test_without_slurm_the_script_is_written(capsys, tmp_path, monkeypatch):

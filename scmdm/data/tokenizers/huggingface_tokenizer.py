@@ -168,18 +168,21 @@ class HuggingFaceTokenizer(Tokenizer):
             UserError: the files are missing or malformed.
         """
         folder = path.parent if path.is_file() else path
-        if path.is_dir() or path.name == PIPELINE_FILE:  # a file of another name is read itself
+        has_settings = (
+            path.is_dir() or path.name == PIPELINE_FILE
+        )  # those beside a file of another name are not its own
+        if has_settings:
             if any((folder / name).is_file() for name in _SETTINGS):
                 path = folder
             elif (folder / PIPELINE_FILE).is_file():
                 path = folder / PIPELINE_FILE  # `transformers` would need the model's configuration
         pipeline, roles = read_folder(path, named) if path.is_dir() else (_from_file(path, named), {})
-        template = _chat_template(folder)
+        template = _chat_template(folder) if has_settings else None
         with reading(f"{named}={path}", "tokenizer"):
             library = load_pipeline(pipeline)
             specials = _special_ids(library, roles or _conventional(library), padded, model)
             rows, others = (0, ()) if model is None else (model.rows, model.ends)
-            ends = _end_ids(folder, max(rows, _size(library)))
+            ends = _end_ids(folder, max(rows, _size(library))) if has_settings else ()
             added = library.get_added_tokens_decoder()  # some configurations name a token of text, by default
             ends = tuple(dict.fromkeys(id_ for id_ in (*ends, *others) if id_ in added and id_ != specials.eos))
             if specials.mask in ends:

@@ -165,7 +165,7 @@ def compare_sets(
         return dict.fromkeys(("FCD", "SNN", "Frag", "Scaf"))
     a, b = found.activations, reference.activations
     return {
-        "FCD": frechet_distance(a, b) if a is not None and b is not None and a.count > 1 else None,
+        "FCD": frechet_distance(a, b) if a is not None and b is not None else None,
         "SNN": float(nearest_similarity(found.fingerprints_NW, reference.fingerprints_NW, device).mean()),
         "Frag": cosine_similarity(found.fragments, reference.fragments),
         "Scaf": cosine_similarity(found.scaffolds, reference.scaffolds),

@@ -172,8 +172,6 @@ def _whole_distance(part: SetStatistics, half: SetStatistics, other: SetStatisti
     """Extrapolate the FCD, whose bias is proportional to 1 / number of molecules (Chong and Forsyth, CVPR 2020)."""
     if part.activations is None or half.activations is None or other.activations is None:
         return None
-    if half.activations.count < 2:  # it has no covariance
-        return None
     (x, a), (y, b) = (
         (1 / moments.count, frechet_distance(moments, other.activations))
         for moments in (part.activations, half.activations)

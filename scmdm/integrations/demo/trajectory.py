@@ -15,6 +15,7 @@ from scmdm.config.fields import require
 from scmdm.config.sampling import DenoiseConfig
 from scmdm.diffusion.sampler import Observation
 from scmdm.domains.interface import GeneratedSamples
+from scmdm.errors import UserError
 from scmdm.models.model_files import LoadedModel
 from scmdm.sampling.generation import generate
 from scmdm.sampling.templates import make_model_template, require_prompt
@@ -48,10 +49,13 @@ class Recorder:
     """Records the steps of one sample; pass it as `on_step` to `generate`."""
 
     mask_id: int
+    most: int | None = None  # steps that are recorded; with more, sampling ends in a UserError
     frames: list[Frame] = field(default_factory=list)
 
     def __call__(self, step: Observation) -> None:
         assert len(step.z_BL) == 1, "a Recorder records one sample"
+        if len(self.frames) == self.most:
+            raise UserError(f"the sample takes more than {self.most} steps; lower sampler.threshold, or raise factor")
         masked_BL = step.z_BL == self.mask_id
         logits_NV = step.logits(masked_BL)
         entropy_N = torch.cat([entropy(part) for part in logits_NV.split(_CHUNK)])
@@ -83,11 +87,12 @@ def record(loaded: LoadedModel, config: DenoiseConfig) -> Trajectory:
     require_prompt(loaded, config.prompt if config.infill is None else config.infill)
     template_L = make_model_template(loaded, loaded.spec.length, config.prompt, config.infill)
     masks = int((template_L == loaded.spec.mask_id).sum())
-    own_pace = config.sampler.kind == "first_hitting" or config.sampler.adaptive  # up to one evaluation per token
-    frames = masks if own_pace else config.sampler.steps
-    shown = frames * len(template_L)
-    require(shown <= _MOST_SHOWN, "sampler.steps", frames, f"at most {_MOST_SHOWN // len(template_L)} for this model")
-    recorder = Recorder(loaded.spec.mask_id)
+    most = _MOST_SHOWN // len(template_L)
+    if config.sampler.kind == "first_hitting":
+        require(masks <= most, "sampler.kind", config.sampler.kind, f"another one for more than {most} tokens")
+    elif not config.sampler.adaptive:
+        require(config.sampler.steps <= most, "sampler.steps", config.sampler.steps, f"at most {most} for this model")
+    recorder = Recorder(loaded.spec.mask_id, most)
     generated = generate(
         loaded, config.sampler, num=1, seed=config.seed, templates_PL=template_L[None], on_step=recorder
     )
