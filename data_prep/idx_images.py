@@ -21,8 +21,7 @@ from scmdm.config.fields import PathKind, key
 from scmdm.data.preparation.records import Part, Record, Slice, Tally
 from scmdm.data.tokenizers import GridLayout
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_directory
-from scmdm.system.package_data import user_cache
+from scmdm.system.package_data import cached_folder
 from scmdm.system.untrusted import reading, require_regular
 
 _FASHION = "dataset-fashion-mnist"  # Debian's package (MIT licence; Xiao, Rasul and Vollgraf 2017)
@@ -199,10 +198,11 @@ def _find(folder: Path, stem: str) -> Path:
 
 def _fashion_mnist() -> Path:
     """Return the folder of Fashion-MNIST in the user's cache, after its download if it is not there."""
-    cache = user_cache("fashion-mnist")
-    if not cache.is_dir():
-        names = [f"{stem}-{kind}-ubyte.gz" for stem in _STEMS.values() for kind in ("images-idx3", "labels-idx1")]
-        with unpacked_package(_FASHION, _INSTEAD) as unpacked, atomic_directory(cache) as folder:
+    names = [f"{stem}-{kind}-ubyte.gz" for stem in _STEMS.values() for kind in ("images-idx3", "labels-idx1")]
+
+    def make(folder: Path) -> None:
+        with unpacked_package(_FASHION, _INSTEAD) as unpacked:
             for name in names:
                 copy_file(_FASHION, unpacked / _FASHION_FOLDER / name, folder / name, _INSTEAD)
-    return cache
+
+    return cached_folder("fashion-mnist", make)

