@@ -19,6 +19,7 @@ from scmdm.data.preparation.records import SPLITS, Tally, join_parts
 from scmdm.data.tokenizers import DnaTokenizer, UnknownSymbol, load_tokenizer
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
+from scmdm.system.package_data import user_cache
 from tests.data.preparation.test_prepare import decoded, files
 
 
@@ -372,7 +373,7 @@ def test_records_without_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"apt-get, which is not installed; give a folder of FASTA as source\.path="):
         debian_source("ragout-examples")
-    assert not os.listdir(tmp_path)
+    assert not user_cache("bacteria").exists()
 
 
 @pytest.mark.slow
