@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -44,7 +45,10 @@ _NOTES = Path("docs/lab/gpu")
 
 def main(arguments: list[str]) -> int:
     """Run all parts, and write a dated JSON file and a Markdown page; returns 1 if a part failed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.parts if name not in PARTS]:
+        parser.error(f"PART: {unknown[0]!r} is not one of {', '.join(map(repr, PARTS))}")
     gpu = options.device != "cpu" and torch.cuda.is_available()
     if not gpu and options.device != "cpu":
         sys.exit("no CUDA device; rehearse with `--device cpu --tiny`")
@@ -91,9 +95,13 @@ def run_part(name: str, limit_s: float, *, tiny: bool, gpu: bool) -> dict[str, A
         try:
             output, _ = process.communicate(timeout=max(0.0, limit_s))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process)
             output, _ = process.communicate()
             found = {"status": "cut", "reason": f"not finished within {limit_s:.0f} s"}
+        except BaseException:  # Ctrl-C does not reach the group
+            _kill_group(process)
+            process.wait()
+            raise
         if file.exists():
             found = json.loads(file.read_text())
         if not found:
@@ -103,11 +111,16 @@ def run_part(name: str, limit_s: float, *, tiny: bool, gpu: bool) -> dict[str, A
         return {**found, "seconds": time.monotonic() - started, "limit_s": limit_s}
 
 
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _environment(gpu: bool) -> dict[str, Any]:
     versions = {found.name: found.version for found in distributions() if found.name in _PACKAGES}
     device = torch.cuda.get_device_properties(0) if gpu else None
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "revision": git_revision(Path(__file__).parent),
         "gpu": device.name if device is not None else None,
         "gpu_memory_gib": device.total_memory / 2**30 if device is not None else None,
@@ -128,10 +141,11 @@ def _driver() -> str | None:
 
 
 def _write(out: Path, record: dict[str, Any]) -> Path:
-    """Write JSON and Markdown; their name has the date and the device."""
+    """Write JSON and Markdown; their name has the time of the start and the device."""
     device = (record["gpu"] or "cpu").lower().replace(" ", "-").replace("/", "-")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{record['date'][:10]}-{device}.json"
+    started = record["date"].replace(" ", "-").replace(":", "")
+    path = out / f"{started}-{device}.json"
     atomic_write_text(path, json.dumps(record, indent=1) + "\n")
     atomic_write_text(path.with_suffix(".md"), as_markdown(record))
     return path

@@ -1,8 +1,10 @@
 """The GPU kit: limits of its parts, and its rehearsal on a CPU."""
 
 import json
+import signal
 import sys
 
+import psutil
 import pytest
 
 from benchmarks import gpu
@@ -24,6 +26,34 @@ def test_a_part_is_cut_or_fails_and_is_recorded(monkeypatch):
     record = {**gpu._environment(gpu=False), "tiny": True, "parts": {"a": failed, "b": cut}}
     page = gpu.as_markdown(record)
     assert "## a: failed" in page and "## b: cut" in page
+
+
+def test_an_interrupt_ends_the_part():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.run_part("samplers", 60, tiny=True, gpu=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not [child for child in psutil.Process().children() if "benchmarks.gpu_part" in child.cmdline()]
+
+
+def test_each_run_has_files_of_its_own(tmp_path):
+    record = {**gpu._environment(gpu=False), "tiny": True, "parts": {}}
+    files = {gpu._write(tmp_path, {**record, "date": f"2026-01-02 03:04:0{second}"}) for second in (5, 6)}
+    assert len(files) == 2 and set(tmp_path.glob("2026-01-02*.json")) == files
+
+
+def test_a_part_that_does_not_exist_is_refused_before_any_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "samplers", "stepp"])
+    assert ended.value.code == 2 and "'stepp'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
