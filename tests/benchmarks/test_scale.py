@@ -84,10 +84,7 @@ def test_simulated_ranks_and_machines():
         (scale.SIMULATION, scale.simulate, (8, 64)),
         (scale.DOWNLOADS, scale.shards_read, (1, 8)),
     ):
-        found = {number: count(number) for number in numbers}
-        for row in rows:
-            counts = {number: counted[row.name] for number, counted in found.items()}
-            assert is_allowed(row, counts) or row.name.endswith("1 canonical node"), (row.name, counts)
+        assert_allowed(rows, {number: count(number) for number in numbers})
 
 
 @pytest.mark.slow
@@ -121,10 +118,25 @@ def test_an_evaluation_is_divided_over_real_ranks(small_base, adapted):
     assert found[1]["shared weights of a rank"] > 40 * MIB
 
 
-def test_parts_and_ranks_of_the_command(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--parts", "ranks,other"], "other"), (["--ranks", "1,a"], "'a'"), (["--ranks", "0"], "0")],
+)
+def test_parts_and_ranks_of_the_command(capsys, arguments, named):
     with pytest.raises(SystemExit) as ended:
-        scale.main(["--parts", "ranks,other"])
-    assert ended.value.code == 2 and "other" in capsys.readouterr().err
+        scale.main(arguments)
+    assert ended.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("counts", "status"), [({1: 8.0, 8: 1.0}, 0), ({1: 8.0, 8: 64.0}, 1)])
+def test_a_count_that_grows_is_an_exit_status(tmp_path, monkeypatch, counts, status):
+    monkeypatch.chdir(tmp_path)
+    row = Measurement("a", SHARE)
+    found = {ranks: {"a": count, "b": 1.0} for ranks, count in counts.items()}
+    monkeypatch.setitem(
+        scale.PARTS, "shares", lambda _root, _ranks: scale.report("a title", (row, Measurement("b", CONSTANT)), found)
+    )
+    assert scale.main(["--parts", "shares"]) == status
 
 
 @pytest.mark.slow
