@@ -78,7 +78,7 @@ def _speed(root: Path, ids_NL: np.ndarray) -> None:
     show(f"loader (batches of {QM9.batch} x {QM9.length})", timings, ours)
     multiple = [_TIMED * x for x in ratios(timings, ours)["one training step"]]
     text = f"{statistics.median(multiple):.0f} [{min(multiple):.0f}, {max(multiple):.0f}] [{CLOCK} time]"
-    show_figures("loader over the fastest step", {"batches in the time of a step": text}, {"multiple": multiple})
+    show_figures("loader against one training step", {"batches in the time of a step": text}, {"multiple": multiple})
 
 
 def _take(source: Iterator[object]) -> None:

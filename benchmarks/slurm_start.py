@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _ROUNDS, _BEGIN = 3, "SRUN_BEGAN"
+_LIMIT_S = 1800  # of one start
 _KEYS = ("train.steps=4", "train.validate_every=0", "precision=float32", "engine=fsdp2", "device=cpu")
 
 
@@ -43,7 +44,9 @@ def start(base: str, data: str, ranks: int, tree: Path, place: Path) -> dict[str
     own["MASTER_PORT"] = str(20000 + int(time.time() * 10) % 20000)
     # `-P`: this file's folder has modules with names of Python's own.
     rank = [sys.executable, "-P", str(Path(__file__).absolute()), str(place), "adapt", str(place / "empty.yaml"), *keys]
-    command = ["srun", "--nodes=1", f"--ntasks={ranks}", "--overcommit", f"--output={place}/log", *rank]
+    # The ranks wait for each other; if one fails, the others are ended.
+    srun = ["srun", "--nodes=1", f"--ntasks={ranks}", "--overcommit", "--kill-on-bad-exit=1", f"--output={place}/log"]
+    command = ["timeout", "--foreground", "--kill-after=60", str(_LIMIT_S), *srun, *rank]
     done = subprocess.run(command, env={**os.environ, **own})
     files = sorted(place.glob("rank-*.json"))
     if len(files) != ranks:

@@ -83,8 +83,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--num", type=int, default=256, help="samples, and held-out sequences for each time")
     found = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the recorder keeps the steps of one batch at a time
-    paths = dict(named.split("=", 1) for named in found.models)
+    paths = dict[str, str]()
+    for named in found.models:
+        label, _, path = named.partition("=")
+        if not (label and path) or label in paths:
+            parser.error(
+                f"LABEL=MODEL: {named!r} is not possible; give each model a label of its own, as in base=runs/base"
+            )
+        paths[label] = path
     measured = {
         label: measure(load(Path(path)), found.data, steps=found.steps, num=found.num) for label, path in paths.items()
     }

@@ -26,6 +26,13 @@ def test_samples_are_followed_to_their_last_mask(base):
     assert all(value > 0 for value in entropy) and all(0 <= value <= 1 for value in settled)
 
 
+@pytest.mark.parametrize("models", [["base"], ["base="], ["a=x", "a=y"]])
+def test_models_without_a_label_of_their_own(tmp_path, capsys, models):
+    with pytest.raises(SystemExit) as ended:
+        main([*models, "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2 and repr(models[-1]) in capsys.readouterr().err
+
+
 def test_a_figure_and_its_values_are_written(base, molecules, tmp_path):
     arguments = [f"base={base}", "--data", str(molecules), "--out", str(tmp_path), "--num", "8", "--steps", "4"]
     assert main(arguments) == 0
