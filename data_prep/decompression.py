@@ -55,6 +55,7 @@ def _by_streams(make: Callable[[], Any]) -> Callable[[IO[bytes]], Iterator[bytes
     def decompress(file: IO[bytes]) -> Iterator[bytes]:
         stream, inside = make(), False
         while compressed := file.read(_INPUT_BYTES):
+            compressed = compressed if inside else compressed.lstrip(b"\0")  # padding
             while compressed or (inside and not stream.needs_input):
                 inside = True
                 yield stream.decompress(compressed, _OUTPUT_BYTES)

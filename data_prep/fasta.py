@@ -46,11 +46,14 @@ class FastaSource(NamedFiles, Source):
             if piece.start == 0 and (damage := find_damage(path)) is not None:
                 tally.drop(*damage)
                 continue
-            for (number, identifier), lines in groupby(_read_fasta(path, piece), key=itemgetter(0)):
+            file = TextFile(path)
+            for (number, identifier), lines in groupby(_read_fasta(file, piece), key=itemgetter(0)):
                 if number == 0:
                     tally.drop("not FASTA", f"{path}: letters before the first line that begins with >")
                     continue
                 yield piece.file, identifier, (line for _, line in lines)
+            if file.problem is not None:
+                tally.drop(file.problem.reason, file.problem.where)
 
 
 def find_damage(path: Path) -> tuple[str, str] | None:
@@ -72,14 +75,13 @@ def find_damage(path: Path) -> tuple[str, str] | None:
     )
 
 
-def _read_fasta(path: Path, piece: Slice) -> Iterator[tuple[tuple[int, str], bytes]]:
+def _read_fasta(file: TextFile, piece: Slice) -> Iterator[tuple[tuple[int, str], bytes]]:
     """Yield number and id (first word of the header) of a sequence with each line: an empty one, then its letters.
 
     Letters before the first header have the number 0. White space or a byte order mark may precede a header.
 
     Lines that begin with `;` are comments. A line may come in several pieces, for it may be a whole chromosome.
     """
-    file = TextFile(path)
     sequence, header, in_comment, at, line_begins = (0, ""), b"", False, piece.start or file.mark, True
     for chunk in file.chunks(piece.start):
         for raw in chunk.splitlines(keepends=True):

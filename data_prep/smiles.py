@@ -18,7 +18,7 @@ from data_prep.corpus_files import (
     kind_of,
 )
 from data_prep.tables import TableHeader, is_divisible_table, read_header, read_rows
-from data_prep.text_files import TextFile, decode
+from data_prep.text_files import FileProblem, TextFile, decode
 from scmdm.config.fields import PathKind, key
 from scmdm.data.preparation.records import Part, Record, Slice, Tally, cut_into_parts
 from scmdm.data.preparation.source import Source
@@ -105,10 +105,12 @@ class SmilesSource(NamedFiles, Source):
                 tally.drop(file.problem.reason, file.problem.where)
 
     def _of_table(self, file: TextFile, piece: Slice) -> Iterator[tuple[int, str, str]]:
-        """Yield place, SMILES and problem of each row."""
+        """Yield place, SMILES and problem of each row. Without a header, set the problem of the file."""
         header = self._header(file)
         position = header.position(self.column) if header is not None else None
         if header is None or position is None:
+            if piece.start == 0:
+                file.problem = file.problem or FileProblem("no header", str(file.path))
             return
         for row in read_rows(file, header, piece):
             short = not row.problem and position >= len(row.fields)

@@ -274,21 +274,22 @@ class TextSource(NamedFiles, DocumentSource):
 def passages(document: str) -> Iterator[str]:
     """Join paragraphs into passages of at least `PASSAGE_CHARACTERS`, and cut much longer paragraphs to that size.
 
-    The passages together are the document without leading and trailing white space.
+    Joined, the passages are the document without white space at its ends and without the blank lines between passages.
     """
-    gathered: list[str] = []
+    gathered, size = list[str](), 0
     for paragraph in document.strip().split("\n\n"):
         whole = len(paragraph) <= 2 * PASSAGE_CHARACTERS
         if not whole and gathered:
             yield "\n\n".join(gathered)
-            gathered = []
+            gathered, size = [], 0
         if not whole:
             yield from (paragraph[at : at + PASSAGE_CHARACTERS] for at in range(0, len(paragraph), PASSAGE_CHARACTERS))
             continue
         gathered.append(paragraph)
-        if sum(map(len, gathered)) >= PASSAGE_CHARACTERS:
+        size += len(paragraph)
+        if size >= PASSAGE_CHARACTERS:
             yield "\n\n".join(gathered)
-            gathered = []
+            gathered, size = [], 0
     if gathered:
         yield "\n\n".join(gathered)
 

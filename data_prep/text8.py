@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from data_prep.corpus_files import kind_of
 from data_prep.text_files import HAS_NUL, TextFile
 from scmdm.config.fields import PathKind, key
 from scmdm.config.preparation import SourceConfig
@@ -47,6 +48,8 @@ class Text8Source(Source):
         """The file. Raises UserError when it does not exist."""
         if not self.path.is_file():
             raise UserError(f"source.path={self.path} is not a file; give the file text8, uncompressed")
+        if (compression := kind_of(self.path.name).compression) is not None:
+            raise UserError(f"source.path={self.path} is compressed with {compression}; decompress it")
         file = TextFile(self.path)
         next(file.chunks(), b"")
         if file.problem is not None:

@@ -329,6 +329,20 @@ def test_what_the_settings_leave_out_is_not_refused(tmp_path, empty_yaml):
     assert counts["read"] == counts["kept"] + 20
 
 
+def test_damage_after_the_file_was_looked_at_is_counted(tmp_path):
+    """A file that breaks while it is read; an error of the disk ends the sequence likewise."""
+    path = tmp_path / "a.fa.gz"
+    path.write_bytes(gzip.compress(fasta({"chr1": dna(1_000_000)}).encode()))
+    source, tally = genome_source(path, 100), Tally()
+    records = source.records(source.parts(1 << 30)[0], tally)
+    next(records)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(1000))
+    assert 0 < sum(1 for _ in records) < 9_999
+    assert tally.counts["dropped: damaged file"] == 1
+
+
 @pytest.mark.slow
 def test_a_large_file_is_read_in_parts_of_whole_sequences(tmp_path, empty_yaml):
     path = write(tmp_path / "g.fa", {f"chr{i}": dna(400_000, seed=i) for i in range(4)})

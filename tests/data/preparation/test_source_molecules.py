@@ -236,3 +236,12 @@ def test_an_over_long_row_is_counted(tmp_path, monkeypatch):
     found = [record.content for part in source.parts(1 << 40) for record in source.records(part, tally)]
     assert found == ["CCO", "CCN"]
     assert tally.counts["dropped: over-long row"] == 1
+
+
+def test_a_table_of_comments_alone_is_counted(tmp_path):
+    (tmp_path / "a.csv").write_text("# one\n# two\n" * 9)
+    source = SmilesSource(SmilesSourceConfig(path=str(tmp_path)), length=64)
+    for part_bytes in (20, 1 << 20):
+        tally = Tally()
+        assert not [record for part in source.parts(part_bytes) for record in source.records(part, tally)]
+        assert tally.counts == {"dropped: no header": 1}
