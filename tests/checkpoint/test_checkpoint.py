@@ -4,7 +4,6 @@ import contextlib
 import json
 import resource
 import shutil
-import signal
 
 import pytest
 import torch
@@ -132,11 +131,6 @@ def test_an_adaptation_verifies_its_base_as_it_is_told(run, molecules, empty_yam
     assert f"(step {step})" in (tmp_path / "adapted" / "train.log").read_text()
 
 
-def test_retention_keeps_the_newest(base):
-    assert [path.name for path in list_checkpoints(base / "checkpoints")] == ["step_00000005", "step_00000006"]
-    assert (base / "checkpoints" / "latest").read_text() == "step_00000006\n"
-
-
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
     """The kernel limits files to 64 KiB, like a full disk: EFBIG is an OSError like ENOSPC."""
@@ -145,7 +139,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, molecules, empty_yaml):
     process = start(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert process.returncode != -signal.SIGXFSZ
     assert errors.strip().splitlines()[-1].startswith("scmdm: error: cannot write") and "free space" in errors
     assert "Traceback" not in errors
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before

@@ -294,13 +294,15 @@ def newest_for_nobody(run):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.chdir(run)  # the folders above belong to root alone
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-        found, skipped = newest_checkpoint(Path("checkpoints"))
-        os.write(writing, json.dumps([found and found.name, skipped]).encode())
-        os._exit(0)
+        try:
+            os.chdir(run)  # the folders above belong to root alone
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            found, skipped = newest_checkpoint(Path("checkpoints"))
+            os.write(writing, json.dumps([found and found.name, skipped]).encode())
+        finally:  # an exception would go on with the tests in the child
+            os._exit(0)
     os.waitpid(child, 0)
     os.close(writing)
     with os.fdopen(reading) as answer:

@@ -99,15 +99,16 @@ def test_ranks_inherit_nccls_recorder_beside_the_stacks(tmp_path, monkeypatch):
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    with pytest.raises(SystemExit):
-        node.main(
-            ["--starter=srun", f"--logs={tmp_path}", f"--stacks={tmp_path / 'run/stacks'}", "--", "adapt", "a.yaml"]
-        )
+    given = ["--starter=srun", f"--logs={tmp_path}", f"--stacks={tmp_path / 'run/stacks'}", "--", "adapt", "a.yaml"]
+    try:
+        with pytest.raises(SystemExit):
+            node.main(given)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     assert Path(found["TORCH_FR_DUMP_TEMP_FILE"]).parent == tmp_path / "run/stacks"
     assert (tmp_path / "run/stacks").is_dir()
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "the user's own value"
     assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0 and int(found["TORCH_NCCL_ASYNC_ERROR_HANDLING"]) > 0
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
 @pytest.mark.slow

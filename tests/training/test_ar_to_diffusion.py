@@ -85,7 +85,7 @@ def test_the_recipe_makes_a_diffusion_model_of_an_autoregressive_one(tmp_path):
     """The shipped recipe at the size of this model: the loss falls, below that of a model that is not pretrained."""
     texts = list(dict.fromkeys(sentences(3000)))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    nelbo = {}
+    losses = {}
     for name, steps in (("trained", 100), ("random", 1)):
         model, loss = autoregressive_model(texts, steps)
         model.save_pretrained(tmp_path / name)
@@ -111,10 +111,9 @@ def test_the_recipe_makes_a_diffusion_model_of_an_autoregressive_one(tmp_path):
         ]
         assert main(["adapt", str(ROOT / "configs/text/ar-to-diffusion.yaml"), *place, *size, *short]) == 0
         rows = [json.loads(line) for line in (tmp_path / f"{name}-run" / "metrics.jsonl").read_text().splitlines()]
-        losses = [row["loss"] for row in rows if "loss" in row]
-        nelbo[name] = losses[:10], losses[-20:]
-    mean = {name: [sum(part) / len(part) for part in parts] for name, parts in nelbo.items()}
-    print(mean)
+        found = [row["loss"] for row in rows if "loss" in row]
+        losses[name] = found[:10], found[-20:]
+    mean = {name: [sum(part) / len(part) for part in parts] for name, parts in losses.items()}
     assert mean["trained"][1] < 0.8 * mean["trained"][0]
     assert mean["trained"][1] < 0.97 * mean["random"][1]
     assert main(["export", str(tmp_path / "trained-run"), str(tmp_path / "back"), "format=qwen3"]) == 0

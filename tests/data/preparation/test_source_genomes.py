@@ -1,7 +1,6 @@
 """Genomes: windows, species, the split by regions, damaged files; by way of `scmdm prepare` where that is possible."""
 
 import gzip
-import os
 import random
 from collections import Counter
 
