@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 from scmdm.cli import main
+from tests.processes import end, popen, started
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("scmdm", deadline=None)
@@ -43,6 +44,14 @@ def small_base(place):
     assert prepare_qm9(place / "qm9") == 0
     keys = [f"run_dir={place / 'base'}", f"data.path={place / 'qm9'}", "train.steps=6", *TINY]
     assert main(["train", str(place / "empty.yaml"), *keys]) == 0
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """Fixtures of modules are made before this one, and their processes go on."""
+    before = started()
+    yield
+    end([process for process in started() if process not in before])
 
 
 @pytest.fixture(scope="session")
@@ -91,4 +100,4 @@ def scmdm(*arguments, output=subprocess.PIPE, **options):
     """The command line in its own process, whose standard output goes to `output`."""
     command = [sys.executable, "-m", "scmdm", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, **options)
+    return popen(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, **options)

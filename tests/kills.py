@@ -27,6 +27,7 @@ from scmdm.observability.run_metrics import last_row, read_metrics
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, small_base
 from tests.distributed.launching import launch, start, workers
+from tests.processes import wait_until
 
 KEPT_ROWS = ("step", "loss", "lr", "grad_norm", "tokens", "evaluations")
 _START_UP_S = 6.0  # kills during start-up happen within this time
@@ -54,8 +55,7 @@ def _kill(process, run, dice, met, life_s):
         time.sleep(dice.random() * _START_UP_S)
     else:
         before = last_step(run)
-        while process.poll() is None and last_step(run) in (before, 0):
-            time.sleep(0.01)
+        wait_until(lambda: process.poll() is not None or last_step(run) not in (before, 0))
         time.sleep(dice.random() * life_s)
     if process.poll() is not None:
         return False
@@ -86,6 +86,11 @@ def _examine(run, met):
 def last_step(run):
     row = last_row(run / METRICS_FILE, "train")
     return row["step"] if row else 0
+
+
+def wait_for_step(process, run, step):
+    """Wait until a run that `process` trains has logged a step."""
+    wait_until(lambda: last_step(run) >= step, process)
 
 
 def train_rows(run):

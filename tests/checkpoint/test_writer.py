@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-import time
 
 import pytest
 import safetensors
@@ -20,6 +19,7 @@ from scmdm.errors import InUseError
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.lease import acquire
 from tests.conftest import TINY, scmdm
+from tests.processes import wait_until
 
 
 def arguments(run, molecules, config, *overrides):
@@ -84,11 +84,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_nelbo(molecules, empty_ya
 
 def wait_for(run, text, process):
     log = run / "train.log"
-    deadline = time.monotonic() + 120
-    while not log.exists() or text not in log.read_text():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and text in log.read_text(), process)
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 
 import pytest
 import yaml
@@ -17,6 +15,7 @@ from scmdm.observability.run_metrics import last_row
 from scmdm.system.run_directory import METRICS_FILE
 from tests.conftest import ADAPTED, ROOT, TINY, scmdm
 from tests.distributed.launching import are_gone, launch
+from tests.processes import children, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +73,6 @@ def measured(out):
     return [{key: row.get(key) for key in ("name", "nelbo", "metrics", "evaluations")} for row in rows]
 
 
-def children_of(pid):
-    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-
-
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, undisturbed):
     path, out = study
@@ -85,10 +80,8 @@ def test_an_interrupted_study_leaves_nothing_running_and_goes_on(study, number, 
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = scmdm("study", path, start_new_session=True, preexec_fn=heed)
     metrics, waiting = (out / name / METRICS_FILE for name in ("scmdm-0", "vanilla-0"))  # one worker, in this order
-    while (row := last_row(metrics, "train")) is None or row["step"] < 8:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    workers = children_of(process.pid)
+    wait_until(lambda: (last_row(metrics, "train") or {"step": 0})["step"] >= 8, process)
+    workers = children(process.pid)
     assert workers
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)

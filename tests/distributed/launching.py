@@ -14,12 +14,13 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
+
+from tests.processes import children, descendants, end, popen, wait_until
 
 IMPORTED = [
     "scmdm.cli",
@@ -40,7 +41,7 @@ def command(processes, *arguments, module="scmdm"):
 
 def start(processes, *arguments, module="scmdm"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    return popen(
         command(processes, *arguments, module=module),
         env=environment,
         stdout=subprocess.PIPE,
@@ -53,7 +54,10 @@ def start(processes, *arguments, module="scmdm"):
 def torchrun(processes, *arguments, timeout=240, module="scmdm"):
     """Run to the end under torchrun; returns the exit status and the output."""
     process = start(processes, *arguments, module=module)
-    output, _ = process.communicate(timeout=timeout)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        end([process])
     return process.returncode, output
 
 
@@ -145,8 +149,7 @@ def _status(ranks, processes):
 
 def workers(process):
     """The ranks that torchrun has started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found if "torch.distributed.run" not in _command_line(pid)]
+    return [pid for pid in children(process.pid) if "torch.distributed.run" not in _command_line(pid)]
 
 
 def _command_line(pid):
@@ -158,24 +161,8 @@ def _command_line(pid):
 
 
 def wait_for_descendants(process, word):
-    """Wait up to two minutes for descendants of `process` whose command contains `word`, and return their pids."""
-    end = time.monotonic() + 120
-    while not (found := [pid for pid in _descendants(process.pid) if word in _command_line(pid)]):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    return found
-
-
-def _descendants(pid):
-    children = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(place.name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found[1:]
+    """Wait for descendants of `process` whose command contains `word`, and return their pids."""
+    return wait_until(lambda: [pid for pid in descendants(process.pid) if word in _command_line(pid)], process)
 
 
 def are_gone(pids):

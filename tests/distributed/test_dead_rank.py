@@ -15,6 +15,7 @@ from scmdm.runtime.watchdog import written_stacks
 from tests.distributed.launching import command
 from tests.distributed.test_missing_rank import free_port
 from tests.kills import adapt_arguments, last_step
+from tests.processes import popen
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ def test_a_rank_that_dies_in_a_save_makes_it_a_failed_save(base, molecules, empt
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.distributed.odd_rank", *odd]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen(command, env={**os.environ, **variables}, **options))
+        ranks.append(popen(command, env={**os.environ, **variables}, **options))
     output = ranks[0].communicate(timeout=240)[0]
     ranks[1].communicate(timeout=20)
     assert ranks[1].returncode == -signal.SIGKILL

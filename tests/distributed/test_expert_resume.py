@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tests.distributed.launching import launch, start, workers
 from tests.distributed.parity import rows
 from tests.distributed.recorded_noise import recorded
 from tests.distributed.test_expert_ranks import EXPERTS
-from tests.kills import last_step
+from tests.kills import wait_for_step
 from tests.weights import weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -25,9 +24,7 @@ STEPS = 8
 
 def kill_a_rank(process, run, after):
     """SIGKILL the second rank after a step; returns the last step that is stored."""
-    while process.poll() is None and last_step(run) < after:
-        time.sleep(0.01)
-    assert process.poll() is None
+    wait_for_step(process, run, after)
     os.kill(workers(process)[1], signal.SIGKILL)
     process.communicate(timeout=240)
     return step_of(list_checkpoints(run / "checkpoints")[-1])

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import time
 
 import pytest
 
@@ -46,14 +45,6 @@ def test_the_number_of_ranks_may_change_at_every_restart(adapt, single, tmp_path
     assert_same(tmp_path / "run", single)
 
 
-def wait_for_step(process, run, step):
-    deadline = time.monotonic() + 120
-    while not (found := rows(run)) or found[-1]["step"] < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_kills_of_one_rank_or_all_change_no_result(base, molecules, empty_yaml, tmp_path):
     """The short version of `python -m tests.kills`."""
     arguments = {
@@ -72,7 +63,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(adapt, single, tmp_path
     run = tmp_path / "run"
     arguments = adapt(run, "train.micro_batch_size=32", "train.checkpoint_every=1000")
     process = start(2, *arguments)
-    wait_for_step(process, run, 5)
+    kills.wait_for_step(process, run, 5)
     os.kill(workers(process)[-1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert "stopped by SIGUSR1 at step" in output

@@ -1,6 +1,5 @@
 """Ranks end when their launcher is killed."""
 
-import os
 import signal
 
 import pytest
@@ -9,7 +8,8 @@ from scmdm.checkpoint.reader import list_checkpoints, step_of
 from scmdm.system.lease import read_lease
 from scmdm.system.run_directory import CHECKPOINTS, LEASE
 from tests.distributed.launching import are_gone, start, workers
-from tests.distributed.test_fsdp import wait_for_step
+from tests.kills import wait_for_step
+from tests.processes import children
 
 pytestmark = pytest.mark.slow
 
@@ -20,16 +20,11 @@ def test_ranks_save_and_end_when_torchrun_is_killed(adapt, tmp_path):
     process = start(2, *adapt(run, *keys))
     wait_for_step(process, run, 5)
     ranks = workers(process)
-    children = [pid for rank in ranks for pid in children_of(rank)]
-    assert len(ranks) == 2 and children
+    loaders = [pid for rank in ranks for pid in children(rank)]
+    assert len(ranks) == 2 and loaders
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert are_gone([*ranks, *children])
+    assert are_gone([*ranks, *loaders])
     (checkpoint,) = list_checkpoints(run / CHECKPOINTS)
     assert step_of(checkpoint) >= 5
     assert read_lease(run / LEASE)[1].released
-
-
-def children_of(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split() if os.path.exists(f"/proc/{child}")]

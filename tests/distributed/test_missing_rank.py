@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch.distributed as dist
 
+from tests.processes import popen
+
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
@@ -30,7 +32,7 @@ def start(ranks, size, program=PROGRAM):
     for rank in ranks:
         variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **variables}, **options))
+        processes.append(popen([sys.executable, "-c", program], env={**os.environ, **variables}, **options))
     return [process.communicate(timeout=120)[0] for process in processes]
 
 

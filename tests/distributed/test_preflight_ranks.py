@@ -70,5 +70,5 @@ def test_ranks_that_agree_log_the_measured_all_reduce(adapt, tmp_path):
     (start,) = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert start["world_size"] == 2 and len(start["hosts"]) == 1 and start["git"]["commit"]
     assert start["all_reduce_gb_per_s"] > 0 and 0 < start["all_reduce_latency_us"] < 1e6
-    assert start["seconds"] < 60  # it says how long it took; how long that may be depends on the machine
+    assert start["seconds"] > 0
     assert not (run / ".start").exists()

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from scmdm.cli import main
 from scmdm.sampling.generation import SampleSet
 from tests.distributed.launching import launch, start, workers
 from tests.integrations.test_lm_eval import DOCS, TASK, TASKS
+from tests.processes import wait_until
 from tests.sampling.small_models import export
 
 pytestmark = pytest.mark.slow
@@ -59,10 +59,7 @@ def test_weights_in_bfloat16_are_shared_without_a_change(exported, tmp_path):
 
 
 def wait_for_parts(process, directory, files):
-    end = time.monotonic() + 120
-    while len(list(directory.glob("*.npz"))) < files:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
+    wait_until(lambda: len(list(directory.glob("*.npz"))) >= files, process)
 
 
 def kill_all(process):

@@ -12,7 +12,8 @@ import pytest
 
 from scmdm.runtime.watchdog import HANG_EXIT
 from tests.distributed.launching import are_gone, launch, start, torchrun, workers
-from tests.distributed.test_fsdp import wait_for_step
+from tests.kills import wait_for_step
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -119,14 +120,11 @@ def test_a_rank_exits_only_after_the_summary_of_rank_0(tmp_path):
     """When the first rank exits, the launcher ends the others, also rank 0, which has still to write its summary."""
     process = subprocess.Popen([sys.executable, "-c", HANGS_AS_RANK_1, tmp_path])
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "stacks" / ".hang").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
+        wait_until((tmp_path / "stacks" / ".hang").exists, process)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=2)
         (tmp_path / "stacks" / ".summed").touch()
-        assert process.wait(timeout=2) == HANG_EXIT
+        assert process.wait(timeout=60) == HANG_EXIT
     finally:
         process.kill()
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from scmdm.checkpoint.reader import newest_checkpoint
 from scmdm.system.signals import REQUEUE_EXIT
 from tests.conftest import scmdm
 from tests.distributed.launching import torchrun
-from tests.kills import adapt_arguments, last_step, train_rows
+from tests.kills import adapt_arguments, last_step, train_rows, wait_for_step
+from tests.processes import descendants, wait_until
 
 pytestmark = pytest.mark.slow
 STEPS = 40
@@ -39,29 +39,13 @@ def local(tmp_path, base, molecules, empty_yaml):
     return start
 
 
-def descendants(pid):
-    """Descendants of a process, with itself last."""
-    found = []
-    with contextlib.suppress(OSError):  # it has ended
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                found += descendants(int(child))
-    return [*found, pid]
-
-
 def ranks_of(launcher):
     found = []
-    for pid in descendants(launcher)[:-1]:
+    for pid in descendants(launcher):
         with contextlib.suppress(OSError):
             if b"adapt" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
-
-
-def wait_for_step(process, run, step):
-    while last_step(run) < step:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
 
 
 def test_a_local_launch_matches_torchrun_and_keeps_the_logs_of_each_rank(local, tmp_path, undisturbed):
@@ -80,7 +64,7 @@ def test_a_signal_saves_and_the_next_launch_continues(local, tmp_path, undisturb
     keys = ("train.checkpoint_every=1000", "data.num_workers=1", "wandb.mode=offline")
     process = local(*keys)
     wait_for_step(process, tmp_path / "run", 5)
-    for pid in descendants(process.pid) if whom == "everybody" else [process.pid]:
+    for pid in [*reversed(descendants(process.pid)), process.pid] if whom == "everybody" else [process.pid]:
         os.kill(pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, output + errors
@@ -97,10 +81,7 @@ def test_a_signal_saves_and_the_next_launch_continues(local, tmp_path, undisturb
 @pytest.mark.long
 def test_a_signal_during_start_up_is_not_lost(local, tmp_path):
     process = local()
-    ranks = []
-    while len(ranks) < 2:
-        ranks = ranks_of(process.pid)
-    for pid in ranks:
+    for pid in wait_until(lambda: len(ranks := ranks_of(process.pid)) >= 2 and ranks, process):
         os.kill(pid, signal.SIGUSR1)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, output + errors

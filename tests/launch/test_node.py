@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from scmdm.launch import node
 from scmdm.launch.node import SlurmNode, _parser, describe_exit, exit_status, rank_environment, torchrun_arguments
 from scmdm.system.signals import REQUEUE_EXIT, stop_signals
+from tests.processes import popen, wait_until
 
 
 @pytest.mark.parametrize(
@@ -115,15 +115,13 @@ def test_ranks_inherit_nccls_recorder_beside_the_stacks(tmp_path, monkeypatch):
 def test_a_signal_before_the_ranks_are_started_reaches_them(tmp_path):
     """The launcher imports torch when it comes. Without it, the rank would end with status 1."""
     given = ["--logs", tmp_path / "logs", "--stacks", tmp_path / "stacks", "--", "sample", tmp_path / "missing"]
-    process = subprocess.Popen(
+    process = popen(
         [sys.executable, "-m", "scmdm.launch.node", *map(str, given)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not _blocks(process, signal.SIGUSR1):
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_until(lambda: _blocks(process, signal.SIGUSR1), process)
     assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)

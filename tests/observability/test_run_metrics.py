@@ -18,6 +18,7 @@ from scmdm.observability.run_metrics import LogFile, MetricsFile, last_row, logg
 from scmdm.system import json_lines, line_file
 from scmdm.system.line_file import LineFile
 from tests.conftest import TINY, scmdm
+from tests.processes import wait_until
 
 
 def train_row(step, **more):
@@ -246,14 +247,6 @@ def small_disk(tmp_path):
 
 def rows_of(run):
     return len(read_metrics(run / "metrics.jsonl"))
-
-
-def wait_until(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

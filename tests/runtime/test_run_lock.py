@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,7 +27,7 @@ from scmdm.system.process_group import World
 from scmdm.system.run_directory import CHECKPOINTS, LEASE
 from tests.conftest import TINY
 from tests.distributed.launching import start, workers
-from tests.kills import last_step
+from tests.kills import wait_for_step
 
 HOLDER = """
 import pathlib, sys, time
@@ -146,10 +145,7 @@ def test_a_suspended_run_that_was_taken_over_writes_nothing_more(processes, keys
     process = start(processes, "train", str(empty_yaml), f"run_dir={run}", f"data.path={molecules}", *keys)
     ranks = []
     try:
-        end = time.monotonic() + 120
-        while last_step(run) < 20:
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
+        wait_for_step(process, run, 20)
         ranks = workers(process) if processes else [process.pid]
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)

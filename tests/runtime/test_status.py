@@ -17,7 +17,7 @@ from scmdm.runtime.status import _eta, describe_status, read_status
 from scmdm.system.lease import LeaseHolder
 from scmdm.system.liveness import job_state
 from tests.conftest import TINY, scmdm
-from tests.kills import last_step
+from tests.kills import wait_for_step
 
 
 def arguments_of(run, molecules, empty_yaml, *overrides):
@@ -30,9 +30,7 @@ def killed(tmp_path_factory, molecules, empty_yaml):
     run = tmp_path_factory.mktemp("runs") / "killed"
     assert main(arguments_of(run, molecules, empty_yaml, "train.steps=4")) == 0
     process = scmdm(*arguments_of(run, molecules, empty_yaml, "train.steps=100000"))
-    while last_step(run) < 12:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_step(process, run, 12)
     looks = {"pid": process.pid, "live": read_status(run), "report": main(["report", str(run)])}
     looks["html"] = (run / "report.html").read_text()
     assert process.poll() is None

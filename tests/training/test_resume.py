@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import time
 
 import pytest
 import yaml
@@ -50,9 +49,7 @@ def test_sigterm_saves_and_asks_for_a_requeue(tmp_path, base, molecules, empty_y
     run = tmp_path / "stopped"
     arguments = adapt_arguments(run, base, molecules, empty_yaml, "train.checkpoint_every=1000")
     process = scmdm(*arguments)
-    while not (rows := train_rows(run)) or rows[-1]["step"] < 5:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    kills.wait_for_step(process, run, 5)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == REQUEUE_EXIT

@@ -17,6 +17,7 @@ from scmdm.data.manifest import Manifest
 from scmdm.data.verification import verify_dataset
 from tests.data.preparation.test_prepare import files
 from tests.distributed.launching import are_gone, launch, wait_for_descendants
+from tests.processes import popen, wait_until
 
 KEYS = (
     "source.name=text",
@@ -111,11 +112,8 @@ def test_four_machines_at_once_make_the_same_bytes(corpus, alone, tmp_path, empt
 @pytest.mark.parametrize("phase", [pytest.param("scan", marks=pytest.mark.long), "encode"])
 def test_killed_and_resumed_it_makes_the_same_bytes(corpus, alone, tmp_path, empty_yaml, phase):
     out = tmp_path / "data"
-    process = subprocess.Popen(command(empty_yaml, corpus, out, "workers=2"), start_new_session=True)
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob(f".data.*.work/{phase}-?????")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
+    process = popen(command(empty_yaml, corpus, out, "workers=2"), start_new_session=True)
+    wait_until(lambda: list(tmp_path.glob(f".data.*.work/{phase}-?????")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists() and len(list(tmp_path.glob(f".data.*.work/{phase}-?????"))) < 5
