@@ -8,10 +8,12 @@ from __future__ import annotations
 import tomllib
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs/explanation/architecture.svg"
 WIDTH, ROW, GAP, MARGIN = 860, 30, 6, 16
+COLUMNS = 32  # letters that fit into the box of `diffusion`
 ROLES = {
     "cli": "commands",
     "doctor": "what this machine can run",
@@ -65,23 +67,17 @@ def drawing() -> str:
         width = (left - GAP * (len(row) - 1)) / len(row)
         for column, package in enumerate(row):
             parts += _box(MARGIN + column * (width + GAP), y, width, ROW, package, len(row) == 1)
-    middle = next(number for number, row in enumerate(rows) if "data" in row)
+    lowest = next(number for number, row in enumerate(rows) if "config" in row)  # of those that import it
     x = left + 2 * MARGIN
     y = top
-    tall = (middle + 1) * (ROW + GAP) - GAP
+    tall = (lowest + 1) * (ROW + GAP) - GAP
     parts += [
         f'<rect x="{x}" y="{y}" width="{side}" height="{tall}" rx="4" fill="#fff4e0" stroke="#d08a1d"/>',
         f'<text x="{x + 12}" y="{y + 24}" font-weight="bold">diffusion</text>',
     ]
-    lines = (
-        ROLES["diffusion"],
-        "",
-        "process, schedule, objective, noise,",
-        "state, sampler, reveal_order,",
-        "token_draw, guidance, packing",
-        "",
-        "Any package may import it.",
-    )
+    modules = sorted(path.stem for path in (ROOT / "scmdm/diffusion").glob("[!_]*.py"))
+    texts = (ROLES["diffusion"], ", ".join(modules), "Packages beside may import it.")
+    lines = [line for text in texts for line in (*wrap(text, COLUMNS), "")]
     parts += [f'<text x="{x + 12}" y="{y + 48 + 18 * i}">{escape(line)}</text>' for i, line in enumerate(lines)]
     return "\n".join([*parts, "</svg>", ""])
 
