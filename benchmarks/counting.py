@@ -18,6 +18,7 @@ from typing import Any
 
 import safetensors
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scmdm.models import tensor_files
@@ -137,6 +138,18 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def fake_ranks(size: int, rank: int = 0) -> Iterator[None]:
+    """Make this process `rank` of `size` ranks, of which the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from benchmarks.counting import MIB, Collectives, following_resizes
+from benchmarks.counting import MIB, Collectives, fake_ranks, following_resizes
 from benchmarks.scale_rank import local_part
 from benchmarks.step import QM9, make_engine_step
 from benchmarks.timing import save
@@ -300,18 +300,6 @@ def _run(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(arguments[:6])} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-
-
-@contextmanager
-def fake_ranks(size: int, rank: int = 0) -> Iterator[None]:
-    """Make this process `rank` of `size` ranks, of which the others do not exist."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def simulate(ranks: int) -> dict[str, float]:

@@ -61,7 +61,7 @@ def test_hashed_bytes_are_counted_and_hashes_unchanged(tmp_path, monkeypatch):
 
 
 def test_collectives_are_counted():
-    with scale.fake_ranks(4), counting.Collectives() as counted:
+    with counting.fake_ranks(4), counting.Collectives() as counted:
         dist.all_reduce(torch.ones(8))
         dist.all_gather_into_tensor(torch.empty(16), torch.ones(4))
     assert (counted.count, counted.bytes) == (2, 32 + 64)

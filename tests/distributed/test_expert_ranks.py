@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.counting import fake_ranks
 from scmdm.checkpoint.reader import find_model
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
@@ -68,10 +67,8 @@ def test_experts_train_on_two_and_on_four_ranks_as_in_one_process(tmp_path, mole
 
 @pytest.fixture
 def four_ranks():
-    """Make this process rank 0 of a fake group of 4 ranks."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    yield
-    dist.destroy_process_group()
+    with fake_ranks(4):
+        yield
 
 
 def test_a_rank_holds_a_share_of_the_experts_and_the_whole_bias(four_ranks):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from benchmarks.counting import fake_ranks
 from scmdm.config.model import ModelConfig
 from scmdm.config.run import RunConfig
 from scmdm.distributed.ema import Ema
@@ -14,7 +15,7 @@ from scmdm.models.experts.expert_block import whole_parameters
 from scmdm.models.experts.expert_parallel import expert_ranks_refused
 from scmdm.models.network import count_parameters
 from scmdm.models.tensor_files import _box, local_part
-from tests.planner.measuring import engine_of, fake_ranks, run_config, storage_bytes
+from tests.planner.measuring import engine_of, run_config, storage_bytes
 from tests.scale.test_true_size import Storages
 
 VOCAB, LENGTH = 19, 8

@@ -5,11 +5,10 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.counting import fake_ranks
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
 from scmdm.diffusion.objective import self_conditioned_nelbo
@@ -25,10 +24,9 @@ LAYERS, VOCAB = 4, 12
 
 @pytest.fixture
 def ranks(request):
-    """Make this process rank 0 of a fake group of `size` ranks."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
-    yield request.param
-    dist.destroy_process_group()
+    """Make this process rank 0 of so many."""
+    with fake_ranks(request.param):
+        yield request.param
 
 
 def engine_of(dtype=torch.float32, rate=1.0, reshard=False, **model):

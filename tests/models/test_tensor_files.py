@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.counting import fake_ranks
 from scmdm.models import tensor_files
 from scmdm.models.tensor_files import iterate_tensors, tensor_shapes
 from scmdm.system.process_group import World
@@ -39,16 +38,13 @@ def test_every_element_is_written_once(kind, tmp_path):
     shape, placements = MESHES[kind]
     total = 0
     for world in (World(rank, 4, rank) for rank in range(4)):
-        dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
-        try:
+        with fake_ranks(world.size, world.rank):
             mesh = init_device_mesh("cpu", shape)
             tensors = {name: part_of(whole, mesh, placements) for name, whole in WHOLE.items()}
             plain = {f"plain {name}": whole for name, whole in WHOLE.items()}
             written = tensor_files._write_part(tmp_path, tensors | plain, None, world.rank, world.size)
             total += written.tensor_bytes
             assert sum(tensor.nbytes for tensor in tensors.values()) == sum(whole.nbytes for whole in WHOLE.values())
-        finally:
-            dist.destroy_process_group()
     assert total == 2 * sum(whole.nbytes for whole in WHOLE.values())
     expected = WHOLE | {f"plain {name}": whole for name, whole in WHOLE.items()}
     assert {name: tensor.shape for name, tensor in tensor_shapes(tmp_path).items()} == {

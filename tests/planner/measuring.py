@@ -1,12 +1,9 @@
 """Measurements of real passes, for comparison with plans."""
 
 import collections
-import contextlib
 import typing
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,16 +15,6 @@ from scmdm.models.model_files import ModelSpec
 from scmdm.training.setup import build_engine
 
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def fake_ranks(size, rank=0):
-    """This process as one of so many that do not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def run_config(engine="single", *, rate=1.0, micro=1, batch=None, fsdp=None, deepspeed=None, **model):

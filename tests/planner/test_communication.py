@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
+from benchmarks.counting import fake_ranks
 from scmdm.models import attention
 from scmdm.planner.communication import step_collectives
 from scmdm.planner.workload import make_layout, make_workload
-from tests.planner.measuring import Collectives, engine_of, fake_ranks, loss_of, masked_batch, run_config, spec_of
+from tests.planner.measuring import Collectives, engine_of, loss_of, masked_batch, run_config, spec_of
 
 VOCAB, LENGTH = 61, 32
 

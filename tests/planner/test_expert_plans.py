@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.counting import fake_ranks
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.config.run import RunConfig
 from scmdm.distributed import fsdp
@@ -23,7 +24,6 @@ from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import (
     Collectives,
     engine_of,
-    fake_ranks,
     loss_of,
     masked_batch,
     run_config,

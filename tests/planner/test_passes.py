@@ -6,13 +6,13 @@ import gc
 import pytest
 import torch
 
-from benchmarks.counting import following_resizes
+from benchmarks.counting import fake_ranks, following_resizes
 from scmdm.planner import activation_memory
 from scmdm.planner.activation_memory import LiveBytes, measure_activations
 from scmdm.planner.rank_memory import rank_memory
 from scmdm.planner.sharding import gathered_weights, gathers_in_compute_dtype
 from scmdm.planner.workload import make_layout, make_workload
-from tests.planner.measuring import engine_of, fake_ranks, loss_of, masked_batch, run_config, spec_of
+from tests.planner.measuring import engine_of, loss_of, masked_batch, run_config, spec_of
 
 VOCAB, LENGTH, ROWS = 500, 384, 2
 KINDS = ("none", "selective", "full")

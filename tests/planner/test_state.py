@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.counting import fake_ranks
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
 from scmdm.planner.sharding import rank_state
@@ -13,7 +14,6 @@ from scmdm.training import setup
 from tests.planner.measuring import (
     Collectives,
     engine_of,
-    fake_ranks,
     loss_of,
     masked_batch,
     run_config,

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from benchmarks.counting import fake_ranks
 from scmdm.distributed.ema import Ema
 from scmdm.planner.communication import step_collectives
 from scmdm.planner.sharding import gathered_weights, rank_state
@@ -17,7 +18,6 @@ from scmdm.planner.workload import make_layout, make_workload
 from tests.planner.measuring import (
     Collectives,
     engine_of,
-    fake_ranks,
     loss_of,
     masked_batch,
     run_config,

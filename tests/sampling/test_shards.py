@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from benchmarks.counting import fake_ranks
 from scmdm.config.diffusion import DiffusionConfig
 from scmdm.distributed.sharded_evaluation import shard_for_evaluation
 from scmdm.errors import UserError
 from scmdm.models.dit import DiTConfig
 from scmdm.models.model_files import ModelSpec, allocate, set_dtype
-from tests.planner.measuring import fake_ranks, storage_bytes
+from tests.planner.measuring import storage_bytes
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(DiTConfig(width=64, layers=3, heads=4, self_conditioned=True), DiffusionConfig(), 40, 39, 16)

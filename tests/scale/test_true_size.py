@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from benchmarks.counting import following_resizes
+from benchmarks.counting import fake_ranks, following_resizes
 from scmdm.config.loading import load_config
 from scmdm.diffusion.state import State
 from scmdm.diffusion.token_draw import draw_tokens
@@ -26,7 +26,6 @@ from tests.conftest import ROOT
 from tests.planner.measuring import (
     CPU,
     engine_of,
-    fake_ranks,
     loss_of,
     masked_batch,
     run_config,
