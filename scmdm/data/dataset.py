@@ -23,7 +23,7 @@ from torch import Tensor
 from scmdm.data.dataset_files import check_dataset
 from scmdm.data.manifest import remote_of
 from scmdm.data.mixture import DataStream
-from scmdm.data.mosaic_streaming import Reader, ShardState, Stream, StreamingDataset
+from scmdm.data.mosaic_streaming import TICK, Reader, ShardState, Stream, StreamingDataset
 from scmdm.data.remote import remove_abandoned
 from scmdm.data.shard_files import prepare_shard
 from scmdm.data.shard_index import COLUMN, OPTIONAL_COLUMNS, find_wrong_value, read_index
@@ -138,6 +138,26 @@ class TokenDataset(StreamingDataset):
             named = UserError(f"cannot prepare {path}: {describe(error)}")
             self._failure = error if isinstance(error, UserError) else named
             raise self._failure from error
+
+    def _ready_thread(self, it: Any) -> None:
+        """Advance `it.ready_index` over the samples whose shards are present, ahead of the reader.
+
+        As streaming's, but a shard that another thread evicts while this one waits for it is fetched again. Streaming
+        looks once whether the shard is missing, and then waits for ever.
+        """
+        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
+            sample_id = it.sample_ids[it.ready_index]
+            is_far = self.predownload is not None and self.predownload < it.ready_index - it.yield_index
+            if is_far or not (sample_id == -1 or self._is_ready(self.spanner[sample_id][0])):
+                time.sleep(TICK)
+                continue
+            it.ready_index += 1
+        it.on_exit()
+
+    def _is_ready(self, shard_id: int) -> bool:
+        if self._shard_states[shard_id] == ShardState.REMOTE:
+            self.prepare_shard(shard_id, False)
+        return bool(self._shard_states[shard_id] == ShardState.LOCAL)
 
     def _is_prepared(self, shard_id: int) -> bool:
         """Return whether this process has prepared the shard and not evicted it since; mark it as recently used.

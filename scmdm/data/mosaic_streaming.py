@@ -50,7 +50,7 @@ for _module in _left_out:
         delattr(streaming, _module.removeprefix("streaming."))
 
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.constant import LOCALS
+from streaming.base.constant import LOCALS, TICK
 from streaming.base.dataset import _ShardState as ShardState
 from streaming.base.format import FileInfo as StreamingFileInfo
 from streaming.base.format import Reader

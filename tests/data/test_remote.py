@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from scmdm.data import shard_files
 from scmdm.data.loader import build_loader, epochs, read_split
 from scmdm.data.manifest import Manifest, remote_of
 from scmdm.data.mixture import open_data
+from scmdm.data.mosaic_streaming import ShardState
 from scmdm.data.remote import upload_dataset
 from scmdm.data.verification import verify_dataset
 from scmdm.errors import UserError
@@ -94,6 +97,38 @@ def test_training_from_a_small_cache_is_training_from_the_directory(local, remot
     # How many there are at the end is the reading thread's affair: it goes on for a while behind the run.
     assert shards(tmp_path / "cache", "validation") == shards(local, "validation")
     assert shards(tmp_path / "cache", "test") == []
+
+
+class Epoch:
+    """What the threads of an epoch share: a single sample."""
+
+    total = 1
+
+    def __init__(self, sample):
+        self.sample_ids, self.ready_index, self.yield_index = [sample], 0, 0
+        self.looked, self.ended = threading.Event(), threading.Event()
+
+    def should_exit(self):
+        self.looked.set()
+        return False
+
+    def on_exit(self):
+        self.ended.set()
+
+
+def test_a_shard_that_is_evicted_while_the_reader_waits_for_it_is_fetched_again(local, remote, tmp_path):
+    """As in a small cache: fetched by one thread, and evicted for another shard before the second one looks."""
+    dataset = reader(cached(tmp_path, remote, cache_limit="1mb")).dataset
+    dataset._event = threading.Event()
+    states, epoch = dataset._shard_states, Epoch(0)
+    states[0] = ShardState.PREPARING
+    thread = threading.Thread(target=dataset._ready_thread, args=(epoch,), daemon=True)
+    thread.start()
+    assert epoch.looked.wait(60)
+    time.sleep(0.1)  # it waits for the thread that fetches
+    states[0] = ShardState.REMOTE
+    assert epoch.ended.wait(60) and epoch.ready_index == 1 and states[0] == ShardState.LOCAL
+    assert shards(tmp_path / "cache") == shards(local)[:1]
 
 
 def test_the_cache_is_enough_once_it_is_full(local, remote, tmp_path, monkeypatch):
