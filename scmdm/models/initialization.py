@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scmdm.diffusion.noise import keyed_int
 from scmdm.models.experts.expert_block import whole_parameters
-from scmdm.models.tensor_files import local_part, offsets_of
+from scmdm.models.tensor_files import first_row, local_part
 
 _DRAWN_AT_ONCE = 2**20  # elements
 
@@ -61,8 +61,7 @@ def _draw(parameter: Tensor, name: str, seed: int, width: int) -> None:
         piece = torch.empty(count, dtype=parameter.dtype, device="cpu")
         return piece.uniform_(-bound, bound, generator=generator)
 
-    first_row = offsets_of(name, parameter)[0] if local.numel() else 0
-    for size in _pieces(first_row * math.prod(parameter.shape[1:])):
+    for size in _pieces(first_row(parameter) * math.prod(parameter.shape[1:]) if local.numel() else 0):
         draw(size)
     left = local.view(-1)
     for size in _pieces(len(left)):

@@ -113,7 +113,7 @@ def _write_part(
         if _is_ours(tensors[name], number, rank, world):
             value = (tensors if values is None else values)[name]
             own[name] = local_part(value)
-            offsets[name] = {"saved_offsets": offsets_of(name, tensors[name])}
+            offsets[name] = {"saved_offsets": _offsets_of(name, tensors[name])}
     if not own:
         return _Written()
     name = f"shard-{rank + 1:05}-model-00001-of-00001{SUFFIX}"  # as torch names it
@@ -139,7 +139,7 @@ def _is_ours(tensor: Tensor, number: int, rank: int, world: int) -> bool:
     return position == number % replicas and ours == 0 and (tensor.to_local().numel() > 0 or not tensor.numel())
 
 
-def offsets_of(name: str, tensor: Tensor) -> list[int]:
+def _offsets_of(name: str, tensor: Tensor) -> list[int]:
     """Return where this rank's part begins in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return [0] * tensor.dim()
@@ -202,10 +202,28 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def first_row(tensor: Tensor) -> int:
+    """Return the first row of this rank's part of a tensor, which consists of whole rows.
+
+    `_offsets_of` would read values, which the fake tensors of a plan do not have.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0
+    begin, rows, mesh = 0, tensor.shape[0], tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for place, ranks, at in zip(tensor.placements, mesh.shape, coordinate, strict=True):
+        assert place.is_shard(0) or place.is_replicate()
+        if place.is_shard():  # as `torch.chunk` divides what the dimensions before leave
+            part = -(-rows // ranks)
+            begin, rows = begin + min(at * part, rows), max(0, min(part, rows - at * part))
+    return begin
+
+
 def _box(name: str, tensor: Tensor) -> _Box:
     """Return where this rank's part of a tensor begins and ends."""
     local = local_part(tensor)
-    begins = offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
+    begins = _offsets_of(name, tensor) if local.numel() else [0] * tensor.dim()
     return begins, [begin + size for begin, size in zip(begins, local.shape, strict=True)]
 
 
