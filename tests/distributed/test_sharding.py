@@ -24,7 +24,7 @@ LAYERS, VOCAB = 4, 12
 
 @pytest.fixture
 def ranks(request):
-    """Make this process rank 0 of so many."""
+    """Make this process rank 0 of a fake process group of that size."""
     with fake_ranks(request.param):
         yield request.param
 
