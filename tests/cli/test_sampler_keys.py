@@ -5,12 +5,10 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 import scmdm
 from scmdm.cli import main
 from scmdm.config.sampling import SamplerConfig
-from scmdm.diffusion.token_draw import certainty
 from scmdm.study.study_plan import has_settings, stored_row
 
 LLADA = ["sampler.kind=confidence", "sampler.transfer=even", "sampler.block_start=prompt", "sampler.temperature=0"]
@@ -81,15 +79,6 @@ def test_end_tokens_that_are_suppressed(base, tmp_path):
     assert any(loaded.tokenizer.eos_id in row["tokens"] for row in drawn(base, tmp_path / "free.jsonl", *keys))
     rows = drawn(base, tmp_path / "never.jsonl", *keys, "sampler.block_length=23", "sampler.logits_eos_inf=true")
     assert not any(loaded.tokenizer.eos_id in row["tokens"] for row in rows)
-
-
-@pytest.mark.parametrize("kind", ["confidence", "margin", "entropy"])
-def test_tokens_without_confidence_are_revealed_last(kind):
-    """A position that is certain of an end token waits, although nothing else is left to be uncertain of."""
-    logits = torch.tensor([[9.0, 4.0, -torch.inf], [1.0, 1.0, 0.5]])
-    drawn = torch.tensor([0, 1])
-    free, late = (certainty(kind, logits, drawn, late_ids=ids) for ids in ((), (0,)))
-    assert free[0] > free[1] and late[0] < late[1]
 
 
 def test_guidance_by_the_prompt_costs_two_evaluations(base, tmp_path):

@@ -11,7 +11,7 @@ from scipy import stats
 from scmdm.diffusion.reveal_order import ORDERS, SamplerSettings
 from scmdm.diffusion.sampler import sample
 from scmdm.diffusion.schedule import LogLinear, make_schedule, remask_probability, unmask_probability
-from scmdm.diffusion.token_draw import draw_tokens, most_probable, nucleus, perturbed
+from scmdm.diffusion.token_draw import certainty, draw_tokens, most_probable, nucleus, perturbed
 from tests.diffusion.oracle import Oracle
 
 
@@ -345,3 +345,12 @@ def test_float64_reaches_the_tail_that_float32_cuts():
     logits = torch.tensor([[20.0, 0.0]])
     assert draw_tokens(logits, uniform, gumbel="float64").item() == 1
     assert draw_tokens(logits + torch.tensor([[6.0, 0.0]]), uniform, gumbel="float32").item() == 0
+
+
+@pytest.mark.parametrize("kind", ["confidence", "margin", "entropy"])
+def test_tokens_without_confidence_are_revealed_last(kind):
+    """A position that is certain of an end token waits, although nothing else is left to be uncertain of."""
+    logits = torch.tensor([[9.0, 4.0, -torch.inf], [1.0, 1.0, 0.5]])
+    drawn = torch.tensor([0, 1])
+    free, late = (certainty(kind, logits, drawn, late_ids=ids) for ids in ((), (0,)))
+    assert free[0] > free[1] and late[0] < late[1]
