@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(
                 f"{path} has {len(text)} characters; give files of at least {_HELD_OUT}, of which one is held out"
             )
+    held_out = sum(len(text) // _HELD_OUT for text in texts)
+    if held_out < found.length:
+        parser.error(f"--length: {found.length} is more than the {held_out} characters that are held out of all files")
     settings = {f"--{name}": getattr(found, name) for name in _SETTINGS}
     settings |= {f"hash of file {at}": sha256_file(path) for at, path in enumerate(found.files, start=1)}
     state = found.out / "training.pt"

@@ -63,7 +63,12 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "named"), [("a" * 19, [], "text.txt"), ("a" * 99, ["--width", "48"], "48")]
+    ("text", "options", "named"),
+    [
+        ("a" * 19, [], "text.txt"),
+        ("a" * 99, ["--width", "48"], "48"),
+        ("a" * 99, ["--length", "5"], "--length"),  # 4 characters are held out
+    ],
 )
 def test_text_and_width_that_leave_nothing(tmp_path, capsys, text, options, named):
     (tmp_path / "text.txt").write_text(text)
