@@ -108,10 +108,14 @@ def test_a_shared_model_is_not_compiled(base, capsys, command):
     assert "compile='block' is not possible" in capsys.readouterr().err
 
 
-def test_samples_go_to_the_terminal(base, capsys):
-    assert main(["sample", str(base), "num=3", "sampler.kind=first_hitting"]) == 0
+def test_samples_go_to_the_terminal(base, tmp_path, capsys):
+    sample, out = ["sample", str(base), "num=3", "sampler.kind=first_hitting"], tmp_path / "samples.jsonl"
+    assert main([*sample, f"out={out}"]) == 0
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    capsys.readouterr()
+    assert main(sample) == 0
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3
+    assert len(texts) == 3 and captured.out == "".join(f"{text}\n" for text in texts)
     assert "23 denoiser evaluations each" in captured.err, "the beginning is given, 23 of 24 are drawn"
 
 
