@@ -7,7 +7,7 @@ QUICKSTART := $(VENV)/bin/scmdm study configs/qm9/quickstart.yaml $(if $(FROM_SC
 # An interpreter that has the packages already, as on a GPU machine that is lent by the minute; else .venv.
 GPU_PYTHON ?= $(VENV)/bin/python
 
-.PHONY: install quickstart demo test test-all lint format docs bench gpu
+.PHONY: install quickstart demo test test-all test-oldest lint format docs bench gpu
 
 install: $(STAMP)
 
@@ -30,6 +30,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+# The quick tests with the oldest versions that pyproject.toml allows, instead of those of constraints.txt.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -233,6 +233,11 @@ class SamplerConfig:
         """Whether confidence decides how many tokens a step reveals, and thereby the number of steps."""
         return self.threshold is not None or self.factor is not None
 
+    @property
+    def own_length(self) -> bool:
+        """Whether the number of evaluations does not follow `steps`."""
+        return self.kind == "first_hitting" or self.adaptive
+
     def check_length(self, length: int) -> None:
         """Raise UserError when `length` tokens, with the prompt or after it, have more blocks than there are steps."""
         blocks = 1 if self.block_length is None else -(-length // self.block_length)

@@ -104,6 +104,9 @@ class StudyConfig:
         unset = self.sampler.steps == SamplerConfig().steps
         require(unset, "sampler.steps", self.sampler.steps, "left out of a study; set steps=[...]")
         self.sampler.validate()
+        own = [name for name in ("base", *selected) if self.sampler_of(name).own_length]
+        once = f"one number: {', '.join(own)} would be sampled in the same way at each, because the sampler ignores it"
+        require(not own or len(self.steps) == 1, "steps", self.steps, once)
 
     def _validate_arm(self, name: str, arm: ArmConfig) -> None:
         if self.sampler_of(name).steps != self.sampler.steps:

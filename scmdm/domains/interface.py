@@ -91,6 +91,7 @@ class Metric:
     reference: float | None = None  # value of real data published with the benchmark
     maximum: float | None = None  # largest possible value
     frontier: str = ""  # axis, x or y, in the figure of quality against diversity
+    counted: str = ""  # number of samples that a biased distance is computed from, such as `num_valid`; empty: all
 
     def reference_text(self) -> str:
         """Format the reference value; empty without one."""

@@ -5,7 +5,7 @@ Legend: N samples, G groups of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,23 @@ def first_occurrences(items: Sequence[Hashable]) -> np.ndarray:
     """Whether each item is the first of its kind, bool (N,)."""
     first = {item: index for index, item in reversed(list(enumerate(items)))}
     return np.array([first[item] == index for index, item in enumerate(items)], bool)
+
+
+def distinct_parts(items: Sequence[Iterable[Hashable]]) -> np.ndarray:
+    """Return parts of the samples, float64 (N,), whose sum is the number of distinct items of all of them.
+
+    They vary as the number of items that only this sample has, by which the sum falls without it, so that the error of
+    a ratio of these parts is the jackknife's. What several samples have is divided among all.
+    """
+    owner: dict[Hashable, int | None] = {}  # the sample that alone has an item; None: several
+    for index, own in enumerate(items):
+        for item in set(own):
+            owner[item] = None if item in owner else index
+    alone_N = np.zeros(len(items))
+    for sample in owner.values():
+        if sample is not None:
+            alone_N[sample] += 1
+    return alone_N + (len(owner) - alone_N.sum()) / max(1, len(items))
 
 
 def without_groups(samples: int) -> Iterator[np.ndarray]:

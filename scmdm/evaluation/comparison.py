@@ -1,9 +1,9 @@
-"""Tables and conclusions of a study as text, computed from the rows of its evaluations."""
+"""Comparisons of the arms of a study, and its conclusions as text, computed from the rows of its evaluations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,10 @@ import numpy as np
 from scmdm.domains.interface import Metric
 from scmdm.domains.sample_values import SampleValues
 from scmdm.evaluation.significance import Comparison, Draws, Estimate, Trainings, compare, estimate, holm
-from scmdm.observability.run_metrics import format_duration
 
 Json = Mapping[str, Any]
-TextTable = tuple[list[str], list[list[str]]]  # header and rows
 LEVEL = 0.05  # of all comparisons of a report together
+_EQUAL_COUNTS = 0.02  # largest relative difference of numbers of samples by which a distance is hardly biased
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Draw:
 
     number: float
     values: SampleValues | None
+    samples: int
 
 
 DrawsBySeed = Mapping[int, Mapping[int, Draw]]  # by adaptation seed and sampling seed
@@ -67,8 +67,23 @@ def draws_by_seed(samples: Sequence[Json], arm: str, steps: int, metric: str) ->
     found: dict[int, dict[int, Draw]] = {}
     for row in samples:
         if row["arm"] == arm and row["steps"] == steps and row["metrics"].get(metric) is not None:
-            draw = Draw(float(row["metrics"][metric]), row["values"].get(metric))
+            draw = Draw(float(row["metrics"][metric]), row["values"].get(metric), row["num"])
             found.setdefault(row["adaptation_seed"], {})[row["sampling_seed"]] = draw
+    return found
+
+
+def missing_values(samples: Sequence[Json], labels: Mapping[str, str], metrics: Sequence[Metric]) -> list[str]:
+    """Return a line for each metric, arm and T of which some evaluations have no value and others have one."""
+    found = []
+    for metric in metrics:
+        for arm, label in labels.items():
+            for steps in sorted({row["steps"] for row in samples if row["arm"] == arm}):
+                own = [row for row in samples if row["arm"] == arm and row["steps"] == steps]
+                known = sum(row["metrics"].get(metric.name) is not None for row in own)
+                if known < len(own):
+                    found.append(
+                        f"{metric.title}: {label}, T = {steps}: {known} of {len(own)} evaluations have a value"
+                    )
     return found
 
 
@@ -90,121 +105,6 @@ def values_of_trainings(trainings: Sequence[Mapping[int, Draw]]) -> list[Draws]:
     return list(known) if sum(map(len, known)) == sum(map(len, found)) else []
 
 
-def quality_table(
-    values: QualityByMetric,
-    shown: Sequence[Metric],
-    labels: Mapping[str, str],
-    samples: Sequence[Json],
-) -> TextTable:
-    """Return header and rows of the main table: a row for each T and arm, a column for each metric."""
-    header = ["T", "model", "evaluations (computed)", "samples", *(metric.title for metric in shown)]
-    rows = []
-    for steps in sorted({row["steps"] for row in samples}):
-        for arm, label in labels.items():
-            own = [row for row in samples if row["arm"] == arm and row["steps"] == steps]
-            if not own:
-                continue
-            cells = [_cell(values[metric.name].get(label, {}).get(steps), metric) for metric in shown]
-            drawn = f"{len(own)} x {own[0]['num']}"
-            rows.append([str(steps), label, evaluations_text(own), drawn, *cells])
-    return header, rows
-
-
-def evaluations_text(rows: Sequence[Json]) -> str:
-    """Return the evaluations per sample, and in brackets those that were not skipped, where the rows have them."""
-    computed = [row.get("computed_evaluations") for row in rows]
-    known = [value for value in computed if isinstance(value, int | float)]
-    text = str(rows[0]["evaluations"])
-    return f"{text} ({np.mean(known):.1f})" if known and len(known) == len(computed) else text
-
-
-def _cell(quality: Quality | None, metric: Metric) -> str:
-    return "-" if quality is None else quality.estimate.text(metric.digits, metric.scale)
-
-
-def benchmark_table(
-    values: QualityByMetric,
-    shown: Sequence[Metric],
-    labels: Mapping[str, str],
-    samples: Sequence[Json],
-) -> TextTable:
-    """Return header and rows of a benchmark's table: a row for each T and metric, a column for each arm."""
-    header = ["T", "metric", "real data", *labels.values()]
-    rows = []
-    for steps in sorted({row["steps"] for row in samples}):
-        for metric in shown:
-            cells = [_cell(values[metric.name].get(label, {}).get(steps), metric) for label in labels.values()]
-            rows.append([str(steps), metric.title, metric.reference_text() or "-", *cells])
-    return header, rows
-
-
-def trainings_table(values: QualityByArm, metric: Metric) -> TextTable:
-    """Return header and rows of the table of each training's value: a row for each T and arm with several trainings."""
-    header = ["T", "model", f"{metric.title}: each training", "range"]
-    rows = []
-    for steps in sorted({steps for by_steps in values.values() for steps in by_steps}):
-        for label, by_steps in values.items():
-            trainings = by_steps[steps].trainings.values if steps in by_steps else ()
-            if len(trainings) > 1:
-                shown = [f"{metric.scale * value:.{metric.digits}f}" for value in trainings]
-                spread = f"{metric.scale * (max(trainings) - min(trainings)):.{metric.digits}f}"
-                rows.append([str(steps), label, ", ".join(shown), spread])
-    return header, rows
-
-
-def cost_table(arms: Sequence[Json], samples: Sequence[Json]) -> TextTable:
-    """Return header and rows of the cost table: training and sampling of each arm, and its NELBO."""
-    header = [
-        "model",
-        "tokens trained on",
-        "denoiser evaluations per sequence",
-        "training time",
-        "time per token / vanilla (concurrent jobs)",
-        "sampling, ms per sample and computed evaluation",
-        "NELBO null",
-        "NELBO conditioned",
-    ]
-    vanilla = next((_seconds_per_token(a) for a in arms if a["rate"] == 0 and a["cost"] and a["name"] != "base"), None)
-    rows = []
-    for arm in arms:
-        own = [row for row in samples if row["arm"] == arm["name"]]
-        speed = f"{np.mean([_ms_per_evaluation(row) for row in own]):.3f}"
-        rows.append(
-            [arm["label"], *_training_cost(arm, vanilla), speed, *(_nelbo(arm, m) for m in ("null", "conditioned"))]
-        )
-    return header, rows
-
-
-def _ms_per_evaluation(row: Json) -> float:
-    """Milliseconds per sample and computed evaluation; earlier versions stored the number of steps alone."""
-    computed = row.get("computed_evaluations")
-    known = isinstance(computed, int | float) and computed > 0
-    return 1e3 * row["seconds"] / row["num"] / (computed if known else row["evaluations"])
-
-
-def _training_cost(arm: Json, vanilla: float | None) -> list[str]:
-    if not arm["cost"]:
-        return ["(given)" if arm.get("samples_of") is None else f"(samples of {arm['samples_of']})", "-", "-", "-"]
-    first = arm["cost"][0]
-    relative = f"{_seconds_per_token(arm) / vanilla:.2f}" if vanilla and arm["name"] != "base" else "-"
-    return [
-        f"{first['tokens']:,}",
-        f"{first['evaluations'] / first['sequences']:.0f}",
-        format_duration(first["seconds"]),
-        relative,
-    ]
-
-
-def _seconds_per_token(arm: Json) -> float:
-    return sum(cost["seconds"] for cost in arm["cost"]) / sum(cost["tokens"] for cost in arm["cost"])
-
-
-def _nelbo(arm: Json, mode: str) -> str:
-    values = [entry[mode]["mean"] for entry in arm["nelbo"] if mode in entry]
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.4f}" if known else "-"
-
-
 @dataclass(frozen=True)
 class ArmComparison:
     """The reference against another arm at one T, on the noise that both were sampled with."""
@@ -215,102 +115,188 @@ class ArmComparison:
     means: tuple[float, float]
     compared: Comparison | None  # over samples
     differences: Trainings  # of each training
+    left_out: tuple[int, ...] = ()  # adaptation seeds that only one of the two has
+    counted: tuple[float, float] | None = None  # samples that a biased metric is computed from, where they differ
 
 
-def compare_arms(samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric) -> list[ArmComparison]:
-    """Compare the reference with every other arm at each T."""
-    found = []
+def compare_arms(
+    samples: Sequence[Json], arms: Sequence[Json], reference: Json, metric: Metric
+) -> tuple[list[ArmComparison], list[str]]:
+    """Compare the reference with every other arm at each T.
+
+    Returns the comparisons, and a line for each that is not possible, because the two have no common noise.
+    """
+    found, impossible = [], []
     for other in arms:
         for steps in sorted({row["steps"] for row in samples}) if other is not reference else ():
             ours, theirs = (draws_by_seed(samples, arm["name"], steps, metric.name) for arm in (reference, other))
-            both = _paired(ours, theirs)
-            if both is not None:
-                found.append(_compare(steps, (reference["label"], other["label"]), *both))
-    return found
+            both = _paired(ours, theirs, once=trained_once(reference) or trained_once(other))
+            labels = (reference["label"], other["label"])
+            if both is None:
+                reason = f"{metric.title} of equally many samples of one training and one noise is not known of both"
+                impossible.append(f"T = {steps}: {labels[0]} is not compared with {labels[1]}: {reason}")
+            else:
+                one = _compare(steps, labels, *both)
+                found.append(replace(one, counted=_unequal_counts(samples, (reference, other), steps, metric)))
+    return found, impossible
+
+
+def _unequal_counts(
+    samples: Sequence[Json], arms: tuple[Json, Json], steps: int, metric: Metric
+) -> tuple[float, float] | None:
+    """Mean numbers of samples that a metric is computed from; None if they hardly differ, or do not bias it."""
+    found = []
+    for arm in arms if metric.counted else ():
+        own = [row["metrics"] for row in samples if row["arm"] == arm["name"] and row["steps"] == steps]
+        known = [row[metric.counted] for row in own if row.get(metric.counted) is not None]
+        found.append(float(np.mean(known)) if known else 0.0)
+    if not found or abs(found[0] - found[1]) <= _EQUAL_COUNTS * max(found):
+        return None
+    return found[0], found[1]
+
+
+def trained_once(arm: Json) -> bool:
+    """Whether an arm's model is the base, which goes with every training of the others."""
+    return "base" in (arm["name"], arm.get("samples_of"))
 
 
 _Draws = Sequence[Mapping[int, Draw]]  # of each training, by sampling seed
 
 
-def _paired(ours: DrawsBySeed, theirs: DrawsBySeed) -> tuple[_Draws, _Draws] | None:
-    """Draws of the same trainings and the same noise; None if there are none.
+def _paired(ours: DrawsBySeed, theirs: DrawsBySeed, once: bool) -> tuple[_Draws, _Draws, tuple[int, ...]] | None:
+    """Draws of the same trainings and the same noise, and the seeds of the other trainings; None if there are none.
 
-    An arm of one training, such as the base, is compared with every training of the other.
+    With `once`, one of the two was trained once, and is compared with every training of the other.
     """
-    single = 1 in (len(ours), len(theirs))
     shared_seeds = sorted(set(ours) & set(theirs))
-    sides = tuple([draws[seed] for seed in (sorted(draws) if single else shared_seeds)] for draws in (ours, theirs))
+    left_out = () if once else tuple(sorted(set(ours) ^ set(theirs)))
+    sides = tuple([draws[seed] for seed in (sorted(draws) if once else shared_seeds)] for draws in (ours, theirs))
     if not all(sides):
         return None
     shared = set.intersection(*(set(draws) for side in sides for draws in side))
     first, second = ([{seed: draws[seed] for seed in shared} for draws in side] for side in sides)
-    return (first, second) if shared else None
+    equal = len({draw.samples for side in (first, second) for draws in side for draw in draws.values()}) == 1
+    return (first, second, left_out) if equal else None
 
 
-def _compare(steps: int, labels: tuple[str, str], ours: _Draws, theirs: _Draws) -> ArmComparison:
+def _compare(
+    steps: int, labels: tuple[str, str], ours: _Draws, theirs: _Draws, left_out: tuple[int, ...]
+) -> ArmComparison:
     first, second = ([mean_number(draws) for draws in side] for side in (ours, theirs))
     count = max(len(first), len(second))
     pairs = zip(*(side * count if len(side) == 1 else side for side in (first, second)), strict=True)
     differences = Trainings(tuple(a - b for a, b in pairs))
     compared = compare(differences.mean, values_of_trainings(ours), values_of_trainings(theirs))
-    return ArmComparison(steps, *labels, (float(np.mean(first)), float(np.mean(second))), compared, differences)
+    means = (float(np.mean(first)), float(np.mean(second)))
+    return ArmComparison(steps, *labels, means, compared, differences, left_out)
 
 
-def conclusions(found: Sequence[ArmComparison], metric: Metric) -> list[str]:
-    """Return a sentence for each comparison. Verdicts hold for all of them together (Holm)."""
+def conclusions(
+    found: Sequence[ArmComparison], metric: Metric, beside: tuple[Metric, Sequence[ArmComparison]] | None = None
+) -> list[str]:
+    """Return a sentence for each comparison. Verdicts hold for all of them together (Holm).
+
+    `beside` is a metric of diversity with its comparisons of the same arms, which is stated where the metric cannot be
+    judged without it.
+    """
     tested = [one.compared.p_value for one in found if one.compared is not None]
     adjusted = iter(holm(tested))
-    return [
-        f"T = {one.steps}: {one.ours} against {one.theirs}: "
-        f"{_sentence(one, metric, None if one.compared is None else next(adjusted))}"
-        for one in found
-    ]
+    others = {} if beside is None else {(one.steps, one.theirs): one for one in beside[1]}
+    sentences = []
+    for one in found:
+        text = _sentence(one, metric, None if one.compared is None else next(adjusted))
+        other = others.get((one.steps, one.theirs))
+        at = f"; {beside[0].title}: {_numbers(other, beside[0])}" if beside is not None and other is not None else ""
+        sentences.append(f"T = {one.steps}: {one.ours} against {one.theirs}: {text}{at}")
+    return sentences
 
 
 def _sentence(one: ArmComparison, metric: Metric, adjusted: float | None) -> str:
-    ours, theirs = (f"{metric.scale * mean:.{metric.digits}f}" for mean in one.means)
-    means = f"{ours}{metric.unit or f' {metric.title}'} against {theirs}"
-    trainings = _trainings_text(one.differences, metric)
+    numbers, trainings = _numbers(one, metric, metric.unit or f" {metric.title}"), _trainings_text(one, metric)
     if one.compared is None or adjusted is None:
-        return f"{means} (no interval over samples){trainings}"
-    compared = one.compared
+        return f"{numbers} (no interval over samples){trainings}"
+    p_values = f"p = {one.compared.p_value:.2g}, adjusted {adjusted:.2g}"
+    verdict = _verdict(one, one.compared, adjusted, metric)
+    biased = ""
+    if one.counted is not None:
+        first, second = (f"{count:.0f}" for count in one.counted)
+        biased = f"; of {first} and {second} samples: the distance of fewer samples is larger for that reason alone"
+    return f"{verdict}: {numbers}, {p_values}{trainings}{biased}"
+
+
+def _numbers(one: ArmComparison, metric: Metric, unit: str = "") -> str:
+    """Both means and their difference with its interval, if it has one."""
+    ours, theirs = (f"{metric.scale * mean:.{metric.digits}f}" for mean in one.means)
+    means = f"{ours}{unit} against {theirs}"
+    if one.compared is None:
+        return means
     difference, low, high = (
-        f"{metric.scale * x:+.{metric.digits}f}" for x in (compared.difference, compared.low, compared.high)
+        f"{metric.scale * x:+.{metric.digits}f}" for x in (one.compared.difference, one.compared.low, one.compared.high)
     )
-    verdict = _verdict(compared, adjusted, metric)
-    p_values = f"p = {compared.p_value:.2g}, adjusted {adjusted:.2g}"
-    return f"{verdict}: {means}, difference {difference} [{low}, {high}], {p_values}{trainings}"
+    return f"{means}, difference {difference} [{low}, {high}]"
 
 
-def _trainings_text(differences: Trainings, metric: Metric) -> str:
-    if len(differences.values) == 1:
-        return ""
-    each = ", ".join(f"{metric.scale * value:+.{metric.digits}f}" for value in differences.values)
-    return f"; each training: {each} ({'all of one sign' if differences.agree else 'not all of one sign'})"
+def _trainings_text(one: ArmComparison, metric: Metric) -> str:
+    seeds = ", ".join(map(str, one.left_out))
+    left_out = f"; without adaptation seed(s) {seeds}, of which one model has no value" if seeds else ""
+    if len(one.differences.values) == 1:
+        return left_out
+    each = ", ".join(f"{metric.scale * value:+.{metric.digits}f}" for value in one.differences.values)
+    agree = "all of one sign" if one.differences.agree else "not all of one sign"
+    return f"; each training: {each} ({agree}){left_out}"
 
 
-def _verdict(compared: Comparison, adjusted: float, metric: Metric) -> str:
+def _verdict(one: ArmComparison, compared: Comparison, adjusted: float, metric: Metric) -> str:
     if adjusted >= LEVEL:
         return "no significant difference"
     higher = compared.difference > 0
-    if not metric.better:
+    # Neither diversity that may have paid for a quality, nor a bias that differs, is part of the number.
+    if not metric.better or metric.frontier or one.counted is not None:
         return "higher" if higher else "lower"
     return "better" if higher == (metric.better == "higher") else "worse"
 
 
-def describe_protocol(samples: Sequence[Json], arms: Sequence[Json], found: Sequence[ArmComparison]) -> str:
-    """Describe the numbers of samples and seeds, the conditions that all arms share, and what intervals mean."""
+def describe_protocol(
+    samples: Sequence[Json], arms: Sequence[Json], found: Sequence[ArmComparison], others: int
+) -> str:
+    """Describe the numbers of samples and seeds, the conditions that all arms share, and what intervals mean.
+
+    `others` is the number of evaluations in the directory of the study that the report leaves out.
+    """
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     tested = sum(one.compared is not None for one in found)
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
+    own_length = [arm["label"] for arm in arms if _has_own_length(arm)]
+    steps = "All arms are sampled with the same number of steps T and the same noise"
+    if own_length:
+        steps += f", but {', '.join(own_length)} with as many steps as the sampler needs, whatever T is"
+    trainings = (
+        "a difference may be one between two trainings of the same configuration"
+        if adaptations == 1
+        else "the difference of each training is listed; trainings share the noise of their samples, so that equal "
+        "signs say less than those of independent experiments"
+    )
+    left_out = (
+        f" The directory has {others} further evaluations, of other arms, T or seeds, which are not among them."
+        if others
+        else ""
+    )
     return (
         f"{samples[0]['num']} samples per model, T and seed; {draws} sampling and {adaptations} adaptation seed(s). "
-        f"{_training_protocol(arms)} All arms are sampled with the same number of steps T and the "
-        "same noise; without a carried estimate, steps that reveal nothing are not computed. "
-        "Intervals are 95 % over samples, conditional on the trained models: they do not cover the randomness of "
-        "training, which the values of each training run show. Metrics without an interval have none: it would cost "
-        "too much, or the samples' values were not kept. Differences are paired by noise. "
-        f"There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them together."
+        f"{_training_protocol(arms)} {steps}; without a carried estimate, steps that reveal nothing are not computed. "
+        "Intervals are 95 % over samples, each for one value or one comparison, conditional on the trained models and "
+        f"on the held-out data. They do not cover the randomness of training: {trainings}. Metrics without an interval "
+        "have none: it would cost too much, samples' values were not kept, or they do not vary. Differences are paired "
+        f"by noise. There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them "
+        f"together.{left_out}"
+    )
+
+
+def _has_own_length(arm: Json) -> bool:
+    """Whether the keys of an arm's sampler make the number of evaluations independent of T."""
+    keys = dict(override.partition("=")[::2] for override in arm.get("sampler", ()))
+    return keys.get("kind") == "first_hitting" or any(
+        keys.get(name, "null") != "null" for name in ("threshold", "factor")
     )
 
 

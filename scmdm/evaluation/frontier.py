@@ -5,7 +5,8 @@ is a model of its own: to interpolate between two samplers would compare with no
 
 Quality improves where diversity falls, so that two models are compared at the diversity of one of them: the logarithm
 of the other's quality is interpolated linearly between the two ways of sampling whose diversities enclose it. Nothing
-is extrapolated. Errors are those of all values that enter, with the pairs of one noise, to first order.
+is extrapolated. Errors are those of all values that enter, with the pairs of one noise, to first order. They do not
+cover the curvature between the two ways, which is why the table names their diversities.
 
 Legend: D deviations of a mean over samples (`significance`).
 """
@@ -15,21 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from scmdm.domains.interface import Metric
-from scmdm.evaluation.comparison import (
-    DrawsBySeed,
-    Json,
-    TextTable,
-    draws_by_seed,
-    mean_number,
-    values_of_trainings,
-)
+from scmdm.evaluation.comparison import DrawsBySeed, Json, draws_by_seed, mean_number, trained_once, values_of_trainings
 from scmdm.evaluation.significance import Comparison, holm, mean_deviations, student_interval
+from scmdm.evaluation.study_tables import TextTable
 
 _DRAW_KEYS = frozenset(("temperature", "top_k", "top_p", "top_p_first", "top_p_rule"))
 
@@ -50,9 +45,12 @@ class EqualDiversity:
     steps: int
     models: tuple[str, str]  # labels, ours first
     at: str  # label of the model whose own diversity it is
-    x: float
-    log_y: tuple[float, float] | None  # ours, theirs; None: the other model was not sampled at this diversity
-    compared: Comparison | None  # of the logarithms, ours less theirs; None without an interval
+    x: float = math.nan
+    log_y: tuple[float, float] | None = None  # ours, theirs; None: not compared
+    compared: Comparison | None = None  # of the logarithms, ours less theirs; None without an interval
+    between: tuple[float, float] | None = None  # diversities between which the other model is interpolated
+    each: tuple[float | None, ...] = ()  # difference of the logarithms in each training; None: not enclosed there
+    reason: str = ""  # why there is no comparison
 
 
 def model_of_arm(arm: Json) -> str:
@@ -63,9 +61,15 @@ def model_of_arm(arm: Json) -> str:
 
 def interpolate(ways: Sequence[Way], at: Way) -> Way | None:
     """Return a model's quality at the diversity of `at`; None where its ways to sample do not enclose it."""
-    for low, high in pairwise(sorted(ways, key=lambda way: way.x)):
-        if low.x <= at.x <= high.x:
-            return _between(low, high, at)
+    found = _enclosing([way.x for way in ways], at.x)
+    return None if found is None else _between(ways[found[0]], ways[found[1]], at)
+
+
+def _enclosing(x: Sequence[float], at: float) -> tuple[int, int] | None:
+    """Return the places of the two neighbouring diversities that enclose `at`; None where none do."""
+    for low, high in pairwise(sorted(range(len(x)), key=lambda index: x[index])):
+        if x[low] <= at <= x[high]:
+            return low, high
     return None
 
 
@@ -105,88 +109,125 @@ def compare_at_equal_diversity(
     found = []
     for theirs in (model for model in arms_of if model != ours):
         for steps in sorted({row["steps"] for row in samples}):
-            drawn = {
-                arm: (
-                    draws_by_seed(samples, arm, steps, diversity.name),
-                    draws_by_seed(samples, arm, steps, quality.name),
-                )
-                for model in (ours, theirs)
-                for arm in arms_of[model]
-            }
-            found += _compare_models(steps, ours, theirs, {arm: pair for arm, pair in drawn.items() if all(pair)}, arms)
+            drawn = {}
+            for arm in arms:
+                x, y = (draws_by_seed(samples, arm["name"], steps, metric.name) for metric in (diversity, quality))
+                if x and y and arm["name"] in (*arms_of[ours], *arms_of[theirs]):
+                    drawn[arm["name"]] = _SampledArm(arm, x, y)
+            found += _compare_models(steps, ours, theirs, drawn)
     return found
 
 
-def _compare_models(
-    steps: int,
-    ours: str,
-    theirs: str,
-    drawn: Mapping[str, tuple[DrawsBySeed, DrawsBySeed]],
-    arms: Sequence[Json],
-) -> list[EqualDiversity]:
-    """Compare two models at one T; `drawn` has diversity and quality of each of their arms."""
+@dataclass(frozen=True)
+class _SampledArm:
+    """Diversity and quality of an arm at one T."""
+
+    arm: Json
+    diversity: DrawsBySeed
+    quality: DrawsBySeed
+
+    @property
+    def seeds(self) -> set[int]:
+        return set(self.diversity) & set(self.quality)
+
+    @property
+    def sampling_seeds(self) -> set[int]:
+        return set.intersection(*(set(draws) for found in (self.diversity, self.quality) for draws in found.values()))
+
+    def way(self, seeds: AbstractSet[int], sampling: AbstractSet[int]) -> Way:
+        """Mean over trainings, which the base does not have, and sampling seeds, with deviations.
+
+        Raises ValueError for a quality of 0 or less.
+        """
+        own = self.seeds if trained_once(self.arm) else seeds
+        kept = [
+            [{number: draws[seed][number] for number in sorted(sampling)} for seed in sorted(own)]
+            for draws in (self.diversity, self.quality)
+        ]
+        x, y = (float(np.mean([mean_number(draws) for draws in trainings])) for trainings in kept)
+        x_D, y_D = (mean_deviations(values_of_trainings(trainings)) for trainings in kept)
+        if x_D is None or y_D is None or len(x_D) != len(y_D):
+            return Way(x, math.log(y))
+        return Way(x, math.log(y), np.stack([x_D, y_D / y]))
+
+
+def _common_seeds(arms: Sequence[_SampledArm]) -> set[int]:
+    """Seeds of the trainings that all arms have; the base goes with every training."""
+    trained = [arm.seeds for arm in arms if not trained_once(arm.arm)]
+    return set.intersection(*(trained or [arm.seeds for arm in arms]))
+
+
+def _compare_models(steps: int, ours: str, theirs: str, drawn: Mapping[str, _SampledArm]) -> list[EqualDiversity]:
+    """Compare two models at one T, at the diversity of either's own arm."""
     if not {ours, theirs} <= set(drawn):
         return []
-    model_of = {arm["name"]: model_of_arm(arm) for arm in arms}
-    once = {arm["name"] for arm in arms if "base" in (arm["name"], arm.get("samples_of"))}
-    labels = {arm["name"]: arm["label"] for arm in arms}
-    pairs = [draws for arm, pair in drawn.items() if arm not in once for draws in pair]
-    seeds = set.intersection(*map(set, pairs)) if pairs else set()
-    sampling = set.intersection(*(set(of_seed) for pair in drawn.values() for d in pair for of_seed in d.values()))
-    if not seeds or not sampling:
-        return []
-    # The base was trained once and goes with every training.
-    ways = {arm: _way(*pair, set(pair[0]) if arm in once else seeds, sampling) for arm, pair in drawn.items()}
+    models = (drawn[ours].arm["label"], drawn[theirs].arm["label"])
     found = []
-    for model in (theirs, ours):
-        at, other = ways[model], theirs if model == ours else ours
-        between = interpolate([way for arm, way in ways.items() if model_of[arm] == other], at)
-        names = (labels[ours], labels[theirs])
-        if between is None:
-            found.append(EqualDiversity(steps, names, labels[model], at.x, None, None))
-            continue
-        first, second = (at, between) if model == ours else (between, at)
-        compared = compare_at(first, second, len(sampling))
-        found.append(EqualDiversity(steps, names, labels[model], at.x, (first.log_y, second.log_y), compared))
+    for at, other in ((theirs, ours), (ours, theirs)):
+        ways = [sampled for sampled in drawn.values() if model_of_arm(sampled.arm) == other]
+        blank = EqualDiversity(steps, models, drawn[at].arm["label"])
+        found.append(_compare_with(blank, drawn[at], ways))
     return found
 
 
-def _way(diversity: DrawsBySeed, quality: DrawsBySeed, seeds: AbstractSet[int], sampling: AbstractSet[int]) -> Way:
-    """Means over trainings and sampling seeds, with their deviations. Raises ValueError for a quality of 0 or less."""
-    kept = [
-        [{number: draws[seed][number] for number in sorted(sampling)} for seed in sorted(seeds)]
-        for draws in (diversity, quality)
-    ]
-    x, y = (float(np.mean([mean_number(draws) for draws in trainings])) for trainings in kept)
-    x_D, y_D = (mean_deviations(values_of_trainings(trainings)) for trainings in kept)
-    if x_D is None or y_D is None or len(x_D) != len(y_D):
-        return Way(x, math.log(y))
-    return Way(x, math.log(y), np.stack([x_D, y_D / y]))
+def _compare_with(blank: EqualDiversity, at: _SampledArm, ways: Sequence[_SampledArm]) -> EqualDiversity:
+    """Compare an arm with the other model, sampled in several ways, on the trainings and noise that all three have."""
+    sampling = set.intersection(*(sampled.sampling_seeds for sampled in (at, *ways)))
+    ways = [sampled for sampled in ways if _common_seeds([at, sampled])]
+    if not ways or not sampling:
+        return replace(blank, reason="they have no training and noise in common")
+    x = at.way(at.seeds, sampling).x
+    enclosing = _enclosing([sampled.way(_common_seeds([at, sampled]), sampling).x for sampled in ways], x)
+    if enclosing is None:
+        return replace(blank, x=x, reason="the other was not sampled there")
+    pair = [ways[index] for index in enclosing]
+    seeds = _common_seeds([at, *pair])
+    if not seeds:
+        return replace(blank, x=x, reason="they have no training in common")
+    own, low, high = (sampled.way(seeds, sampling) for sampled in (at, *pair))
+    between = interpolate([low, high], own)
+    if between is None:
+        return replace(blank, x=own.x, reason="the other was not sampled there in the trainings of both")
+    ours_first = blank.at == blank.models[0]
+    first, second = (own, between) if ours_first else (between, own)
+    sign = 1 if ours_first else -1
+    alone = [[sampled.way({seed}, sampling) for sampled in (at, *pair)] for seed in sorted(seeds)]
+    each = [(one, interpolate(enclosed, one)) for one, *enclosed in alone] if len(seeds) > 1 else []
+    return replace(
+        blank,
+        x=own.x,
+        log_y=(first.log_y, second.log_y),
+        compared=compare_at(first, second, len(sampling)),
+        between=(low.x, high.x),
+        each=tuple(None if found is None else sign * (one.log_y - found.log_y) for one, found in each),
+    )
 
 
 def equal_diversity_table(found: Sequence[EqualDiversity], quality: Metric, diversity: Metric) -> TextTable:
     """Return header and rows of the table of comparisons at equal diversity; p values are adjusted over all of them."""
-    header = ["T", "models", "at the diversity of", diversity.title, quality.title, "difference, %", "p, adjusted"]
-    adjusted = iter(holm([one.compared.p_value for one in found if one.compared is not None]))
+    tested = [one.compared.p_value for one in found if one.compared is not None]
+    header = ["T", "models", "at the diversity of", diversity.title, "interpolated between", quality.title]
+    header += ["difference, %", f"p, adjusted for the {len(tested)} of this table", "each training, %"]
+    adjusted = iter(holm(tested))
     rows = []
     for one in found:
-        start = [
-            str(one.steps),
-            " against ".join(one.models),
-            one.at,
-            f"{diversity.scale * one.x:.{diversity.digits}f}",
-        ]
-        if one.log_y is None:
-            other = one.models[1] if one.at == one.models[0] else one.models[0]
-            rows.append([*start, f"{other} was not sampled there", "-", "-"])
+        start = [str(one.steps), " against ".join(one.models), one.at, _number(one.x, diversity)]
+        if one.log_y is None or one.between is None:
+            rows.append([*start, "-", one.reason, "-", "-", "-"])
             continue
-        values = " against ".join(f"{quality.scale * math.exp(value):.{quality.digits}f}" for value in one.log_y)
+        between = " and ".join(_number(x, diversity) for x in one.between)
+        values = " against ".join(_number(math.exp(value), quality) for value in one.log_y)
         difference, p_value = _percent(one.log_y[0] - one.log_y[1]), "-"
         if one.compared is not None:
             difference += f" [{_percent(one.compared.low)}, {_percent(one.compared.high)}]"
             p_value = f"{next(adjusted):.2g}"
-        rows.append([*start, values, difference, p_value])
+        each = ", ".join("-" if value is None else _percent(value) for value in one.each)
+        rows.append([*start, between, values, difference, p_value, each or "-"])
     return header, rows
+
+
+def _number(value: float, metric: Metric) -> str:
+    return "-" if math.isnan(value) else f"{metric.scale * value:.{metric.digits}f}"
 
 
 def _percent(log_ratio: float) -> str:

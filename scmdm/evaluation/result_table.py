@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 
 from scmdm.domains.interface import Metric
-from scmdm.evaluation.comparison import evaluations_text
 from scmdm.evaluation.significance import Estimate
+from scmdm.evaluation.study_tables import evaluations_text
 from scmdm.system.terminal import Terminal
 
 

@@ -7,13 +7,15 @@ Two sources of variation are kept apart:
 * **trainings** (`Trainings`): another seed would give another model. Two or three trainings support no interval: their
   values are listed with their range.
 
-A proportion of one model has Wilson's interval, the difference of two proportions McNemar's exact test. Everything else
-has a standard error and Student's t distribution; where the value lies between 0 and 1, as the mean of the proportions
-of several trainings, that of its logit, so that limits stay there, too. The error is the root of the sum of squared
-*deviations*: of each sample from the mean, linearised for ratios; for a metric of a set, such as a distance of
-histograms, of its values without each of some groups of samples (jackknife). Deviations of two models on the same noise
-are subtracted one by one, and those of several trainings averaged one by one. A metric that is biased for few samples
-is taken for that number of samples: the bias is part of the metric, and cancels in differences.
+A proportion of one model, and any share that is exactly 0 or 1, has Wilson's interval, the difference of two
+proportions McNemar's exact test; so have proportions of several trainings that do not vary, with the first training.
+Everything else has a standard error and Student's t distribution; where the value lies between 0 and 1, as the mean of
+the proportions of several trainings, that of its logit, so that limits stay there, too. The error is the root of the
+sum of squared *deviations*: of each sample from the mean, linearised for ratios; for a metric of a set, such as a
+distance of histograms, of its values without each of some groups of samples (jackknife). Deviations of two models on
+the same noise are subtracted one by one, and those of several trainings averaged one by one. A metric that is biased
+for few samples is taken for that number of samples: the bias is part of the metric, and cancels in differences of sets
+of equal size.
 
 The jackknife's error is on average not too small (Efron and Stein 1981). A bootstrap repeats samples, which changes
 distances of histograms and of covariances more than other samples would: for 64 sequences and 4,096 k-mers its error is
@@ -111,10 +113,14 @@ def estimate(value: float, trainings: Sequence[Draws]) -> Estimate:
     if not trainings:
         return Estimate(value)
     shares = all(draw.is_share for draws in trainings for draw in draws)
-    if shares and (len(trainings) == 1 or value in (0, 1)):
-        # Trainings that are all 0 or all 1 count as one: they have the noise of their samples in common.
+    if shares and len(trainings) == 1:
         shares_N = np.concatenate([draw.array for draw in trainings[0]])
         return proportion(int(shares_N.sum()), len(shares_N))
+    if value in (0, 1) and all(draw.is_fraction for draws in trainings for draw in draws):
+        # Trainings that are all 0 or all 1 count as one: they have the noise of their samples in common. A sample that
+        # is a fraction of many parts counts once.
+        counted = sum(int((draw.ratio_parts()[1] > 0).sum()) for draw in trainings[0])
+        return proportion(round(value) * counted, counted) if counted else Estimate(value)
     found = student_interval(value, mean_deviations(trainings), len(trainings[0]))
     if found is None:
         return Estimate(value)
@@ -130,7 +136,8 @@ def compare(difference: float, ours: Sequence[Draws], theirs: Sequence[Draws]) -
     Returns None without an interval: there are no values of samples, they are not pairs, or they do not vary.
     """
     both = [draw for draws in (*ours, *theirs) for draw in draws]
-    if len(ours) == len(theirs) == 1 and all(draw.is_share for draw in both):
+    shares = bool(both) and all(draw.is_share for draw in both)
+    if shares and (len(ours) == len(theirs) == 1 or all(draw.array.all() or not draw.array.any() for draw in both)):
         first_N, second_N = (np.concatenate([draw.array for draw in draws]) for draws in (ours[0], theirs[0]))
         return paired_proportions(first_N, second_N) if len(first_N) == len(second_N) else None
     first_D, second_D = mean_deviations(ours), mean_deviations(theirs)

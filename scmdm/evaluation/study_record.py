@@ -100,6 +100,12 @@ class OpenStudy:
         if problem not in self.problems:
             self.problems.append(problem)
 
+    def further_evaluations(self) -> int:
+        """Number of evaluations of samples in the directory that the record does not name."""
+        stored = sum(1 for _ in (self.directory / "evaluations").glob("*_T*_s*.json"))
+        named = sum(row.get("kind") == "samples" for row in self.record.evaluations)
+        return max(0, stored - named)
+
     def read_values(self) -> None:
         """Read the values of each evaluation's samples into its row; those that have none are noted."""
         missing = 0

@@ -19,16 +19,12 @@ from scmdm.evaluation.comparison import (
     Json,
     QualityByArm,
     QualityByMetric,
-    TextTable,
-    benchmark_table,
     compare_arms,
     conclusions,
-    cost_table,
     describe_protocol,
+    missing_values,
     quality_by_arm,
-    quality_table,
     reference_arm,
-    trainings_table,
 )
 from scmdm.evaluation.frontier import compare_at_equal_diversity, equal_diversity_table, model_of_arm
 from scmdm.evaluation.html import bullets, heading, page, paragraph, picture, preformatted, table
@@ -41,6 +37,7 @@ from scmdm.evaluation.report_figures import (
     quality_figure,
 )
 from scmdm.evaluation.study_record import STUDY_FILE, OpenStudy, open_study
+from scmdm.evaluation.study_tables import TextTable, benchmark_table, cost_table, quality_table, trainings_table
 from scmdm.observability.run_metrics import read_metrics
 from scmdm.system.files import atomic_write_text
 from scmdm.system.run_directory import METRICS_FILE
@@ -137,27 +134,30 @@ def _summarize(
 ) -> StudySummary:
     samples, arms = study.samples, study.arms
     own = [metric for metric in shown if not metric.benchmark]
-    found = compare_arms(samples, arms, reference_arm(arms, study.record.reference), main)
+    reference = reference_arm(arms, study.record.reference)
+    found, impossible = compare_arms(samples, arms, reference, main)
+    axes = {metric.frontier: metric for metric in shown if metric.frontier}
+    x = axes.get("x") if main.frontier == "y" else None
+    study.problems.extend([*missing_values(samples, labels, shown), *impossible])
     benchmarks = {
         name: benchmark_table(values, [metric for metric in shown if metric.benchmark == name], labels, samples)
         for name in dict.fromkeys(metric.benchmark for metric in shown if metric.benchmark)
     }
     return StudySummary(
         study.record.title,
-        describe_protocol(samples, arms, found),
+        describe_protocol(samples, arms, found, study.further_evaluations()),
         quality_table(values, own, labels, samples),
         quality_table(values, [metric for metric in own if metric.in_figure], labels, samples),
         trainings_table(values[main.name], main),
-        _equal_diversity(study, shown),
+        _equal_diversity(study, axes),
         benchmarks,
         cost_table(arms, samples),
-        conclusions(found, main),
+        conclusions(found, main, None if x is None else (x, compare_arms(samples, arms, reference, x)[0])),
         study.problems,
     )
 
 
-def _equal_diversity(study: OpenStudy, shown: Sequence[Metric]) -> TextTable:
-    axes = {metric.frontier: metric for metric in shown if metric.frontier}
+def _equal_diversity(study: OpenStudy, axes: Mapping[str, Metric]) -> TextTable:
     if len(axes) < 2:
         return [], []
     reference = reference_arm(study.arms, study.record.reference)
@@ -313,17 +313,20 @@ def _first_texts(samples: Sequence[Json], title: str) -> list[str]:
 
 
 def _distribution_picture(study: OpenStudy, domain: type[Domain], path: Path) -> list[str]:
-    """Draw distributions of all samples of each arm at one T, and of held-out data."""
+    """Draw distributions of samples of each arm at one T, of one training as for the base, and of held-out data."""
     steps = _picture_steps(study.samples)
     sets = {HELD_OUT: study.read_samples(study.record.held_out)}
     for arm in study.arms:
-        files = [r["samples_file"] for r in study.samples if r["arm"] == arm["name"] and r["steps"] == steps]
+        own = [row for row in study.samples if row["arm"] == arm["name"] and row["steps"] == steps]
+        files = [r["samples_file"] for r in own if r["adaptation_seed"] == own[0]["adaptation_seed"]]
         if files:
             sets[arm["label"]] = [sample for file in files for sample in study.read_samples(file)]
     if not all(sets.values()):
         return []
     caption = domain.compare(sets, path)
-    return [picture(path, f"T = {steps}, all seeds: {caption}.")] if caption is not None else []
+    return (
+        [picture(path, f"T = {steps}, first training, all sampling seeds: {caption}.")] if caption is not None else []
+    )
 
 
 def _picture_steps(samples: Sequence[Json]) -> int:

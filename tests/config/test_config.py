@@ -342,3 +342,16 @@ def test_keys_of_earlier_versions_are_refused_with_a_remedy(override):
     key = override.partition("=")[0].removesuffix(".kv_heads")
     with pytest.raises(UserError, match=rf"`{key}`.*(write|leave it out)"):
         load_config(RunConfig, None, [*REQUIRED, override])
+
+
+@pytest.mark.parametrize(
+    "where", ["arms.a.sampler=[{}]", "arms.b={{label: y, samples_of: base, sampler: [{}]}}", "sampler.{}"]
+)
+@pytest.mark.parametrize("key", ["kind=first_hitting", "kind=confidence,threshold=0.9"])
+def test_a_sampler_that_ignores_the_steps_of_a_study_has_one_number_of_them(where, key):
+    given = [where.format(one) for one in key.split(",")] if where.startswith("sampler") else [where.format(key)]
+    if where.startswith("arms.b"):
+        given.append("only=[a,b]")
+    load_config(StudyConfig, None, [*STUDY, *given, "steps=[32]"])
+    with pytest.raises(UserError, match="steps"):
+        load_config(StudyConfig, None, [*STUDY, *given, "steps=[32,64]"])

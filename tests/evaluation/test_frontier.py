@@ -38,6 +38,7 @@ def row(arm, entropy_N, nll_N, steps=32, adaptation_seed=0, sampling_seed=0):
         "steps": steps,
         "adaptation_seed": adaptation_seed,
         "sampling_seed": sampling_seed,
+        "num": len(entropy_N),
         "metrics": {name: found.value() for name, found in values.items()},
         "values": values,
     }
@@ -83,9 +84,10 @@ def test_where_a_model_was_not_sampled_nothing_is_claimed():
     outside, inside = compared(rows)
     assert outside.at == "base" and outside.log_y is None and outside.compared is None
     assert inside.at == "rate 1" and inside.compared is not None
+    assert outside.reason
     _, lines = equal_diversity_table([outside, inside], PERPLEXITY, ENTROPY)
-    assert lines[0][5:] == ["-", "-"] and "rate 1" in lines[0][4]
-    assert float(lines[1][6]) == pytest.approx(inside.compared.p_value, rel=0.1), "one comparison is tested"
+    assert lines[0][4:] == ["-", outside.reason, "-", "-", "-"]
+    assert float(lines[1][7]) == pytest.approx(inside.compared.p_value, rel=0.1), "one comparison is tested"
 
 
 def test_models_sampled_in_one_way_are_not_compared():
@@ -148,14 +150,18 @@ def test_intervals_cover_the_true_difference():
     assert (abs(hits / 600 - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 600)).all()
 
 
-def test_seeds_that_all_arms_share_are_compared_and_the_base_goes_with_each():
+def test_trainings_that_the_three_arms_share_are_compared_and_the_base_goes_with_each():
+    """A training that lacks one temperature is missing only where that temperature is used."""
     generator = np.random.default_rng(0)
     adapted = [arm for arm in TRUTH if not arm.startswith("base")]
     base = drawn(generator, arms=[arm for arm in TRUTH if arm.startswith("base")])
     seeds = [drawn(generator, arms=adapted, adaptation_seed=seed) for seed in (1, 2)]
     both, first = compared([*base, *seeds[0], *seeds[1]]), compared([*base, *seeds[0]])
     without_warm = [one for one in seeds[1] if one["arm"] != "scmdm_warm"]
-    assert compared([*base, *seeds[0], *without_warm]) == first
+    assert compared([*base, *seeds[0], *without_warm]) == [first[0], both[1]]
+    assert [len(one.each) for one in (*first, *both)] == [0, 0, 2, 2]
+    alone = [compared([*base, *own])[0] for own in seeds]
+    assert both[0].each == pytest.approx([one.log_y[0] - one.log_y[1] for one in alone])
     means = [compared([*base, *own])[1].log_y[0] for own in seeds]
     assert both[1].log_y[0] == pytest.approx(math.log(np.exp(means).mean()))
     assert both[0].compared != first[0].compared
@@ -174,5 +180,22 @@ def test_the_table_is_in_percent_and_counts_its_comparisons():
     assert lines[0][:4] == ["32", "rate 1 against base", "base", lines[0][3]] and float(lines[0][3]) == pytest.approx(
         3.1, abs=0.02
     )
-    assert float(lines[0][5].split()[0]) == pytest.approx(100 * math.expm1(-0.15), abs=1.5)
-    assert all(float(line[6]) < 1e-4 for line in lines)
+    assert [float(x) for x in lines[0][4].split(" and ")] == pytest.approx([3.05, 3.15], abs=0.02)
+    assert float(lines[0][6].split()[0]) == pytest.approx(100 * math.expm1(-0.15), abs=1.5)
+    assert all(float(line[7]) < 1e-4 for line in lines)
+
+
+def test_without_a_common_training_the_reason_is_given():
+    generator = np.random.default_rng(0)
+    trained = [{**arm, "name": arm["name"].replace("base", "vanilla")} for arm in ARMS]
+    trained = [
+        {**arm, "samples_of": arm["samples_of"].replace("base", "vanilla")} if "samples_of" in arm else arm
+        for arm in trained
+    ]
+    ours = drawn(generator, arms=[arm for arm in TRUTH if not arm.startswith("base")], adaptation_seed=1)
+    theirs = drawn(generator, arms=[arm for arm in TRUTH if arm.startswith("base")], adaptation_seed=2)
+    theirs = [{**one, "arm": one["arm"].replace("base", "vanilla")} for one in theirs]
+    found = compared([*ours, *theirs], trained)
+    assert len(found) == 2 and all(one.reason and one.log_y is None for one in found)
+    _, lines = equal_diversity_table(found, PERPLEXITY, ENTROPY)
+    assert all(line[3] == "-" for line in lines)

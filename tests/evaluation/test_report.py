@@ -301,7 +301,8 @@ def test_text_is_compared_by_perplexity_where_less_is_better(study):
     summary = study_report(study, study / "report.html")
     assert summary.quality[0][4:] == ["generative perplexity", "entropy, nats", "distinct bigrams"]
     better = [line for line in summary.conclusions if "against continued vanilla" in line]
-    assert len(better) == 2 and all("better" in line and "difference -" in line for line in better)
+    assert len(better) == 2 and all(": lower:" in line and "difference -" in line for line in better)
+    assert all("better" not in line and "entropy, nats: 4.500 against 4.500" in line for line in better)
     page = (study / "report.html").read_text()
     assert "Molecules" not in page and page.count("CCO\n\nC1CC\n\nc1ccccc1") == len(ARMS)
 
@@ -411,8 +412,8 @@ def test_a_text_study_of_several_ways_to_sample_compares_models_at_equal_entropy
     assert [(row[0], row[2]) for row in rows] == [
         (t, label) for t in ("8", "32") for label in ("base", "rate 1 (SCMDM)")
     ]
-    assert all(row[5].startswith("-") and "[" in row[5] for row in rows[::2]) and rows[1][5:] == ["-", "-"]
-    assert f"<td>{rows[0][5]}</td>" in (study / "report.html").read_text()
+    assert all(row[6].startswith("-") and "[" in row[6] for row in rows[::2]) and rows[1][6:] == ["-", "-", "-"]
+    assert f"<td>{rows[0][6]}</td>" in (study / "report.html").read_text()
     print_summary(summary)
     assert "At equal diversity" in capsys.readouterr().out
 
@@ -420,7 +421,7 @@ def test_a_text_study_of_several_ways_to_sample_compares_models_at_equal_entropy
 def test_comparisons_of_one_training_are_mcnemars(study):
     """All sampling seeds count as samples; p values are adjusted over all comparisons."""
     opened = open_study(study)
-    found = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    found, _ = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
     assert [(one.steps, one.theirs) for one in found] == [(t, ARMS[a][0]) for a in ("base", "vanilla") for t in (8, 32)]
     for one, name in zip(found, ("base", "base", "vanilla", "vanilla"), strict=True):
         ours, theirs = (np.concatenate([valid(arm, one.steps, seed) for seed in range(3)]) for arm in ("scmdm", name))
@@ -446,7 +447,7 @@ def test_several_trainings_are_averaged_over_the_same_noise(study):
 
     change_study(study, train_again)
     opened = open_study(study)
-    found = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    found, _ = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
     for one, name in zip(found, ("base", "base", "vanilla", "vanilla"), strict=True):
         gains = (0.0, 0.03)
         first = np.array([[valid("scmdm", one.steps, seed, gain=gain) for seed in range(3)] for gain in gains])
@@ -483,7 +484,7 @@ def test_a_reference_of_one_training_is_compared_with_every_training_of_an_arm(s
     change_study(study, train_twice)
     opened = open_study(study)
     base, _, scmdm = opened.arms
-    found = [compare_arms(opened.samples, [base, scmdm], arm, VALIDITY) for arm in (base, scmdm)]
+    found = [compare_arms(opened.samples, [base, scmdm], arm, VALIDITY)[0] for arm in (base, scmdm)]
     assert [len(comparisons) for comparisons in found] == [2, 2]
     for ours, theirs in zip(*found, strict=True):
         assert len(ours.differences.values) == 2
@@ -502,11 +503,101 @@ def test_trainings_on_other_noise_are_not_paired(study):
 
     change_study(study, lose)
     opened = open_study(study)
-    one = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)[0]
+    one = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)[0][0]
     ours, theirs = (np.concatenate([valid(arm, 8, seed) for seed in (1, 2)]) for arm in ("scmdm", "base"))
     assert one.compared.difference == pytest.approx(ours.mean() - theirs.mean())
     row = next(row for row in study_report(study, study / "r.html").quality[1] if row[:2] == ["8", "rate 1 (SCMDM)"])
     assert "[" not in row[4]
+
+
+def _train_three_times(content):
+    for row in [row for row in content["evaluations"] if row["arm"] != "base"]:
+        content["evaluations"] += [{**row, "adaptation_seed": seed} for seed in (1, 2)]
+
+
+def test_a_training_without_a_value_is_named_and_compared_with_none(study):
+    """Rate 1 has three trainings, continued vanilla a value of the last one alone."""
+
+    def lose(content):
+        _train_three_times(content)
+        for row in content["evaluations"]:
+            if row["arm"] == "vanilla" and row["adaptation_seed"] < 2:
+                row["metrics"] = {**row["metrics"], "validity": None}
+
+    change_study(study, lose)
+    opened = open_study(study)
+    found, impossible = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    assert impossible == [] and {one.theirs: (len(one.differences.values), one.left_out) for one in found} == {
+        "base": (3, ()),
+        "continued vanilla": (1, (0, 1)),
+    }
+    summary = study_report(study, study / "report.html")
+    assert sum("3 of 9" in problem and "continued vanilla" in problem for problem in summary.problems) == 2
+    assert all("seed(s) 0, 1" in line for line in summary.conclusions if "vanilla" in line)
+
+
+@pytest.mark.parametrize("damage", ["value", "number of samples", "training"])
+def test_a_comparison_that_is_not_possible_is_named(study, damage):
+    def lose(content):
+        for row in content["evaluations"]:
+            if row["arm"] == "vanilla" and row["steps"] == 32:
+                if damage == "value":
+                    row["metrics"] = {**row["metrics"], "validity": None}
+                row["drawn"] = 512 if damage == "number of samples" else 1024
+                row["adaptation_seed"] = int(damage == "training")
+
+    change_study(study, lose)
+    summary = study_report(study, study / "report.html")
+    assert len(summary.conclusions) == 3 and "There are 3 comparisons" in summary.protocol
+    named = [line for line in summary.problems if "T = 32" in line and "not compared with continued vanilla" in line]
+    assert len(named) == 1
+
+
+def test_evaluations_that_the_report_leaves_out_are_counted(study):
+    assert "further" not in study_report(study, study / "report.html").protocol
+    (study / "evaluations").mkdir()
+    for number in range(18 + 5):
+        (study / "evaluations" / f"other-{number}_T8_s0.json").write_text("{}")
+    assert "5 further" in study_report(study, study / "report.html").protocol
+
+
+@pytest.mark.parametrize(("counts", "judged"), [((900, 895), True), ((900, 450), False)])
+def test_a_distance_of_fewer_samples_is_not_called_worse(study, counts, judged):
+    def as_distance(content):
+        content["metric"] = "property_distance"
+        for row in content["evaluations"]:
+            better = row["arm"] == "scmdm"
+            groups = np.random.default_rng(row["sampling_seed"]).normal(0.1 if better else 0.2, 1e-4, 200)
+            write_values(study / row["values_file"], {"property_distance": SampleValues("jackknife", groups)})
+            row["metrics"] |= {"property_distance": groups.mean(), "num_valid": counts[0] if better else counts[1]}
+
+    change_study(study, as_distance)
+    lines = study_report(study, study / "report.html").conclusions
+    assert len(lines) == 4 and all(("better" in line) == judged and ("450" in line) != judged for line in lines)
+
+
+def test_trainings_of_a_constant_share_are_compared(study):
+    """All of rate 1 and none of continued vanilla, in three trainings: McNemar's test of the first one."""
+
+    def saturate(content):
+        _train_three_times(content)
+        for row in content["evaluations"]:
+            if row["arm"] != "base":
+                all_or_none = np.full(1024, row["arm"] == "scmdm")
+                write_values(study / row["values_file"], {"validity": SampleValues.mean(all_or_none)})
+                row["metrics"] = {**row["metrics"], "validity": float(all_or_none.mean())}
+
+    change_study(study, saturate)
+    opened = open_study(study)
+    found, _ = compare_arms(opened.samples, opened.arms, opened.arms[2], VALIDITY)
+    other = next(one for one in found if one.theirs == "continued vanilla")
+    assert other.compared.difference == 1.0 and other.compared.p_value < 1e-100 and len(other.differences.values) == 3
+
+
+def test_the_error_of_a_likelihood_is_in_the_table(study):
+    change_study(study, lambda content: content["arms"][0].update(nelbo=[{"null": {"mean": 0.5, "stderr": 0.0123}}]))
+    header, rows = study_report(study, study / "report.html").cost
+    assert [row[header.index("NELBO null")] for row in rows[:2]] == ["0.5000 ± 0.0123", "0.5000"]
 
 
 def test_evaluations_of_earlier_versions_have_no_intervals(study, capsys):

@@ -250,3 +250,14 @@ def test_a_difference_of_histogram_distances_holds_its_level():
         gap = metrics[0](np.ones(120)) - metrics[1](np.ones(120))
         claims.append(compare(gap, *values).p_value < 0.05)
     assert np.mean(claims) <= 0.12
+
+
+def test_a_ratio_of_all_or_nothing_has_wilsons_interval():
+    """As the share of unique molecules among the valid ones: 40 of 40 is not known to be all."""
+    weights = np.repeat([1.0, 0.0], [40, 60])
+    for share in (0.0, 1.0):
+        found = estimate(share, [[SampleValues.ratio(share * weights, weights)]] * 2)
+        limits = stats.binomtest(int(40 * share), 40).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+    nothing = estimate(0.0, [[SampleValues.ratio(np.zeros(4), np.zeros(4))]])
+    assert np.isnan(nothing.low)

@@ -10,6 +10,7 @@ from benchmarks.counting import fake_ranks
 from scmdm.models import attention
 from scmdm.planner.communication import step_collectives
 from scmdm.planner.workload import make_layout, make_workload
+from tests.distributed.collectives import CollectiveCounter
 from tests.planner.measuring import Collectives, engine_of, loss_of, masked_batch, run_config, spec_of
 
 VOCAB, LENGTH = 61, 32
@@ -65,15 +66,16 @@ def test_lower_blocks_are_gathered_once_for_all_forward_passes(reshard):
         config = run_config("fsdp2", rate=rate, batch=4, fsdp=fsdp, inject_layer=inject_layer, layers=4)
         with fake_ranks(4):
             engine = engine_of(config, VOCAB, LENGTH)
-            with CommDebugMode() as counter:
+            with CollectiveCounter() as counter:
                 loss = loss_of(engine, config, masked_batch(1, LENGTH, VOCAB))
-            forward = counter.get_total_counts()
-            with CommDebugMode() as counter:
+            forward = counter.number.total()
+            with CollectiveCounter() as counter:
                 engine.backward(loss, last=True)
-        blocks.append((forward - 1, counter.get_comm_counts()[torch.ops.c10d._allgather_base_]))
+        blocks.append((forward - 1, counter.number["_allgather_base_"]))
     assert blocks == [(6, 4) if reshard else (4, 4), (8, 4) if reshard else (4, 4), (4, 4)]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="the counter of torch 2.11 fails in modules with hooks")
 @pytest.mark.parametrize("reshard", [False, True])
 def test_torch_counts_as_many_collectives(reshard):
     config = run_config("fsdp2", batch=4, fsdp={"reshard_after_estimate": reshard, "replicate": 2})

@@ -29,11 +29,15 @@ class CodesDomain(WithoutPrompts, WithoutFigures):
     Config: ClassVar[type[MetricKeys]] = MetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
         *with_floor(
-            Metric("pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4),
+            Metric(
+                "pair_distance", "Jensen-Shannon distance of neighbouring codes", "lower", 1, 4, counted="num_framed"
+            ),
             "pair distance of an equal number of training samples",
         ),
         *with_floor(
-            Metric("usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4),
+            Metric(
+                "usage_distance", "Jensen-Shannon distance of code frequencies", "lower", 1, 4, counted="num_framed"
+            ),
             "frequency distance of an equal number of training samples",
         ),
         *with_floor(

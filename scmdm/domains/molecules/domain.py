@@ -84,7 +84,7 @@ class MoleculesDomain(WithoutPrompts):
         Metric("novelty_of_samples", "valid, unique and novel, % of samples", "higher", 100, 1, maximum=1),
         Metric("novelty_of_unique", "novel, % of unique", "higher", 100, 1, maximum=1),
         Metric("fcd", f"Fréchet ChemNet distance of {FCD_MOLECULES} valid molecules", "lower", 1, 2),
-        Metric("property_distance", "property distance, standard deviations", "lower", 1, 3),
+        Metric("property_distance", "property distance, standard deviations", "lower", 1, 3, counted="num_valid"),
         Metric("published_validity", f"valid {_PUBLISHED}, % of samples", "higher", 100, 1, in_figure=False, maximum=1),
         Metric(
             "published_uniqueness", f"unique {_PUBLISHED}, % of valid", "higher", 100, 1, in_figure=False, maximum=1

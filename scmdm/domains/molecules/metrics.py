@@ -21,7 +21,7 @@ from rdkit.Chem import QED, Crippen, Descriptors, rdMolDescriptors
 from scipy.stats import wasserstein_distance
 
 from scmdm.domains.interface import Measured
-from scmdm.domains.sample_values import SampleValues, first_occurrences
+from scmdm.domains.sample_values import SampleValues, distinct_parts, first_occurrences
 from scmdm.domains.wasserstein import wasserstein_of_counts
 from scmdm.system.package_data import optional
 
@@ -79,14 +79,16 @@ def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: 
     molecules = [molecule for molecule in whole if molecule is not None]
     canonical = [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in whole]
     first_N = first_occurrences(canonical) & valid_N
-    novel_N = first_N & np.array([text not in reference.train for text in canonical], bool)
+    unknown_N = np.array([text not in reference.train for text in canonical], bool)
+    novel_N = first_N & unknown_N
+    unique_N, new_N = (_distinct(canonical, valid_N & chosen_N) for chosen_N in (valid_N, unknown_N))
     values = {
         "validity": SampleValues.mean(valid_N),
         "parsed": SampleValues.mean(parsed_N),
         "framed": SampleValues.mean(framed_N),
-        "uniqueness_of_samples": SampleValues.mean(first_N),
-        "novelty_of_samples": SampleValues.mean(novel_N),
-        "novelty_of_unique": SampleValues.ratio(novel_N, first_N),
+        "uniqueness_of_samples": SampleValues.ratio(unique_N, np.ones(len(smiles))),
+        "novelty_of_samples": SampleValues.ratio(new_N, np.ones(len(smiles))),
+        "novelty_of_unique": SampleValues.ratio(new_N, unique_N),
     }
     # Use the parsed molecules, because RDKit cannot parse every canonical SMILES that it writes.
     own = compute_properties(molecules, PROPERTIES) if molecules else {}
@@ -106,12 +108,19 @@ def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: 
         "fcd": fcd,
         "fcd_note": fcd_note,  # reason why `fcd` is None although it was requested
         "invalid_reasons": framing | invalid_reasons(unparsed),
-        "uniqueness_of_valid": SampleValues.ratio(first_N, valid_N).value() or 0.0,
         **{name: found.value() or 0.0 for name, found in values.items()},
+        "uniqueness_of_samples": float(first_N.mean()) if smiles else 0.0,
+        "novelty_of_samples": float(novel_N.mean()) if smiles else 0.0,
+        "uniqueness_of_valid": float(first_N.sum() / max(1, valid_N.sum())),
+        "novelty_of_unique": float(novel_N.sum() / max(1, first_N.sum())),
     }
     if own:
         values["property_distance"] = _property_distance_values(own, valid_N, reference)
     return Measured(metrics, values)
+
+
+def _distinct(texts: Sequence[str | None], chosen_N: np.ndarray) -> np.ndarray:
+    return distinct_parts([[text] if chosen else [] for text, chosen in zip(texts, chosen_N, strict=True)])
 
 
 def _property_distance_values(
@@ -137,16 +146,19 @@ def measure_as_published(bare: Sequence[str], known: frozenset[str]) -> Measured
     """
     valid_N = np.array([parse_molecule(text) is not None for text in bare], bool)
     first_N = first_occurrences([text if ok else None for text, ok in zip(bare, valid_N, strict=True)]) & valid_N
-    novel_N = first_N & np.array([text not in known for text in bare], bool)
+    unknown_N = np.array([text not in known for text in bare], bool)
+    novel_N = first_N & unknown_N
     values = {
         "published_validity": SampleValues.mean(valid_N),
-        "published_uniqueness": SampleValues.ratio(first_N, valid_N),
-        "published_novelty": SampleValues.ratio(novel_N, valid_N),
+        "published_uniqueness": SampleValues.ratio(_distinct(bare, valid_N), valid_N),
+        "published_novelty": SampleValues.ratio(_distinct(bare, valid_N & unknown_N), valid_N),
     }
     counts = {"valid": valid_N, "unique": first_N, "novel": novel_N}
     metrics = {
         **{f"published_num_{name}": int(found_N.sum()) for name, found_N in counts.items()},
-        **{name: found.value() or 0.0 for name, found in values.items()},
+        "published_validity": values["published_validity"].value() or 0.0,
+        "published_uniqueness": float(first_N.sum() / max(1, valid_N.sum())),
+        "published_novelty": float(novel_N.sum() / max(1, valid_N.sum())),
     }
     return Measured(metrics, values)
 

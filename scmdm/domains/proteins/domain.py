@@ -23,7 +23,8 @@ from scmdm.domains.proteins.metrics import ProteinReference, is_protein, measure
 
 
 def _distance(name: str, title: str, digits: int = 4) -> tuple[Metric, Metric]:
-    return with_floor(Metric(name, title, "lower", 1, digits), f"{title}, equal number of training sequences")
+    metric = Metric(name, title, "lower", 1, digits, counted="num_valid")
+    return with_floor(metric, f"{title}, equal number of training sequences")
 
 
 class ProteinsDomain(WithoutPrompts, WithoutFigures):

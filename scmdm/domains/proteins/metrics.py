@@ -17,7 +17,7 @@ from scipy.stats import wasserstein_distance
 from scmdm.domains.interface import Measured
 from scmdm.domains.jensen_shannon import JensenShannon
 from scmdm.domains.letter_ngrams import count_ngrams, ngrams_of_each
-from scmdm.domains.sample_values import SampleValues, first_occurrences
+from scmdm.domains.sample_values import SampleValues, distinct_parts, first_occurrences
 from scmdm.domains.wasserstein import wasserstein_of_counts
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -75,15 +75,18 @@ def measure_proteins(sequences: Sequence[str], framed: Sequence[bool], reference
     valid_N = np.array([ok and is_protein(text) for text, ok in zip(sequences, framed, strict=True)], bool)
     texts = [text if ok else "" for text, ok in zip(sequences, valid_N, strict=True)]
     first_N = first_occurrences(texts) & valid_N
-    novel_N = first_N & np.array([text not in train for text in texts], bool)
+    unknown_N = np.array([text not in train for text in texts], bool)
+    novel_N = first_N & unknown_N
+    unique_N = distinct_parts([[text] if text else [] for text in texts])
+    new_N = distinct_parts([[text] if text and unknown else [] for text, unknown in zip(texts, unknown_N, strict=True)])
     valid = [text for text in texts if text]
     chosen = np.linspace(0, len(reference.train) - 1, min(len(valid), len(reference.train)), dtype=np.int64)
     floors = ProteinStatistics.of([reference.train[index] for index in chosen]).distances(reference.held_out)
     values = {
         "validity": SampleValues.mean(valid_N),
         "framed": SampleValues.mean(framed_N),
-        "uniqueness_of_samples": SampleValues.mean(first_N),
-        "novelty_of_unique": SampleValues.ratio(novel_N, first_N),
+        "uniqueness_of_samples": SampleValues.ratio(unique_N, np.ones(len(texts))),
+        "novelty_of_unique": SampleValues.ratio(new_N, unique_N),
     }
     metrics = {
         "num_samples": len(sequences),
@@ -93,6 +96,8 @@ def measure_proteins(sequences: Sequence[str], framed: Sequence[bool], reference
         "num_novel": int(novel_N.sum()),  # those that are not in the training set
         "mean_length": float(np.mean([len(text) for text in valid])) if valid else None,  # in residues
         **{name: found.value() or 0.0 for name, found in values.items()},
+        "uniqueness_of_samples": float(first_N.mean()) if len(texts) else 0.0,
+        "novelty_of_unique": float(novel_N.sum() / max(1, first_N.sum())),
         **ProteinStatistics.of(valid).distances(reference.held_out),
         **{f"{name}_floor": value for name, value in floors.items()},
     }

@@ -38,9 +38,9 @@ class ResponsesDomain(WithoutFigures):
     name: ClassVar[str] = "responses"
     Config: ClassVar[type[MetricKeys]] = TextMetricKeys
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("perplexity", "generative perplexity of responses", "lower", 1, 2),
+        Metric("perplexity", "generative perplexity of responses", "lower", 1, 2, frontier="y"),
         Metric("perplexity_held_out", "perplexity of held-out responses", "", 1, 2, in_figure=False),
-        Metric("entropy", "entropy, nats", "", 1, 3),
+        Metric("entropy", "entropy, nats", "", 1, 3, frontier="x"),
         Metric("entropy_held_out", "entropy of held-out responses, nats", "", 1, 3, in_figure=False),
         Metric("mauve", "MAUVE", "higher", 1, 3),
         Metric("distinct_2", "distinct bigrams", "higher", 1, 3),

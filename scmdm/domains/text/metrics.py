@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scmdm.data.tokenizers import Tokenizer
-from scmdm.domains.sample_values import SampleValues
+from scmdm.domains.sample_values import SampleValues, distinct_parts
 from scmdm.domains.text.causal_scorer import SCORER_LENGTH, CausalScorer
 from scmdm.domains.text.ngram import NgramModel
 
@@ -38,19 +38,10 @@ def unigram_entropies(ids_NL: np.ndarray, pad_id: int) -> list[float]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> SampleValues:
-    """Fraction of distinct n-grams of words among all of them, over all texts.
-
-    The parts are each text's n-grams that no text before has.
-    """
-    seen: set[tuple[str, ...]] = set()
-    new, total = [], []
-    for words in (text.split() for text in texts):
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        before = len(seen)
-        seen.update(grams)
-        new.append(len(seen) - before)
-        total.append(len(grams))
-    return SampleValues.ratio(new, total)
+    """Fraction of distinct n-grams of words among all of them, over all texts."""
+    words = [text.split() for text in texts]
+    grams = [[tuple(own[i : i + n]) for i in range(len(own) - n + 1)] for own in words]
+    return SampleValues.ratio(distinct_parts(grams), [len(own) for own in grams])
 
 
 def whole_words(text: str) -> list[str]:
@@ -112,9 +103,11 @@ def evaluate_text(
         length = scorer.length
         label = f"{scorer.path.name} (transformers{'' if length == SCORER_LENGTH else f', the first {length} tokens'})"
         label += "" if protocol == "text" else f", protocol {protocol}"
+    distinct = {name: values[name].ratio_parts() for name in ("distinct_1", "distinct_2", "distinct_3")}
     return {
         "num_samples": len(values["entropy"].array),
-        **{name: values[name].value() or 0.0 for name in ("entropy", "distinct_1", "distinct_2", "distinct_3")},
+        "entropy": values["entropy"].value() or 0.0,
+        **{name: round(parts_N.sum()) / max(1.0, weights_N.sum()) for name, (parts_N, weights_N) in distinct.items()},
         "perplexity": values["perplexity"].value(),
         "scorer": label,
     }
