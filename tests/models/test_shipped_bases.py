@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from scmdm.checkpoint.seal import verify_checkpoint
 from scmdm.cli import main
 from scmdm.data.manifest import Manifest
 from scmdm.models.model_files import read_model
 
 ROOT = Path(__file__).parents[2]
-BASES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*/*-*/weights.safetensors"))
+BASES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*/*/weights.safetensors"))
 
 
 def test_there_is_one_for_every_domain():
@@ -21,9 +22,9 @@ def test_there_is_one_for_every_domain():
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_shipped_base_loads(base):
+def test_a_shipped_base_is_as_it_was_sealed_and_loads(base):
+    assert verify_checkpoint(ROOT / base) == []
     loaded = read_model(ROOT / base)
-
     assert loaded.spec.vocab_size == loaded.tokenizer.vocab_size
 
 
