@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scmdm.checkpoint.model_verification import Verification
 from scmdm.checkpoint.reader import find_model
-from scmdm.config.fields import key
+from scmdm.config.fields import OnAdapt, key, walk_keys
+from scmdm.config.model import ModelConfig
 from scmdm.config.planning import PhaseSettings
 from scmdm.config.run import RunConfig
 from scmdm.config.training import TrainConfig
@@ -120,8 +122,13 @@ def make_plan(
         phases or PhaseSettings(),
         config.train.validation_samples if config.train.validate_every else 0,
         adapts,
-        base is None and config.model == type(config.model)(self_conditioned=config.model.self_conditioned),
+        base is None and _architecture(config.model) == _architecture(type(config.model)()),
     )
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """Keys of a model that an adaptation takes from its base, such as its sizes."""
+    return {name: value for name, rules, value in walk_keys(model) if rules.on_adapt is OnAdapt.FROM_BASE}
 
 
 def _spec(config: RunConfig, base: StoredModel | None, length: int | None, vocab: int | None) -> ModelSpec:
