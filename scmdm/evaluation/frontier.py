@@ -206,12 +206,13 @@ def _compare_with(blank: EqualDiversity, at: _SampledArm, ways: Sequence[_Sample
 def equal_diversity_table(found: Sequence[EqualDiversity], quality: Metric, diversity: Metric) -> TextTable:
     """Return header and rows of the table of comparisons at equal diversity; p values are adjusted over all of them."""
     tested = [one.compared.p_value for one in found if one.compared is not None]
-    header = ["T", "models", "at the diversity of", diversity.title, "interpolated between", quality.title]
-    header += ["difference, %", f"p, adjusted for the {len(tested)} of this table", "each training, %"]
+    ours = found[0].models[0] if found else ""
+    header = ["T", f"{ours} against", "at the diversity of", diversity.title, "interpolated between", quality.title]
+    header += ["difference, %", f"adjusted p (of {len(tested)})", "each training, %"]
     adjusted = iter(holm(tested))
     rows = []
     for one in found:
-        start = [str(one.steps), " against ".join(one.models), one.at, _number(one.x, diversity)]
+        start = [str(one.steps), one.models[1], one.at, _number(one.x, diversity)]
         if one.log_y is None or one.between is None:
             rows.append([*start, "-", one.reason, "-", "-", "-"])
             continue

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+_LONGEST_NUMBER = 20  # characters
 _CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 table { display: block; overflow-x: auto }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
+td { white-space: nowrap } td.words { white-space: normal }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--line) }
 tr.first td { border-top: 2px solid var(--line) }
 img { max-width: 100%; background: white; border-radius: 6px; padding: 4px; box-sizing: border-box }
@@ -53,8 +55,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool =
     for row in rows:
         mark = ' class="first"' if group and row[0] != previous else ""
         previous = row[0]
-        body.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        body.append(f"<tr{mark}>" + "".join(map(_cell, row)) + "</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    """A cell; words may be broken into lines, a value and its interval may not."""
+    words = len(text) > _LONGEST_NUMBER and "[" not in text
+    return f"<td{' class=words' if words else ''}>{escape(text)}</td>"
 
 
 def picture(path: Path, caption: str) -> str:

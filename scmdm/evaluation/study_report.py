@@ -94,9 +94,9 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
         *_quality_pictures(_panels(shown, values, ""), samples, labels, reference["label"], figures),
         *_length_picture(main, arms, values[main.name], figures / "length.png"),
         *_frontier_picture(shown, arms, values, figures / "frontier.png"),
-        *([table(*summary.equal_diversity, group=True)] if summary.equal_diversity[1] else []),
-        table(*summary.quality, group=True),
-        *([table(*summary.trainings, group=True)] if summary.trainings[1] else []),
+        *_titled_table("At equal diversity", summary.equal_diversity),
+        *_titled_table("Metrics", summary.quality),
+        *_titled_table("Trainings", summary.trainings),
         *(
             part
             for name, benchmark in summary.benchmarks.items()
@@ -125,6 +125,10 @@ def _write_report(study: OpenStudy, out: Path) -> StudySummary:
     return summary
 
 
+def _titled_table(title: str, found: TextTable) -> list[str]:
+    return [heading(title), table(*found, group=True)] if found[1] else []
+
+
 def _summarize(
     study: OpenStudy,
     main: Metric,
@@ -135,9 +139,11 @@ def _summarize(
     samples, arms = study.samples, study.arms
     own = [metric for metric in shown if not metric.benchmark]
     reference = reference_arm(arms, study.record.reference)
-    found, impossible = compare_arms(samples, arms, reference, main)
     axes = {metric.frontier: metric for metric in shown if metric.frontier}
     x = axes.get("x") if main.frontier == "y" else None
+    # Models are compared by their own arms; other ways to sample them, as at other temperatures, at equal diversity.
+    models = arms if x is None else [arm for arm in arms if arm is reference or model_of_arm(arm) == arm["name"]]
+    found, impossible = compare_arms(samples, models, reference, main)
     study.problems.extend([*missing_values(samples, labels, shown), *impossible])
     benchmarks = {
         name: benchmark_table(values, [metric for metric in shown if metric.benchmark == name], labels, samples)
@@ -152,7 +158,7 @@ def _summarize(
         _equal_diversity(study, axes),
         benchmarks,
         cost_table(arms, samples),
-        conclusions(found, main, None if x is None else (x, compare_arms(samples, arms, reference, x)[0])),
+        conclusions(found, main, None if x is None else (x, compare_arms(samples, models, reference, x)[0])),
         study.problems,
     )
 

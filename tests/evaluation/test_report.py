@@ -408,6 +408,7 @@ def test_a_text_study_of_several_ways_to_sample_compares_models_at_equal_entropy
 
     change_study(study, as_text)
     summary = study_report(study, study / "report.html")
+    assert len(summary.conclusions) == 2 and all("against base" in line for line in summary.conclusions)
     _, rows = summary.equal_diversity
     assert [(row[0], row[2]) for row in rows] == [
         (t, label) for t in ("8", "32") for label in ("base", "rate 1 (SCMDM)")
