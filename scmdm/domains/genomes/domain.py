@@ -47,7 +47,14 @@ class GenomesDomain(WithoutPrompts, WithoutFigures):
             for kind, digits, note in (("distance", 4, " (published)"), ("divergence", 5, ", nats"))
             for k in (6, 3)
         ),
-        Metric("open_frame", "with an open reading frame, % of samples", "higher", 100, 1),
+        Metric(
+            "open_frame",
+            "with an open reading frame, % of samples",
+            "higher",
+            100,
+            1,
+            " % with an open reading frame",
+        ),
         Metric("open_frame_reference", "open reading frame, % of held-out windows", "", 100, 1, in_figure=False),
         Metric("open_distance", "Wasserstein distance of the longest open reading stretch, codons", "lower", 1, 2),
         Metric("gc_distance", "Wasserstein distance of GC content", "lower", 1, 4),
