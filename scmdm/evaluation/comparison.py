@@ -266,10 +266,11 @@ def describe_protocol(
     seeds = sorted({(row["adaptation_seed"], row["sampling_seed"]) for row in samples if row["arm"] != "base"})
     tested = sum(one.compared is not None for one in found)
     adaptations, draws = len({a for a, _ in seeds}), len({s for _, s in seeds})
-    own_length = [arm["label"] for arm in arms if _has_own_length(arm)]
     steps = "All arms are sampled with the same number of steps T and the same noise"
-    if own_length:
-        steps += f", but {', '.join(own_length)} with as many steps as the sampler needs, whatever T is"
+    others_than_T = {row["arm"] for row in samples if row["evaluations"] != row["steps"]}
+    if others_than_T:
+        labels = ", ".join(arm["label"] for arm in arms if arm["name"] in others_than_T)
+        steps += f", but {labels} with another number of evaluations (see Metrics)"
     trainings = (
         "a difference may be one between two trainings of the same configuration"
         if adaptations == 1
@@ -289,14 +290,6 @@ def describe_protocol(
         "have none: it would cost too much, samples' values were not kept, or they do not vary. Differences are paired "
         f"by noise. There are {tested} comparisons; adjusted p values (Holm) and the verdicts hold for all of them "
         f"together.{left_out}"
-    )
-
-
-def _has_own_length(arm: Json) -> bool:
-    """Whether the keys of an arm's sampler make the number of evaluations independent of T."""
-    keys = dict(override.partition("=")[::2] for override in arm.get("sampler", ()))
-    return keys.get("kind") == "first_hitting" or any(
-        keys.get(name, "null") != "null" for name in ("threshold", "factor")
     )
 
 

@@ -62,7 +62,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool =
 def _cell(text: str) -> str:
     """A cell; words may be broken into lines, a value and its interval may not."""
     words = len(text) > _LONGEST_NUMBER and "[" not in text
-    return f"<td{' class=words' if words else ''}>{escape(text)}</td>"
+    return f'<td class="words">{escape(text)}</td>' if words else f"<td>{escape(text)}</td>"
 
 
 def picture(path: Path, caption: str) -> str:

@@ -118,8 +118,9 @@ def estimate(value: float, trainings: Sequence[Draws]) -> Estimate:
         return proportion(int(shares_N.sum()), len(shares_N))
     if value in (0, 1) and all(draw.is_fraction for draws in trainings for draw in draws):
         # Trainings that are all 0 or all 1 count as one: they have the noise of their samples in common. A sample that
-        # is a fraction of many parts counts once.
-        counted = sum(int((draw.ratio_parts()[1] > 0).sum()) for draw in trainings[0])
+        # is a fraction of many parts counts once, several samples that share a part count as one.
+        weights = [draw.ratio_parts()[1] for draw in trainings[0]]
+        counted = sum(min(int((own_N > 0).sum()), round(own_N.sum())) for own_N in weights)
         return proportion(round(value) * counted, counted) if counted else Estimate(value)
     found = student_interval(value, mean_deviations(trainings), len(trainings[0]))
     if found is None:

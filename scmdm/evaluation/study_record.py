@@ -11,6 +11,7 @@ from scmdm.config.study import check_arms
 from scmdm.domains.sample_values import read_values
 from scmdm.errors import UserError
 from scmdm.system.json_lines import JsonLines, read_json_lines
+from scmdm.system.run_directory import EVALUATIONS
 from scmdm.system.untrusted import name_inside, parse_as, parse_json, read_bytes, reading
 
 STUDY_FILE = "study.json"
@@ -102,7 +103,7 @@ class OpenStudy:
 
     def further_evaluations(self) -> int:
         """Number of evaluations of samples in the directory that the record does not name."""
-        stored = sum(1 for _ in (self.directory / "evaluations").glob("*_T*_s*.json"))
+        stored = sum(1 for _ in (self.directory / EVALUATIONS).glob("*_T*_s*.json"))
         named = sum(row.get("kind") == "samples" for row in self.record.evaluations)
         return max(0, stored - named)
 

@@ -155,7 +155,7 @@ def _summarize(
         quality_table(values, own, labels, samples),
         quality_table(values, [metric for metric in own if metric.in_figure], labels, samples),
         trainings_table(values[main.name], main),
-        _equal_diversity(study, axes),
+        _equal_diversity(study, reference, axes),
         benchmarks,
         cost_table(arms, samples),
         conclusions(found, main, None if x is None else (x, compare_arms(samples, models, reference, x)[0])),
@@ -163,10 +163,9 @@ def _summarize(
     )
 
 
-def _equal_diversity(study: OpenStudy, axes: Mapping[str, Metric]) -> TextTable:
+def _equal_diversity(study: OpenStudy, reference: Json, axes: Mapping[str, Metric]) -> TextTable:
     if len(axes) < 2:
         return [], []
-    reference = reference_arm(study.arms, study.record.reference)
     found = compare_at_equal_diversity(study.samples, study.arms, reference, axes["y"], axes["x"])
     return equal_diversity_table(found, axes["y"], axes["x"])
 

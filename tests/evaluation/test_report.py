@@ -554,6 +554,13 @@ def test_a_comparison_that_is_not_possible_is_named(study, damage):
     assert len(named) == 1
 
 
+def test_an_arm_with_its_own_number_of_evaluations_is_named(study):
+    named = "but continued vanilla with"
+    assert named not in study_report(study, study / "report.html").protocol
+    change_study(study, lambda c: [row.update(evaluations=24) for row in c["evaluations"] if row["arm"] == "vanilla"])
+    assert named in study_report(study, study / "report.html").protocol
+
+
 def test_evaluations_that_the_report_leaves_out_are_counted(study):
     assert "further" not in study_report(study, study / "report.html").protocol
     (study / "evaluations").mkdir()

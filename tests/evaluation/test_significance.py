@@ -259,5 +259,8 @@ def test_a_ratio_of_all_or_nothing_has_wilsons_interval():
         found = estimate(share, [[SampleValues.ratio(share * weights, weights)]] * 2)
         limits = stats.binomtest(int(40 * share), 40).proportion_ci(method="wilson")
         assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+    shared = np.full(100, 0.1)  # parts of ten distinct items that all samples share
+    found = estimate(1.0, [[SampleValues.ratio(shared, shared)]])
+    assert found.low == pytest.approx(stats.binomtest(10, 10).proportion_ci(method="wilson").low)
     nothing = estimate(0.0, [[SampleValues.ratio(np.zeros(4), np.zeros(4))]])
     assert np.isnan(nothing.low)

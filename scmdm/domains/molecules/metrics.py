@@ -81,7 +81,7 @@ def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: 
     first_N = first_occurrences(canonical) & valid_N
     unknown_N = np.array([text not in reference.train for text in canonical], bool)
     novel_N = first_N & unknown_N
-    unique_N, new_N = (_distinct(canonical, valid_N & chosen_N) for chosen_N in (valid_N, unknown_N))
+    unique_N, new_N = _distinct(canonical, valid_N), _distinct(canonical, valid_N & unknown_N)
     values = {
         "validity": SampleValues.mean(valid_N),
         "parsed": SampleValues.mean(parsed_N),
@@ -108,7 +108,7 @@ def measure_molecules(smiles: Sequence[str], framed: Sequence[bool], reference: 
         "fcd": fcd,
         "fcd_note": fcd_note,  # reason why `fcd` is None although it was requested
         "invalid_reasons": framing | invalid_reasons(unparsed),
-        **{name: found.value() or 0.0 for name, found in values.items()},
+        **{name: values[name].value() or 0.0 for name in ("validity", "parsed", "framed")},
         "uniqueness_of_samples": float(first_N.mean()) if smiles else 0.0,
         "novelty_of_samples": float(novel_N.mean()) if smiles else 0.0,
         "uniqueness_of_valid": float(first_N.sum() / max(1, valid_N.sum())),

@@ -95,7 +95,7 @@ def measure_proteins(sequences: Sequence[str], framed: Sequence[bool], reference
         "num_unique": int(first_N.sum()),  # distinct valid sequences
         "num_novel": int(novel_N.sum()),  # those that are not in the training set
         "mean_length": float(np.mean([len(text) for text in valid])) if valid else None,  # in residues
-        **{name: found.value() or 0.0 for name, found in values.items()},
+        **{name: values[name].value() or 0.0 for name in ("validity", "framed")},
         "uniqueness_of_samples": float(first_N.mean()) if len(texts) else 0.0,
         "novelty_of_unique": float(novel_N.sum() / max(1, first_N.sum())),
         **ProteinStatistics.of(valid).distances(reference.held_out),
